@@ -1,0 +1,38 @@
+"""Errors a person can act on. The tools print their message and leave the traceback to `--traceback`."""
+
+import difflib
+from collections.abc import Iterable
+
+
+class BisslZooError(Exception):
+    """Base of every error that the user caused or can mend; its message says what, where and what to do."""
+
+
+class ConfigError(BisslZooError):
+    """A configuration file, an override, or a value in them."""
+
+
+class RegistryError(BisslZooError):
+    """A name that is not registered, registered twice, or built with arguments it does not take."""
+
+
+class DatasetError(BisslZooError):
+    """A data set that is missing, empty, or holds a file that cannot be used."""
+
+
+class CheckpointError(BisslZooError):
+    """A checkpoint or run directory that is missing, damaged, or belongs to something else."""
+
+
+class ZooError(BisslZooError):
+    """A zoo entry that is missing, damaged, or cannot be written."""
+
+
+class NonFiniteLoss(BisslZooError):
+    """A loss became NaN or infinite; the message names the level, the step and the losses."""
+
+
+def did_you_mean(word: str, choices: Iterable[str], cutoff: float = 0.6) -> str:
+    """`" Did you mean 'x'?"` for the choice nearest to `word`, or an empty string where none is near."""
+    close = difflib.get_close_matches(word, list(choices), n=1, cutoff=cutoff)
+    return f" Did you mean '{close[0]}'?" if close else ""

@@ -1,0 +1,47 @@
+"""Packaging: the package, and the shipped configs as `bissl_zoo/configs`."""
+
+import re
+from pathlib import Path
+
+from setuptools import find_namespace_packages, find_packages, setup
+
+ROOT = Path(__file__).parent
+CONFIGS = [f"bissl_zoo.configs.{name}" for name in find_namespace_packages(str(ROOT / "configs"))]
+
+setup(
+    name="bissl_zoo",
+    version=re.search(r'__version__ = "(.+)"', (ROOT / "bissl_zoo" / "__init__.py").read_text()).group(1),
+    description="BiSSL: align a self-supervised backbone with its downstream task, and a zoo of the results",
+    long_description=(ROOT / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.10,<3.14",
+    packages=[*find_packages(include=["bissl_zoo", "bissl_zoo.*"]), "bissl_zoo.configs", *CONFIGS],
+    package_dir={"bissl_zoo.configs": "configs"},
+    install_requires=[
+        "torch>=2.11",
+        "torchvision>=0.26",  # the release that belongs to torch 2.11
+        "timm>=1.0.20,<2",
+        # Detectron2's own pins, so that both live in one environment
+        "omegaconf>=2.3,<2.4",
+        "iopath>=0.1.7,<0.1.10",
+        "fvcore>=0.1.5,<0.1.6",
+        "pycocotools>=2.0.8",
+        "numpy>=1.26",
+        "pillow>=10",
+        "pyyaml>=6",
+        "safetensors>=0.4.3",
+        "defusedxml>=0.7",
+        "scikit-learn>=1.4",  # carries the digits and photographs of the embedded data set
+        "tensorboard>=2.15",
+        "tabulate>=0.9",
+        "tqdm>=4.60",
+        "platformdirs>=4",
+        "portalocker>=2.7",
+    ],
+    extras_require={"test": ["pytest>=8", "hypothesis>=6", "ruff>=0.9"]},
+    classifiers=[
+        "License :: OSI Approved :: Apache Software License",
+        *(f"Programming Language :: Python :: 3.{minor}" for minor in (10, 11, 12, 13)),
+    ],
+)
