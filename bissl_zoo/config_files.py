@@ -1,0 +1,163 @@
+"""The two forms of a config file: Python, run under an `__import__` of its own, and a strict, tagless YAML."""
+
+import builtins
+import os
+import re
+import traceback
+import types
+from pathlib import Path
+from typing import Any
+
+import yaml
+from omegaconf import DictConfig
+
+from bissl_zoo.errors import ConfigError, did_you_mean
+
+
+def shown(path: Path) -> str:
+    """`path` as messages print it: relative to the working directory where it lies below it."""
+    return os.path.relpath(path) if path.is_relative_to(Path.cwd()) else str(path)
+
+
+def read(path: Path) -> bytes:
+    """The bytes of a config file; ConfigError where there is none to read."""
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise ConfigError(f"{shown(path)}: cannot read this config file: {error.strerror}.") from error
+
+
+class _LocatedError(ConfigError):
+    """A ConfigError whose message names file and line already."""
+
+
+def run_python(path: Path, importers: tuple[Path, ...] = ()) -> dict[str, Any]:
+    """Run a config file under builtins of its own, whose `__import__` finds relative imports on disk.
+
+    Every import runs the file anew, so what one config edits is never seen by another. The interpreter's own
+    `builtins` are left alone.
+
+    Args:
+        path: absolute path of the file.
+        importers: the files whose imports led here, outermost first.
+
+    Returns:
+        The file's top-level names, its public dictionaries as DictConfig.
+
+    Raises:
+        ConfigError: with file and line, for whatever goes wrong in it.
+    """
+    code = read(path)
+
+    def run(file: Path) -> dict[str, Any]:
+        chain = (*importers, path)
+        if file in chain:
+            raise ConfigError("configs import each other in a circle: " + " -> ".join(map(shown, (*chain, file))))
+        if not file.is_file():
+            near = did_you_mean(file.name, os.listdir(file.parent) if file.parent.is_dir() else ())
+            raise ConfigError(f"relative import of a file that does not exist: {shown(file)}.{near}")
+        return run_python(file, chain)
+
+    def import_(name: str, globals: Any = None, locals: Any = None, fromlist: Any = (), level: int = 0) -> Any:
+        if level == 0:
+            return builtins.__import__(name, globals, locals, fromlist, level)
+        base = path.parents[level - 1].joinpath(*filter(None, name.split(".")))
+        module = types.ModuleType(base.name)
+        file = base.with_name(f"{base.name}.py")
+        if name and (file.is_file() or not base.is_dir()):
+            vars(module).update(run(file))
+        else:  # from a folder, the names are those of its files
+            for wanted in fromlist:
+                setattr(module, wanted, types.ModuleType(wanted))
+                vars(getattr(module, wanted)).update(run(base / f"{wanted}.py"))
+        for wanted in fromlist:
+            if wanted != "*" and not hasattr(module, wanted):
+                raise ConfigError(f"{shown(file)} has no '{wanted}'.{did_you_mean(wanted, vars(module))}")
+        return module
+
+    scope = {
+        "__file__": str(path),
+        "__name__": f"config:{path}",
+        "__builtins__": {**vars(builtins), "__import__": import_},
+    }
+    try:
+        exec(compile(code, str(path), "exec", dont_inherit=True), scope)
+        for name, value in scope.items():
+            if type(value) is dict and not name.startswith("_"):
+                scope[name] = DictConfig(value, flags={"allow_objects": True})
+        return {name: value for name, value in scope.items() if not name.startswith("__")}
+    except _LocatedError:
+        raise
+    except Exception as error:
+        steps = traceback.walk_tb(error.__traceback__)
+        lines = [line for frame, line in steps if frame.f_code.co_filename == str(path)]
+        message = str(error) if isinstance(error, ConfigError) else f"{type(error).__name__}: {error}"
+        if isinstance(error, SyntaxError) and error.filename == str(path):
+            lines, message = [error.lineno], f"{error.msg}: {(error.text or '').strip()}"
+        raise _LocatedError(":".join([shown(path), *map(str, lines[-1:])]) + f": {message}") from error
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML without tags, anchors and repeated keys, in which 1e-3 is a float, and a date, 007 or 12:30 is text."""
+
+    yaml_implicit_resolvers = {
+        first: [(tag, pattern) for tag, pattern in known if tag.endswith((":bool", ":null"))]
+        for first, known in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        event = self.peek_event()
+        if isinstance(event, yaml.AliasEvent) or event.anchor is not None:
+            problem = "anchors and aliases are refused; refer to a value by ${key}"
+            raise yaml.MarkedYAMLError(problem=problem, problem_mark=event.start_mark)
+        if event.tag is not None:
+            raise yaml.MarkedYAMLError(problem=f"the tag {event.tag} is refused", problem_mark=event.start_mark)
+        return super().compose_node(parent, index)
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+        keys = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node) if isinstance(key_node, yaml.ScalarNode) else key_node
+            if key in keys:
+                raise yaml.MarkedYAMLError(problem=f"the key {key!r} is given twice", problem_mark=key_node.start_mark)
+            keys.add(key)
+        return super().construct_mapping(node, deep)
+
+
+class _Dumper(yaml.SafeDumper):
+    """Writes what `_Loader` reads back equal, quoting whatever it or stock YAML 1.1 would not take for text."""
+
+    def ignore_aliases(self, data: Any) -> bool:
+        return True
+
+    def represent_str(self, data: str) -> yaml.ScalarNode:
+        # PyYAML's other styles fold line breaks such as U+0085 into spaces; double quotes escape them.
+        return self.represent_scalar("tag:yaml.org,2002:str", data, style=None if data.isprintable() else '"')
+
+
+_Dumper.add_representer(str, _Dumper.represent_str)
+
+_FLOAT = re.compile(
+    r"[-+]?(?:[0-9][0-9_]*\.[0-9_]*|\.[0-9][0-9_]*)(?:[eE][-+]?[0-9]+)?$|[-+]?[0-9][0-9_]*[eE][-+]?[0-9]+$"
+    r"|[-+]?\.(?:inf|Inf|INF)$|\.(?:nan|NaN|NAN)$"
+)
+_INT = re.compile(r"[-+]?(?:0|[1-9][0-9_]*)$|[-+]?0x[0-9a-fA-F]+$")
+for _class in (_Loader, _Dumper):
+    _class.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, list("-+.0123456789"))
+_Loader.add_implicit_resolver("tag:yaml.org,2002:int", _INT, list("-+0123456789"))
+
+
+def parse_yaml(text: str | bytes, source: str) -> Any:
+    """Parse a file (bytes; errors name the line) or the value of an override (str)."""
+    try:
+        return yaml.load(text, _Loader)
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        mark = getattr(error, "problem_mark", None)
+        if mark is not None and isinstance(text, bytes):
+            source = f"{source}:{mark.line + 1}"
+        raise ConfigError(f"{source}: not valid YAML: {getattr(error, 'problem', None) or error}.") from error
+
+
+def dump_yaml(plain: Any) -> str:
+    """YAML text of plain containers and scalars, which `parse_yaml` reads back equal."""
+    return yaml.dump(plain, Dumper=_Dumper, default_flow_style=None, sort_keys=False, allow_unicode=True, width=10**6)

@@ -1,0 +1,215 @@
+"""Calls described as data: `LazyCall` writes one down, `to_plain` reduces it to plain values, `instantiate` makes it.
+
+A described call is a dictionary: the dotted name of its target under `_target_`, its keyword arguments beside it.
+"""
+
+import dataclasses
+import importlib
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf, SCMode
+from omegaconf.errors import OmegaConfBaseException
+
+from bissl_zoo.errors import ConfigError, did_you_mean
+
+
+def locate(name: str) -> Any:
+    """The object behind a dotted name such as "torch.nn.Linear".
+
+    Raises:
+        ConfigError: when the module or the object does not exist (with the nearest name), or the import fails.
+    """
+    parts = name.split(".") if isinstance(name, str) else []
+    if len(parts) < 2 or not all(part.isidentifier() for part in parts):
+        raise ConfigError(f"{name!r} is not a dotted name such as 'torch.nn.Linear'.")
+    for k in range(len(parts) - 1, 0, -1):  # the longest module first: a function may hide the module of its name
+        module = ".".join(parts[:k])
+        try:
+            found = importlib.import_module(module)
+            break
+        except Exception as error:
+            absent = isinstance(error, ModuleNotFoundError) and f"{module}.".startswith(f"{error.name}.")
+            if not absent:  # the module exists, and running it failed
+                problem = f"{type(error).__name__}: {error}"
+                raise ConfigError(f"Cannot import '{name}': running the module {module} failed: {problem}") from error
+    else:
+        raise ConfigError(f"Cannot import '{name}': no module is called '{parts[0]}'. Is its package installed?")
+    for owner, part in zip(parts[k - 1 :], parts[k:], strict=False):
+        if not hasattr(found, part):
+            raise ConfigError(f"Cannot import '{name}': '{owner}' has no '{part}'.{did_you_mean(part, dir(found))}")
+        found = getattr(found, part)
+    return found
+
+
+locate.__module__ = "bissl_zoo.config"  # the address that saved configs hold, whichever file defines it
+# How a class or function that is a value, not a call, is written down: norm_layer=nn.BatchNorm2d.
+_LOCATE = f"{locate.__module__}.locate"
+
+
+def _dotted_name(obj: Any) -> str:
+    """The name under which `locate` finds `obj` again; ConfigError when there is none."""
+    module, qualname = getattr(obj, "__module__", None), getattr(obj, "__qualname__", None)
+    if inspect.ismethod(obj) and isinstance(obj.__self__, type):  # a classmethod belongs to the class it was taken from
+        module, qualname = obj.__self__.__module__, f"{obj.__self__.__qualname__}.{obj.__name__}"
+    name = f"{module}.{qualname}"
+    try:
+        found = locate(name)
+    except ConfigError:
+        found = None
+    if module == "__main__" or not (found is obj or (inspect.ismethod(obj) and found == obj)):
+        raise ConfigError(
+            f"{obj!r} cannot be imported by a name. Move it to the top level of an importable module (not a config or "
+            "the script that runs), or give its dotted name: L('package.module.name')(...)."
+        )
+    return name
+
+
+class LazyCall:
+    """Describe a call instead of making it: `LazyCall(nn.Linear)(in_features=8, out_features=2)` is a DictConfig.
+
+    Arguments can be edited afterwards and may be described calls themselves; `instantiate` makes the call.
+
+    Args:
+        target: a class or function that can be imported, stored as its dotted name at once; a dotted name; or a config
+            whose instance is what will be called.
+
+    Raises:
+        ConfigError: for a lambda, a local object, an object of `__main__`, or positional arguments.
+    """
+
+    def __init__(self, target: Callable[..., Any] | str | Mapping[str, Any]) -> None:
+        self._target = target if isinstance(target, (str, Mapping)) else _dotted_name(target)
+
+    def __call__(self, /, *args: Any, **kwargs: Any) -> DictConfig:
+        if args:
+            raise ConfigError(f"L({self._target})(...) takes keyword arguments only, as in L(f)(size=3).")
+        return DictConfig({"_target_": self._target, **kwargs}, flags={"allow_objects": True})
+
+
+def to_plain(value: Any, source: str, key: str = "") -> Any:
+    """`value` as dictionaries, lists and scalars of plain type, with interpolations as they are written.
+
+    Tuples become lists; a class or function becomes a described call of `locate`.
+
+    Raises:
+        ConfigError: with `source` and the full dotted key, for any other object.
+    """
+    live = type(value)
+    if OmegaConf.is_config(value):
+        live = OmegaConf.get_type(value)
+        if not dataclasses.is_dataclass(live):
+            value = OmegaConf.to_container(value, resolve=False, structured_config_mode=SCMode.DICT_CONFIG)
+    if value is None or type(value) in (bool, int, float, str):
+        return value
+    if isinstance(value, (list, tuple)):
+        return [to_plain(item, source, f"{key}.{i}".lstrip(".")) for i, item in enumerate(value)]
+    if isinstance(value, dict):
+        return {name: _plain_item(name, item, source, f"{key}.{name}".lstrip(".")) for name, item in value.items()}
+    if isinstance(value, type) or inspect.isroutine(value):
+        return {"_target_": _LOCATE, "name": _plain_target(value, source, key)}
+    raise ConfigError(
+        f"{source}: '{key}' is a live object, a {live.__module__}.{live.__qualname__}. A config describes the call "
+        f"that makes it: L({live.__qualname__})(...)."
+    )
+
+
+def _plain_item(name: Any, item: Any, source: str, key: str) -> Any:
+    if type(name) not in (str, int):
+        raise ConfigError(
+            f"{source}: in '{key}' the key {name!r} is a {type(name).__name__}; quote it to make it text."
+        )
+    return _plain_target(item, source, key) if name == "_target_" and callable(item) else to_plain(item, source, key)
+
+
+def _plain_target(obj: Any, source: str, key: str) -> str:
+    try:
+        return _dotted_name(obj)
+    except ConfigError as error:
+        raise ConfigError(f"{source}: '{key}': {error}") from None
+
+
+def to_code(plain: Any, path: str = "") -> list[str]:
+    """Lines such as `train.seed = 0` or `task.head = Linear(in_features=8)` that show a plain config as code."""
+    if isinstance(plain, dict) and "_target_" not in plain and (plain or not path):
+        return [line for name, item in plain.items() for line in to_code(item, f"{path}.{name}".lstrip("."))]
+    return [f"{path} = {_expression(plain)}"]
+
+
+def _expression(plain: Any) -> str:
+    if isinstance(plain, list):
+        return f"[{', '.join(map(_expression, plain))}]"
+    if not isinstance(plain, dict):
+        return repr(plain)
+    if "_target_" not in plain:
+        return "{" + ", ".join(f"{name!r}: {_expression(item)}" for name, item in plain.items()) + "}"
+    if plain["_target_"] == _LOCATE:
+        return str(plain.get("name")).rpartition(".")[2]
+    target = (
+        plain["_target_"].rpartition(".")[2] if isinstance(plain["_target_"], str) else _expression(plain["_target_"])
+    )
+    return f"{target}({', '.join(f'{name}={_expression(item)}' for name, item in plain.items() if name != '_target_')})"
+
+
+def instantiate(cfg: Any, /, **extra: Any) -> Any:
+    """Make the call that `cfg` describes, the calls among its arguments first.
+
+    Args:
+        cfg: a described call, or dictionaries and lists that hold some; these come back as plain `dict` and `list`.
+        extra: further arguments of the outermost call, passed as they are; they replace keys of the same name.
+
+    Raises:
+        ConfigError: when a target cannot be imported or does not take its arguments, or an interpolation fails. What a
+            called function itself raises is passed on unchanged.
+    """
+    if OmegaConf.is_config(cfg):
+        return _build(_resolved(cfg), cfg._get_full_key(None), extra)
+    return _build(cfg, "", extra)
+
+
+def _resolved(cfg: Any) -> Any:
+    try:
+        return OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
+    except OmegaConfBaseException as error:
+        raise ConfigError(f"'{error.full_key}': {str(error).splitlines()[0]}") from error
+
+
+def _build(cfg: Any, key: str, extra: Mapping[str, Any]) -> Any:
+    if OmegaConf.is_config(cfg):
+        cfg = _resolved(cfg)
+    called = isinstance(cfg, dict) and "_target_" in cfg
+    if extra and not called:
+        raise ConfigError(f"'{key}' describes no call (it has no _target_) that could take {', '.join(extra)}.")
+    if isinstance(cfg, list):
+        return [_build(item, f"{key}.{i}".lstrip("."), {}) for i, item in enumerate(cfg)]
+    if not isinstance(cfg, dict):
+        return cfg
+    built = {name: _build(item, f"{key}.{name}".lstrip("."), {}) for name, item in cfg.items() if name not in extra}
+    if not called:
+        return built
+    target, label = built.pop("_target_"), cfg["_target_"]
+    where = f"'{key}': " if key else ""
+    if isinstance(target, str):
+        try:
+            target = locate(target)
+        except ConfigError as error:
+            raise ConfigError(f"{where}{error}") from error.__cause__
+    if not callable(target):
+        raise ConfigError(f"{where}the _target_ {label!r} cannot be called: its type is {type(target).__name__}.")
+    arguments = {**built, **extra}
+    _check_arguments(target, arguments, f"{where}{label if isinstance(label, str) else target}")
+    return target(**arguments)
+
+
+def _check_arguments(target: Callable[..., Any], arguments: Mapping[str, Any], label: str) -> None:
+    try:
+        signature = inspect.signature(target)
+    except (TypeError, ValueError):  # some builtins have none; the call itself will tell
+        return
+    try:
+        signature.bind(**arguments)
+    except TypeError as error:
+        accepted = [p.name for p in signature.parameters.values() if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
+        hints = "".join(did_you_mean(str(name), accepted) for name in arguments if name not in accepted)
+        raise ConfigError(f"{label}: {error}.{hints} It accepts: {', '.join(accepted) or 'nothing'}.") from None

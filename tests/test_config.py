@@ -1,0 +1,148 @@
+from pathlib import Path
+
+import pytest
+from omegaconf import DictConfig, OmegaConf
+
+from bissl_zoo import config
+from bissl_zoo.config import LazyConfig, config_root, load_config
+from bissl_zoo.errors import ConfigError
+
+BASE = {
+    "solver": {"_target_": "m.cg", "iterations": 5, "damping": 10.0},
+    "train": {"stages": ["pretrain", "bissl"], "out": "runs", "hooks": [{"every": 1}], "empty": {}, 7: "a"},
+    "backbone": {"name": "resnet18"},
+    "task": {"backbone": "${backbone}"},
+}
+
+
+def override(*overrides: str) -> DictConfig:
+    return LazyConfig.apply_overrides(OmegaConf.create(BASE), overrides, source="configs/voc.py")
+
+
+def test_overrides_change_add_and_remove_without_touching_the_input():
+    base = OmegaConf.create(BASE)
+    overrides = [
+        "solver.iterations=10",
+        "+solver.blockwise=true",
+        "~train.out",
+        "train.hooks.0.every=2",
+        "solver._target_=m.x",
+    ]
+    cfg = LazyConfig.apply_overrides(base, overrides)
+    assert base == BASE
+    assert cfg.solver == {"_target_": "m.x", "iterations": 10, "damping": 10.0, "blockwise": True}
+    assert "out" not in cfg.train and cfg.train.hooks == [{"every": 2}]
+    assert cfg.task.backbone.name == "resnet18"
+    assert override("+train.stages.2=finetune", "~train.stages.0").train.stages == ["bissl", "finetune"]
+    assert override("train.7=b").train[7] == "b"
+    assert override("+new={a: 1}", "+new.b=2").new == {"a": 1, "b": 2}
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("1e-3", 1e-3),
+        ("'1e-3'", "1e-3"),
+        ("runs/a", "runs/a"),
+        ("a=b", "a=b"),
+        ("", None),
+        ("null", None),
+        ("''", ""),
+        ("[1, [x, 2.5]]", [1, ["x", 2.5]]),
+        ("{a: {b: off}}", {"a": {"b": False}}),
+        ("2024-01-31", "2024-01-31"),
+        ("${backbone.name}", "resnet18"),
+    ],
+)
+def test_override_values_are_yaml(text, value):
+    cfg = override(f"train.out={text}")
+    assert cfg.train.out == value and type(OmegaConf.to_container(cfg, resolve=True)["train"]["out"]) is type(value)
+
+
+def test_a_key_that_does_not_exist_names_the_nearest():
+    with pytest.raises(ConfigError) as error:
+        override("solver.iteration=10")
+    assert str(error.value) == (
+        "configs/voc.py: no key 'solver.iteration' (override 'solver.iteration=10'). Nearest: solver.iterations. "
+        "Use +solver.iteration=10 to add it."
+    )
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        (
+            "slover.iterations=1",
+            "no key 'slover.iterations' (override 'slover.iterations=1'). Nearest: solver.iterations.",
+        ),
+        ("every=1", "Nearest: train.hooks.0.every. Use +every=1"),
+        ("train.out.x=1", "no key 'train.out.x'"),
+        ("train.stages.2=x", "no key 'train.stages.2'"),
+        ("train.stages.-1=x", "no key 'train.stages.-1'"),
+        ("~solver.iteration", "no key 'solver.iteration' (override '~solver.iteration'). Nearest: solver.iterations."),
+        ("task.backbone.name=x", "'task.backbone' is ${backbone}; override what it refers to."),
+        ("+solver.damping=1", "'solver.damping' exists already (override '+solver.damping=1'). Use solver.damping=1"),
+        ("+train.ema.decay=1", "no section 'train.ema' to add to"),
+        ("+train.out.x=1", "no section 'train.out' to add to"),
+        (
+            "+train.stages.5=x",
+            "the list 'train.stages' has 2 entries (override '+train.stages.5=x'). Number 2 appends.",
+        ),
+        (
+            "solver=cg",
+            "'solver' is a section, not a value (override 'solver=cg'). Name one of its keys (_target_, iter",
+        ),
+        ("solver=null", "or give ~solver and then +solver=..."),
+        ("train.stages=bissl", "'train.stages' is a list (override 'train.stages=bissl'). Use train.stages=[bissl]"),
+        ("solver.damping", "Write key.sub=value to change"),
+        ("=3", "Write key.sub=value to change"),
+        ("solver..damping=3", "Write key.sub=value to change"),
+        ("~solver=3", "Write key.sub=value to change"),
+        ("+solver", "Write key.sub=value to change"),
+        ("", "Write key.sub=value to change"),
+        ("train.out=[1", "configs/voc.py: override 'train.out=[1': not valid YAML"),
+        ("train.out=!!python/name:os.system", "the tag"),
+        ("train.out={1.5: 2}", "in 'train.out.1.5' the key 1.5 is a float"),
+        ("train.out='${'", "'train.out': "),
+    ],
+)
+def test_an_override_that_cannot_be_meant_is_refused(text, expected):
+    with pytest.raises(ConfigError) as error:
+        override(text)
+    message = str(error.value)
+    assert message.startswith("configs/voc.py: ") and expected in message
+
+
+def test_a_section_is_replaced_by_a_mapping_an_interpolation_or_in_two_steps():
+    assert override("solver={name: x}").solver == {"name": "x"}
+    assert override("solver=${backbone}").solver == {"name": "resnet18"}
+    assert override("~solver", "+solver=cg").solver == "cg"
+    assert override("train.stages=null").train.stages is None
+    assert override("train.empty=1", "train.out={a: 1}").train.out == {"a": 1}
+
+
+def write(name: str, text: str) -> Path:
+    path = Path(name)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def test_load_config_takes_paths_and_shipped_names(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    package = tmp_path / "site" / "bissl_zoo"
+    write("site/configs/bissl/voc_det.py", "from ..common.train import train\n")
+    write("site/configs/common/train.py", "train = dict(seed=3)\n")
+    package.mkdir()
+    monkeypatch.setattr(config, "__file__", str(package / "config.py"))
+    assert config_root() == tmp_path / "site" / "configs"
+    assert load_config("bissl/voc_det.py").train.seed == 3
+    write("own.py", "train = dict(seed=4)\n")
+    assert load_config("own.py").train.seed == load_config(tmp_path / "own.py").train.seed == 4
+    with pytest.raises(ConfigError) as error:
+        load_config("bissl/voc_dte.py")
+    assert str(error.value) == (
+        "There is no config 'bissl/voc_dte.py'. Did you mean 'bissl/voc_det.py'? Shipped configs: bissl/voc_det.py."
+    )
+    write("site/bissl_zoo/configs/installed.py", "train = dict(seed=5)\n")  # a wheel carries them inside the package
+    assert load_config("installed.py").train.seed == 5
