@@ -1,0 +1,66 @@
+"""Where data sets lie, and what all of them share: the root folder, its error message, and reading one image."""
+
+import os
+from pathlib import Path
+
+from PIL import Image, ImageOps
+
+from bissl_zoo.errors import DatasetError
+
+DATASETS_VARIABLE = "BISSL_ZOO_DATASETS"
+IMAGE_EXTENSIONS = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff"})
+
+
+def datasets_root() -> Path:
+    """The folder that holds the data sets: `$BISSL_ZOO_DATASETS`, or `datasets` in the working directory."""
+    return Path(os.environ.get(DATASETS_VARIABLE) or "datasets").expanduser()
+
+
+def require_folder(path: str | os.PathLike, what: str, fetch: str = "") -> Path:
+    """Return `path` if it is a folder.
+
+    Args:
+        path: the folder that a data set needs.
+        what: the data set in words; the message begins with it.
+        fetch: the command that brings it, where there is one.
+
+    Raises:
+        DatasetError: with the absolute path, the command, and the variable that moves the root and its present value.
+    """
+    path = Path(path)
+    if path.is_dir():
+        return path
+    value = os.environ.get(DATASETS_VARIABLE)
+    present = f"is '{value}'" if value else "is not set, which means 'datasets' in the working directory"
+    action = f"Fetch it with\n  {fetch}\nor set" if fetch else "Put it there, or set"
+    raise DatasetError(
+        f"{what}: there is no folder {path.absolute()}. {action} {DATASETS_VARIABLE} to the folder "
+        f"that holds your data sets (it {present})."
+    )
+
+
+def load_image(path: str | os.PathLike, upright: bool = True) -> Image.Image:
+    """Read and fully decode one image file as RGB.
+
+    Args:
+        path: the file.
+        upright: turn the picture as its EXIF orientation says, as every viewer does. Detection sets pass False, because
+            their boxes count the pixels as they are stored.
+
+    Raises:
+        DatasetError: naming the file, where it is missing, truncated or no image.
+    """
+    try:
+        with Image.open(path) as image:
+            image.load()
+            if upright:
+                image = ImageOps.exif_transpose(image)
+            return image.convert("RGB")
+    except FileNotFoundError as error:
+        raise DatasetError(f"Image {path} does not exist.") from error
+    # Decoders raise whatever a damaged stream leads them to: OSError, SyntaxError, struct.error, ValueError, ...
+    except Exception as error:
+        raise DatasetError(
+            f"Image {path} does not decode ({type(error).__name__}: {error}). "
+            "Replace the file, or remove it from the set."
+        ) from error

@@ -1,0 +1,107 @@
+"""Loaders: an endless seeded stream of training batches, sharded over ranks, and one pass over an evaluation set."""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from bissl_zoo.distributed import get_rank, get_world_size
+from bissl_zoo.errors import ConfigError
+
+Sample = tuple[Any, Any]
+
+
+class TransformedDataset(Dataset):
+    """A data set of `(PIL image, target)` seen through `transform(image, target)`."""
+
+    def __init__(self, dataset: Dataset, transform: Callable[[Any, Any], Any]) -> None:
+        self.dataset = dataset
+        self.transform = transform
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> Any:
+        return self.transform(*self.dataset[index])
+
+
+class TrainingSampler(Sampler[int]):
+    """An endless stream of sample numbers: each epoch is a permutation drawn from `seed` and the epoch's number.
+
+    The stream is cut into global batches of `batch_size`, of which each rank takes its own part, so what is drawn at a
+    step does not depend on the number of ranks. It starts at a step, so that a resumed run goes on with the next batch.
+    """
+
+    def __init__(self, size: int, batch_size: int, seed: int, start_step: int = 0) -> None:
+        self.size, self.batch_size, self.seed, self.start_step = size, batch_size, seed, start_step
+
+    def __iter__(self) -> Iterator[int]:
+        rank, world = get_rank(), get_world_size()
+        share = self.batch_size // world
+        position = self.start_step * self.batch_size
+        epoch, permutation = -1, torch.empty(0, dtype=torch.long)
+        while True:
+            for offset in range(rank * share, (rank + 1) * share):
+                wanted, index = divmod(position + offset, self.size)
+                if wanted != epoch:
+                    epoch = wanted
+                    generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
+                    permutation = torch.randperm(self.size, generator=generator)
+                yield int(permutation[index])
+            position += self.batch_size
+
+
+def build_train_loader(
+    dataset: Dataset,
+    batch_size: int,
+    transform: Callable[[Any, Any], Any],
+    collate: Callable[[list[Any]], Any] | None = None,
+    num_workers: int = 0,
+    seed: int = 0,
+    start_step: int = 0,
+    pin_memory: bool = False,
+) -> DataLoader:
+    """Endless loader of training batches.
+
+    Args:
+        dataset: items `(PIL image, target)`.
+        batch_size: samples per step over all ranks; each rank loads its share.
+        start_step: number of batches already taken by an earlier part of the run.
+    Raises:
+        ConfigError: the batch does not divide among the ranks.
+    """
+    world = get_world_size()
+    if batch_size % world or batch_size < 1:
+        raise ConfigError(
+            f"batch_size={batch_size} is the batch over all ranks and must be a multiple of the {world} ranks."
+        )
+    return DataLoader(
+        TransformedDataset(dataset, transform),
+        batch_size=batch_size // world,
+        sampler=TrainingSampler(len(dataset), batch_size, seed, start_step),
+        collate_fn=collate,
+        num_workers=num_workers,
+        pin_memory=pin_memory,
+        persistent_workers=num_workers > 0,
+        generator=torch.Generator().manual_seed(seed + get_rank()),
+    )
+
+
+def build_test_loader(
+    dataset: Dataset,
+    batch_size: int,
+    transform: Callable[[Any, Any], Any],
+    collate: Callable[[list[Any]], Any] | None = None,
+    num_workers: int = 0,
+    pin_memory: bool = False,
+) -> DataLoader:
+    """One pass over `dataset` in order, `batch_size` samples per rank at a time; rank r reads samples r, r + W, ..."""
+    return DataLoader(
+        TransformedDataset(dataset, transform),
+        batch_size=batch_size,
+        sampler=list(range(get_rank(), len(dataset), get_world_size())),
+        collate_fn=collate,
+        num_workers=num_workers,
+        pin_memory=pin_memory,
+    )
