@@ -1,0 +1,83 @@
+"""Top-k accuracy over a whole set, across ranks."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from bissl_zoo.distributed import all_gather_objects
+from bissl_zoo.errors import BisslZooError, DatasetError
+
+
+class TopKEvaluator:
+    """Accuracies as fractions in [0, 1]: `top1`, `top5`, ... and `mean_per_class`, the mean of the classes' own top-1.
+
+    Scores that are equal count in the order of the classes, so that constant logits do not look right. A class without
+    samples is left out of the mean. Each sample must be processed once, on one rank: samples carry no number by which
+    duplicates could be told.
+
+    Args:
+        classes: the K class names.
+        topk: which k to report; those above K are left out.
+    """
+
+    def __init__(self, classes: Sequence[str], topk: Sequence[int] = (1, 5)):
+        self.classes = list(classes)
+        self.topk = tuple(k for k in topk if k <= len(self.classes))
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget what was processed."""
+        # [c, p]: how many samples of class c have their class at place p of the scores; last column: further back
+        self._places = torch.zeros(len(self.classes), max((1, *self.topk)) + 1, dtype=torch.int64)
+
+    def process(self, predictions: Tensor, targets: Tensor) -> None:
+        """Count one batch.
+
+        Args:
+            predictions: logits or probabilities (B, K).
+            targets: class indices (B,), int64.
+
+        Raises:
+            BisslZooError: shapes or class indices that do not fit, or a score that is not finite.
+        """
+        scores, labels = predictions.detach().float().cpu(), targets.detach().cpu()
+        classes = len(self.classes)
+        if scores.shape != (len(labels), classes) or labels.ndim != 1:
+            raise BisslZooError(
+                f"Top-k evaluation of {classes} classes: predictions have shape {tuple(scores.shape)} and targets "
+                f"{tuple(labels.shape)}; expected are (B, {classes}) and (B,)."
+            )
+        if len(labels) == 0:
+            return
+        if not torch.isfinite(scores).all():
+            raise BisslZooError("Top-k evaluation: a score is NaN or infinite; the model has diverged.")
+        if labels.min() < 0 or labels.max() >= classes:
+            raise BisslZooError(
+                f"Top-k evaluation: targets range from {int(labels.min())} to {int(labels.max())}, "
+                f"but there are {classes} classes."
+            )
+        true = scores.gather(1, labels[:, None])
+        earlier = torch.arange(classes) < labels[:, None]
+        place = ((scores > true) | ((scores == true) & earlier)).sum(dim=1)
+        place = place.clamp(max=self._places.shape[1] - 1)
+        self._places.index_put_((labels, place), torch.ones_like(labels), accumulate=True)
+
+    def synchronize(self) -> None:
+        """Replace the counts by the sum over all ranks; call it once, on every rank, before `evaluate`."""
+        self._places = torch.stack(all_gather_objects(self._places)).sum(dim=0)
+
+    def evaluate(self) -> dict[str, float]:
+        """The metrics of what was processed since `reset`.
+
+        Raises:
+            DatasetError: where nothing was.
+        """
+        samples = self._places.sum(dim=1)
+        total = int(samples.sum())
+        if total == 0:
+            raise DatasetError("Top-k evaluation: no sample was processed. Is the test set empty?")
+        metrics = {f"top{k}": int(self._places[:, :k].sum()) / total for k in self.topk}
+        present = samples > 0
+        metrics["mean_per_class"] = (self._places[present, 0].double() / samples[present]).mean().item()
+        return metrics

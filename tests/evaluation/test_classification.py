@@ -1,0 +1,104 @@
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from sklearn.metrics import balanced_accuracy_score, top_k_accuracy_score
+
+from bissl_zoo.errors import BisslZooError, DatasetError
+from bissl_zoo.evaluation import TopKEvaluator
+
+# Rank 0 has one sample of class 0, rank 1 three of class 1, of which one is right.
+RANK = """
+import json, sys
+import torch
+import torch.distributed as dist
+from bissl_zoo.evaluation import TopKEvaluator
+
+rank = int(sys.argv[2])
+dist.init_process_group("gloo", init_method=sys.argv[1], rank=rank, world_size=2)
+evaluator = TopKEvaluator(["a", "b"])
+evaluator.process(torch.eye(2)[[[0], [0, 0, 1]][rank]], torch.tensor([[0], [1, 1, 1]][rank]))
+evaluator.synchronize()
+print(json.dumps(evaluator.evaluate()))
+dist.barrier()
+dist.destroy_process_group()
+"""
+
+
+def classes(count):
+    return [f"class{i}" for i in range(count)]
+
+
+def test_accuracies_agree_with_scikit_learn_over_several_batches():
+    generator = torch.Generator().manual_seed(0)
+    scores, labels = torch.randn(200, 7, generator=generator), torch.randint(0, 7, (200,), generator=generator)
+    evaluator = TopKEvaluator(classes(7))
+    for part in range(0, 200, 64):
+        evaluator.process(scores[part : part + 64], labels[part : part + 64])
+    metrics = evaluator.evaluate()
+    reference = {k: top_k_accuracy_score(labels, scores, k=k, labels=range(7)) for k in (1, 5)}
+    # Both count the same whole numbers; only the last division rounds.
+    assert metrics["top1"] == pytest.approx(reference[1], rel=1e-12)
+    assert metrics["top5"] == pytest.approx(reference[5], rel=1e-12)
+    assert metrics["mean_per_class"] == pytest.approx(balanced_accuracy_score(labels, scores.argmax(1)), rel=1e-12)
+
+
+def test_topk_above_the_number_of_classes_is_left_out():
+    evaluator = TopKEvaluator(classes(3))
+    evaluator.process(torch.eye(3), torch.arange(3))
+    assert evaluator.evaluate() == {"top1": 1.0, "mean_per_class": 1.0}
+
+
+def test_constant_scores_are_not_right_for_every_class():
+    evaluator = TopKEvaluator(classes(4))
+    evaluator.process(torch.zeros(4, 4), torch.arange(4))
+    assert evaluator.evaluate()["top1"] == 0.25
+
+
+def test_class_without_samples_is_left_out_of_the_mean_per_class():
+    evaluator = TopKEvaluator(classes(3))
+    evaluator.process(torch.eye(3)[[0, 0, 0, 0]], torch.tensor([0, 0, 0, 1]))
+    assert evaluator.evaluate() == {"top1": 0.75, "mean_per_class": 0.5}
+
+
+def test_half_precision_scores_and_empty_batches_are_taken():
+    evaluator = TopKEvaluator(classes(2))
+    evaluator.process(torch.eye(2, dtype=torch.bfloat16), torch.arange(2))
+    evaluator.process(torch.zeros(0, 2), torch.zeros(0, dtype=torch.int64))
+    assert evaluator.evaluate()["top1"] == 1.0
+
+
+def test_nothing_processed_is_an_error_that_says_so():
+    evaluator = TopKEvaluator(classes(2))
+    with pytest.raises(DatasetError, match="no sample was processed"):
+        evaluator.evaluate()
+    evaluator.process(torch.eye(2), torch.arange(2))
+    evaluator.reset()
+    with pytest.raises(DatasetError, match="no sample was processed"):
+        evaluator.evaluate()
+
+
+@pytest.mark.parametrize(
+    ("scores", "labels", "message"),
+    [
+        (torch.full((1, 2), float("nan")), torch.tensor([0]), "NaN or infinite"),
+        (torch.zeros(1, 2), torch.tensor([2]), "targets range from 2 to 2, but there are 2 classes"),
+        (torch.zeros(1, 3), torch.tensor([0]), r"shape \(1, 3\)"),
+    ],
+)
+def test_scores_and_targets_that_do_not_fit_are_refused(scores, labels, message):
+    with pytest.raises(BisslZooError, match=message):
+        TopKEvaluator(classes(2)).process(scores, labels)
+
+
+def test_counts_of_two_processes_are_added(tmp_path):
+    script = tmp_path / "rank.py"
+    script.write_text(RANK)
+    command = [sys.executable, str(script), f"file://{tmp_path / 'rendezvous'}"]
+    ranks = [subprocess.Popen([*command, str(rank)], stdout=subprocess.PIPE, text=True) for rank in range(2)]
+    for process in ranks:
+        output = process.communicate(timeout=120)[0]
+        assert process.returncode == 0
+        assert json.loads(output.splitlines()[-1]) == {"top1": 0.5, "mean_per_class": pytest.approx(2 / 3)}

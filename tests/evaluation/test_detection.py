@@ -1,0 +1,245 @@
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from bissl_zoo.errors import BisslZooError, DatasetError
+from bissl_zoo.evaluation import DetectionEvaluator, average_precision, voc_average_precision
+
+GOLDEN = Path(__file__).resolve().parents[1] / "golden"
+ONE = pytest.approx(1.0, rel=1e-12)  # pycocotools adds a rounding unit to a denominator
+BOX, FAR = [0.0, 0.0, 10.0, 10.0], [50.0, 50.0, 60.0, 60.0]
+
+
+def target(boxes, labels=None, difficult=None, image_id=0):
+    return {
+        "boxes": torch.tensor(boxes, dtype=torch.float32).reshape(-1, 4),
+        "labels": torch.tensor(labels if labels is not None else [0] * len(boxes), dtype=torch.int64),
+        "difficult": torch.tensor(difficult if difficult is not None else [False] * len(boxes), dtype=torch.bool),
+        "image_id": image_id,
+    }
+
+
+def prediction(boxes, scores, labels=None):
+    return {
+        "boxes": torch.tensor(boxes, dtype=torch.float32).reshape(-1, 4),
+        "scores": torch.tensor(scores, dtype=torch.float32),
+        "labels": torch.tensor(labels if labels is not None else [0] * len(boxes), dtype=torch.int64),
+    }
+
+
+def evaluate(predictions, targets, classes=("thing",)):
+    evaluator = DetectionEvaluator(classes)
+    evaluator.process(predictions, targets)
+    return evaluator.evaluate()
+
+
+def golden_set():
+    """92 detections of 75 objects in 4 classes, numbered from 1 there."""
+    data = np.load(GOLDEN / "det_ap50_clean.npz")
+    targets, predictions = [], []
+    for image in range(int(data["n_images"])):
+        mine, found = data["gt_image"] == image, data["pred_image"] == image
+        targets.append(target(data["gt_boxes"][mine].tolist(), (data["gt_labels"][mine] - 1).tolist(), image_id=image))
+        predictions.append(
+            prediction(
+                data["pred_boxes"][found].tolist(),
+                data["pred_scores"][found].tolist(),
+                (data["pred_labels"][found] - 1).tolist(),
+            )
+        )
+    return data, predictions, targets
+
+
+def test_golden_set_gives_the_values_of_independent_implementations():
+    data, predictions, targets = golden_set()
+    metrics = evaluate(predictions, targets, list("abcd"))
+    # Counts and divisions in float64 on both sides.
+    assert metrics["AP50"] == pytest.approx(float(data["ap50_coco"]) / 100, rel=1e-9)
+    assert metrics["voc_AP50"] == pytest.approx(float(data["ap50_voc_allpoint_own"]) / 100, rel=1e-9)
+    # A matching that ignores the labels gives another number; ours must not be that one.
+    assert abs(metrics["AP50"] - float(data["ap50_reference"]) / 100) > 0.01
+
+
+def test_eleven_point_mean_agrees_with_an_independent_implementation():
+    data = np.load(GOLDEN / "map11_a.npz")
+    values = []
+    for scores, positive in zip(data["scores"].T, data["targets"].T > 0, strict=True):
+        values.append(
+            average_precision(positive[np.argsort(-scores, kind="stable")], positive.sum(), eleven_point=True)
+        )
+    # The reference takes its mean in float32.
+    assert np.mean(values) == pytest.approx(float(data["mAP"]) / 100, rel=1e-6)
+
+
+def test_eleven_point_recalls_are_exact_tenths():
+    # Three of ten are found, then only misses: precision 1 at the recalls 0, 0.1, 0.2, 0.3, and 0 beyond.
+    assert average_precision(np.array([True] * 3 + [False] * 5), 10, eleven_point=True) == pytest.approx(
+        4 / 11, rel=1e-15
+    )
+
+
+def test_area_and_eleven_points_of_a_ranking_worked_out_by_hand():
+    # Recall 1/3, 1/3, 2/3, precision 1, 1/2, 2/3: area 1/3 + 2/3 * 1/3; best precision 1 at 4 recalls, 2/3 at 3.
+    ranking = np.array([True, False, True])
+    assert average_precision(ranking, 3) == pytest.approx(5 / 9, rel=1e-15)
+    assert average_precision(ranking, 3, eleven_point=True) == pytest.approx((4 + 3 * 2 / 3) / 11, rel=1e-15)
+
+
+def test_area_agrees_with_the_devkit_formula_on_random_rankings():
+    generator = np.random.default_rng(0)
+    for _ in range(50):
+        right = generator.random(30) < 0.4
+        positives = int(right.sum()) + 3
+        recall, precision = np.cumsum(right) / positives, np.cumsum(right) / np.arange(1, 31)
+        recall, precision = np.concatenate([[0], recall, [1]]), np.concatenate([[0], precision, [0]])
+        for i in range(len(precision) - 2, -1, -1):
+            precision[i] = max(precision[i], precision[i + 1])
+        area = sum((recall[i] - recall[i - 1]) * precision[i] for i in range(1, len(recall)))
+        assert average_precision(right, positives) == pytest.approx(area, rel=1e-12)
+
+
+def test_difficult_object_is_neither_right_nor_wrong():
+    targets = [target([BOX, FAR], difficult=[False, True])]
+    for found in ([BOX], [BOX, FAR], [BOX, FAR, FAR, FAR]):
+        # The detections of the difficult object score highest: counted as wrong they would halve the precision.
+        metrics = evaluate([prediction(found, [0.5] + [0.9] * (len(found) - 1))], targets)
+        assert all(metrics[name] == ONE for name in ("AP", "AP50", "voc_AP50", "voc07_AP50"))
+
+
+def test_difficult_object_is_matched_by_iou_and_not_by_the_share_of_the_detection():
+    # The second detection lies inside the difficult object but covers a hundredth of it: it is wrong.
+    targets = [target([BOX, [100, 100, 200, 200]], difficult=[False, True])]
+    metrics = evaluate([prediction([BOX, [100, 100, 110, 110]], [0.5, 0.9])], targets)
+    assert metrics["AP50"] == pytest.approx(0.5, rel=1e-9)
+    assert metrics["voc_AP50"] == pytest.approx(0.5, rel=1e-9)
+
+
+def test_second_detection_of_an_object_is_wrong():
+    metrics = evaluate([prediction([BOX, BOX, FAR], [0.9, 0.8, 0.7])], [target([BOX, FAR])])
+    assert metrics["voc_AP50"] == pytest.approx(1 / 2 + 2 / 3 / 2, rel=1e-15)
+
+
+def test_overlap_of_exactly_the_threshold_is_right():
+    values = voc_average_precision([prediction([[0, 0, 10, 5]], [0.9])], [target([BOX])], num_classes=1)
+    assert values.tolist() == [1.0]
+    values = voc_average_precision([prediction([[0, 0, 10, 4.99]], [0.9])], [target([BOX])], num_classes=1)
+    assert values.tolist() == [0.0]
+
+
+def test_devkit_rule_looks_only_at_the_object_overlapped_most():
+    # Both detections overlap the first object most (1 and 0.82); the second also overlaps the other one by 0.67.
+    targets = [target([BOX, [0, 2, 10, 12]])]
+    values = voc_average_precision([prediction([BOX, [0, 1, 10, 10.9]], [0.9, 0.8])], targets, num_classes=1)
+    assert values.tolist() == [0.5]
+
+
+def test_label_and_image_must_agree():
+    targets = [target([BOX], [0], image_id=0), target([BOX], [1], image_id=1)]
+    metrics = evaluate([prediction([BOX], [0.9], [1]), prediction([BOX], [0.9], [0])], targets, ["a", "b"])
+    assert metrics["AP50"] == metrics["voc_AP50"] == metrics["AP50/a"] == 0.0
+
+
+def test_equal_scores_rank_by_image_number_whatever_the_order_of_processing():
+    pairs = [
+        (prediction([FAR], [0.5]), target([BOX], image_id=1)),
+        (prediction([BOX], [0.5]), target([BOX], image_id=0)),
+    ]
+    for order in (pairs, pairs[::-1]):
+        metrics = evaluate(*zip(*order, strict=True))
+        # The right one, in image 0, comes first: precision 1 at recall 1/2.
+        assert metrics["voc_AP50"] == 0.5
+
+
+def test_class_without_objects_is_left_out_of_the_mean():
+    metrics = evaluate([prediction([BOX, FAR], [0.9, 0.8], [0, 1])], [target([BOX])], ["a", "b"])
+    assert all(metrics[name] == ONE for name in ("AP50", "voc_AP50", "voc07_AP50"))
+    assert "AP50/a" in metrics and "AP50/b" not in metrics
+    values = voc_average_precision([prediction([BOX], [0.9])], [target([BOX])], num_classes=2)
+    assert values[0] == 1.0 and np.isnan(values[1])
+
+
+def test_image_without_objects_still_counts_its_false_detections():
+    targets = [target([BOX], image_id=0), target([], image_id=1)]
+    metrics = evaluate([prediction([BOX], [0.5]), prediction([BOX], [0.9])], targets)
+    assert metrics["voc_AP50"] == 0.5
+    assert metrics["AP50"] == pytest.approx(0.5, rel=1e-9)
+
+
+def test_no_detections_give_zero():
+    metrics = evaluate([prediction([], [])], [target([BOX])])
+    assert set(metrics.values()) == {0.0}
+    assert set(metrics) == {"AP", "AP50", "AP75", "voc_AP50", "voc07_AP50", "AP50/thing"}
+
+
+def test_perfect_detections_give_one_and_print_nothing(capsys):
+    metrics = evaluate([prediction([BOX, FAR], [0.9, 0.8], [0, 1])], [target([BOX, FAR], [0, 1])], ["a", "b"])
+    assert all(value == ONE for value in metrics.values())
+    assert capsys.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize("targets", [[target([])], [target([BOX], difficult=[True])]])
+def test_set_without_objects_that_count_is_an_error_that_says_so(targets):
+    with pytest.raises(DatasetError, match="hold no objects, or only difficult ones"):
+        evaluate([prediction([BOX], [0.9])], targets)
+
+
+def test_nothing_processed_is_an_error_that_says_so():
+    evaluator = DetectionEvaluator(["a"])
+    with pytest.raises(DatasetError, match="no image was processed"):
+        evaluator.evaluate()
+    evaluator.process([prediction([BOX], [0.9])], [target([BOX])])
+    evaluator.reset()
+    with pytest.raises(DatasetError, match="no image was processed"):
+        evaluator.evaluate()
+
+
+@pytest.mark.parametrize(
+    ("found", "message"),
+    [
+        ([prediction([BOX], [float("nan")])], "image 0: a predicted box or score is NaN"),
+        ([prediction([BOX], [0.9], [1])], "image 0: predicted labels range from 1 to 1, but there are 1 classes"),
+        ([prediction([BOX], [0.9, 0.8])], "1 boxes, 1 labels, 2 scores"),
+        ([], "0 predictions for 1 images"),
+    ],
+)
+def test_predictions_that_do_not_fit_are_refused(found, message):
+    with pytest.raises(BisslZooError, match=message):
+        DetectionEvaluator(["a"]).process(found, [target([BOX])])
+
+
+# Image 1 is processed by both ranks, as a padded sampler would have it, and counts once.
+RANK = """
+import json, sys
+import torch.distributed as dist
+from bissl_zoo.evaluation import DetectionEvaluator
+
+rank = int(sys.argv[2])
+dist.init_process_group("gloo", init_method=sys.argv[1], rank=rank, world_size=2)
+evaluator = DetectionEvaluator(["a"])
+box, far = [0.0, 0.0, 10.0, 10.0], [50.0, 50.0, 60.0, 60.0]
+for image_id in ([0, 1], [1, 2])[rank]:
+    truth = {"boxes": [box], "labels": [0], "difficult": [False], "image_id": image_id}
+    evaluator.process([{"boxes": [far if image_id == 1 else box], "scores": [0.5], "labels": [0]}], [truth])
+evaluator.synchronize()
+print(json.dumps(evaluator.evaluate()))
+dist.barrier()
+dist.destroy_process_group()
+"""
+
+
+def test_metrics_of_two_processes_are_those_of_the_whole_set(tmp_path):
+    script = tmp_path / "rank.py"
+    script.write_text(RANK)
+    command = [sys.executable, str(script), f"file://{tmp_path / 'rendezvous'}"]
+    ranks = [subprocess.Popen([*command, str(rank)], stdout=subprocess.PIPE, text=True) for rank in range(2)]
+    images = [target([BOX], image_id=i) for i in range(3)]
+    alone = evaluate([prediction([FAR if i == 1 else BOX], [0.5]) for i in range(3)], images, ["a"])
+    for process in ranks:
+        output = process.communicate(timeout=120)[0]
+        assert process.returncode == 0
+        assert json.loads(output.splitlines()[-1]) == alone
