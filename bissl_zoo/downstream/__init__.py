@@ -1,0 +1,7 @@
+"""Downstream tasks, the upper level: one task per file, registered in `DOWNSTREAM_TASKS`."""
+
+from bissl_zoo.downstream.classification import Classification
+from bissl_zoo.downstream.detection import FasterRCNN
+from bissl_zoo.downstream.task import DownstreamTask, Evaluator
+
+__all__ = ["Classification", "DownstreamTask", "Evaluator", "FasterRCNN"]
