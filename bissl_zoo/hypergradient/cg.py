@@ -1,0 +1,102 @@
+"""Conjugate gradient, joint and blockwise."""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from bissl_zoo.hypergradient.solver import LinearOperator, Solution, relative_residual
+
+
+@dataclass(frozen=True)
+class ConjugateGradient:
+    """Conjugate gradient for `A x = v` with `A` symmetric (Hestenes and Stiefel, 1952).
+
+    Args:
+        iterations: most products spent on the solution; one more measures its residual.
+        tolerance: relative residual at which to stop.
+        damping: delta, added to lambda in `A = I + H / (lambda + delta)`.
+        blockwise: keep a separate step length per parameter tensor and run all iterations unguarded, as the BiSSL
+            authors do. This is not a solve of the joint system: it converges only where the curvature between tensors
+            is small against lambda + delta. The status tells; the iterate is returned all the same.
+        growth: a residual that exceeds `||v||` by this factor counts as divergence.
+    """
+
+    iterations: int = 5
+    tolerance: float = 1e-3
+    damping: float = 10.0
+    blockwise: bool = False
+    growth: float = 10.0
+
+    def __call__(self, operator: LinearOperator, v: Tensor) -> Solution:
+        """Solve from x = 0; see :class:`Solution` for what comes back.
+
+        Negative curvature, a residual that grows and a non-finite product end the joint solve with the best iterate so
+        far, or `v` where there is none; a non-finite `v` is answered by zero.
+        """
+        if not torch.isfinite(v).all():
+            return Solution(torch.zeros_like(v), float("inf"), 0, "non_finite")
+        if not v.any():
+            return Solution(v, 0.0, 0, "converged")
+        x, status, products = self._blockwise(operator, v) if self.blockwise else self._joint(operator, v)
+        residual = relative_residual(operator, x, v)
+        if not math.isfinite(residual):
+            return Solution(v, float("inf"), products + 1, "non_finite")
+        if status == "max_iterations" and (residual <= self.tolerance or residual > 1.0):
+            status = "converged" if residual <= self.tolerance else "diverged"
+        return Solution(x, residual, products + 1, status)
+
+    def _joint(self, operator: LinearOperator, v: Tensor) -> tuple[Tensor, str, int]:
+        scale = best_norm = torch.linalg.vector_norm(v)
+        x, best, r, p = torch.zeros_like(v), v, v, v
+        r_dot_r = torch.dot(r, r)
+        for products in range(1, self.iterations + 1):
+            product = operator(p)
+            curvature = torch.dot(p, product)
+            if not torch.isfinite(curvature):
+                return best, "non_finite", products
+            if curvature <= 0:
+                return best, "negative_curvature", products
+            step = r_dot_r / curvature
+            x, r = x + step * p, r - step * product
+            r_dot_r, previous = torch.dot(r, r), r_dot_r
+            norm = r_dot_r.sqrt()
+            if products == 1 or norm < best_norm:
+                best, best_norm = x, norm
+            if norm <= self.tolerance * scale:
+                return x, "converged", products
+            if norm > self.growth * scale:
+                return best, "diverged", products
+            p = r + (r_dot_r / previous) * p
+        return best, "max_iterations", self.iterations
+
+    def _blockwise(self, operator: LinearOperator, v: Tensor) -> tuple[Tensor, str, int]:
+        sizes = operator.block_sizes
+        x, r, p = torch.zeros_like(v), v, v
+        r_dot_r = _block_dots(r, r, sizes)
+        for products in range(1, self.iterations + 1):
+            product = operator(p)
+            curvature = _block_dots(p, product, sizes)
+            if not torch.isfinite(curvature).all():
+                return v, "non_finite", products
+            step = _spread(_ratio(r_dot_r, curvature), sizes)
+            x, r = x + step * p, r - step * product
+            r_dot_r, previous = _block_dots(r, r, sizes), r_dot_r
+            p = r + _spread(_ratio(r_dot_r, previous), sizes) * p
+        return x, "max_iterations", self.iterations
+
+
+def _block_dots(a: Tensor, b: Tensor, sizes: list[int]) -> Tensor:
+    """Inner product of each block: two `(P,)` -> `(blocks,)`."""
+    return torch.stack([torch.dot(x, y) for x, y in zip(a.split(sizes), b.split(sizes), strict=True)])
+
+
+def _ratio(numerator: Tensor, denominator: Tensor) -> Tensor:
+    """Elementwise quotient, 0 where a block has nothing left to do (0 / 0)."""
+    return torch.where(denominator == 0, torch.zeros_like(numerator), numerator / denominator)
+
+
+def _spread(values: Tensor, sizes: list[int]) -> Tensor:
+    """One value per block -> `(P,)`."""
+    return torch.repeat_interleave(values, torch.tensor(sizes, device=values.device))
