@@ -1,0 +1,298 @@
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from safetensors.torch import load_file
+
+from bissl_zoo.errors import ZooError
+from bissl_zoo.registry import build_backbone
+from bissl_zoo.zoo import EntryMetadata, create_backbone, get_entry, list_backbones, publish_entry
+from bissl_zoo.zoo.hub import Zoo, sha256_of
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+PIXELS = {"mean": (0.4, 0.5, 0.6), "std": (0.2, 0.25, 0.3), "input_size": (3, 64, 64)}
+
+
+def trained_state(architecture="test_resnet", seed=0, **model_args):
+    """A state dict that no fresh model has, batch-norm statistics included."""
+    torch.manual_seed(seed)
+    state = timm.create_model(architecture, num_classes=0, **model_args).state_dict()
+    return {key: torch.rand_like(value) if value.is_floating_point() else value + 3 for key, value in state.items()}
+
+
+STATE = trained_state()
+
+
+def publish(zoo, name="tiny", **changes):
+    arguments = {
+        "name": name,
+        "backbone_state": STATE,
+        "architecture": "test_resnet",
+        "pretrained_cfg": PIXELS,
+        "metadata": EntryMetadata(pretext="simclr", task="detection", metrics={"AP50": 0.5}, seeds=[0]),
+        "train_config_text": "train: {seed: 0}\n",
+        "zoo": zoo,
+    }
+    return publish_entry(**{**arguments, **changes})
+
+
+def contents(zoo):
+    """Every file below a zoo but the lock, with its digest."""
+    return {str(p.relative_to(zoo)): sha256_of(p) for p in zoo.rglob("*") if p.is_file() and p.name != ".lock"}
+
+
+ARCHITECTURES = {
+    "test_resnet": ({}, 64),
+    "test_convnext": ({}, 64),
+    "test_efficientnet": ({}, 64),
+    "test_vit": ({"img_size": 64}, 64),
+    "test_vit3": ({"img_size": [64, 96], "class_token": False, "global_pool": "avg"}, (64, 96)),
+}
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_plain_timm_and_create_backbone_compute_the_same_bits(tmp_path, architecture):
+    model_args, size = ARCHITECTURES[architecture]
+    height, width = (size, size) if isinstance(size, int) else size
+    torch.manual_seed(1)
+    trained = build_backbone(name=architecture, **model_args)
+    with torch.no_grad():  # moves the batch-norm statistics away from their start
+        trained.train().model(torch.randn(4, 3, height, width))
+    images = torch.randn(2, 3, height, width)
+
+    entry = publish(
+        tmp_path,
+        backbone_state=trained.state_dict(),
+        architecture=architecture,
+        model_args=trained.model_args,
+        pretrained_cfg={**PIXELS, "input_size": (3, height, width)},
+    )
+    backbone = create_backbone("tiny", zoo=tmp_path)
+    backbone = create_backbone("tiny", zoo=tmp_path, out_features=backbone.stages)
+    by_timm = timm.create_model(f"local-dir:{entry.path}", pretrained=True).eval()
+
+    with torch.no_grad():
+        maps = by_timm.forward_intermediates(images, intermediates_only=True)
+        ours = list(backbone(images).values())
+        assert len(maps) == len(ours)
+        assert all(torch.equal(a, b) for a, b in zip(maps, ours, strict=True))
+        assert torch.equal(by_timm(images), backbone.model(images))
+        assert torch.equal(by_timm(images), trained.eval().model(images))
+
+
+def test_timm_reads_pixel_statistics_and_takes_a_new_classifier(tmp_path):
+    entry = publish(tmp_path, pretrained_cfg={**PIXELS, "interpolation": "bilinear", "crop_pct": 1.0})
+    model = timm.create_model(f"local-dir:{entry.path}", pretrained=True, num_classes=7)
+    data = timm.data.resolve_model_data_config(model)
+    assert (tuple(data["mean"]), tuple(data["std"])) == (PIXELS["mean"], PIXELS["std"])
+    assert (tuple(data["input_size"]), data["interpolation"], data["crop_pct"]) == ((3, 64, 64), "bilinear", 1.0)
+    assert model(torch.zeros(1, 3, 64, 64)).shape == (1, 7)
+    assert torch.equal(model.layer1[0].conv1.weight, STATE["layer1.0.conv1.weight"])
+    pyramid = timm.create_model(f"local-dir:{entry.path}", pretrained=True, features_only=True)
+    assert torch.equal(pyramid.layer1[0].conv1.weight, STATE["layer1.0.conv1.weight"])
+
+
+def test_every_file_is_in_the_index_with_the_digest_of_its_bytes(tmp_path):
+    head = {"projector.0.weight": torch.rand(4, 4)}
+    published = publish(tmp_path, pretext_head_state=head, task_head_state={"box.bias": torch.rand(3)})
+    record = json.loads((tmp_path / "index.json").read_text())["entries"]["tiny"]
+    on_disk = {p.name: {"sha256": sha256_of(p), "size": p.stat().st_size} for p in published.path.iterdir()}
+    assert record["files"] == on_disk
+    assert set(on_disk) == {
+        *("model.safetensors", "pretext_head.safetensors", "task_head.safetensors"),
+        *("config.json", "entry.json", "train_config.yaml", "README.md"),
+    }
+    assert published.sha256 == on_disk["model.safetensors"]["sha256"]
+    assert get_entry("tiny", zoo=tmp_path)["files"] == {k: v for k, v in on_disk.items() if k != "entry.json"}
+    assert torch.equal(
+        load_file(published.path / "pretext_head.safetensors")["projector.0.weight"], head["projector.0.weight"]
+    )
+
+
+def test_whoever_may_read_the_index_may_read_the_weights(tmp_path):
+    entry = publish(tmp_path, task_head_state={"box.bias": torch.rand(3)})
+    expected = (tmp_path / "index.json").stat().st_mode
+    assert {path.name: path.stat().st_mode for path in entry.path.iterdir() if path.stat().st_mode != expected} == {}
+
+
+def test_weights_are_stored_as_contiguous_float32_whatever_they_came_as(tmp_path):
+    exact = {k: v.half().float() if v.is_floating_point() else v for k, v in STATE.items()}
+    half = {k: v.half() if v.is_floating_point() else v for k, v in exact.items()}
+    strided = {k: v.to(memory_format=torch.channels_last) if v.ndim == 4 else v for k, v in half.items()}
+    flat = torch.cat([v.flatten() for v in exact.values() if v.is_floating_point()])
+    views, start = {}, 0
+    for key, value in exact.items():
+        size = value.numel() if value.is_floating_point() else 0
+        views[key] = flat[start : start + size].view_as(value) if size else value
+        start += size
+    digests = {publish(tmp_path, backbone_state=state).sha256 for state in (exact, strided, views)}
+    assert len(digests) == 1
+    stored = load_file(tmp_path / "tiny" / "model.safetensors")
+    assert all(torch.equal(stored[key], value) for key, value in exact.items())
+    assert stored["bn1.num_batches_tracked"].dtype == torch.int64
+
+
+def test_a_taken_name_gets_the_next_version_and_the_first_stays_as_it_was(tmp_path):
+    first = publish(tmp_path)
+    before = contents(first.path)
+    second = publish(tmp_path, backbone_state=trained_state(seed=1))
+    (tmp_path / "tiny@3").mkdir()  # left by somebody, and in no index
+    fourth = publish(tmp_path, backbone_state=trained_state(seed=2))
+    assert [first.name, second.name, fourth.name] == ["tiny", "tiny@2", "tiny@4"]
+    assert contents(first.path) == before
+    assert list_backbones(zoo=tmp_path) == ["tiny", "tiny@2", "tiny@4"]
+    assert get_entry("tiny@2", zoo=tmp_path)["name"] == "tiny@2"
+
+
+def test_publishing_does_not_move_the_random_numbers_of_the_run(tmp_path):
+    torch.manual_seed(5)
+    publish(tmp_path)
+    found = torch.rand(3)
+    torch.manual_seed(5)
+    assert torch.equal(found, torch.rand(3))
+
+
+def without_one_and_one_more():
+    state = dict(STATE)
+    state["fc.weight"] = state.pop("bn1.weight")
+    return state
+
+
+def with_nan():
+    return {**STATE, "bn1.weight": torch.full_like(STATE["bn1.weight"], float("nan"))}
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"backbone_state": without_one_and_one_more()}, "1 missing: bn1.weight; 1 unexpected: fc.weight"),
+        (
+            {"backbone_state": trained_state("test_resnet", in_chans=1)},
+            "conv1.0.weight (16, 1, 3, 3) instead of (16, 3, 3, 3)",
+        ),
+        ({"backbone_state": with_nan()}, "'bn1.weight' has values that are NaN"),
+        ({"backbone_state": {"bn1.weight": [1.0]}}, "holds a list as 'bn1.weight'"),
+        ({"architecture": "test_resnetz"}, "Did you mean 'test_resnet'?"),
+        ({"architecture": "test_vit"}, "built for images of [160, 160]"),
+        ({"pretrained_cfg": {"mean": [0, 0, 0]}}, "lacks input_size, std"),
+        ({"pretrained_cfg": {**PIXELS, "means": 0}}, "Did you mean 'mean'?"),
+        ({"metadata": {"metric": {}}}, "Did you mean 'metrics'?"),
+        ({"metadata": {"metrics": {"AP": [0.5, 0.6]}, "seeds": [0]}}, "one finite value per seed"),
+        ({"metadata": {"metrics": {"AP": float("nan")}, "seeds": [0]}}, "one finite value per seed"),
+        ({"metadata": {"parent": "resnet18"}}, "not a sha256"),
+        ({"metadata": {"datasets": {"train": {"images": 3}}}}, "has no 'name'"),
+        ({"metadata": {"datasets": {"train": {"name": "x", "path": Path("x")}}}}, "that JSON cannot"),
+        ({"name": "../tiny"}, "not a name for a zoo entry"),
+        ({"name": "tiny@2"}, "leave out '@'"),
+        ({"name": "index.json"}, "file endings"),
+    ],
+)
+def test_what_cannot_be_published_is_refused_before_anything_is_written(tmp_path, changes, told):
+    zoo = tmp_path / "zoo"
+    with pytest.raises(ZooError) as caught:
+        publish(zoo, **changes)
+    assert told in str(caught.value)
+    assert not zoo.exists()
+
+
+def test_too_small_a_disk_is_told_beforehand_with_both_sizes(tmp_path, monkeypatch):
+    usage = shutil.disk_usage(tmp_path)._replace(free=2 << 20)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)  # a full disk cannot be had portably
+    with pytest.raises(ZooError, match=r"needs 2\.4 MiB and 2\.0 MiB were free"):
+        publish(tmp_path / "zoo")
+    assert not (tmp_path / "zoo").exists()
+
+
+def test_a_zoo_that_cannot_be_created_is_told(tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(ZooError, match="Publishing 'tiny' to .*file.zoo failed"):
+        publish(tmp_path / "file" / "zoo")
+
+
+def test_a_damaged_index_stops_publishing_and_is_left_alone(tmp_path):
+    (tmp_path / "index.json").write_text("{")
+    with pytest.raises(ZooError, match=r"index\.json cannot be read as JSON"):
+        publish(tmp_path)
+    assert [p.name for p in tmp_path.iterdir()] == ["index.json"]
+
+
+SCRIPT = """
+import resource, sys
+sys.path[:0] = [{tests!r}, {repository!r}]
+from bissl_zoo.errors import ZooError
+from test_publish import publish
+{body}
+"""
+
+
+def start(body, **variables):
+    code = SCRIPT.format(tests=str(Path(__file__).parent), repository=str(REPOSITORY), body=body)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", **variables}
+    return subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, env=environment)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="file size limits are a POSIX feature")
+def test_a_disk_that_fills_up_while_writing_leaves_the_zoo_as_it_was(tmp_path):
+    publish(tmp_path)
+    index = json.loads((tmp_path / "index.json").read_text())
+    index["entries"]["tiny"]["notes"] = "x" * 3_000_000  # now the index is larger than all that an entry writes
+    (tmp_path / "index.json").write_text(json.dumps(index))
+    before = contents(tmp_path)
+    body = f"""
+for limit in (500_000, 2_500_000):  # stops the weights, then only the index
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
+    try:
+        publish({str(tmp_path)!r})
+        print("published")
+    except ZooError as error:
+        print(error)
+"""
+    process = start(body)
+    told, _ = process.communicate(timeout=120)
+    assert process.returncode == 0
+    assert [line.startswith(f"Publishing 'tiny' to {tmp_path} failed: ") for line in told.splitlines()] == [True, True]
+    assert told.count("File too large") == 2 and "MiB were free" in told
+    assert contents(tmp_path) == before
+    assert {p.name for p in tmp_path.iterdir()} == {"tiny", "index.json", ".lock"}
+    assert publish(tmp_path).name == "tiny@2"
+
+
+def test_two_processes_that_publish_one_name_at_once_lose_nothing(tmp_path):
+    process = start(f"print('ready', flush=True); print(*[publish({str(tmp_path)!r}).name for _ in range(6)])")
+    assert process.stdout.readline() == "ready\n"
+    names = [publish(tmp_path).name for _ in range(6)]
+    names += process.communicate(timeout=120)[0].split()
+    expected = {"tiny", *(f"tiny@{version}" for version in range(2, 13))}
+    assert len(names) == 12 and set(names) == expected
+    assert set(list_backbones(zoo=tmp_path)) == expected
+    assert {p.name for p in tmp_path.iterdir()} == {*expected, "index.json", ".lock"}
+    for name in expected:
+        for file in Zoo(tmp_path).records()[name]["files"]:
+            Zoo(tmp_path).file(name, file)
+
+
+def test_local_publishing_leaves_a_git_checkout_clean(tmp_path):
+    if shutil.which("git") is None or not (REPOSITORY / ".gitignore").exists():
+        pytest.skip("needs git and the repository's .gitignore")
+    zoo = tmp_path / "model_zoo"
+    zoo.mkdir()
+    for file in (".gitignore", "model_zoo/README.md", "model_zoo/curated.json"):
+        shutil.copy(REPOSITORY / file, tmp_path / file)
+
+    def git(*arguments):
+        identity = ["-c", "user.name=test", "-c", "user.email=test@example.org"]
+        command = ["git", "-C", str(tmp_path), *identity, *arguments]
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+
+    git("init", "--quiet")
+    git("add", ".")
+    git("commit", "--quiet", "--message", "start")
+    assert git("ls-files").split() == [".gitignore", "model_zoo/README.md", "model_zoo/curated.json"]
+    publish(zoo)
+    assert git("status", "--porcelain") == ""
