@@ -1,0 +1,1 @@
+"""Stages, the loop they run in, its hooks, checkpoints and processes."""

@@ -1,0 +1,131 @@
+"""The BiSSL stage: warm-up of the downstream head, then alternations between the levels."""
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from bissl_zoo.bilevel import Adaptation, BiLevel, Level
+from bissl_zoo.config import instantiate
+from bissl_zoo.engine.build import (
+    Context,
+    Weights,
+    build_downstream,
+    build_level,
+    build_pretext,
+    count_steps,
+    pretext_batches,
+    seed_everything,
+    seed_rank,
+    train_batches,
+)
+from bissl_zoo.engine.trainer import SingleLevelTrainer, Trainer
+from bissl_zoo.optim import effective_learning_rate
+
+HEAD_WARMUP = "head_warmup"
+
+#: below this, the lower level has no time to follow the upper one
+LEAST_COUPLING = 0.3
+
+
+class HeadWarmup(SingleLevelTrainer):
+    """Train the downstream head on the frozen backbone, so that the first hypergradients mean something."""
+
+    def __init__(self, level: Level, backbone_mode: str, weights: Weights) -> None:
+        super().__init__(level)
+        self.weights = weights
+        level.backbone.train(backbone_mode == "train")
+
+    def result(self) -> Weights:
+        """What came in, and the warm head."""
+        return replace(self.weights, task=self.level.head.state_dict())
+
+
+class Bissl(Trainer):
+    """Alternations of the bilevel problem; a step is an alternation."""
+
+    headline = (
+        "lower/total_loss",
+        "upper/total_loss",
+        "solver/residual",
+        "solver/products",
+        "solver/status",
+        "lower/lr",
+    )
+
+    def __init__(self, problem: BiLevel) -> None:
+        super().__init__("bissl", problem.alternations)
+        self.problem = problem
+
+    def run_step(self) -> dict[str, Any]:
+        """One alternation."""
+        return self.problem.alternate(self.step)
+
+    def levels(self) -> dict[str, Level]:
+        """Both levels."""
+        return {"lower": self.problem.lower, "upper": self.problem.upper}
+
+    def result(self) -> Weights:
+        """The lower backbone, which is what leaves the stage, and both heads."""
+        lower, upper = self.problem.lower, self.problem.upper
+        return Weights(lower.backbone.state_dict(), pretext=lower.head.state_dict(), task=upper.head.state_dict())
+
+
+def warmup_steps(context: Context) -> int:
+    """Optimizer steps of the head warm-up."""
+    cfg = context.cfg
+    section = cfg.bilevel.head_warmup
+    return count_steps(section, "bilevel.head_warmup", context.data["train"], cfg.dataloader.train.batch_size)
+
+
+def build_head_warmup(context: Context, weights: Weights, start_step: int = 0) -> HeadWarmup:
+    """The warm-up: the upper level's optimizer at its base rate, on the frozen backbone."""
+    cfg = context.cfg
+    seed_everything(cfg.train.seed)
+    trunk, task = build_downstream(context, Weights(weights.backbone))
+    batches = train_batches(context, task, cfg.train.seed, start_step)
+    level = build_level(
+        cfg, HEAD_WARMUP, HEAD_WARMUP, trunk, task, batches, warmup_steps(context), train_backbone=False
+    )
+    seed_rank(cfg.train.seed)
+    return HeadWarmup(level, cfg.bilevel.head_warmup.backbone_mode, weights)
+
+
+def build_bissl(context: Context, weights: Weights, start_step: int = 0) -> Bissl:
+    """The alternations, both levels from the same backbone; `start_step` counts alternations done."""
+    cfg = context.cfg
+    settings = cfg.bilevel
+    seed_everything(cfg.train.seed)
+    lower_trunk, pretext = build_pretext(cfg, weights, context.device)
+    upper_trunk, task = build_downstream(context, weights)
+    # each alternation takes one more pretext batch, the one that defines the curvature
+    lower_batches = pretext_batches(context, pretext, cfg.train.seed + 1, start_step * (settings.lower_steps + 1))
+    upper_batches = train_batches(context, task, cfg.train.seed + 1, start_step * settings.upper_steps)
+    lower_total, upper_total = (n * settings.alternations for n in (settings.lower_steps, settings.upper_steps))
+    problem = BiLevel(
+        lower=build_level(cfg, "lower", "lower", lower_trunk, pretext, lower_batches, lower_total),
+        upper=build_level(cfg, "upper", "upper", upper_trunk, task, upper_batches, upper_total),
+        solver=instantiate(cfg.solver),
+        lam=settings["lambda"],
+        gamma=settings.gamma,
+        lower_steps=settings.lower_steps,
+        upper_steps=settings.upper_steps,
+        alternations=settings.alternations,
+        adaptation=Adaptation(**settings.adaptation) if settings.adaptation else None,
+        move_statistics=settings.move_statistics,
+    )
+    seed_rank(cfg.train.seed + 1)
+    return Bissl(problem)
+
+
+def coupling(context: Context) -> float:
+    """`lambda * lr_eff * lower steps`: how many time constants the lower level has to follow the upper one.
+
+    `lr_eff = lr / (1 - momentum)`, summed over the schedule. Of the order of 1 to 10 is wanted.
+    """
+    cfg = context.cfg
+    optimizer = instantiate(cfg.optimizer.lower, params=[torch.zeros(1, requires_grad=True)])
+    steps = cfg.bilevel.lower_steps * cfg.bilevel.alternations
+    return (
+        cfg.bilevel["lambda"] * effective_learning_rate(optimizer) * instantiate(cfg.lr_multiplier.lower).total(steps)
+    )

@@ -1,0 +1,200 @@
+"""From a config to the objects of a stage: data sets, networks, loaders, levels."""
+
+import math
+import random
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from omegaconf import DictConfig
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+
+from bissl_zoo.backbones import Backbone, Tail
+from bissl_zoo.bilevel import Level
+from bissl_zoo.config import instantiate
+from bissl_zoo.distributed import broadcast_module, get_rank
+from bissl_zoo.downstream import DownstreamTask
+from bissl_zoo.engine.trainer import load_state, to_device
+from bissl_zoo.errors import ConfigError, DatasetError
+from bissl_zoo.pretext import PretextMethod
+
+#: which data sets a stage reads
+STAGE_DATA = {"pretrain": ("pretext",), "bissl": ("pretext", "train"), "finetune": ("train", "test")}
+
+
+@dataclass
+class Weights:
+    """What a stage leaves and the next one starts from: state dicts, None where there is none yet.
+
+    Attributes:
+        backbone: of the trunk, under timm's names.
+        tail: of the rest of the backbone, where it does not come with `pretext`.
+        pretext: of the pretext method, the tail of the split backbone included.
+        task: of the downstream task.
+    """
+
+    backbone: dict[str, Tensor] | None = None
+    tail: dict[str, Tensor] | None = None
+    pretext: dict[str, Tensor] | None = None
+    task: dict[str, Tensor] | None = None
+
+
+@dataclass
+class Context:
+    """What all stages of a run share."""
+
+    cfg: DictConfig
+    data: dict[str, Dataset]
+    device: torch.device
+
+    @property
+    def classes(self) -> list[str]:
+        """Names of the downstream classes, from the first labelled set there is."""
+        dataset = self.data.get("train", self.data.get("test"))
+        if dataset.classes is None:
+            raise DatasetError("dataloader.train reads an unlabelled data set; the downstream task needs labels.")
+        return dataset.classes
+
+
+def build_datasets(cfg: DictConfig, roles: set[str]) -> dict[str, Dataset]:
+    """The data sets of the roles `pretext`, `train`, `test`, each checked as it is built.
+
+    Raises:
+        DatasetError: missing, empty, damaged, or of other classes than the training set.
+    """
+    data = {role: instantiate(cfg.dataloader[role].dataset) for role in ("pretext", "train", "test") if role in roles}
+    if "train" in data and "test" in data and data["train"].classes != data["test"].classes:
+        raise DatasetError(
+            f"dataloader.train has the classes {data['train'].classes} and dataloader.test {data['test'].classes}. "
+            "Give both data sets the same `classes`."
+        )
+    return data
+
+
+def build_split_backbone(cfg: DictConfig) -> tuple[Backbone, Tail]:
+    """The trunk that both levels share, up to `bilevel.shared_stage`, and the tail; random weights."""
+    whole = instantiate(cfg.backbone)
+    return whole.split(cfg.bilevel.shared_stage or whole.stages[-1])
+
+
+def build_pretext(cfg: DictConfig, weights: Weights, device: torch.device) -> tuple[Backbone, PretextMethod]:
+    """Trunk and pretext method with what `weights` holds for them, in train mode."""
+    trunk, tail = build_split_backbone(cfg)
+    if weights.backbone is not None:
+        load_state(trunk, weights.backbone, "backbone")
+    if weights.tail is not None:
+        load_state(tail, weights.tail, "backbone's tail")
+    pretext = instantiate(cfg.pretext, backbone=trunk, tail=tail)
+    if weights.pretext is not None:
+        load_state(pretext, weights.pretext, "pretext head")
+    return _ready(trunk, device), _ready(pretext, device)
+
+
+def build_downstream(context: Context, weights: Weights) -> tuple[Backbone, DownstreamTask]:
+    """Trunk and downstream task with what `weights` holds for them, in train mode."""
+    trunk, _ = build_split_backbone(context.cfg)
+    if weights.backbone is not None:
+        load_state(trunk, weights.backbone, "backbone")
+    task = instantiate(context.cfg.task, backbone=trunk, classes=context.classes)
+    if weights.task is not None:
+        load_state(task, weights.task, "task head")
+    return _ready(trunk, context.device), _ready(task, context.device)
+
+
+def _ready(module: nn.Module, device: torch.device) -> nn.Module:
+    module.to(device).train()
+    broadcast_module(module)
+    return module
+
+
+def build_level(
+    cfg: DictConfig,
+    name: str,
+    role: str,
+    backbone: nn.Module,
+    head: nn.Module,
+    batches: Iterator[Any],
+    total_steps: int,
+    train_backbone: bool = True,
+) -> Level:
+    """A level whose optimizer, schedule and clipping are those of `role` in the config's `optimizer` section."""
+    if not train_backbone:
+        backbone.requires_grad_(False)
+    parameters = [p for module in (backbone, head) for p in module.parameters() if p.requires_grad]
+    return Level(
+        name=name,
+        backbone=backbone,
+        head=head,
+        optimizer=instantiate(cfg.optimizer[role], params=parameters),
+        batches=batches,
+        multiplier=instantiate(cfg.lr_multiplier[role]),
+        total_steps=total_steps,
+        clip_norm=cfg.clip_grad[role],
+    )
+
+
+class ViewsOnly:
+    """`(image, target)` -> the views of the image; a class, so that loader workers can be spawned."""
+
+    def __init__(self, views: Callable[[Any], tuple[Tensor, ...]]) -> None:
+        self.views = views
+
+    def __call__(self, image: Any, target: Any) -> tuple[Tensor, ...]:
+        return self.views(image)
+
+
+def pretext_batches(context: Context, pretext: PretextMethod, seed: int, start_step: int = 0) -> Iterator[Any]:
+    """Endless batches of views on the run's device."""
+    return _endless(context, "pretext", seed, start_step, transform=ViewsOnly(pretext.views()))
+
+
+def train_batches(context: Context, task: DownstreamTask, seed: int, start_step: int = 0) -> Iterator[Any]:
+    """Endless downstream training batches on the run's device."""
+    return _endless(context, "train", seed, start_step, transform=task.transform(train=True), collate=task.collate)
+
+
+def test_loader(context: Context, task: DownstreamTask) -> DataLoader:
+    """One pass over this rank's part of the test set."""
+    return instantiate(
+        context.cfg.dataloader.test,
+        dataset=context.data["test"],
+        transform=task.transform(train=False),
+        collate=task.collate,
+    )
+
+
+def _endless(context: Context, role: str, seed: int, start_step: int, **extra: Any) -> Iterator[Any]:
+    loader = instantiate(
+        context.cfg.dataloader[role], dataset=context.data[role], seed=seed, start_step=start_step, **extra
+    )
+    for batch in loader:
+        yield to_device(batch, context.device)
+
+
+def count_steps(section: DictConfig, key: str, dataset: Dataset, batch_size: int) -> int:
+    """Optimizer steps of a section that gives either `steps` or `epochs`.
+
+    Raises:
+        ConfigError: neither or both are given.
+    """
+    steps, epochs = section.get("steps"), section.get("epochs")
+    if (steps is None) == (epochs is None):
+        raise ConfigError(
+            f"{key}: give either steps or epochs and leave the other null (steps={steps}, epochs={epochs})."
+        )
+    return int(steps) if steps is not None else math.ceil(epochs * len(dataset) / batch_size)
+
+
+def seed_everything(seed: int) -> None:
+    """Seed Python, NumPy and torch; networks built after it are the same on every rank."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+
+
+def seed_rank(seed: int) -> None:
+    """Seed what is drawn during training, differently on each rank."""
+    seed_everything(seed + 7919 * (get_rank() + 1))

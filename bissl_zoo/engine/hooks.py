@@ -1,0 +1,115 @@
+"""Hooks: progress, metrics, checkpoints, evaluation."""
+
+import datetime
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from torch.utils.tensorboard import SummaryWriter
+
+from bissl_zoo.distributed import is_main_process
+from bissl_zoo.engine.checkpoint import Checkpointer
+from bissl_zoo.engine.trainer import HookBase
+
+
+def say(line: str) -> None:
+    """Print a line at once, from the main process only."""
+    if is_main_process():
+        print(line, flush=True)
+
+
+class Progress(HookBase):
+    """A line with losses, speed and ETA every `period` steps, at the first and at the last."""
+
+    def __init__(self, period: int) -> None:
+        self.period = period
+
+    def before_train(self) -> None:
+        """Start the clock."""
+        self.start_time, self.start_step = time.perf_counter(), self.trainer.step
+
+    def after_step(self) -> None:
+        """Print the line when it is due."""
+        trainer = self.trainer
+        done = trainer.step - self.start_step
+        if done != 1 and trainer.step % self.period and trainer.step != trainer.total_steps:
+            return
+        seconds = (time.perf_counter() - self.start_time) / done
+        eta = datetime.timedelta(seconds=round(seconds * (trainer.total_steps - trainer.step)))
+        shown = "  ".join(f"{key} {_short(trainer.metrics[key])}" for key in trainer.headline if key in trainer.metrics)
+        width = len(str(trainer.total_steps))
+        say(f"[{trainer.name} {trainer.step:{width}d}/{trainer.total_steps}] {shown}  {seconds:.2f} s/step  ETA {eta}")
+
+
+class MetricsWriter(HookBase):
+    """Every `period` steps, one line of `metrics.jsonl` and the same figures in TensorBoard."""
+
+    def __init__(self, folder: Path, period: int) -> None:
+        self.folder = Path(folder)
+        self.period = period
+
+    def before_train(self) -> None:
+        """Open the TensorBoard file."""
+        self.board = SummaryWriter(str(self.folder / "tensorboard")) if is_main_process() else None
+
+    def after_step(self) -> None:
+        """Write when it is due."""
+        trainer = self.trainer
+        if self.board is None or (trainer.step % self.period and trainer.step != trainer.total_steps):
+            return
+        record = {"stage": trainer.name, "step": trainer.step, "time": time.time(), **trainer.metrics}
+        with open(self.folder / "metrics.jsonl", "a") as file:
+            file.write(json.dumps(record) + "\n")
+        for name, value in trainer.metrics.items():
+            if isinstance(value, (int, float)):
+                self.board.add_scalar(f"{trainer.name}/{name}", value, trainer.step)
+
+    def after_train(self) -> None:
+        """Close the TensorBoard file."""
+        if self.board is not None:
+            self.board.close()
+
+
+class PeriodicCheckpoint(HookBase):
+    """Save the trainer's state every `period` steps and at the last."""
+
+    def __init__(self, checkpointer: Checkpointer, period: int, architecture: str) -> None:
+        self.checkpointer = checkpointer
+        self.period = period
+        self.architecture = architecture
+
+    def after_step(self) -> None:
+        """Save when it is due."""
+        trainer = self.trainer
+        due = trainer.step % self.period == 0 or trainer.step == trainer.total_steps
+        if due and is_main_process():
+            self.checkpointer.save(
+                trainer.name, trainer.step, trainer.total_steps, self.architecture, trainer.state_dict()
+            )
+
+
+class PeriodicEvaluation(HookBase):
+    """Evaluate every `period` steps, but not after the last, as the run does so itself; figures join the metrics."""
+
+    def __init__(self, evaluate: Callable[[], dict[str, float]], period: int) -> None:
+        self.evaluate = evaluate
+        self.period = period
+
+    def after_step(self) -> None:
+        """Evaluate when it is due; placed before the writer, so that the figures are written with this step."""
+        trainer = self.trainer
+        if trainer.step % self.period == 0 and trainer.step < trainer.total_steps:
+            results = self.evaluate()
+            trainer.metrics.update({f"test/{name}": value for name, value in results.items()})
+            say(f"[{trainer.name} {trainer.step}/{trainer.total_steps}] test  {format_results(results)}")
+
+
+def format_results(results: dict[str, Any]) -> str:
+    """Figures on one line, those of single classes left out."""
+    return "  ".join(f"{name} {value:.4f}" for name, value in results.items() if "/" not in name)
+
+
+def _short(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)

@@ -1,0 +1,85 @@
+"""Start one process or many: torchrun's, or our own on one machine."""
+
+import os
+import socket
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+from bissl_zoo.distributed import get_local_rank, get_rank
+from bissl_zoo.errors import BisslZooError, ConfigError, DatasetError
+
+
+def choose_device(name: str) -> torch.device:
+    """`auto` is this process's GPU where there is one, else the CPU; otherwise the device named.
+
+    Raises:
+        ConfigError: a GPU was asked for and there is none, or torch knows no such device.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ConfigError(f"train.device='{name}' is no device of torch; use auto, cpu or cuda.") from error
+    if device.type == "cuda":
+        if not torch.cuda.is_available():
+            raise ConfigError("train.device='cuda', but torch sees no GPU here. Use train.device=auto or cpu.")
+        device = torch.device("cuda", get_local_rank() if device.index is None else device.index)
+        torch.cuda.set_device(device)
+    return device
+
+
+def launch(main: Callable[..., int], num_processes: int, *args: Any) -> int:
+    """Run `main(*args)` in this process, in torchrun's, or in `num_processes` on this machine; returns the exit status.
+
+    A `BisslZooError` ends as one message on standard error and status 1.
+    """
+    if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
+        return _run_in_group(main, args)
+    if num_processes <= 1:
+        return _run(main, args)
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    try:
+        mp.start_processes(_spawned, (main, args, num_processes, port), nprocs=num_processes, start_method="spawn")
+    except mp.ProcessExitedException:
+        return 1
+    return 0
+
+
+def _spawned(rank: int, main: Callable[..., int], args: tuple, world_size: int, port: int) -> None:
+    os.environ.update(
+        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
+    )
+    status = _run_in_group(main, args)
+    if status:
+        sys.exit(status)
+
+
+def _run_in_group(main: Callable[..., int], args: tuple) -> int:
+    dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+    try:
+        return _run(main, args)
+    finally:
+        dist.destroy_process_group()
+
+
+def _run(main: Callable[..., int], args: tuple) -> int:
+    try:
+        return main(*args)
+    except BisslZooError as error:
+        rank = get_rank()
+        # a loader's worker wraps the message in its traceback; of the errors only a file's may be one rank's alone
+        message = str(error).rsplit(f"{type(error).__name__}: ", 1)[-1].strip()
+        if rank == 0 or isinstance(error, DatasetError):
+            print(f"error: {message}" if rank == 0 else f"error on rank {rank}: {message}", file=sys.stderr, flush=True)
+        return 1
+    except KeyboardInterrupt:
+        print("interrupted; go on with --resume", file=sys.stderr, flush=True)
+        return 130

@@ -1,0 +1,146 @@
+"""The training loop and its hook points; what happens in a step is a stage's, what happens around it a hook's."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from bissl_zoo.bilevel import Level
+from bissl_zoo.distributed import average_gradients
+from bissl_zoo.errors import CheckpointError
+from bissl_zoo.zoo.hub import state_difference
+
+
+class HookBase:
+    """Something that happens around steps. `trainer` is set when the hook is handed to one."""
+
+    trainer: "Trainer"
+
+    def before_train(self) -> None:
+        """Called once, before the first step of this process."""
+
+    def after_step(self) -> None:
+        """Called after each step, with `trainer.step` steps done."""
+
+    def after_train(self) -> None:
+        """Called once, after the last step."""
+
+
+class Trainer(ABC):
+    """A stage as a number of steps, with hooks around them.
+
+    Attributes:
+        name: of the stage, as it appears in logs and checkpoints.
+        step: steps done, of `total_steps`.
+        metrics: what the last step returned.
+    """
+
+    #: the metrics to show on the progress line
+    headline: tuple[str, ...] = ("total_loss", "lr")
+
+    def __init__(self, name: str, total_steps: int) -> None:
+        self.name = name
+        self.total_steps = total_steps
+        self.step = 0
+        self.metrics: dict[str, Any] = {}
+        self.hooks: list[HookBase] = []
+
+    def train(self, hooks: Sequence[HookBase] = ()) -> None:
+        """Run from the present step to the last."""
+        self.hooks = list(hooks)
+        for hook in self.hooks:
+            hook.trainer = self
+            hook.before_train()
+        while self.step < self.total_steps:
+            self.metrics = self.run_step()
+            self.step += 1
+            for hook in self.hooks:
+                hook.after_step()
+        for hook in self.hooks:
+            hook.after_train()
+
+    @abstractmethod
+    def run_step(self) -> dict[str, Any]:
+        """Do one step and return its metrics."""
+
+    @abstractmethod
+    def levels(self) -> dict[str, Level]:
+        """The levels that are trained, by the name of their place in a checkpoint."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that a resumed run needs: tensors and plain types only."""
+        return {
+            "step": self.step,
+            "levels": {
+                name: {
+                    "backbone": level.backbone.state_dict(),
+                    "head": level.head.state_dict(),
+                    "optimizer": level.optimizer.state_dict(),
+                    "step": level.step,
+                }
+                for name, level in self.levels().items()
+            },
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue where `state_dict` was taken.
+
+        Raises:
+            CheckpointError: the state is of another architecture.
+        """
+        self.step = state["step"]
+        for name, level in self.levels().items():
+            saved = state["levels"][name]
+            load_state(level.backbone, saved["backbone"], f"{name} backbone")
+            load_state(level.head, saved["head"], f"{name} head")
+            level.optimizer.load_state_dict(saved["optimizer"])
+            level.step = saved["step"]
+
+
+class SingleLevelTrainer(Trainer):
+    """A stage that trains one level by plain gradients: pretraining, head warm-up, fine-tuning."""
+
+    def __init__(self, level: Level) -> None:
+        super().__init__(level.name, level.total_steps)
+        self.level = level
+
+    def run_step(self) -> dict[str, Any]:
+        """One optimizer step on the level's own loss."""
+        level = self.level
+        total, losses = level.loss(level.backbone, next(level.batches))
+        total.backward()
+        average_gradients(level.parameters)
+        step = level.optimize()
+        return {"total_loss": float(total), **{name: float(loss) for name, loss in losses.items()}, **step}
+
+    def levels(self) -> dict[str, Level]:
+        """The one level."""
+        return {"level": self.level}
+
+
+def load_state(module: nn.Module, state: dict[str, Tensor], what: str) -> None:
+    """Load every tensor of `state` into `module`, or none.
+
+    Raises:
+        CheckpointError: with counts and examples of missing, unexpected and differently shaped tensors.
+    """
+    difference = state_difference(module.state_dict(), state)
+    if difference:
+        raise CheckpointError(
+            f"The {what} in the checkpoint belongs to another architecture: {difference}. "
+            "Use the configuration that the checkpoint was made with, or another checkpoint."
+        )
+    module.load_state_dict(state)
+
+
+def to_device(batch: Any, device: torch.device) -> Any:
+    """Tensors in nested lists, tuples and dicts moved to `device`."""
+    if isinstance(batch, Tensor):
+        return batch.to(device, non_blocking=True)
+    if isinstance(batch, dict):
+        return {key: to_device(value, device) for key, value in batch.items()}
+    if isinstance(batch, (list, tuple)):
+        return type(batch)(to_device(value, device) for value in batch)
+    return batch

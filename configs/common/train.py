@@ -1,0 +1,49 @@
+"""Every key of the plain sections, with its default. Other configs import these and change what differs."""
+
+train = dict(
+    output_dir="runs/default",  # the run directory; must be new or empty unless --resume
+    stages=["bissl", "finetune"],  # of pretrain, bissl, finetune: each goes on from what the one before left
+    init=None,  # where the first stage starts: a .safetensors file, a run directory, a zoo name; null: random
+    seed=0,  # of weights, data order and augmentation
+    device="auto",  # auto (a GPU where there is one), cpu, cuda
+    log_period=10,  # steps between progress lines and records in metrics.jsonl; a step of bissl is an alternation
+    checkpoint=dict(
+        period=500,  # steps between checkpoints; the last step of a stage always has one
+        keep=2,  # newest checkpoints kept per stage
+    ),
+    publish=dict(
+        name=None,  # name of the zoo entry the run ends in; null publishes nothing
+        zoo=None,  # folder of the zoo; null for $BISSL_ZOO, the checkout's model_zoo/, or the user's data directory
+        licence="unknown",  # of the published weights, an SPDX identifier
+    ),
+)
+
+pretrain = dict(
+    steps=None,  # optimizer steps; give these or epochs
+    epochs=500,  # passes over dataloader.pretext
+)
+
+bilevel = {
+    "lambda": 0.001,  # strength of the pull of the lower backbone towards the upper one
+    "gamma": 1.0,  # weight of the plain downstream loss in the upper objective
+    "lower_steps": 20,  # N_L, pretext steps per alternation
+    "upper_steps": 8,  # N_U, downstream steps per alternation
+    "alternations": 500,  # T
+    "adaptation": None,  # dict(every=100, alpha=0.1) is that of versions 1 and 2 of the paper
+    "move_statistics": True,  # downstream images of the hypergradient move the lower backbone's batch-norm statistics
+    "shared_stage": None,  # last stage of the backbone that both levels share, such as c4; null for the whole backbone
+    "head_warmup": dict(
+        steps=None,  # optimizer steps of the downstream head on the frozen backbone; give these or epochs
+        epochs=20,  # passes over dataloader.train
+        backbone_mode="eval",  # eval, or train as the authors have it (batch statistics, moving the running ones)
+    ),
+}
+
+finetune = dict(
+    steps=None,  # optimizer steps; give these or epochs
+    epochs=400,  # passes over dataloader.train
+    baseline=False,  # also fine-tune from the backbone that entered the BiSSL stage: same budget, same seed
+    eval_period=None,  # steps between evaluations on dataloader.test; null for the end only
+)
+
+clip_grad = dict(pretrain=None, head_warmup=10.0, lower=10.0, upper=10.0, finetune=None)  # limit of the global norm

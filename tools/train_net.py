@@ -1,0 +1,67 @@
+#!/usr/bin/env python
+"""Run the stages of a config: pretrain, BiSSL, fine-tune, evaluate, publish.
+
+python tools/train_net.py --config-file configs/bissl/voc_det.py
+python tools/train_net.py --config-file configs/bissl/voc_det.py solver.iterations=10 train.output_dir=runs/a
+python tools/train_net.py --config-file configs/bissl/voc_det.py --eval-only train.init=runs/a
+torchrun --nproc-per-node 2 tools/train_net.py --config-file configs/bissl/voc_det.py
+"""
+
+import argparse
+import logging
+import sys
+
+from bissl_zoo.config import LazyConfig, load_config
+from bissl_zoo.engine.dry_run import describe
+from bissl_zoo.engine.hooks import say
+from bissl_zoo.engine.launch import launch
+from bissl_zoo.engine.run import evaluate_only, results_table, run
+from bissl_zoo.errors import ConfigError
+
+
+def parse_args() -> argparse.Namespace:
+    """The command line; what is no option is an override."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config-file", required=True, metavar="FILE", help="a config of configs/ or your own")
+    parser.add_argument("--resume", action="store_true", help="continue the run in train.output_dir")
+    parser.add_argument("--eval-only", action="store_true", help="measure the fine-tuned model of the run train.init")
+    parser.add_argument("--dry-run", action="store_true", help="show what would run, train nothing")
+    parser.add_argument("--num-gpus", type=int, default=1, metavar="N", help="processes to start on this machine")
+    parser.add_argument(
+        "overrides", nargs="*", metavar="KEY=VALUE", help="a.b=c changes a key, +a.b=c adds one, ~a.b removes one"
+    )
+    args = parser.parse_intermixed_args()
+    if args.dry_run + args.eval_only + args.resume > 1:
+        parser.error("--dry-run, --eval-only and --resume exclude each other")
+    return args
+
+
+def main(args: argparse.Namespace) -> int:
+    """What one process does."""
+    logging.basicConfig(format="%(levelname)s: %(message)s")
+    cfg = LazyConfig.apply_overrides(load_config(args.config_file), args.overrides, source=args.config_file)
+    if args.dry_run:
+        say(describe(cfg, args.config_file))
+    elif args.eval_only:
+        say(results_table(evaluate_only(cfg, args.config_file)))
+    else:
+        report(run(cfg, args.config_file, args.resume))
+    return 0
+
+
+def report(outcome: dict) -> None:
+    """Print the table and what was published."""
+    if outcome["results"]:
+        say(f"\n{results_table(outcome['results'])}")
+    entry = outcome["entry"]
+    if entry is None:
+        return
+    say(f"\npublished {entry.name}\n     path {entry.path}\n   sha256 {entry.sha256}\n\nload it with")
+    say(f'    import bissl_zoo\n    backbone = bissl_zoo.create_backbone("{entry.name}", pretrained=True)')
+
+
+if __name__ == "__main__":
+    arguments = parse_args()
+    if arguments.num_gpus < 1:
+        raise SystemExit(f"error: {ConfigError(f'--num-gpus {arguments.num_gpus}: at least 1 process is needed.')}")
+    sys.exit(launch(main, arguments.num_gpus, arguments))
