@@ -1,7 +1,8 @@
 """Any timm model as feature maps by stage, and its split into a trunk (shared by both levels) and a tail."""
 
+import contextlib
 import copy
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -90,6 +91,8 @@ class Backbone(nn.Module):
         trunk_model = copy.deepcopy(self.model)
         trunk_model.prune_intermediate_layers([self.stages.index(stage)], prune_norm=True, prune_head=True)
         trunk = Backbone(trunk_model, self.name, (stage,), self.model_args)
+        kept = self.stages[: self.stages.index(stage) + 1]
+        trunk.feature_info = {name: self.feature_info[name] for name in kept}
         tail = Tail(self.model, self.feature_info[stage].module, self._probe())
         self._check_split(stage, trunk, tail)
         return trunk, tail
@@ -97,17 +100,12 @@ class Backbone(nn.Module):
     def _check_split(self, stage: str, trunk: "Backbone", tail: "Tail") -> None:
         whole = set(self.state_dict())
         parts = [*trunk.state_dict(), *tail.state_dict()]
-        modes = [(module, module.training) for module in (self, trunk, tail)]
-        for module, _ in modes:
-            module.eval()
         try:
-            with torch.no_grad():
+            with torch.no_grad(), _eval_mode(self, trunk, tail):
                 same = torch.equal(tail(trunk(self._probe())[stage]), self.model(self._probe()))
             problem = None if same else "the two parts do not compute what the whole does"
         except (RuntimeError, TypeError, ValueError, AttributeError) as error:
             problem = f"the part after it does not take the feature map alone ({error})"
-        for module, training in modes:
-            module.train(training)
         if problem is None and (len(parts) != len(set(parts)) or set(parts) != whole):
             problem = f"parameters are lost or doubled ({', '.join(sorted(whole ^ set(parts))[:3])} ...)"
         if problem:
@@ -131,12 +129,14 @@ class Tail(nn.Module):
 
     def __init__(self, model: nn.Module, stage_module: str, probe: Tensor) -> None:
         super().__init__()
-        finished = _finished_modules(model, stage_module, probe)
+        finished, output = _run_to_stage(model, stage_module, probe)
         self.model = copy.deepcopy(model)
         _drop_finished(self.model, "", finished, stage_module)
         if isinstance(self.model, VisionTransformer):
             self.model.patch_embed = _MapToTokens()
             self.model.pos_embed = None
+            if output.stride(-1) != 1:  # in another memory layout, pooling would add up in another order
+                self.model.norm_pre = _ChannelMajor()
         self.num_features: int = self.model.head_hidden_size
         self.register_state_dict_post_hook(_strip_model_prefix)
         self.register_load_state_dict_pre_hook(_add_model_prefix)
@@ -149,6 +149,11 @@ class Tail(nn.Module):
 class _MapToTokens(nn.Module):
     def forward(self, features: Tensor) -> Tensor:
         return features.flatten(2).transpose(1, 2)
+
+
+class _ChannelMajor(nn.Module):
+    def forward(self, tokens: Tensor) -> Tensor:
+        return tokens.transpose(1, 2).contiguous().transpose(1, 2)
 
 
 @BACKBONES.register("timm")
@@ -185,28 +190,38 @@ def _named_stages(model: nn.Module) -> dict[str, FeatureInfo]:
     return {stage.module: stage for stage in stages}
 
 
-def _finished_modules(model: nn.Module, stage_module: str, probe: Tensor) -> set[str]:
-    """Names of the modules that have returned by the time `stage_module` has, in a forward pass on `probe`."""
+@contextlib.contextmanager
+def _eval_mode(*roots: nn.Module) -> Iterator[None]:
+    """Eval mode for a probe, which must not move batch-norm statistics; afterwards each module's own mode again."""
+    modes = [(module, module.training) for root in roots for module in root.modules()]
+    for root in roots:
+        root.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+def _run_to_stage(model: nn.Module, stage_module: str, probe: Tensor) -> tuple[set[str], Any]:
+    """Names of the modules that have returned by the time `stage_module` has, on `probe`, and what that returned."""
     finished: set[str] = set()
-    reached = False
+    output = None
 
-    def note(name: str, *_: Any) -> None:
-        nonlocal reached
-        if not reached:
+    def note(name: str, module: nn.Module, inputs: Any, returned: Any) -> None:
+        nonlocal output
+        if output is None:
             finished.add(name)
-            reached = name == stage_module
+            output = returned if name == stage_module else None
 
-    was_training = model.training
-    model.eval()  # the probe must not move batch-norm statistics
     handles = [module.register_forward_hook(partial(note, name)) for name, module in model.named_modules() if name]
     try:
-        with torch.no_grad():
+        with torch.no_grad(), _eval_mode(model):
             model(probe)
     finally:
         for handle in handles:
             handle.remove()
-        model.train(was_training)
-    return finished
+    return finished, output
 
 
 def _drop_finished(module: nn.Module, prefix: str, finished: set[str], stage_module: str) -> None:

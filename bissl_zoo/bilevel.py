@@ -4,6 +4,7 @@ This file knows levels, not networks: a head has `losses(backbone, batch)`, a le
 """
 
 import contextlib
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -11,7 +12,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from bissl_zoo.distributed import all_gather_objects, all_reduce_mean, average_gradients, flatten, unflatten_like
+from bissl_zoo.distributed import (
+    all_gather_objects,
+    all_reduce_mean,
+    average_gradients,
+    flatten,
+    get_world_size,
+    unflatten_like,
+)
 from bissl_zoo.errors import ConfigError, NonFiniteLoss
 from bissl_zoo.hypergradient import SOLVERS, CurvatureOperator, LinearOperator, Solution, frozen_state
 from bissl_zoo.optim import LRMultiplier, clip_gradients, set_learning_rate
@@ -58,28 +66,38 @@ class Level:
         """All that this level's optimizer trains."""
         return [p for p in self.backbone.parameters() if p.requires_grad] + self.head_parameters
 
-    def loss(self, backbone: nn.Module, batch: Any) -> tuple[Tensor, dict[str, Tensor]]:
-        """The summed loss of this level's head on `backbone`, and its terms.
+    def loss(self, backbone: nn.Module, batch: Any) -> tuple[Tensor, dict[str, float]]:
+        """The summed loss of this level's head on `backbone`, with its graph, and the terms by name as numbers.
 
         Raises:
             NonFiniteLoss: on any rank, with the level, the step and the losses by name.
         """
         losses = self.head.losses(backbone, batch)
         total = torch.stack(list(losses.values())).sum()
+        values = dict(zip(losses, torch.stack([loss.detach() for loss in losses.values()]).tolist(), strict=True))
         terms = None
-        if not torch.isfinite(total):
-            terms = ", ".join(f"{name}={float(value):g}" for name, value in losses.items())
+        if not all(math.isfinite(value) for value in values.values()):
+            terms = ", ".join(f"{name}={value:g}" for name, value in values.items())
         for rank, found in enumerate(all_gather_objects(terms)):
             if found is not None:
                 raise NonFiniteLoss(
                     f"{self.name} level, step {self.step}, rank {rank}: the loss is not finite ({found}). "
                     "Lower the learning rate, lengthen the warm-up, or look at the inputs of this step."
                 )
-        return total, losses
+        return total, values
 
     def optimize(self) -> dict[str, float]:
-        """Clip the gradients that are there, set this step's learning rate, and take the step."""
+        """Clip the gradients that are there, set this step's learning rate, and take the step.
+
+        Raises:
+            NonFiniteLoss: a gradient is not finite; the parameters are still those of before the step.
+        """
         norm = clip_gradients(self.parameters, self.clip_norm)
+        if not math.isfinite(norm):
+            raise NonFiniteLoss(
+                f"{self.name} level, step {self.step}: the loss is finite but the norm of its gradient is {norm}. "
+                "Lower the learning rate, lengthen the warm-up, or look at the inputs of this step."
+            )
         lr = set_learning_rate(self.optimizer, self.multiplier(self.step, self.total_steps))
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
@@ -123,6 +141,7 @@ class BiLevel:
         lower_steps, upper_steps: per alternation.
         alternations: T, of the whole stage.
         adaptation: of versions 1 and 2 of the paper, or None.
+        curvature_batch_size: samples of the pretext batch that defines `H`, over all ranks; None for a whole batch.
         move_statistics: whether the downstream images that give `v` move the lower backbone's batch-norm statistics.
     """
 
@@ -137,21 +156,28 @@ class BiLevel:
         upper_steps: int = 8,
         alternations: int = 500,
         adaptation: Adaptation | None = None,
+        curvature_batch_size: int | None = None,
         move_statistics: bool = True,
     ) -> None:
         if not lam > 0:
             raise ConfigError(f"bilevel.lambda is {lam}; it must be positive, or nothing ties the two levels.")
+        if curvature_batch_size is not None and curvature_batch_size < get_world_size():
+            raise ConfigError(
+                f"bilevel.curvature_batch_size is {curvature_batch_size}; each rank needs a sample of it."
+            )
         refuse_sync_batch_norm(lower.backbone, lower.head)
         self.lower, self.upper, self.solver = lower, upper, solver
         self.lam, self.gamma = lam, gamma
         self.lower_steps, self.upper_steps, self.alternations = lower_steps, upper_steps, alternations
         self.adaptation = adaptation
+        self.curvature_batch_size = curvature_batch_size
         self.move_statistics = move_statistics
 
     def alternate(self, alternation: int) -> dict[str, float]:
         """Alternation number `alternation`, from 0; returns the metrics of its last lower and its last upper step."""
+        metrics: dict[str, float] = {}
         for _ in range(self.lower_steps):
-            metrics = self.lower_step()
+            metrics.update(self.lower_step())
         operator = self.curvature(next(self.lower.batches)).prepare()
         try:
             for _ in range(self.upper_steps):
@@ -177,8 +203,8 @@ class BiLevel:
         step = lower.optimize()
         lower.head.after_step(lower.backbone)
         return {
-            "lower/total_loss": float(total),
-            **{f"lower/{name}": float(loss) for name, loss in losses.items()},
+            "lower/total_loss": sum(losses.values()),
+            **{f"lower/{name}": loss for name, loss in losses.items()},
             "lower/pull": float(pull) * self.lam / 2,
             **{f"lower/{name}": value for name, value in step.items()},
         }
@@ -186,6 +212,8 @@ class BiLevel:
     def curvature(self, batch: Any) -> CurvatureOperator:
         """`I + H / (lambda + damping)` at the present `theta_P` and `phi_P` for one pretext batch."""
         lower = self.lower
+        if self.curvature_batch_size is not None:
+            batch = first_samples(batch, self.curvature_batch_size // get_world_size())
         return CurvatureOperator(
             loss=lambda: lower.loss(lower.backbone, batch)[0],
             parameters=lower.backbone_parameters,
@@ -222,8 +250,8 @@ class BiLevel:
         solution = self.solver(operator, v)
         backbone = solution.x
         metrics = {
-            "upper/total_loss": sum(float(loss) for loss in losses.values()),
-            **{f"upper/{name}": float(loss) for name, loss in losses.items()},
+            "upper/total_loss": sum(losses.values()),
+            **{f"upper/{name}": loss for name, loss in losses.items()},
             "solver/products": solution.products,
             "solver/status": solution.status,
             "solver/v_norm": float(v.norm()),
@@ -235,11 +263,11 @@ class BiLevel:
             plain, plain_head, losses = self._downstream_gradients(upper.backbone, batch)
             backbone = backbone + self.gamma * plain
             head = head + self.gamma * plain_head
-            metrics.update({f"upper/plain_{name}": float(loss) for name, loss in losses.items()})
+            metrics.update({f"upper/plain_{name}": loss for name, loss in losses.items()})
             metrics["solver/cosine"] = float(nn.functional.cosine_similarity(solution.x, plain, dim=0))
         return UpperGradients(backbone, head, solution, metrics)
 
-    def _downstream_gradients(self, backbone: nn.Module, batch: Any) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    def _downstream_gradients(self, backbone: nn.Module, batch: Any) -> tuple[Tensor, Tensor, dict[str, float]]:
         total, losses = self.upper.loss(backbone, batch)
         shared, head = list(backbone.parameters()), self.upper.head_parameters
         grads = torch.autograd.grad(total, [*shared, *head], materialize_grads=True)
@@ -254,6 +282,15 @@ class BiLevel:
         for name, tensor in self.upper.backbone.state_dict(keep_vars=True).items():
             if tensor.is_floating_point():
                 tensor.lerp_(lower[name], alpha)
+
+
+def first_samples(batch: Any, count: int) -> Any:
+    """The first `count` samples of a batch of tensors `(B, ...)` in nested lists, tuples and dicts."""
+    if isinstance(batch, Tensor):
+        return batch[:count]
+    if isinstance(batch, dict):
+        return {key: first_samples(value, count) for key, value in batch.items()}
+    return type(batch)(first_samples(value, count) for value in batch)
 
 
 def refuse_sync_batch_norm(*modules: nn.Module) -> None:

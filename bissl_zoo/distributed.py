@@ -61,16 +61,23 @@ def broadcast_object(obj: Any) -> Any:
 
 
 def on_main_process(action: Callable[[], Any]) -> Any:
-    """Run `action` on rank 0 alone; what it returns, or the `BisslZooError` it raises, reaches every rank."""
-    result: Any = None
+    """Run `action` on rank 0 alone; what it returns or raises reaches every rank.
+
+    A `BisslZooError` is raised as it is everywhere. Any other exception is raised on rank 0, and a `RuntimeError` that
+    tells of it on the other ranks, which would otherwise wait for rank 0 until they time out.
+    """
+    result, raised, told = None, None, None
     if is_main_process():
         try:
             result = action()
-        except BisslZooError as error:
-            result = error
-    result = broadcast_object(result)
-    if isinstance(result, BisslZooError):
-        raise result
+        except Exception as error:
+            raised = error
+            told = (
+                error if isinstance(error, BisslZooError) else RuntimeError(f"rank 0: {type(error).__name__}: {error}")
+            )
+    result, told = broadcast_object((result, told))
+    if raised or told:
+        raise raised or told
     return result
 
 

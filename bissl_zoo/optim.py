@@ -1,5 +1,6 @@
 """Learning-rate multipliers, gradient clipping and the one optimizer step that all stages share."""
 
+import math
 from collections.abc import Iterable
 
 import torch
@@ -31,7 +32,8 @@ class LRMultiplier:
         if step < self.warmup_steps:
             return (step + 1) / self.warmup_steps
         remaining = max(total_steps - self.warmup_steps, 1)
-        return self.scheduler(min((step - self.warmup_steps) / remaining, 1.0))
+        # fvcore's constant schedule refuses a progress of 1
+        return self.scheduler(min((step - self.warmup_steps) / remaining, math.nextafter(1.0, 0.0)))
 
     def total(self, total_steps: int) -> float:
         """The sum of the factors over a run: its length in steps at the full base rate."""

@@ -37,6 +37,7 @@ class FasterRCNN(DownstreamTask):
         rpn_proposals: proposals kept per image after suppression, in training and in testing.
         rpn_batch, roi_batch: anchors and proposals sampled per image for the losses.
         score_threshold, nms_threshold, detections: what of the predictions is kept per image.
+        flip_probability: of mirroring a training image left to right.
         mean, std: normalisation of images in [0, 1], per RGB channel.
     """
 
@@ -59,11 +60,13 @@ class FasterRCNN(DownstreamTask):
         score_threshold: float = 0.05,
         nms_threshold: float = 0.5,
         detections: int = 100,
+        flip_probability: float = 0.5,
         mean: Sequence[float] = IMAGENET_MEAN,
         std: Sequence[float] = IMAGENET_STD,
     ) -> None:
         super().__init__(backbone, classes)
         channels = self.feature.channels
+        self.flip_probability = flip_probability
         self.resize = GeneralizedRCNNTransform(min_size, max_size, list(mean), list(std))
         anchors = AnchorGenerator((tuple(anchor_sizes),), (tuple(anchor_ratios),))
         kept = dict(zip(("training", "testing"), rpn_proposals, strict=True))
@@ -94,7 +97,7 @@ class FasterRCNN(DownstreamTask):
 
     def transform(self, train: bool) -> Callable[[Any, Target], Batch]:
         """Float images in [0, 1] at their own size; flipped left to right at random to train."""
-        return _DetectionTransform(0.5 if train else 0.0)
+        return _DetectionTransform(self.flip_probability if train else 0.0)
 
     def collate(self, samples: list[Batch]) -> Batch:
         """A list of images `(3, H, W)` and a list of targets."""

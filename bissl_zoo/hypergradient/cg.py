@@ -33,58 +33,78 @@ class ConjugateGradient:
         """Solve from x = 0; see :class:`Solution` for what comes back.
 
         Negative curvature, a residual that grows and a non-finite product end the joint solve with the best iterate so
-        far, or `v` where there is none; a non-finite `v` is answered by zero.
+        far, or `v` where its residual is smaller; a non-finite `v` is answered by zero.
         """
         if not torch.isfinite(v).all():
             return Solution(torch.zeros_like(v), float("inf"), 0, "non_finite")
         if not v.any():
             return Solution(v, 0.0, 0, "converged")
-        x, status, products = self._blockwise(operator, v) if self.blockwise else self._joint(operator, v)
-        residual = relative_residual(operator, x, v)
-        if not math.isfinite(residual):
+        # the squares of a v far from 1 would not fit float32; a power of two keeps every digit
+        scale = torch.exp2(torch.floor(torch.log2(v.abs().max())))
+        right = v / scale
+        x, status, products = self._blockwise(operator, right) if self.blockwise else self._joint(operator, right)
+        residual = relative_residual(operator, x, right)
+        x = x * scale
+        if not math.isfinite(residual) or not torch.isfinite(x).all():
             return Solution(v, float("inf"), products + 1, "non_finite")
-        if status == "max_iterations" and (residual <= self.tolerance or residual > 1.0):
-            status = "converged" if residual <= self.tolerance else "diverged"
+        if residual <= self.tolerance:
+            status = "converged"
+        elif status == "max_iterations" and residual > 1.0:
+            status = "diverged"
         return Solution(x, residual, products + 1, status)
 
     def _joint(self, operator: LinearOperator, v: Tensor) -> tuple[Tensor, str, int]:
-        scale = best_norm = torch.linalg.vector_norm(v)
-        x, best, r, p = torch.zeros_like(v), v, v, v
+        scale = torch.linalg.vector_norm(v)
+        x, r, p = torch.zeros_like(v), v, v
+        best, best_norm = v, math.inf
         r_dot_r = torch.dot(r, r)
+        status, products = "max_iterations", 0
         for products in range(1, self.iterations + 1):
             product = operator(p)
+            if products == 1:
+                residual_of_v = torch.linalg.vector_norm(v - product)
             curvature = torch.dot(p, product)
             if not torch.isfinite(curvature):
-                return best, "non_finite", products
+                status = "non_finite"
+                break
             if curvature <= 0:
-                return best, "negative_curvature", products
+                status = "negative_curvature"
+                break
             step = r_dot_r / curvature
             x, r = x + step * p, r - step * product
             r_dot_r, previous = torch.dot(r, r), r_dot_r
             norm = r_dot_r.sqrt()
-            if products == 1 or norm < best_norm:
-                best, best_norm = x, norm
             if norm <= self.tolerance * scale:
                 return x, "converged", products
-            if norm > self.growth * scale:
-                return best, "diverged", products
+            if not norm <= self.growth * scale:
+                status = "diverged"
+                break
+            if norm < best_norm:
+                best, best_norm = x, norm
             p = r + (r_dot_r / previous) * p
-        return best, "max_iterations", self.iterations
+        else:
+            if not self.iterations or norm <= scale:
+                return x, status, products
+            status = "diverged"
+        return (v if residual_of_v < best_norm else best), status, products
 
     def _blockwise(self, operator: LinearOperator, v: Tensor) -> tuple[Tensor, str, int]:
         sizes = operator.block_sizes
         x, r, p = torch.zeros_like(v), v, v
         r_dot_r = _block_dots(r, r, sizes)
+        status = "max_iterations"
         for products in range(1, self.iterations + 1):
             product = operator(p)
             curvature = _block_dots(p, product, sizes)
             if not torch.isfinite(curvature).all():
                 return v, "non_finite", products
+            if curvature.sum() < 0:
+                status = "negative_curvature"
             step = _spread(_ratio(r_dot_r, curvature), sizes)
             x, r = x + step * p, r - step * product
             r_dot_r, previous = _block_dots(r, r, sizes), r_dot_r
             p = r + _spread(_ratio(r_dot_r, previous), sizes) * p
-        return x, "max_iterations", self.iterations
+        return x, status, self.iterations
 
 
 def _block_dots(a: Tensor, b: Tensor, sizes: list[int]) -> Tensor:

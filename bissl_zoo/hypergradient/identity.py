@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from bissl_zoo.hypergradient.solver import LinearOperator, Solution
@@ -14,5 +15,7 @@ class Identity:
     damping: float = 0.0
 
     def __call__(self, operator: LinearOperator, v: Tensor) -> Solution:
-        """Return `v` without a product."""
+        """Return `v` without a product; a non-finite `v` is answered by zero."""
+        if not torch.isfinite(v).all():
+            return Solution(torch.zeros_like(v), residual=None, products=0, status="non_finite")
         return Solution(v, residual=None, products=0, status="not_solved")

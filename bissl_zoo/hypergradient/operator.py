@@ -18,7 +18,8 @@ def frozen_state(modules: Sequence[nn.Module]) -> Iterator[None]:
     kept = [
         (module, name, buffer) for module in owners for name, buffer in module._buffers.items() if buffer is not None
     ]
-    devices = {buffer.device.index for _, _, buffer in kept if buffer.is_cuda}
+    tensors = [tensor for root in modules for tensor in (*root.parameters(), *root.buffers())]
+    devices = {tensor.device.index for tensor in tensors if tensor.is_cuda}
     with torch.random.fork_rng(devices=sorted(devices)):
         for module, name, buffer in kept:
             module._buffers[name] = buffer.clone()

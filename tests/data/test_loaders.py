@@ -1,0 +1,120 @@
+from itertools import islice
+
+import pytest
+import torch
+from torch.utils.data import Dataset
+
+from bissl_zoo.data import loaders
+from bissl_zoo.data.loaders import TrainingSampler, TransformedDataset, build_test_loader, build_train_loader
+from bissl_zoo.errors import ConfigError
+
+
+class Numbers(Dataset):
+    """Items `(i, -i)`."""
+
+    def __init__(self, size):
+        self.size = size
+
+    def __len__(self):
+        return self.size
+
+    def __getitem__(self, index):
+        return index, -index
+
+
+def first(image, target):
+    return image
+
+
+def pair(image, target):
+    return image, target
+
+
+def draw(sampler, count):
+    return list(islice(sampler, count))
+
+
+def as_rank(monkeypatch, rank, world):
+    monkeypatch.setattr(loaders, "get_rank", lambda: rank)
+    monkeypatch.setattr(loaders, "get_world_size", lambda: world)
+
+
+def test_every_epoch_is_another_permutation_of_all_samples():
+    drawn = draw(TrainingSampler(10, 4, seed=3), 40)
+    epochs = [drawn[i : i + 10] for i in range(0, 40, 10)]
+    assert all(sorted(epoch) == list(range(10)) for epoch in epochs)
+    assert len({tuple(epoch) for epoch in epochs}) == 4
+
+
+def test_the_seed_decides_the_order():
+    assert draw(TrainingSampler(50, 5, seed=1), 50) == draw(TrainingSampler(50, 5, seed=1), 50)
+    assert draw(TrainingSampler(50, 5, seed=1), 50) != draw(TrainingSampler(50, 5, seed=2), 50)
+
+
+@pytest.mark.parametrize("world", [2, 3, 6])
+def test_the_global_batches_do_not_depend_on_the_number_of_ranks(monkeypatch, world):
+    steps, batch = 7, 12
+    alone = torch.tensor(draw(TrainingSampler(17, batch, seed=0), steps * batch)).view(steps, batch)
+    shards = []
+    for rank in range(world):
+        as_rank(monkeypatch, rank, world)
+        shards.append(torch.tensor(draw(TrainingSampler(17, batch, seed=0), steps * batch // world)).view(steps, -1))
+    assert torch.equal(torch.cat(shards, dim=1), alone)
+
+
+def test_start_step_continues_the_stream(monkeypatch):
+    as_rank(monkeypatch, 1, 2)
+    whole = draw(TrainingSampler(17, 6, seed=0), 60)
+    assert draw(TrainingSampler(17, 6, seed=0, start_step=11), 27) == whole[33:]
+
+
+def test_a_batch_larger_than_the_set_goes_round():
+    drawn = draw(TrainingSampler(3, 8, seed=0), 24)
+    assert all(sorted(drawn[i : i + 3]) == [0, 1, 2] for i in range(0, 24, 3))
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_train_loader_is_endless_and_transforms(workers):
+    loader = build_train_loader(Numbers(6), 4, first, num_workers=workers, seed=5)
+    batches = list(islice(loader, 6))
+    assert all(batch.shape == (4,) for batch in batches)
+    assert torch.cat(batches).tolist() == draw(TrainingSampler(6, 4, seed=5), 24)
+
+
+def test_train_loader_continues_at_a_step():
+    whole = list(islice(build_train_loader(Numbers(6), 4, first, seed=5), 5))
+    rest = list(islice(build_train_loader(Numbers(6), 4, first, seed=5, start_step=3), 2))
+    assert torch.equal(torch.stack(rest), torch.stack(whole[3:]))
+
+
+def test_each_rank_loads_its_share(monkeypatch):
+    as_rank(monkeypatch, 0, 2)
+    assert next(iter(build_train_loader(Numbers(6), 4, first))).shape == (2,)
+
+
+@pytest.mark.parametrize(("world", "batch"), [(3, 4), (1, 0)])
+def test_a_batch_that_does_not_divide_among_the_ranks_is_refused(monkeypatch, world, batch):
+    as_rank(monkeypatch, 0, world)
+    with pytest.raises(ConfigError, match=f"batch_size={batch} is the batch over all ranks"):
+        build_train_loader(Numbers(6), batch, first)
+
+
+@pytest.mark.parametrize(("size", "world"), [(10, 1), (10, 3), (2, 4)])
+def test_test_loader_reads_every_sample_once_over_all_ranks(monkeypatch, size, world):
+    seen = []
+    for rank in range(world):
+        as_rank(monkeypatch, rank, world)
+        for batch in build_test_loader(Numbers(size), 3, first):
+            assert len(batch) <= 3
+            seen += batch.tolist()
+    assert sorted(seen) == list(range(size))
+
+
+def test_collate_receives_the_transformed_samples():
+    [batch] = build_test_loader(Numbers(3), 8, pair, collate=list)
+    assert batch == [(0, 0), (1, -1), (2, -2)]
+
+
+def test_transformed_data_set_keeps_its_length():
+    dataset = TransformedDataset(Numbers(4), lambda image, target: (image + 1, target))
+    assert len(dataset) == 4 and dataset[3] == (4, -3)

@@ -1,0 +1,177 @@
+import pytest
+import torch
+from torch import nn
+
+from bissl_zoo.hypergradient import CurvatureOperator, frozen_state
+from bissl_zoo.registry import PRETEXT_METHODS, build_backbone, build_pretext
+
+
+def smooth_net(**extra):
+    """A small smooth network in float64, a function of its flat parameters, and the loss on a fixed batch."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2, **extra)).double()
+    x, y = torch.randn(7, 3, dtype=torch.float64), torch.randn(7, 2, dtype=torch.float64)
+    return net, lambda: (net(x) - y).square().mean()
+
+
+def dense_hessian(net, loss):
+    """The Hessian of `loss` in the parameters of `net`, by torch's own dense routine on a functional call."""
+    shapes = {name: p.shape for name, p in net.named_parameters()}
+    flat = torch.cat([p.detach().reshape(-1) for p in net.parameters()])
+
+    def at(vector):
+        chunks = vector.split([shape.numel() for shape in shapes.values()])
+        values = {name: c.view(s) for (name, s), c in zip(shapes.items(), chunks, strict=True)}
+        with torch.nn.utils.stateless._reparametrize_module(net, values):
+            return loss()
+
+    return torch.autograd.functional.hessian(at, flat)
+
+
+def test_products_equal_the_dense_hessian():
+    net, loss = smooth_net()
+    hessian = dense_hessian(net, loss)
+    operator = CurvatureOperator(loss, list(net.parameters()), strength=0.3).prepare()
+    size = len(hessian)
+    assert operator.block_sizes == [12, 4, 8, 2] and size == 26
+    columns = torch.stack([operator.hessian_product(e) for e in torch.eye(size, dtype=torch.float64)], dim=1)
+    # both are exact; they add up in another order
+    torch.testing.assert_close(columns, hessian, rtol=1e-10, atol=1e-13)
+    u = torch.randn(size, dtype=torch.float64)
+    torch.testing.assert_close(operator(u), u + hessian @ u / 0.3, rtol=1e-10, atol=1e-13)
+    assert torch.equal(operator(u), operator.matvec(u))
+
+
+def test_products_do_not_depend_on_what_came_before():
+    net, loss = smooth_net()
+    operator = CurvatureOperator(loss, list(net.parameters()), strength=1.0).prepare()
+    u, w = torch.randn(2, 26, dtype=torch.float64)
+    first = operator(u)
+    operator(w)
+    with torch.no_grad():
+        assert torch.equal(operator(u), first)
+    assert not first.requires_grad
+
+
+def test_parameters_that_do_not_matter_have_zero_rows():
+    net, loss = smooth_net()
+    unused = nn.Parameter(torch.randn(5, dtype=torch.float64))
+    parameters = [unused, *net.parameters()]
+    u = torch.randn(31, dtype=torch.float64)
+    product = CurvatureOperator(loss, parameters, strength=1.0).prepare().hessian_product(u)
+    assert not product[:5].any()
+    torch.testing.assert_close(product[5:], dense_hessian(net, loss) @ u[5:], rtol=1e-10, atol=1e-13)
+
+
+def test_a_linear_loss_has_no_curvature():
+    parameter = nn.Parameter(torch.randn(4))
+    operator = CurvatureOperator(lambda: (3.0 * parameter).sum(), [parameter], strength=1.0).prepare()
+    u = torch.randn(4)
+    assert torch.equal(operator(u), u)
+
+
+def test_a_product_before_prepare_or_after_release_is_refused():
+    net, loss = smooth_net()
+    operator = CurvatureOperator(loss, list(net.parameters()), strength=1.0)
+    u = torch.zeros(26, dtype=torch.float64)
+    with pytest.raises(RuntimeError, match="before prepare"):
+        operator(u)
+    assert operator.prepare() is operator
+    operator(u)
+    operator.release()
+    with pytest.raises(RuntimeError, match="after release"):
+        operator(u)
+
+
+def test_prepare_again_sees_the_new_parameters():
+    net, loss = smooth_net()
+    operator = CurvatureOperator(loss, list(net.parameters()), strength=1.0).prepare()
+    u = torch.randn(26, dtype=torch.float64)
+    with torch.no_grad():
+        net[0].weight.mul_(2.0)
+    torch.testing.assert_close(
+        operator.prepare().hessian_product(u), dense_hessian(net, loss) @ u, rtol=1e-10, atol=1e-13
+    )
+
+
+@pytest.mark.parametrize("strength", [0.0, -1.0, float("nan")])
+def test_a_strength_that_is_not_positive_is_refused(strength):
+    with pytest.raises(ValueError, match="must be positive"):
+        CurvatureOperator(lambda: None, [], strength=strength)
+
+
+def test_products_are_reduced_over_ranks():
+    net, loss = smooth_net()
+    u = torch.randn(26, dtype=torch.float64)
+    alone = CurvatureOperator(loss, list(net.parameters()), strength=1.0).prepare()
+    halved = CurvatureOperator(loss, list(net.parameters()), strength=1.0, reduce=lambda vector: vector / 2).prepare()
+    torch.testing.assert_close(halved.hessian_product(u), alone.hessian_product(u) / 2)
+
+
+def snapshot(*modules):
+    state = {f"{i}.{k}": v.clone() for i, m in enumerate(modules) for k, v in m.state_dict().items()}
+    return {**state, "random state": torch.get_rng_state()}
+
+
+@pytest.mark.parametrize("method", PRETEXT_METHODS.list())
+def test_products_leave_no_trace(method):
+    torch.manual_seed(0)
+    trunk, tail = build_backbone(name="test_resnet", drop_path_rate=0.3).split("c3")
+    pretext = build_pretext(name=method, backbone=trunk, tail=tail).train()
+    trunk.train()
+    views = tuple(torch.randn(2, 4, 3, 32, 32))
+    parameters = list(trunk.parameters())
+    u = torch.randn(sum(p.numel() for p in parameters))
+    before = snapshot(trunk, pretext)
+    operator = CurvatureOperator(
+        lambda: sum(pretext.losses(trunk, views).values()), parameters, strength=1.0, modules=(trunk, pretext)
+    ).prepare()
+    first = operator(u)
+    with torch.no_grad():  # the upper level moves the lower statistics between two products
+        trunk(torch.randn(4, 3, 32, 32))
+    moved = snapshot(trunk, pretext)
+    assert torch.equal(operator(u), first)  # dropped paths and batch statistics belong to the operator
+    operator.release()
+    after = snapshot(trunk, pretext)
+    assert all(torch.equal(after[key], moved[key]) for key in after)
+    for key in before:
+        if not key.startswith("0.") and key != "random state":
+            assert torch.equal(after[key], before[key]), key
+    assert all(p.grad is None for module in (trunk, pretext) for p in module.parameters())
+    assert torch.isfinite(first).all() and first.norm() > 0
+
+
+@pytest.mark.parametrize("method", PRETEXT_METHODS.list())
+def test_preparing_leaves_every_buffer_and_the_random_state(method):
+    torch.manual_seed(0)
+    trunk, tail = build_backbone(name="test_resnet", drop_path_rate=0.3).split("c3")
+    pretext = build_pretext(name=method, backbone=trunk, tail=tail).train()
+    trunk.train()
+    views = tuple(torch.randn(2, 4, 3, 32, 32))
+    identities = {name: id(buffer) for name, buffer in [*trunk.named_buffers(), *pretext.named_buffers()]}
+    before = snapshot(trunk, pretext)
+    CurvatureOperator(
+        lambda: sum(pretext.losses(trunk, views).values()), list(trunk.parameters()), 1.0, (trunk, pretext)
+    ).prepare()
+    after = snapshot(trunk, pretext)
+    assert all(torch.equal(after[key], before[key]) for key in before)
+    assert identities == {name: id(buffer) for name, buffer in [*trunk.named_buffers(), *pretext.named_buffers()]}
+
+
+def test_frozen_state_is_restored_when_the_forward_pass_fails():
+    norm = nn.BatchNorm1d(3)
+    before, random_state = norm.running_mean, torch.get_rng_state()
+    with pytest.raises(ZeroDivisionError), frozen_state([norm]):
+        norm(torch.randn(5, 3))
+        raise ZeroDivisionError
+    assert norm.running_mean is before and not before.any() and norm.num_batches_tracked == 0
+    assert torch.equal(torch.get_rng_state(), random_state)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU, whose random state is apart from the CPU's")
+def test_frozen_state_keeps_the_gpus_random_state_without_buffers_too():
+    layer = nn.Linear(2, 2).cuda()
+    before = torch.cuda.get_rng_state()
+    with frozen_state([layer]):
+        torch.rand(3, device="cuda")
+    assert torch.equal(torch.cuda.get_rng_state(), before)

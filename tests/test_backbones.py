@@ -1,0 +1,211 @@
+import pytest
+import timm
+import torch
+
+from bissl_zoo.backbones import SplitError, merge_split_states
+from bissl_zoo.errors import RegistryError
+from bissl_zoo.registry import build_backbone
+
+EVERY_STAGE = [
+    ("resnet18", {}, ("c1", "c2", "c3", "c4", "c5")),
+    ("convnext_atto", {}, ("c2", "c3", "c4", "c5")),
+    ("test_resnet", {}, ("c1", "c2", "c3", "c4", "c5")),
+    ("test_efficientnet", {}, ("c1", "c2", "c3", "c4", "c5")),
+    ("test_vit", {"class_token": False, "global_pool": "avg"}, tuple(f"blocks.{i}" for i in range(6))),
+]
+SPLITS = [(name, kwargs, stage) for name, kwargs, stages in EVERY_STAGE for stage in stages] + [
+    ("resnet50", {}, "c4"),  # the shared part of a C4 detector
+    ("mobilenetv3_small_050", {}, "c4"),
+    ("regnetx_002", {}, "c3"),
+]
+
+
+def build(name, **kwargs):
+    torch.manual_seed(0)
+    return build_backbone(name=name, **kwargs)
+
+
+def images(backbone, batch=4, size=64, seed=1):
+    cfg = backbone.model.pretrained_cfg
+    size = cfg["input_size"][-1] if cfg.get("fixed_input_size") else size
+    return torch.randn(batch, 3, size, size, generator=torch.Generator().manual_seed(seed))
+
+
+def buffers(state):
+    return {name: tensor for name, tensor in state.items() if "running" in name or "num_batches" in name}
+
+
+@pytest.mark.parametrize(("name", "kwargs", "stage"), SPLITS, ids=[f"{n}-{s}" for n, _, s in SPLITS])
+def test_split_computes_bit_for_bit_what_the_whole_does(name, kwargs, stage):
+    whole = build(name, **kwargs)
+    trunk, tail = whole.split(stage)
+    x = images(whole)
+    # in train mode first, which also moves the batch-norm statistics that eval mode then uses
+    for mode in (True, False):
+        for module in (whole, trunk, tail):
+            module.train(mode)
+        outputs = []
+        for run in (whole.model, lambda x: tail(trunk(x)[stage])):
+            torch.manual_seed(2)  # for stochastic depth and dropout
+            outputs.append(run(x))
+        assert torch.equal(*outputs)
+        assert outputs[1].shape == (len(x), tail.num_features)
+    parts = merge_split_states(trunk.state_dict(), tail.state_dict())
+    for key, value in buffers(whole.state_dict()).items():
+        assert torch.equal(parts[key], value), key
+
+
+@pytest.mark.parametrize(("name", "kwargs", "stage"), SPLITS, ids=[f"{n}-{s}" for n, _, s in SPLITS])
+def test_split_partitions_the_parameters_under_timms_names(name, kwargs, stage):
+    whole = build(name, **kwargs)
+    reference = timm.create_model(name, num_classes=0, **kwargs).state_dict()
+    trunk, tail = (part.state_dict() for part in whole.split(stage))
+    assert not set(trunk) & set(tail)
+    merged = merge_split_states(trunk, tail)
+    assert set(merged) == set(reference)
+    state = whole.state_dict()
+    assert all(torch.equal(merged[key], state[key]) and merged[key].shape == reference[key].shape for key in merged)
+
+
+def test_the_parts_are_copies():
+    whole = build("test_resnet")
+    before = {key: value.clone() for key, value in whole.state_dict().items()}
+    with torch.no_grad():
+        for part in whole.split("c3"):
+            for parameter in part.parameters():
+                parameter.add_(1.0)
+    assert all(torch.equal(value, before[key]) for key, value in whole.state_dict().items())
+
+
+def test_splitting_leaves_the_whole_as_it_was():
+    whole = build("test_resnet", drop_path_rate=0.5).train()
+    frozen = whole.model.bn1.eval()  # as a user freezes batch norm
+    before = {key: value.clone() for key, value in whole.state_dict().items()}
+    torch.manual_seed(5)
+    random_state = torch.get_rng_state()
+    whole.split("c3")
+    assert torch.equal(torch.get_rng_state(), random_state)
+    assert all(torch.equal(value, before[key]) for key, value in whole.state_dict().items())
+    assert whole.training and whole.model.layer1.training and not frozen.training
+    assert not any(module._forward_hooks for module in whole.modules())
+
+
+def test_gradients_flow_through_both_parts():
+    whole = build("test_resnet")
+    trunk, tail = whole.split("c3")
+    x = images(whole)
+    whole.model(x).square().sum().backward()
+    tail(trunk(x)["c3"]).square().sum().backward()
+    expected = dict(whole.model.named_parameters())
+    for part in (trunk, tail):
+        for name, parameter in part.model.named_parameters():
+            assert torch.equal(parameter.grad, expected[name].grad), name
+
+
+def test_a_trunk_knows_only_the_stages_it_has():
+    trunk, _ = build("test_resnet").split("c3")
+    assert trunk.stages == ["c1", "c2", "c3"] and trunk.out_features == ("c3",)
+    with pytest.raises(SplitError, match="Stages: c1, c2, c3"):
+        trunk.split("c4")
+
+
+@pytest.mark.parametrize("name", ["resnet18", "convnext_atto", "test_efficientnet", "regnetx_002"])
+def test_feature_maps_equal_timms_features_only(name):
+    ours = build(name)
+    ours = build(name, out_features=ours.stages).eval()
+    reference = timm.create_model(name, features_only=True).eval()
+    # features_only joins the first two parts of a name, and has no final norm
+    theirs = {key.replace("stages.", "stages_").replace("stem.", "stem_"): v for key, v in ours.state_dict().items()}
+    theirs = {**ours.state_dict(), **theirs}
+    assert not reference.load_state_dict(theirs, strict=False).missing_keys
+    x = images(ours, batch=1, size=96)
+    with torch.no_grad():
+        maps, expected = ours(x), reference(x)
+    infos = list(ours.feature_info.values())
+    assert [info.channels for info in infos] == reference.feature_info.channels()
+    assert [info.stride for info in infos] == reference.feature_info.reduction()
+    assert list(maps) == ours.stages
+    for (stage, features), theirs in zip(maps.items(), expected, strict=True):
+        assert features.shape == theirs.shape == (1, ours.feature_info[stage].channels, *features.shape[2:])
+        assert features.shape[-1] == 96 // ours.feature_info[stage].stride
+        torch.testing.assert_close(features, theirs, rtol=1e-5, atol=1e-6)  # the same layers, wrapped differently
+
+
+def test_only_the_stages_asked_for_are_returned_shallow_to_deep():
+    backbone = build("test_resnet", out_features=("c4", "c2"))
+    assert list(backbone(images(backbone))) == ["c2", "c4"]
+    assert list(build("test_resnet")(images(backbone))) == ["c5"]
+
+
+@pytest.mark.parametrize("name", ["resnet18", "convnext_atto", "test_vit"])
+def test_weights_are_exchanged_with_timm_both_ways(name):
+    backbone, model = build(name).eval(), timm.create_model(name, num_classes=0).eval()
+    assert list(backbone.state_dict()) == list(model.state_dict())
+    x = images(backbone, batch=1)
+    with torch.no_grad():
+        model.load_state_dict(backbone.state_dict())
+        assert torch.equal(model(x), backbone.model(x))
+        fresh = timm.create_model(name, num_classes=0).eval()
+        given = fresh.state_dict()
+        backbone.load_state_dict(given)
+        assert torch.equal(fresh(x), backbone.model(x))
+    assert list(given) == list(fresh.state_dict())  # loading does not rename the caller's keys
+
+
+def test_names_hold_inside_another_module_too():
+    holder = torch.nn.ModuleDict({"backbone": build("test_resnet")})
+    state = holder.state_dict()
+    assert "backbone.conv1.0.weight" in state or "backbone.conv1.weight" in state
+    other = torch.nn.ModuleDict({"backbone": build_backbone(name="test_resnet")})
+    other.load_state_dict(state)
+    assert all(torch.equal(value, state[key]) for key, value in other.state_dict().items())
+
+
+def test_missing_and_unexpected_keys_are_refused():
+    backbone = build("test_resnet")
+    state = backbone.state_dict()
+    key = next(iter(state))
+    with pytest.raises(RuntimeError, match="Missing key"):
+        backbone.load_state_dict({k: v for k, v in state.items() if k != key})
+    with pytest.raises(RuntimeError, match="Unexpected key"):
+        backbone.load_state_dict({**state, "fc.weight": torch.zeros(1)})
+
+
+def test_a_vit_with_a_class_token_says_how_to_build_one_that_splits():
+    with pytest.raises(
+        SplitError, match=r"'test_vit' cannot be split.*class_token=False, reg_tokens=0, global_pool='avg'"
+    ):
+        build("test_vit").split("blocks.2")
+
+
+def test_an_unknown_stage_names_the_nearest_and_all():
+    with pytest.raises(SplitError, match=r"no stage 'c44'\. Did you mean 'c4'\? Stages: c1, c2, c3, c4, c5"):
+        build("test_resnet").split("c44")
+    with pytest.raises(SplitError, match="no stage 'layer3'"):
+        build("test_resnet", out_features=("layer3",))
+
+
+def test_an_unknown_architecture_names_the_nearest():
+    with pytest.raises(RegistryError, match="Unknown backbone 'resnet5O'. Did you mean 'resnet50'?"):
+        build("resnet5O")
+    with pytest.raises(RegistryError, match="timm has no architecture 'resnet5O'. Did you mean 'resnet50'?"):
+        build("timm", architecture="resnet5O")
+
+
+def test_an_argument_that_timm_does_not_know_is_named():
+    with pytest.raises(RegistryError, match="'test_resnet' does not take these arguments.*dropp"):
+        build("test_resnet", dropp=0.1)
+
+
+@pytest.mark.parametrize("name", [*timm.list_models("test_*"), "swin_tiny_patch4_window7_224"])
+def test_any_family_splits_exactly_or_says_that_it_does_not(name):
+    whole = build(name).eval()
+    stage = whole.stages[len(whole.stages) // 2]
+    try:
+        trunk, tail = whole.split(stage)
+    except SplitError as error:
+        assert name in str(error) and ("Try another stage" in str(error) or "Build it without" in str(error))
+        return
+    x = images(whole, batch=2)
+    with torch.no_grad():
+        assert torch.equal(tail.eval()(trunk.eval()(x)[stage]), whole.model(x))

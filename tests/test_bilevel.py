@@ -1,0 +1,240 @@
+import itertools
+
+import pytest
+import torch
+from fvcore.common.param_scheduler import ConstantParamScheduler
+from torch import nn
+from torch.optim import SGD
+
+from bissl_zoo.bilevel import Adaptation, BiLevel, Level
+from bissl_zoo.distributed import flatten
+from bissl_zoo.errors import ConfigError, NonFiniteLoss
+from bissl_zoo.hypergradient import ConjugateGradient, Exact, Identity, Solution
+from bissl_zoo.optim import LRMultiplier
+from bissl_zoo.registry import HYPERGRADIENT_SOLVERS, build_solver
+
+CONSTANT = LRMultiplier(ConstantParamScheduler(1.0))
+
+
+class Vector(nn.Module):
+    """A backbone that is its parameters."""
+
+    def __init__(self, values):
+        super().__init__()
+        self.theta = nn.Parameter(torch.as_tensor(values, dtype=torch.float64).clone())
+        self.register_buffer("seen", torch.zeros((), dtype=torch.float64))
+
+    def forward(self):
+        return self.theta
+
+
+class Loss(nn.Module):
+    """A head whose loss is a function of the backbone's vector, its own and the batch."""
+
+    def __init__(self, function, phi=(0.0,)):
+        super().__init__()
+        self.function = function
+        self.phi = nn.Parameter(torch.as_tensor(phi, dtype=torch.float64).clone())
+        self.after = []
+
+    def losses(self, backbone, batch):
+        return {"first": self.function(backbone(), self.phi, batch), "second": 0.0 * self.phi.sum()}
+
+    def after_step(self, backbone):
+        self.after.append(backbone.theta.detach().clone())
+
+
+def level(name, backbone, head, lr=0.1, clip_norm=None, batches=None):
+    optimizer = SGD([*backbone.parameters(), *head.parameters()], lr=lr)
+    batches = itertools.count() if batches is None else iter(batches)
+    return Level(name, backbone, head, optimizer, batches, CONSTANT, 1000, clip_norm)
+
+
+def quadratic(lam=0.5, gamma=0.0, solver=None, theta_d=(0.3, -1.0, 2.0), **options):
+    """Lower loss (theta-a)'H(theta-a)/2 and upper loss |M theta - phi|^2/2, with theta_P at its optimum."""
+    generator = torch.Generator().manual_seed(0)
+    q, _ = torch.linalg.qr(torch.randn(3, 3, generator=generator, dtype=torch.float64))
+    hessian = q @ torch.diag(torch.tensor([0.2, 1.0, 4.0], dtype=torch.float64)) @ q.T
+    a = torch.randn(3, generator=generator, dtype=torch.float64)
+    m = torch.randn(2, 3, generator=generator, dtype=torch.float64)
+    eye = torch.eye(3, dtype=torch.float64)
+    theta_d = torch.as_tensor(theta_d, dtype=torch.float64)
+
+    def response(theta_d):
+        return torch.linalg.solve(hessian + lam * eye, hessian @ a + lam * theta_d)
+
+    lower = Loss(lambda theta, phi, _: (theta - a) @ hessian @ (theta - a) / 2)
+    upper = Loss(lambda theta, phi, _: (m @ theta - phi).square().sum() / 2, phi=(1.0, -2.0))
+    problem = BiLevel(
+        level("lower", Vector(response(theta_d)), lower),
+        level("upper", Vector(theta_d), upper),
+        solver=solver or Exact(damping=0.0),
+        lam=lam,
+        gamma=gamma,
+        **options,
+    )
+    return problem, response, upper.function
+
+
+@pytest.mark.parametrize("lam", [0.01, 0.5, 10.0])
+@pytest.mark.parametrize("gamma", [0.0, 0.01, 1.0])
+def test_the_hypergradient_is_the_derivative_of_the_bilevel_objective(lam, gamma):
+    problem, response, upper_loss = quadratic(lam, gamma)
+    theta_d = problem.upper.backbone.theta.detach().clone().requires_grad_()
+    phi = problem.upper.head.phi.detach().clone().requires_grad_()
+    # the objective with the lower optimum written out, differentiated through the closed form
+    objective = upper_loss(response(theta_d), phi, None) + gamma * upper_loss(theta_d, phi, None)
+    expected = torch.autograd.grad(objective, [theta_d, phi])
+    gradients = problem.upper_gradients(None, problem.curvature(None).prepare())
+    torch.testing.assert_close(gradients.backbone, expected[0], rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(gradients.head, expected[1], rtol=1e-9, atol=1e-12)
+    assert gradients.solution.status == "converged"
+
+
+def test_lower_steps_go_to_the_pulled_optimum():
+    problem, response, _ = quadratic(lam=0.5, lower_steps=200)
+    theta_d = problem.upper.backbone.theta.detach()
+    with torch.no_grad():
+        problem.lower.backbone.theta.copy_(theta_d)
+    for _ in range(300):
+        problem.lower_step()
+    torch.testing.assert_close(problem.lower.backbone.theta.detach(), response(theta_d), rtol=1e-6, atol=1e-6)
+    assert torch.equal(problem.upper.backbone.theta, theta_d) and problem.upper.backbone.theta.grad is None
+
+
+def test_alternating_finds_the_bilevel_optimum():
+    problem, response, upper_loss = quadratic(lam=0.5, gamma=0.0, lower_steps=20, upper_steps=1, alternations=200)
+    for one, lr in ((problem.lower, 0.3), (problem.upper, 1.0)):
+        for group in one.optimizer.param_groups:
+            group["lr"] = lr
+    start = upper_loss(response(problem.upper.backbone.theta), problem.upper.head.phi, None).item()
+    for alternation in range(200):
+        problem.alternate(alternation)
+    reached = upper_loss(response(problem.upper.backbone.theta), problem.upper.head.phi, None).item()
+    assert reached < 1e-4 * start  # two equations, five unknowns: the optimum is zero
+
+
+def test_an_alternation_takes_its_steps_and_one_batch_for_the_curvature():
+    problem, _, _ = quadratic(lower_steps=3, upper_steps=2, alternations=5)
+    seen = []
+    for one in (problem.lower, problem.upper):
+        losses = one.head.losses
+        one.head.losses = lambda backbone, batch, losses=losses, name=one.name: (
+            seen.append((name, batch)) or losses(backbone, batch)
+        )
+    metrics = problem.alternate(0)
+    # gamma = 0: one downstream pass per upper step
+    assert seen == [("lower", 0), ("lower", 1), ("lower", 2), ("lower", 3), ("upper", 0), ("upper", 1)]
+    assert len(problem.lower.head.after) == 3  # never for the curvature batch
+    assert problem.lower.step == 3 and problem.upper.step == 2
+    expected = {"lower/total_loss", "lower/pull", "lower/lr", "upper/total_loss", "upper/lr", "solver/residual"}
+    assert expected <= set(metrics) and metrics["solver/status"] == "converged"
+
+
+def test_the_teacher_sees_the_parameters_after_the_step():
+    problem, _, _ = quadratic()
+    problem.lower_step()
+    assert torch.equal(problem.lower.head.after[0], problem.lower.backbone.theta)
+
+
+def test_the_graph_is_freed_when_an_upper_step_fails():
+    problem, _, _ = quadratic(lower_steps=1)
+    operators = []
+
+    def failing(operator, v):
+        operators.append(operator)
+        raise ZeroDivisionError
+
+    failing.damping = 0.0
+    problem.solver = failing
+    with pytest.raises(ZeroDivisionError):
+        problem.alternate(0)
+    with pytest.raises(RuntimeError, match="after release"):
+        operators[0](torch.zeros(3, dtype=torch.float64))
+
+
+def test_damping_acts_in_the_solver_alone():
+    strengths, solver = [], ConjugateGradient(damping=7.0)
+    problem, _, _ = quadratic(lam=0.5, solver=solver)
+    strengths.append(problem.curvature(None).strength)
+    assert strengths == [7.5]
+    before, theta_d = problem.lower.backbone.theta.detach().clone(), problem.upper.backbone.theta.detach()
+    problem.lower_step()  # at the optimum of the undamped problem, which is where it stays
+    torch.testing.assert_close(problem.lower.backbone.theta.detach(), before, rtol=1e-9, atol=1e-12)
+    assert not torch.allclose(before, theta_d)
+
+
+def test_identity_adds_the_lower_gradient_itself():
+    problem, _, upper_loss = quadratic(gamma=1.0, solver=Identity())
+    theta_p = problem.lower.backbone.theta.detach().clone().requires_grad_()
+    theta_d = problem.upper.backbone.theta.detach().clone().requires_grad_()
+    phi = problem.upper.head.phi.detach()
+    expected = sum(torch.autograd.grad(upper_loss(t, phi, None), t)[0] for t in (theta_p, theta_d))
+    gradients = problem.upper_gradients(None, problem.curvature(None).prepare())
+    torch.testing.assert_close(gradients.backbone, expected, rtol=1e-12, atol=0)
+    assert "solver/residual" not in gradients.metrics
+
+
+def test_adaptation_comes_every_so_often_but_not_at_the_end():
+    problem, _, _ = quadratic(lower_steps=1, upper_steps=1, alternations=6, adaptation=Adaptation(2, 0.25))
+    moved = []
+    for alternation in range(6):
+        adapt, problem.adapt = problem.adapt, lambda alpha: moved.append((alternation, alpha))  # noqa: B023
+        problem.alternate(alternation)
+        problem.adapt = adapt
+    assert moved == [(1, 0.25), (3, 0.25)]
+
+
+def test_gradients_are_clipped_by_their_global_norm():
+    problem, _, _ = quadratic()
+    problem.upper.clip_norm = 1e-3
+    before = [p.detach().clone() for p in problem.upper.parameters]
+    metrics = problem.upper_step(problem.curvature(None).prepare())
+    change = flatten(p.detach() - b for p, b in zip(problem.upper.parameters, before, strict=True))
+    assert metrics["upper/grad_norm"] > 1e-2
+    assert float(change.norm()) == pytest.approx(0.1 * 1e-3, rel=1e-3)
+
+
+@pytest.mark.parametrize("name", ["lower", "upper"])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_loss_that_is_not_finite_names_level_step_and_losses(name, bad):
+    problem, _, _ = quadratic()
+    one = getattr(problem, name)
+    one.step = 41
+    function = one.head.function
+    one.head.function = lambda theta, phi, batch: function(theta, phi, batch) + bad
+    with pytest.raises(NonFiniteLoss, match=rf"{name} level, step 41.*first={bad}, second=-?0\)"):
+        if name == "lower":
+            problem.lower_step()
+        else:
+            problem.upper_gradients(None, problem.curvature(None).prepare())
+
+
+def test_a_gradient_that_is_not_finite_stops_before_the_parameters_are_spoilt():
+    problem, _, _ = quadratic()
+    lower = problem.lower
+    function = lower.head.function
+    # sqrt has an infinite slope at zero, and a finite value
+    lower.head.function = lambda theta, phi, batch: (
+        function(theta, phi, batch) + (phi - phi.detach()).abs().sqrt().sum()
+    )
+    before = lower.backbone.theta.detach().clone()
+    with pytest.raises(NonFiniteLoss, match="lower level, step 0.*gradient"):
+        problem.lower_step()
+    assert torch.equal(lower.backbone.theta, before)
+
+
+@pytest.mark.parametrize("lam", [0.0, -1.0, float("nan")])
+def test_lambda_must_be_positive(lam):
+    problem, _, _ = quadratic()
+    with pytest.raises(ConfigError, match="bilevel.lambda"):
+        BiLevel(problem.lower, problem.upper, Identity(), lam=lam)
+
+
+def test_every_solver_is_registered_and_answers_in_kind():
+    problem, _, _ = quadratic()
+    for name in HYPERGRADIENT_SOLVERS.list():
+        solver = build_solver(name=name)
+        operator = problem.curvature(None).prepare()
+        solution = solver(operator, torch.ones(3, dtype=torch.float64))
+        assert isinstance(solution, Solution) and solution.x.shape == (3,) and solver.damping >= 0
