@@ -1,4 +1,4 @@
-"""Errors a person can act on. The tools print their message and leave the traceback to `--traceback`."""
+"""Errors a person can act on. The tools print their message, without a traceback."""
 
 import difflib
 from collections.abc import Iterable

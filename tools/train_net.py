@@ -9,17 +9,22 @@ torchrun --nproc-per-node 2 tools/train_net.py --config-file configs/bissl/voc_d
 
 import argparse
 import logging
+import os
 import sys
+from collections.abc import Sequence
 
+# loader workers share the cores with OpenMP threads, which spin where they wait unless told: ten times slower
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # read once, when torch is imported
+
+# ruff: noqa: E402
 from bissl_zoo.config import LazyConfig, load_config
 from bissl_zoo.engine.dry_run import describe
 from bissl_zoo.engine.hooks import say
 from bissl_zoo.engine.launch import launch
 from bissl_zoo.engine.run import evaluate_only, results_table, run
-from bissl_zoo.errors import ConfigError
 
 
-def parse_args() -> argparse.Namespace:
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """The command line; what is no option is an override."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config-file", required=True, metavar="FILE", help="a config of configs/ or your own")
@@ -30,7 +35,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument(
         "overrides", nargs="*", metavar="KEY=VALUE", help="a.b=c changes a key, +a.b=c adds one, ~a.b removes one"
     )
-    args = parser.parse_intermixed_args()
+    args = parser.parse_intermixed_args(argv)
     if args.dry_run + args.eval_only + args.resume > 1:
         parser.error("--dry-run, --eval-only and --resume exclude each other")
     return args
@@ -60,8 +65,11 @@ def report(outcome: dict) -> None:
     say(f'    import bissl_zoo\n    backbone = bissl_zoo.create_backbone("{entry.name}", pretrained=True)')
 
 
+def cli(argv: Sequence[str] | None = None) -> int:
+    """Run the command line `argv` (`sys.argv` by default) and return the exit status."""
+    args = parse_args(argv)
+    return launch(main, args.num_gpus, args)
+
+
 if __name__ == "__main__":
-    arguments = parse_args()
-    if arguments.num_gpus < 1:
-        raise SystemExit(f"error: {ConfigError(f'--num-gpus {arguments.num_gpus}: at least 1 process is needed.')}")
-    sys.exit(launch(main, arguments.num_gpus, arguments))
+    sys.exit(cli())

@@ -41,6 +41,7 @@ class FasterRCNN(DownstreamTask):
         mean, std: normalisation of images in [0, 1], per RGB channel.
     """
 
+    target_type = dict
     main_metrics = ("AP50", "AP", "AP75")
 
     def __init__(

@@ -31,6 +31,8 @@ class DownstreamTask(nn.Module, ABC):
         classes: names of the classes, in the order of the labels.
     """
 
+    #: type of a data set's targets that this task takes
+    target_type: type = int
     #: figures of the evaluator to show first, the one that decides at the head
     main_metrics: tuple[str, ...] = ()
 

@@ -78,6 +78,11 @@ def warmup_steps(context: Context) -> int:
     return count_steps(section, "bilevel.head_warmup", context.data["train"], cfg.dataloader.train.batch_size)
 
 
+def bissl_steps(context: Context) -> int:
+    """Alternations of the stage."""
+    return context.cfg.bilevel.alternations
+
+
 def build_head_warmup(context: Context, weights: Weights, start_step: int = 0) -> HeadWarmup:
     """The warm-up: the upper level's optimizer at its base rate, on the frozen backbone."""
     cfg = context.cfg
@@ -112,6 +117,7 @@ def build_bissl(context: Context, weights: Weights, start_step: int = 0) -> Biss
         upper_steps=settings.upper_steps,
         alternations=settings.alternations,
         adaptation=Adaptation(**settings.adaptation) if settings.adaptation else None,
+        curvature_batch_size=settings.curvature_batch_size,
         move_statistics=settings.move_statistics,
     )
     seed_rank(cfg.train.seed + 1)

@@ -53,19 +53,20 @@ class Context:
     @property
     def classes(self) -> list[str]:
         """Names of the downstream classes, from the first labelled set there is."""
-        dataset = self.data.get("train", self.data.get("test"))
-        if dataset.classes is None:
-            raise DatasetError("dataloader.train reads an unlabelled data set; the downstream task needs labels.")
-        return dataset.classes
+        return self.data.get("train", self.data.get("test")).classes
 
 
 def build_datasets(cfg: DictConfig, roles: set[str]) -> dict[str, Dataset]:
     """The data sets of the roles `pretext`, `train`, `test`, each checked as it is built.
 
     Raises:
-        DatasetError: missing, empty, damaged, or of other classes than the training set.
+        DatasetError: missing, empty, damaged, unlabelled where labels are needed, or of other classes than the training
+            set.
     """
     data = {role: instantiate(cfg.dataloader[role].dataset) for role in ("pretext", "train", "test") if role in roles}
+    for role in ("train", "test"):
+        if role in data and data[role].classes is None:
+            raise DatasetError(f"dataloader.{role} reads an unlabelled data set; the downstream task needs labels.")
     if "train" in data and "test" in data and data["train"].classes != data["test"].classes:
         raise DatasetError(
             f"dataloader.train has the classes {data['train'].classes} and dataloader.test {data['test'].classes}. "

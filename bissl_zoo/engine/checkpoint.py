@@ -45,11 +45,14 @@ class Checkpointer:
         """Write a checkpoint beside its final place, force it to disk, rename it there, and drop the oldest."""
         target = self.folder / stage / f"step_{step:06d}"
         draft = target.with_name(f".{target.name}-{uuid.uuid4().hex}")
-        draft.mkdir(parents=True)
+        for left in target.parent.glob(".step_*"):  # by a process that was killed while it wrote
+            shutil.rmtree(left, ignore_errors=True)
         try:
-            torch.save(state, draft / "state.pt")
+            draft.mkdir(parents=True)
+            with open(draft / "state.pt", "wb") as file:
+                torch.save(state, file)
             info = CheckpointInfo(
-                stage, step, total_steps, step >= total_steps, architecture, _sha256(draft / "state.pt")
+                stage, step, total_steps, step >= total_steps, architecture, sha256_of(draft / "state.pt")
             )
             (draft / "state.json").write_text(json.dumps(asdict(info), indent=2) + "\n")
             for path in draft.iterdir():
@@ -57,13 +60,14 @@ class Checkpointer:
             if target.exists():  # the same step again, from a run that was taken up before it
                 shutil.rmtree(target)
             os.replace(draft, target)
-        except OSError as error:
+            write_atomically(self.folder / "latest", f"{stage}/{target.name}\n")
+        except (OSError, RuntimeError) as error:  # torch reports a failed write as RuntimeError, the reason behind it
             shutil.rmtree(draft, ignore_errors=True)
+            reason = error.__context__ if isinstance(error.__context__, OSError) else error
             raise CheckpointError(
-                f"Could not write checkpoint {target}: {error}. Earlier checkpoints are untouched; free space and go "
+                f"Could not write checkpoint {target}: {reason}. Earlier checkpoints are untouched; free space and go "
                 "on with --resume."
             ) from error
-        write_atomically(self.folder / "latest", f"{stage}/{target.name}\n")
         for old in self._complete(stage)[: -self.keep]:
             shutil.rmtree(old)
         return target
@@ -74,7 +78,8 @@ class Checkpointer:
         return complete[-1] if complete else None
 
     def _complete(self, stage: str) -> list[Path]:
-        return sorted(path.parent for path in (self.folder / stage).glob("step_*/state.json"))
+        complete = (path.parent for path in (self.folder / stage).glob("step_*/state.json"))
+        return sorted(complete, key=lambda path: int(path.name.partition("_")[2]))
 
 
 def read_info(path: Path) -> CheckpointInfo:
@@ -88,7 +93,7 @@ def read_info(path: Path) -> CheckpointInfo:
         return CheckpointInfo(**fields)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(
-            f"Checkpoint {path} cannot be read: {error}. Remove the folder to use the one before."
+            f"{path / 'state.json'} cannot be read: {error}. Remove the checkpoint's folder to use the one before it."
         ) from error
 
 
@@ -99,7 +104,7 @@ def load_checkpoint(path: Path) -> tuple[CheckpointInfo, dict[str, Any]]:
         CheckpointError: missing, damaged, or of a newer format.
     """
     info = read_info(path)
-    found = _sha256(path / "state.pt")
+    found = sha256_of(path / "state.pt")
     if found != info.sha256:
         raise CheckpointError(
             f"{path / 'state.pt'} is damaged: sha256 {found[:16]}..., expected {info.sha256[:16]}.... "
@@ -120,7 +125,8 @@ def write_atomically(path: Path, text: str) -> None:
         draft.unlink(missing_ok=True)
 
 
-def _sha256(path: Path) -> str:
+def sha256_of(path: Path) -> str:
+    """The sha256 of a file, 64 hex digits."""
     digest = hashlib.sha256()
     try:
         with open(path, "rb") as file:

@@ -8,18 +8,19 @@ from tabulate import tabulate
 from torch import nn
 
 from bissl_zoo.config import LazyConfig
-from bissl_zoo.engine.bissl import HEAD_WARMUP, coupling, warmup_steps
-from bissl_zoo.engine.build import Context, build_downstream, build_pretext, build_split_backbone
-from bissl_zoo.engine.finetune import BASELINE, finetune_steps
-from bissl_zoo.engine.pretrain import pretrain_steps
+from bissl_zoo.engine.bissl import coupling
+from bissl_zoo.engine.build import Context, Weights, build_downstream, build_pretext, build_split_backbone
+from bissl_zoo.engine.checks import check_parts
+from bissl_zoo.engine.finetune import BASELINE
+from bissl_zoo.engine.init import load_init
 from bissl_zoo.engine.run import open_context, phases_of
-from bissl_zoo.engine.run_dir import load_init
 
 
 def describe(cfg: DictConfig, source: str) -> str:
     """Stages, steps, data, shapes and parameters of a run of `cfg`; data sets are opened, nothing is trained."""
     context = open_context(cfg, source)
     initial, _ = load_init(cfg.train.init, cfg)
+    check_parts(context, initial)
     parts = [
         f"config {source}\n{LazyConfig.to_py(cfg)}",
         f"stages\n{tabulate(_stages(context), headers=['stage', 'steps', 'batch'])}",
@@ -30,7 +31,7 @@ def describe(cfg: DictConfig, source: str) -> str:
     if "pretext" in context.data:
         modules["pretext head, tail included"] = build_pretext(cfg, initial, context.device)[1]
     if "train" in context.data:
-        modules["task head"] = build_downstream(context, initial)[1]
+        modules["task head"] = build_downstream(context, Weights(initial.backbone))[1]
     parts.append(f"parameters\n{tabulate([[name, f'{_count(m):,}'] for name, m in modules.items()])}")
     parts.append(f"shapes\n{_shapes(cfg, trunk, tail)}")
     if "bissl" in cfg.train.stages:
@@ -48,12 +49,9 @@ def _stages(context: Context) -> list[list[Any]]:
             b = cfg.bilevel
             steps = f"{b.alternations} x ({b.lower_steps} lower, {b.upper_steps} upper)"
             rows.append([phase.name, steps, f"{batch['pretext']} and {batch['train']}"])
-        elif phase.name == "pretrain":
-            rows.append([phase.name, pretrain_steps(context), batch["pretext"]])
         else:
-            steps = warmup_steps(context) if phase.name == HEAD_WARMUP else finetune_steps(context)
             label = f"{phase.name} (baseline)" if phase.name == BASELINE else phase.name
-            rows.append([label, steps, batch["train"]])
+            rows.append([label, phase.steps(context), batch["pretext" if phase.name == "pretrain" else "train"]])
     return rows
 
 

@@ -2,6 +2,7 @@
 
 import datetime
 import json
+import math
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import Any
 
 from torch.utils.tensorboard import SummaryWriter
 
-from bissl_zoo.distributed import is_main_process
+from bissl_zoo.distributed import is_main_process, on_main_process
 from bissl_zoo.engine.checkpoint import Checkpointer
 from bissl_zoo.engine.trainer import HookBase
 
@@ -21,22 +22,26 @@ def say(line: str) -> None:
 
 
 class Progress(HookBase):
-    """A line with losses, speed and ETA every `period` steps, at the first and at the last."""
+    """A line with losses, speed and ETA: every `period` steps, the first, the last, and after `silence` seconds."""
 
-    def __init__(self, period: int) -> None:
+    def __init__(self, period: int, silence: float = 20.0) -> None:
         self.period = period
+        self.silence = silence
 
     def before_train(self) -> None:
         """Start the clock."""
         self.start_time, self.start_step = time.perf_counter(), self.trainer.step
+        self.spoke = self.start_time
 
     def after_step(self) -> None:
         """Print the line when it is due."""
         trainer = self.trainer
-        done = trainer.step - self.start_step
-        if done != 1 and trainer.step % self.period and trainer.step != trainer.total_steps:
+        done, now = trainer.step - self.start_step, time.perf_counter()
+        due = done == 1 or trainer.step % self.period == 0 or trainer.step == trainer.total_steps
+        if not due and now - self.spoke < self.silence:
             return
-        seconds = (time.perf_counter() - self.start_time) / done
+        self.spoke = now
+        seconds = (now - self.start_time) / done
         eta = datetime.timedelta(seconds=round(seconds * (trainer.total_steps - trainer.step)))
         shown = "  ".join(f"{key} {_short(trainer.metrics[key])}" for key in trainer.headline if key in trainer.metrics)
         width = len(str(trainer.total_steps))
@@ -59,7 +64,8 @@ class MetricsWriter(HookBase):
         trainer = self.trainer
         if self.board is None or (trainer.step % self.period and trainer.step != trainer.total_steps):
             return
-        record = {"stage": trainer.name, "step": trainer.step, "time": time.time(), **trainer.metrics}
+        figures = {key: value if _is_json(value) else str(value) for key, value in trainer.metrics.items()}
+        record = {"stage": trainer.name, "step": trainer.step, "time": time.time(), **figures}
         with open(self.folder / "metrics.jsonl", "a") as file:
             file.write(json.dumps(record) + "\n")
         for name, value in trainer.metrics.items():
@@ -83,11 +89,12 @@ class PeriodicCheckpoint(HookBase):
     def after_step(self) -> None:
         """Save when it is due."""
         trainer = self.trainer
-        due = trainer.step % self.period == 0 or trainer.step == trainer.total_steps
-        if due and is_main_process():
-            self.checkpointer.save(
-                trainer.name, trainer.step, trainer.total_steps, self.architecture, trainer.state_dict()
-            )
+        if trainer.step % self.period == 0 or trainer.step == trainer.total_steps:
+            on_main_process(self._save)  # what fails there ends every process with the same message
+
+    def _save(self) -> None:
+        trainer = self.trainer
+        self.checkpointer.save(trainer.name, trainer.step, trainer.total_steps, self.architecture, trainer.state_dict())
 
 
 class PeriodicEvaluation(HookBase):
@@ -113,3 +120,7 @@ def format_results(results: dict[str, Any]) -> str:
 
 def _short(value: Any) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def _is_json(value: Any) -> bool:
+    return not isinstance(value, float) or math.isfinite(value)  # JSON has no infinity and no NaN

@@ -1,5 +1,7 @@
 """Start one process or many: torchrun's, or our own on one machine."""
 
+import errno
+import logging
 import os
 import socket
 import sys
@@ -9,9 +11,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from omegaconf.errors import OmegaConfBaseException
 
 from bissl_zoo.distributed import get_local_rank, get_rank
-from bissl_zoo.errors import BisslZooError, ConfigError, DatasetError
+from bissl_zoo.errors import BisslZooError, CheckpointError, ConfigError, DatasetError
 
 
 def choose_device(name: str) -> torch.device:
@@ -30,6 +33,8 @@ def choose_device(name: str) -> torch.device:
         if not torch.cuda.is_available():
             raise ConfigError("train.device='cuda', but torch sees no GPU here. Use train.device=auto or cpu.")
         device = torch.device("cuda", get_local_rank() if device.index is None else device.index)
+        if device.index >= torch.cuda.device_count():
+            raise ConfigError(f"There is no {device} here: torch sees {torch.cuda.device_count()} GPUs.")
         torch.cuda.set_device(device)
     return device
 
@@ -41,8 +46,11 @@ def launch(main: Callable[..., int], num_processes: int, *args: Any) -> int:
     """
     if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
         return _run_in_group(main, args)
-    if num_processes <= 1:
+    if num_processes == 1:
         return _run(main, args)
+    if num_processes < 1:
+        return _report(ConfigError(f"--num-gpus {num_processes}: at least 1 process is needed."))
+    logging.getLogger("torch.multiprocessing.spawn").setLevel(logging.ERROR)  # the failed process has said why
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -63,7 +71,8 @@ def _spawned(rank: int, main: Callable[..., int], args: tuple, world_size: int, 
 
 
 def _run_in_group(main: Callable[..., int], args: tuple) -> int:
-    dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+    # a run on the CPU of a GPU machine needs gloo all the same
+    dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
     try:
         return _run(main, args)
     finally:
@@ -74,12 +83,22 @@ def _run(main: Callable[..., int], args: tuple) -> int:
     try:
         return main(*args)
     except BisslZooError as error:
-        rank = get_rank()
-        # a loader's worker wraps the message in its traceback; of the errors only a file's may be one rank's alone
-        message = str(error).rsplit(f"{type(error).__name__}: ", 1)[-1].strip()
-        if rank == 0 or isinstance(error, DatasetError):
-            print(f"error: {message}" if rank == 0 else f"error on rank {rank}: {message}", file=sys.stderr, flush=True)
-        return 1
+        return _report(error)
+    except OmegaConfBaseException as error:
+        return _report(ConfigError(f"The config has no usable '{error.full_key}': {str(error).splitlines()[0]}."))
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise
+        return _report(CheckpointError(f"Writing failed: {error}. Free space and go on with --resume."))
     except KeyboardInterrupt:
         print("interrupted; go on with --resume", file=sys.stderr, flush=True)
         return 130
+
+
+def _report(error: BisslZooError) -> int:
+    rank = get_rank()
+    # a loader's worker wraps the message in its traceback; of the errors only a file's may be one rank's alone
+    message = str(error).rsplit(f"{type(error).__name__}: ", 1)[-1].strip()
+    if rank == 0 or isinstance(error, DatasetError):
+        print(f"error: {message}" if rank == 0 else f"error on rank {rank}: {message}", file=sys.stderr, flush=True)
+    return 1

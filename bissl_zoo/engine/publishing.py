@@ -25,7 +25,7 @@ def publish_backbone(
         parent: sha256 of the weights the run started from.
     """
     cfg = context.cfg
-    if not cfg.train.publish.name or weights.pretext is None:
+    if not cfg.train.publish.name or not {"pretrain", "bissl"} & set(cfg.train.stages):
         return None
     receipt = folder / "zoo_entry.json"
     if receipt.exists():  # a finished run that was resumed

@@ -12,10 +12,19 @@ from omegaconf import DictConfig
 from tabulate import tabulate
 
 from bissl_zoo.distributed import barrier, on_main_process
-from bissl_zoo.engine.bissl import HEAD_WARMUP, LEAST_COUPLING, build_bissl, build_head_warmup, coupling
+from bissl_zoo.engine.bissl import (
+    HEAD_WARMUP,
+    LEAST_COUPLING,
+    bissl_steps,
+    build_bissl,
+    build_head_warmup,
+    coupling,
+    warmup_steps,
+)
 from bissl_zoo.engine.build import STAGE_DATA, Context, Weights, build_datasets, build_downstream
 from bissl_zoo.engine.checkpoint import Checkpointer, load_checkpoint, write_atomically
-from bissl_zoo.engine.finetune import BASELINE, build_finetune, evaluate
+from bissl_zoo.engine.checks import check_config, check_parts
+from bissl_zoo.engine.finetune import BASELINE, build_finetune, evaluate, finetune_steps
 from bissl_zoo.engine.hooks import (
     HookBase,
     MetricsWriter,
@@ -25,10 +34,11 @@ from bissl_zoo.engine.hooks import (
     format_results,
     say,
 )
+from bissl_zoo.engine.init import load_init
 from bissl_zoo.engine.launch import choose_device
-from bissl_zoo.engine.pretrain import build_pretrain
+from bissl_zoo.engine.pretrain import build_pretrain, pretrain_steps
 from bissl_zoo.engine.publishing import publish_backbone
-from bissl_zoo.engine.run_dir import check_config, load_init, prepare_run_dir
+from bissl_zoo.engine.run_dir import prepare_run_dir
 from bissl_zoo.engine.trainer import Trainer
 from bissl_zoo.errors import CheckpointError
 
@@ -38,11 +48,13 @@ class Phase:
     """One trainer of the walk.
 
     Attributes:
+        steps: how many it takes; of `bissl`, alternations.
         build: makes the trainer from `(context, weights, start_step)`.
         finetunes: what the fine-tuning starts from, for the table; None where the phase fine-tunes nothing.
     """
 
     name: str
+    steps: Callable[[Context], int]
     build: Callable[[Context, Weights, int], Trainer]
     finetunes: str | None = None
 
@@ -52,15 +64,16 @@ def phases_of(cfg: DictConfig) -> list[Phase]:
     phases, origin = [], "init"
     for stage in cfg.train.stages:
         if stage == "pretrain":
-            phases.append(Phase("pretrain", build_pretrain))
+            phases.append(Phase("pretrain", pretrain_steps, build_pretrain))
             origin = "pretrained"
         elif stage == "bissl":
-            phases += [Phase(HEAD_WARMUP, build_head_warmup), Phase("bissl", build_bissl)]
+            phases += [Phase(HEAD_WARMUP, warmup_steps, build_head_warmup), Phase("bissl", bissl_steps, build_bissl)]
             origin = "bissl"
         else:
             if cfg.finetune.baseline and origin == "bissl":
-                phases.append(Phase(BASELINE, partial(build_finetune, name=BASELINE), finetunes="pretrained"))
-            phases.append(Phase("finetune", build_finetune, finetunes=origin))
+                build = partial(build_finetune, name=BASELINE)
+                phases.append(Phase(BASELINE, finetune_steps, build, finetunes="pretrained"))
+            phases.append(Phase("finetune", finetune_steps, build_finetune, finetunes=origin))
     return phases
 
 
@@ -68,7 +81,8 @@ def open_context(cfg: DictConfig, source: str, roles: set[str] | None = None) ->
     """Check the config and open the data sets that its stages (or `roles`) read, before anything else is loaded."""
     check_config(cfg, source)
     roles = roles or {role for stage in cfg.train.stages for role in STAGE_DATA[stage]}
-    return Context(cfg, build_datasets(cfg, roles), choose_device(cfg.train.device))
+    device = choose_device(cfg.train.device)
+    return Context(cfg, build_datasets(cfg, roles), device)
 
 
 def run(cfg: DictConfig, source: str, resume: bool = False) -> dict[str, Any]:
@@ -81,13 +95,16 @@ def run(cfg: DictConfig, source: str, resume: bool = False) -> dict[str, Any]:
         `results`, the figures by what was fine-tuned, and `entry`, what was published or None.
     """
     context = open_context(cfg, source)
+    phases = phases_of(cfg)
+    for phase in phases:
+        phase.steps(context)
     initial, parent = load_init(cfg.train.init, cfg)
+    check_parts(context, initial)
     folder = on_main_process(lambda: prepare_run_dir(cfg, resume))
     _announce(context, initial)
     checkpointer = Checkpointer(folder / "checkpoints", cfg.train.checkpoint.keep)
     results: dict[str, dict[str, float]] = {}
     pretrained = weights = initial
-    phases = phases_of(cfg)
     for number, phase in enumerate(phases, start=1):
         say(f"stage {number} of {len(phases)}: {phase.name}")
         if phase.name == HEAD_WARMUP:
@@ -101,8 +118,9 @@ def run(cfg: DictConfig, source: str, resume: bool = False) -> dict[str, Any]:
             say(f"[{phase.name}] test  {format_results(figures)}")
         else:
             weights = trainer.result()
+        trainer.close()
         del trainer
-        gc.collect()  # the loaders' workers end with their iterators
+        gc.collect()  # trainer and hooks refer to each other, and hold the networks
     on_main_process(lambda: write_atomically(folder / "results.json", json.dumps(results, indent=2) + "\n"))
     entry = on_main_process(lambda: publish_backbone(context, folder, weights, results, parent))
     return {"results": results, "entry": entry}
@@ -151,8 +169,8 @@ def _announce(context: Context, initial: Weights) -> None:
     value = coupling(context)
     if value < LEAST_COUPLING:
         say(
-            f"warning: lambda * lr_eff * lower steps = {value:.2g}, below {LEAST_COUPLING}: the lower level has no time "
-            "to follow the upper one, and the stage will do next to nothing. Raise bilevel.lambda or lengthen it."
+            f"warning: lambda * lr_eff * lower steps = {value:.2g}, below {LEAST_COUPLING}: the lower level has no "
+            "time to follow the upper one, and the stage will do next to nothing. Raise bilevel.lambda."
         )
     if initial.pretext is None and "pretrain" not in cfg.train.stages:
         say("warning: train.init brings no pretext head; the BiSSL stage starts with a random one.")

@@ -69,6 +69,11 @@ class Trainer(ABC):
     def levels(self) -> dict[str, Level]:
         """The levels that are trained, by the name of their place in a checkpoint."""
 
+    def close(self) -> None:
+        """End the loaders' workers: collected as garbage, with this trainer, they would be waited for in vain."""
+        for level in self.levels().values():
+            level.batches.close()
+
     def state_dict(self) -> dict[str, Any]:
         """All that a resumed run needs: tensors and plain types only."""
         return {
@@ -113,7 +118,7 @@ class SingleLevelTrainer(Trainer):
         total.backward()
         average_gradients(level.parameters)
         step = level.optimize()
-        return {"total_loss": float(total), **{name: float(loss) for name, loss in losses.items()}, **step}
+        return {"total_loss": sum(losses.values()), **losses, **step}
 
     def levels(self) -> dict[str, Level]:
         """The one level."""

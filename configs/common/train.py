@@ -30,6 +30,7 @@ bilevel = {
     "upper_steps": 8,  # N_U, downstream steps per alternation
     "alternations": 500,  # T
     "adaptation": None,  # dict(every=100, alpha=0.1) is that of versions 1 and 2 of the paper
+    "curvature_batch_size": None,  # samples of the pretext batch that defines the Hessian; null for a whole batch
     "move_statistics": True,  # downstream images of the hypergradient move the lower backbone's batch-norm statistics
     "shared_stage": None,  # last stage of the backbone that both levels share, such as c4; null for the whole backbone
     "head_warmup": dict(

@@ -1,0 +1,140 @@
+"""What can be known to be wrong before a run starts: its config, and the parts that its stages would build later on."""
+
+import dataclasses
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from omegaconf import DictConfig, OmegaConf
+
+from bissl_zoo.bilevel import Adaptation
+from bissl_zoo.config import instantiate, load_config
+from bissl_zoo.distributed import get_world_size
+from bissl_zoo.engine.build import STAGE_DATA, Context, Weights, build_downstream, build_pretext
+from bissl_zoo.errors import ConfigError, did_you_mean
+
+#: the keys of `optimizer`, `lr_multiplier` and `clip_grad` that a stage reads
+STAGE_ROLES = {"pretrain": ("pretrain",), "bissl": ("head_warmup", "lower", "upper"), "finetune": ("finetune",)}
+_OPEN_SECTIONS = ("optimizer", "lr_multiplier", "dataloader", "backbone", "pretext", "task", "solver")
+_LEAST = {
+    "train.seed": 0,
+    "train.log_period": 1,
+    "train.checkpoint.period": 1,
+    "train.checkpoint.keep": 1,
+    "pretrain.steps": 1,
+    "bilevel.lower_steps": 1,
+    "bilevel.upper_steps": 1,
+    "bilevel.alternations": 1,
+    "bilevel.curvature_batch_size": 2,
+    "bilevel.gamma": 0,
+    "bilevel.head_warmup.steps": 0,
+    "finetune.steps": 1,
+    "finetune.eval_period": 1,
+}
+
+
+def check_config(cfg: DictConfig, source: str) -> None:
+    """Compare the sections, their keys and values with `configs/common/train.py`, which lists them all.
+
+    Raises:
+        ConfigError: a section or key that is missing or unknown, with the nearest; a value of another type or out of
+            range; stages that do not exist or not in this order.
+    """
+    reference = load_config("common/train.py")
+    for section in [*reference, *_OPEN_SECTIONS]:
+        if section not in cfg:
+            raise ConfigError(f"{source}: the section '{section}' is missing; start from configs/common/train.py.")
+    for section in reference:
+        _check_keys(dict(_leaves(cfg[section])), dict(_leaves(reference[section])), section, source)
+    for key, least in _LEAST.items():
+        value = OmegaConf.select(cfg, key)
+        if value is not None and value < least:
+            raise ConfigError(f"{source}: {key} is {value}; it must be {least} or more.")
+    if not cfg.bilevel["lambda"] > 0:
+        raise ConfigError(f"{source}: bilevel.lambda is {cfg.bilevel['lambda']}; it must be positive.")
+    if cfg.bilevel.head_warmup.backbone_mode not in ("eval", "train"):
+        mode = cfg.bilevel.head_warmup.backbone_mode
+        raise ConfigError(f"{source}: bilevel.head_warmup.backbone_mode is '{mode}'; accepted are eval and train.")
+    known = [field.name for field in dataclasses.fields(Adaptation)]
+    for key in cfg.bilevel.adaptation or ():
+        if key not in known:
+            hint = did_you_mean(key, known)
+            raise ConfigError(f"{source}: no key 'bilevel.adaptation.{key}'.{hint} Known: {', '.join(known)}.")
+    _check_stages(list(cfg.train.stages), source)
+
+
+def _check_keys(found: dict[str, Any], reference: dict[str, Any], section: str, source: str) -> None:
+    optional = tuple(f"{key}." for key, value in reference.items() if value is None)  # may be a section of its own
+    for key in sorted(found.keys() - reference.keys()):
+        if not key.startswith(optional):
+            hint = did_you_mean(key, reference)
+            known = ", ".join(sorted(reference))
+            raise ConfigError(f"{source}: no key '{section}.{key}'.{hint} Known: {known}.")
+    for key, default in reference.items():
+        if key not in found:
+            raise ConfigError(f"{source}: the key '{section}.{key}' is missing; see configs/common/train.py.")
+        value, nullable = found[key], default is None or key.endswith("epochs") or section == "clip_grad"
+        kinds = (int, float) if isinstance(default, float) or key.endswith("epochs") else (type(default),)
+        wrong = default is not None and (not isinstance(value, kinds) or isinstance(value, bool) != (bool in kinds))
+        if wrong and not (value is None and nullable):
+            expected = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
+            raise ConfigError(
+                f"{source}: {section}.{key} is {value!r}; it must be "
+                f"{expected.get(kinds[-1], 'a ' + kinds[-1].__name__)}, such as {default!r}."
+            )
+
+
+def _leaves(section: DictConfig, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Every key of a section and of those in it, dotted, with its value; of lists and sections as plain containers."""
+    for key, value in section.items():
+        plain = OmegaConf.to_container(value) if OmegaConf.is_config(value) else value
+        yield f"{prefix}{key}", plain
+        if OmegaConf.is_dict(value) and "_target_" not in value:
+            yield from _leaves(value, f"{prefix}{key}.")
+
+
+def _check_stages(stages: list[str], source: str) -> None:
+    for stage in stages:
+        if stage not in STAGE_DATA:
+            hint = did_you_mean(str(stage), STAGE_DATA)
+            raise ConfigError(f"{source}: train.stages has '{stage}'.{hint} Stages: {', '.join(STAGE_DATA)}.")
+    if not stages or stages != [stage for stage in STAGE_DATA if stage in stages]:
+        raise ConfigError(
+            f"{source}: train.stages is {stages}; name one or more of {', '.join(STAGE_DATA)}, in this order."
+        )
+
+
+def check_parts(context: Context, initial: Weights) -> None:
+    """Build once what the stages build in their turn, and drop it, so that hours of pretraining do not end in a typo.
+
+    Args:
+        initial: the weights that the first stage starts from, which must fit.
+    Raises:
+        BisslZooError: as building the networks, optimizers, schedules, the solver and the loaders does.
+    """
+    cfg = context.cfg
+    world = get_world_size()
+    for role in context.data:
+        batch_size = cfg.dataloader[role].batch_size
+        if not isinstance(batch_size, int) or batch_size < 1 or (role != "test" and batch_size % world):
+            raise ConfigError(
+                f"dataloader.{role}.batch_size={batch_size} must be a positive whole number and, being the batch over "
+                f"all processes, a multiple of their number ({world})."
+            )
+        instantiate(cfg.dataloader[role], dataset=context.data[role], transform=None, num_workers=0)
+    if "pretext" in context.data:
+        build_pretext(cfg, initial, context.device)
+    if "train" in context.data:
+        task = build_downstream(context, Weights(initial.backbone))[1]
+        target = context.data["train"][0][1]
+        if not isinstance(target, task.target_type):
+            raise ConfigError(
+                f"The task '{cfg.task.name}' needs targets of type {task.target_type.__name__}; the data set "
+                f"'{cfg.dataloader.train.dataset.name}' of dataloader.train has {type(target).__name__}. "
+                "Exchange one of them: boxes come as dict, class labels as int."
+            )
+    for role in (role for stage in cfg.train.stages for role in STAGE_ROLES[stage]):
+        instantiate(cfg.optimizer[role], params=[torch.zeros(1, requires_grad=True)])
+        instantiate(cfg.lr_multiplier[role])
+    if "bissl" in cfg.train.stages:
+        instantiate(cfg.solver)

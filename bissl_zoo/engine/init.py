@@ -1,0 +1,118 @@
+"""Where a run starts: the weights that `train.init` names, cut at the run's own shared stage."""
+
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from bissl_zoo.backbones import Backbone, Tail, merge_split_states
+from bissl_zoo.config import instantiate
+from bissl_zoo.engine.build import Weights, build_split_backbone
+from bissl_zoo.engine.checkpoint import Checkpointer, load_checkpoint, sha256_of
+from bissl_zoo.engine.trainer import load_state
+from bissl_zoo.errors import CheckpointError
+from bissl_zoo.zoo import default_zoo, get_entry, load_entry_weights
+
+PRETEXT_FILE = "pretext_head.safetensors"
+
+
+def load_init(init: str | None, cfg: DictConfig, evaluate: bool = False) -> tuple[Weights, str | None]:
+    """The weights that `train.init` names, and the sha256 of the file they came from.
+
+    Args:
+        init: None for random weights; a `.safetensors` file of a backbone under timm's names; a run directory; the name
+            of a zoo entry, whose pretext head comes along where it is of the config's pretext method.
+        evaluate: take the fine-tuned model of a run directory rather than the backbone to start from.
+    Raises:
+        CheckpointError: nothing of that name, damaged, or of another architecture.
+        ZooError: an entry that is damaged.
+    """
+    if init is None:
+        return Weights(), None
+    path = Path(init)
+    if path.is_dir():
+        return _from_run(path, cfg, evaluate)
+    pretext = None
+    if path.is_file():
+        try:
+            state = load_file(path)
+        except SafetensorError as error:
+            raise CheckpointError(f"train.init: {path} is not a safetensors file ({error}).") from error
+        digest = sha256_of(path)
+    elif path.name == init and default_zoo().versions(init):
+        entry = get_entry(init)
+        state = load_entry_weights(init)
+        if PRETEXT_FILE in entry["files"] and entry["pretext"] == cfg.pretext.name:
+            pretext = load_entry_weights(init, PRETEXT_FILE)
+        digest = entry["files"]["model.safetensors"]["sha256"]
+    else:
+        raise CheckpointError(
+            f"train.init='{init}' is no file, no run directory and no entry of the zoo {default_zoo().root}. "
+            "bissl_zoo.list_backbones() lists the entries; $BISSL_ZOO names another zoo."
+        )
+    load_state(instantiate(cfg.backbone), state, f"backbone of '{init}'")
+    return resplit(Weights(state, pretext=pretext), *build_split_backbone(cfg)), digest
+
+
+def _from_run(folder: Path, cfg: DictConfig, evaluate: bool) -> tuple[Weights, str | None]:
+    checkpoints = Checkpointer(folder / "checkpoints")
+    stages = ("finetune",) if evaluate else ("bissl", "pretrain", "finetune")
+    for stage in stages:
+        newest = checkpoints.newest(stage)
+        if newest is None:
+            continue
+        info, state = load_checkpoint(newest)
+        if info.architecture != cfg.backbone.name:
+            raise CheckpointError(
+                f"{newest} holds a '{info.architecture}', the configuration a '{cfg.backbone.name}'. "
+                f"Set backbone.name={info.architecture}, or start from another run."
+            )
+        if not info.done:
+            raise CheckpointError(
+                f"{newest} is of an unfinished stage (step {info.step} of {info.total_steps}); --resume it first."
+            )
+        weights = weights_of(stage, state)
+        return weights if evaluate else resplit(weights, *build_split_backbone(cfg)), info.sha256
+    raise CheckpointError(f"The run directory {folder} holds no checkpoint of {' or '.join(stages)}.")
+
+
+def weights_of(stage: str, state: dict[str, Any]) -> Weights:
+    """The weights that a finished stage's checkpoint hands on."""
+    levels = state["levels"]
+    if stage == "bissl":
+        return Weights(levels["lower"]["backbone"], pretext=levels["lower"]["head"], task=levels["upper"]["head"])
+    head = {"pretext" if stage == "pretrain" else "task": levels["level"]["head"]}
+    return Weights(levels["level"]["backbone"], **head)
+
+
+def resplit(weights: Weights, trunk: Backbone, tail: Tail) -> Weights:
+    """The same weights, cut where `trunk` and `tail` are, wherever they were cut before or if they are still whole.
+
+    The tail of a backbone is in its pretext head's state, and so are copies of trunk and tail that the method keeps, as
+    pairs of modules named `backbone` and `tail` (BYOL's teacher). Without a tail weights stay as they are.
+    """
+    shared, rest = trunk.state_dict().keys(), tail.state_dict().keys()
+    pretext = dict(weights.pretext or {})
+    whole = merge_split_states(weights.backbone, _take(pretext, "tail."))
+    if whole.keys() != shared | rest:
+        return weights
+    copies = {key.split(".tail.")[0] for key in pretext if ".tail." in key}
+    copies |= {key.split(".backbone.")[0] for key in pretext if ".backbone." in key}
+    for copy in copies:
+        copied = merge_split_states(_take(pretext, f"{copy}.backbone."), _take(pretext, f"{copy}.tail."))
+        pretext |= {f"{copy}.{'backbone' if key in shared else 'tail'}.{key}": v for key, v in copied.items()}
+    tail_state = {key: whole[key] for key in rest}
+    pretext |= {f"tail.{key}": value for key, value in tail_state.items()}
+    return Weights(
+        {key: whole[key] for key in shared},
+        tail=tail_state,
+        pretext=None if weights.pretext is None else pretext,
+        task=weights.task,
+    )
+
+
+def _take(state: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {key[len(prefix) :]: state.pop(key) for key in list(state) if key.startswith(prefix)}

@@ -1,0 +1,176 @@
+"""The command line called in this process, and the quickstart made tiny."""
+
+import contextlib
+import importlib.util
+import io
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+from bissl_zoo.config import LazyConfig, load_config
+from bissl_zoo.data.digit_scenes import write_digit_scenes
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+QUICKSTART = "quickstart/digit_scenes_det.py"
+SCENES = {"image_size": 64, "unlabeled": 24, "train": 16, "val": 1, "test": 8}
+
+
+class Outcome(NamedTuple):
+    """What a call of the command line came to."""
+
+    status: int
+    out: str
+    err: str
+
+    def message(self) -> str:
+        """The one message of a run that was refused."""
+        assert self.status == 1, self
+        assert self.err.startswith("error") and "Traceback" not in self.err, self.err
+        return self.err
+
+
+@pytest.fixture(scope="session")
+def tool():
+    """The module tools/train_net.py."""
+    spec = importlib.util.spec_from_file_location("train_net", REPOSITORY / "tools" / "train_net.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="session")
+def train_net(tool, scenes):
+    """Call the command line: `train_net("--dry-run", "a.b=c", config=..., datasets=...)` -> Outcome."""
+
+    def call(*arguments, config=QUICKSTART, datasets=scenes):
+        out, err = io.StringIO(), io.StringIO()
+        with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            patch.setenv("BISSL_ZOO_DATASETS", str(datasets))
+            status = tool.cli(["--config-file", str(config), *map(str, arguments)])
+        return Outcome(status, out.getvalue(), err.getvalue())
+
+    return call
+
+
+@pytest.fixture(scope="session")
+def process(scenes):
+    """Start a Python program as a process of its own: `process("tools/train_net.py", ...)` -> Popen."""
+
+    def start(*command, datasets=scenes, **options):
+        environment = {**os.environ, "BISSL_ZOO_DATASETS": str(datasets), "OMP_NUM_THREADS": "1"}
+        environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(REPOSITORY), os.environ.get("PYTHONPATH")]))
+        return subprocess.Popen(
+            [sys.executable, *map(str, command)],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            cwd=REPOSITORY,
+            env=environment,
+            **options,
+        )
+
+    return start
+
+
+@pytest.fixture(scope="session")
+def train_net_process(process):
+    """The command line as a process: `train_net_process("--resume", "a.b=c")` -> Outcome."""
+
+    def call(*arguments, config=QUICKSTART, launcher=(), **options):
+        command = [*launcher, REPOSITORY / "tools" / "train_net.py", "--config-file", config, *arguments]
+        with process(*command, **options) as running:
+            out, err = running.communicate(timeout=300)
+        return Outcome(running.returncode, out, err)
+
+    return call
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory):
+    """Overrides that make the quickstart a matter of seconds, its zoo a temporary folder."""
+    zoo = tmp_path_factory.mktemp("zoo")
+
+    def overrides(**changed):
+        values = {
+            "backbone.name": "test_resnet",
+            "pretext.augmentation.size": 32,
+            "task.min_size": 64,
+            "task.max_size": 64,
+            "task.box_head": 16,
+            "train.log_period": 1,
+            "train.device": "cpu",
+            "train.publish.zoo": zoo,
+            "train.checkpoint.period": 1,
+            "pretrain.steps": 2,
+            "bilevel.head_warmup.steps": 2,
+            "bilevel.alternations": 2,
+            "bilevel.lower_steps": 2,
+            "bilevel.upper_steps": 1,
+            "finetune.steps": 2,
+            "solver.iterations": 2,
+        }
+        for role, batch in {"pretext": 8, "train": 4, "test": 4}.items():
+            values[f"dataloader.{role}.batch_size"] = batch
+            values[f"dataloader.{role}.num_workers"] = 0
+            values |= {f"+dataloader.{role}.dataset.{key}": value for key, value in SCENES.items()}
+        values |= {key.replace("__", "."): value for key, value in changed.items()}
+        return [f"{key}={value}" for key, value in values.items()]
+
+    return overrides
+
+
+@pytest.fixture(scope="session")
+def tiny_config(tiny):
+    """The config that `tiny` describes: `tiny_config(bilevel__alternations=3)`."""
+
+    def build(**changed):
+        return LazyConfig.apply_overrides(load_config(QUICKSTART), tiny(**changed))
+
+    return build
+
+
+@pytest.fixture(scope="session")
+def scenes(tmp_path_factory):
+    """A datasets root with the digit scenes that `tiny` reads."""
+    root = tmp_path_factory.mktemp("datasets")
+    counts = {key: value for key, value in SCENES.items() if key != "image_size"}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("BISSL_ZOO_DATASETS", str(root))
+        write_digit_scenes(SCENES["image_size"], 0, counts)
+    return root
+
+
+@pytest.fixture
+def at_scenes(scenes, monkeypatch):
+    """For this test, `BISSL_ZOO_DATASETS` names `scenes`."""
+    monkeypatch.setenv("BISSL_ZOO_DATASETS", str(scenes))
+    return scenes
+
+
+@pytest.fixture
+def scenes_copy(scenes, tmp_path):
+    """A copy of `scenes` that a test may damage: the root, and the folder VOC2007 in it."""
+    root = tmp_path / "datasets"
+    shutil.copytree(scenes, root)
+    return root, next(root.glob("*/VOCdevkit/VOC2007"))
+
+
+@pytest.fixture(scope="session")
+def finished(train_net, tiny, tmp_path_factory):
+    """The directory of a finished tiny run; not to be changed."""
+    folder = tmp_path_factory.mktemp("runs") / "finished"
+    outcome = train_net(*tiny(), f"train.output_dir={folder}")
+    assert outcome.status == 0, outcome.err
+    (folder / "said.txt").write_text(outcome.out)
+    return folder
+
+
+@pytest.fixture
+def run_copy(finished, tmp_path):
+    """A copy of the finished run that a test may damage."""
+    return Path(shutil.copytree(finished, tmp_path / "run"))

@@ -1,0 +1,120 @@
+"""The loop, and what the hooks do around its steps."""
+
+import json
+import math
+import re
+
+import pytest
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from bissl_zoo.engine.checkpoint import Checkpointer
+from bissl_zoo.engine.hooks import MetricsWriter, PeriodicCheckpoint, PeriodicEvaluation, Progress
+from bissl_zoo.engine.trainer import HookBase, Trainer, load_state, to_device
+from bissl_zoo.errors import CheckpointError
+
+
+class Counter(Trainer):
+    """A trainer whose metrics are functions of the step."""
+
+    def run_step(self):
+        return {"total_loss": 1.0 / (self.step + 1), "lr": 0.1, "status": "fine", "hidden": 3.0}
+
+    def levels(self):
+        return {}
+
+
+class Recorder(HookBase):
+    def __init__(self):
+        self.calls = []
+
+    def before_train(self):
+        self.calls.append("before")
+
+    def after_step(self):
+        self.calls.append(self.trainer.step)
+
+    def after_train(self):
+        self.calls.append("after")
+
+
+def test_hooks_are_called_around_the_steps_that_are_left():
+    trainer, hook = Counter("stage", 5), Recorder()
+    trainer.load_state_dict({"step": 2, "levels": {}})
+    trainer.train([hook])
+    assert hook.calls == ["before", 3, 4, 5, "after"]
+
+
+def test_the_progress_line_has_losses_speed_and_eta(capsys):
+    Counter("pretrain", 100).train([Progress(period=40)])
+    lines = capsys.readouterr().out.splitlines()
+    assert [re.match(r"\[pretrain +(\d+)/100\]", line).group(1) for line in lines] == ["1", "40", "80", "100"]
+    assert "total_loss 0.025  lr 0.1  0.00 s/step  ETA 0:00:00" in lines[1]
+    assert "hidden" not in lines[1]
+
+
+def test_a_slow_stage_is_not_silent_between_its_lines(capsys):
+    Counter("bissl", 5).train([Progress(period=100, silence=0.0)])
+    assert len(capsys.readouterr().out.splitlines()) == 5
+
+
+def test_the_progress_line_of_a_resumed_run_counts_its_own_steps(capsys):
+    trainer = Counter("stage", 6)
+    trainer.load_state_dict({"step": 3, "levels": {}})
+    trainer.train([Progress(period=5)])
+    assert [line.split("]")[0] for line in capsys.readouterr().out.splitlines()] == [
+        "[stage 4/6",
+        "[stage 5/6",
+        "[stage 6/6",
+    ]
+
+
+def test_metrics_are_written_every_period_and_at_the_last_step(tmp_path):
+    Counter("stage", 5).train([MetricsWriter(tmp_path, period=2)])
+    records = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [record["step"] for record in records] == [2, 4, 5]
+    assert records[0]["total_loss"] == 0.5 and records[0]["status"] == "fine" and records[0]["stage"] == "stage"
+    board = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert [event.step for event in board.Scalars("stage/total_loss")] == [2, 4, 5]
+    assert board.Tags()["scalars"] == ["stage/total_loss", "stage/lr", "stage/hidden"]
+
+
+def test_figures_that_are_not_finite_are_text_in_the_metrics(tmp_path):
+    trainer = Counter("stage", 1)
+    trainer.run_step = lambda: {"solver/residual": math.inf, "loss": math.nan, "fine": 1.0}
+    trainer.train([MetricsWriter(tmp_path, period=1)])
+
+    def refuse(constant):
+        raise ValueError(f"{constant} is not JSON")
+
+    record = json.loads((tmp_path / "metrics.jsonl").read_text(), parse_constant=refuse)
+    assert (record["solver/residual"], record["loss"], record["fine"]) == ("inf", "nan", 1.0)
+
+
+def test_checkpoints_are_written_every_period_and_at_the_last_step(tmp_path):
+    Counter("stage", 5).train([PeriodicCheckpoint(Checkpointer(tmp_path, keep=9), 2, "resnet18")])
+    assert sorted(path.name for path in (tmp_path / "stage").iterdir()) == ["step_000002", "step_000004", "step_000005"]
+
+
+def test_evaluation_joins_the_metrics_of_its_step_but_not_at_the_last(tmp_path, capsys):
+    evaluation = PeriodicEvaluation(lambda: {"AP50": 0.25, "AP50/cat": 0.1}, period=2)
+    Counter("finetune", 6).train([evaluation, MetricsWriter(tmp_path, period=1)])
+    records = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [record["step"] for record in records if record.get("test/AP50") == 0.25] == [2, 4]
+    assert records[1]["test/AP50/cat"] == 0.1
+    assert "[finetune 2/6] test  AP50 0.2500\n" in capsys.readouterr().out
+
+
+def test_a_state_of_another_shape_is_refused_and_loads_nothing():
+    module = torch.nn.Linear(2, 3)
+    before = {key: value.clone() for key, value in module.state_dict().items()}
+    with pytest.raises(CheckpointError, match=r"1 of 2 tensors match; 1 of another shape: weight \(3, 4\)"):
+        load_state(module, {"weight": torch.zeros(3, 4), "bias": torch.zeros(3)}, "head")
+    assert all(torch.equal(before[key], value) for key, value in module.state_dict().items())
+
+
+def test_to_device_keeps_the_nesting():
+    batch = ([torch.zeros(1)], ({"boxes": torch.ones(2), "image_id": 3},))
+    moved = to_device(batch, torch.device("meta"))
+    assert moved[0][0].is_meta and moved[1][0]["boxes"].is_meta and moved[1][0]["image_id"] == 3
+    assert isinstance(moved, tuple) and isinstance(moved[0], list)

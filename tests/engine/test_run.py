@@ -1,0 +1,152 @@
+"""Whole runs in this process: other methods and tasks, where a run starts from, what it announces."""
+
+import json
+
+import numpy as np
+import pytest
+import timm
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+
+from bissl_zoo.config import LazyConfig
+from bissl_zoo.engine.checkpoint import load_checkpoint
+from bissl_zoo.engine.run import phases_of, run
+from bissl_zoo.zoo import get_entry
+
+
+@pytest.fixture
+def folder_of_images(tmp_path, monkeypatch):
+    """Two classes that a glance tells apart, as class folders: red and blue noise."""
+    rng = np.random.default_rng(0)
+    for split, count in (("train", 8), ("test", 6)):
+        for channel, name in ((0, "red"), (2, "blue")):
+            (tmp_path / "sets" / "colours" / split / name).mkdir(parents=True)
+            for number in range(count):
+                pixels = rng.integers(0, 80, (40, 40, 3), dtype=np.uint8)
+                pixels[..., channel] += 150
+                Image.fromarray(pixels).save(tmp_path / "sets" / "colours" / split / name / f"{number}.png")
+    monkeypatch.setenv("BISSL_ZOO_DATASETS", str(tmp_path / "sets"))
+
+
+def byol_classification(cfg):
+    """The tiny config with BYOL for its pretext method and classification of the colours for its task."""
+    return LazyConfig.apply_overrides(
+        cfg,
+        [
+            "pretext.name=byol",
+            "~pretext.temperature",
+            "+pretext.predictor=[32, 256]",
+            "pretext.projector=[32, 256]",
+            "+pretext.decay=0.9",
+            "task={_target_: bissl_zoo.registry.build_task, name: classification, image_size: 32}",
+            "dataloader.pretext.dataset={_target_: bissl_zoo.registry.build_dataset, name: image_folder,"
+            " root: colours, split: train, labelled: false}",
+            *(
+                f"dataloader.{role}.dataset={{_target_: bissl_zoo.registry.build_dataset, name: image_folder,"
+                f" root: colours, split: {role}}}"
+                for role in ("train", "test")
+            ),
+            "finetune.steps=20",
+            "finetune.eval_period=10",
+        ],
+    )
+
+
+def test_byol_and_classification_go_the_whole_walk(tiny_config, folder_of_images, tmp_path, capsys):
+    cfg = byol_classification(tiny_config(train__output_dir=tmp_path / "run"))
+    outcome = run(cfg, "test")
+    assert outcome["results"]["bissl"]["top1"] == 1.0  # red and blue: a network that learns at all tells them apart
+    assert "[finetune 10/20] test  top1" in capsys.readouterr().out
+    state = load_checkpoint(tmp_path / "run" / "checkpoints" / "bissl" / "step_000002")[1]
+    head = state["levels"]["lower"]["head"]
+    backbone = state["levels"]["lower"]["backbone"]
+    moved = [key for key in backbone if not torch.equal(head[f"teacher.backbone.{key}"], backbone[key])]
+    assert "layer1.0.conv1.weight" in moved
+    facts = get_entry(outcome["entry"].name, zoo=cfg.train.publish.zoo)
+    assert (facts["pretext"], facts["task"]) == ("byol", "classification")
+    records = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [r["step"] for r in records if r["stage"] == "finetune" and "test/top1" in r] == [10]
+
+
+def test_a_short_schedule_with_a_weak_pull_is_warned_of(tiny_config, at_scenes, tmp_path, capsys):
+    weak = tiny_config(train__output_dir=tmp_path / "run", bilevel__lambda=0.001, train__publish__name="null")
+    run(weak, "test")
+    assert "warning: lambda * lr_eff * lower steps = 0.00" in capsys.readouterr().out
+
+
+def test_a_strong_enough_pull_is_not_warned_of(tiny_config, at_scenes, tmp_path, capsys):
+    # SGD at 0.05 with momentum 0.9 moves at 0.5; four steps of a warm-up from 1/5 make 1.0 of the full rate
+    strong = tiny_config(train__output_dir=tmp_path / "run", bilevel__lambda=1.0, train__publish__name="null")
+    run(strong, "test")
+    assert "warning: lambda" not in capsys.readouterr().out
+
+
+def test_a_run_without_a_name_to_publish_leaves_the_zoo_alone(tiny_config, at_scenes, tmp_path):
+    zoo = tmp_path / "zoo"
+    settings = dict(train__output_dir=tmp_path / "run", train__publish__name="null", train__publish__zoo=zoo)
+    assert run(tiny_config(**settings, train__stages="[pretrain]"), "test") == {"results": {}, "entry": None}
+    assert not zoo.exists() and not (tmp_path / "run" / "zoo_entry.json").exists()
+
+
+def test_the_stages_go_on_from_a_run_that_only_pretrained(tiny_config, at_scenes, tmp_path, capsys):
+    first, second = tmp_path / "first", tmp_path / "second"
+    run(tiny_config(train__output_dir=first, train__stages="[pretrain]"), "test")
+    left = load_checkpoint(first / "checkpoints" / "pretrain" / "step_000002")[1]["levels"]["level"]["backbone"]
+    capsys.readouterr()
+    settings = dict(train__output_dir=second, train__stages="[bissl]", train__init=first)
+    entry = run(tiny_config(**settings), "test")["entry"]
+    assert "brings no pretext head" not in capsys.readouterr().out
+    warm = load_checkpoint(second / "checkpoints" / "head_warmup" / "step_000002")[1]["levels"]["level"]["backbone"]
+    assert all(torch.equal(warm[key], value) for key, value in left.items())  # frozen, and in eval mode
+    parent = json.loads((first / "checkpoints" / "pretrain" / "step_000002" / "state.json").read_text())["sha256"]
+    facts = get_entry(entry.name, zoo=tiny_config().train.publish.zoo)
+    assert facts["lineage"]["parent"] == parent
+
+
+@pytest.mark.parametrize("pretext", ["simclr", "byol"])
+@pytest.mark.parametrize(("before", "after"), [("null", "c3"), ("c3", "c4")])
+def test_a_run_whose_levels_shared_another_stage_can_be_started_from(
+    tiny_config, folder_of_images, tmp_path, pretext, before, after
+):
+    def config(**changed):
+        cfg = byol_classification(tiny_config(**changed))
+        if pretext == "byol":
+            return cfg
+        overrides = ["pretext.name=simclr", "~pretext.predictor", "~pretext.decay", "+pretext.temperature=0.5"]
+        return LazyConfig.apply_overrides(cfg, overrides)
+
+    first = dict(train__output_dir=tmp_path / "first", train__stages="[pretrain]", bilevel__shared_stage=before)
+    entry = run(config(**first), "test")["entry"]
+    second = dict(train__output_dir=tmp_path / "second", train__stages="[pretrain]", bilevel__shared_stage=after)
+    cfg = config(**second, train__init=tmp_path / "first")
+    # a pretraining of no learning rate hands on what it was given
+    cfg = LazyConfig.apply_overrides(cfg, ["optimizer.pretrain.lr=0.0"])
+    again = run(cfg, "test")["entry"]
+    published = [timm.create_model(f"local-dir:{e.path}", pretrained=True) for e in (entry, again)]
+    for one, other in zip(*(model.named_parameters() for model in published), strict=True):
+        assert torch.equal(one[1], other[1]), one[0]
+
+
+def test_a_file_of_timm_weights_is_what_the_first_stage_starts_from(tiny_config, at_scenes, tmp_path, capsys):
+    torch.manual_seed(5)
+    state = timm.create_model("test_resnet", num_classes=0).state_dict()
+    save_file(state, tmp_path / "weights.safetensors")
+    init = tmp_path / "weights.safetensors"
+    cfg = tiny_config(train__output_dir=tmp_path / "run", train__stages="[bissl]", train__init=init)
+    entry = run(LazyConfig.apply_overrides(cfg, ["optimizer.lower.lr=0.0"]), "test")["entry"]
+    assert "brings no pretext head" in capsys.readouterr().out
+    published = dict(timm.create_model(f"local-dir:{entry.path}", pretrained=True).named_parameters())
+    assert all(torch.equal(value, state[key]) for key, value in published.items())
+
+
+def test_phases_name_what_each_fine_tuning_starts_from(tiny_config):
+    def phases(stages, baseline=True):
+        cfg = tiny_config(train__stages=stages, finetune__baseline=baseline)
+        return [(phase.name, phase.finetunes) for phase in phases_of(cfg)]
+
+    walk = [("head_warmup", None), ("bissl", None), ("finetune_pretrained", "pretrained"), ("finetune", "bissl")]
+    assert phases("[bissl,finetune]") == walk
+    assert phases("[pretrain,bissl,finetune]", baseline=False) == [("pretrain", None), *walk[:2], walk[3]]
+    assert phases("[pretrain,finetune]") == [("pretrain", None), ("finetune", "pretrained")]
+    assert phases("[finetune]") == [("finetune", "init")]

@@ -1,0 +1,215 @@
+"""The trainers of the stages: what each starts from, trains, leaves alone and hands on; also in two processes."""
+
+import json
+import time
+
+import pytest
+import torch
+from omegaconf import OmegaConf
+
+from bissl_zoo.config import LazyConfig
+from bissl_zoo.engine.bissl import build_bissl, build_head_warmup, coupling
+from bissl_zoo.engine.build import Context, Weights, build_split_backbone, count_steps, seed_everything
+from bissl_zoo.engine.finetune import build_finetune, evaluate
+from bissl_zoo.engine.hooks import MetricsWriter
+from bissl_zoo.engine.launch import choose_device, launch
+from bissl_zoo.engine.pretrain import build_pretrain
+from bissl_zoo.engine.run import open_context
+from bissl_zoo.errors import BisslZooError, ConfigError, DatasetError
+
+
+@pytest.fixture
+def context(tiny_config, at_scenes):
+    return open_context(tiny_config(), "test")
+
+
+def copied(module):
+    return {key: value.clone() for key, value in module.state_dict().items()}
+
+
+def same(one, other):
+    return one.keys() == other.keys() and all(torch.equal(value, other[key]) for key, value in one.items())
+
+
+def trunk_weights(context, seed=11):
+    seed_everything(seed)
+    return Weights(build_split_backbone(context.cfg)[0].state_dict())
+
+
+def test_pretraining_moves_backbone_and_head(context):
+    trainer = build_pretrain(context, Weights())
+    before = copied(trainer.level.backbone), copied(trainer.level.head)
+    trainer.train()
+    left = trainer.result()
+    for old, new in zip(before, (left.backbone, left.pretext), strict=True):
+        assert all(not torch.equal(value, new[key]) for key, value in old.items() if key.endswith("weight"))
+    assert left.task is None
+
+
+def test_the_head_warm_up_trains_the_head_alone(context):
+    weights = trunk_weights(context)
+    trainer = build_head_warmup(context, weights)
+    assert not trainer.level.backbone.training
+    head = copied(trainer.level.head)
+    trainer.train()
+    assert same(trainer.level.backbone.state_dict(), weights.backbone)  # batch-norm statistics included
+    assert not same(head, trainer.result().task) and trainer.result().backbone is weights.backbone
+
+
+def test_the_head_warm_up_in_train_mode_moves_statistics_only(context, tiny_config):
+    weights = trunk_weights(context)
+    cfg = tiny_config(bilevel__head_warmup__backbone_mode="train")
+    trainer = build_head_warmup(Context(cfg, context.data, context.device), weights)
+    trainer.train()
+    moved = {k for k, v in trainer.level.backbone.state_dict().items() if not torch.equal(v, weights.backbone[k])}
+    assert moved and all("running" in key or "num_batches" in key for key in moved)
+
+
+def test_both_levels_start_from_the_same_backbone_and_the_lower_one_leaves(context):
+    weights = trunk_weights(context)
+    trainer = build_bissl(context, weights)
+    lower, upper = trainer.problem.lower.backbone, trainer.problem.upper.backbone
+    assert same(lower.state_dict(), upper.state_dict()) and same(lower.state_dict(), weights.backbone)
+    trainer.train()
+    assert not same(lower.state_dict(), upper.state_dict())
+    assert same(trainer.result().backbone, lower.state_dict())
+    assert trainer.problem.lower.step == 4 and trainer.problem.upper.step == 2
+
+
+def test_the_baseline_and_the_fine_tuning_differ_in_the_backbone_only(context):
+    one = build_finetune(context, trunk_weights(context, 1), name="finetune_pretrained")
+    other = build_finetune(context, trunk_weights(context, 2))
+    assert same(one.level.head.state_dict(), other.level.head.state_dict())
+    assert not same(one.level.backbone.state_dict(), other.level.backbone.state_dict())
+    first, second = next(one.level.batches), next(other.level.batches)
+    assert all(torch.equal(a, b) for a, b in zip(first[0], second[0], strict=True))
+
+
+def test_a_stage_resumed_at_a_step_takes_the_batches_that_follow(context, tiny_config, at_scenes):
+    cfg = tiny_config(task__flip_probability=0.0)
+    quiet = Context(cfg, context.data, context.device)
+    weights = trunk_weights(context)
+    whole = build_finetune(quiet, weights).level.batches
+    batches = [next(whole) for _ in range(3)]
+    resumed = next(build_finetune(quiet, weights, start_step=2).level.batches)
+    assert [t["image_id"] for t in resumed[1]] == [t["image_id"] for t in batches[2][1]]
+
+
+def test_a_resumed_trainer_has_the_state_of_the_one_that_was_saved(context):
+    weights = trunk_weights(context)
+    trainer = build_bissl(context, weights)
+    trainer.train()
+    state = trainer.state_dict()
+    again = build_bissl(context, weights, start_step=2)
+    again.load_state_dict(state)
+    assert again.step == 2 and again.problem.lower.step == 4
+    for name, level in again.levels().items():
+        assert same(level.backbone.state_dict(), trainer.levels()[name].backbone.state_dict())
+        assert same(level.head.state_dict(), trainer.levels()[name].head.state_dict())
+        moments = [s.get("momentum_buffer") for s in level.optimizer.state_dict()["state"].values()]
+        expected = [s.get("momentum_buffer") for s in trainer.levels()[name].optimizer.state_dict()["state"].values()]
+        assert len(moments) == len(expected) > 0
+        assert all(a is b is None or torch.equal(a, b) for a, b in zip(moments, expected, strict=True))
+
+
+def test_closing_a_stage_ends_the_workers_of_its_loader_at_once(tiny_config, at_scenes, tmp_path, monkeypatch):
+    context = open_context(tiny_config(dataloader__pretext__num_workers=1), "test")
+    trainer = build_pretrain(context, Weights())
+    trainer.train([MetricsWriter(tmp_path, 1)])
+    # how long torch waits for a worker that was not told to end; one that was is gone within a fraction of a second
+    monkeypatch.setattr("torch.utils.data._utils.MP_STATUS_CHECK_INTERVAL", 20)
+    start = time.monotonic()
+    trainer.close()
+    assert time.monotonic() - start < 10
+
+
+def test_evaluation_puts_the_modes_and_the_random_state_back(context):
+    trainer = build_finetune(context, trunk_weights(context))
+    backbone, head = trainer.level.backbone, trainer.level.head
+    head.eval()
+    before, random_state = copied(backbone), torch.get_rng_state()
+    first = evaluate(context, backbone, head)
+    assert backbone.training and not head.training
+    assert same(before, backbone.state_dict()) and torch.equal(random_state, torch.get_rng_state())
+    assert evaluate(context, backbone, head) == first
+
+
+def test_coupling_is_lambda_times_the_rate_summed_over_the_steps(tiny_config, at_scenes):
+    flat = "{_target_: bissl_zoo.optim.LRMultiplier, scheduler: "
+    flat += "{_target_: fvcore.common.param_scheduler.ConstantParamScheduler, value: 0.5}}"
+    cfg = LazyConfig.apply_overrides(
+        tiny_config(bilevel__lambda=0.25, bilevel__lower_steps=3, bilevel__alternations=7),
+        [f"lr_multiplier.lower={flat}", "optimizer.lower.lr=0.2", "optimizer.lower.momentum=0.8"],
+    )
+    assert coupling(Context(cfg, {}, torch.device("cpu"))) == pytest.approx(0.25 * (0.2 / 0.2) * 0.5 * 21)
+
+
+def test_epochs_count_the_samples_and_steps_count_themselves():
+    images = range(10)
+    assert count_steps(OmegaConf.create({"steps": None, "epochs": 3}), "finetune", images, 4) == 8  # of 7.5
+    assert count_steps(OmegaConf.create({"steps": 5, "epochs": None}), "finetune", images, 4) == 5
+    for both in ({"steps": 5, "epochs": 3}, {"steps": None, "epochs": None}):
+        with pytest.raises(ConfigError, match="finetune: give either steps or epochs"):
+            count_steps(OmegaConf.create(both), "finetune", images, 4)
+
+
+def test_a_device_is_chosen_or_refused():
+    assert choose_device("cpu") == torch.device("cpu")
+    assert choose_device("auto").type == ("cuda" if torch.cuda.is_available() else "cpu")
+    with pytest.raises(ConfigError, match="train.device='gpu' is no device of torch; use auto, cpu or cuda"):
+        choose_device("gpu")
+
+
+def test_errors_of_ours_end_in_a_message_and_others_are_raised(capsys):
+    def fail(error):
+        raise error
+
+    assert launch(fail, 1, BisslZooError("the oven is cold")) == 1
+    assert capsys.readouterr().err == "error: the oven is cold\n"
+    wrapped = "Caught DatasetError in DataLoader worker process 0.\nTraceback:\n  x\nm.DatasetError: no image\n"
+    assert launch(fail, 1, DatasetError(wrapped)) == 1
+    assert capsys.readouterr().err == "error: no image\n"
+    assert launch(fail, 1, KeyboardInterrupt()) == 130
+    assert "--resume" in capsys.readouterr().err
+    with pytest.raises(ZeroDivisionError):
+        launch(fail, 1, ZeroDivisionError())
+
+
+PROGRAM = """
+import hashlib, json, sys
+from bissl_zoo.config import LazyConfig
+from bissl_zoo.distributed import all_gather_objects, is_main_process
+from bissl_zoo.engine.bissl import build_bissl
+from bissl_zoo.engine.build import Weights
+from bissl_zoo.engine.hooks import MetricsWriter
+from bissl_zoo.engine.launch import launch
+from bissl_zoo.engine.run import open_context
+
+def digest(module):
+    return hashlib.sha256(b"".join(p.detach().numpy().tobytes() for p in module.parameters())).hexdigest()
+
+def main(config):
+    trainer = build_bissl(open_context(LazyConfig.load(config), config), Weights())
+    trainer.train()
+    levels = trainer.levels()
+    mine = {f"{n} {part}": digest(getattr(l, part)) for n, l in levels.items() for part in ("backbone", "head")}
+    images = [t["image_id"] for t in next(levels["upper"].batches)[1]]
+    everyone = all_gather_objects((mine, images))
+    if is_main_process():
+        print(json.dumps(everyone))
+    return 0
+
+if __name__ == "__main__":
+    sys.exit(launch(main, 2, sys.argv[1]))
+"""
+
+
+def test_two_processes_hold_the_same_parameters_and_see_different_images(process, tiny_config, tmp_path):
+    (tmp_path / "program.py").write_text(PROGRAM)
+    LazyConfig.save(tiny_config(), tmp_path / "config.yaml")
+    with process(tmp_path / "program.py", tmp_path / "config.yaml") as running:
+        out, err = running.communicate(timeout=120)
+    assert running.returncode == 0, err
+    (first, images), (second, others) = json.loads(out.splitlines()[-1])
+    assert first == second and len(set(first.values())) == 4
+    assert len(images) == len(others) == 2 and not set(images) & set(others)

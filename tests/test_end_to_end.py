@@ -1,0 +1,148 @@
+"""The whole walk, from the quickstart's config to an entry of the zoo that plain timm loads."""
+
+import json
+
+import pytest
+import timm
+import torch
+from safetensors.torch import load_file
+
+import bissl_zoo
+from bissl_zoo.config import LazyConfig
+
+COUNTS = {"unlabeled": 48, "train": 24, "val": 1, "test": 12}
+OVERRIDES = [
+    "train.log_period=2",
+    "train.checkpoint.period=2",
+    "pretrain.steps=3",
+    "bilevel.head_warmup.steps=2",
+    "bilevel.alternations=2",
+    "bilevel.lower_steps=2",
+    "bilevel.upper_steps=1",
+    "finetune.steps=3",
+    "dataloader.pretext.batch_size=16",
+    "dataloader.train.batch_size=8",
+    *(f"+dataloader.{role}.dataset.{key}={n}" for role in ("pretext", "train", "test") for key, n in COUNTS.items()),
+]
+STAGES = ["pretrain", "head_warmup", "bissl", "finetune_pretrained", "finetune"]
+
+
+@pytest.fixture(scope="module")
+def walk(train_net_process, tmp_path_factory):
+    """One run of the command line, as a user starts it: run directory, zoo, datasets root, what it printed."""
+    base = tmp_path_factory.mktemp("walk")
+    settings = [*OVERRIDES, f"train.output_dir={base / 'run'}", f"train.publish.zoo={base / 'zoo'}"]
+    config = "configs/quickstart/digit_scenes_det.py"
+    outcome = train_net_process(*settings, config=config, datasets=base / "datasets")
+    assert outcome.status == 0, outcome.err
+    return base, settings, outcome
+
+
+def entry_of(walk):
+    return json.loads((walk[0] / "run" / "zoo_entry.json").read_text())
+
+
+def test_the_walk_shows_progress_figures_and_the_way_to_load_the_entry(walk):
+    _, _, outcome = walk
+    for number, stage in enumerate(STAGES, start=1):
+        assert f"stage {number} of 5: {stage}" in outcome.out
+    assert "[pretrain 1/3] total_loss " in outcome.out and "s/step  ETA 0:00:0" in outcome.out
+    table = outcome.out[outcome.out.index("fine-tuned from") :].splitlines()
+    assert {"AP50", "AP"} <= set(table[0].split())
+    assert [line.split()[0] for line in table[2:4]] == ["pretrained", "bissl"]
+    entry = entry_of(walk)
+    for line in (f"published {entry['name']}", f"path {entry['path']}", f"sha256 {entry['sha256']}"):
+        assert line in outcome.out
+    assert f'bissl_zoo.create_backbone("{entry["name"]}", pretrained=True)' in outcome.out
+    assert "Warning" not in outcome.err and "Traceback" not in outcome.err
+
+
+def test_the_run_directory_says_what_was_run(walk):
+    run = walk[0] / "run"
+    asked = LazyConfig.apply_overrides(bissl_zoo.load_config("quickstart/digit_scenes_det.py"), walk[1])
+    assert LazyConfig.load(run / "config.yaml") == asked
+    environment = (run / "environment.txt").read_text()
+    for fact in (f"torch: {torch.__version__}", f"timm: {timm.__version__}", "--config-file", "python: "):
+        assert fact in environment
+    assert list((run / "tensorboard").glob("events.out.tfevents.*"))
+    for stage in STAGES:
+        newest = max((run / "checkpoints" / stage).iterdir())
+        info = json.loads((newest / "state.json").read_text())
+        assert info["done"] and info["stage"] == stage and info["architecture"] == "resnet18"
+    assert (run / "checkpoints" / "latest").read_text() == "finetune/step_000003\n"
+    results = json.loads((run / "results.json").read_text())
+    assert list(results) == ["pretrained", "bissl"]
+    assert all(0.0 <= figures["AP50"] <= 1.0 for figures in results.values())
+    left = {path.name for path in run.iterdir()}
+    expected = {"config.yaml", "environment.txt", "metrics.jsonl", "tensorboard", "checkpoints", "results.json"}
+    assert left == expected | {"zoo_entry.json"}
+
+
+def test_every_metrics_line_parses_and_the_solver_is_in_them(walk):
+    def refuse(constant):
+        raise ValueError(constant)
+
+    lines = (walk[0] / "run" / "metrics.jsonl").read_text().splitlines()
+    records = [json.loads(line, parse_constant=refuse) for line in lines]
+    logged = [(record["stage"], record["step"]) for record in records]
+    three, two = [2, 3], [2]
+    steps = dict(zip(STAGES, (three, two, two, three, three), strict=True))
+    assert logged == [(stage, step) for stage in STAGES for step in steps[stage]]
+    bissl = next(record for record in records if record["stage"] == "bissl")
+    solver = {"residual", "products", "status", "v_norm", "x_norm", "cosine"}
+    assert {f"solver/{name}" for name in solver} <= set(bissl)
+    assert {"lower/total_loss", "lower/pull", "lower/lr", "upper/total_loss", "upper/lr"} <= set(bissl)
+
+
+def test_plain_timm_loads_the_entry_with_the_same_features(walk):
+    base, entry = walk[0], entry_of(walk)
+    ours = bissl_zoo.create_backbone(entry["name"], pretrained=True, zoo=base / "zoo")
+    plain = timm.create_model(f"local-dir:{entry['path']}", pretrained=True).eval()
+    images = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        assert torch.equal(plain.forward_features(images), ours(images)["c5"])
+    assert ours.state_dict().keys() == plain.state_dict().keys()
+
+
+def test_the_entry_is_the_lower_backbone(walk):
+    base, entry = walk[0], entry_of(walk)
+    published = load_file(base / "zoo" / entry["name"] / "model.safetensors")
+    state = torch.load(base / "run" / "checkpoints" / "bissl" / "step_000002" / "state.pt", weights_only=True)
+    lower, upper = state["levels"]["lower"], state["levels"]["upper"]["backbone"]
+    tail = {key[len("tail.") :]: value for key, value in lower["head"].items() if key.startswith("tail.")}
+    assert published.keys() == lower["backbone"].keys() | tail.keys()
+    for key, value in {**lower["backbone"], **tail}.items():
+        assert torch.equal(published[key], value), key
+    assert not torch.equal(upper["conv1.weight"], published["conv1.weight"])
+
+
+def test_the_entry_tells_the_figures_and_where_it_comes_from(walk):
+    base, entry = walk[0], entry_of(walk)
+    facts = bissl_zoo.get_entry(entry["name"], zoo=base / "zoo")
+    results = json.loads((base / "run" / "results.json").read_text())
+    stated = json.dumps(facts["metrics"])
+    for start, figures in results.items():
+        assert f"AP50 ({start})" in stated and str(figures["AP50"]) in stated
+
+
+def test_evaluating_the_run_again_gives_the_same_figures(walk, train_net):
+    base, settings, outcome = walk
+    measured = json.loads((base / "run" / "results.json").read_text())["bissl"]
+    before = sorted(base.rglob("*"))
+    again = train_net("--eval-only", *settings, f"train.init={base / 'run'}", datasets=base / "datasets")
+    assert again.status == 0, again.err
+    header, _, row = (line.split() for line in again.out.splitlines() if line)
+    assert dict(zip(header[2:], row[1:], strict=True)) == {name: f"{measured[name]:.4f}" for name in header[2:]}
+    assert sorted(base.rglob("*")) == before
+
+
+def test_resuming_the_finished_run_publishes_nothing_new(walk, train_net):
+    base, settings, _ = walk
+    entries = bissl_zoo.list_backbones(zoo=base / "zoo")
+    results = (base / "run" / "results.json").read_text()
+    again = train_net("--resume", *settings, datasets=base / "datasets")
+    assert again.status == 0, again.err
+    assert "resumed from" in again.out and "[finetune 3/3] total_loss" not in again.out
+    assert f"published {entry_of(walk)['name']}\n" in again.out
+    assert bissl_zoo.list_backbones(zoo=base / "zoo") == entries
+    assert (base / "run" / "results.json").read_text() == results

@@ -1,0 +1,57 @@
+"""What `pip install` leaves: the package and the configs in it."""
+
+import importlib.util
+import json
+import os
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+SOURCES = ("bissl_zoo", "configs", "setup.py", "pyproject.toml", "README.md", "LICENSE")
+needs_build_tools = pytest.mark.skipif(
+    any(importlib.util.find_spec(name) is None for name in ("pip", "setuptools")),
+    reason="building a wheel without network needs pip and setuptools in this environment",
+)
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory):
+    """A wheel of a copy of the checkout, so that nothing is written into it."""
+    copy, out = tmp_path_factory.mktemp("checkout"), tmp_path_factory.mktemp("wheel")
+    for name in SOURCES:
+        source = REPOSITORY / name
+        if source.is_dir():
+            shutil.copytree(source, copy / name, ignore=shutil.ignore_patterns("__pycache__"))
+        elif source.exists():
+            shutil.copy(source, copy / name)
+    command = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "--no-index", "-w", out, copy]
+    built = subprocess.run([str(part) for part in command], capture_output=True, text=True)
+    assert built.returncode == 0, built.stdout + built.stderr
+    return next(out.glob("bissl_zoo-*.whl"))
+
+
+@needs_build_tools
+def test_the_wheel_carries_every_module_and_every_config(wheel):
+    inside = set(zipfile.ZipFile(wheel).namelist())
+    for folder, prefix in (("bissl_zoo", "bissl_zoo"), ("configs", "bissl_zoo/configs")):
+        for path in (REPOSITORY / folder).rglob("*.py"):
+            assert f"{prefix}/{path.relative_to(REPOSITORY / folder).as_posix()}" in inside
+    assert not [name for name in inside if name.startswith(("tests", "tools", "model_zoo"))]
+
+
+@needs_build_tools
+def test_an_installed_package_finds_its_configs(wheel, tmp_path):
+    zipfile.ZipFile(wheel).extractall(tmp_path / "site")
+    program = (
+        "import bissl_zoo, json; cfg = bissl_zoo.load_config('bissl/voc_det.py');"
+        "print(json.dumps([bissl_zoo.__file__, cfg.bilevel.alternations, cfg.backbone.name]))"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path / "site")}
+    ran = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=tmp_path, env=environment)
+    assert ran.returncode == 0, ran.stderr
+    assert json.loads(ran.stdout) == [str(tmp_path / "site" / "bissl_zoo" / "__init__.py"), 500, "resnet50"]

@@ -1,0 +1,277 @@
+"""The command line: what it refuses, and how it says so."""
+
+import hashlib
+import json
+import shutil
+
+import pytest
+import timm
+import torch
+from safetensors.torch import save_file
+
+from bissl_zoo.config import LazyConfig, load_config
+
+
+def digests(folder):
+    """The sha256 of every file below a folder."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    return {path.relative_to(folder): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+
+
+@pytest.fixture
+def refused(train_net, tiny, tmp_path):
+    """The message with which a run is refused before it has made its directory."""
+
+    def call(*arguments, overrides=None, **options):
+        folder = tmp_path / "refused"
+        settings = tiny() if overrides is None else overrides
+        message = train_net(*settings, f"train.output_dir={folder}", *arguments, **options).message()
+        assert not folder.exists()
+        return message
+
+    return call
+
+
+def test_an_unknown_override_names_the_nearest_key(refused):
+    message = refused("solver.iteration=3")
+    assert "no key 'solver.iteration'" in message and "Nearest: solver.iterations" in message
+
+
+@pytest.mark.parametrize(
+    ("override", "meant"),
+    [
+        ("backbone.name=resnet81", "resnet18"),
+        ("pretext.name=simcrl", "simclr"),
+        ("task.name=faster_rcn", "faster_rcnn"),
+        ("solver.name=exat", "exact"),
+        ("dataloader.train.dataset.name=digit_scene", "digit_scenes"),
+    ],
+)
+def test_an_unknown_name_is_refused_before_the_first_stage(refused, override, meant):
+    assert f"Did you mean '{meant}'?" in refused(override)
+
+
+@pytest.mark.parametrize(
+    ("override", "meant"),
+    [
+        ("+pretext.temprature=0.1", "temperature"),
+        ("+task.anchor_size=[8]", "anchor_sizes"),
+        ("+solver.dampng=1.0", "damping"),
+        ("+optimizer.finetune.weight_decy=0.1", "weight_decay"),
+        ("+optimizer.lower.momentun=0.1", "momentum"),
+        ("+lr_multiplier.upper.warmup_step=1", "warmup_steps"),
+        ("+dataloader.train.num_worker=1", "num_workers"),
+        ("bilevel.adaptation={evry: 3}", "every"),
+    ],
+)
+def test_a_wrong_argument_of_any_part_is_refused_before_the_first_stage(refused, override, meant):
+    assert f"Did you mean '{meant}'?" in refused(override)
+
+
+def test_an_unknown_key_in_a_plain_section_of_a_config_file_names_the_nearest(refused, tmp_path):
+    file = tmp_path / "mine.yaml"
+    LazyConfig.save(LazyConfig.apply_overrides(load_config("bissl/voc_det.py"), ["+finetune.epoch=3"]), file)
+    message = refused(config=file, overrides=[])
+    assert f"{file}: no key 'finetune.epoch'. Did you mean 'epochs'?" in message
+
+
+@pytest.mark.parametrize("override", ["~train.publish.zoo", "~bilevel.gamma", "~optimizer.finetune", "~solver.name"])
+def test_a_missing_key_is_named(refused, override):
+    assert override[1:].rpartition(".")[2] in refused(override)
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "train.log_period=0",
+        "train.checkpoint.period=0",
+        "finetune.eval_period=0",
+        "finetune.steps=-1",
+        "train.seed=one",
+        "bilevel.lambda=strong",
+        "bilevel.lambda=0",
+        "bilevel.lower_steps=0",
+        "bilevel.head_warmup.backbone_mode=evl",
+        "bilevel.shared_stage=c7",
+        "train.stages=[]",
+        "train.stages=[finetnue]",
+        "train.stages=[finetune,pretrain]",
+        "train.stages=[bissl,bissl]",
+        "train.device=tpu9",
+    ],
+)
+def test_a_value_that_cannot_be_is_refused_with_its_key(refused, override):
+    key, value = override.split("=")
+    message = refused(override)
+    assert key.rpartition(".")[2] in message or value in message
+
+
+def test_steps_and_epochs_both_given_are_refused_before_the_first_stage(refused):
+    assert "finetune: give either steps or epochs" in refused("finetune.epochs=3")
+
+
+def test_neither_steps_nor_epochs_given_is_refused(refused):
+    assert "bilevel.head_warmup: give either steps or epochs" in refused("bilevel.head_warmup.steps=null")
+
+
+def test_a_missing_pretext_set_names_folder_and_variable(refused, tmp_path):
+    message = refused(config="bissl/voc_det.py", overrides=[], datasets=tmp_path / "none")
+    assert str(tmp_path / "none" / "imagenet" / "train") in message and "BISSL_ZOO_DATASETS" in message
+
+
+def test_a_missing_voc_set_names_folder_variable_and_command(refused, tmp_path):
+    options = dict(config="bissl/voc_det.py", overrides=["train.stages=[finetune]"], datasets=tmp_path / "none")
+    message = refused(**options)
+    assert str(tmp_path / "none" / "VOCdevkit" / "VOC2007") in message
+    assert "BISSL_ZOO_DATASETS" in message and "torchvision.datasets" in message
+
+
+def test_an_unlabelled_training_set_is_refused(refused):
+    message = refused("dataloader.train.dataset.split=unlabeled")
+    assert "dataloader.train" in message and "unlabelled" in message
+
+
+def test_an_unlabelled_test_set_is_refused(refused):
+    message = refused("dataloader.test.dataset.split=unlabeled")
+    assert "dataloader.test" in message and "unlabelled" in message
+
+
+def test_test_classes_other_than_the_training_ones_are_refused(refused, scenes):
+    root = next(scenes.glob("digit_scenes-*")).name
+    other = (
+        "{_target_: bissl_zoo.registry.build_dataset, name: voc_detection, root: %s, splits: [2007_test], classes: %s}"
+    )
+    message = refused(f"dataloader.test.dataset={other % (root, list('9876543210'))}")
+    assert "dataloader.train" in message and "dataloader.test" in message and "classes" in message
+
+
+def test_an_empty_split_is_refused(refused, scenes_copy):
+    root, year = scenes_copy
+    (year / "ImageSets" / "Main" / "train.txt").write_text("\n")
+    assert f"{year / 'ImageSets' / 'Main' / 'train.txt'} is empty" in refused(datasets=root)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_an_image_that_does_not_decode_is_named(train_net, tiny, scenes_copy, tmp_path, workers):
+    root, year = scenes_copy
+    for image in year.glob("JPEGImages/unlabeled_*.jpg"):
+        image.write_bytes(image.read_bytes()[:200])
+    settings = [*tiny(), "train.stages=[pretrain]", f"dataloader.pretext.num_workers={workers}"]
+    message = train_net(*settings, f"train.output_dir={tmp_path / 'run'}", datasets=root).message()
+    assert f"{year / 'JPEGImages'}/unlabeled_" in message and "does not decode" in message
+    assert len(message.splitlines()) == 1
+
+
+def test_a_run_of_another_architecture_is_refused_as_start(refused, finished):
+    message = refused("backbone.name=resnet10t", f"train.init={finished}", "train.stages=[bissl,finetune]")
+    assert "'test_resnet'" in message and "'resnet10t'" in message
+
+
+def test_a_file_of_another_architecture_is_refused_as_start(refused, tmp_path):
+    save_file(timm.create_model("resnet10t", num_classes=0).state_dict(), tmp_path / "other.safetensors")
+    message = refused(f"train.init={tmp_path / 'other.safetensors'}")
+    assert "another architecture" in message and "missing" in message
+
+
+def test_a_zoo_entry_of_another_architecture_is_refused_as_start(refused, finished, monkeypatch):
+    entry = json.loads((finished / "zoo_entry.json").read_text())
+    monkeypatch.setenv("BISSL_ZOO", entry["path"].rpartition("/")[0])
+    assert "another architecture" in refused("backbone.name=resnet10t", f"train.init={entry['name']}")
+
+
+def test_a_pickle_that_calls_itself_safetensors_is_refused_as_start(refused, tmp_path):
+    torch.save(timm.create_model("test_resnet", num_classes=0).state_dict(), tmp_path / "pickle.safetensors")
+    message = refused(f"train.init={tmp_path / 'pickle.safetensors'}")
+    assert "not a safetensors file" in message and "pickle.safetensors" in message
+
+
+def test_a_start_that_does_not_exist_is_refused(refused):
+    message = refused("train.init=runs/nowhere")
+    assert "runs/nowhere" in message and "no file, no run directory and no entry of the zoo" in message
+
+
+def test_a_damaged_zoo_entry_is_not_called_unknown(refused, finished, monkeypatch, tmp_path):
+    entry = json.loads((finished / "zoo_entry.json").read_text())
+    shutil.copytree(entry["path"].rpartition("/")[0], tmp_path / "zoo")
+    monkeypatch.setenv("BISSL_ZOO", str(tmp_path / "zoo"))
+    (tmp_path / "zoo" / entry["name"] / "model.safetensors").write_bytes(b"")
+    message = refused(f"train.init={entry['name']}")
+    assert "model.safetensors" in message and "no entry" not in message
+
+
+def test_a_task_that_does_not_fit_its_data_set_is_refused(refused):
+    task = "{_target_: bissl_zoo.registry.build_task, name: classification, image_size: 32}"
+    message = refused(f"task={task}")
+    assert "'classification' needs targets of type int" in message and "'digit_scenes'" in message and "dict" in message
+
+
+def test_a_folder_that_is_no_run_is_refused_as_start(refused, tmp_path):
+    assert "holds no checkpoint" in refused(f"train.init={tmp_path}")
+
+
+def test_a_damaged_checkpoint_is_refused_and_the_one_before_it_can_be_used(train_net, tiny, run_copy):
+    newest = run_copy / "checkpoints" / "bissl" / "step_000002"
+    state = bytearray((newest / "state.pt").read_bytes())
+    state[len(state) // 2] ^= 1
+    (newest / "state.pt").write_bytes(state)
+    resume = ["--resume", *tiny(), f"train.output_dir={run_copy}"]
+    before = digests(run_copy / "checkpoints")
+    message = train_net(*resume).message()
+    assert str(newest / "state.pt") in message and "damaged" in message
+    assert digests(run_copy / "checkpoints") == before
+    (newest / "state.pt").unlink()
+    (newest / "state.json").unlink()
+    newest.rmdir()
+    outcome = train_net(*resume)
+    assert outcome.status == 0, outcome.err
+    assert f"resumed from {newest.with_name('step_000001')}: bissl step 1 of 2" in outcome.out
+
+
+def test_a_damaged_checkpoint_description_is_refused(train_net, tiny, run_copy):
+    for path in run_copy.glob("checkpoints/*/*/state.json"):
+        path.write_text(path.read_text()[:40])
+    assert "state.json" in train_net("--resume", *tiny(), f"train.output_dir={run_copy}").message()
+
+
+def test_a_second_run_into_a_directory_is_refused_and_changes_nothing(train_net, tiny, finished):
+    before = digests(finished)
+    message = train_net(*tiny(), f"train.output_dir={finished}", "train.seed=1").message()
+    assert "is not empty" in message and "--resume" in message
+    assert digests(finished) == before
+
+
+@pytest.mark.parametrize("below", ["", "/run"])
+def test_a_file_in_the_place_of_the_output_directory_is_refused(train_net, tiny, tmp_path, below):
+    (tmp_path / "file").write_text("mine")
+    message = train_net(*tiny(), f"train.output_dir={tmp_path / 'file'}{below}").message()
+    assert f"{tmp_path / 'file'}{below}" in message
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_resuming_where_there_is_no_run_is_refused(refused):
+    assert "There is no run to resume" in refused("--resume")
+
+
+def test_resuming_with_another_configuration_names_the_key(train_net, tiny, finished):
+    before = digests(finished)
+    message = train_net("--resume", *tiny(solver__iterations=7), f"train.output_dir={finished}").message()
+    assert "solver.iterations was 2, is 7" in message
+    assert digests(finished) == before
+
+
+def test_eval_only_needs_a_fine_tuned_model(train_net, tiny, tmp_path):
+    run = tmp_path / "pretrained"
+    assert train_net(*tiny(), f"train.output_dir={run}", "train.stages=[pretrain]").status == 0
+    save_file(timm.create_model("test_resnet", num_classes=0).state_dict(), tmp_path / "weights.safetensors")
+    for init in (run, tmp_path / "weights.safetensors", "null"):
+        message = train_net("--eval-only", *tiny(), f"train.init={init}").message()
+        assert "finetune" in message
+
+
+def test_no_processes_are_refused(train_net):
+    assert "--num-gpus 0" in train_net("--num-gpus", "0").message()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
+def test_a_gpu_that_is_not_there_is_refused(refused):
+    assert "train.device='cuda'" in refused("train.device=cuda")
