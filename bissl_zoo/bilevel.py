@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from bissl_zoo.data.batches import first_samples
 from bissl_zoo.distributed import (
     all_gather_objects,
     all_reduce_mean,
@@ -282,15 +283,6 @@ class BiLevel:
         for name, tensor in self.upper.backbone.state_dict(keep_vars=True).items():
             if tensor.is_floating_point():
                 tensor.lerp_(lower[name], alpha)
-
-
-def first_samples(batch: Any, count: int) -> Any:
-    """The first `count` samples of a batch of tensors `(B, ...)` in nested lists, tuples and dicts."""
-    if isinstance(batch, Tensor):
-        return batch[:count]
-    if isinstance(batch, dict):
-        return {key: first_samples(value, count) for key, value in batch.items()}
-    return type(batch)(first_samples(value, count) for value in batch)
 
 
 def refuse_sync_batch_norm(*modules: nn.Module) -> None:

@@ -10,7 +10,7 @@ from torch import nn
 from torch.optim import SGD
 
 from bissl_zoo.backbones import FeatureInfo
-from bissl_zoo.bilevel import BiLevel, Level, first_samples
+from bissl_zoo.bilevel import BiLevel, Level
 from bissl_zoo.errors import ConfigError
 from bissl_zoo.hypergradient import ConjugateGradient, Exact, Identity, Solution
 from bissl_zoo.optim import LRMultiplier
@@ -316,5 +316,3 @@ def test_the_curvature_batch_may_be_smaller():
     assert torch.equal(cut, problem.curvature(small).prepare()(v))
     problem.curvature_batch_size = None
     assert not torch.allclose(cut, problem.curvature(pretext_batch).prepare()(v))
-    nested = first_samples({"a": [torch.arange(5)], "b": (torch.arange(5), torch.arange(5))}, 2)
-    assert nested["a"][0].tolist() == [0, 1] and [t.tolist() for t in nested["b"]] == [[0, 1]] * 2

@@ -15,9 +15,10 @@ from torch.utils.data import DataLoader, Dataset
 from bissl_zoo.backbones import Backbone, Tail
 from bissl_zoo.bilevel import Level
 from bissl_zoo.config import instantiate
+from bissl_zoo.data.batches import to_device
 from bissl_zoo.distributed import broadcast_module, get_rank
 from bissl_zoo.downstream import DownstreamTask
-from bissl_zoo.engine.trainer import load_state, to_device
+from bissl_zoo.engine.trainer import load_state
 from bissl_zoo.errors import ConfigError, DatasetError
 from bissl_zoo.pretext import PretextMethod
 

@@ -3,6 +3,7 @@
 import torch
 
 from bissl_zoo.backbones import Backbone
+from bissl_zoo.data.batches import to_device
 from bissl_zoo.distributed import broadcast_module
 from bissl_zoo.downstream import DownstreamTask
 from bissl_zoo.engine.build import (
@@ -16,7 +17,7 @@ from bissl_zoo.engine.build import (
     test_loader,
     train_batches,
 )
-from bissl_zoo.engine.trainer import SingleLevelTrainer, to_device
+from bissl_zoo.engine.trainer import SingleLevelTrainer
 
 #: the fine-tuning from the backbone that entered the BiSSL stage
 BASELINE = "finetune_pretrained"

@@ -4,7 +4,6 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from bissl_zoo.bilevel import Level
@@ -138,14 +137,3 @@ def load_state(module: nn.Module, state: dict[str, Tensor], what: str) -> None:
             "Use the configuration that the checkpoint was made with, or another checkpoint."
         )
     module.load_state_dict(state)
-
-
-def to_device(batch: Any, device: torch.device) -> Any:
-    """Tensors in nested lists, tuples and dicts moved to `device`."""
-    if isinstance(batch, Tensor):
-        return batch.to(device, non_blocking=True)
-    if isinstance(batch, dict):
-        return {key: to_device(value, device) for key, value in batch.items()}
-    if isinstance(batch, (list, tuple)):
-        return type(batch)(to_device(value, device) for value in batch)
-    return batch

@@ -10,7 +10,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from bissl_zoo.engine.checkpoint import Checkpointer
 from bissl_zoo.engine.hooks import MetricsWriter, PeriodicCheckpoint, PeriodicEvaluation, Progress
-from bissl_zoo.engine.trainer import HookBase, Trainer, load_state, to_device
+from bissl_zoo.engine.trainer import HookBase, Trainer, load_state
 from bissl_zoo.errors import CheckpointError
 
 
@@ -111,10 +111,3 @@ def test_a_state_of_another_shape_is_refused_and_loads_nothing():
     with pytest.raises(CheckpointError, match=r"1 of 2 tensors match; 1 of another shape: weight \(3, 4\)"):
         load_state(module, {"weight": torch.zeros(3, 4), "bias": torch.zeros(3)}, "head")
     assert all(torch.equal(before[key], value) for key, value in module.state_dict().items())
-
-
-def test_to_device_keeps_the_nesting():
-    batch = ([torch.zeros(1)], ({"boxes": torch.ones(2), "image_id": 3},))
-    moved = to_device(batch, torch.device("meta"))
-    assert moved[0][0].is_meta and moved[1][0]["boxes"].is_meta and moved[1][0]["image_id"] == 3
-    assert isinstance(moved, tuple) and isinstance(moved[0], list)
