@@ -63,6 +63,8 @@ def report(outcome: dict) -> None:
         return
     say(f"\npublished {entry.name}\n     path {entry.path}\n   sha256 {entry.sha256}\n\nload it with")
     say(f'    import bissl_zoo\n    backbone = bissl_zoo.create_backbone("{entry.name}", pretrained=True)')
+    say("or in plain timm")
+    say(f'    import timm\n    model = timm.create_model("local-dir:{entry.path}", pretrained=True)')
 
 
 def cli(argv: Sequence[str] | None = None) -> int:

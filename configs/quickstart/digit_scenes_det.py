@@ -33,8 +33,8 @@ train.log_period = 20
 train.publish.name = "resnet18.simclr_bissl_digit_scenes"
 train.publish.licence = "Apache-2.0"
 
-# digits must stay legible and keep their handedness: larger crops than on photographs, no flips
-pretext.augmentation.update(size=48, crop_scale=[0.3, 1.0], flip_probability=0.0)
+# views show digits at the size the detector sees them at, and do not mirror them
+pretext.augmentation.update(size=48, crop_scale=[0.15, 0.6], flip_probability=0.0)
 task.flip_probability = 0.0
 
 task.min_size = 96
@@ -56,10 +56,10 @@ bilevel.head_warmup.steps = 40
 bilevel.head_warmup.epochs = None
 
 pretrain.steps, pretrain.epochs = 100, None
-finetune.steps, finetune.epochs = 250, None
+finetune.steps, finetune.epochs = 300, None
 finetune.baseline = True
 
-optimizer.pretrain = L(SGD)(lr=0.1, momentum=0.9, weight_decay=1e-4)
+optimizer.pretrain = L(AdamW)(lr=1e-3, weight_decay=1e-4)
 optimizer.lower = L(SGD)(lr=0.05, momentum=0.9, weight_decay=1e-4)
 optimizer.upper = L(AdamW)(lr=1e-3, weight_decay=1e-4)
 optimizer.head_warmup = L(AdamW)(lr=1e-3, weight_decay=1e-4)
