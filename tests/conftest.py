@@ -107,6 +107,7 @@ def tiny(tmp_path_factory):
             "train.publish.zoo": zoo,
             "train.checkpoint.period": 1,
             "pretrain.steps": 2,
+            "optimizer.pretrain": "{_target_: torch.optim.SGD, lr: 0.1, momentum: 0.9}",  # its state is the smaller
             "bilevel.head_warmup.steps": 2,
             "bilevel.alternations": 2,
             "bilevel.lower_steps": 2,

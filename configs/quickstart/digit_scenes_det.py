@@ -51,7 +51,7 @@ bilevel.lower_steps = 4
 bilevel.upper_steps = 2
 bilevel.alternations = 12
 bilevel.curvature_batch_size = 16
-solver.tolerance = 0.01
+solver.damping, solver.tolerance = 100.0, 0.01  # so lightly trained a network has an indefinite Hessian at 10
 bilevel.head_warmup.steps = 40
 bilevel.head_warmup.epochs = None
 
