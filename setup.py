@@ -40,8 +40,5 @@ setup(
         "portalocker>=2.7",
     ],
     extras_require={"test": ["pytest>=8", "hypothesis>=6", "ruff>=0.9"]},
-    classifiers=[
-        "License :: OSI Approved :: Apache Software License",
-        *(f"Programming Language :: Python :: 3.{minor}" for minor in (10, 11, 12, 13)),
-    ],
+    classifiers=[f"Programming Language :: Python :: 3.{minor}" for minor in (10, 11, 12, 13)],
 )

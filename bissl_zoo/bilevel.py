@@ -36,7 +36,7 @@ class Level:
 
     Attributes:
         name: `lower` or `upper` (or the stage's name where there is one level only), for messages and metrics.
-        batches: endless iterator of batches, as `head.losses` takes them.
+        batches: endless iterator of batches, as `head.losses` takes them; a generator where a trainer is to close it.
         multiplier: factor on the learning rate; total_steps: the length of its schedule in optimizer steps.
         clip_norm: limit of the global gradient norm; None for none.
         step: optimizer steps taken.

@@ -123,6 +123,7 @@ def test_the_entry_tells_the_figures_and_where_it_comes_from(walk):
     stated = json.dumps(facts["metrics"])
     for start, figures in results.items():
         assert f"AP50 ({start})" in stated and str(figures["AP50"]) in stated
+    assert facts["datasets"]["pretext"] == {"name": "digit_scenes", "split": "unlabeled", "samples": 48, **COUNTS}
 
 
 def test_evaluating_the_run_again_gives_the_same_figures(walk, train_net):

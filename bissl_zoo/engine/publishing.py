@@ -46,7 +46,7 @@ def publish_backbone(
         },
         seeds=[cfg.train.seed],
         datasets={
-            role: {"name": cfg.dataloader[role].dataset.name, "samples": len(dataset)}
+            role: {**_arguments(cfg.dataloader[role].dataset), "samples": len(dataset)}
             for role, dataset in context.data.items()
         },
         parent=parent,
@@ -56,7 +56,7 @@ def publish_backbone(
         name=cfg.train.publish.name,
         backbone_state=merge_split_states(weights.backbone, tail),
         architecture=cfg.backbone.name,
-        model_args=_model_args(cfg),
+        model_args=_arguments(cfg.backbone, "name", "out_features"),
         pretrained_cfg=_pixels(cfg),
         metadata=metadata,
         train_config_text=(folder / "config.yaml").read_text(),
@@ -69,10 +69,10 @@ def publish_backbone(
     return entry
 
 
-def _model_args(cfg: DictConfig) -> dict[str, Any]:
-    """What the backbone was built with beyond its name and the stages it returns."""
-    arguments = OmegaConf.to_container(cfg.backbone, resolve=True)
-    return {key: value for key, value in arguments.items() if key not in ("_target_", "name", "out_features")}
+def _arguments(call: DictConfig, *leave_out: str) -> dict[str, Any]:
+    """The arguments of a described call."""
+    arguments = OmegaConf.to_container(call, resolve=True)
+    return {key: value for key, value in arguments.items() if key not in ("_target_", *leave_out)}
 
 
 def _pixels(cfg: DictConfig) -> dict[str, Any]:
