@@ -26,8 +26,6 @@ class Classification(DownstreamTask):
         mean, std: normalisation of images in [0, 1], per RGB channel.
     """
 
-    main_metrics = ("top1", "top5")
-
     def __init__(
         self,
         backbone: Backbone,

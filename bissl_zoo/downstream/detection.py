@@ -42,7 +42,6 @@ class FasterRCNN(DownstreamTask):
     """
 
     target_type = dict
-    main_metrics = ("AP50", "AP", "AP75")
 
     def __init__(
         self,

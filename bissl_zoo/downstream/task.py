@@ -33,8 +33,6 @@ class DownstreamTask(nn.Module, ABC):
 
     #: type of a data set's targets that this task takes
     target_type: type = int
-    #: figures of the evaluator to show first, the one that decides at the head
-    main_metrics: tuple[str, ...] = ()
 
     def __init__(self, backbone: Backbone, classes: Sequence[str]) -> None:
         super().__init__()
