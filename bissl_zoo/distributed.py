@@ -60,6 +60,19 @@ def broadcast_object(obj: Any) -> Any:
     return box[0]
 
 
+def any_rank(flag: bool, device: torch.device | str = "cpu") -> bool:
+    """Whether `flag` is true on at least one rank, with the same answer on every rank.
+
+    One number travels and nothing is pickled, so a loop may ask at every step. `device` is where it travels: one that
+    the process group has a backend for.
+    """
+    if get_world_size() == 1:
+        return flag
+    vote = torch.tensor(float(flag), device=device)
+    dist.all_reduce(vote, op=dist.ReduceOp.MAX)
+    return bool(vote.item())
+
+
 def on_main_process(action: Callable[[], Any]) -> Any:
     """Run `action` on rank 0 alone; what it returns or raises reaches every rank.
 

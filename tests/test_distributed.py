@@ -1,4 +1,4 @@
-"""Two real processes over gloo; this file is also their program (`python test_distributed.py RANK WORLD FOLDER`)."""
+"""Collectives, loaders, evaluators: two processes over gloo; also their program (`test_distributed.py FOLDER`)."""
 
 import datetime
 import os
@@ -10,14 +10,15 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+import torch.multiprocessing as mp
 from torch import nn
-from torch.optim import SGD
 
 from bissl_zoo import distributed
-from bissl_zoo.data.loaders import TrainingSampler, build_train_loader
+from bissl_zoo.data.loaders import TrainingSampler, build_test_loader, build_train_loader
 from bissl_zoo.distributed import (
     all_gather_objects,
     all_reduce_mean,
+    any_rank,
     average_gradients,
     broadcast_module,
     broadcast_object,
@@ -26,9 +27,14 @@ from bissl_zoo.distributed import (
     on_main_process,
     unflatten_like,
 )
+from bissl_zoo.engine.build import seed_rank
 from bissl_zoo.errors import BisslZooError, ConfigError
+from bissl_zoo.evaluation import DetectionEvaluator, TopKEvaluator
 
 WORLD = 2
+PATIENCE = datetime.timedelta(seconds=60)  # for ranks that no longer do the same
+WORKERS = (0, 2)
+TEST_SETS = (7, 1)  # shards of 4 and 3 samples, and of 1 and none
 
 
 def net(seed=0, widths=(5, 6, 4)):
@@ -37,101 +43,28 @@ def net(seed=0, widths=(5, 6, 4)):
     return nn.Sequential(nn.Linear(*widths[:2]), nn.Tanh(), nn.Linear(*widths[1:])).double()
 
 
-def whole_batch():
-    generator = torch.Generator().manual_seed(1)
-    views = torch.randn(2, 6, 5, dtype=torch.float64, generator=generator)
-    labels = torch.tensor([0, 1, 2, 0, 1, 2])
-    return tuple(views), labels
+def mixture(everything, mine, rank):
+    """A smooth loss of one rank, of the gathered rows and its own."""
+    weights = torch.linspace(-1, 1, everything.numel(), dtype=torch.float64).view_as(everything) + rank
+    return (everything * weights).tanh().sum() * mine.square().sum()
 
 
-def part(tensor, rank, world):
-    share = len(tensor) // world
-    return tensor[rank * share : (rank + 1) * share]
+def three_derivatives(loss, x, u):
+    """The gradient, its derivative along `u`, and the derivative of that along `u` once more."""
+    gradient = torch.autograd.grad(loss, x, create_graph=True)[0]
+    second = torch.autograd.grad(gradient, x, u, create_graph=True)[0]
+    third = torch.autograd.grad(second, x, u)[0]
+    return [gradient.detach(), second.detach(), third]
 
 
-def contrastive(rank, world):
-    """NT-Xent, its gradient and a Hessian product, with this rank's part of the batch."""
-    from bissl_zoo.hypergradient import CurvatureOperator
-    from bissl_zoo.pretext.simclr import nt_xent
-
-    model, (views, _) = net(), whole_batch()
-
-    def loss():
-        return nt_xent(torch.cat([model(part(view, rank, world)) for view in views]), 0.5)
-
-    value = all_reduce_mean(loss().detach().view(1))
-    loss().backward()
-    average_gradients(model.parameters())
-    operator = CurvatureOperator(loss, list(model.parameters()), 1.0, (model,), all_reduce_mean).prepare()
-    u = torch.randn(
-        sum(p.numel() for p in model.parameters()), dtype=torch.float64, generator=torch.Generator().manual_seed(2)
-    )
-    return {
-        "loss": value,
-        "gradient": flatten(p.grad for p in model.parameters()),
-        "product": operator.hessian_product(u),
-    }
+def point_and_direction():
+    return torch.randn(2, 2 * WORLD, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
 
 
-def alternation(rank, world):
-    """One whole alternation of the algorithm; returns all parameters and the metrics."""
-    from fvcore.common.param_scheduler import ConstantParamScheduler
-
-    from bissl_zoo.bilevel import BiLevel, Level
-    from bissl_zoo.hypergradient import ConjugateGradient
-    from bissl_zoo.optim import LRMultiplier
-    from bissl_zoo.pretext.simclr import nt_xent
-
-    class Contrast(nn.Linear):
-        def losses(self, backbone, views):
-            return {"nt_xent": nt_xent(torch.cat([self(backbone(view)) for view in views]), 0.5)}
-
-        def after_step(self, backbone):
-            pass
-
-    class Classify(nn.Linear):
-        def losses(self, backbone, batch):
-            return {"cross_entropy": nn.functional.cross_entropy(self(backbone(batch[0])), batch[1])}
-
-    def level(name, seed, head_type, out, batch):
-        backbone = net(seed)
-        torch.manual_seed(seed + 10)
-        head = head_type(4, out).double()
-        optimizer = SGD([*backbone.parameters(), *head.parameters()], lr=0.1, momentum=0.9)
-        return Level(name, backbone, head, optimizer, iter([batch] * 9), LRMultiplier(ConstantParamScheduler(1.0)), 9)
-
-    views, labels = whole_batch()
-    views = tuple(part(view, rank, world) for view in views)
-    batch = views[0], part(labels, rank, world)
-    problem = BiLevel(
-        level("lower", 3, Contrast, 3, views),
-        level("upper", 4, Classify, 3, batch),
-        solver=ConjugateGradient(iterations=5, damping=1.0),
-        lam=0.5,
-        lower_steps=3,
-        upper_steps=2,
-    )
-    metrics = problem.alternate(0)
-    result = {
-        f"{one.name} {i}": p.detach() for one in (problem.lower, problem.upper) for i, p in enumerate(one.parameters)
-    }
-    return {**result, "residual": torch.tensor(metrics["solver/residual"])}
-
-
-def non_finite(rank, world):
-    """Only rank 1 sees a NaN; every rank must stop."""
-    from bissl_zoo.bilevel import Level
-
-    class Bad(nn.Linear):
-        def losses(self, backbone, batch):
-            return {"loss": self(backbone(batch)).sum() * (float("nan") if rank == 1 else 1.0)}
-
-    backbone, head = net(), Bad(4, 1).double()
-    one = Level("lower", backbone, head, SGD(backbone.parameters(), lr=0.1), iter([]), None, 1)
-    try:
-        one.loss(backbone, torch.zeros(2, 5, dtype=torch.float64))
-    except BisslZooError as error:
-        return str(error)
+def derivatives_over_ranks(rank, world):
+    x, u = (tensor.chunk(world)[rank] for tensor in point_and_direction())
+    x = x.clone().requires_grad_()
+    return three_derivatives(mixture(gather_with_gradient(x), x, rank), x, u)
 
 
 def refused(action):
@@ -159,8 +92,11 @@ def uneven_gradients(rank):
 
 
 class Numbers(torch.utils.data.Dataset):
+    def __init__(self, size=17):
+        self.size = size
+
     def __len__(self):
-        return 17
+        return self.size
 
     def __getitem__(self, index):
         return index, None
@@ -168,6 +104,38 @@ class Numbers(torch.utils.data.Dataset):
 
 def image_only(image, target):
     return image
+
+
+def image_and_draw(image, target):
+    """The number of the sample, and a random one as an augmentation would draw it."""
+    return torch.tensor([image, torch.rand((), dtype=torch.float64)])
+
+
+def augmented(workers):
+    """Six epochs of 17 samples in 17 steps of 6 over all ranks: what each sample is and drew."""
+    seed_rank(0)  # as every stage does before it trains
+    loader = build_train_loader(Numbers(), 6, image_and_draw, num_workers=workers, seed=3)
+    return torch.cat(list(islice(loader, 17)))
+
+
+def figures(size):
+    """Metrics of a fixed random classifier and detector over a test set of `size` samples."""
+    generator = torch.Generator().manual_seed(0)
+    logits, labels = torch.randn(size, 3, generator=generator), torch.randint(0, 3, (size,), generator=generator)
+    boxes = torch.tensor([[0.0, 0.0, 10.0, 10.0], [20.0, 20.0, 30.0, 30.0]]).repeat(size, 1, 1)
+    found = boxes + 4 * torch.rand(size, 2, 4, generator=generator)
+    scores = torch.randint(1, 4, (size, 2), generator=generator) / 4  # with ties between images
+    top_k, detection = TopKEvaluator(["a", "b", "c"]), DetectionEvaluator(["a", "b"])
+    for batch in build_test_loader(Numbers(size), 2, image_only):
+        top_k.process(logits[batch], labels[batch])
+        for image in batch.tolist():
+            truth = {"boxes": boxes[image], "labels": [0, 1], "difficult": [False, False], "image_id": image}
+            detection.process([{"boxes": found[image], "scores": scores[image], "labels": [0, 1]}], [truth])
+    metrics = {}
+    for evaluator in (top_k, detection):
+        evaluator.synchronize()
+        metrics |= evaluator.evaluate()
+    return metrics
 
 
 def work(rank, world):
@@ -180,6 +148,7 @@ def work(rank, world):
     return {
         "rank": (distributed.get_rank(), distributed.get_world_size(), distributed.is_main_process()),
         "objects": all_gather_objects({"rank": rank}),
+        "any": [any_rank(False), any_rank(rank == 1), any_rank(True)],
         "broadcast": broadcast_object(f"from {rank}"),
         "on_main": refused(lambda: f"done on {rank}"),
         "on_main_error": refused(fail),
@@ -188,24 +157,19 @@ def work(rank, world):
         "gradients": uneven_gradients(rank),
         "module": {name: tensor for name, tensor in model.state_dict().items()},
         "gathered": gathered,
-        "contrastive": contrastive(rank, world),
-        "alternation": alternation(rank, world),
-        "non_finite": non_finite(rank, world),
+        "derivatives": derivatives_over_ranks(rank, world),
         "stream": list(islice(TrainingSampler(17, 6, seed=3), 51)),
         "loaded": torch.stack(list(islice(loader, 3))),
+        "augmented": {workers: augmented(workers) for workers in WORKERS},
+        "figures": {size: figures(size) for size in TEST_SETS},
     }
 
 
-def main(rank, world, folder):
+def run_rank(rank, folder):
     torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo",
-        init_method=f"file://{folder}/meeting",
-        rank=rank,
-        world_size=world,
-        timeout=datetime.timedelta(seconds=60),
-    )
-    torch.save(work(rank, world), Path(folder) / f"{rank}.pt")
+    meeting = f"file://{folder}/meeting"
+    dist.init_process_group("gloo", init_method=meeting, rank=rank, world_size=WORLD, timeout=PATIENCE)
+    torch.save(work(rank, WORLD), folder / f"{rank}.pt")
     distributed.barrier()
     dist.destroy_process_group()
 
@@ -215,23 +179,15 @@ def ranks(tmp_path_factory):
     """What each of two processes saw."""
     folder = tmp_path_factory.mktemp("ranks")
     paths = [str(Path(__file__).resolve().parents[1]), os.environ.get("PYTHONPATH", "")]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(filter(None, paths))}
-    command = [sys.executable, __file__]
-    processes = [
-        subprocess.Popen(
-            [*command, str(rank), str(WORLD), str(folder)],
-            env=environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-        )
-        for rank in range(WORLD)
-    ]
-    try:
-        outputs = [process.communicate(timeout=120)[0].decode() for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    assert [process.returncode for process in processes] == [0] * WORLD, "\n".join(outputs)
+    program = subprocess.run(
+        [sys.executable, __file__, folder],
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(filter(None, paths))},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=120,
+    )
+    assert program.returncode == 0, program.stdout
     return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(WORLD)]
 
 
@@ -252,6 +208,10 @@ def test_what_the_main_process_returns_or_raises_reaches_every_rank(ranks):
 def test_the_other_ranks_do_not_wait_for_a_main_process_that_failed(ranks):
     assert ranks[0]["on_main_crash"] == "OSError: [Errno 28] No space left on device"
     assert ranks[1]["on_main_crash"] == "RuntimeError: rank 0: OSError: [Errno 28] No space left on device"
+
+
+def test_one_rank_is_enough_for_any(ranks):
+    assert all(seen["any"] == [False, True, True] for seen in ranks)
 
 
 def test_mean_over_ranks(ranks):
@@ -276,25 +236,15 @@ def test_rows_are_gathered_in_rank_order(ranks):
     assert all(torch.equal(seen["gathered"], expected) for seen in ranks)
 
 
-@pytest.mark.parametrize("what", ["loss", "gradient", "product"])
-def test_a_contrastive_loss_over_ranks_equals_the_whole_batch_in_one_process(ranks, what):
-    alone = contrastive(0, 1)[what]
-    for seen in ranks:
+def test_the_gather_can_be_differentiated_again_and_again(ranks):
+    whole, u = point_and_direction()
+    whole.requires_grad_()
+    # what each rank's loss sends to a row adds up, so in one process it is the gradient of the sum of the losses
+    total = sum(mixture(whole, mine, rank) for rank, mine in enumerate(whole.chunk(WORLD)))
+    for order, expected in enumerate(three_derivatives(total, whole, u)):
+        together = torch.cat([seen["derivatives"][order] for seen in ranks])
         # other orders of summation in float64
-        torch.testing.assert_close(seen["contrastive"][what], alone, rtol=1e-6, atol=1e-12)
-    assert torch.equal(ranks[0]["contrastive"][what], ranks[1]["contrastive"][what])
-
-
-def test_an_alternation_over_ranks_equals_the_whole_batch_in_one_process(ranks):
-    alone = alternation(0, 1)
-    for name, expected in alone.items():
-        for seen in ranks:
-            torch.testing.assert_close(seen["alternation"][name], expected, rtol=1e-6, atol=1e-10)
-        assert torch.equal(ranks[0]["alternation"][name], ranks[1]["alternation"][name])
-
-
-def test_a_loss_that_is_not_finite_on_one_rank_stops_all(ranks):
-    assert all("lower level, step 0, rank 1: the loss is not finite (loss=nan)" in seen["non_finite"] for seen in ranks)
+        torch.testing.assert_close(together, expected, rtol=1e-10, atol=1e-12)
 
 
 def test_the_ranks_share_the_stream_of_a_single_process(ranks):
@@ -310,11 +260,27 @@ def test_a_loader_that_starts_at_a_step_continues_the_stream(ranks):
     assert torch.equal(torch.cat([seen["loaded"] for seen in ranks], dim=1), alone[2:])
 
 
+@pytest.mark.parametrize("workers", WORKERS)
+def test_every_rank_augments_by_a_random_stream_of_its_own(ranks, workers):
+    numbers, draws = torch.stack([seen["augmented"][workers] for seen in ranks]).unbind(dim=2)  # each (ranks, 51)
+    in_order = numbers.view(WORLD, 17, 3).transpose(0, 1).flatten()
+    assert all(sorted(epoch.tolist()) == list(range(17)) for epoch in in_order.view(6, 17))
+    assert len(draws.unique()) == draws.numel() == 102
+
+
+@pytest.mark.parametrize("size", TEST_SETS)
+def test_figures_over_ranks_are_exactly_those_of_one_process(ranks, size):
+    alone = figures(size)
+    assert {"top1", "mean_per_class", "AP", "voc_AP50"} <= alone.keys()
+    assert all(seen["figures"][size] == alone for seen in ranks)
+
+
 def test_a_single_process_needs_no_process_group():
     x = torch.randn(3, 2, requires_grad=True)
     assert gather_with_gradient(x) is x and all_reduce_mean(x) is x
     assert (distributed.get_rank(), distributed.get_world_size(), distributed.is_main_process()) == (0, 1, True)
     assert all_gather_objects("a") == ["a"] and broadcast_object("a") == "a" and on_main_process(lambda: 3) == 3
+    assert any_rank(True) is True and any_rank(False) is False
     distributed.barrier()
     broadcast_module(nn.Linear(1, 1))
     with pytest.raises(ConfigError, match="no such key"):
@@ -331,4 +297,5 @@ def test_flat_vectors_and_back():
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), int(sys.argv[2]), sys.argv[3])
+    # forked, so that the imports are paid for once
+    mp.start_processes(run_rank, (Path(sys.argv[1]),), nprocs=WORLD, start_method="fork")
