@@ -4,106 +4,29 @@ This file knows levels, not networks: a head has `losses(backbone, batch)`, a le
 """
 
 import contextlib
-import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from bissl_zoo.data.batches import first_samples
-from bissl_zoo.distributed import (
-    all_gather_objects,
-    all_reduce_mean,
-    average_gradients,
-    flatten,
-    get_world_size,
-    unflatten_like,
+from bissl_zoo.distributed import all_reduce_mean, average_gradients, flatten, get_world_size, unflatten_like
+from bissl_zoo.errors import ConfigError
+from bissl_zoo.hypergradient import (
+    SOLVERS,
+    CurvatureOperator,
+    LinearOperator,
+    Solution,
+    choose_strength,
+    frozen_state,
 )
-from bissl_zoo.errors import ConfigError, NonFiniteLoss
-from bissl_zoo.hypergradient import SOLVERS, CurvatureOperator, LinearOperator, Solution, frozen_state
-from bissl_zoo.optim import LRMultiplier, clip_gradients, set_learning_rate
+from bissl_zoo.level import Level
 from bissl_zoo.registry import HYPERGRADIENT_SOLVERS
 
 for _name, _solver in SOLVERS.items():
     HYPERGRADIENT_SOLVERS.register(_name)(_solver)
-
-
-@dataclass
-class Level:
-    """One of the two levels: a backbone, a head on it, and how they are trained.
-
-    Attributes:
-        name: `lower` or `upper` (or the stage's name where there is one level only), for messages and metrics.
-        batches: endless iterator of batches, as `head.losses` takes them; a generator where a trainer is to close it.
-        multiplier: factor on the learning rate; total_steps: the length of its schedule in optimizer steps.
-        clip_norm: limit of the global gradient norm; None for none.
-        step: optimizer steps taken.
-    """
-
-    name: str
-    backbone: nn.Module
-    head: nn.Module
-    optimizer: torch.optim.Optimizer
-    batches: Iterator[Any]
-    multiplier: LRMultiplier
-    total_steps: int
-    clip_norm: float | None = 10.0
-    step: int = 0
-
-    @property
-    def backbone_parameters(self) -> list[Tensor]:
-        """What the levels share, in the order of a flat vector."""
-        return list(self.backbone.parameters())
-
-    @property
-    def head_parameters(self) -> list[Tensor]:
-        """The head's parameters that are trained."""
-        return [p for p in self.head.parameters() if p.requires_grad]
-
-    @property
-    def parameters(self) -> list[Tensor]:
-        """All that this level's optimizer trains."""
-        return [p for p in self.backbone.parameters() if p.requires_grad] + self.head_parameters
-
-    def loss(self, backbone: nn.Module, batch: Any) -> tuple[Tensor, dict[str, float]]:
-        """The summed loss of this level's head on `backbone`, with its graph, and the terms by name as numbers.
-
-        Raises:
-            NonFiniteLoss: on any rank, with the level, the step and the losses by name.
-        """
-        losses = self.head.losses(backbone, batch)
-        total = torch.stack(list(losses.values())).sum()
-        values = dict(zip(losses, torch.stack([loss.detach() for loss in losses.values()]).tolist(), strict=True))
-        terms = None
-        if not all(math.isfinite(value) for value in values.values()):
-            terms = ", ".join(f"{name}={value:g}" for name, value in values.items())
-        for rank, found in enumerate(all_gather_objects(terms)):
-            if found is not None:
-                raise NonFiniteLoss(
-                    f"{self.name} level, step {self.step}, rank {rank}: the loss is not finite ({found}). "
-                    "Lower the learning rate, lengthen the warm-up, or look at the inputs of this step."
-                )
-        return total, values
-
-    def optimize(self) -> dict[str, float]:
-        """Clip the gradients that are there, set this step's learning rate, and take the step.
-
-        Raises:
-            NonFiniteLoss: a gradient is not finite; the parameters are still those of before the step.
-        """
-        norm = clip_gradients(self.parameters, self.clip_norm)
-        if not math.isfinite(norm):
-            raise NonFiniteLoss(
-                f"{self.name} level, step {self.step}: the loss is finite but the norm of its gradient is {norm}. "
-                "Lower the learning rate, lengthen the warm-up, or look at the inputs of this step."
-            )
-        lr = set_learning_rate(self.optimizer, self.multiplier(self.step, self.total_steps))
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        self.step += 1
-        return {"lr": lr, "grad_norm": norm}
 
 
 class UpperGradients(NamedTuple):
@@ -136,7 +59,8 @@ class BiLevel:
     Args:
         lower: pretext level, `theta_P` and `phi_P`; its backbone is what leaves the stage.
         upper: downstream level, `theta_D` and `phi_D`.
-        solver: takes `(operator, v)`, returns a `Solution`; has `damping`.
+        solver: takes `(operator, v)`, returns a `Solution`; has `damping`, and where that is "auto" also the
+            `iterations` and the `tolerance` that it is chosen for.
         lam: lambda, strength of the pull of `theta_P` towards `theta_D`.
         gamma: weight of the plain downstream loss; 0 leaves it out.
         lower_steps, upper_steps: per alternation.
@@ -144,6 +68,12 @@ class BiLevel:
         adaptation: of versions 1 and 2 of the paper, or None.
         curvature_batch_size: samples of the pretext batch that defines `H`, over all ranks; None for a whole batch.
         move_statistics: whether the downstream images that give `v` move the lower backbone's batch-norm statistics.
+        products: "graph" or "rebuild", see :class:`CurvatureOperator`.
+
+    Attributes:
+        strength: lambda plus the automatic damping of the last alternation, which the next one starts from; None before
+            there is one.
+        diagnostics: metrics of each upper step of the last alternation.
     """
 
     def __init__(
@@ -159,6 +89,7 @@ class BiLevel:
         adaptation: Adaptation | None = None,
         curvature_batch_size: int | None = None,
         move_statistics: bool = True,
+        products: Literal["graph", "rebuild"] = "graph",
     ) -> None:
         if not lam > 0:
             raise ConfigError(f"bilevel.lambda is {lam}; it must be positive, or nothing ties the two levels.")
@@ -173,6 +104,9 @@ class BiLevel:
         self.adaptation = adaptation
         self.curvature_batch_size = curvature_batch_size
         self.move_statistics = move_statistics
+        self.products = products
+        self.strength: float | None = None
+        self.diagnostics: list[dict[str, Any]] = []
 
     def alternate(self, alternation: int) -> dict[str, float]:
         """Alternation number `alternation`, from 0; returns the metrics of its last lower and its last upper step."""
@@ -181,10 +115,11 @@ class BiLevel:
             metrics.update(self.lower_step())
         operator = self.curvature(next(self.lower.batches)).prepare()
         try:
-            for _ in range(self.upper_steps):
-                metrics.update(self.upper_step(operator))
+            self.diagnostics = [self.upper_step(operator) for _ in range(self.upper_steps)]
         finally:
             operator.release()
+        for step in self.diagnostics:
+            metrics.update(step)
         adapts = self.adaptation and (alternation + 1) % self.adaptation.every == 0
         if adapts and alternation + 1 < self.alternations:
             self.adapt(self.adaptation.alpha)
@@ -211,16 +146,20 @@ class BiLevel:
         }
 
     def curvature(self, batch: Any) -> CurvatureOperator:
-        """`I + H / (lambda + damping)` at the present `theta_P` and `phi_P` for one pretext batch."""
+        """`I + H / (lambda + damping)` at the present `theta_P` and `phi_P` for one pretext batch.
+
+        Automatic damping needs a right-hand side: the first upper step chooses it.
+        """
         lower = self.lower
         if self.curvature_batch_size is not None:
             batch = first_samples(batch, self.curvature_batch_size // get_world_size())
         return CurvatureOperator(
-            loss=lambda: lower.loss(lower.backbone, batch)[0],
+            loss=lambda: lower.loss(lower.backbone, batch, amp=False)[0],
             parameters=lower.backbone_parameters,
-            strength=self.lam + self.solver.damping,
+            strength=None if self.solver.damping == "auto" else self.lam + self.solver.damping,
             modules=(lower.backbone, lower.head),
             reduce=all_reduce_mean,
+            products=self.products,
         )
 
     def upper_step(self, operator: LinearOperator) -> dict[str, float]:
@@ -248,25 +187,42 @@ class BiLevel:
         lower, upper = self.lower, self.upper
         with contextlib.nullcontext() if self.move_statistics else frozen_state([lower.backbone]):
             v, head, losses = self._downstream_gradients(lower.backbone, batch)
+        products = 0 if operator.strength is not None else self._choose_damping(operator, v)
         solution = self.solver(operator, v)
         backbone = solution.x
         metrics = {
             "upper/total_loss": sum(losses.values()),
             **{f"upper/{name}": loss for name, loss in losses.items()},
-            "solver/products": solution.products,
+            "solver/products": products + solution.products,
             "solver/status": solution.status,
-            "solver/v_norm": float(v.norm()),
-            "solver/x_norm": float(solution.x.norm()),
+            "solver/damping": operator.strength - self.lam,
         }
         if solution.residual is not None:
             metrics["solver/residual"] = solution.residual
+        if operator.subspace.explored:
+            metrics["solver/least_ritz_value"] = 1.0 + float(operator.subspace.ritz_values()[0][0]) / operator.strength
+        figures = {"v_norm": v.norm(), "x_norm": solution.x.norm()}
         if self.gamma:
             plain, plain_head, losses = self._downstream_gradients(upper.backbone, batch)
             backbone = backbone + self.gamma * plain
             head = head + self.gamma * plain_head
             metrics.update({f"upper/plain_{name}": loss for name, loss in losses.items()})
-            metrics["solver/cosine"] = float(nn.functional.cosine_similarity(solution.x, plain, dim=0))
+            figures["plain_norm"] = plain.norm()
+            figures["cosine"] = nn.functional.cosine_similarity(solution.x, plain, dim=0)
+        values = torch.stack(list(figures.values())).tolist()
+        metrics.update({f"solver/{name}": value for name, value in zip(figures, values, strict=True)})
         return UpperGradients(backbone, head, solution, metrics)
+
+    def _choose_damping(self, operator: LinearOperator, v: Tensor) -> int:
+        """Set the operator's strength; returns the products spent, which the solve finds in its subspace.
+
+        What this matrix needs is met at once; from one alternation to the next the strength falls no faster than to the
+        geometric mean of the two.
+        """
+        needed, products = choose_strength(operator, v, self.solver.iterations, self.solver.tolerance, self.lam)
+        self.strength = needed if self.strength is None else max(needed, (needed * self.strength) ** 0.5)
+        operator.strength = self.strength
+        return products
 
     def _downstream_gradients(self, backbone: nn.Module, batch: Any) -> tuple[Tensor, Tensor, dict[str, float]]:
         total, losses = self.upper.loss(backbone, batch)

@@ -10,9 +10,10 @@ from torch import nn
 from torch.optim import SGD
 
 from bissl_zoo.backbones import FeatureInfo
-from bissl_zoo.bilevel import BiLevel, Level
+from bissl_zoo.bilevel import BiLevel
 from bissl_zoo.errors import ConfigError
 from bissl_zoo.hypergradient import ConjugateGradient, Exact, Identity, Solution
+from bissl_zoo.level import Level
 from bissl_zoo.optim import LRMultiplier
 from bissl_zoo.registry import build_pretext, build_task
 

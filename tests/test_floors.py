@@ -14,7 +14,7 @@ FLOORS = [
     {"engine"},
 ]
 #: files that are parts of a module too long for one file
-PARTS = {"config_files": "config", "lazy": "config"}
+PARTS = {"config_files": "config", "lazy": "config", "level": "bilevel"}
 #: folders that depend on none of ours
 INDEPENDENT = {"hypergradient"}
 #: who may know of the configuration of a run: who makes it, and who runs it

@@ -1,20 +1,39 @@
 """Hypergradient solvers: pure functions of a linear operator. This package depends on torch alone."""
 
 from bissl_zoo.hypergradient.cg import ConjugateGradient
+from bissl_zoo.hypergradient.damping import choose_strength, definite_strength
 from bissl_zoo.hypergradient.exact import Exact
 from bissl_zoo.hypergradient.identity import Identity
+from bissl_zoo.hypergradient.minres import MinRes
+from bissl_zoo.hypergradient.neumann import Neumann
+from bissl_zoo.hypergradient.nystrom import Nystrom
 from bissl_zoo.hypergradient.operator import CurvatureOperator, frozen_state
-from bissl_zoo.hypergradient.solver import LinearOperator, Solution
+from bissl_zoo.hypergradient.solver import DenseOperator, LinearOperator, Solution
+from bissl_zoo.hypergradient.subspace import Subspace
 
-SOLVERS = {"cg": ConjugateGradient, "exact": Exact, "identity": Identity}
+SOLVERS = {
+    "cg": ConjugateGradient,
+    "minres": MinRes,
+    "neumann": Neumann,
+    "nystrom": Nystrom,
+    "exact": Exact,
+    "identity": Identity,
+}
 
 __all__ = [
     "SOLVERS",
     "ConjugateGradient",
     "CurvatureOperator",
+    "DenseOperator",
     "Exact",
     "Identity",
     "LinearOperator",
+    "MinRes",
+    "Neumann",
+    "Nystrom",
     "Solution",
+    "Subspace",
+    "choose_strength",
+    "definite_strength",
     "frozen_state",
 ]

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from bissl_zoo.hypergradient.solver import LinearOperator, Solution, relative_residual
+from bissl_zoo.hypergradient.solver import Damping, LinearOperator, Solution, power_of_two, relative_residual
 
 
 @dataclass(frozen=True)
@@ -16,7 +16,7 @@ class ConjugateGradient:
     Args:
         iterations: most products spent on the solution; one more measures its residual.
         tolerance: relative residual at which to stop.
-        damping: delta, added to lambda in `A = I + H / (lambda + delta)`.
+        damping: delta, added to lambda in `A = I + H / (lambda + delta)`; "auto" chooses it each alternation.
         blockwise: keep a separate step length per parameter tensor and run all iterations unguarded, as the BiSSL
             authors do. This is not a solve of the joint system: it converges only where the curvature between tensors
             is small against lambda + delta. The status tells; the iterate is returned all the same.
@@ -25,7 +25,7 @@ class ConjugateGradient:
 
     iterations: int = 5
     tolerance: float = 1e-3
-    damping: float = 10.0
+    damping: Damping = 10.0
     blockwise: bool = False
     growth: float = 10.0
 
@@ -39,8 +39,7 @@ class ConjugateGradient:
             return Solution(torch.zeros_like(v), float("inf"), 0, "non_finite")
         if not v.any():
             return Solution(v, 0.0, 0, "converged")
-        # the squares of a v far from 1 would not fit float32; a power of two keeps every digit
-        scale = torch.exp2(torch.floor(torch.log2(v.abs().max())))
+        scale = power_of_two(v)
         right = v / scale
         x, status, products = self._blockwise(operator, right) if self.blockwise else self._joint(operator, right)
         residual = relative_residual(operator, x, right)

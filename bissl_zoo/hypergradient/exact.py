@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from bissl_zoo.hypergradient.solver import LinearOperator, Solution, relative_residual
+from bissl_zoo.hypergradient.solver import LinearOperator, Solution, power_of_two, relative_residual
 
 
 @dataclass(frozen=True)
@@ -21,7 +21,7 @@ class Exact:
     max_size: int = 5000
 
     def __call__(self, operator: LinearOperator, v: Tensor) -> Solution:
-        """Solve directly; a singular or non-finite `A` returns `v`, a non-finite `v` zero.
+        """Solve directly; an `A` that is singular or not finite returns `v`, a `v` that is not finite zero.
 
         Raises:
             ValueError: more than `max_size` parameters.
@@ -31,14 +31,18 @@ class Exact:
             raise ValueError(
                 f"solver 'exact' would build a {size} x {size} matrix; its limit is max_size={self.max_size}."
             )
-        dense = torch.stack([operator(column) for column in torch.eye(size, dtype=v.dtype, device=v.device)], dim=1)
         if not torch.isfinite(v).all():
-            return Solution(torch.zeros_like(v), float("inf"), size, "non_finite")
+            return Solution(torch.zeros_like(v), float("inf"), 0, "non_finite")
+        if not v.any():
+            return Solution(v, 0.0, 0, "converged")
+        dense = torch.stack([operator(column) for column in torch.eye(size, dtype=v.dtype, device=v.device)], dim=1)
         if not torch.isfinite(dense).all():
             return Solution(v, float("inf"), size, "non_finite")
-        x, info = torch.linalg.solve_ex(dense, v)
+        scale = power_of_two(v)
+        right = v / scale
+        x, info = torch.linalg.solve_ex(dense, right)
         # elimination takes a matrix that is singular up to rounding for a regular one; the residual tells
-        solved = not info and bool(torch.isfinite(x).all())
-        if not solved or not (residual := relative_residual(operator, x, v)) <= torch.finfo(v.dtype).eps ** 0.5:
-            return Solution(v, relative_residual(operator, v, v), size + 1 + solved, "singular")
-        return Solution(x, residual, size + 1, "converged")
+        solved = not info and bool(torch.isfinite(x * scale).all())
+        if not solved or not (residual := relative_residual(operator, x, right)) <= torch.finfo(v.dtype).eps ** 0.5:
+            return Solution(v, relative_residual(operator, right, right), size + 1 + solved, "singular")
+        return Solution(x * scale, residual, size + 1, "converged")

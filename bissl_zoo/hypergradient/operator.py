@@ -2,9 +2,15 @@
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
+from typing import Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
+
+from bissl_zoo.hypergradient.second_order import fast_second_order
+from bissl_zoo.hypergradient.solver import LinearOperator
+
+T = TypeVar("T")
 
 
 @contextlib.contextmanager
@@ -14,13 +20,13 @@ def frozen_state(modules: Sequence[nn.Module]) -> Iterator[None]:
     Buffers (batch-norm statistics above all) are exchanged for clones rather than restored in place, because a graph
     that is still to be differentiated may hold them.
     """
-    owners = {id(module): module for root in modules for module in root.modules()}.values()
     kept = [
-        (module, name, buffer) for module in owners for name, buffer in module._buffers.items() if buffer is not None
+        (module, name, buffer)
+        for module in _unique_modules(modules)
+        for name, buffer in module._buffers.items()
+        if buffer is not None
     ]
-    tensors = [tensor for root in modules for tensor in (*root.parameters(), *root.buffers())]
-    devices = {tensor.device.index for tensor in tensors if tensor.is_cuda}
-    with torch.random.fork_rng(devices=sorted(devices)):
+    with torch.random.fork_rng(devices=_devices(modules)):
         for module, name, buffer in kept:
             module._buffers[name] = buffer.clone()
         try:
@@ -30,75 +36,120 @@ def frozen_state(modules: Sequence[nn.Module]) -> Iterator[None]:
                 module._buffers[name] = buffer
 
 
-class CurvatureOperator:
+def replayed(function: Callable[[], T], modules: Sequence[nn.Module]) -> Callable[[], T]:
+    """`function` as it would run now, whenever it is called: with the random state of this moment, and no trace."""
+    devices = _devices(modules)
+    state, device_states = torch.get_rng_state(), [torch.cuda.get_rng_state(device) for device in devices]
+
+    def replay() -> T:
+        with frozen_state(modules):
+            torch.set_rng_state(state)
+            for device, device_state in zip(devices, device_states, strict=True):
+                torch.cuda.set_rng_state(device_state, device)
+            return function()
+
+    return replay
+
+
+@contextlib.contextmanager
+def constant_except(parameters: Sequence[Tensor], modules: Sequence[nn.Module]) -> Iterator[None]:
+    """Graphs built here treat all other parameters of `modules` as constants and spend nothing on their derivatives."""
+    variables = {id(parameter) for parameter in parameters}
+    others = {
+        id(p): p for root in modules for p in root.parameters() if p.requires_grad and id(p) not in variables
+    }.values()
+    for parameter in others:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in others:
+            parameter.requires_grad_(True)
+
+
+def _unique_modules(roots: Sequence[nn.Module]) -> list[nn.Module]:
+    return list({id(module): module for root in roots for module in root.modules()}.values())
+
+
+def _devices(roots: Sequence[nn.Module]) -> list[int]:
+    tensors = [tensor for root in roots for tensor in (*root.parameters(), *root.buffers())]
+    return sorted({tensor.device.index for tensor in tensors if tensor.is_cuda})
+
+
+class CurvatureOperator(LinearOperator):
     """`A = I + H / strength` with `H` the Hessian of one loss in one set of parameters (arXiv 2410.02387, section 3.2).
 
-    `prepare` builds the loss, its gradient and their graph once; each product is then one backward pass through that
-    graph, so that all products of an alternation are with the same matrix, dropout and batch statistics included.
+    Between `prepare` and `release` all products are with the same matrix: the random state is that of `prepare`, so
+    that dropout draws the same masks, and buffers do not move.
 
     Args:
         loss: computes the scalar lower loss on the batch that defines `H`.
         parameters: the backbone's parameters, the variables of `H`; vectors are flat `(P,)` in their order.
-        strength: lambda + damping, positive.
+        strength: lambda + damping, positive; None where it is chosen later.
         modules: what `loss` runs through; their buffers do not move.
         reduce: mean over ranks of a flat vector; the identity in a single process.
+        products: "graph" builds the loss, its gradient and their graph once, and each product is one backward pass
+            through it; "rebuild" builds them for each product, which takes longer and holds no graph in between.
     """
 
     def __init__(
         self,
         loss: Callable[[], Tensor],
         parameters: Sequence[Tensor],
-        strength: float,
+        strength: float | None,
         modules: Sequence[nn.Module] = (),
         reduce: Callable[[Tensor], Tensor] = lambda vector: vector,
+        products: Literal["graph", "rebuild"] = "graph",
     ) -> None:
-        if not strength > 0:
-            raise ValueError(f"strength (lambda + damping) must be positive, not {strength}")
+        super().__init__([parameter.numel() for parameter in parameters], strength)
+        if products not in ("graph", "rebuild"):
+            raise ValueError(f'products={products!r}; accepted: "graph" (faster) and "rebuild" (less memory).')
         self.loss = loss
         self.parameters = list(parameters)
-        self.strength = strength
         self.modules = list(modules)
         self.reduce = reduce
-        self._gradient: list[Tensor] | None = None
-
-    @property
-    def block_sizes(self) -> list[int]:
-        """Number of elements of each parameter tensor, in the order of a flat vector."""
-        return [parameter.numel() for parameter in self.parameters]
+        self.products = products
+        self._gradient: Callable[[], list[Tensor]] | None = None
 
     def prepare(self) -> "CurvatureOperator":
-        """Build the graph that products go through; call again for a new batch or new parameters."""
-        with frozen_state(self.modules), torch.enable_grad():
-            self._gradient = list(
-                torch.autograd.grad(self.loss(), self.parameters, create_graph=True, materialize_grads=True)
-            )
+        """Fix the matrix; call again for a new batch or new parameters."""
+        self.subspace.clear()
+        build = replayed(self._build_gradient, self.modules)
+        if self.products == "graph":
+            gradient = build()
+            self._gradient = lambda: gradient
+        else:
+            self._gradient = build
         return self
 
     def release(self) -> None:
-        """Free the graph."""
+        """Free the graph and what solves left."""
         self._gradient = None
-
-    def matvec(self, u: Tensor) -> Tensor:
-        """`A @ u` for a flat `(P,)` vector, the same on every rank."""
-        return u + self.hessian_product(u) / self.strength
-
-    __call__ = matvec
+        self.subspace.clear()
 
     def hessian_product(self, u: Tensor) -> Tensor:
-        """`H @ u` for a flat `(P,)` vector, averaged over ranks.
+        """`H @ u` for a flat `(P,)` vector, averaged over ranks, and so the same on every rank.
 
         Raises:
             RuntimeError: `prepare` was not called.
         """
         if self._gradient is None:
-            raise RuntimeError("CurvatureOperator.matvec before prepare(), or after release()")
+            raise RuntimeError("A product with CurvatureOperator before prepare(), or after release()")
         chunks = [chunk.view_as(p) for chunk, p in zip(u.split(self.block_sizes), self.parameters, strict=True)]
         # a gradient without a graph is constant in the parameters, so its rows of H are zero
-        pairs = [(g, c) for g, c in zip(self._gradient, chunks, strict=True) if g.requires_grad]
+        pairs = [(g, c) for g, c in zip(self._gradient(), chunks, strict=True) if g.requires_grad]
         if not pairs:
             return torch.zeros_like(u)
         gradients, directions = zip(*pairs, strict=True)
         products = torch.autograd.grad(
-            gradients, self.parameters, grad_outputs=directions, retain_graph=True, materialize_grads=True
+            gradients,
+            self.parameters,
+            grad_outputs=directions,
+            retain_graph=self.products == "graph",
+            materialize_grads=True,
         )
         return self.reduce(torch.cat([product.reshape(-1) for product in products]))
+
+    def _build_gradient(self) -> list[Tensor]:
+        with torch.enable_grad(), fast_second_order(), constant_except(self.parameters, self.modules):
+            return list(torch.autograd.grad(self.loss(), self.parameters, create_graph=True, materialize_grads=True))

@@ -1,18 +1,68 @@
 """What every hypergradient solver takes and returns."""
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Literal
 
 import torch
 from torch import Tensor
 
+from bissl_zoo.hypergradient.subspace import Subspace
 
-class LinearOperator(Protocol):
-    """A symmetric matrix known by its products; `block_sizes` are the lengths of the parameter tensors in a vector."""
+#: delta, added to lambda in the solver only: a number, or chosen from the spectrum once per alternation
+Damping = float | Literal["auto"]
 
-    block_sizes: list[int]
 
-    def __call__(self, u: Tensor) -> Tensor: ...
+class LinearOperator(ABC):
+    """`A = I + H / strength` for a symmetric `H (P, P)` known by its products.
+
+    Attributes:
+        block_sizes: lengths of the parameter tensors in a flat vector; they sum to P.
+        strength: lambda + damping, positive; None until the damping is chosen.
+        subspace: products with `H` that earlier solves left; a solver may start from them and add its own.
+    """
+
+    def __init__(self, block_sizes: list[int], strength: float | None = 1.0) -> None:
+        if strength is not None and not strength > 0:
+            raise ValueError(f"strength (lambda + damping) must be positive, not {strength}")
+        self.block_sizes = block_sizes
+        self.strength = strength
+        self.subspace = Subspace()
+
+    @abstractmethod
+    def hessian_product(self, u: Tensor) -> Tensor:
+        """`H @ u` for a flat `(P,)` vector."""
+
+    def matvec(self, u: Tensor) -> Tensor:
+        """`A @ u` for a flat `(P,)` vector.
+
+        Raises:
+            RuntimeError: the strength has not been chosen yet.
+        """
+        if self.strength is None:
+            raise RuntimeError("A product with A before its damping was chosen; set `strength` first.")
+        return u + self.hessian_product(u) / self.strength
+
+    __call__ = matvec
+
+
+class DenseOperator(LinearOperator):
+    """The operator of a symmetric matrix that is there in full.
+
+    Args:
+        hessian: `(P, P)`.
+        products: how many have been asked for.
+    """
+
+    def __init__(self, hessian: Tensor, strength: float | None = 1.0, block_sizes: list[int] | None = None) -> None:
+        super().__init__(block_sizes or [len(hessian)], strength)
+        self.hessian = hessian
+        self.products = 0
+
+    def hessian_product(self, u: Tensor) -> Tensor:
+        """`H @ u` for a flat `(P,)` vector."""
+        self.products += 1
+        return self.hessian @ u
 
 
 @dataclass(frozen=True)
@@ -21,7 +71,8 @@ class Solution:
 
     Attributes:
         x: flat `(P,)`, finite whatever happened.
-        residual: `||v - A x|| / ||v||`, recomputed from `x`; None where the solver spends no product on it.
+        residual: `||v - A x|| / ||v||`, from products with `A` and not from a recurrence; None where the solver spends
+            no product on it.
         products: how many times `A` was applied, the one for the residual included.
         status: `converged`, `max_iterations`, `negative_curvature`, `diverged`, `non_finite`, `singular`, or
             `not_solved` from solvers that solve nothing.
@@ -31,6 +82,14 @@ class Solution:
     residual: float | None
     products: int
     status: str
+
+
+def power_of_two(v: Tensor) -> Tensor:
+    """The power of two just below the largest magnitude in `v`, which must be finite and not zero.
+
+    Squares of a vector far from 1 do not fit float32; dividing by a power of two keeps every digit.
+    """
+    return torch.exp2(torch.floor(torch.log2(v.abs().max())))
 
 
 def relative_residual(operator: LinearOperator, x: Tensor, v: Tensor) -> float:

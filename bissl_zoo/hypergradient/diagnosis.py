@@ -1,0 +1,261 @@
+"""What can be said of a system before a run: its symmetry, its spectrum, how each solver converges, what to change."""
+
+import dataclasses
+import hashlib
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from bissl_zoo.hypergradient.damping import choose_strength, lanczos
+from bissl_zoo.hypergradient.solver import LinearOperator, Solution, power_of_two
+
+#: relative residual that counts as solved where a solver has no tolerance of its own
+TOLERANCE = 0.05
+
+Solver = Callable[[LinearOperator, Tensor], Solution]
+
+
+@dataclass(frozen=True)
+class Spectrum:
+    """Ritz values of `H`, ascending `(k,)` float64, and the distance within which each has an eigenvalue."""
+
+    values: Tensor
+    bounds: Tensor
+
+    def least(self, strength: float) -> float:
+        """The least Ritz value of `A`; its least eigenvalue is no larger."""
+        return 1.0 + float(self.values[0]) / strength
+
+    def definiteness(self, strength: float) -> Literal["definite", "indefinite", "undecided"]:
+        """Of `A`: indefinite is certain; definite as far as these Ritz values and their bounds tell."""
+        if self.least(strength) <= 0:
+            return "indefinite"
+        return "definite" if 1.0 + float((self.values - self.bounds).min()) / strength > 0 else "undecided"
+
+
+@dataclass(frozen=True)
+class Point:
+    """What a solver came to with a budget of products, None where it takes none.
+
+    Attributes:
+        products: how many it spent, by its own account.
+        residual: `||v - A x|| / ||v||` of what it returned, by a fresh product.
+        status: its own.
+    """
+
+    budget: int | None
+    products: int
+    residual: float
+    status: str
+
+
+@dataclass(frozen=True)
+class Advice:
+    """One sentence on the configured solver, and what to change.
+
+    Attributes:
+        converges: whether it reaches its tolerance within its limit.
+        remedies: changes of the solver's arguments, each sufficient and tried; `name` is of another solver, which keeps
+            limit, tolerance and damping.
+    """
+
+    sentence: str
+    converges: bool
+    remedies: list[dict[str, Any]]
+
+
+class Remembering(LinearOperator):
+    """The same matrix at a strength of its own; the product with a vector seen before is not computed again.
+
+    Solvers that differ in their budget or damping alone ask for many products twice.
+
+    Args:
+        seen: products by the digest of their vector, to be shared between strengths.
+    """
+
+    def __init__(self, operator: LinearOperator, strength: float, seen: dict[bytes, Tensor] | None = None) -> None:
+        super().__init__(operator.block_sizes, strength)
+        self.operator = operator
+        self.seen = {} if seen is None else seen
+
+    def hessian_product(self, u: Tensor) -> Tensor:
+        """`H @ u` for a flat `(P,)` vector."""
+        key = hashlib.blake2b(u.detach().cpu().numpy().tobytes()).digest()
+        if key not in self.seen:
+            self.seen[key] = self.operator.hessian_product(u)
+        return self.seen[key]
+
+
+def symmetry_error(operator: LinearOperator, u: Tensor, w: Tensor) -> float:
+    """`|u'Hw - w'Hu| / (||u|| ||Hw||)`; for random `u` and `w (P,)` and any matrix about `1 / sqrt(P)` at most."""
+    hu, hw = (operator.hessian_product(vector).double() for vector in (u, w))
+    u, w = u.double(), w.double()
+    size = torch.linalg.vector_norm(u) * torch.linalg.vector_norm(hw)
+    return float((u @ hw - w @ hu).abs() / size) if size > 0 else 0.0
+
+
+def spectrum(operator: LinearOperator, v: Tensor, steps: int, seed: int = 0) -> Spectrum:
+    """Ritz values after `steps` Lanczos steps from `v (P,)` and as many from a random vector.
+
+    From `v`, because these are what a Krylov solver meets; from a random vector, because `v` may lack the ends.
+
+    Raises:
+        ValueError: `v` is zero, or no product is finite.
+    """
+    if not v.any():
+        raise ValueError("The right-hand side is zero: there is nothing to solve.")
+    space = operator.subspace
+    space.clear()
+    drawn = torch.randn(v.shape, generator=torch.Generator().manual_seed(seed), dtype=v.dtype).to(v.device)
+    for start in (v / power_of_two(v), drawn):
+        lanczos(operator, space.coordinates(start), steps)
+    if not space.explored:
+        raise ValueError("Products with H are not finite.")
+    found = Spectrum(*space.ritz_values())
+    space.clear()
+    return found
+
+
+def automatic_strength(operator: LinearOperator, v: Tensor, solver: Solver, lam: float) -> float:
+    """`lambda + delta` as "auto" chooses it in the first alternation for this solver's limit and tolerance."""
+    operator.subspace.clear()
+    limit, tolerance = getattr(solver, "iterations", 0), getattr(solver, "tolerance", 0)
+    strength, _ = choose_strength(operator, v, limit or 5, tolerance if tolerance > 0 else TOLERANCE, lam)
+    operator.subspace.clear()
+    return strength
+
+
+def budgets_up_to(limit: int) -> list[int]:
+    """1, 2, 3, 5, 8 and so on as Fibonacci has it, and the limit."""
+    found = [1, 2]
+    while found[-1] < limit:
+        found.append(found[-1] + found[-2])
+    return [*(n for n in found if n < limit), limit]
+
+
+def budget_key(solver: Solver) -> str | None:
+    """The argument of the solver that limits its products; None where there is none."""
+    names = [field.name for field in dataclasses.fields(solver)] if dataclasses.is_dataclass(solver) else []
+    return next((key for key in ("iterations", "rank") if key in names), None)
+
+
+def refuses(solver: Solver, size: int) -> bool:
+    """Whether the solver takes no system of this many unknowns."""
+    return size > getattr(solver, "max_size", size)
+
+
+def solve_cold(operator: Remembering, v: Tensor, solver: Solver, budget: int | None) -> tuple[Point, Tensor]:
+    """Solve from nothing, and measure the residual by a product that is not remembered."""
+    operator.subspace.clear()
+    solution = solver(operator, v)
+    operator.subspace.clear()
+    product = solution.x + operator.operator.hessian_product(solution.x) / operator.strength
+    rest, size = (torch.linalg.vector_norm(vector, dtype=torch.float64) for vector in (v - product, v))
+    return Point(budget, solution.products, float(rest / size), solution.status), solution.x
+
+
+def convergence(operator: Remembering, v: Tensor, solver: Solver, budgets: list[int]) -> tuple[list[Point], Tensor]:
+    """The solver with each budget, its tolerance out of reach, and the solution of the last."""
+    key = budget_key(solver)
+    if key is None:
+        point, x = solve_cold(operator, v, solver, None)
+        return [point], x
+    points = []
+    for budget in budgets:
+        patient = dataclasses.replace(solver, **{key: budget, "tolerance": 1e-12})
+        point, x = solve_cold(operator, v, patient, budget)
+        points.append(point)
+    return points, x
+
+
+def advise(
+    operator: LinearOperator,
+    v: Tensor,
+    name: str,
+    solver: Solver,
+    strength: float,
+    lam: float,
+    found: Spectrum,
+    rivals: Mapping[str, Solver],
+    most: int,
+) -> Advice:
+    """Whether the configured solver solves this system, and if not, what would.
+
+    Args:
+        name: of the solver, for the sentence.
+        strength: lambda plus the damping in use.
+        rivals: other solvers by name, to be tried with this limit, tolerance and damping.
+        most: products beyond which no larger limit is tried.
+    """
+    seen: dict[bytes, Tensor] = {}
+    state, least = found.definiteness(strength), found.least(strength)
+    told = {"definite": "positive definite", "undecided": "not known to be definite"}.get(state, state)
+    matrix = f"at damping {_short(strength - lam)} the system is {told} (least Ritz value {least:.3g})"
+    tolerance = getattr(solver, "tolerance", 0) or TOLERANCE
+
+    def solve(candidate: Solver, at: float) -> Point:
+        return solve_cold(Remembering(operator, at, seen), v, candidate, None)[0]
+
+    def solves(candidate: Solver, at: float) -> bool:
+        return solve(candidate, at).residual <= tolerance
+
+    if refuses(solver, len(v)):
+        verdict = f"{name} refuses {len(v)} parameters (max_size={solver.max_size})"
+    else:
+        point = solve(solver, strength)
+        reached = f"a residual of {point.residual:.2g} after {point.products} products ({point.status})"
+        if point.residual <= tolerance:
+            sentence = f"{matrix}, and {name} converges: {reached}, tolerance {tolerance:g}. Nothing to change."
+            return Advice(_capital(sentence), True, [])
+        verdict = f"{name} does not converge within its limit: {reached}, tolerance {tolerance:g}"
+
+    remedies = []
+    key = budget_key(solver)
+    if key:
+        damping = _least_damping(operator, v, solver, lam, strength, solves)
+        remedies += [{"damping": damping}] if damping is not None else []
+        for budget in (n for n in budgets_up_to(most) if n > getattr(solver, key)):
+            if solves(dataclasses.replace(solver, **{key: budget}), strength):
+                remedies.append({key: budget})
+                break
+    for other, rival in rivals.items():
+        limit = {budget_key(rival): getattr(solver, key)} if key and budget_key(rival) else {}
+        if budget_key(rival) and solves(dataclasses.replace(rival, tolerance=tolerance, **limit), strength):
+            remedies.append({"name": other})
+    options = ", or ".join(f"{k}={v}" for remedy in remedies for k, v in remedy.items())
+    todo = f"Each of these makes it converge: {options}" if remedies else f"Nothing tried with {most} products does"
+    return Advice(_capital(f"{matrix}, and {verdict}. {todo}."), False, remedies)
+
+
+def _least_damping(
+    operator: LinearOperator,
+    v: Tensor,
+    solver: Solver,
+    lam: float,
+    strength: float,
+    solves: Callable[[Solver, float], bool],
+) -> float | None:
+    """A damping of two digits with which the solver converges, from the automatic choice upwards."""
+    start = max(automatic_strength(operator, v, solver, lam), strength * 1.01) - lam
+    for doublings in range(24):
+        damping = _round_up(start * 2.0 ** (doublings / 2))
+        if solves(solver, lam + damping):
+            return damping
+    return None
+
+
+def _round_up(value: float, digits: int = 2) -> float:
+    exponent = math.floor(math.log10(value)) - digits + 1
+    return float(f"{math.ceil(value / 10.0**exponent)}e{exponent}")
+
+
+def _short(value: float) -> str:
+    return f"{value:.4g}"
+
+
+def _capital(sentence: str) -> str:
+    return sentence[:1].upper() + sentence[1:]

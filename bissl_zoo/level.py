@@ -1,0 +1,94 @@
+"""One level of the bilevel problem, or the only level of a stage that has one: what is trained, and how."""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from bissl_zoo.distributed import all_gather_objects, any_rank
+from bissl_zoo.errors import NonFiniteLoss
+from bissl_zoo.optim import LRMultiplier, clip_gradients, set_learning_rate
+
+
+@dataclass
+class Level:
+    """A backbone, a head on it, and how they are trained.
+
+    Attributes:
+        name: `lower` or `upper` (or the stage's name where there is one level only), for messages and metrics.
+        batches: endless iterator of batches, as `head.losses` takes them; a generator where a trainer is to close it.
+        multiplier: factor on the learning rate; total_steps: the length of its schedule in optimizer steps.
+        clip_norm: limit of the global gradient norm; None for none.
+        amp_dtype: of autocast in losses that are differentiated once; None for full precision.
+        step: optimizer steps taken.
+    """
+
+    name: str
+    backbone: nn.Module
+    head: nn.Module
+    optimizer: torch.optim.Optimizer
+    batches: Iterator[Any]
+    multiplier: LRMultiplier
+    total_steps: int
+    clip_norm: float | None = 10.0
+    amp_dtype: torch.dtype | None = None
+    step: int = 0
+
+    @property
+    def backbone_parameters(self) -> list[Tensor]:
+        """What the levels share, in the order of a flat vector."""
+        return list(self.backbone.parameters())
+
+    @property
+    def head_parameters(self) -> list[Tensor]:
+        """The head's parameters that are trained."""
+        return [p for p in self.head.parameters() if p.requires_grad]
+
+    @property
+    def parameters(self) -> list[Tensor]:
+        """All that this level's optimizer trains."""
+        return [p for p in self.backbone.parameters() if p.requires_grad] + self.head_parameters
+
+    def loss(self, backbone: nn.Module, batch: Any, amp: bool = True) -> tuple[Tensor, dict[str, float]]:
+        """The summed loss of this level's head on `backbone`, with its graph, and the terms by name as numbers.
+
+        Args:
+            amp: whether to compute in `amp_dtype`; a loss that is differentiated twice is not.
+        Raises:
+            NonFiniteLoss: on any rank, with the level, the step and the losses by name.
+        """
+        device = next(self.head.parameters()).device.type
+        with torch.autocast(device, self.amp_dtype, enabled=amp and self.amp_dtype is not None):
+            losses = self.head.losses(backbone, batch)
+        total = torch.stack(list(losses.values())).sum()
+        values = dict(zip(losses, torch.stack([loss.detach() for loss in losses.values()]).tolist(), strict=True))
+        bad = not all(math.isfinite(value) for value in values.values())
+        if any_rank(bad, total.device):
+            terms = ", ".join(f"{name}={value:g}" for name, value in values.items()) if bad else None
+            rank, terms = next((r, found) for r, found in enumerate(all_gather_objects(terms)) if found)
+            raise NonFiniteLoss(
+                f"{self.name} level, step {self.step}, rank {rank}: the loss is not finite ({terms}). "
+                "Lower the learning rate, lengthen the warm-up, or look at the inputs of this step."
+            )
+        return total, values
+
+    def optimize(self) -> dict[str, float]:
+        """Clip the gradients that are there, set this step's learning rate, and take the step.
+
+        Raises:
+            NonFiniteLoss: a gradient is not finite; the parameters are still those of before the step.
+        """
+        norm = clip_gradients(self.parameters, self.clip_norm)
+        if not math.isfinite(norm):
+            raise NonFiniteLoss(
+                f"{self.name} level, step {self.step}: the loss is finite but the norm of its gradient is {norm}. "
+                "Lower the learning rate, lengthen the warm-up, or look at the inputs of this step."
+            )
+        lr = set_learning_rate(self.optimizer, self.multiplier(self.step, self.total_steps))
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.step += 1
+        return {"lr": lr, "grad_norm": norm}
