@@ -6,6 +6,7 @@ import pytest
 import timm
 import torch
 from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import bissl_zoo
 from bissl_zoo.config import LazyConfig
@@ -18,7 +19,7 @@ OVERRIDES = [
     "bilevel.head_warmup.steps=2",
     "bilevel.alternations=2",
     "bilevel.lower_steps=2",
-    "bilevel.upper_steps=1",
+    "bilevel.upper_steps=2",
     "finetune.steps=3",
     "dataloader.pretext.batch_size=16",
     "dataloader.train.batch_size=8",
@@ -83,15 +84,30 @@ def test_every_metrics_line_parses_and_the_solver_is_in_them(walk):
         raise ValueError(constant)
 
     lines = (walk[0] / "run" / "metrics.jsonl").read_text().splitlines()
-    records = [json.loads(line, parse_constant=refuse) for line in lines]
+    lines = [json.loads(line, parse_constant=refuse) for line in lines]
+    records = [line for line in lines if "upper_step" not in line]
     logged = [(record["stage"], record["step"]) for record in records]
     three, two = [2, 3], [2]
     steps = dict(zip(STAGES, (three, two, two, three, three), strict=True))
     assert logged == [(stage, step) for stage in STAGES for step in steps[stage]]
     bissl = next(record for record in records if record["stage"] == "bissl")
-    solver = {"residual", "products", "status", "v_norm", "x_norm", "cosine"}
+    solver = {"residual", "products", "status", "damping", "v_norm", "x_norm", "plain_norm", "cosine"}
     assert {f"solver/{name}" for name in solver} <= set(bissl)
     assert {"lower/total_loss", "lower/pull", "lower/lr", "upper/total_loss", "upper/lr"} <= set(bissl)
+    upper_steps = [line for line in lines if "upper_step" in line]
+    assert [(line["stage"], line["step"], line["upper_step"]) for line in upper_steps] == [
+        ("bissl", alternation, upper_step) for alternation, upper_step in ((1, 1), (1, 2), (2, 3), (2, 4))
+    ]
+    assert all({f"solver/{name}" for name in solver} <= set(line) for line in upper_steps)
+    assert upper_steps[-1]["solver/residual"] == bissl["solver/residual"]
+
+
+def test_tensorboard_shows_every_upper_step(walk):
+    board = EventAccumulator(str(walk[0] / "run" / "tensorboard")).Reload()
+    for name in ("solver/residual", "upper/total_loss", "upper/lr"):
+        assert [event.step for event in board.Scalars(f"bissl/upper_step/{name}")] == [1, 2, 3, 4]
+        assert [event.step for event in board.Scalars(f"bissl/{name}")] == [2]
+    assert not [tag for tag in board.Tags()["scalars"] if tag.endswith("/upper_step")]
 
 
 def test_plain_timm_loads_the_entry_with_the_same_features(walk):

@@ -72,7 +72,7 @@ class FasterRCNN(DownstreamTask):
         kept = dict(zip(("training", "testing"), rpn_proposals, strict=True))
         self.rpn = RegionProposalNetwork(
             anchors,
-            RPNHead(channels, anchors.num_anchors_per_location()[0]),
+            _RPNHead(channels, anchors.num_anchors_per_location()[0]),
             fg_iou_thresh=0.7,
             bg_iou_thresh=0.3,
             batch_size_per_image=rpn_batch,
@@ -112,7 +112,7 @@ class FasterRCNN(DownstreamTask):
             for t in targets
         ]
         resized, kept = self.resize(images, kept)
-        features = backbone(resized.tensors)
+        features = _in_dtype_of(resized.tensors, backbone(resized.tensors))
         proposals, rpn_losses = self.rpn(resized, features, kept)
         _, roi_losses = self.roi_heads(features, proposals, resized.image_sizes, kept)
         return {**rpn_losses, **roi_losses}
@@ -121,7 +121,7 @@ class FasterRCNN(DownstreamTask):
     def predict(self, backbone: Backbone, images: list[Tensor]) -> list[Target]:
         """Per image `boxes` (M, 4) xyxy in its own pixels, `scores` (M,) and `labels` (M,) from 0; eval mode."""
         resized, _ = self.resize(images)
-        features = backbone(resized.tensors)
+        features = _in_dtype_of(resized.tensors, backbone(resized.tensors))
         proposals, _ = self.rpn(resized, features)
         detections, _ = self.roi_heads(features, proposals, resized.image_sizes)
         sizes = [tuple(image.shape[-2:]) for image in images]
@@ -131,6 +131,22 @@ class FasterRCNN(DownstreamTask):
     def evaluator(self) -> DetectionEvaluator:
         """COCO's AP, AP50 and AP75, and VOC's AP50 in both forms, as fractions."""
         return DetectionEvaluator(self.classes)
+
+
+class _RPNHead(RPNHead):
+    """RPN head whose outputs have the dtype of its maps, also under autocast.
+
+    torchvision keeps anchors in the dtype of the maps, and boxes and targets in that of the deltas; with the eight bits
+    of bfloat16, coordinates from 256 on would be even.
+    """
+
+    def forward(self, maps: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+        scores, deltas = super().forward(maps)
+        return [score.to(maps[0].dtype) for score in scores], [delta.to(maps[0].dtype) for delta in deltas]
+
+
+def _in_dtype_of(images: Tensor, features: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {stage: feature.to(images.dtype) for stage, feature in features.items()}
 
 
 class _DetectionTransform:

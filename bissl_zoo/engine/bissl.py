@@ -5,13 +5,13 @@ from typing import Any
 
 import torch
 
-from bissl_zoo.bilevel import Adaptation, BiLevel, Level
-from bissl_zoo.config import instantiate
+from bissl_zoo.bilevel import Adaptation, BiLevel
 from bissl_zoo.engine.build import (
     Context,
     Weights,
     build_downstream,
     build_level,
+    build_part,
     build_pretext,
     count_steps,
     pretext_batches,
@@ -20,6 +20,7 @@ from bissl_zoo.engine.build import (
     train_batches,
 )
 from bissl_zoo.engine.trainer import SingleLevelTrainer, Trainer
+from bissl_zoo.level import Level
 from bissl_zoo.optim import effective_learning_rate
 
 HEAD_WARMUP = "head_warmup"
@@ -50,20 +51,36 @@ class Bissl(Trainer):
         "solver/residual",
         "solver/products",
         "solver/status",
+        "solver/damping",
         "lower/lr",
     )
+    record_key = "upper_step"
 
     def __init__(self, problem: BiLevel) -> None:
         super().__init__("bissl", problem.alternations)
         self.problem = problem
 
     def run_step(self) -> dict[str, Any]:
-        """One alternation."""
-        return self.problem.alternate(self.step)
+        """One alternation; its upper steps are the records, counted over the stage from 1."""
+        before = self.problem.upper.step
+        metrics = self.problem.alternate(self.step)
+        self.records = [
+            {self.record_key: number, **figures} for number, figures in enumerate(self.problem.diagnostics, before + 1)
+        ]
+        return metrics
 
     def levels(self) -> dict[str, Level]:
         """Both levels."""
         return {"lower": self.problem.lower, "upper": self.problem.upper}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Both levels, and the strength that automatic damping has come to."""
+        return {**super().state_dict(), "strength": self.problem.strength}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue where `state_dict` was taken; without a strength in it, automatic damping begins anew."""
+        super().load_state_dict(state)
+        self.problem.strength = state.get("strength")
 
     def result(self) -> Weights:
         """The lower backbone, which is what leaves the stage, and both heads."""
@@ -110,7 +127,7 @@ def build_bissl(context: Context, weights: Weights, start_step: int = 0) -> Biss
     problem = BiLevel(
         lower=build_level(cfg, "lower", "lower", lower_trunk, pretext, lower_batches, lower_total),
         upper=build_level(cfg, "upper", "upper", upper_trunk, task, upper_batches, upper_total),
-        solver=instantiate(cfg.solver),
+        solver=build_part(cfg.solver),
         lam=settings["lambda"],
         gamma=settings.gamma,
         lower_steps=settings.lower_steps,
@@ -119,6 +136,7 @@ def build_bissl(context: Context, weights: Weights, start_step: int = 0) -> Biss
         adaptation=Adaptation(**settings.adaptation) if settings.adaptation else None,
         curvature_batch_size=settings.curvature_batch_size,
         move_statistics=settings.move_statistics,
+        products=settings.products,
     )
     seed_rank(cfg.train.seed + 1)
     return Bissl(problem)
@@ -130,8 +148,6 @@ def coupling(context: Context) -> float:
     `lr_eff = lr / (1 - momentum)`, summed over the schedule. Of the order of 1 to 10 is wanted.
     """
     cfg = context.cfg
-    optimizer = instantiate(cfg.optimizer.lower, params=[torch.zeros(1, requires_grad=True)])
+    optimizer = build_part(cfg.optimizer.lower, params=[torch.zeros(1, requires_grad=True)])
     steps = cfg.bilevel.lower_steps * cfg.bilevel.alternations
-    return (
-        cfg.bilevel["lambda"] * effective_learning_rate(optimizer) * instantiate(cfg.lr_multiplier.lower).total(steps)
-    )
+    return cfg.bilevel["lambda"] * effective_learning_rate(optimizer) * build_part(cfg.lr_multiplier.lower).total(steps)

@@ -13,17 +13,20 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from bissl_zoo.backbones import Backbone, Tail
-from bissl_zoo.bilevel import Level
 from bissl_zoo.config import instantiate
 from bissl_zoo.data.batches import to_device
 from bissl_zoo.distributed import broadcast_module, get_rank
 from bissl_zoo.downstream import DownstreamTask
 from bissl_zoo.engine.trainer import load_state
 from bissl_zoo.errors import ConfigError, DatasetError
+from bissl_zoo.level import Level
 from bissl_zoo.pretext import PretextMethod
 
 #: which data sets a stage reads
 STAGE_DATA = {"pretrain": ("pretext",), "bissl": ("pretext", "train"), "finetune": ("train", "test")}
+
+#: what `train.amp` may be, and the type of autocast it stands for
+AMP_DTYPES = {None: None, "bf16": torch.bfloat16}
 
 
 @dataclass
@@ -55,6 +58,18 @@ class Context:
     def classes(self) -> list[str]:
         """Names of the downstream classes, from the first labelled set there is."""
         return self.data.get("train", self.data.get("test")).classes
+
+
+def build_part(call: DictConfig, **extra: Any) -> Any:
+    """Make the call that a section of the config describes, with `extra` arguments.
+
+    Raises:
+        ConfigError: as `instantiate` does; and where the part itself refuses a value, with the section's key.
+    """
+    try:
+        return instantiate(call, **extra)
+    except ValueError as error:
+        raise ConfigError(f"{call._get_full_key(None)}: {error}") from error
 
 
 def build_datasets(cfg: DictConfig, roles: set[str]) -> dict[str, Dataset]:
@@ -122,7 +137,7 @@ def build_level(
     total_steps: int,
     train_backbone: bool = True,
 ) -> Level:
-    """A level whose optimizer, schedule and clipping are those of `role` in the config's `optimizer` section."""
+    """A level whose optimizer, schedule and clipping are those of `role` in the config's sections of that name."""
     if not train_backbone:
         backbone.requires_grad_(False)
     parameters = [p for module in (backbone, head) for p in module.parameters() if p.requires_grad]
@@ -130,11 +145,12 @@ def build_level(
         name=name,
         backbone=backbone,
         head=head,
-        optimizer=instantiate(cfg.optimizer[role], params=parameters),
+        optimizer=build_part(cfg.optimizer[role], params=parameters),
         batches=batches,
-        multiplier=instantiate(cfg.lr_multiplier[role]),
+        multiplier=build_part(cfg.lr_multiplier[role]),
         total_steps=total_steps,
         clip_norm=cfg.clip_grad[role],
+        amp_dtype=AMP_DTYPES[cfg.train.amp],
     )
 
 

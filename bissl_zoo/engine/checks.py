@@ -10,7 +10,15 @@ from omegaconf import DictConfig, OmegaConf
 from bissl_zoo.bilevel import Adaptation
 from bissl_zoo.config import instantiate, load_config
 from bissl_zoo.distributed import get_world_size
-from bissl_zoo.engine.build import STAGE_DATA, Context, Weights, build_downstream, build_pretext
+from bissl_zoo.engine.build import (
+    AMP_DTYPES,
+    STAGE_DATA,
+    Context,
+    Weights,
+    build_downstream,
+    build_part,
+    build_pretext,
+)
 from bissl_zoo.errors import ConfigError, did_you_mean
 
 #: the keys of `optimizer`, `lr_multiplier` and `clip_grad` that a stage reads
@@ -30,6 +38,11 @@ _LEAST = {
     "bilevel.head_warmup.steps": 0,
     "finetune.steps": 1,
     "finetune.eval_period": 1,
+}
+_CHOICES = {
+    "train.amp": tuple(AMP_DTYPES),
+    "bilevel.products": ("graph", "rebuild"),
+    "bilevel.head_warmup.backbone_mode": ("eval", "train"),
 }
 
 
@@ -52,9 +65,12 @@ def check_config(cfg: DictConfig, source: str) -> None:
             raise ConfigError(f"{source}: {key} is {value}; it must be {least} or more.")
     if not cfg.bilevel["lambda"] > 0:
         raise ConfigError(f"{source}: bilevel.lambda is {cfg.bilevel['lambda']}; it must be positive.")
-    if cfg.bilevel.head_warmup.backbone_mode not in ("eval", "train"):
-        mode = cfg.bilevel.head_warmup.backbone_mode
-        raise ConfigError(f"{source}: bilevel.head_warmup.backbone_mode is '{mode}'; accepted are eval and train.")
+    for key, choices in _CHOICES.items():
+        value = OmegaConf.select(cfg, key)
+        if value not in choices:
+            names = ["null" if choice is None else choice for choice in choices]
+            hint = did_you_mean(str(value), names)
+            raise ConfigError(f"{source}: {key} is '{value}'; accepted are {' and '.join(names)}.{hint}")
     known = [field.name for field in dataclasses.fields(Adaptation)]
     for key in cfg.bilevel.adaptation or ():
         if key not in known:
@@ -134,7 +150,22 @@ def check_parts(context: Context, initial: Weights) -> None:
                 "Exchange one of them: boxes come as dict, class labels as int."
             )
     for role in (role for stage in cfg.train.stages for role in STAGE_ROLES[stage]):
-        instantiate(cfg.optimizer[role], params=[torch.zeros(1, requires_grad=True)])
-        instantiate(cfg.lr_multiplier[role])
+        build_part(cfg.optimizer[role], params=[torch.zeros(1, requires_grad=True)])
+        build_part(cfg.lr_multiplier[role])
     if "bissl" in cfg.train.stages:
-        instantiate(cfg.solver)
+        _check_damping(build_part(cfg.solver), cfg.bilevel["lambda"])
+
+
+def _check_damping(solver: Any, lam: float) -> None:
+    damping = solver.damping
+    if damping == "auto":
+        if not getattr(solver, "iterations", 0) >= 1 or not getattr(solver, "tolerance", 0) > 0:
+            raise ConfigError(
+                "solver.damping=auto is the least damping with which solver.iterations reach solver.tolerance; both "
+                "must be there and positive. Set them, or give a number for solver.damping."
+            )
+    elif isinstance(damping, bool) or not isinstance(damping, (int, float)) or not lam + damping > 0:
+        raise ConfigError(
+            f"solver.damping is {damping!r}; accepted are a number that makes bilevel.lambda + solver.damping "
+            f"positive, and auto with a solver that iterates.{did_you_mean(str(damping), ['auto'])}"
+        )

@@ -49,7 +49,10 @@ class Progress(HookBase):
 
 
 class MetricsWriter(HookBase):
-    """Every `period` steps, one line of `metrics.jsonl` and the same figures in TensorBoard."""
+    """Every `period` steps, one line of `metrics.jsonl` and the same figures in TensorBoard; finer records all.
+
+    Such a record, as of an upper step, has a line of its own with its number, and is in TensorBoard at that number.
+    """
 
     def __init__(self, folder: Path, period: int) -> None:
         self.folder = Path(folder)
@@ -60,17 +63,26 @@ class MetricsWriter(HookBase):
         self.board = SummaryWriter(str(self.folder / "tensorboard")) if is_main_process() else None
 
     def after_step(self) -> None:
-        """Write when it is due."""
+        """Write what is due."""
         trainer = self.trainer
-        if self.board is None or (trainer.step % self.period and trainer.step != trainer.total_steps):
+        if self.board is None:
             return
-        figures = {key: value if _is_json(value) else str(value) for key, value in trainer.metrics.items()}
-        record = {"stage": trainer.name, "step": trainer.step, "time": time.time(), **figures}
-        with open(self.folder / "metrics.jsonl", "a") as file:
-            file.write(json.dumps(record) + "\n")
-        for name, value in trainer.metrics.items():
+        records = list(trainer.records)
+        for record in records:
+            figures = {name: value for name, value in record.items() if name != trainer.record_key}
+            self._show(f"{trainer.name}/{trainer.record_key}", figures, record[trainer.record_key])
+        if trainer.step % self.period == 0 or trainer.step == trainer.total_steps:
+            records.append(trainer.metrics)
+            self._show(trainer.name, trainer.metrics, trainer.step)
+        head = {"stage": trainer.name, "step": trainer.step, "time": time.time()}
+        if records:
+            with open(self.folder / "metrics.jsonl", "a") as file:
+                file.writelines(json.dumps({**head, **_jsonable(record)}) + "\n" for record in records)
+
+    def _show(self, prefix: str, figures: dict[str, Any], step: int) -> None:
+        for name, value in figures.items():
             if isinstance(value, (int, float)):
-                self.board.add_scalar(f"{trainer.name}/{name}", value, trainer.step)
+                self.board.add_scalar(f"{prefix}/{name}", value, step)
 
     def after_train(self) -> None:
         """Close the TensorBoard file."""
@@ -122,5 +134,9 @@ def _short(value: Any) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
-def _is_json(value: Any) -> bool:
-    return not isinstance(value, float) or math.isfinite(value)  # JSON has no infinity and no NaN
+def _jsonable(figures: dict[str, Any]) -> dict[str, Any]:
+    def finite(value: Any) -> bool:
+        return not isinstance(value, float) or math.isfinite(value)
+
+    # JSON has no infinity and no NaN
+    return {name: value if finite(value) else str(value) for name, value in figures.items()}

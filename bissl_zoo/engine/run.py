@@ -39,6 +39,7 @@ from bissl_zoo.engine.launch import choose_device
 from bissl_zoo.engine.pretrain import build_pretrain, pretrain_steps
 from bissl_zoo.engine.publishing import publish_backbone
 from bissl_zoo.engine.run_dir import prepare_run_dir
+from bissl_zoo.engine.solver_watch import SolverWatch
 from bissl_zoo.engine.trainer import Trainer
 from bissl_zoo.errors import CheckpointError
 
@@ -154,6 +155,8 @@ def _hooks(
         level = trainer.levels()["level"]
         measure = partial(evaluate, context, level.backbone, level.head)
         hooks.append(PeriodicEvaluation(measure, cfg.finetune.eval_period))
+    if trainer.name == "bissl":
+        hooks.append(SolverWatch(folder / "config.yaml"))
     hooks.append(MetricsWriter(folder, cfg.train.log_period))
     hooks.append(PeriodicCheckpoint(checkpointer, cfg.train.checkpoint.period, cfg.backbone.name))
     return hooks

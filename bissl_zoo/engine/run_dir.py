@@ -18,7 +18,14 @@ from bissl_zoo.engine.checkpoint import write_atomically
 from bissl_zoo.errors import ConfigError
 
 #: keys a resumed run may change: where and how it runs, not what it computes
-FREE_KEYS = ("train.device", "train.log_period", "train.checkpoint", "train.publish", "train.output_dir")
+FREE_KEYS = (
+    "train.device",
+    "train.log_period",
+    "train.checkpoint",
+    "train.publish",
+    "train.output_dir",
+    "bilevel.products",
+)
 
 
 def prepare_run_dir(cfg: DictConfig, resume: bool) -> Path:
@@ -71,13 +78,11 @@ def _differences(old: DictConfig, new: DictConfig) -> list[str]:
         return found
 
     before, after = leaves(old), leaves(new)
-    absent = object()
+    # absent is null: a key that came with a later version, and asks for nothing
     return [
         f"{key} was {before.get(key, 'absent')}, is {after.get(key, 'absent')}"
         for key in sorted(before.keys() | after.keys())
-        if before.get(key, absent) != after.get(key, absent)
-        and not key.startswith(FREE_KEYS)
-        and not key.endswith("num_workers")
+        if before.get(key) != after.get(key) and not key.startswith(FREE_KEYS) and not key.endswith("num_workers")
     ]
 
 

@@ -6,9 +6,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from bissl_zoo.bilevel import Level
 from bissl_zoo.distributed import average_gradients
 from bissl_zoo.errors import CheckpointError
+from bissl_zoo.level import Level
 from bissl_zoo.zoo.hub import state_difference
 
 
@@ -34,16 +34,20 @@ class Trainer(ABC):
         name: of the stage, as it appears in logs and checkpoints.
         step: steps done, of `total_steps`.
         metrics: what the last step returned.
+        records: of finer grain than a step, for the writer: those of the last step, numbered under `record_key`.
     """
 
     #: the metrics to show on the progress line
     headline: tuple[str, ...] = ("total_loss", "lr")
+    #: what a record of finer grain is one of
+    record_key: str = "record"
 
     def __init__(self, name: str, total_steps: int) -> None:
         self.name = name
         self.total_steps = total_steps
         self.step = 0
         self.metrics: dict[str, Any] = {}
+        self.records: list[dict[str, Any]] = []
         self.hooks: list[HookBase] = []
 
     def train(self, hooks: Sequence[HookBase] = ()) -> None:

@@ -6,6 +6,7 @@ train = dict(
     init=None,  # where the first stage starts: a .safetensors file, a run directory, a zoo name; null: random
     seed=0,  # of weights, data order and augmentation
     device="auto",  # auto (a GPU where there is one), cpu, cuda
+    amp=None,  # bf16: losses that are differentiated once run in bfloat16 autocast; null: all in float32
     log_period=10,  # steps between progress lines and records in metrics.jsonl; a step of bissl is an alternation
     checkpoint=dict(
         period=500,  # steps between checkpoints; the last step of a stage always has one
@@ -31,6 +32,7 @@ bilevel = {
     "alternations": 500,  # T
     "adaptation": None,  # dict(every=100, alpha=0.1) is that of versions 1 and 2 of the paper
     "curvature_batch_size": None,  # samples of the pretext batch that defines the Hessian; null for a whole batch
+    "products": "graph",  # with the Hessian, through a graph that is kept; rebuild makes it anew: slower, less memory
     "move_statistics": True,  # downstream images of the hypergradient move the lower backbone's batch-norm statistics
     "shared_stage": None,  # last stage of the backbone that both levels share, such as c4; null for the whole backbone
     "head_warmup": dict(

@@ -204,3 +204,27 @@ def test_a_few_steps_fit_two_bright_squares():
         optimizer.step()
         history.append(loss.item())
     assert sum(history[-5:]) < 0.5 * sum(history[:5])
+
+
+def test_under_autocast_boxes_are_computed_in_full_precision():
+    trunk, task = build()
+    images, targets = two_images()
+    targets[0]["boxes"] = targets[0]["boxes"] + 1 / 3  # nothing that bfloat16 could hold
+    seen = []
+    task.roi_heads.register_forward_pre_hook(lambda _, args: seen.append(args))
+    plain = losses(trunk, task, (images, targets))
+    with torch.autocast("cpu", torch.bfloat16):
+        rounded = losses(trunk, task, (images, targets))
+    (_, boxes, _, truth), (features, proposals, _, kept) = seen
+    assert features["c3"].dtype == torch.float32
+    assert torch.equal(truth[0]["boxes"], kept[0]["boxes"])
+    for one, other in zip(boxes, proposals, strict=True):
+        assert other.dtype == torch.float32 and not torch.equal(other, other.bfloat16().float())
+        # deltas are rounded to 8 bits, coordinates of up to 96 pixels are not
+        nearest = torch.cdist(other, one).min(dim=1).values
+        assert nearest.median() < 0.01
+    assert all(anchors.dtype == torch.float32 for anchors in task.rpn.anchor_generator.cell_anchors)
+    # the same proposals are sampled, so that only the network's rounding is left
+    for name, value in plain.items():
+        assert rounded[name].dtype == torch.float32
+        torch.testing.assert_close(rounded[name], value, rtol=0.03, atol=1e-3)

@@ -8,6 +8,7 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from bissl_zoo.engine import hooks
 from bissl_zoo.engine.checkpoint import Checkpointer
 from bissl_zoo.engine.hooks import MetricsWriter, PeriodicCheckpoint, PeriodicEvaluation, Progress
 from bissl_zoo.engine.trainer import HookBase, Trainer, load_state
@@ -89,6 +90,45 @@ def test_figures_that_are_not_finite_are_text_in_the_metrics(tmp_path):
 
     record = json.loads((tmp_path / "metrics.jsonl").read_text(), parse_constant=refuse)
     assert (record["solver/residual"], record["loss"], record["fine"]) == ("inf", "nan", 1.0)
+
+
+class Fine(Counter):
+    """A trainer whose steps hold two records each."""
+
+    record_key = "part"
+
+    def run_step(self):
+        first = 2 * self.step + 1
+        self.records = [
+            {"part": n, "residual": math.inf if n == 4 else 1.0 / n, "status": "fine"} for n in (first, first + 1)
+        ]
+        return super().run_step()
+
+
+def test_finer_records_are_written_at_every_step_whatever_the_period(tmp_path, monkeypatch):
+    opened = []
+    monkeypatch.setattr(hooks, "open", lambda *args: opened.append(args) or open(*args), raising=False)
+    Fine("stage", 3).train([MetricsWriter(tmp_path, period=3)])
+
+    def refuse(constant):
+        raise ValueError(f"{constant} is not JSON")
+
+    lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    lines = [json.loads(line, parse_constant=refuse) for line in lines]
+    assert [(line["step"], line.get("part")) for line in lines] == [
+        *((1, 1), (1, 2), (2, 3), (2, 4), (3, 5), (3, 6)),
+        (3, None),
+    ]
+    assert all(line["stage"] == "stage" and line["time"] > 0 for line in lines)
+    assert [line["residual"] for line in lines[:-1]] == [1.0, 1 / 2, 1 / 3, "inf", 1 / 5, 1 / 6]
+    assert lines[-1]["total_loss"] == 1 / 3 and "residual" not in lines[-1]
+    assert len(opened) == 3  # once a step
+    board = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert board.Tags()["scalars"] == ["stage/part/residual", "stage/total_loss", "stage/lr", "stage/hidden"]
+    events = board.Scalars("stage/part/residual")
+    assert [event.step for event in events] == [1, 2, 3, 4, 5, 6]
+    assert [event.value for event in events] == pytest.approx([1, 1 / 2, 1 / 3, math.inf, 1 / 5, 1 / 6])
+    assert [event.step for event in board.Scalars("stage/total_loss")] == [3]
 
 
 def test_checkpoints_are_written_every_period_and_at_the_last_step(tmp_path):

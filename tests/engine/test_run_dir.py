@@ -33,6 +33,8 @@ def voc_det(*overrides):
         ["finetune.epochs=0.5"],
         ["finetune.epochs=null", "finetune.steps=3"],
         ["+my_section={a: 1}"],
+        ["train.amp=bf16", "bilevel.products=rebuild"],
+        ["train.amp=null"],
     ],
 )
 def test_what_is_meant_to_be_free_is_accepted(overrides):
@@ -52,6 +54,11 @@ def test_what_is_meant_to_be_free_is_accepted(overrides):
         ("train.checkpoint={period: 2}", "'train.checkpoint.keep' is missing"),
         ("train.stages=bissl", "'train.stages' is a list"),
         ("bilevel.curvature_batch_size=1", "must be 2 or more"),
+        ("train.amp=fp16", "train.amp is 'fp16'; accepted are null and bf16. Did you mean 'bf16'?"),
+        ("train.amp=true", "train.amp is 'True'; accepted are null and bf16."),
+        ("bilevel.products=rebuilt", "bilevel.products is 'rebuilt'; accepted are graph and rebuild. Did you mean"),
+        ("bilevel.products=null", "bilevel.products is None; it must be text, such as 'graph'"),
+        ("bilevel.head_warmup.backbone_mode=evl", "accepted are eval and train. Did you mean 'eval'?"),
     ],
 )
 def test_what_cannot_be_names_the_key(override, message):
@@ -73,9 +80,19 @@ def test_a_resumed_run_may_change_where_and_how_it_runs_only(tmp_path):
     prepare_run_dir(voc_det(out), resume=False)
     free = ["train.device=cpu", "train.log_period=3", "train.checkpoint.keep=5", "dataloader.train.num_workers=0"]
     prepare_run_dir(voc_det(out, *free, "train.publish.name=x"), resume=True)
-    for bound in ("train.seed=1", "train.init=x", "task.min_size=3", "optimizer.upper.lr=0.1"):
+    prepare_run_dir(voc_det(out, *free, "bilevel.products=rebuild"), resume=True)
+    for bound in ("train.seed=1", "train.init=x", "task.min_size=3", "optimizer.upper.lr=0.1", "train.amp=bf16"):
         with pytest.raises(ConfigError, match=f"{bound.split('=')[0]} was .*, is {bound.split('=')[1]}"):
             prepare_run_dir(voc_det(out, *free, bound), resume=True)
+
+
+def test_a_run_that_began_before_a_key_was_added_is_resumed_where_the_key_is_null(tmp_path):
+    cfg = voc_det(f"train.output_dir={tmp_path / 'a'}")
+    prepare_run_dir(cfg, resume=False)
+    LazyConfig.save(LazyConfig.apply_overrides(cfg, ["~train.amp"]), tmp_path / "a" / "config.yaml")
+    with pytest.raises(ConfigError, match="train.amp was absent, is bf16"):
+        prepare_run_dir(voc_det(f"train.output_dir={tmp_path / 'a'}", "train.amp=bf16"), resume=True)
+    prepare_run_dir(cfg, resume=True)
 
 
 def test_the_weights_of_a_run_are_those_its_last_stage_left(finished, tiny_config):

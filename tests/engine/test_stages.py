@@ -10,6 +10,8 @@ from omegaconf import OmegaConf
 from bissl_zoo.config import LazyConfig
 from bissl_zoo.engine.bissl import build_bissl, build_head_warmup, coupling
 from bissl_zoo.engine.build import Context, Weights, build_split_backbone, count_steps, seed_everything
+from bissl_zoo.engine.checkpoint import Checkpointer, load_checkpoint
+from bissl_zoo.engine.checks import check_parts
 from bissl_zoo.engine.finetune import build_finetune, evaluate
 from bissl_zoo.engine.hooks import MetricsWriter
 from bissl_zoo.engine.launch import choose_device, launch
@@ -110,6 +112,89 @@ def test_a_resumed_trainer_has_the_state_of_the_one_that_was_saved(context):
         expected = [s.get("momentum_buffer") for s in trainer.levels()[name].optimizer.state_dict()["state"].values()]
         assert len(moments) == len(expected) > 0
         assert all(a is b is None or torch.equal(a, b) for a, b in zip(moments, expected, strict=True))
+
+
+SOLVER = "{_target_: bissl_zoo.registry.build_solver, name: %s}"
+
+
+def test_automatic_damping_goes_on_from_the_strength_that_was_saved(tiny_config, at_scenes, tmp_path):
+    context = open_context(tiny_config(solver=SOLVER % "minres, damping: auto, iterations: 3"), "test")
+    weights = trunk_weights(context)
+    trainer = build_bissl(context, weights)
+    assert trainer.state_dict()["strength"] is None
+    trainer.train()
+    strength = trainer.problem.strength
+    assert strength >= context.cfg.bilevel["lambda"]
+    assert trainer.metrics["solver/damping"] == pytest.approx(strength - context.cfg.bilevel["lambda"])
+    path = Checkpointer(tmp_path).save("bissl", 2, 2, "test_resnet", trainer.state_dict())
+    again = build_bissl(context, weights)
+    again.load_state_dict(load_checkpoint(path)[1])
+    assert again.problem.strength == strength
+
+
+def test_a_checkpoint_without_a_strength_loads(context):
+    trainer = build_bissl(context, trunk_weights(context))
+    state = trainer.state_dict()
+    del state["strength"]
+    trainer.load_state_dict(state)
+    assert trainer.problem.strength is None
+
+
+def test_the_upper_steps_of_an_alternation_are_records_and_counted_over_the_stage(tiny_config, at_scenes):
+    context = open_context(tiny_config(bilevel__upper_steps=3), "test")
+    trainer = build_bissl(context, trunk_weights(context))
+    seen = []
+    for _ in range(2):
+        metrics = trainer.run_step()
+        seen += trainer.records
+        assert {key: metrics[key] for key in trainer.records[-1] if key != "upper_step"} == {
+            key: value for key, value in trainer.records[-1].items() if key != "upper_step"
+        }
+    assert [record["upper_step"] for record in seen] == [1, 2, 3, 4, 5, 6]
+    assert len({record["upper/total_loss"] for record in seen}) == 6
+    again = build_bissl(context, trunk_weights(context), start_step=1)
+    state = trainer.state_dict()
+    again.load_state_dict(state)
+    again.run_step()
+    assert [record["upper_step"] for record in again.records] == [7, 8, 9]
+
+
+def test_products_that_are_rebuilt_train_as_those_of_the_graph(tiny_config, at_scenes):
+    states = []
+    for products in ("graph", "rebuild"):
+        context = open_context(tiny_config(bilevel__products=products), "test")
+        trainer = build_bissl(context, trunk_weights(context))
+        assert trainer.problem.products == products
+        trainer.train()
+        states.append(trainer.problem.upper.backbone.state_dict())
+    # the same operations on the same numbers, so the same bits but for the order in which threads add
+    for key, value in states[0].items():
+        torch.testing.assert_close(states[1][key], value, rtol=1e-4, atol=1e-5, msg=key)
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"solver": SOLVER % "minres, iterations: 0"}, r"^solver: .*iterations=0 must be at least 1"),
+        ({"solver": SOLVER % "identity, damping: auto"}, "solver.damping=auto .* give a number"),
+        (
+            {"solver": SOLVER % "cg, damping: auto, tolerance: 0"},
+            "solver.damping=auto .* be there and positive",
+        ),
+        ({"solver__damping": "aut"}, "solver.damping is 'aut'; .* Did you mean 'auto'"),
+        ({"solver__damping": -5.0}, "solver.damping is -5.0; .* bilevel.lambda . solver.damping positive"),
+        ({"optimizer__lower__lr": -1.0}, "^optimizer.lower: Invalid learning rate: -1.0"),
+    ],
+)
+def test_what_a_solver_or_an_optimizer_refuses_is_known_before_the_run(tiny_config, at_scenes, changed, message):
+    context = open_context(tiny_config(**changed), "test")
+    with pytest.raises(ConfigError, match=message):
+        check_parts(context, Weights())
+
+
+@pytest.mark.parametrize("solver", ["minres, damping: auto", "cg, damping: auto", "exact", "identity", "minres"])
+def test_a_solver_that_can_be_used_is_not_refused(tiny_config, at_scenes, solver):
+    check_parts(open_context(tiny_config(solver=SOLVER % solver), "test"), Weights())
 
 
 def test_closing_a_stage_ends_the_workers_of_its_loader_at_once(tiny_config, at_scenes, tmp_path, monkeypatch):
