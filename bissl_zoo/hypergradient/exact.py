@@ -1,5 +1,6 @@
 """Dense curvature and a direct solve, for small problems and tests."""
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -32,17 +33,21 @@ class Exact:
                 f"solver 'exact' would build a {size} x {size} matrix; its limit is max_size={self.max_size}."
             )
         if not torch.isfinite(v).all():
-            return Solution(torch.zeros_like(v), float("inf"), 0, "non_finite")
+            return Solution(torch.zeros_like(v), math.inf, 0, "non_finite")
         if not v.any():
             return Solution(v, 0.0, 0, "converged")
         dense = torch.stack([operator(column) for column in torch.eye(size, dtype=v.dtype, device=v.device)], dim=1)
         if not torch.isfinite(dense).all():
-            return Solution(v, float("inf"), size, "non_finite")
+            return Solution(v, math.inf, size, "non_finite")
         scale = power_of_two(v)
         right = v / scale
         x, info = torch.linalg.solve_ex(dense, right)
-        # elimination takes a matrix that is singular up to rounding for a regular one; the residual tells
         solved = not info and bool(torch.isfinite(x * scale).all())
-        if not solved or not (residual := relative_residual(operator, x, right)) <= torch.finfo(v.dtype).eps ** 0.5:
-            return Solution(v, relative_residual(operator, right, right), size + 1 + solved, "singular")
-        return Solution(x * scale, residual, size + 1, "converged")
+        residual = relative_residual(operator, x, right) if solved else math.inf
+        # elimination takes a matrix that is singular up to rounding for a regular one; the residual tells
+        if residual <= torch.finfo(v.dtype).eps ** 0.5:
+            return Solution(x * scale, residual, size + 1, "converged")
+        residual, products = relative_residual(operator, right, right), size + 1 + solved
+        if not math.isfinite(residual):
+            return Solution(v, math.inf, products, "non_finite")
+        return Solution(v, residual, products, "singular")

@@ -27,7 +27,7 @@ class MinRes:
     iterations: int = 5
     tolerance: float = 0.05
     damping: Damping = "auto"
-    recycle: int = 8
+    recycle: int = 12
 
     def __post_init__(self) -> None:
         if self.iterations < 1 or self.recycle < 0:
@@ -49,7 +49,7 @@ class MinRes:
         space, scale = operator.subspace, power_of_two(v)
         right = space.coordinates(v / scale)
         x, residual, products, status = self._search(operator, space, right)
-        solution = space.combine(x) * scale if status != "non_finite" or x.any() else v
+        solution = space.combine(x).mul_(scale) if status != "non_finite" or x.any() else v
         space.truncate(self.recycle)
         if not torch.isfinite(solution).all():
             return Solution(v, float("inf"), products, "non_finite")

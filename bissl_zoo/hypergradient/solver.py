@@ -41,7 +41,7 @@ class LinearOperator(ABC):
         """
         if self.strength is None:
             raise RuntimeError("A product with A before its damping was chosen; set `strength` first.")
-        return u + self.hessian_product(u) / self.strength
+        return torch.add(u, self.hessian_product(u), alpha=1.0 / self.strength)
 
     __call__ = matvec
 
@@ -85,11 +85,12 @@ class Solution:
 
 
 def power_of_two(v: Tensor) -> Tensor:
-    """The power of two just below the largest magnitude in `v`, which must be finite and not zero.
+    """The largest power of two up to the largest magnitude in `v`, which must be finite and not zero.
 
     Squares of a vector far from 1 do not fit float32; dividing by a power of two keeps every digit.
     """
-    return torch.exp2(torch.floor(torch.log2(v.abs().max())))
+    largest = v.abs().max()
+    return torch.ldexp(torch.ones_like(largest), torch.frexp(largest).exponent - 1)
 
 
 def relative_residual(operator: LinearOperator, x: Tensor, v: Tensor) -> float:

@@ -47,28 +47,10 @@ class Subspace:
     def coordinates(self, w: Tensor) -> Tensor:
         """Coordinates `(m,)` float64 of `w (P,)`; what of it lies outside the space becomes a new basis vector.
 
-        Gram-Schmidt twice, which is enough (Giraud et al., Numer. Math. 101, 2005). One transfer to the host.
-
         Returns:
             Coordinates, not finite where `w` is not; the basis is unchanged then.
         """
-        rest, inside = w, torch.zeros(len(self.basis), dtype=w.dtype, device=w.device)
-        for _ in range(2 if self.basis else 0):
-            dots = torch.stack([dot(q, rest) for q in self.basis])
-            for q, value in zip(self.basis, dots, strict=True):
-                rest = torch.addcmul(rest, q, value, value=-1)
-            inside = inside + dots
-        found = torch.cat([inside, dot(rest, rest).sqrt().view(1)]).double().cpu()
-        if not torch.isfinite(found).all():
-            return found
-        norm = float(found[-1])
-        if norm <= 100 * torch.finfo(w.dtype).eps * float(found.norm()):
-            return found[:-1]
-        self.basis.append(rest / norm)
-        pad = (0, 0, 0, 1)
-        self.directions = torch.nn.functional.pad(self.directions, pad)
-        self.images = torch.nn.functional.pad(self.images, pad)
-        return found
+        return self._absorb(w.clone())
 
     def combine(self, coordinates: Tensor) -> Tensor:
         """The flat `(P,)` vector that has these coordinates `(m,)`."""
@@ -99,7 +81,7 @@ class Subspace:
         Returns:
             Whether the product was finite; where it was not, nothing is added.
         """
-        image = self.coordinates(product(self.combine(direction)))
+        image = self._absorb(product(self.combine(direction)))
         if not torch.isfinite(image).all():
             return False
         size = len(self.basis)
@@ -121,7 +103,9 @@ class Subspace:
         if not self.explored:
             return torch.zeros_like(coordinates), coordinates
         applied = self.directions + self.images / strength
-        y = torch.linalg.lstsq(applied, coordinates[:, None], driver="gelsd").solution[:, 0]
+        # what is smaller is rounding of the products, and would make an `x` whose residual nobody knows
+        negligible = 100 * torch.finfo(self.basis[0].dtype).eps
+        y = torch.linalg.lstsq(applied, coordinates[:, None], rcond=negligible, driver="gelsd").solution[:, 0]
         return self.directions @ y, coordinates - applied @ y
 
     def ritz_values(self) -> tuple[Tensor, Tensor]:
@@ -140,3 +124,27 @@ class Subspace:
         self.basis, self._marks = self.basis[:size], self._marks[:kept]
         self.directions = self.directions[:size, :kept].clone()
         self.images = self.images[:size, :kept].clone()
+
+    def _absorb(self, w: Tensor) -> Tensor:
+        """`coordinates` of a vector that may be overwritten: long vectors are slow to allocate.
+
+        Gram-Schmidt, a second time where the first left less than half, which is enough (Daniel et al., Math. Comp. 30,
+        1976; Giraud et al., Numer. Math. 101, 2005). One transfer to the host each time.
+        """
+        before, coordinates = dot(w, w).sqrt(), torch.zeros(len(self.basis), dtype=torch.float64)
+        for _ in range(2):
+            dots = [dot(q, w) for q in self.basis]
+            for q, value in zip(self.basis, dots, strict=True):
+                w.addcmul_(q, value, value=-1)
+            *inside, norm, size = torch.stack([*dots, dot(w, w).sqrt(), before]).double().tolist()
+            coordinates += torch.tensor(inside, dtype=torch.float64)
+            if not norm < 0.5 * size:
+                break
+        if norm <= 100 * torch.finfo(w.dtype).eps * size:
+            return coordinates
+        coordinates = torch.cat([coordinates, torch.tensor([norm], dtype=torch.float64)])
+        if torch.isfinite(coordinates).all():
+            self.basis.append(w.div_(norm))
+            self.directions = torch.nn.functional.pad(self.directions, (0, 0, 0, 1))
+            self.images = torch.nn.functional.pad(self.images, (0, 0, 0, 1))
+        return coordinates

@@ -1,0 +1,184 @@
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from bissl_zoo.hypergradient import DenseOperator, MinRes
+
+SEEDS = st.integers(0, 10_000)
+
+
+def randn(*shape, seed, dtype=torch.float64):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+
+
+def rotated(eigenvalues, seed, dtype=torch.float64):
+    values = torch.as_tensor(eigenvalues, dtype=dtype)
+    q, _ = torch.linalg.qr(randn(len(values), len(values), seed=seed, dtype=dtype))
+    return q @ torch.diag(values) @ q.T
+
+
+def system(matrix):
+    """`A` itself is the matrix."""
+    return DenseOperator(matrix - torch.eye(len(matrix), dtype=matrix.dtype))
+
+
+def residual(matrix, x, v):
+    return float((v - matrix @ x).norm() / v.norm())
+
+
+def krylov_residual(matrix, v, steps):
+    """The least relative residual over `span{v, A v, ...}` of so many dimensions, by Arnoldi and least squares."""
+    a, b = matrix.numpy(), v.numpy()
+    basis = [b / np.linalg.norm(b)]
+    for _ in range(steps - 1):
+        w = a @ basis[-1]
+        for _ in range(2):
+            q = np.stack(basis, axis=1)
+            w = w - q @ (q.T @ w)
+        basis.append(w / np.linalg.norm(w))
+    applied = a @ np.stack(basis, axis=1)
+    y = np.linalg.lstsq(applied, b, rcond=None)[0]
+    return np.linalg.norm(b - applied @ y) / np.linalg.norm(b)
+
+
+@given(st.integers(1, 20), SEEDS, st.floats(1.0, 100.0), st.sampled_from([0, 1000]))
+@settings(max_examples=50, deadline=None)
+def test_a_definite_system_is_solved(size, seed, largest, recycle):
+    matrix, v = rotated(torch.linspace(1.0, largest, size), seed), randn(size, seed=seed)
+    operator = system(matrix)
+    solution = MinRes(iterations=size + 2, tolerance=1e-10, recycle=recycle)(operator, v)
+    assert solution.status == "converged" and solution.residual <= 1e-10
+    assert solution.products == operator.products <= size
+    np.testing.assert_allclose(solution.x.numpy(), np.linalg.solve(matrix.numpy(), v.numpy()), atol=1e-8)
+
+
+@given(st.integers(2, 20), SEEDS)
+@settings(max_examples=50, deadline=None)
+def test_an_indefinite_system_is_solved_too(size, seed):
+    values = torch.linspace(1.0, 10.0, size) * torch.where(torch.arange(size) % 3 == 0, -1.0, 1.0)
+    matrix, v = rotated(values, seed), randn(size, seed=seed)
+    solution = MinRes(iterations=size, tolerance=1e-9)(system(matrix), v)
+    assert solution.status == "converged"
+    np.testing.assert_allclose(solution.x.numpy(), np.linalg.solve(matrix.numpy(), v.numpy()), atol=1e-7)
+
+
+@pytest.mark.parametrize("iterations", range(1, 7))
+@pytest.mark.parametrize("lowest", [0.5, -4.0])
+@pytest.mark.parametrize("seed", range(3))
+def test_a_first_solve_has_the_least_residual_of_its_krylov_space(iterations, lowest, seed):
+    matrix, v = rotated(torch.linspace(lowest, 10.0, 30), seed), randn(30, seed=seed)
+    operator = system(matrix)
+    solution = MinRes(iterations, tolerance=0.0)(operator, v)
+    assert solution.status == "max_iterations" and solution.products == operator.products == iterations
+    # the basis of the one and of the other differ by rounding alone
+    assert solution.residual == pytest.approx(krylov_residual(matrix, v, iterations), rel=1e-9)
+    assert solution.residual == pytest.approx(residual(matrix, solution.x, v), rel=1e-9)
+
+
+def right_hand_sides(size, count, seed, dtype=torch.float64):
+    """As upper steps give them: alike, and not the same."""
+    common = randn(size, seed=seed, dtype=dtype)
+    return [common + 0.3 * randn(size, seed=seed + 1 + i, dtype=dtype) for i in range(count)]
+
+
+@given(SEEDS, st.sampled_from([-2.0, 0.5]), st.sampled_from([8, 30]))
+@settings(max_examples=25, deadline=None)
+def test_recycling_saves_products_and_tells_the_true_residual(seed, lowest, recycle):
+    matrix = rotated(torch.cat([torch.linspace(lowest, 40.0, 10), torch.linspace(0.9, 1.1, 50)]), seed)
+    recycled, cold = (system(matrix) for _ in range(2))
+    for v in right_hand_sides(60, 5, seed):
+        solution = MinRes(iterations=60, tolerance=0.02, recycle=recycle)(recycled, v)
+        assert solution.status == "converged" and solution.residual <= 0.02
+        assert solution.residual == pytest.approx(residual(matrix, solution.x, v), abs=1e-8)
+        assert len(recycled.subspace.basis) <= recycle
+        MinRes(iterations=60, tolerance=0.02, recycle=0)(cold, v)
+        assert not cold.subspace.basis
+    assert recycled.products < cold.products
+
+
+def test_a_right_hand_side_solved_before_costs_no_product():
+    matrix, v = rotated(torch.linspace(-1.0, 10.0, 40), 0), randn(40, seed=0)
+    operator, solve = system(matrix), MinRes(iterations=40, tolerance=1e-6, recycle=100)
+    first = solve(operator, v)
+    known = operator.products
+    second = solve(operator, -3.0 * v)
+    assert second.status == "converged" and second.products == 0 and operator.products == known
+    torch.testing.assert_close(second.x, -3.0 * first.x, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize(("recycle", "products"), [(0, 0), (1, 0), (2, 1), (5, 4), (8, 6)])
+def test_no_more_vectors_are_kept_than_asked_for(recycle, products):
+    matrix = rotated(torch.linspace(-1.0, 10.0, 40), 0)
+    operator = system(matrix)
+    for v in right_hand_sides(40, 4, 0):
+        MinRes(iterations=5, tolerance=1e-6, recycle=recycle)(operator, v)
+        assert len(operator.subspace.basis) <= recycle
+    # each right-hand side takes a vector, and each of its products one more: 1 + 5, then 1 + 1
+    assert operator.subspace.explored == products
+
+
+def test_the_strength_may_change_between_solves_without_a_product():
+    hessian, v = rotated(torch.linspace(0.5, 10.0, 30), 0), randn(30, seed=0)
+    operator = DenseOperator(hessian, strength=1.0)
+    MinRes(iterations=6, tolerance=0.0)(operator, v)
+    known, operator.strength = operator.products, 5.0
+    solution = MinRes(iterations=6, tolerance=0.1)(operator, v)
+    assert solution.status == "converged" and operator.products == known
+    matrix = torch.eye(30, dtype=torch.float64) + hessian / 5.0
+    assert solution.residual == pytest.approx(residual(matrix, solution.x, v), rel=1e-9)
+
+
+def test_thousands_of_float32_parameters_have_the_residual_reported():
+    values = torch.cat([torch.linspace(-1.0, 20.0, 50), torch.linspace(0.9, 1.1, 1950)])
+    matrix = rotated(values, 0, torch.float32)
+    operator = system(matrix)
+    for v in right_hand_sides(2000, 3, 0, torch.float32):
+        solution = MinRes(iterations=6, tolerance=0.02)(operator, v)
+        assert solution.residual == pytest.approx(residual(matrix.double(), solution.x.double(), v.double()), abs=1e-4)
+
+
+def test_an_invariant_space_that_leaves_a_residual_is_singular():
+    matrix = torch.diag(torch.tensor([1.0, 2.0, 0.0], dtype=torch.float64))
+    v = torch.ones(3, dtype=torch.float64)
+    operator = system(matrix)
+    solution = MinRes(iterations=10, tolerance=1e-3)(operator, v)
+    assert solution.status == "singular" and solution.products == operator.products == 3
+    torch.testing.assert_close(solution.x[:2], torch.tensor([1.0, 0.5], dtype=torch.float64))
+    assert solution.residual == pytest.approx(3**-0.5)  # the third component cannot be reached
+
+
+@pytest.mark.parametrize("after", [0, 1, 3])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_product_that_is_not_finite_is_answered_by_the_best_so_far(after, bad):
+    matrix, v = rotated(torch.linspace(0.5, 10.0, 12), 0), randn(12, seed=0)
+
+    class Breaks(DenseOperator):
+        def hessian_product(self, u):
+            product = super().hessian_product(u)
+            return product if self.products <= after else product * bad
+
+    solution = MinRes(iterations=8, tolerance=1e-6)(Breaks(matrix - torch.eye(12, dtype=torch.float64)), v)
+    assert solution.status == "non_finite" and solution.products == after + 1
+    if after:
+        assert solution.residual == pytest.approx(krylov_residual(matrix, v, after), rel=1e-9)
+        assert solution.residual == pytest.approx(residual(matrix, solution.x, v), rel=1e-9)
+    else:
+        assert torch.equal(solution.x, v) and solution.residual == float("inf")
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1e30])
+def test_the_scale_of_v_does_not_matter(scale):
+    matrix, v = rotated(torch.linspace(-1.0, 10.0, 12), 0, torch.float32), randn(12, seed=0, dtype=torch.float32)
+    solve = MinRes(iterations=4, tolerance=1e-6)
+    reference, scaled = solve(system(matrix), v), solve(system(matrix), v * scale)
+    assert scaled.status == reference.status
+    torch.testing.assert_close(scaled.x / scale, reference.x, rtol=1e-4, atol=1e-5)  # float32
+    assert scaled.residual == pytest.approx(reference.residual, rel=1e-3)
+
+
+@pytest.mark.parametrize("wrong", [{"iterations": 0}, {"recycle": -1}])
+def test_limits_that_make_no_sense_are_refused(wrong):
+    with pytest.raises(ValueError, match="solver 'minres'.* at least"):
+        MinRes(**wrong)

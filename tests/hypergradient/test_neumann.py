@@ -1,0 +1,166 @@
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from bissl_zoo.hypergradient import DenseOperator, Neumann
+from bissl_zoo.hypergradient.damping import lanczos
+from bissl_zoo.hypergradient.neumann import STEPS
+
+SEEDS = st.integers(0, 10_000)
+
+
+def randn(*shape, seed, dtype=torch.float64):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+
+
+def rotated(eigenvalues, seed, dtype=torch.float64):
+    values = torch.as_tensor(eigenvalues, dtype=dtype)
+    q, _ = torch.linalg.qr(randn(len(values), len(values), seed=seed, dtype=dtype))
+    return q @ torch.diag(values) @ q.T
+
+
+def system(matrix):
+    """`A` itself is the matrix."""
+    return DenseOperator(matrix - torch.eye(len(matrix), dtype=matrix.dtype))
+
+
+def residual(matrix, x, v):
+    return float((v - matrix @ x).norm() / v.norm())
+
+
+def largest_eigenvalue(matrix, start, steps):
+    """Ritz value and bound from so many Lanczos steps, dense."""
+    columns = [start.numpy() / np.linalg.norm(start.numpy())]
+    for _ in range(steps - 1):
+        w = matrix.numpy() @ columns[-1]
+        for _ in range(2):
+            q = np.stack(columns, axis=1)
+            w = w - q @ (q.T @ w)
+        columns.append(w / np.linalg.norm(w))
+    q = np.stack(columns, axis=1)
+    values, vectors = np.linalg.eigh(q.T @ matrix.numpy() @ q)
+    vectors = q @ vectors
+    return (values + np.linalg.norm(matrix.numpy() @ vectors - vectors * values, axis=0)).max()
+
+
+@given(st.integers(1, 20), SEEDS, st.floats(1.0, 20.0))
+@settings(max_examples=40, deadline=None)
+def test_a_definite_system_is_solved(size, seed, largest):
+    matrix, v = rotated(torch.linspace(1.0, largest, size), seed), randn(size, seed=seed)
+    operator = system(matrix)
+    solution = Neumann(iterations=1500, tolerance=1e-9)(operator, v)
+    assert solution.status == "converged" and solution.products == operator.products
+    np.testing.assert_allclose(solution.x.numpy(), np.linalg.solve(matrix.numpy(), v.numpy()), atol=1e-8)
+
+
+@pytest.mark.parametrize("terms", [1, 2, 3, 7])
+@pytest.mark.parametrize("seed", range(3))
+def test_it_is_the_truncated_series(terms, seed):
+    matrix, v = rotated(torch.linspace(0.5, 9.0, 20), seed), randn(20, seed=seed)
+    operator = system(matrix)
+    known = lanczos(operator, operator.subspace.coordinates(v), 5)
+    solution = Neumann(iterations=terms, tolerance=0.0)(operator, v)
+    eta = 1.0 / largest_eigenvalue(matrix, v, 5)
+    step = np.eye(20) - eta * matrix.numpy()
+    expected = eta * sum(np.linalg.matrix_power(step, k) @ v.numpy() for k in range(terms))
+    np.testing.assert_allclose(solution.x.numpy(), expected, rtol=1e-8)
+    assert solution.status == "max_iterations" and solution.products == operator.products - known == terms
+    assert solution.residual == pytest.approx(residual(matrix, solution.x, v), rel=1e-9)
+
+
+def test_the_step_is_estimated_once():
+    matrix = rotated(torch.linspace(1.0, 9.0, 20), 0)
+    operator, solve = system(matrix), Neumann(iterations=30, tolerance=0.0)
+    products = [solve(operator, randn(20, seed=seed)).products for seed in range(3)]
+    assert products == [STEPS + 30, 30, 30]
+    assert len(operator.subspace.basis) == STEPS + 1  # right-hand sides do not pile up
+
+
+def test_a_large_curvature_converges_where_the_plain_series_would_not():
+    values = torch.linspace(0.0, 1000.0, 5).tolist() + [0.0] * 15
+    hessian, v = rotated(values, 0), randn(20, seed=0)
+    solution = Neumann(iterations=60, tolerance=0.3)(DenseOperator(hessian, strength=200.0), v)
+    assert solution.status == "converged" and solution.residual <= 0.3
+    plain, matrix = v, torch.eye(20, dtype=torch.float64) + hessian / 200.0
+    for _ in range(10):
+        plain = plain + (v - matrix @ plain)
+    assert residual(matrix, plain, v) > 1e3
+
+
+def test_v_is_the_answer_where_it_is_better_than_the_series():
+    values = torch.cat([torch.zeros(19), torch.tensor([100.0])]).double()
+    v = torch.ones(20, dtype=torch.float64)
+    v[-1] = 1e-3  # nothing of v is curved to speak of, and the steps that the curvature allows are short
+    solution = Neumann(iterations=5, tolerance=0.01)(DenseOperator(torch.diag(values), strength=1.0), v)
+    assert torch.equal(solution.x, v) and solution.status == "max_iterations"
+    assert solution.residual == pytest.approx(0.1 / float(v.norm()))
+
+
+@given(SEEDS, st.integers(1, 30))
+@settings(max_examples=40, deadline=None)
+def test_negative_curvature_is_told_and_answered_by_the_best(seed, iterations):
+    matrix, v = rotated(torch.linspace(-3.0, 9.0, 20), seed), randn(20, seed=seed)
+    operator = system(matrix)
+    lanczos(operator, operator.subspace.coordinates(v), 10)
+    solution = Neumann(iterations=iterations, tolerance=1e-6)(operator, v)
+    assert solution.status == "negative_curvature" and torch.isfinite(solution.x).all()
+    assert solution.residual == pytest.approx(residual(matrix, solution.x, v), rel=1e-8)
+    assert solution.residual <= residual(matrix, v, v) * (1 + 1e-9)
+
+
+def test_negative_curvature_that_the_products_do_not_show_is_a_growing_residual():
+    matrix = torch.diag(torch.tensor([1.0, 1.2, 1.4, -2.0], dtype=torch.float64))
+    operator, blind = system(matrix), torch.tensor([1.0, 1.0, 1.0, 0.0], dtype=torch.float64)
+    solve = Neumann(iterations=50, tolerance=1e-9)
+    assert solve(operator, blind).status == "converged"
+    v = torch.tensor([1.0, 1.0, 1.0, 0.1], dtype=torch.float64)
+    solution = solve(operator, v)
+    assert solution.status == "diverged" and solution.products < 10
+    assert solution.residual == pytest.approx(residual(matrix, solution.x, v)) and solution.residual < 0.3
+
+
+def test_a_step_that_is_too_long_is_a_growing_residual():
+    matrix = torch.diag(torch.tensor([1.0, 1.0, 50.0], dtype=torch.float64))
+    operator, blind = system(matrix), torch.tensor([1.0, 1.0, 0.0], dtype=torch.float64)
+    solve = Neumann(iterations=50, tolerance=1e-9)
+    assert solve(operator, blind).status == "converged"  # all that is known of A now is its eigenvalue 1
+    v = torch.tensor([1.0, 1.0, 0.01], dtype=torch.float64)
+    solution = solve(operator, v)
+    assert solution.status == "diverged" and solution.products <= 3
+    assert solution.residual == pytest.approx(residual(matrix, solution.x, v))
+
+
+@pytest.mark.parametrize("after", [0, 1, STEPS, STEPS + 1, STEPS + 4])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_product_that_is_not_finite_is_answered_by_the_best_so_far(after, bad):
+    matrix, v = rotated(torch.linspace(0.5, 10.0, 12), 0), randn(12, seed=0)
+
+    class Breaks(DenseOperator):
+        def hessian_product(self, u):
+            product = super().hessian_product(u)
+            return product if self.products <= after else product * bad
+
+    operator = Breaks(matrix - torch.eye(12, dtype=torch.float64))
+    solution = Neumann(iterations=20, tolerance=1e-9)(operator, v)
+    assert solution.status == "non_finite" and solution.products == operator.products
+    if after > STEPS:
+        assert solution.residual == pytest.approx(residual(matrix, solution.x, v), rel=1e-9)
+        assert solution.residual < 1.0
+    else:
+        assert torch.equal(solution.x, v) and solution.residual == float("inf")
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1e30])
+def test_the_scale_of_v_does_not_matter(scale):
+    matrix, v = rotated(torch.linspace(0.5, 10.0, 12), 0, torch.float32), randn(12, seed=0, dtype=torch.float32)
+    reference, scaled = (Neumann(iterations=6)(system(matrix), v * s) for s in (1.0, scale))
+    assert scaled.status == reference.status
+    torch.testing.assert_close(scaled.x / scale, reference.x, rtol=1e-4, atol=1e-5)
+    assert scaled.residual == pytest.approx(reference.residual, rel=1e-3)
+
+
+def test_a_series_without_terms_is_refused():
+    with pytest.raises(ValueError, match="iterations=0 must be at least 1"):
+        Neumann(iterations=0)

@@ -1,0 +1,191 @@
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from bissl_zoo.hypergradient import DenseOperator, Nystrom, choose_strength
+
+SEEDS = st.integers(0, 10_000)
+
+
+def randn(*shape, seed, dtype=torch.float64):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+
+
+def rotated(eigenvalues, seed, dtype=torch.float64):
+    values = torch.as_tensor(eigenvalues, dtype=dtype)
+    q, _ = torch.linalg.qr(randn(len(values), len(values), seed=seed, dtype=dtype))
+    return q @ torch.diag(values) @ q.T
+
+
+def residual(operator, x, v):
+    return float((v - x - operator.hessian @ x / operator.strength).norm() / v.norm())
+
+
+def with_approximation(hessian, directions, strength):
+    """`I + H D (D^T H D)^+ D^T H / strength`, dense."""
+    h, d = hessian.numpy(), directions.numpy()
+    sketch = h @ d
+    return np.eye(len(h)) + sketch @ np.linalg.pinv(d.T @ sketch) @ sketch.T / strength
+
+
+@given(SEEDS, st.integers(1, 10), st.sampled_from([0.5, 10.0]))
+@settings(max_examples=40, deadline=None)
+def test_it_inverts_the_approximation_by_its_gaussian_sketch(seed, rank, strength):
+    hessian, v = rotated(20.0 / torch.arange(1, 26) ** 2, seed), randn(25, seed=seed + 100)
+    operator = DenseOperator(hessian, strength)
+    solution = Nystrom(rank=rank, seed=seed)(operator, v)
+    generator = torch.Generator().manual_seed(seed)
+    drawn = torch.stack([torch.randn(25, generator=generator, dtype=torch.float64) for _ in range(rank)], dim=1)
+    expected = np.linalg.solve(with_approximation(hessian, drawn, strength), v.numpy())
+    if solution.status != "diverged":  # that one may be answered by v
+        # the core of the sketch is as ill conditioned as the spectrum falls, 1e-2 here, squared by the draw
+        np.testing.assert_allclose(solution.x.numpy(), expected, atol=1e-8)
+    assert solution.residual == pytest.approx(residual(operator, solution.x, v), rel=1e-8)
+    assert rank + 1 <= solution.products == operator.products <= rank + 2
+
+
+@given(SEEDS, st.integers(1, 8))
+@settings(max_examples=30, deadline=None)
+def test_curvature_of_low_rank_is_met_exactly(seed, curved):
+    values = torch.cat([torch.linspace(1.0, 100.0, curved), torch.zeros(30 - curved)])
+    operator, v = DenseOperator(rotated(values, seed), strength=2.0), randn(30, seed=seed + 100)
+    solution = Nystrom(rank=8)(operator, v)
+    assert solution.status == "converged" and solution.residual < 1e-6
+    matrix = np.eye(30) + operator.hessian.numpy() / 2.0
+    np.testing.assert_allclose(solution.x.numpy(), np.linalg.solve(matrix, v.numpy()), atol=1e-6)
+
+
+@pytest.mark.parametrize("size", [1, 6, 9])
+def test_as_many_directions_as_parameters_solve_an_indefinite_system_too(size):
+    values = torch.linspace(-7.0, 20.0, size)
+    operator, v = DenseOperator(rotated(values, 0), strength=2.0), randn(size, seed=100)
+    solution = Nystrom(rank=12)(operator, v)
+    assert solution.status == "converged" and solution.residual < 1e-9
+    assert solution.products == operator.products == size + 1  # a space that is known in full takes no more
+
+
+def test_further_solves_spend_no_product_but_the_one_that_checks():
+    operator = DenseOperator(rotated(20.0 * 0.3 ** torch.arange(40), 0), strength=1.0)
+    solve, unchecked = Nystrom(rank=6), Nystrom(rank=6, check=False)
+    first = solve(operator, randn(40, seed=100))
+    size = len(operator.subspace.basis)
+    assert first.products == 7 and size <= 12
+    for seed in range(1, 6):
+        v = randn(40, seed=100 + seed)
+        checked, quick = solve(operator, v), unchecked(operator, v)
+        assert (checked.products, checked.status) == (1, "converged")
+        assert (quick.products, quick.status, quick.residual) == (0, "not_solved", None)
+        torch.testing.assert_close(checked.x, quick.x, rtol=0, atol=0)
+        assert len(operator.subspace.basis) == size  # right-hand sides do not pile up
+    assert operator.products == 7 + 5
+
+
+def test_the_order_of_right_hand_sides_does_not_matter():
+    hessian, v = rotated(20.0 / torch.arange(1, 41) ** 2, 0), randn(40, seed=100)
+    early, late = DenseOperator(hessian), DenseOperator(hessian)
+    for seed in range(1, 4):
+        Nystrom(rank=6)(late, randn(40, seed=100 + seed))
+    torch.testing.assert_close(Nystrom(rank=6)(late, v).x, Nystrom(rank=6)(early, v).x, rtol=0, atol=1e-10)
+
+
+def test_the_part_that_the_sketch_does_not_see_passes_unchanged():
+    values = torch.cat([torch.linspace(1.0, 10.0, 3), torch.zeros(17)])
+    operator = DenseOperator(torch.diag(values.double()))
+    v = torch.zeros(20, dtype=torch.float64)
+    v[5:] = 1.0
+    torch.testing.assert_close(Nystrom(rank=4)(operator, v).x, v, rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize(("steps", "drawn"), [(3, 5), (8, 0), (12, 0)])
+def test_products_left_by_automatic_damping_are_used_first(steps, drawn):
+    hessian, v = rotated(torch.linspace(-5.0, 20.0, 40), 0), randn(40, seed=100)
+    operator = DenseOperator(hessian, strength=None)
+    operator.strength, spent = choose_strength(operator, v, steps, 0.05, 1e-3)
+    basis = torch.stack(operator.subspace.basis)
+    solution = Nystrom(rank=8)(operator, v)
+    assert spent == steps and operator.products == spent + solution.products
+    assert solution.products in (drawn + 1, drawn + 2)
+    assert torch.equal(torch.stack(operator.subspace.basis)[: len(basis)], basis)
+
+
+def test_another_seed_draws_other_directions():
+    hessian, v = rotated(20.0 / torch.arange(1, 41), 0), randn(40, seed=100)
+    state = torch.get_rng_state()
+    first, again, other = (Nystrom(rank=3, seed=seed, check=False)(DenseOperator(hessian), v).x for seed in (0, 0, 1))
+    assert torch.equal(first, again) and not torch.equal(first, other)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_negative_curvature_is_told_and_answered_by_what_is_better():
+    seen, rank = set(), 4
+    for seed in range(20):
+        operator, v = DenseOperator(rotated(torch.linspace(-8.0, 20.0, 15), seed)), randn(15, seed=seed + 100)
+        solution = Nystrom(rank=rank, tolerance=1e-6)(operator, v)
+        assert solution.products == operator.products
+        assert solution.residual == pytest.approx(residual(operator, solution.x, v), rel=1e-9)
+        if solution.status == "negative_curvature":
+            assert solution.products == rank + 2
+            assert solution.residual <= residual(operator, v, v) * (1 + 1e-12)
+            seen.add("v" if torch.equal(solution.x, v) else "x")
+            unchecked = Nystrom(rank=rank, check=False)(DenseOperator(operator.hessian), v)
+            assert (unchecked.status, unchecked.residual) == ("negative_curvature", None)
+            assert torch.equal(unchecked.x, v)
+    assert seen == {"v", "x"}
+
+
+def test_a_poor_approximation_of_a_definite_system_is_told():
+    operator, v = DenseOperator(rotated(torch.linspace(1.0, 20.0, 60), 0)), randn(60, seed=100)
+    solution = Nystrom(rank=3, tolerance=0.05)(operator, v)
+    assert solution.status == "diverged"  # most of the curvature is left out, so x is nearly v, a residual above 1
+    operator.strength = 30.0
+    solution = Nystrom(rank=3, tolerance=0.05)(operator, v)
+    assert solution.status == "max_iterations" and 0.05 < solution.residual < 1.0
+    assert solution.residual == pytest.approx(residual(operator, solution.x, v), rel=1e-9)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("after", [0, 2, 4])
+def test_a_product_that_is_not_finite_is_answered_by_v(bad, after):
+    hessian, v = rotated(torch.linspace(0.5, 10.0, 12), 0), randn(12, seed=100)
+
+    class Breaks(DenseOperator):
+        def hessian_product(self, u):
+            product = super().hessian_product(u)
+            return product if self.products <= after else product * bad
+
+    operator, solve = Breaks(hessian), Nystrom(rank=4)
+    for _ in range(4):
+        solution = solve(operator, v)
+        assert solution.status == "non_finite" and torch.equal(solution.x, v)
+        assert len(operator.subspace.basis) <= 2 * 4
+    assert operator.subspace.explored == after
+
+
+def test_thousands_of_float32_parameters_have_the_residual_reported():
+    values = torch.cat([torch.linspace(1.0, 50.0, 8), torch.linspace(-0.001, 0.001, 1992)])
+    operator = DenseOperator(rotated(values, 0, torch.float32), strength=1.0)
+    for seed in range(3):
+        v = randn(2000, seed=100 + seed, dtype=torch.float32)
+        solution = Nystrom(rank=12)(operator, v)
+        x, matrix = solution.x.double(), operator.hessian.double()
+        assert solution.status == "converged"
+        assert solution.residual == pytest.approx(float((v - x - matrix @ x).norm() / v.norm()), abs=1e-4)
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1e30])
+def test_the_scale_of_v_does_not_matter(scale):
+    hessian, v = rotated(20.0 / torch.arange(1, 13) ** 2, 0, torch.float32), randn(12, seed=100, dtype=torch.float32)
+    reference, scaled = (Nystrom(rank=6)(DenseOperator(hessian), v * s) for s in (1.0, scale))
+    assert scaled.status == reference.status
+    torch.testing.assert_close(scaled.x / scale, reference.x, rtol=1e-4, atol=1e-5)
+
+
+def test_it_says_how_many_products_a_solve_may_take():
+    assert Nystrom(rank=7).iterations == 7
+
+
+def test_a_rank_that_makes_no_sense_is_refused():
+    with pytest.raises(ValueError, match="rank=0 must be at least 1"):
+        Nystrom(rank=0)

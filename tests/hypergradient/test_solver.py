@@ -1,0 +1,164 @@
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from bissl_zoo.hypergradient import SOLVERS, DenseOperator, Solution
+from bissl_zoo.hypergradient.solver import power_of_two, relative_residual
+
+SIZE = 8
+#: of those documented, what may be said of a system; "not_solved" may be said of any
+SAID = {
+    "definite": {"converged", "max_iterations"},
+    "indefinite": {"converged", "max_iterations", "negative_curvature", "diverged"},
+    "negative": {"converged", "max_iterations", "negative_curvature", "diverged"},
+    "singular": {"converged", "max_iterations", "negative_curvature", "diverged", "singular"},
+    "zero": {"negative_curvature", "singular"},
+    "nan": {"non_finite"},
+    "inf": {"non_finite"},
+}
+
+
+def matrix(kind):
+    """The matrix `A` of a kind; rotated, so that every product mixes all components."""
+    diagonals = {
+        "definite": [1.0, 1.2, 1.4, 1.6, 1.8, 2.0, 2.2, 2.4],
+        "indefinite": [-3.0, -1.0, 1.0, 2.0, 3.0, 4.0, 5.0, 6.0],
+        "negative": [-1.0, -2.0, -3.0, -4.0, -5.0, -6.0, -7.0, -8.0],
+        "singular": [0.0, 0.0, 1.0, 2.0, 3.0, 4.0, 5.0, 6.0],
+        "zero": [0.0] * SIZE,
+    }
+    if kind in ("nan", "inf"):
+        return torch.full((SIZE, SIZE), float(kind), dtype=torch.float64)
+    generator = torch.Generator().manual_seed(0)
+    q, _ = torch.linalg.qr(torch.randn(SIZE, SIZE, generator=generator, dtype=torch.float64))
+    return q @ torch.diag(torch.tensor(diagonals[kind], dtype=torch.float64)) @ q.T
+
+
+def system(a):
+    """`A` itself is the matrix."""
+    return DenseOperator(a - torch.eye(len(a), dtype=a.dtype))
+
+
+def right(seed=1):
+    return torch.randn(SIZE, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("kind", SAID)
+@pytest.mark.parametrize("name", SOLVERS)
+def test_every_system_has_a_finite_answer_a_true_residual_and_a_status(name, kind, dtype):
+    a, v = matrix(kind).to(dtype), right().to(dtype)
+    operator, solve = system(a), SOLVERS[name]()
+    for count in range(3):  # what a solve leaves is what the next one starts from
+        before = operator.products
+        solution = solve(operator, v * (1.0 - 3.0 * count))
+        assert isinstance(solution, Solution) and torch.isfinite(solution.x).all()
+        assert solution.x.shape == v.shape and solution.x.dtype == dtype
+        assert solution.products == operator.products - before
+        assert solution.status in SAID[kind] | {"not_solved"}
+        if solution.status == "not_solved":
+            assert solution.residual is None
+        elif solution.status == "non_finite":
+            assert solution.residual == math.inf
+        else:
+            v_now = v * (1.0 - 3.0 * count)
+            true = float((v_now - a @ solution.x).double().norm() / v_now.double().norm())
+            assert solution.residual == pytest.approx(true, abs=1e-8 if dtype == torch.float64 else 1e-4)
+            tolerance = getattr(solve, "tolerance", torch.finfo(dtype).eps ** 0.5)
+            assert (solution.status == "converged") == (solution.residual <= tolerance)
+
+
+@pytest.mark.parametrize("name", SOLVERS)
+def test_zero_is_answered_by_zero_without_a_product(name):
+    operator = system(matrix("indefinite"))
+    solution = SOLVERS[name]()(operator, torch.zeros(SIZE, dtype=torch.float64))
+    assert not solution.x.any() and solution.products == operator.products == 0
+    assert (solution.status, solution.residual) in [("converged", 0.0), ("not_solved", None)]
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("name", SOLVERS)
+def test_a_v_that_is_not_finite_is_answered_by_zero(name, bad):
+    operator, v = system(matrix("definite")), right()
+    v[3] = bad
+    solution = SOLVERS[name]()(operator, v)
+    assert not solution.x.any() and torch.isfinite(solution.x).all() and solution.status == "non_finite"
+    assert solution.products == operator.products
+    assert not operator.subspace.basis
+
+
+@pytest.mark.parametrize("after", [0, 1, 2, 5, 8])
+@pytest.mark.parametrize("name", SOLVERS)
+def test_products_that_become_not_finite_have_a_finite_answer(name, after):
+    class Breaks(DenseOperator):
+        def hessian_product(self, u):
+            return super().hessian_product(u) * (1.0 if self.products <= after else float("nan"))
+
+    operator, v = Breaks(matrix("definite")), right()
+    for _ in range(3):
+        solution = SOLVERS[name]()(operator, v)
+        assert torch.isfinite(solution.x).all()
+        assert solution.status in {"non_finite", "converged", "max_iterations", "not_solved"}
+        assert solution.residual is None or not math.isnan(solution.residual)
+
+
+@given(
+    st.lists(st.floats(width=32), min_size=3, max_size=3),
+    st.lists(st.floats(width=32), min_size=3, max_size=3),
+    st.sampled_from(sorted(SOLVERS)),
+)
+@settings(max_examples=400, deadline=None)
+def test_the_answer_is_finite_whatever_comes_in(diagonal, v, name):
+    operator = DenseOperator(torch.diag(torch.tensor(diagonal)))
+    for _ in range(2):
+        solution = SOLVERS[name]()(operator, torch.tensor(v))
+        assert torch.isfinite(solution.x).all()
+        assert solution.residual is None or not math.isnan(solution.residual)
+
+
+@pytest.mark.parametrize("name", SOLVERS)
+def test_an_answer_that_does_not_fit_its_type_is_not_given(name):
+    operator, v = DenseOperator(-0.6 * torch.eye(3)), torch.full((3,), 3e38)  # x is 2.5 v
+    solution = SOLVERS[name]()(operator, v)
+    assert torch.equal(solution.x, v) and solution.status != "converged"
+
+
+def test_the_operator_of_a_matrix_is_damped_and_counts():
+    hessian, u = torch.tensor([[2.0, 1.0], [1.0, -4.0]]), torch.tensor([1.0, 2.0])
+    operator = DenseOperator(hessian, strength=4.0)
+    assert torch.equal(operator.hessian_product(u), torch.tensor([4.0, -7.0]))
+    assert torch.equal(operator(u), torch.tensor([2.0, 0.25])) and operator.products == 2
+    assert operator.block_sizes == [2] and DenseOperator(hessian, block_sizes=[1, 1]).block_sizes == [1, 1]
+
+
+@pytest.mark.parametrize("strength", [0.0, -1.0, float("nan")])
+def test_a_strength_that_is_not_positive_is_refused(strength):
+    with pytest.raises(ValueError, match="must be positive"):
+        DenseOperator(torch.eye(2), strength)
+
+
+def test_a_product_before_the_damping_is_chosen_is_refused():
+    operator = DenseOperator(torch.eye(2), strength=None)
+    assert torch.equal(operator.hessian_product(torch.ones(2)), torch.ones(2))
+    with pytest.raises(RuntimeError, match="before its damping was chosen"):
+        operator(torch.ones(2))
+
+
+@given(st.floats(width=32, allow_nan=False, allow_infinity=False).filter(bool))
+@settings(max_examples=100, deadline=None)
+def test_the_power_of_two_leaves_every_digit(value):
+    v = torch.tensor([value, value / 3])
+    scale = power_of_two(v)
+    assert math.frexp(float(scale))[0] == 0.5  # a power of two
+    assert 0.5 <= float((v / scale).abs().max()) <= 2.0
+    assert torch.equal(v / scale * scale, v)
+
+
+def test_the_relative_residual_is_one_product():
+    operator = DenseOperator(torch.eye(2), strength=1.0)
+    assert relative_residual(operator, torch.tensor([0.5, 0.0]), torch.tensor([1.0, 1.0])) == pytest.approx(0.5**0.5)
+    assert operator.products == 1
+    assert relative_residual(operator, torch.zeros(2), torch.zeros(2)) == 0.0
