@@ -34,6 +34,7 @@ setup(
         "defusedxml>=0.7",
         "scikit-learn>=1.4",  # carries the digits and photographs of the embedded data set
         "tensorboard>=2.15",
+        "matplotlib>=3.8",
         "tabulate>=0.9",
         "tqdm>=4.60",
         "platformdirs>=4",

@@ -1,4 +1,6 @@
 import itertools
+import resource
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,7 +11,7 @@ from torch.optim import SGD
 from bissl_zoo.bilevel import Adaptation, BiLevel
 from bissl_zoo.distributed import flatten
 from bissl_zoo.errors import ConfigError, NonFiniteLoss
-from bissl_zoo.hypergradient import ConjugateGradient, Exact, Identity, Solution
+from bissl_zoo.hypergradient import ConjugateGradient, Exact, Identity, MinRes, Solution
 from bissl_zoo.level import Level
 from bissl_zoo.optim import LRMultiplier
 from bissl_zoo.registry import HYPERGRADIENT_SOLVERS, build_solver
@@ -241,3 +243,74 @@ def test_every_solver_is_registered_and_answers_in_kind():
         solution = solver(operator, torch.ones(3, dtype=torch.float64))
         assert isinstance(solution, Solution) and solution.x.shape == (3,)
         assert solver.damping == "auto" or solver.damping >= 0
+
+
+def test_automatic_damping_is_chosen_once_for_the_upper_steps_of_an_alternation():
+    solver = MinRes(iterations=3, tolerance=1e-6, damping="auto")
+    problem, _, _ = quadratic(lam=0.5, solver=solver, lower_steps=1, upper_steps=4)
+    operators = []
+    step = problem.upper_step
+    problem.upper_step = lambda operator: (operators.append(operator), step(operator))[1]
+    metrics = problem.alternate(0)
+    assert len({id(operator) for operator in operators}) == 1
+    # three Lanczos steps know all of a 3 x 3 matrix, which is definite: the least damping is none
+    assert [record["solver/damping"] for record in problem.diagnostics] == [0.0] * 4
+    assert [record["solver/products"] for record in problem.diagnostics] == [3, 0, 0, 0]
+    assert all(record["solver/status"] == "converged" for record in problem.diagnostics)
+    assert all(record["solver/least_ritz_value"] == pytest.approx(1 + 0.2 / 0.5) for record in problem.diagnostics)
+    assert metrics["solver/damping"] == 0.0 and problem.strength == 0.5
+
+
+def test_automatic_damping_rises_at_once_and_falls_slowly():
+    problem, _, _ = quadratic(lam=0.5, solver=MinRes(iterations=3, tolerance=1e-6, damping="auto"))
+    used = []
+    for curvature in (1.0, -8.0, 1.0, 1.0):  # indefinite at the second alternation
+        problem.lower.head.function = lambda theta, phi, _, c=curvature: c / 2 * theta.square().sum()
+        operator = problem.curvature(None).prepare()
+        assert operator.strength is None
+        problem.upper_step(operator)
+        used.append(operator.strength)
+    needed = 8.0 / (1 - 0.25)  # A = I - 8/s has the eigenvalue 0.25 there
+    expected = [0.5, needed, (0.5 * needed) ** 0.5, (0.5 * (0.5 * needed) ** 0.5) ** 0.5]
+    assert used == pytest.approx(expected, rel=0.02)
+
+
+def test_every_upper_step_leaves_its_diagnostics():
+    problem, _, _ = quadratic(gamma=1.0, lower_steps=1, upper_steps=3)
+    metrics = problem.alternate(0)
+    assert len(problem.diagnostics) == 3
+    keys = {"solver/residual", "solver/products", "solver/status", "solver/damping", "solver/cosine", "solver/v_norm"}
+    assert all(keys | {"solver/x_norm", "solver/plain_norm"} <= set(record) for record in problem.diagnostics)
+    assert metrics["solver/cosine"] == problem.diagnostics[-1]["solver/cosine"]
+    losses = [record["upper/total_loss"] for record in problem.diagnostics]
+    assert losses == sorted(losses, reverse=True) and losses[0] > losses[-1]
+
+
+def resident_bytes():
+    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="needs Linux's /proc")
+@pytest.mark.parametrize("products", ["graph", "rebuild"])
+def test_thirty_alternations_need_no_more_memory_than_ten(products):
+    torch.manual_seed(0)
+
+    class Wide(nn.Linear):
+        def losses(self, backbone, batch):
+            return {"loss": self(backbone(batch)).square().mean()}
+
+        def after_step(self, backbone):
+            pass
+
+    levels = []
+    for name in ("lower", "upper"):
+        backbone = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Tanh(), nn.Flatten(), nn.Linear(2592, 16))
+        levels.append(level(name, backbone, Wide(16, 4), lr=1e-3, batches=itertools.repeat(torch.randn(64, 3, 20, 20))))
+    problem = BiLevel(*levels, MinRes(damping=1.0), lam=1.0, lower_steps=1, upper_steps=2, products=products)
+    for alternation in range(10):
+        problem.alternate(alternation)
+    before = resident_bytes()
+    for alternation in range(20):
+        problem.alternate(alternation)
+    # one graph that is not freed holds about 5 MiB of activations, twenty 100 MiB
+    assert resident_bytes() - before < 30 * 2**20

@@ -32,7 +32,7 @@ class MinRes:
     def __post_init__(self) -> None:
         if self.iterations < 1 or self.recycle < 0:
             raise ValueError(
-                f"solver 'minres': iterations={self.iterations} must be at least 1 and recycle={self.recycle} at least 0."
+                f"solver 'minres': iterations={self.iterations} must be 1 or more, recycle={self.recycle} 0 or more."
             )
 
     def __call__(self, operator: LinearOperator, v: Tensor) -> Solution:

@@ -21,8 +21,8 @@ class Subspace:
     With the basis in the rows of `V (m, P)`, the directions are `V^T R` and their products `H V^T R = V^T K`, where
     `R (m, k)` has orthonormal columns: a Lanczos relation that more than one starting vector may extend. `A = I + H/s`
     has the same relation with `R + K/s` for every `s`, so damping can be exchanged without a product, and the residual
-    of any `x` in the space is known without one. Keeping it between right-hand sides is recycling (Parks et al., SIAM J.
-    Sci. Comput. 28, 2006; for symmetric matrices Wang, de Sturler and Paulino, IJNME 69, 2007).
+    of any `x` in the space is known without one. Keeping it between right-hand sides is recycling (Parks et al., SIAM
+    J. Sci. Comput. 28, 2006; for symmetric matrices Wang, de Sturler and Paulino, IJNME 69, 2007).
 
     Attributes:
         basis: m orthonormal flat `(P,)` vectors.

@@ -10,7 +10,7 @@ from ..common.backbones.resnet import resnet18 as backbone
 from ..common.downstream.faster_rcnn import task
 from ..common.optim import cosine, lr_multiplier, optimizer
 from ..common.pretext.simclr import pretext
-from ..common.solvers.cg import solver
+from ..common.solvers.minres import solver
 from ..common.train import bilevel, clip_grad, finetune, pretrain, train
 
 
@@ -51,7 +51,6 @@ bilevel.lower_steps = 4
 bilevel.upper_steps = 2
 bilevel.alternations = 12
 bilevel.curvature_batch_size = 16
-solver.damping, solver.tolerance = 100.0, 0.01  # so lightly trained a network has an indefinite Hessian at 10
 bilevel.head_warmup.steps = 40
 bilevel.head_warmup.epochs = None
 

@@ -175,3 +175,88 @@ def test_frozen_state_keeps_the_gpus_random_state_without_buffers_too():
     with frozen_state([layer]):
         torch.rand(3, device="cuda")
     assert torch.equal(torch.cuda.get_rng_state(), before)
+
+
+def stochastic_loss():
+    """A loss with dropout and batch norm, and what it runs through."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.Tanh(), nn.Dropout(0.5), nn.Linear(8, 3)).double()
+    head = nn.Sequential(nn.Dropout(0.3), nn.Linear(3, 2)).double()
+    x = torch.randn(9, 6, dtype=torch.float64)
+    return net, head, lambda: head(net(x)).square().mean()
+
+
+def test_rebuilt_products_are_those_of_the_graph_whatever_happens_in_between():
+    net, head, loss = stochastic_loss()
+    parameters = list(net.parameters())
+    state = torch.get_rng_state()
+    kept, rebuilt = (
+        CurvatureOperator(loss, parameters, strength=1.0, modules=(net, head), products=products).prepare()
+        for products in ("graph", "rebuild")
+    )
+    assert torch.equal(torch.get_rng_state(), state)
+    for seed in range(3):
+        u = torch.randn(sum(p.numel() for p in parameters), dtype=torch.float64)
+        assert torch.equal(kept(u), rebuilt(u))
+        torch.manual_seed(seed)
+        net(torch.randn(4, 6, dtype=torch.float64))  # moves the statistics, draws a mask
+    before = net[1].running_mean.clone(), torch.get_rng_state()
+    rebuilt(u)
+    assert torch.equal(net[1].running_mean, before[0]) and torch.equal(torch.get_rng_state(), before[1])
+    rebuilt.release()
+    with pytest.raises(RuntimeError, match="after release"):
+        rebuilt(u)
+
+
+def test_the_next_preparation_draws_other_masks():
+    net, head, loss = stochastic_loss()
+    operator = CurvatureOperator(loss, list(net.parameters()), strength=1.0, modules=(net, head)).prepare()
+    u = torch.ones(sum(operator.block_sizes), dtype=torch.float64)
+    first = operator(u)
+    assert torch.equal(operator.prepare()(u), first)  # nothing was drawn in between
+    torch.randn(1)
+    assert not torch.equal(operator.prepare()(u), first)
+
+
+def test_a_way_to_make_products_that_there_is_not_is_refused():
+    with pytest.raises(ValueError, match='accepted: "graph" \\(faster\\) and "rebuild"'):
+        CurvatureOperator(lambda: None, [], strength=1.0, products="reuse")
+
+
+def test_only_the_backbone_is_differentiated_and_the_head_stays_trainable():
+    net, head, loss = stochastic_loss()
+    frozen = head[1].bias.requires_grad_(False)
+    seen = []
+    operator = CurvatureOperator(
+        lambda: (seen.append([p.requires_grad for p in (*net.parameters(), *head.parameters())]), loss())[1],
+        list(net.parameters()),
+        strength=1.0,
+        modules=(net, head),
+    ).prepare()
+    assert seen == [[True] * 6 + [False] * 2]
+    assert [p.requires_grad for p in head.parameters()] == [True, False] and not frozen.requires_grad
+    assert operator(torch.ones(sum(operator.block_sizes), dtype=torch.float64)).isfinite().all()
+
+
+def test_preparing_and_releasing_forget_the_products_of_another_matrix():
+    net, loss = smooth_net()
+    operator = CurvatureOperator(loss, list(net.parameters()), strength=1.0)
+    u = torch.randn(26, dtype=torch.float64)
+    for forget in (operator.prepare, operator.release):
+        operator.prepare()
+        space = operator.subspace
+        space.explore(operator.hessian_product, space.unexplored(space.coordinates(u)))
+        assert space.explored == 1
+        forget()
+        assert space.explored == 0 and not space.basis
+
+
+def test_a_product_with_a_needs_a_strength_and_one_with_the_hessian_does_not():
+    net, loss = smooth_net()
+    operator = CurvatureOperator(loss, list(net.parameters()), strength=None).prepare()
+    u = torch.randn(26, dtype=torch.float64)
+    product = operator.hessian_product(u)
+    with pytest.raises(RuntimeError, match="damping was chosen"):
+        operator(u)
+    operator.strength = 2.0
+    torch.testing.assert_close(operator(u), u + product / 2, rtol=1e-12, atol=0)

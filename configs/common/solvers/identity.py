@@ -1,0 +1,6 @@
+"""No curvature: joint training, the cheap baseline."""
+
+from bissl_zoo.config import LazyCall as L
+from bissl_zoo.registry import build_solver
+
+solver = L(build_solver)(name="identity")
