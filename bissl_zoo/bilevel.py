@@ -20,6 +20,7 @@ from bissl_zoo.hypergradient import (
     LinearOperator,
     Solution,
     choose_strength,
+    definite_strength,
     frozen_state,
 )
 from bissl_zoo.level import Level
@@ -187,7 +188,7 @@ class BiLevel:
         lower, upper = self.lower, self.upper
         with contextlib.nullcontext() if self.move_statistics else frozen_state([lower.backbone]):
             v, head, losses = self._downstream_gradients(lower.backbone, batch)
-        products = 0 if operator.strength is not None else self._choose_damping(operator, v)
+        products = self._choose_damping(operator, v) if self.solver.damping == "auto" else 0
         solution = self.solver(operator, v)
         backbone = solution.x
         metrics = {
@@ -216,9 +217,14 @@ class BiLevel:
     def _choose_damping(self, operator: LinearOperator, v: Tensor) -> int:
         """Set the operator's strength; returns the products spent, which the solve finds in its subspace.
 
-        What this matrix needs is met at once; from one alternation to the next the strength falls no faster than to the
-        geometric mean of the two.
+        What this matrix needs is met at once, also when later products of the alternation show more of it; from one
+        alternation to the next the strength falls no faster than to the geometric mean of the two.
         """
+        if operator.strength is not None:
+            if operator.subspace.explored:
+                operator.strength = max(operator.strength, definite_strength(operator.subspace, bounded=False))
+            self.strength = operator.strength
+            return 0
         needed, products = choose_strength(operator, v, self.solver.iterations, self.solver.tolerance, self.lam)
         self.strength = needed if self.strength is None else max(needed, (needed * self.strength) ** 0.5)
         operator.strength = self.strength

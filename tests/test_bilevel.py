@@ -275,6 +275,20 @@ def test_automatic_damping_rises_at_once_and_falls_slowly():
     assert used == pytest.approx(expected, rel=0.02)
 
 
+def test_automatic_damping_rises_when_a_later_right_hand_side_shows_negative_curvature():
+    problem, _, _ = quadratic(lam=0.5, solver=MinRes(iterations=3, tolerance=1e-6, damping="auto"))
+    diagonal = torch.tensor([1.0, 2.0, -8.0], dtype=torch.float64)
+    problem.lower.head.function = lambda theta, phi, _: (diagonal * theta.square()).sum() / 2
+    problem.upper.head.function = lambda theta, phi, batch: (batch * theta).sum()
+    operator = problem.curvature(None).prepare()
+    first, second = torch.eye(3, dtype=torch.float64)[[0, 2]]
+    problem.upper_gradients(first, operator)
+    assert operator.strength == 0.5  # as if definite
+    problem.upper_gradients(second, operator)  # meets the eigenvalue -8
+    problem.upper_gradients(second, operator)
+    assert operator.strength == problem.strength == pytest.approx(8.0 / 0.75)
+
+
 def test_every_upper_step_leaves_its_diagnostics():
     problem, _, _ = quadratic(gamma=1.0, lower_steps=1, upper_steps=3)
     metrics = problem.alternate(0)
