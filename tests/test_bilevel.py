@@ -12,6 +12,7 @@ from bissl_zoo.bilevel import Adaptation, BiLevel
 from bissl_zoo.distributed import flatten
 from bissl_zoo.errors import ConfigError, NonFiniteLoss
 from bissl_zoo.hypergradient import ConjugateGradient, Exact, Identity, MinRes, Solution
+from bissl_zoo.hypergradient.damping import MARGIN
 from bissl_zoo.level import Level
 from bissl_zoo.optim import LRMultiplier
 from bissl_zoo.registry import HYPERGRADIENT_SOLVERS, build_solver
@@ -270,7 +271,7 @@ def test_automatic_damping_rises_at_once_and_falls_slowly():
         assert operator.strength is None
         problem.upper_step(operator)
         used.append(operator.strength)
-    needed = 8.0 / (1 - 0.25)  # A = I - 8/s has the eigenvalue 0.25 there
+    needed = 8.0 / (1 - MARGIN)  # A = I - 8/s has the eigenvalue MARGIN there
     expected = [0.5, needed, (0.5 * needed) ** 0.5, (0.5 * (0.5 * needed) ** 0.5) ** 0.5]
     assert used == pytest.approx(expected, rel=0.02)
 
@@ -286,7 +287,7 @@ def test_automatic_damping_rises_when_a_later_right_hand_side_shows_negative_cur
     assert operator.strength == 0.5  # as if definite
     problem.upper_gradients(second, operator)  # meets the eigenvalue -8
     problem.upper_gradients(second, operator)
-    assert operator.strength == problem.strength == pytest.approx(8.0 / 0.75)
+    assert operator.strength == problem.strength == pytest.approx(8.0 / (1 - MARGIN))
 
 
 def test_every_upper_step_leaves_its_diagnostics():

@@ -80,7 +80,11 @@ def advise(
         point = solve(solver, strength)
         reached = f"a residual of {point.residual:.2g} after {point.products} products ({point.status})"
         if point.residual <= tolerance:
-            sentence = f"{matrix}, and {name} converges: {reached}, tolerance {tolerance:g}. Nothing to change."
+            todo = "Nothing to change"
+            if state == "indefinite":
+                enough = _round_up(found.definite_strength() - lam)
+                todo = f"But the lower level is at no minimum; damping={enough:g} makes the system definite"
+            sentence = f"{matrix}, and {name} converges: {reached}, tolerance {tolerance:g}. {todo}."
             return Advice(_capital(sentence), True, [])
         verdict = f"{name} does not converge within its limit: {reached}, tolerance {tolerance:g}"
 
@@ -88,7 +92,8 @@ def advise(
     key = budget_key(solver)
     if key:
         start = max(automatic_strength(operator, v, solver, lam), strength * 1.01) - lam
-        dampings = (_round_up(start * 2.0 ** (n / 2)) for n in range(24))
+        # by half an octave near the automatic choice, by whole ones far above it
+        dampings = (_round_up(start * 2.0**n) for n in [*(n / 2 for n in range(8)), *range(4, 24)])
         remedies += _first(dampings, "damping", lambda d, change: solves(solver, lam + d, change))
         larger = (n for n in budgets_up_to(most) if n > getattr(solver, key))
         remedies += _first(larger, key, lambda n, change: solves(_changed(solver, key, n), strength, change))

@@ -9,7 +9,7 @@ from bissl_zoo.hypergradient.solver import LinearOperator, power_of_two
 from bissl_zoo.hypergradient.subspace import Subspace
 
 #: smallest eigenvalue of `A` that counts as safely positive
-MARGIN = 0.25
+MARGIN = 0.1
 
 
 def choose_strength(

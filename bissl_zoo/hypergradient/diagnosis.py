@@ -1,16 +1,15 @@
-"""What can be said of a system before a run: its symmetry, its spectrum, how each solver converges, what to change."""
+"""What a system tells of itself before a run: its symmetry, its spectrum, and how each solver converges on it."""
 
 import dataclasses
 import hashlib
-import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
 
-from bissl_zoo.hypergradient.damping import choose_strength, lanczos
+from bissl_zoo.hypergradient.damping import MARGIN, choose_strength, lanczos
 from bissl_zoo.hypergradient.solver import LinearOperator, Solution, power_of_two
 
 #: relative residual that counts as solved where a solver has no tolerance of its own
@@ -36,6 +35,10 @@ class Spectrum:
             return "indefinite"
         return "definite" if 1.0 + float((self.values - self.bounds).min()) / strength > 0 else "undecided"
 
+    def definite_strength(self) -> float:
+        """The smallest strength with which `A` keeps :data:`MARGIN` of the identity; 0 where any does."""
+        return max(0.0, -float((self.values - self.bounds).min()) / (1.0 - MARGIN))
+
 
 @dataclass(frozen=True)
 class Point:
@@ -51,21 +54,6 @@ class Point:
     products: int
     residual: float
     status: str
-
-
-@dataclass(frozen=True)
-class Advice:
-    """One sentence on the configured solver, and what to change.
-
-    Attributes:
-        converges: whether it reaches its tolerance within its limit.
-        remedies: changes of the solver's arguments, each sufficient and tried; `name` is of another solver, which keeps
-            limit, tolerance and damping.
-    """
-
-    sentence: str
-    converges: bool
-    remedies: list[dict[str, Any]]
 
 
 class Remembering(LinearOperator):
@@ -87,7 +75,7 @@ class Remembering(LinearOperator):
         key = hashlib.blake2b(u.detach().cpu().numpy().tobytes()).digest()
         if key not in self.seen:
             self.seen[key] = self.operator.hessian_product(u)
-        return self.seen[key]
+        return self.seen[key].clone()  # who asked may work on it in place
 
 
 def symmetry_error(operator: LinearOperator, u: Tensor, w: Tensor) -> float:
@@ -112,7 +100,8 @@ def spectrum(operator: LinearOperator, v: Tensor, steps: int, seed: int = 0) -> 
     space.clear()
     drawn = torch.randn(v.shape, generator=torch.Generator().manual_seed(seed), dtype=v.dtype).to(v.device)
     for start in (v / power_of_two(v), drawn):
-        lanczos(operator, space.coordinates(start), steps)
+        # only what is new of the start: mixed with what the steps before left over, half of the plane would be lost
+        lanczos(operator, torch.zeros_like(space.coordinates(start)), steps)
     if not space.explored:
         raise ValueError("Products with H are not finite.")
     found = Spectrum(*space.ritz_values())
@@ -170,92 +159,3 @@ def convergence(operator: Remembering, v: Tensor, solver: Solver, budgets: list[
         point, x = solve_cold(operator, v, patient, budget)
         points.append(point)
     return points, x
-
-
-def advise(
-    operator: LinearOperator,
-    v: Tensor,
-    name: str,
-    solver: Solver,
-    strength: float,
-    lam: float,
-    found: Spectrum,
-    rivals: Mapping[str, Solver],
-    most: int,
-) -> Advice:
-    """Whether the configured solver solves this system, and if not, what would.
-
-    Args:
-        name: of the solver, for the sentence.
-        strength: lambda plus the damping in use.
-        rivals: other solvers by name, to be tried with this limit, tolerance and damping.
-        most: products beyond which no larger limit is tried.
-    """
-    seen: dict[bytes, Tensor] = {}
-    state, least = found.definiteness(strength), found.least(strength)
-    told = {"definite": "positive definite", "undecided": "not known to be definite"}.get(state, state)
-    matrix = f"at damping {_short(strength - lam)} the system is {told} (least Ritz value {least:.3g})"
-    tolerance = getattr(solver, "tolerance", 0) or TOLERANCE
-
-    def solve(candidate: Solver, at: float) -> Point:
-        return solve_cold(Remembering(operator, at, seen), v, candidate, None)[0]
-
-    def solves(candidate: Solver, at: float) -> bool:
-        return solve(candidate, at).residual <= tolerance
-
-    if refuses(solver, len(v)):
-        verdict = f"{name} refuses {len(v)} parameters (max_size={solver.max_size})"
-    else:
-        point = solve(solver, strength)
-        reached = f"a residual of {point.residual:.2g} after {point.products} products ({point.status})"
-        if point.residual <= tolerance:
-            sentence = f"{matrix}, and {name} converges: {reached}, tolerance {tolerance:g}. Nothing to change."
-            return Advice(_capital(sentence), True, [])
-        verdict = f"{name} does not converge within its limit: {reached}, tolerance {tolerance:g}"
-
-    remedies = []
-    key = budget_key(solver)
-    if key:
-        damping = _least_damping(operator, v, solver, lam, strength, solves)
-        remedies += [{"damping": damping}] if damping is not None else []
-        for budget in (n for n in budgets_up_to(most) if n > getattr(solver, key)):
-            if solves(dataclasses.replace(solver, **{key: budget}), strength):
-                remedies.append({key: budget})
-                break
-    for other, rival in rivals.items():
-        limit = {budget_key(rival): getattr(solver, key)} if key and budget_key(rival) else {}
-        if budget_key(rival) and solves(dataclasses.replace(rival, tolerance=tolerance, **limit), strength):
-            remedies.append({"name": other})
-    options = ", or ".join(f"{k}={v}" for remedy in remedies for k, v in remedy.items())
-    todo = f"Each of these makes it converge: {options}" if remedies else f"Nothing tried with {most} products does"
-    return Advice(_capital(f"{matrix}, and {verdict}. {todo}."), False, remedies)
-
-
-def _least_damping(
-    operator: LinearOperator,
-    v: Tensor,
-    solver: Solver,
-    lam: float,
-    strength: float,
-    solves: Callable[[Solver, float], bool],
-) -> float | None:
-    """A damping of two digits with which the solver converges, from the automatic choice upwards."""
-    start = max(automatic_strength(operator, v, solver, lam), strength * 1.01) - lam
-    for doublings in range(24):
-        damping = _round_up(start * 2.0 ** (doublings / 2))
-        if solves(solver, lam + damping):
-            return damping
-    return None
-
-
-def _round_up(value: float, digits: int = 2) -> float:
-    exponent = math.floor(math.log10(value)) - digits + 1
-    return float(f"{math.ceil(value / 10.0**exponent)}e{exponent}")
-
-
-def _short(value: float) -> str:
-    return f"{value:.4g}"
-
-
-def _capital(sentence: str) -> str:
-    return sentence[:1].upper() + sentence[1:]
