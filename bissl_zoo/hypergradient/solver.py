@@ -31,7 +31,7 @@ class LinearOperator(ABC):
 
     @abstractmethod
     def hessian_product(self, u: Tensor) -> Tensor:
-        """`H @ u` for a flat `(P,)` vector."""
+        """`H @ u` for a flat `(P,)` vector, in a vector of its own, which the caller may overwrite."""
 
     def matvec(self, u: Tensor) -> Tensor:
         """`A @ u` for a flat `(P,)` vector.

@@ -1,0 +1,175 @@
+"""The tool check_hypergradient.py from its command line: what it writes, says, and refuses."""
+
+import contextlib
+import importlib.util
+import io
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from bissl_zoo.hypergradient import SOLVERS, CurvatureOperator
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+QUICK = ("--max-products", "3", "--lanczos-steps", "4", "--warmup-steps", "1")
+
+
+@pytest.fixture(scope="module")
+def check(scenes):
+    """Call the command line: `check("a.b=c", output=folder)` -> (status, out, err)."""
+    spec = importlib.util.spec_from_file_location("check_tool", REPOSITORY / "tools" / "check_hypergradient.py")
+    tool = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(tool)
+
+    def call(*arguments, output, config="quickstart/digit_scenes_det.py", datasets=scenes):
+        out, err = io.StringIO(), io.StringIO()
+        with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            patch.setenv("BISSL_ZOO_DATASETS", str(datasets))
+            command = ["--config-file", str(config), "--output-dir", str(output), *map(str, arguments)]
+            status = tool.cli(command)
+        return status, out.getvalue(), err.getvalue()
+
+    return call
+
+
+@pytest.fixture(scope="module")
+def outcome(check, tiny, finished, tmp_path_factory):
+    """One check on the finished tiny run, its figures and what it said."""
+    folder = tmp_path_factory.mktemp("check") / "new"
+    settings = tiny(solver__damping=2.0, solver__tolerance=0.01)
+    status, out, err = check(*QUICK, "--run", finished, *settings, output=folder)
+    assert status == 0, err
+    return folder, json.loads((folder / "check.json").read_text()), out
+
+
+def test_the_figures_are_complete_and_finite(outcome):
+    _, figures, _ = outcome
+    assert figures["passed"] and all(entry["passed"] for entry in figures["reduced"]["checks"])
+    real = figures["real"]
+    assert real["symmetry"]["passed"] and real["lambda"] == 0.1 and real["damping"]["configured"] == 2.0
+    values = real["spectrum"]["values"]
+    assert values == sorted(values) and all(map(math.isfinite, values + real["spectrum"]["bounds"]))
+    assert {row["solver"] for row in real["solvers"]} | set(real["skipped"]) == set(SOLVERS)
+    for row in real["solvers"]:
+        assert [p["budget"] for p in row["points"]] in ([1, 2, 3], [None])
+        assert all(p["residual"] >= 0 for p in row["points"])
+        assert -1 <= row["cosine_to_v"] <= 1.0001 and -1 <= row["cosine_to_best"] <= 1.0001
+
+
+def test_every_damping_has_a_verdict_and_every_solver(outcome):
+    _, figures, _ = outcome
+    real = figures["real"]
+    dampings = [entry["damping"] for entry in real["definiteness"]]
+    assert dampings[0] == pytest.approx(2.0)
+    for damping in dampings:
+        assert [row["solver"] for row in real["solvers"] if row["damping"] == damping].count("minres") == 1
+    assert {entry["state"] for entry in real["definiteness"]} <= {"definite", "indefinite", "undecided"}
+
+
+def test_the_solution_of_no_curvature_is_the_right_hand_side(outcome):
+    _, figures, _ = outcome
+    row = next(row for row in figures["real"]["solvers"] if row["solver"] == "identity")
+    assert row["cosine_to_v"] == pytest.approx(1.0, abs=1e-6)  # float32
+    assert row["points"][0]["products"] == 0
+
+
+def test_what_is_said_is_what_is_written(outcome):
+    folder, figures, out = outcome
+    assert figures["advice"]["sentence"] in out and str(folder / "check.json") in out
+    assert "pass  Hessian-vector product against finite differences" in out
+    assert "ReLU -> Softplus" in out and "with its pretext head" in out
+    assert "about" in out  # how long it will take
+    for words in figures["advice"]["overrides"]:
+        assert " ".join(words) in out
+
+
+def test_the_picture_has_two_panels_that_are_drawn(outcome):
+    folder, _, _ = outcome
+    with Image.open(folder / "check.png") as image:
+        pixels = np.asarray(image.convert("RGB")).astype(int)
+    assert pixels.shape[0] >= 500 and pixels.shape[1] >= 1200
+    for half in np.array_split(pixels, 2, axis=1):
+        coloured = half.max(axis=2) - half.min(axis=2) > 60
+        assert coloured.mean() > 1e-3
+
+
+def test_the_damping_that_is_advised_converges(check, tiny, finished, tmp_path):
+    settings = [*QUICK, "--run", finished, *tiny(solver__damping=0.001, solver__tolerance=0.01, solver__iterations=2)]
+    status, _, err = check(*settings, output=tmp_path / "before")
+    assert status == 0, err
+    advice = json.loads((tmp_path / "before" / "check.json").read_text())["advice"]
+    assert not advice["converges"]
+    (damping,) = [words for words in advice["overrides"] if words[0].startswith("solver.damping=")]
+    status, out, err = check(*settings, *damping, output=tmp_path / "after")
+    assert status == 0, err
+    assert json.loads((tmp_path / "after" / "check.json").read_text())["advice"]["converges"]
+
+
+def test_another_solver_that_is_advised_converges_with_its_overrides(check, tiny, finished, tmp_path):
+    solver = "{_target_: bissl_zoo.registry.build_solver, name: identity, damping: 1.0}"
+    settings = [*QUICK, "--run", finished, *(s for s in tiny() if not s.startswith("solver.")), f"solver={solver}"]
+    status, out, err = check(*settings, output=tmp_path / "before")
+    assert status == 0, err
+    assert "identity at damping 1 against exact" in out
+    advice = json.loads((tmp_path / "before" / "check.json").read_text())["advice"]
+    assert not advice["converges"] and advice["overrides"]
+    for number, words in enumerate(advice["overrides"]):
+        assert words[0].startswith("solver.name=")
+        status, _, err = check(*settings, *words, output=tmp_path / str(number))
+        assert status == 0, err
+        assert json.loads((tmp_path / str(number) / "check.json").read_text())["advice"]["converges"]
+
+
+def test_random_weights_are_said_to_tell_little(check, tiny, tmp_path):
+    status, out, err = check(*QUICK, *tiny(), output=tmp_path)
+    assert status == 0, err
+    assert "weights: random" in out and "--run RUN_DIR" in out
+
+
+def test_a_wrong_product_ends_with_status_1_and_its_name(check, tiny, tmp_path, monkeypatch):
+    right = CurvatureOperator.hessian_product
+    monkeypatch.setattr(CurvatureOperator, "hessian_product", lambda self, u: 0.5 * right(self, u))
+    status, out, err = check(*QUICK, *tiny(), output=tmp_path)
+    assert status == 1
+    assert err.startswith("error: The hypergradient is not right.") and len(err.splitlines()) == 1
+    assert "Hessian-vector product against finite differences" in err and "0.5 times what it should be" in err
+    assert "FAIL  Hessian-vector product" in out
+    assert json.loads((tmp_path / "check.json").read_text())["passed"] is False
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["solver.iteration=3"], "Nearest: solver.iterations"),
+        (["solver.name=minrs"], "Did you mean 'minres'?"),
+        (["--max-products", "0"], "--max-products is 0"),
+        (["--lanczos-steps", "1"], "--lanczos-steps is 1"),
+        (["--warmup-steps", "-1"], "--warmup-steps is -1"),
+        (["--run", "runs/nowhere"], "runs/nowhere"),
+        (["bilevel.lambda=0"], "lambda"),
+    ],
+)
+def test_what_cannot_be_is_refused_before_anything_is_computed(check, tiny, tmp_path, arguments, said):
+    status, out, err = check(*tiny(), *arguments, output=tmp_path / "refused")
+    assert status == 1 and err.startswith("error: ") and said in err and "Traceback" not in err
+    assert "reduced problem" not in out and not (tmp_path / "refused").exists()
+
+
+def test_a_missing_data_set_is_refused(check, tmp_path):
+    status, out, err = check(output=tmp_path / "refused", config="bissl/voc_det.py", datasets=tmp_path / "none")
+    assert status == 1 and "BISSL_ZOO_DATASETS" in err and "reduced problem" not in out
+
+
+def test_a_file_in_the_place_of_the_output_directory_is_refused(check, tiny, tmp_path):
+    (tmp_path / "file").write_text("mine")
+    status, out, err = check(*tiny(), output=tmp_path / "file")
+    assert status == 1 and f"--output-dir {tmp_path / 'file'}" in err and "reduced problem" not in out
+
+
+def test_the_help_states_the_exit_status(process):
+    with process("tools/check_hypergradient.py", "--help") as running:
+        out, _ = running.communicate(timeout=120)
+    assert running.returncode == 0 and "Exit status: 0 where part A passes" in out
