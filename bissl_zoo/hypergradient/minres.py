@@ -24,7 +24,7 @@ class MinRes:
         recycle: basis vectors of length P kept between the solves of an alternation; 0 starts each from nothing.
     """
 
-    iterations: int = 6
+    iterations: int = 8
     tolerance: float = 0.05
     damping: Damping = "auto"
     recycle: int = 12
