@@ -11,10 +11,11 @@ Both levels are trained briefly first (`--state` keeps that state), since at ran
     b      the arithmetic of a, one graph per alternation, batch norm and convolution with our double backward
     c      textbook conjugate gradient on the joint system, each product from a fresh pass, each solve from nothing, to
            a residual of 0.05 at the damping of d
-    d      the default: recycled minimal residuals to 0.05, automatic damping, its products included
+    d      recycled minimal residuals to 0.05 (configs/common/solvers/minres.py), automatic damping included
+    e      d with half the batch for the curvature (bilevel.curvature_batch_size)
 
 An alternation is 20 lower and 8 upper steps. The lower steps are the same in all. Steps that cost the same in each
-alternation (floor, a, b, c) are timed twice per round, d eight times.
+alternation (floor, a, b, c) are timed twice per round, d and e eight times.
 """
 
 import argparse
@@ -82,7 +83,7 @@ class Setting:
         for name, module in self.modules.items():
             module.load_state_dict(state[name])
 
-    def problem(self, solver, number: int, products: str = "graph") -> BiLevel:
+    def problem(self, solver, number: int, products: str = "graph", curvature: int | None = None) -> BiLevel:
         """The bilevel problem from the start, at round `number`'s batches."""
         self.restore(self._start)
         levels = []
@@ -94,7 +95,7 @@ class Setting:
             first = number * UPPER_STEPS % BATCHES
             stream = itertools.islice(itertools.cycle(batches), first, None)
             levels.append(Level(name, net, head, optimizer, stream, LRMultiplier(ConstantParamScheduler(1.0)), 10**6))
-        return BiLevel(*levels, solver=solver, lam=LAM, products=products)
+        return BiLevel(*levels, solver=solver, lam=LAM, products=products, curvature_batch_size=curvature)
 
     def _split(self):
         return build_backbone(name=self.args.architecture, zero_init_last=False).split("c5")
@@ -273,8 +274,16 @@ class Round:
             "first": systems[:1],
         }
 
+    def e(self):
+        return self._ours("graph", self.setting.args.batch // 2)
+
     def d(self, products: str = "graph"):
-        bilevel = self.setting.problem(MinRes(), self.number, products)
+        figures = self._ours(products, None)
+        self.strength = figures["damping"] + LAM
+        return figures
+
+    def _ours(self, products: str, curvature: int | None):
+        bilevel = self.setting.problem(MinRes(), self.number, products, curvature)
         operator = bilevel.curvature(self.batch)
         systems, seconds, spent = [], 0.0, 0
         for step in range(UPPER_STEPS):
@@ -286,13 +295,13 @@ class Round:
             spent += metrics["solver/products"]
             if self.checks_residuals:
                 systems.append((v, x))
-        self.strength = operator.strength
+        strength = operator.strength
         operator.release()
         return {
             "upper": seconds,
             "products": spent,
-            "damping": self.strength - LAM,
-            "residual": self._true_residuals(bilevel, self.strength, systems),
+            "damping": strength - LAM,
+            "residual": self._true_residuals(bilevel, strength, systems),
         }
 
     def _true_residuals(self, bilevel: BiLevel, strength: float, systems) -> float:
@@ -330,7 +339,7 @@ def _step(bilevel: BiLevel, operator):
 
 def measure(setting: Setting, rounds: int) -> dict[str, list[dict]]:
     """`rounds` interleaved rounds after one that warms up."""
-    figures: dict[str, list[dict]] = {name: [] for name in ("lower", "floor", "a", "b", "d", "c")}
+    figures: dict[str, list[dict]] = {name: [] for name in ("lower", "floor", "a", "b", "d", "c", "e")}
     for number in tqdm(range(rounds + 1), desc="rounds"):
         one = Round(setting, number)
         results = {name: getattr(one, name)() for name in figures}
@@ -366,7 +375,7 @@ def report(figures: dict[str, list[dict]]) -> dict:
     }
     ratios = {
         f"{x}/{y}": median([p / q for p, q in zip(alternation[x], alternation[y], strict=True)])
-        for x, y in (("a", "b"), ("c", "d"), ("a", "d"), ("d", "floor"), ("c", "floor"), ("a", "floor"))
+        for x, y in (("a", "b"), ("c", "d"), ("a", "d"), ("a", "e"), ("d", "floor"), ("e", "floor"), ("a", "floor"))
     }
     return {"lower_steps_s": median(lower), "variants": rows, "ratios": ratios, "rounds": len(lower)}
 
@@ -434,6 +443,7 @@ def main() -> None:
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--state", type=Path, help="file of the trained state; made where it is not there")
     parser.add_argument("--output", type=Path, help="JSON file for all figures")
+    parser.add_argument("--no-memory", action="store_true", help="leave the peak memory out")
     parser.add_argument("--memory", choices=MEMORY, help="only the peak memory of one variant")
     parser.add_argument("--profile", action="store_true", help="only where the time of a product goes")
     args = parser.parse_args()
@@ -446,15 +456,20 @@ def main() -> None:
     figures = measure(setting, args.rounds)
     summary = report(figures)
     show(summary)
-    # each in a process of its own: a peak does not go down
+    memory = {} if args.no_memory else _peaks(args)
+    if args.output:
+        args.output.write_text(json.dumps({**summary, "memory_mib": memory, "figures": figures}, indent=2))
+
+
+def _peaks(args: argparse.Namespace) -> dict[str, float]:
+    """Of each variant, in a process of its own, since a peak does not go down."""
     command = [sys.executable, __file__, *sys.argv[1:], "--state", str(args.state), "--memory"]
     outputs = [subprocess.run([*command, variant], check=True, capture_output=True, text=True) for variant in MEMORY]
     memory = {key: value for output in outputs for key, value in json.loads(output.stdout.splitlines()[-1]).items()}
     print("\npeak memory, MiB (over a's):")
     for variant, value in memory.items():
         print(f"  {variant}: {value:.0f} ({value / memory['a']:.2f})")
-    if args.output:
-        args.output.write_text(json.dumps({**summary, "memory_mib": memory, "figures": figures}, indent=2))
+    return memory
 
 
 if __name__ == "__main__":
