@@ -188,7 +188,7 @@ class BiLevel:
         lower, upper = self.lower, self.upper
         with contextlib.nullcontext() if self.move_statistics else frozen_state([lower.backbone]):
             v, head, losses = self._downstream_gradients(lower.backbone, batch)
-        products = self._choose_damping(operator, v) if self.solver.damping == "auto" else 0
+        products = self._choose_damping(operator, v) if operator.automatic else 0
         solution = self.solver(operator, v)
         backbone = solution.x
         metrics = {

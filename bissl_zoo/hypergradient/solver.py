@@ -19,6 +19,7 @@ class LinearOperator(ABC):
     Attributes:
         block_sizes: lengths of the parameter tensors in a flat vector; they sum to P.
         strength: lambda + damping, positive; None until the damping is chosen.
+        automatic: whether the damping is chosen from the spectrum, and may rise.
         subspace: products with `H` that earlier solves left; a solver may start from them and add its own.
     """
 
@@ -27,6 +28,7 @@ class LinearOperator(ABC):
             raise ValueError(f"strength (lambda + damping) must be positive, not {strength}")
         self.block_sizes = block_sizes
         self.strength = strength
+        self.automatic = strength is None
         self.subspace = Subspace()
 
     @abstractmethod
