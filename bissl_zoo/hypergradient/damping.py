@@ -11,6 +11,9 @@ from bissl_zoo.hypergradient.subspace import Subspace
 #: smallest eigenvalue of `A` that counts as safely positive
 MARGIN = 0.1
 
+#: strength beyond which the curvature is below any rounding
+LARGEST = 1e30
+
 
 def choose_strength(
     operator: LinearOperator, v: Tensor, iterations: int, tolerance: float, at_least: float
@@ -78,11 +81,14 @@ def _residual(space: Subspace, right: Tensor, strength: float) -> float:
 
 
 def _smallest(accepts: Callable[[float], bool], low: float, precision: float = 1.01) -> float:
-    """Smallest accepted value from `low` up to `precision`; `accepts` holds for all large ones."""
+    """Smallest accepted value from `low` up to `precision`; `accepts` holds for all large ones.
+
+    A tolerance below the rounding of the residual is never accepted: the search ends at :data:`LARGEST`, where `A = I`.
+    """
     if accepts(low):
         return low
     high = max(low, 1e-6)
-    while not accepts(high):
+    while high < LARGEST and not accepts(high):
         low, high = high, 2.0 * high
     while high / low > precision:
         middle = (low * high) ** 0.5

@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bissl_zoo.hypergradient import ConjugateGradient, DenseOperator, MinRes, choose_strength, definite_strength
-from bissl_zoo.hypergradient.damping import MARGIN
+from bissl_zoo.hypergradient.damping import LARGEST, MARGIN
 
 SEEDS = st.integers(0, 10_000)
 LAMBDA = 1e-3
@@ -168,3 +168,10 @@ def test_finite_products_before_one_that_is_not_are_used():
 
     expected, _ = choose_strength(DenseOperator(hessian, None), v, 3, 0.05, LAMBDA)
     assert choose_strength(Breaks(hessian, None), v, 10, 0.05, LAMBDA) == (pytest.approx(expected), 4)
+
+
+def test_a_tolerance_below_rounding_does_not_search_for_ever():
+    operator = DenseOperator(torch.diag(torch.tensor([0.3, 1.7, 2.9], dtype=torch.float64)), None)
+    v = torch.tensor([0.1, 0.7, 0.3], dtype=torch.float64)
+    strength, _ = choose_strength(operator, v, 2, 1e-320, LAMBDA)
+    assert 1e15 < strength <= 2 * LARGEST
