@@ -83,7 +83,7 @@ def _residual(space: Subspace, right: Tensor, strength: float) -> float:
 def _smallest(accepts: Callable[[float], bool], low: float, precision: float = 1.01) -> float:
     """Smallest accepted value from `low` up to `precision`; `accepts` holds for all large ones.
 
-    A tolerance below the rounding of the residual is never accepted: the search ends at :data:`LARGEST`, where `A = I`.
+    What no product has reached is never solved: the search ends at :data:`LARGEST`, where `A = I`.
     """
     if accepts(low):
         return low
