@@ -190,6 +190,8 @@ class BiLevel:
             v, head, losses = self._downstream_gradients(lower.backbone, batch)
         products = self._choose_damping(operator, v) if operator.automatic else 0
         solution = self.solver(operator, v)
+        if operator.automatic:
+            self.strength = operator.strength  # a solver may have raised it
         backbone = solution.x
         metrics = {
             "upper/total_loss": sum(losses.values()),
@@ -223,11 +225,9 @@ class BiLevel:
         if operator.strength is not None:
             if operator.subspace.explored:
                 operator.strength = max(operator.strength, definite_strength(operator.subspace, bounded=False))
-            self.strength = operator.strength
             return 0
         needed, products = choose_strength(operator, v, self.solver.iterations, self.solver.tolerance, self.lam)
-        self.strength = needed if self.strength is None else max(needed, (needed * self.strength) ** 0.5)
-        operator.strength = self.strength
+        operator.strength = needed if self.strength is None else max(needed, (needed * self.strength) ** 0.5)
         return products
 
     def _downstream_gradients(self, backbone: nn.Module, batch: Any) -> tuple[Tensor, Tensor, dict[str, float]]:

@@ -290,6 +290,20 @@ def test_automatic_damping_rises_when_a_later_right_hand_side_shows_negative_cur
     assert operator.strength == problem.strength == pytest.approx(8.0 / (1 - MARGIN))
 
 
+def test_damping_that_the_solver_raised_is_where_the_next_alternation_starts_from():
+    problem, _, _ = quadratic(lam=0.5, solver=MinRes(iterations=1, tolerance=0.1, recycled_iterations=1))
+    diagonal = torch.tensor([0.0, 9.0, -9.0], dtype=torch.float64)
+    problem.lower.head.function = lambda theta, phi, _: (diagonal * theta.square()).sum() / 2
+    problem.upper.head.function = lambda theta, phi, batch: (batch * theta).sum()
+    operator = problem.curvature(None).prepare()
+    problem.upper_gradients(torch.tensor([1.0, 0.0, 0.0], dtype=torch.float64), operator)
+    assert problem.strength == 0.5
+    metrics = problem.upper_gradients(torch.tensor([0.0, 1.0, 1.0], dtype=torch.float64), operator).metrics
+    # the residual after one product is 9/s of v: 0.1 of it at s = 90
+    assert operator.strength == problem.strength == pytest.approx(90.0, rel=0.02)
+    assert metrics["solver/damping"] == operator.strength - 0.5 and metrics["solver/status"] == "converged"
+
+
 def test_every_upper_step_leaves_its_diagnostics():
     problem, _, _ = quadratic(gamma=1.0, lower_steps=1, upper_steps=3)
     metrics = problem.alternate(0)

@@ -45,7 +45,7 @@ def choose_strength(
     if not space.explored:
         return at_least, spent
     low = max(at_least, definite_strength(space))
-    return _smallest(lambda strength: _residual(space, right, strength) <= tolerance, low), spent
+    return smallest_strength(lambda strength: _residual(space, right, strength) <= tolerance, low), spent
 
 
 def definite_strength(space: Subspace, bounded: bool = True) -> float:
@@ -68,7 +68,7 @@ def lanczos(operator: LinearOperator, start: Tensor, steps: int) -> int:
             return step
         if not space.explore(operator.hessian_product, direction):
             return step + 1
-        direction = space.unexplored(torch.zeros(len(space.basis), dtype=torch.float64))
+        direction = space.unexplored()
     return steps
 
 
@@ -80,8 +80,8 @@ def _residual(space: Subspace, right: Tensor, strength: float) -> float:
     return float((right - applied @ y).norm() / right.norm()) if not info else float("inf")
 
 
-def _smallest(accepts: Callable[[float], bool], low: float, precision: float = 1.01) -> float:
-    """Smallest accepted value from `low` up to `precision`; `accepts` holds for all large ones.
+def smallest_strength(accepts: Callable[[float], bool], low: float, precision: float = 1.01) -> float:
+    """Smallest accepted strength from `low` up to `precision`; `accepts` holds for all large ones.
 
     What no product has reached is never solved: the search ends at :data:`LARGEST`, where `A = I`.
     """

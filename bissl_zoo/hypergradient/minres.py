@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from bissl_zoo.hypergradient.damping import smallest_strength
 from bissl_zoo.hypergradient.solver import Damping, LinearOperator, Solution, power_of_two
 from bissl_zoo.hypergradient.subspace import Subspace
 
@@ -17,22 +18,29 @@ class MinRes:
     orthogonalisation. The following ones search the space of the earlier solves as well, which costs no product, and
     spend products only on what these leave of the residual (as in Wang, de Sturler and Paulino, IJNME 69, 2007).
 
+    Automatic damping is chosen for the first right-hand side. A later one on which `recycled_iterations` products were
+    spent in vain raises it, until what is known of the matrix is enough: so the price of an alternation is bounded, and
+    every solve reaches its tolerance.
+
     Args:
         iterations: most products spent on one right-hand side.
         tolerance: relative residual at which to stop.
         damping: delta, added to lambda in `A = I + H / (lambda + delta)`; "auto" chooses it each alternation.
         recycle: basis vectors of length P kept between the solves of an alternation; 0 starts each from nothing.
+        recycled_iterations: with automatic damping, most products spent on a right-hand side after the first.
     """
 
-    iterations: int = 8
+    iterations: int = 6
     tolerance: float = 0.05
     damping: Damping = "auto"
-    recycle: int = 12
+    recycle: int = 8
+    recycled_iterations: int = 2
 
     def __post_init__(self) -> None:
-        if self.iterations < 1 or self.recycle < 0:
+        if min(self.iterations, self.recycled_iterations) < 1 or self.recycle < 0:
             raise ValueError(
-                f"solver 'minres': iterations={self.iterations} must be 1 or more, recycle={self.recycle} 0 or more."
+                f"solver 'minres': iterations={self.iterations} and recycled_iterations={self.recycled_iterations} "
+                f"must be 1 or more, recycle={self.recycle} 0 or more."
             )
 
     def __call__(self, operator: LinearOperator, v: Tensor) -> Solution:
@@ -56,17 +64,34 @@ class MinRes:
         return Solution(solution, residual, products, status)
 
     def _search(self, operator: LinearOperator, space: Subspace, right: Tensor) -> tuple[Tensor, float, int, str]:
-        size = float(right.norm())
-        for products in range(self.iterations + 1):
-            x, rest = space.minimal_residual(right, operator.strength)
-            residual = float(rest.norm()) / size
-            if residual <= self.tolerance:
-                return x, residual, products, "converged"
-            if products == self.iterations:
+        """Coordinates of the solution, its relative residual, the products spent and the status."""
+        size, status = float(right.norm()), "max_iterations"
+        limit = self.iterations
+        if operator.automatic and space.explored:
+            limit = min(self.iterations, self.recycled_iterations)
+        for products in range(limit + 1):
+            x, residual, rest = _least(space, right, operator.strength)
+            if residual <= self.tolerance * size:
+                return x, residual / size, products, "converged"
+            if products == limit:
                 break
-            direction = space.unexplored(rest)
+            # once v itself is explored, enough damping solves
+            direction = space.unexplored(right, rest) if operator.automatic and not products else space.unexplored(rest)
             if direction is None:
-                return x, residual, products, "singular"
+                status = "singular"
+                break
             if not space.explore(operator.hessian_product, direction):
-                return x, residual if x.any() else float("inf"), products + 1, "non_finite"
-        return x, residual, self.iterations, "max_iterations"
+                return x, residual / size if x.any() else float("inf"), products + 1, "non_finite"
+        if operator.automatic:
+            operator.strength = smallest_strength(
+                lambda strength: _least(space, right, strength)[1] <= self.tolerance * size, operator.strength
+            )
+            x, residual, _ = _least(space, right, operator.strength)
+            status = "converged" if residual <= self.tolerance * size else status
+        return x, residual / size, products, status
+
+
+def _least(space: Subspace, right: Tensor, strength: float) -> tuple[Tensor, float, Tensor]:
+    """The best `x` in the space, the norm of its residual, and this residual; coordinates `(m,)`."""
+    x, rest = space.minimal_residual(right, strength)
+    return x, float(rest.norm()), rest

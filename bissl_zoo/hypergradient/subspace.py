@@ -5,14 +5,64 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+#: elements of a long vector that are worked on at a time. Sums are made in such parts: in float32 on the CPU,
+#: `torch.linalg.vector_norm` of 11 million numbers is off by 4e-4, and a basis scaled by it is as far from orthonormal.
+_PART = 2**18
 
-def dot(a: Tensor, b: Tensor) -> Tensor:
-    """Inner product of two flat `(P,)` vectors, accurate for long ones.
 
-    Summed in parts: in float32 on the CPU, `torch.linalg.vector_norm` of 11 million numbers is off by 4e-4, and a basis
-    scaled by it is as far from orthonormal.
-    """
-    return torch.stack([torch.dot(x, y) for x, y in zip(a.split(2**20), b.split(2**20), strict=True)]).sum()
+class Rows:
+    """Flat `(P,)` vectors that grow in number, kept where matrix-vector products reach many of them at once."""
+
+    _PER_BLOCK = 4  # so that growing copies nothing
+
+    def __init__(self) -> None:
+        self._blocks: list[Tensor] = []
+        self._count = 0
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __getitem__(self, index: int) -> Tensor:
+        """The vector itself, not a copy."""
+        index = range(self._count)[index]
+        return self._blocks[index // self._PER_BLOCK][index % self._PER_BLOCK]
+
+    def append(self, w: Tensor) -> None:
+        """Add a copy of `w (P,)` as the last row."""
+        if self._count == self._PER_BLOCK * len(self._blocks):
+            self._blocks.append(w.new_empty(self._PER_BLOCK, len(w)))
+        self._count += 1
+        self[-1].copy_(w)
+
+    def truncate(self, count: int) -> None:
+        """Keep the first `count` rows."""
+        self._count = min(count, self._count)
+        del self._blocks[-(-self._count // self._PER_BLOCK) :]
+
+    def dots(self, w: Tensor) -> Tensor:
+        """Inner products with `w (P,)`, `(m,)`, and as the last one that of `w` with itself."""
+        filled = self._filled()
+        sums = [
+            torch.cat([*(torch.mv(rows[:, part], w[part]) for rows in filled), torch.dot(w[part], w[part])[None]])
+            for part in _parts(w)
+        ]
+        return torch.stack(sums).sum(dim=0)
+
+    def add_to(self, w: Tensor, factors: Tensor) -> Tensor:
+        """Add the sum of all rows, each times its factor `(m,)`, to `w (P,)` in place; returns `w`."""
+        filled = self._filled()
+        shares = factors.split([len(rows) for rows in filled])
+        for part in _parts(w):
+            for rows, share in zip(filled, shares, strict=True):
+                w[part].addmv_(rows[:, part].T, share)
+        return w
+
+    def _filled(self) -> list[Tensor]:
+        return [rows[: self._count - i * self._PER_BLOCK] for i, rows in enumerate(self._blocks)]
+
+
+def _parts(w: Tensor) -> list[slice]:
+    return [slice(start, start + _PART) for start in range(0, len(w), _PART)]
 
 
 class Subspace:
@@ -25,7 +75,7 @@ class Subspace:
     J. Sci. Comput. 28, 2006; for symmetric matrices Wang, de Sturler and Paulino, IJNME 69, 2007).
 
     Attributes:
-        basis: m orthonormal flat `(P,)` vectors.
+        basis: m orthonormal flat `(P,)` vectors, as rows.
         directions, images: `R` and `K`, `(m, k)` float64 on the CPU.
     """
 
@@ -34,7 +84,7 @@ class Subspace:
 
     def clear(self) -> None:
         """Forget everything, for a new matrix."""
-        self.basis: list[Tensor] = []
+        self.basis = Rows()
         self.directions = torch.zeros(0, 0, dtype=torch.float64)
         self.images = torch.zeros(0, 0, dtype=torch.float64)
         self._marks: list[int] = []  # size of the basis that the first 1, 2, ... products need
@@ -55,19 +105,19 @@ class Subspace:
     def combine(self, coordinates: Tensor) -> Tensor:
         """The flat `(P,)` vector that has these coordinates `(m,)`."""
         out = torch.zeros_like(self.basis[0])
-        for q, value in zip(self.basis, coordinates.tolist(), strict=True):
-            out.add_(q, alpha=value)
-        return out
+        return self.basis.add_to(out, coordinates.to(out))
 
-    def unexplored(self, coordinates: Tensor) -> Tensor | None:
+    def unexplored(self, *candidates: Tensor) -> Tensor | None:
         """The unit direction `(m,)` to spend the next product on.
 
-        It is the part of `coordinates`, a residual, on which the product is not known already; where nothing of it is
-        left, the newest basis vector; None when `H` maps the explored space into itself.
+        It is the part of the first candidate `(m,)`, say a residual, on which the product is not known already; where
+        nothing of it is left, of the next, and at last the newest basis vector; None when `H` maps the explored space
+        into itself.
         """
-        newest = torch.zeros_like(coordinates)
+        newest = torch.zeros(len(self.basis), dtype=torch.float64)
         newest[-1] = 1.0
-        for candidate in (coordinates, newest):
+        for candidate in (*candidates, newest):
+            candidate = torch.nn.functional.pad(candidate, (0, len(newest) - len(candidate)))
             size = candidate.norm()
             for _ in range(2):
                 candidate = candidate - self.directions @ (self.directions.T @ candidate)
@@ -121,7 +171,8 @@ class Subspace:
             return
         kept = sum(mark <= limit for mark in self._marks)
         size = self._marks[kept - 1] if kept else 0
-        self.basis, self._marks = self.basis[:size], self._marks[:kept]
+        self.basis.truncate(size)
+        self._marks = self._marks[:kept]
         self.directions = self.directions[:size, :kept].clone()
         self.images = self.images[:size, :kept].clone()
 
@@ -131,12 +182,12 @@ class Subspace:
         Gram-Schmidt, a second time where the first left less than half, which is enough (Daniel et al., Math. Comp. 30,
         1976; Giraud et al., Numer. Math. 101, 2005). One transfer to the host each time.
         """
-        before, coordinates = dot(w, w).sqrt(), torch.zeros(len(self.basis), dtype=torch.float64)
+        coordinates, size = torch.zeros(len(self.basis), dtype=torch.float64), None
         for _ in range(2):
-            dots = [dot(q, w) for q in self.basis]
-            for q, value in zip(self.basis, dots, strict=True):
-                w.addcmul_(q, value, value=-1)
-            *inside, norm, size = torch.stack([*dots, dot(w, w).sqrt(), before]).double().tolist()
+            dots = self.basis.dots(w)
+            self.basis.add_to(w, -dots[:-1])
+            *inside, before, after = torch.cat([dots, Rows().dots(w)]).double().tolist()
+            size, norm = before**0.5 if size is None else size, after**0.5
             coordinates += torch.tensor(inside, dtype=torch.float64)
             if not norm < 0.5 * size:
                 break

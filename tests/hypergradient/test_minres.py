@@ -4,7 +4,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bissl_zoo.hypergradient import DenseOperator, MinRes
+from bissl_zoo.hypergradient import DenseOperator, MinRes, choose_strength
 
 SEEDS = st.integers(0, 10_000)
 
@@ -94,7 +94,7 @@ def test_recycling_saves_products_and_tells_the_true_residual(seed, lowest, recy
         assert solution.residual == pytest.approx(residual(matrix, solution.x, v), abs=1e-8)
         assert len(recycled.subspace.basis) <= recycle
         MinRes(iterations=60, tolerance=0.02, recycle=0)(cold, v)
-        assert not cold.subspace.basis
+        assert not len(cold.subspace.basis)
     assert recycled.products < cold.products
 
 
@@ -117,6 +117,51 @@ def test_no_more_vectors_are_kept_than_asked_for(recycle, products):
         assert len(operator.subspace.basis) <= recycle
     # each right-hand side takes a vector, and each of its products one more: 1 + 5, then 1 + 1
     assert operator.subspace.explored == products
+
+
+def automatic(hessian, v, solver):
+    """An operator whose damping was chosen for `v`, its first right-hand side."""
+    operator = DenseOperator(hessian, strength=None)
+    operator.strength, _ = choose_strength(operator, v, solver.iterations, solver.tolerance, at_least=0.5)
+    assert solver(operator, v).status == "converged"
+    return operator
+
+
+@given(SEEDS, st.sampled_from([0, 3, 8]), st.integers(1, 3))
+@settings(max_examples=40, deadline=None)
+def test_automatic_damping_rises_for_a_right_hand_side_that_few_products_do_not_solve(seed, recycle, recycled):
+    hessian = rotated(torch.cat([torch.linspace(-5.0, 60.0, 40), torch.linspace(-0.1, 0.1, 20)]), seed)
+    solver = MinRes(iterations=6, tolerance=0.05, recycle=recycle, recycled_iterations=recycled)
+    operator = automatic(hessian, randn(60, seed=seed), solver)
+    for v in right_hand_sides(60, 6, seed + 1):
+        before, known, explored = operator.strength, operator.products, operator.subspace.explored
+        solution = solver(operator, v)
+        assert operator.products - known == solution.products <= (recycled if explored else 6)
+        assert operator.strength >= before
+        assert solution.status == "converged" and solution.residual <= 0.05
+        matrix = torch.eye(60, dtype=torch.float64) + hessian / operator.strength
+        assert solution.residual == pytest.approx(residual(matrix, solution.x, v), abs=1e-8)
+
+
+def test_automatic_damping_rises_no_further_than_it_must():
+    # one direction of curvature is left to the second right-hand side, after one product: |v|^2 = 2, the residual of
+    # the best multiple of v for A = diag(1 + 9/s, 1 - 9/s) is 9/s |v|; 0.1 of |v| it is at s = 90
+    hessian = torch.diag(torch.tensor([0.0, 9.0, -9.0], dtype=torch.float64))
+    first, second = torch.eye(3, dtype=torch.float64)[0], torch.tensor([0.0, 1.0, 1.0], dtype=torch.float64)
+    solver = MinRes(iterations=1, tolerance=0.1, recycled_iterations=1)
+    operator = automatic(hessian, first, solver)
+    assert operator.strength == 0.5  # nothing that the first right-hand side sees needs damping
+    assert solver(operator, second).residual <= 0.1
+    assert operator.strength == pytest.approx(90.0, rel=0.02)
+
+
+def test_a_damping_of_the_users_does_not_rise():
+    hessian = rotated(torch.linspace(-5.0, 60.0, 40), 0)
+    operator = DenseOperator(hessian, strength=6.0)
+    solver = MinRes(iterations=3, tolerance=1e-3, recycled_iterations=1)
+    for v in right_hand_sides(40, 3, 0):
+        solution = solver(operator, v)
+        assert solution.status == "max_iterations" and solution.products == 3 and operator.strength == 6.0
 
 
 def test_the_strength_may_change_between_solves_without_a_product():

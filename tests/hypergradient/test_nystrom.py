@@ -103,11 +103,11 @@ def test_products_left_by_automatic_damping_are_used_first(steps, drawn):
     hessian, v = rotated(torch.linspace(-5.0, 20.0, 40), 0), randn(40, seed=100)
     operator = DenseOperator(hessian, strength=None)
     operator.strength, spent = choose_strength(operator, v, steps, 0.05, 1e-3)
-    basis = torch.stack(operator.subspace.basis)
+    basis = torch.stack(list(operator.subspace.basis))
     solution = Nystrom(rank=8)(operator, v)
     assert spent == steps and operator.products == spent + solution.products
     assert solution.products in (drawn + 1, drawn + 2)
-    assert torch.equal(torch.stack(operator.subspace.basis)[: len(basis)], basis)
+    assert torch.equal(torch.stack(list(operator.subspace.basis))[: len(basis)], basis)
 
 
 def test_another_seed_draws_other_directions():

@@ -34,12 +34,12 @@ def explored(matrix, seed, starts=(3, 2, 2)):
 
 def dense(space):
     """Basis, directions and their products as dense columns, float64."""
-    v = torch.stack(space.basis).double()
+    v = torch.stack(list(space.basis)).double()
     return v, v.T @ space.directions, v.T @ space.images
 
 
 def assert_relation(space, matrix, tolerance=1e-10):
-    if not space.basis:
+    if not len(space.basis):
         assert not space.explored
         return
     basis, directions, images = dense(space)
@@ -61,7 +61,7 @@ def test_products_are_those_of_the_matrix_whatever_is_truncated(size, seed, limi
     space.truncate(limit)
     assert len(space.basis) <= max(limit, 0) and space.explored <= limit
     assert_relation(space, matrix)
-    if space.basis:  # the first products are kept, as they were
+    if len(space.basis):  # the first products are kept, as they were
         for kept, all_of_them in zip(dense(space)[1:], before[1:], strict=True):
             torch.testing.assert_close(kept, all_of_them[:, : space.explored], rtol=0, atol=1e-12)
 

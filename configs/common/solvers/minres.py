@@ -3,4 +3,4 @@
 from bissl_zoo.config import LazyCall as L
 from bissl_zoo.registry import build_solver
 
-solver = L(build_solver)(name="minres", iterations=8, tolerance=0.05, damping="auto", recycle=12)
+solver = L(build_solver)(name="minres", iterations=6, tolerance=0.05, damping="auto")
