@@ -40,6 +40,12 @@ setup(
         "platformdirs>=4",
         "portalocker>=2.7",
     ],
-    extras_require={"test": ["pytest>=8", "hypothesis>=6", "ruff>=0.9"]},
+    extras_require={
+        "s3": ["boto3>=1.35.69"],  # the first that writes under a condition
+        "hub": ["huggingface_hub>=1.0"],
+        "gs": ["fsspec", "gcsfs"],
+        "onnx": ["onnx>=1.16", "onnxscript>=0.2"],
+        "test": ["pytest>=8", "hypothesis>=6", "ruff>=0.9", "boto3>=1.35.69", "moto[server]>=5.1.5"],
+    },
     classifiers=[f"Programming Language :: Python :: 3.{minor}" for minor in (10, 11, 12, 13)],
 )

@@ -34,6 +34,14 @@ class Outcome(NamedTuple):
         return self.err
 
 
+@pytest.fixture(scope="session", autouse=True)
+def cache_of_its_own(tmp_path_factory):
+    """What the tests fetch from zoos stays out of the user's cache."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("BISSL_ZOO_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
 @pytest.fixture(scope="session")
 def tool():
     """The module tools/train_net.py."""

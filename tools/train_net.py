@@ -20,14 +20,18 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # read once, when torch is 
 from bissl_zoo.config import LazyConfig, load_config
 from bissl_zoo.engine.dry_run import describe
 from bissl_zoo.engine.hooks import say
+from bissl_zoo.engine.init import ZOO_PREFIX
 from bissl_zoo.engine.launch import launch
 from bissl_zoo.engine.run import evaluate_only, results_table, run
+from bissl_zoo.zoo import get_config
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """The command line; what is no option is an override."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config-file", required=True, metavar="FILE", help="a config of configs/ or your own")
+    parser.add_argument(
+        "--config-file", required=True, metavar="FILE", help="a config of configs/, your own, or zoo:NAME"
+    )
     parser.add_argument("--resume", action="store_true", help="continue the run in train.output_dir")
     parser.add_argument("--eval-only", action="store_true", help="measure the fine-tuned model of the run train.init")
     parser.add_argument("--dry-run", action="store_true", help="show what would run, train nothing")
@@ -44,7 +48,9 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 def main(args: argparse.Namespace) -> int:
     """What one process does."""
     logging.basicConfig(format="%(levelname)s: %(message)s")
-    cfg = LazyConfig.apply_overrides(load_config(args.config_file), args.overrides, source=args.config_file)
+    named = args.config_file.removeprefix(ZOO_PREFIX)
+    cfg = load_config(args.config_file) if named == args.config_file else get_config(named)
+    cfg = LazyConfig.apply_overrides(cfg, args.overrides, source=args.config_file)
     if args.dry_run:
         say(describe(cfg, args.config_file))
     elif args.eval_only:
@@ -61,10 +67,10 @@ def report(outcome: dict) -> None:
     entry = outcome["entry"]
     if entry is None:
         return
-    say(f"\npublished {entry.name}\n     path {entry.path}\n   sha256 {entry.sha256}\n\nload it with")
+    say(f"\npublished {entry.name}\n    where {entry.location}\n   sha256 {entry.sha256}\n\nload it with")
     say(f'    import bissl_zoo\n    backbone = bissl_zoo.create_backbone("{entry.name}", pretrained=True)')
     say("or in plain timm")
-    say(f'    import timm\n    model = timm.create_model("local-dir:{entry.path}", pretrained=True)')
+    say(f'    import timm\n    model = timm.create_model("local-dir:{entry.location}", pretrained=True)')
 
 
 def cli(argv: Sequence[str] | None = None) -> int:

@@ -1,7 +1,9 @@
 """Where data sets lie, and what all of them share: the root folder, its error message, and reading one image."""
 
+import hashlib
 import os
 from pathlib import Path
+from typing import Any
 
 from PIL import Image, ImageOps
 
@@ -37,6 +39,19 @@ def require_folder(path: str | os.PathLike, what: str, fetch: str = "") -> Path:
         f"{what}: there is no folder {path.absolute()}. {action} {DATASETS_VARIABLE} to the folder "
         f"that holds your data sets (it {present})."
     )
+
+
+def sample_digest(dataset: Any) -> str | None:
+    """The sha256 of a data set's list of samples: their files below the data sets root, sorted.
+
+    Two runs with the same digest have read the same split. None for a data set that does not know its files (it has no
+    `source(index)`).
+    """
+    if not hasattr(dataset, "source"):
+        return None
+    root = datasets_root().absolute()
+    names = sorted(os.path.relpath(os.path.abspath(dataset.source(i)), root) for i in range(len(dataset)))
+    return hashlib.sha256("\n".join(names).encode("utf-8", "surrogateescape")).hexdigest()
 
 
 def load_image(path: str | os.PathLike, upright: bool = True) -> Image.Image:

@@ -1,10 +1,13 @@
-"""The BiSSL stage: warm-up of the downstream head, then alternations between the levels."""
+"""The BiSSL stage: warm-up of the heads that are new, then alternations between the levels."""
 
 from dataclasses import replace
 from typing import Any
 
 import torch
+from fvcore.common.param_scheduler import ConstantParamScheduler
+from omegaconf import DictConfig
 
+from bissl_zoo.backbones import Backbone, Tail
 from bissl_zoo.bilevel import Adaptation, BiLevel
 from bissl_zoo.engine.build import (
     Context,
@@ -19,14 +22,25 @@ from bissl_zoo.engine.build import (
     seed_rank,
     train_batches,
 )
+from bissl_zoo.engine.pretrain import Pretrain
 from bissl_zoo.engine.trainer import SingleLevelTrainer, Trainer
 from bissl_zoo.level import Level
-from bissl_zoo.optim import effective_learning_rate
+from bissl_zoo.optim import LRMultiplier, effective_learning_rate
+from bissl_zoo.pretext import PretextMethod
 
+PRETEXT_WARMUP = "pretext_warmup"
 HEAD_WARMUP = "head_warmup"
 
 #: below this, the lower level has no time to follow the upper one
 LEAST_COUPLING = 0.3
+
+
+class PretextWarmup(Pretrain):
+    """Train a new pretext head on the frozen backbone, so that the lower level does not start from a random one."""
+
+    def __init__(self, level: Level) -> None:
+        super().__init__(level)
+        level.backbone.eval()
 
 
 class HeadWarmup(SingleLevelTrainer):
@@ -88,6 +102,19 @@ class Bissl(Trainer):
         return Weights(lower.backbone.state_dict(), pretext=lower.head.state_dict(), task=upper.head.state_dict())
 
 
+def pretext_head_is_new(cfg: DictConfig, initial: Weights) -> bool:
+    """Whether nothing has trained a pretext head before the BiSSL stage: not the run, nor what it starts from."""
+    stages = cfg.train.stages
+    return "bissl" in stages and "pretrain" not in stages and initial.pretext is None
+
+
+def pretext_warmup_steps(context: Context) -> int:
+    """Optimizer steps of the pretext warm-up, where there is one."""
+    cfg = context.cfg
+    section = cfg.bilevel.pretext_warmup
+    return count_steps(section, "bilevel.pretext_warmup", context.data["pretext"], cfg.dataloader.pretext.batch_size)
+
+
 def warmup_steps(context: Context) -> int:
     """Optimizer steps of the head warm-up."""
     cfg = context.cfg
@@ -98,6 +125,28 @@ def warmup_steps(context: Context) -> int:
 def bissl_steps(context: Context) -> int:
     """Alternations of the stage."""
     return context.cfg.bilevel.alternations
+
+
+def build_pretext_warmup(context: Context, weights: Weights, start_step: int = 0) -> PretextWarmup:
+    """The warm-up: the lower level's optimizer at its base rate, on the frozen backbone, tail included."""
+    cfg = context.cfg
+    seed_everything(cfg.train.seed)
+    trunk, pretext = build_pretext(cfg, weights, context.device)
+    _freeze_backbones(pretext)
+    batches = pretext_batches(context, pretext, cfg.train.seed, start_step)
+    level = build_level(
+        cfg, PRETEXT_WARMUP, "lower", trunk, pretext, batches, pretext_warmup_steps(context), train_backbone=False
+    )
+    level.multiplier = LRMultiplier(ConstantParamScheduler(1.0))  # that of `lower` is made for the alternations
+    seed_rank(cfg.train.seed)
+    return PretextWarmup(level)
+
+
+def _freeze_backbones(pretext: PretextMethod) -> None:
+    """Freeze the tail, and copies of trunk and tail such as a teacher's, which stay equal to what they copy."""
+    for module in pretext.modules():
+        if isinstance(module, (Backbone, Tail)):
+            module.requires_grad_(False).eval()
 
 
 def build_head_warmup(context: Context, weights: Weights, start_step: int = 0) -> HeadWarmup:

@@ -35,6 +35,7 @@ _LEAST = {
     "bilevel.alternations": 1,
     "bilevel.curvature_batch_size": 2,
     "bilevel.gamma": 0,
+    "bilevel.pretext_warmup.steps": 0,
     "bilevel.head_warmup.steps": 0,
     "finetune.steps": 1,
     "finetune.eval_period": 1,
@@ -89,7 +90,8 @@ def _check_keys(found: dict[str, Any], reference: dict[str, Any], section: str, 
     for key, default in reference.items():
         if key not in found:
             raise ConfigError(f"{source}: the key '{section}.{key}' is missing; see configs/common/train.py.")
-        value, nullable = found[key], default is None or key.endswith("epochs") or section == "clip_grad"
+        either = key.rpartition(".")[2] in ("steps", "epochs")  # null where the other is given
+        value, nullable = found[key], default is None or either or section == "clip_grad"
         kinds = (int, float) if isinstance(default, float) or key.endswith("epochs") else (type(default),)
         wrong = default is not None and (not isinstance(value, kinds) or isinstance(value, bool) != (bool in kinds))
         if wrong and not (value is None and nullable):

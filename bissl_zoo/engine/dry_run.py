@@ -8,7 +8,7 @@ from tabulate import tabulate
 from torch import nn
 
 from bissl_zoo.config import LazyConfig
-from bissl_zoo.engine.bissl import coupling
+from bissl_zoo.engine.bissl import PRETEXT_WARMUP, coupling
 from bissl_zoo.engine.build import Context, Weights, build_downstream, build_pretext, build_split_backbone
 from bissl_zoo.engine.checks import check_parts
 from bissl_zoo.engine.finetune import BASELINE
@@ -23,7 +23,7 @@ def describe(cfg: DictConfig, source: str) -> str:
     check_parts(context, initial)
     parts = [
         f"config {source}\n{LazyConfig.to_py(cfg)}",
-        f"stages\n{tabulate(_stages(context), headers=['stage', 'steps', 'batch'])}",
+        f"stages\n{tabulate(_stages(context, initial), headers=['stage', 'steps', 'batch'])}",
         f"data\n{tabulate(_data(context), headers=['role', 'data set', 'images', 'classes'])}",
     ]
     trunk, tail = build_split_backbone(cfg)
@@ -40,18 +40,19 @@ def describe(cfg: DictConfig, source: str) -> str:
     return "\n\n".join(parts)
 
 
-def _stages(context: Context) -> list[list[Any]]:
+def _stages(context: Context, initial: Weights) -> list[list[Any]]:
     cfg = context.cfg
     batch = {role: cfg.dataloader[role].batch_size for role in context.data}
     rows = []
-    for phase in phases_of(cfg):
+    for phase in phases_of(context, initial):
         if phase.name == "bissl":
             b = cfg.bilevel
             steps = f"{b.alternations} x ({b.lower_steps} lower, {b.upper_steps} upper)"
             rows.append([phase.name, steps, f"{batch['pretext']} and {batch['train']}"])
         else:
             label = f"{phase.name} (baseline)" if phase.name == BASELINE else phase.name
-            rows.append([label, phase.steps(context), batch["pretext" if phase.name == "pretrain" else "train"]])
+            role = "pretext" if phase.name in ("pretrain", PRETEXT_WARMUP) else "train"
+            rows.append([label, phase.steps(context), batch[role]])
     return rows
 
 

@@ -12,52 +12,62 @@ from bissl_zoo.backbones import Backbone, Tail, merge_split_states
 from bissl_zoo.config import instantiate
 from bissl_zoo.engine.build import Weights, build_split_backbone
 from bissl_zoo.engine.checkpoint import Checkpointer, load_checkpoint, sha256_of
+from bissl_zoo.engine.facts import read_facts
 from bissl_zoo.engine.trainer import load_state
-from bissl_zoo.errors import CheckpointError
-from bissl_zoo.zoo import default_zoo, get_entry, load_entry_weights
+from bissl_zoo.errors import CheckpointError, did_you_mean
+from bissl_zoo.zoo import Zoo, default_zoo
+from bissl_zoo.zoo.hub import WEIGHTS_FILE
+from bissl_zoo.zoo.names import pin
 
 PRETEXT_FILE = "pretext_head.safetensors"
+ZOO_PREFIX = "zoo:"
 
 
-def load_init(init: str | None, cfg: DictConfig, evaluate: bool = False) -> tuple[Weights, str | None]:
-    """The weights that `train.init` names, and the sha256 of the file they came from.
+def load_init(init: str | None, cfg: DictConfig, evaluate: bool = False) -> tuple[Weights, list[dict[str, str]]]:
+    """The weights that `train.init` names, and their ancestors: name and sha256, from their own file to the root.
 
     Args:
-        init: None for random weights; a `.safetensors` file of a backbone under timm's names; a run directory; the name
-            of a zoo entry, whose pretext head comes along where it is of the config's pretext method.
+        init: None for random weights; a `.safetensors` file of a backbone under timm's names; a run directory;
+            `zoo:NAME` for a zoo entry, whose pretext head comes along where it is of the config's pretext method.
         evaluate: take the fine-tuned model of a run directory rather than the backbone to start from.
     Raises:
         CheckpointError: nothing of that name, damaged, or of another architecture.
         ZooError: an entry that is damaged.
     """
     if init is None:
-        return Weights(), None
-    path = Path(init)
-    if path.is_dir():
+        return Weights(), []
+    path, pretext = Path(init), None
+    if init.startswith(ZOO_PREFIX):
+        entry = zoo_of(cfg).find(init.removeprefix(ZOO_PREFIX))
+        state = entry.weights()
+        if PRETEXT_FILE in entry.record["files"] and entry.record.get("pretext") == cfg.pretext.name:
+            pretext = entry.weights(PRETEXT_FILE)
+        origin = {"name": pin(entry.name), "sha256": entry.record["files"][WEIGHTS_FILE]["sha256"]}
+        ancestors = [origin, *entry.facts()["lineage"].get("ancestors", [])]
+    elif path.is_dir():
         return _from_run(path, cfg, evaluate)
-    pretext = None
-    if path.is_file():
+    elif path.is_file():
         try:
             state = load_file(path)
         except SafetensorError as error:
             raise CheckpointError(f"train.init: {path} is not a safetensors file ({error}).") from error
-        digest = sha256_of(path)
-    elif path.name == init and default_zoo().versions(init):
-        entry = get_entry(init)
-        state = load_entry_weights(init)
-        if PRETEXT_FILE in entry["files"] and entry["pretext"] == cfg.pretext.name:
-            pretext = load_entry_weights(init, PRETEXT_FILE)
-        digest = entry["files"]["model.safetensors"]["sha256"]
+        ancestors = [{"name": path.name, "sha256": sha256_of(path)}]
     else:
+        names = [f"{ZOO_PREFIX}{name}" for name in zoo_of(cfg).entries()]
+        hint = did_you_mean(f"{ZOO_PREFIX}{init}", names)
         raise CheckpointError(
-            f"train.init='{init}' is no file, no run directory and no entry of the zoo {default_zoo().root}. "
-            "bissl_zoo.list_backbones() lists the entries; $BISSL_ZOO names another zoo."
+            f"train.init='{init}' is no file and no run directory. An entry of the zoo is written zoo:NAME.{hint}"
         )
     load_state(instantiate(cfg.backbone), state, f"backbone of '{init}'")
-    return resplit(Weights(state, pretext=pretext), *build_split_backbone(cfg)), digest
+    return resplit(Weights(state, pretext=pretext), *build_split_backbone(cfg)), ancestors
 
 
-def _from_run(folder: Path, cfg: DictConfig, evaluate: bool) -> tuple[Weights, str | None]:
+def zoo_of(cfg: DictConfig) -> Zoo:
+    """The zoo that a config reads from and publishes to."""
+    return Zoo(*cfg.train.zoo) if cfg.train.get("zoo") else default_zoo()
+
+
+def _from_run(folder: Path, cfg: DictConfig, evaluate: bool) -> tuple[Weights, list[dict[str, str]]]:
     checkpoints = Checkpointer(folder / "checkpoints")
     stages = ("finetune",) if evaluate else ("bissl", "pretrain", "finetune")
     for stage in stages:
@@ -75,7 +85,9 @@ def _from_run(folder: Path, cfg: DictConfig, evaluate: bool) -> tuple[Weights, s
                 f"{newest} is of an unfinished stage (step {info.step} of {info.total_steps}); --resume it first."
             )
         weights = weights_of(stage, state)
-        return weights if evaluate else resplit(weights, *build_split_backbone(cfg)), info.sha256
+        origin = {"name": f"{folder.name} ({stage})", "sha256": info.sha256}
+        ancestors = [origin, *read_facts(folder).get("ancestors", [])]
+        return weights if evaluate else resplit(weights, *build_split_backbone(cfg)), ancestors
     raise CheckpointError(f"The run directory {folder} holds no checkpoint of {' or '.join(stages)}.")
 
 

@@ -4,39 +4,53 @@ import json
 from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
 from bissl_zoo.backbones import merge_split_states
+from bissl_zoo.config import LazyConfig
 from bissl_zoo.data.views import IMAGENET_MEAN, IMAGENET_STD
-from bissl_zoo.engine.build import Context, Weights
-from bissl_zoo.engine.checkpoint import write_atomically
-from bissl_zoo.zoo import EntryMetadata, PublishedEntry, publish_entry
+from bissl_zoo.engine.build import Weights
+from bissl_zoo.engine.checkpoint import Checkpointer, load_checkpoint, write_atomically
+from bissl_zoo.engine.facts import arguments_of, read_facts
+from bissl_zoo.engine.init import weights_of, zoo_of
+from bissl_zoo.errors import CheckpointError
+from bissl_zoo.zoo import EntryMetadata, PublishedEntry, Zoo, publish_entry
+
+RESULTS_FILE, RECEIPT_FILE = "results.json", "zoo_entry.json"
 
 
-def publish_backbone(
-    context: Context, folder: Path, weights: Weights, results: dict[str, dict[str, float]], parent: str | None
-) -> PublishedEntry | None:
-    """Publish the backbone that the pretext stages of a run left, where the config names an entry; None otherwise.
+def published(folder: Path) -> PublishedEntry | None:
+    """What the run has been published as last, None where it has not."""
+    receipt = folder / RECEIPT_FILE
+    return PublishedEntry(**json.loads(receipt.read_text())) if receipt.exists() else None
+
+
+def publish_run(folder: Path, name: str | None = None, zoo: Zoo | None = None) -> PublishedEntry:
+    """Publish the backbone that the pretext stages of a run left: the lower level's of BiSSL, or that of pretraining.
+
+    Its pretext head completes the backbone and, with the task's head, goes along.
 
     Args:
-        folder: the run directory, whose config goes with the entry.
-        weights: of the BiSSL stage (the lower backbone) or of pretraining; their pretext head completes the backbone.
-        results: figures of the fine-tuned models by what they started from.
-        parent: sha256 of the weights the run started from.
+        folder: the run directory.
+        name: of the entry; None for `train.publish.name` of the run's config.
+        zoo: None for `train.publish.zoo`, or the first of `train.zoo`.
+    Raises:
+        CheckpointError: there is no run, or no finished pretext stage in it.
+        ZooError: the zoo refused.
     """
-    cfg = context.cfg
-    if not cfg.train.publish.name or not {"pretrain", "bissl"} & set(cfg.train.stages):
-        return None
-    receipt = folder / "zoo_entry.json"
-    if receipt.exists():  # a finished run that was resumed
-        known = json.loads(receipt.read_text())
-        return PublishedEntry(known["name"], Path(known["path"]), known["sha256"])
+    if not (folder / "config.yaml").is_file():
+        raise CheckpointError(f"There is no run in {folder} (no config.yaml). Give the directory of a run.")
+    cfg = LazyConfig.load(folder / "config.yaml")
+    name = name or cfg.train.publish.name
+    if not name:
+        raise CheckpointError(f"The run in {folder} names no entry (train.publish.name). Give one, as in --name mine.")
+    stage, weights = _finished(folder)
     tail = {key[len("tail.") :]: value for key, value in weights.pretext.items() if key.startswith("tail.")}
-    bissl = "bissl" in cfg.train.stages
+    results = json.loads((folder / RESULTS_FILE).read_text()) if (folder / RESULTS_FILE).exists() else {}
     metadata = EntryMetadata(
         pretext=cfg.pretext.name,
-        task=cfg.task.name if bissl else None,
-        solver=cfg.solver.name if bissl else None,
+        task=cfg.task.name if stage == "bissl" else None,
+        solver=cfg.solver.name if stage == "bissl" else None,
         shared_stage=cfg.bilevel.shared_stage,
         metrics={
             f"{metric} ({start})": value
@@ -45,34 +59,39 @@ def publish_backbone(
             if "/" not in metric
         },
         seeds=[cfg.train.seed],
-        datasets={
-            role: {**_arguments(cfg.dataloader[role].dataset), "samples": len(dataset)}
-            for role, dataset in context.data.items()
-        },
-        parent=parent,
         licence=cfg.train.publish.licence,
+        **read_facts(folder),
     )
     entry = publish_entry(
-        name=cfg.train.publish.name,
+        name=name,
         backbone_state=merge_split_states(weights.backbone, tail),
         architecture=cfg.backbone.name,
-        model_args=_arguments(cfg.backbone, "name", "out_features"),
+        model_args=arguments_of(cfg.backbone, "name", "out_features"),
         pretrained_cfg=_pixels(cfg),
         metadata=metadata,
         train_config_text=(folder / "config.yaml").read_text(),
         pretext_head_state=weights.pretext,
         task_head_state=weights.task,
-        zoo=cfg.train.publish.zoo,
+        zoo=zoo or cfg.train.publish.zoo or zoo_of(cfg),
     )
-    facts = {"name": entry.name, "path": str(entry.path), "sha256": entry.sha256}
-    write_atomically(receipt, json.dumps(facts, indent=2) + "\n")
+    facts = {"name": entry.name, "location": entry.location, "sha256": entry.sha256}
+    write_atomically(folder / RECEIPT_FILE, json.dumps(facts, indent=2) + "\n")
     return entry
 
 
-def _arguments(call: DictConfig, *leave_out: str) -> dict[str, Any]:
-    """The arguments of a described call."""
-    arguments = OmegaConf.to_container(call, resolve=True)
-    return {key: value for key, value in arguments.items() if key not in ("_target_", *leave_out)}
+def _finished(folder: Path) -> tuple[str, Weights]:
+    checkpoints = Checkpointer(folder / "checkpoints")
+    for stage in ("bissl", "pretrain"):
+        newest = checkpoints.newest(stage)
+        if newest is None:
+            continue
+        info, state = load_checkpoint(newest)
+        if not info.done:
+            raise CheckpointError(
+                f"The stage {stage} of {folder} is at step {info.step} of {info.total_steps}; --resume the run first."
+            )
+        return stage, weights_of(stage, state)
+    raise CheckpointError(f"{folder} has finished neither pretrain nor bissl, so there is no backbone to publish.")
 
 
 def _pixels(cfg: DictConfig) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 import gc
 import json
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -15,15 +16,20 @@ from bissl_zoo.distributed import barrier, on_main_process
 from bissl_zoo.engine.bissl import (
     HEAD_WARMUP,
     LEAST_COUPLING,
+    PRETEXT_WARMUP,
     bissl_steps,
     build_bissl,
     build_head_warmup,
+    build_pretext_warmup,
     coupling,
+    pretext_head_is_new,
+    pretext_warmup_steps,
     warmup_steps,
 )
 from bissl_zoo.engine.build import STAGE_DATA, Context, Weights, build_datasets, build_downstream
 from bissl_zoo.engine.checkpoint import Checkpointer, load_checkpoint, write_atomically
 from bissl_zoo.engine.checks import check_config, check_parts
+from bissl_zoo.engine.facts import add_wall_time, write_facts
 from bissl_zoo.engine.finetune import BASELINE, build_finetune, evaluate, finetune_steps
 from bissl_zoo.engine.hooks import (
     HookBase,
@@ -37,7 +43,7 @@ from bissl_zoo.engine.hooks import (
 from bissl_zoo.engine.init import load_init
 from bissl_zoo.engine.launch import choose_device
 from bissl_zoo.engine.pretrain import build_pretrain, pretrain_steps
-from bissl_zoo.engine.publishing import publish_backbone
+from bissl_zoo.engine.publishing import RESULTS_FILE, publish_run, published
 from bissl_zoo.engine.run_dir import prepare_run_dir
 from bissl_zoo.engine.solver_watch import SolverWatch
 from bissl_zoo.engine.trainer import Trainer
@@ -60,14 +66,17 @@ class Phase:
     finetunes: str | None = None
 
 
-def phases_of(cfg: DictConfig) -> list[Phase]:
-    """The trainers that the config's stages come to, in order."""
+def phases_of(context: Context, initial: Weights) -> list[Phase]:
+    """The trainers that the config's stages come to, in order, when they start from `initial`."""
+    cfg = context.cfg
     phases, origin = [], "init"
     for stage in cfg.train.stages:
         if stage == "pretrain":
             phases.append(Phase("pretrain", pretrain_steps, build_pretrain))
             origin = "pretrained"
         elif stage == "bissl":
+            if pretext_head_is_new(cfg, initial) and pretext_warmup_steps(context):
+                phases.append(Phase(PRETEXT_WARMUP, pretext_warmup_steps, build_pretext_warmup))
             phases += [Phase(HEAD_WARMUP, warmup_steps, build_head_warmup), Phase("bissl", bissl_steps, build_bissl)]
             origin = "bissl"
         else:
@@ -96,12 +105,14 @@ def run(cfg: DictConfig, source: str, resume: bool = False) -> dict[str, Any]:
         `results`, the figures by what was fine-tuned, and `entry`, what was published or None.
     """
     context = open_context(cfg, source)
-    phases = phases_of(cfg)
+    began = time.monotonic()
+    initial, ancestors = load_init(cfg.train.init, cfg)
+    phases = phases_of(context, initial)
     for phase in phases:
         phase.steps(context)
-    initial, parent = load_init(cfg.train.init, cfg)
     check_parts(context, initial)
     folder = on_main_process(lambda: prepare_run_dir(cfg, resume))
+    on_main_process(lambda: write_facts(folder, cfg, context.data, ancestors))
     _announce(context, initial)
     checkpointer = Checkpointer(folder / "checkpoints", cfg.train.checkpoint.keep)
     results: dict[str, dict[str, float]] = {}
@@ -122,9 +133,17 @@ def run(cfg: DictConfig, source: str, resume: bool = False) -> dict[str, Any]:
         trainer.close()
         del trainer
         gc.collect()  # trainer and hooks refer to each other, and hold the networks
-    on_main_process(lambda: write_atomically(folder / "results.json", json.dumps(results, indent=2) + "\n"))
-    entry = on_main_process(lambda: publish_backbone(context, folder, weights, results, parent))
+    entry = on_main_process(lambda: _finish(cfg, folder, results, time.monotonic() - began))
     return {"results": results, "entry": entry}
+
+
+def _finish(cfg: DictConfig, folder: Path, results: dict[str, dict[str, float]], seconds: float) -> Any:
+    """Leave the figures of a run, and publish it where its config names an entry and this was not done before."""
+    write_atomically(folder / RESULTS_FILE, json.dumps(results, indent=2) + "\n")
+    add_wall_time(folder, seconds)
+    if not cfg.train.publish.name or not {"pretrain", "bissl"} & set(cfg.train.stages):
+        return None
+    return published(folder) or publish_run(folder)
 
 
 def _train(
@@ -175,8 +194,13 @@ def _announce(context: Context, initial: Weights) -> None:
             f"warning: lambda * lr_eff * lower steps = {value:.2g}, below {LEAST_COUPLING}: the lower level has no "
             "time to follow the upper one, and the stage will do next to nothing. Raise bilevel.lambda."
         )
-    if initial.pretext is None and "pretrain" not in cfg.train.stages:
-        say("warning: train.init brings no pretext head; the BiSSL stage starts with a random one.")
+    if not pretext_head_is_new(cfg, initial):
+        return
+    missing, steps = f"train.init brings no pretext head of {cfg.pretext.name}", pretext_warmup_steps(context)
+    if steps:
+        say(f"{missing}: a new one is warmed up for {steps} steps on the frozen backbone before the BiSSL stage.")
+    else:
+        say(f"warning: {missing} and bilevel.pretext_warmup has 0 steps; the BiSSL stage starts with a random one.")
 
 
 def evaluate_only(cfg: DictConfig, source: str) -> dict[str, dict[str, float]]:

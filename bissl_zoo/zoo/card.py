@@ -5,7 +5,7 @@ import platform
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
-from datetime import datetime, timezone
+from datetime import datetime, timedelta, timezone
 from typing import Any
 
 import timm
@@ -13,7 +13,9 @@ import torch
 import yaml
 
 from bissl_zoo.errors import ZooError, did_you_mean
-from bissl_zoo.zoo.hub import is_sha256, pin
+from bissl_zoo.zoo.figure import FIGURE_FILE
+from bissl_zoo.zoo.names import is_sha256, pin
+from bissl_zoo.zoo.page import format_number, markdown_table
 
 
 @dataclass(frozen=True)
@@ -26,7 +28,10 @@ class EntryMetadata:
         metrics: by name, one value per seed (a number for a single seed).
         seeds: the seeds the metrics were measured with.
         datasets: by role ("pretext", "train", "test"), a name, or a mapping with "name" and further facts.
-        parent: sha256 of the weights file that training started from; None for random weights.
+        ancestors: the weights that training started from, those that these started from, up to the root: `name` and
+            `sha256` of each; empty for random weights.
+        hardware: that the run had.
+        wall_time_s: of the run, in seconds.
         licence: of the weights, as an SPDX identifier.
         notes: Markdown for the card.
     """
@@ -38,7 +43,9 @@ class EntryMetadata:
     metrics: Mapping[str, float | Sequence[float]] = field(default_factory=dict)
     seeds: Sequence[int] = ()
     datasets: Mapping[str, str | Mapping[str, Any]] = field(default_factory=dict)
-    parent: str | None = None
+    ancestors: Sequence[Mapping[str, str]] = ()
+    hardware: str | None = None
+    wall_time_s: float | None = None
     licence: str = "unknown"
     notes: str = ""
 
@@ -53,9 +60,10 @@ def entry_facts(metadata: EntryMetadata | Mapping[str, Any]) -> dict[str, Any]:
 
     if not isinstance(metadata, EntryMetadata):
         metadata = _from_mapping(metadata)
-    parent, seeds = metadata.parent, [int(seed) for seed in metadata.seeds]
-    if parent is not None and not is_sha256(parent):
-        raise ZooError(f"parent {parent!r} is not a sha256 (64 hex digits) of the weights that training started from.")
+    seeds, ancestors = [int(seed) for seed in metadata.seeds], [dict(ancestor) for ancestor in metadata.ancestors]
+    for ancestor in ancestors:
+        if not is_sha256(ancestor.get("sha256")):
+            raise ZooError(f"The ancestor {ancestor} has no sha256 (64 hex digits) of the weights that it stands for.")
     metrics = {metric: _statistics(metric, values, seeds) for metric, values in metadata.metrics.items()}
     datasets = {
         role: {"name": facts} if isinstance(facts, str) else dict(facts) for role, facts in metadata.datasets.items()
@@ -67,7 +75,9 @@ def entry_facts(metadata: EntryMetadata | Mapping[str, Any]) -> dict[str, Any]:
         "metrics": metrics,
         "seeds": seeds,
         "datasets": datasets,
-        "lineage": {"parent": parent},
+        "lineage": {"parent": ancestors[0]["sha256"] if ancestors else None, "ancestors": ancestors},
+        "hardware": metadata.hardware,
+        "wall_time_s": metadata.wall_time_s,
         "versions": {
             "bissl_zoo": __version__,
             "torch": torch.__version__,
@@ -160,11 +170,18 @@ def _metrics(metrics: Mapping[str, Mapping[str, Any]], seeds: Sequence[int]) -> 
     if not metrics:
         return ""
     rows = [
-        (name, _number(metric["mean"]), _number(metric["std"]), ", ".join(_number(value) for value in metric["values"]))
+        (
+            name,
+            format_number(metric["mean"]),
+            format_number(metric["std"]),
+            ", ".join(format_number(value) for value in metric["values"]),
+        )
         for name, metric in metrics.items()
     ]
     told = ", ".join(str(seed) for seed in seeds)
-    return f"## Metrics\n\nSeeds: {told}.\n\n" + _table(("metric", "mean", "standard deviation", "per seed"), rows)
+    figure = f"\n\n![Metrics by what the model was fine-tuned from]({FIGURE_FILE})"
+    table = markdown_table(("metric", "mean", "standard deviation", "per seed"), rows)
+    return f"## Metrics\n\nSeeds: {told}.\n\n{table}{figure}"
 
 
 def _data(datasets: Mapping[str, Mapping[str, Any]]) -> str:
@@ -174,35 +191,33 @@ def _data(datasets: Mapping[str, Mapping[str, Any]]) -> str:
     for role, facts in datasets.items():
         details = [f"{key}: {value}" for key, value in facts.items() if key != "name"]
         rows.append((role, facts["name"], "; ".join(details)))
-    return "## Data\n\n" + _table(("used for", "data set", "details"), rows)
+    return "## Data\n\n" + markdown_table(("used for", "data set", "details"), rows)
 
 
 def _origin(entry: Mapping[str, Any]) -> str:
-    parent = entry["lineage"]["parent"]
-    start = f"weights with sha256 `{parent}`" if parent else "random weights"
+    lines = [
+        f"Started from `{ancestor.get('name', 'unnamed')}`, sha256 `{ancestor['sha256']}`."
+        if i == 0
+        else f"That started from `{ancestor.get('name', 'unnamed')}`, sha256 `{ancestor['sha256']}`."
+        for i, ancestor in enumerate(entry["lineage"]["ancestors"])
+    ] or ["Started from random weights."]
+    if entry["wall_time_s"]:
+        lines.append(f"Took {timedelta(seconds=round(entry['wall_time_s']))} (hours:minutes:seconds).")
+    if entry["hardware"]:
+        lines.append(f"Ran on {entry['hardware']}.")
     versions = ", ".join(f"{package} {version}" for package, version in entry["versions"].items())
-    return (
-        f"## Origin\n\n- Started from {start}.\n- Licence: {entry['licence']}.\n- Made with {versions}.\n"
-        "- `train_config.yaml` is the resolved configuration of the run."
-    )
+    lines += [
+        f"Licence: {entry['licence']}.",
+        f"Made with {versions}.",
+        "`train_config.yaml` is the resolved configuration of the run; "
+        f"`python tools/train_net.py --config-file zoo:{pin(entry['name'])} train.output_dir=runs/again` repeats it.",
+    ]
+    return "## Origin\n\n" + "\n".join(f"- {line}" for line in lines)
 
 
 def _files(files: Mapping[str, Mapping[str, Any]]) -> str:
     rows = [(f"`{file}`", f"{facts['size']:,}", f"`{facts['sha256']}`") for file, facts in sorted(files.items())]
-    return "## Files\n\n" + _table(("file", "bytes", "sha256"), rows)
-
-
-def _table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join("| " + " | ".join(_cell(cell) for cell in line) + " |" for line in lines)
-
-
-def _cell(text: str) -> str:
-    return " ".join(text.replace("|", "\\|").split())
-
-
-def _number(value: float | None) -> str:
-    return "-" if value is None else f"{value:.4g}"
+    return "## Files\n\n" + markdown_table(("file", "bytes", "sha256"), rows)
 
 
 def _numbers(values: Iterable[float]) -> str:

@@ -1,122 +1,218 @@
-"""Zoo entries by name: listed from an index, checked against its digests on every load, built as backbones."""
+"""Zoo entries by name: found in one or more zoos, checked against the index on every load, built as backbones."""
 
 import fnmatch
-import hashlib
-import json
 import os
-import re
+import shutil
+import tempfile
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import platformdirs
 import safetensors.torch
 import timm
+from omegaconf import DictConfig
 from safetensors import SafetensorError
 from torch import Tensor
 
 from bissl_zoo.backbones import Backbone
+from bissl_zoo.config import load_config
 from bissl_zoo.errors import ZooError, did_you_mean
 from bissl_zoo.registry import BACKBONES, build_backbone
+from bissl_zoo.zoo.cache import Cache, default_cache
+from bissl_zoo.zoo.index import (
+    CURATED_FILE,
+    ENTRY_FORMAT,
+    INDEX_FILE,
+    INDEX_LIMIT,
+    check_format,
+    parse_index,
+    parse_json,
+)
+from bissl_zoo.zoo.names import check_name, pin, shorten, split_version
+from bissl_zoo.zoo.stores import Store, open_store
 
-INDEX_FORMAT = 1
-ENTRY_FORMAT = 1
 WEIGHTS_FILE = "model.safetensors"
 
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}(@[1-9][0-9]{0,5})?", re.ASCII)
+
+@dataclass(frozen=True)
+class Entry:
+    """One published entry; what is read of it is compared with its record first.
+
+    Attributes:
+        name: as the index has it.
+        record: of the index: architecture, methods, metrics, and size and sha256 of every file.
+        store: where its files are.
+    """
+
+    name: str
+    record: Mapping[str, Any]
+    store: Store
+    cache: Cache
+
+    @property
+    def location(self) -> str:
+        """Where its folder is, as a person would write it."""
+        return f"{self.store.location.rstrip('/')}/{self.name}"
+
+    def file(self, file: str) -> Path:
+        """One of its files on this machine, fetched where it is not, after its size and sha256 were compared."""
+        files = self.record["files"]
+        if file not in files:
+            raise ZooError(f"Zoo entry '{self.name}' has no file '{file}'. It has: {', '.join(sorted(files))}.")
+        return self.cache.fetch(self.store, f"{self.name}/{file}", files[file]["sha256"], files[file]["size"])
+
+    def read_json(self, file: str) -> dict[str, Any]:
+        """One of its JSON files, for instance timm's `config.json`."""
+        path = self.file(file)
+        content = parse_json(path.read_bytes(), str(path))
+        if file == "entry.json":
+            check_format(str(path), content, ENTRY_FORMAT)
+        return content
+
+    def facts(self) -> dict[str, Any]:
+        """Its `entry.json`: architecture, metrics with seeds, data sets, lineage, licence, versions, files."""
+        return self.read_json("entry.json")
+
+    def weights(self, file: str = WEIGHTS_FILE) -> dict[str, Tensor]:
+        """A state dict on the CPU: of its backbone, or of a head such as `pretext_head.safetensors`."""
+        path = self.file(file)
+        try:
+            return safetensors.torch.load_file(path)
+        except (SafetensorError, OSError) as error:
+            raise ZooError(f"{path} is as the index has it, but cannot be read as safetensors: {error}.") from error
+
+    def copy_to(self, folder: Path) -> Path:
+        """Copy all files into `folder`/NAME, which plain timm loads (`local-dir:`); returns that folder."""
+        target = folder / self.name
+        if target.exists():
+            raise ZooError(f"{target} exists already; remove it, or copy to another folder.")
+        paths = [self.file(file) for file in self.record["files"]]
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=f".{self.name}-", dir=folder) as pending:
+            complete = Path(pending) / self.name
+            complete.mkdir()
+            for file, path in zip(self.record["files"], paths, strict=True):
+                shutil.copyfile(path, complete / file)
+            os.rename(complete, target)
+        return target
 
 
 class Zoo:
-    """A folder of entries. `index.json` holds what was published into it, `curated.json` what it came with.
+    """The entries of one or more locations; where two have a name, the first one's entries are meant.
 
-    Every read sees the index as it is on disk at that moment, so a long-lived Zoo follows other publishers.
+    Every read sees the index as it is at that moment, so a long-lived Zoo follows other publishers. Of a folder,
+    `index.json` holds what was published into it, `curated.json` what it came with.
 
+    Args:
+        locations: folders and addresses, see `bissl_zoo.zoo.stores.open_store`.
+        cache: of what was fetched from addresses.
     Raises:
         ZooError: from every method, for an entry that is unknown, missing or damaged and for an unusable index.
     """
 
-    def __init__(self, root: str | os.PathLike[str]) -> None:
-        if "://" in os.fspath(root):
-            raise ZooError(f"A zoo is a folder on this machine; '{root}' is an address. Pass a folder's path.")
-        self.root = Path(root).expanduser()
+    def __init__(self, *locations: str | os.PathLike[str], cache: Cache | None = None) -> None:
+        self.stores = [open_store(location) for location in locations]
+        self.cache = cache or default_cache()
 
-    def records(self) -> dict[str, dict[str, Any]]:
-        """Index record of every entry by name, versions in order; `index.json` wins over `curated.json`."""
-        merged = {**read_index(self.root / "curated.json"), **read_index(self.root / "index.json")}
-        return {name: merged[name] for name in sorted(merged, key=split_version)}
+    def __str__(self) -> str:
+        return ", ".join(store.location for store in self.stores)
 
-    def versions(self, name: str) -> list[str]:
+    def entries(self) -> dict[str, Entry]:
+        """Every entry by name, versions in order."""
+        found: dict[str, Entry] = {}
+        for store in self.stores:
+            taken = {split_version(name)[0] for name in found}
+            for name, record in self._records(store).items():
+                if split_version(name)[0] not in taken:
+                    found[name] = Entry(name, record, store, self.cache)
+        return {name: found[name] for name in sorted(found, key=split_version)}
+
+    def versions(self, name: str) -> list[Entry]:
         """The entries that `name` may stand for, oldest first: `x@2` only that one, `x` all of its versions."""
         check_name(name)
         base, version = split_version(name)
-        same_base = [known for known in self.records() if split_version(known)[0] == base]
-        return [known for known in same_base if split_version(known)[1] == version] if "@" in name else same_base
+        same_base = [entry for known, entry in self.entries().items() if split_version(known)[0] == base]
+        return [entry for entry in same_base if split_version(entry.name)[1] == version] if "@" in name else same_base
 
-    def resolve(self, name: str) -> str:
+    def find(self, name: str) -> Entry:
         """The one entry that `name` stands for: `x@2` is that version, `x@1` the first, plain `x` the newest."""
         versions = self.versions(name)
         if not versions:
-            names = list(self.records())
+            names = list(self.entries())
             holding = f"It holds: {shorten(names)}." if names else "It holds no entries."
-            raise ZooError(f"Unknown zoo entry '{name}' in {self.root}.{did_you_mean(name, names)} {holding}")
+            raise ZooError(f"Unknown zoo entry '{name}' in {self}.{did_you_mean(name, names)} {holding}")
         return versions[-1]
 
-    def path(self, name: str) -> Path:
-        """Folder of the entry that `name` stands for."""
-        return self.root / self.resolve(name)
-
-    def entry(self, name: str) -> dict[str, Any]:
-        """The verified `entry.json`: architecture, metrics with seeds, data sets, lineage, licence, versions, files."""
-        return self.read_json(name, "entry.json")
-
-    def read_json(self, name: str, file: str) -> dict[str, Any]:
-        """A verified JSON file of an entry, for instance timm's `config.json`."""
-        path = self.file(name, file)
-        content = _load_json(path)
-        if file == "entry.json":
-            _check_format(path, content, ENTRY_FORMAT)
-        return content
-
-    def file(self, name: str, file: str) -> Path:
-        """Path of one file of an entry, after its size and sha256 were compared with the index."""
-        name = self.resolve(name)
-        files = self.records()[name]["files"]
-        if file not in files:
-            raise ZooError(f"Zoo entry '{name}' has no file '{file}'. It has: {', '.join(sorted(files))}.")
-        path = self.root / name / file
-        verify_file(path, files[file]["sha256"], files[file]["size"])
-        return path
+    def _records(self, store: Store) -> dict[str, Any]:
+        files = (CURATED_FILE, INDEX_FILE) if store.local_path(INDEX_FILE) else (INDEX_FILE,)
+        records: dict[str, Any] = {}
+        for file in files:
+            present = self.cache.read_index(store, file, INDEX_LIMIT)
+            where = f"{store.location.rstrip('/')}/{file}"
+            records |= parse_index(present.content if present else None, where).records
+        return records
 
 
-ZooLike = Zoo | str | os.PathLike[str] | None  # a zoo, its folder, or None for default_zoo()
+ZooLike = Zoo | str | os.PathLike[str] | None  # a zoo, its location, or None for default_zoo()
 
 
 def default_zoo() -> Zoo:
-    """The zoo used where none is named: $BISSL_ZOO, else a checkout's `model_zoo/`, else the user's data directory."""
-    location = os.environ.get("BISSL_ZOO")
-    if location:
-        return Zoo(location)
+    """The zoo used where none is named: $BISSL_ZOO, else a checkout's `model_zoo/`, else the user's data directory.
+
+    $BISSL_ZOO holds one location, or several with commas between them.
+    """
+    locations = [location.strip() for location in os.environ.get("BISSL_ZOO", "").split(",") if location.strip()]
+    if locations:
+        return Zoo(*locations)
     checkout = Path(__file__).resolve().parents[2] / "model_zoo"
-    if (checkout / "curated.json").is_file():
+    if (checkout / CURATED_FILE).is_file():
         return Zoo(checkout)
     return Zoo(platformdirs.user_data_path("bissl_zoo", appauthor=False) / "model_zoo")
 
 
 def as_zoo(zoo: ZooLike) -> Zoo:
-    """The zoo meant by an argument: a Zoo itself, a folder's path, or None for the default one."""
+    """The zoo meant by an argument: a Zoo itself, a location, or None for the default one."""
     if zoo is None:
         return default_zoo()
     return zoo if isinstance(zoo, Zoo) else Zoo(zoo)
 
 
-def list_backbones(filter: str = "*", zoo: ZooLike = None) -> list[str]:
-    """Names of the zoo's entries that match a shell pattern such as `"*simclr*"`, every version of each."""
-    return fnmatch.filter(as_zoo(zoo).records(), filter)
+def list_backbones(
+    filter: str = "*",
+    *,
+    pretext: str | None = None,
+    task: str | None = None,
+    architecture: str | None = None,
+    metric: str | None = None,
+    zoo: ZooLike = None,
+) -> list[str]:
+    """Names of the entries that match, every version of each.
+
+    Args:
+        filter: shell pattern of the name, such as `"*simclr*voc*"`.
+        pretext, task, architecture: what the entry was made with; shell patterns as well.
+        metric: shell pattern of a metric that it reports, such as `"AP50*"`.
+    """
+    wanted = {"pretext": pretext, "task": task, "architecture": architecture}
+
+    def matches(entry: Entry) -> bool:
+        fields = all(fnmatch.fnmatch(str(entry.record.get(key)), p) for key, p in wanted.items() if p is not None)
+        return fields and (metric is None or bool(fnmatch.filter(entry.record.get("metrics", {}), metric)))
+
+    entries = as_zoo(zoo).entries()
+    return [name for name in fnmatch.filter(entries, filter) if matches(entries[name])]
 
 
 def get_entry(name: str, zoo: ZooLike = None) -> dict[str, Any]:
-    """What an entry says of itself: metrics with seeds, data sets, lineage, licence, versions (see `Zoo.entry`)."""
-    return as_zoo(zoo).entry(name)
+    """What an entry says of itself: metrics with seeds, data sets, lineage, licence, versions (see `Entry.facts`)."""
+    return as_zoo(zoo).find(name).facts()
+
+
+def get_config(name: str, zoo: ZooLike = None) -> DictConfig:
+    """The resolved config of the run that an entry came from."""
+    return load_config(as_zoo(zoo).find(name).file("train_config.yaml"))
 
 
 def create_backbone(
@@ -129,7 +225,7 @@ def create_backbone(
         pretrained: load the entry's weights, after their sha256 and size were compared with the index. Otherwise the
             same architecture with random weights.
         out_features: the stages to return, by name; None for what `build_backbone` returns by default.
-        zoo: a Zoo or its folder; None for `default_zoo()`.
+        zoo: a Zoo or its location; None for `default_zoo()`.
         kwargs: passed on to `build_backbone`; they override what the entry says about its construction.
     Raises:
         ZooError: for an unknown entry, a file that is not the published one, or weights that do not fit.
@@ -140,36 +236,32 @@ def create_backbone(
     if name in BACKBONES and not zoo.versions(name):
         if pretrained:
             raise ZooError(
-                f"{zoo.root} holds no entry '{name}', so there are no weights to load. '{name}' is an architecture: "
-                f"pretrained=False builds it with random weights. Entries: {shorten(list(zoo.records())) or 'none'}."
+                f"{zoo} holds no entry '{name}', so there are no weights to load. '{name}' is an architecture: "
+                f"pretrained=False builds it with random weights. Entries: {shorten(list(zoo.entries())) or 'none'}."
             )
         return build_backbone(name=name, **kwargs).eval()
-    entry = zoo.resolve(name)
-    name = pin(entry)  # what follows must not move to a version published meanwhile
-    architecture = zoo.records()[entry]["architecture"]
+    entry = zoo.find(name)
+    architecture = entry.record["architecture"]
     if architecture not in BACKBONES:
         raise ZooError(
-            f"Zoo entry '{name}' needs the architecture '{architecture}', which timm {timm.__version__} does not have. "
-            f"It was published with timm {zoo.entry(name)['versions']['timm']}: install that version or a newer one."
+            f"Zoo entry '{pin(entry.name)}' needs the architecture '{architecture}', which timm {timm.__version__} "
+            f"does not have. It was published with timm {entry.facts()['versions']['timm']}: install that version or a "
+            "newer one."
         )
-    model_args = zoo.read_json(name, "config.json").get("model_args", {})
+    model_args = entry.read_json("config.json").get("model_args", {})
     backbone = build_backbone(name=architecture, **{**model_args, **kwargs})
     if pretrained:
-        weights = load_entry_weights(name, zoo=zoo)
+        weights = entry.weights()
         difference = state_difference(backbone.state_dict(), weights)
         if difference:
-            raise ZooError(f"The weights of zoo entry '{name}' do not fit {architecture}: {difference}.")
+            raise ZooError(f"The weights of zoo entry '{entry.name}' do not fit {architecture}: {difference}.")
         backbone.load_state_dict(weights)
     return backbone.eval()
 
 
 def load_entry_weights(name: str, file: str = WEIGHTS_FILE, zoo: ZooLike = None) -> dict[str, Tensor]:
     """A verified state dict of an entry on the CPU: its backbone, or a head such as `pretext_head.safetensors`."""
-    path = as_zoo(zoo).file(name, file)
-    try:
-        return safetensors.torch.load_file(path)
-    except (SafetensorError, OSError) as error:
-        raise ZooError(f"{path} is as the index has it, but cannot be read as safetensors: {error}.") from error
+    return as_zoo(zoo).find(name).weights(file)
 
 
 def state_difference(expected: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> str:
@@ -183,112 +275,3 @@ def state_difference(expected: Mapping[str, Tensor], found: Mapping[str, Tensor]
     }
     told = [f"{len(names)} {what}: {shorten(names)}" for what, names in parts.items() if names]
     return f"{len(shared) - len(reshaped)} of {len(expected)} tensors match; {'; '.join(told)}" if told else ""
-
-
-def verify_file(path: Path, sha256: str, size: int) -> None:
-    """Compare a file with its published size (bytes) and sha256 (64 hex digits).
-
-    Raises:
-        ZooError: naming the file, what was expected, what was found and what to do.
-    """
-    advice = "Copy the entry again from where it came, or publish it again; do not use this copy."
-    if not path.is_file():
-        raise ZooError(f"{path} is in the zoo's index but not on disk. {advice}")
-    found_size = path.stat().st_size
-    if found_size != size:
-        raise ZooError(f"{path} is not what was published: expected {size} bytes, found {found_size}. {advice}")
-    found = sha256_of(path)
-    if found != sha256:
-        raise ZooError(f"{path} is not what was published: expected sha256 {sha256}, found {found}. {advice}")
-
-
-def is_sha256(text: Any) -> bool:
-    """Whether a value is 64 lower-case hex digits."""
-    return isinstance(text, str) and re.fullmatch(r"[0-9a-f]{64}", text) is not None
-
-
-def sha256_of(path: Path) -> str:
-    """The sha256 of a file's bytes as they are on disk now, in hex."""
-    digest = hashlib.sha256()
-    with open(path, "rb") as stream:
-        while block := stream.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
-
-
-def read_index(path: Path) -> dict[str, dict[str, Any]]:
-    """Records of an index file by entry name; none where the file does not exist.
-
-    Names and records are checked here, so that nothing in an index can point outside of the zoo.
-    """
-    if not path.exists():
-        return {}
-    content = _load_json(path)
-    _check_format(path, content, INDEX_FORMAT)
-    records = content.get("entries")
-    if not isinstance(records, dict):
-        raise ZooError(f"{path}: 'entries' is missing or not an object. Restore the file from a copy.")
-    for name, record in records.items():
-        check_name(name, where=f"{path}: ")
-        problem = _record_problem(record)
-        if problem:
-            raise ZooError(f"{path}: the record of '{name}' {problem}. Restore the file from a copy.")
-    return records
-
-
-def check_name(name: str, where: str = "") -> None:
-    """Raise `ZooError` for a name that is no entry's: such names could otherwise leave the zoo's folder."""
-    if not isinstance(name, str) or not _NAME.fullmatch(name):
-        raise ZooError(
-            f"{where}{name!r} is not a name for a zoo entry. A name has up to 100 letters, digits and '.', '_', '-', "
-            "begins with a letter or digit, and may end in a version such as '@2'."
-        )
-
-
-def split_version(name: str) -> tuple[str, int]:
-    """`"x@2"` as `("x", 2)`; a name without a version is the first one."""
-    base, _, version = name.partition("@")
-    return base, int(version or 1)
-
-
-def pin(entry: str) -> str:
-    """The name that will mean this very version whatever is published later: `x@1` for an entry called `x`."""
-    return entry if "@" in entry else f"{entry}@1"
-
-
-def shorten(names: list[str], limit: int = 8) -> str:
-    """The first few names, and how many more there are."""
-    more = f" and {len(names) - limit} more" if len(names) > limit else ""
-    return ", ".join(names[:limit]) + more
-
-
-def _record_problem(record: Any) -> str:
-    if not isinstance(record, dict) or not isinstance(record.get("architecture"), str):
-        return "has no 'architecture'"
-    if not isinstance(record.get("files"), dict):
-        return "has no 'files'"
-    for file, facts in record["files"].items():
-        if not _NAME.fullmatch(file):
-            return f"lists the file {file!r}, which is not a plain file name"
-        sha256, size = (facts.get("sha256"), facts.get("size")) if isinstance(facts, dict) else (None, None)
-        if not is_sha256(sha256) or not isinstance(size, int):
-            return f"has no usable sha256 and size for '{file}'"
-    return ""
-
-
-def _load_json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ZooError(f"{path} cannot be read as JSON: {error}. Restore the file from a copy.") from error
-    if not isinstance(content, dict):
-        raise ZooError(f"{path} holds {type(content).__name__}, not a JSON object. Restore the file from a copy.")
-    return content
-
-
-def _check_format(path: Path, content: Mapping[str, Any], newest: int) -> None:
-    version = content.get("format")
-    if isinstance(version, int) and version > newest:
-        raise ZooError(f"{path} has format {version}; this bissl_zoo reads up to {newest}. Upgrade bissl_zoo.")
-    if version != newest:
-        raise ZooError(f"{path} has format {version!r}, where {newest} was expected. Restore the file from a copy.")

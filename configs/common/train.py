@@ -3,7 +3,8 @@
 train = dict(
     output_dir="runs/default",  # the run directory; must be new or empty unless --resume
     stages=["bissl", "finetune"],  # of pretrain, bissl, finetune: each goes on from what the one before left
-    init=None,  # where the first stage starts: a .safetensors file, a run directory, a zoo name; null: random
+    init=None,  # where the first stage starts: a .safetensors file, a run directory, zoo:NAME; null: random
+    zoo=None,  # folders and addresses where zoo:NAME is looked up, the first first; null: $BISSL_ZOO, or model_zoo/
     seed=0,  # of weights, data order and augmentation
     device="auto",  # auto (a GPU where there is one), cpu, cuda
     amp=None,  # bf16: losses that are differentiated once run in bfloat16 autocast; null: all in float32
@@ -14,7 +15,7 @@ train = dict(
     ),
     publish=dict(
         name=None,  # name of the zoo entry the run ends in; null publishes nothing
-        zoo=None,  # folder of the zoo; null for $BISSL_ZOO, the checkout's model_zoo/, or the user's data directory
+        zoo=None,  # folder or address that it is published to; null: the first of train.zoo
         licence="unknown",  # of the published weights, an SPDX identifier
     ),
 )
@@ -35,6 +36,10 @@ bilevel = {
     "products": "graph",  # with the Hessian, through a graph that is kept; rebuild makes it anew: slower, less memory
     "move_statistics": True,  # downstream images of the hypergradient move the lower backbone's batch-norm statistics
     "shared_stage": None,  # last stage of the backbone that both levels share, such as c4; null for the whole backbone
+    "pretext_warmup": dict(  # where train.init brings no head of the pretext method, and pretrain makes none
+        steps=100,  # optimizer steps of a new pretext head on the frozen backbone; give these or epochs; 0 for none
+        epochs=None,  # passes over dataloader.pretext
+    ),
     "head_warmup": dict(
         steps=None,  # optimizer steps of the downstream head on the frozen backbone; give these or epochs
         epochs=20,  # passes over dataloader.train

@@ -1,6 +1,7 @@
 """`train.amp=bf16`: what is computed in bfloat16, and what is not."""
 
 from collections import Counter
+from pathlib import Path
 
 import pytest
 import torch
@@ -53,7 +54,7 @@ def test_a_whole_run_in_bf16_leaves_float32_and_measures_in_it(tiny_config, at_s
     }
     for path in (tmp_path / "run" / "checkpoints").glob("*/step_000002"):
         assert dtypes(load_checkpoint(path)[1]) == {torch.float32}
-    files = list(entry.path.glob("*.safetensors"))
+    files = list(Path(entry.location).glob("*.safetensors"))
     assert len(files) == 3 and all(dtypes(load_file(file)) == {torch.float32} for file in files)
 
 

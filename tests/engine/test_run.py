@@ -123,7 +123,7 @@ def test_a_run_whose_levels_shared_another_stage_can_be_started_from(
     # a pretraining of no learning rate hands on what it was given
     cfg = LazyConfig.apply_overrides(cfg, ["optimizer.pretrain.lr=0.0"])
     again = run(cfg, "test")["entry"]
-    published = [timm.create_model(f"local-dir:{e.path}", pretrained=True) for e in (entry, again)]
+    published = [timm.create_model(f"local-dir:{e.location}", pretrained=True) for e in (entry, again)]
     for one, other in zip(*(model.named_parameters() for model in published), strict=True):
         assert torch.equal(one[1], other[1]), one[0]
 
@@ -136,7 +136,7 @@ def test_a_file_of_timm_weights_is_what_the_first_stage_starts_from(tiny_config,
     cfg = tiny_config(train__output_dir=tmp_path / "run", train__stages="[bissl]", train__init=init)
     entry = run(LazyConfig.apply_overrides(cfg, ["optimizer.lower.lr=0.0"]), "test")["entry"]
     assert "brings no pretext head" in capsys.readouterr().out
-    published = dict(timm.create_model(f"local-dir:{entry.path}", pretrained=True).named_parameters())
+    published = dict(timm.create_model(f"local-dir:{entry.location}", pretrained=True).named_parameters())
     assert all(torch.equal(value, state[key]) for key, value in published.items())
 
 

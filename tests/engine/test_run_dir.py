@@ -12,12 +12,9 @@ from bissl_zoo.engine.build import Weights
 from bissl_zoo.engine.checkpoint import load_checkpoint
 from bissl_zoo.engine.checks import check_config
 from bissl_zoo.engine.init import load_init, resplit
-from bissl_zoo.engine.publishing import publish_backbone
-from bissl_zoo.engine.run import open_context
 from bissl_zoo.engine.run_dir import prepare_run_dir
 from bissl_zoo.errors import CheckpointError, ConfigError
 from bissl_zoo.registry import build_backbone
-from bissl_zoo.zoo import list_backbones
 
 
 def voc_det(*overrides):
@@ -96,12 +93,13 @@ def test_a_run_that_began_before_a_key_was_added_is_resumed_where_the_key_is_nul
 
 
 def test_the_weights_of_a_run_are_those_its_last_stage_left(finished, tiny_config):
-    weights, digest = load_init(str(finished), tiny_config())
+    weights, ancestors = load_init(str(finished), tiny_config())
     path = finished / "checkpoints" / "bissl" / "step_000002"
     levels = load_checkpoint(path)[1]["levels"]
     lower = levels["lower"]["backbone"]
     assert all(torch.equal(weights.backbone[key], value) for key, value in lower.items())
-    assert digest == json.loads((path / "state.json").read_text())["sha256"]
+    digest = json.loads((path / "state.json").read_text())["sha256"]
+    assert [ancestor["sha256"] for ancestor in ancestors] == [digest]
     tuned, _ = load_init(str(finished), tiny_config(), evaluate=True)
     levels = load_checkpoint(finished / "checkpoints" / "finetune" / "step_000002")[1]["levels"]
     assert all(torch.equal(tuned.backbone[key], value) for key, value in levels["level"]["backbone"].items())
@@ -118,16 +116,16 @@ def test_an_unfinished_stage_is_not_started_from(run_copy, tiny_config):
 
 def test_a_zoo_entry_is_started_from_and_becomes_the_parent(finished, tiny_config, monkeypatch):
     entry = json.loads((finished / "zoo_entry.json").read_text())
-    monkeypatch.setenv("BISSL_ZOO", entry["path"].rpartition("/")[0])
-    weights, digest = load_init(entry["name"], tiny_config())
-    assert digest == entry["sha256"]
-    plain = timm.create_model(f"local-dir:{entry['path']}", pretrained=True).state_dict()
+    monkeypatch.setenv("BISSL_ZOO", entry["location"].rpartition("/")[0])
+    weights, ancestors = load_init(f"zoo:{entry['name']}", tiny_config())
+    assert ancestors == [{"name": f"{entry['name']}@1", "sha256": entry["sha256"]}]
+    plain = timm.create_model(f"local-dir:{entry['location']}", pretrained=True).state_dict()
     whole = merge_split_states(weights.backbone, weights.tail)
     assert whole.keys() == plain.keys() and all(torch.equal(value, plain[key]) for key, value in whole.items())
     levels = load_checkpoint(finished / "checkpoints" / "bissl" / "step_000002")[1]["levels"]
     head = levels["lower"]["head"]
     assert weights.pretext.keys() == head.keys() and all(torch.equal(v, head[k]) for k, v in weights.pretext.items())
-    other, _ = load_init(entry["name"], tiny_config(pretext__name="byol"))
+    other, _ = load_init(f"zoo:{entry['name']}", tiny_config(pretext__name="byol"))
     assert other.pretext is None  # a head of another method is not taken
 
 
@@ -148,20 +146,3 @@ def test_weights_cut_at_one_stage_are_cut_again_at_another():
         assert all(torch.equal(value, expected.pretext[key]) for key, value in cut.pretext.items())
     alone = resplit(Weights(parts["c5"][0]), *cuts["c3"])
     assert alone.backbone.keys() == parts["c3"][0].keys() and alone.tail.keys() == parts["c3"][1].keys()
-
-
-def test_a_run_that_only_fine_tunes_publishes_nothing(finished, tiny_config, at_scenes):
-    context = open_context(tiny_config(train__stages=["finetune"]), "test")
-    weights, _ = load_init(str(finished), context.cfg)
-    assert weights.pretext is not None
-    assert publish_backbone(context, finished.parent, weights, {}, None) is None
-
-
-def test_a_receipt_keeps_a_run_from_publishing_twice(finished, tiny_config, at_scenes):
-    context = open_context(tiny_config(), "test")
-    zoo = context.cfg.train.publish.zoo
-    before = list_backbones(zoo=zoo)
-    weights, _ = load_init(str(finished), context.cfg)
-    again = publish_backbone(context, finished, weights, {}, None)
-    assert again.name == json.loads((finished / "zoo_entry.json").read_text())["name"]
-    assert list_backbones(zoo=zoo) == before

@@ -175,8 +175,8 @@ def test_a_file_of_another_architecture_is_refused_as_start(refused, tmp_path):
 
 def test_a_zoo_entry_of_another_architecture_is_refused_as_start(refused, finished, monkeypatch):
     entry = json.loads((finished / "zoo_entry.json").read_text())
-    monkeypatch.setenv("BISSL_ZOO", entry["path"].rpartition("/")[0])
-    assert "another architecture" in refused("backbone.name=resnet10t", f"train.init={entry['name']}")
+    monkeypatch.setenv("BISSL_ZOO", entry["location"].rpartition("/")[0])
+    assert "another architecture" in refused("backbone.name=resnet10t", f"train.init=zoo:{entry['name']}")
 
 
 def test_a_pickle_that_calls_itself_safetensors_is_refused_as_start(refused, tmp_path):
@@ -187,15 +187,15 @@ def test_a_pickle_that_calls_itself_safetensors_is_refused_as_start(refused, tmp
 
 def test_a_start_that_does_not_exist_is_refused(refused):
     message = refused("train.init=runs/nowhere")
-    assert "runs/nowhere" in message and "no file, no run directory and no entry of the zoo" in message
+    assert "runs/nowhere" in message and "no file and no run directory" in message and "zoo:NAME" in message
 
 
 def test_a_damaged_zoo_entry_is_not_called_unknown(refused, finished, monkeypatch, tmp_path):
     entry = json.loads((finished / "zoo_entry.json").read_text())
-    shutil.copytree(entry["path"].rpartition("/")[0], tmp_path / "zoo")
+    shutil.copytree(entry["location"].rpartition("/")[0], tmp_path / "zoo")
     monkeypatch.setenv("BISSL_ZOO", str(tmp_path / "zoo"))
     (tmp_path / "zoo" / entry["name"] / "model.safetensors").write_bytes(b"")
-    message = refused(f"train.init={entry['name']}")
+    message = refused(f"train.init=zoo:{entry['name']}")
     assert "model.safetensors" in message and "no entry" not in message
 
 

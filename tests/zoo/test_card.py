@@ -20,7 +20,7 @@ def make_entry(**metadata):
                 "metrics": {"AP50": [0.25, 0.75], "AP": [0.125, 0.125]},
                 "seeds": [3, 4],
                 "datasets": {"pretext": "digits", "test": {"name": "voc|07", "images": 4952}},
-                "parent": PARENT,
+                "ancestors": [{"name": "base@1", "sha256": PARENT}],
                 "licence": "CC-BY-4.0",
                 **metadata,
             }
@@ -72,8 +72,8 @@ def test_the_python_of_the_card_compiles_and_pins_the_version():
 
 
 def test_what_an_entry_does_not_state_is_left_out():
-    bare = dict.fromkeys(("pretext", "task", "solver", "shared_stage", "parent"))
-    card = render_card(make_entry(**bare, metrics={}, seeds=[], datasets={}, licence="unknown"))
+    bare = dict.fromkeys(("pretext", "task", "solver", "shared_stage"))
+    card = render_card(make_entry(**bare, ancestors=[], metrics={}, seeds=[], datasets={}, licence="unknown"))
     assert "None" not in card and "## Metrics" not in card and "## Data" not in card
     assert "Started from random weights." in card
     assert "Licence: unknown." in card

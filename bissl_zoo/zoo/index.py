@@ -1,0 +1,109 @@
+"""The index of a zoo: one checked record per entry, which every file is compared with."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from bissl_zoo.errors import ZooError
+from bissl_zoo.zoo.names import check_name, is_name, is_sha256
+
+INDEX_FILE, CURATED_FILE = "index.json", "curated.json"
+INDEX_FORMAT = 1
+ENTRY_FORMAT = 1
+
+#: bytes of an index, far above what any zoo has, so that a hostile one cannot fill the memory
+INDEX_LIMIT = 64 << 20
+
+_RESTORE = "Restore the file from a copy."
+
+
+@dataclass(frozen=True)
+class Index:
+    """What a zoo's index says.
+
+    Attributes:
+        records: by entry name: architecture, methods, metrics, and size (bytes) and sha256 of every file.
+        removed: names that were once published, which never mean anything else.
+    """
+
+    records: Mapping[str, dict[str, Any]] = field(default_factory=dict)
+    removed: tuple[str, ...] = ()
+
+    def to_bytes(self) -> bytes:
+        """The index file."""
+        content = {"format": INDEX_FORMAT, "entries": dict(self.records)}
+        return to_json(content | {"removed": list(self.removed)} if self.removed else content).encode()
+
+
+def parse_index(content: bytes | None, where: str) -> Index:
+    """An index from its file; an empty one where there is none.
+
+    Names, sizes and digests are checked here, so that nothing in an index can point outside of the zoo.
+
+    Args:
+        content: of the file, None where there is none.
+        where: what errors call it.
+    Raises:
+        ZooError: for anything that is not an index of a format known here.
+    """
+    if content is None:
+        return Index()
+    loaded = parse_json(content, where)
+    check_format(where, loaded, INDEX_FORMAT)
+    records, removed = loaded.get("entries"), loaded.get("removed", [])
+    if not isinstance(records, dict) or not isinstance(removed, list):
+        raise ZooError(f"{where}: 'entries' is missing or not an object, or 'removed' not a list. {_RESTORE}")
+    for name in [*records, *removed]:
+        check_name(name, where=f"{where}: ")
+    for name, record in records.items():
+        problem = _record_problem(record)
+        if problem:
+            raise ZooError(f"{where}: the record of '{name}' {problem}. {_RESTORE}")
+    return Index(records, tuple(removed))
+
+
+def parse_json(content: bytes, where: str) -> dict[str, Any]:
+    """A JSON object; `ZooError` for everything else."""
+    try:
+        loaded = json.loads(content.decode("utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ZooError(f"{where} cannot be read as JSON: {error}. {_RESTORE}") from error
+    if not isinstance(loaded, dict):
+        raise ZooError(f"{where} holds {type(loaded).__name__}, not a JSON object. {_RESTORE}")
+    return loaded
+
+
+def to_json(content: Mapping[str, Any]) -> str:
+    """JSON for people; `ZooError` for values it does not have."""
+    try:
+        return json.dumps(content, indent=2, allow_nan=False, ensure_ascii=False) + "\n"
+    except (TypeError, ValueError) as error:
+        raise ZooError(
+            f"The entry holds a value that JSON cannot: {error}. Use numbers, text, lists and mappings."
+        ) from error
+
+
+def check_format(where: str, content: Mapping[str, Any], newest: int) -> None:
+    """Raise `ZooError` for a file format that is newer, or none at all."""
+    version = content.get("format")
+    if isinstance(version, int) and version > newest:
+        raise ZooError(f"{where} has format {version}; this bissl_zoo reads up to {newest}. Upgrade bissl_zoo.")
+    if version != newest:
+        raise ZooError(f"{where} has format {version!r}, where {newest} was expected. {_RESTORE}")
+
+
+def _record_problem(record: Any) -> str:
+    if not isinstance(record, dict) or not isinstance(record.get("architecture"), str):
+        return "has no 'architecture'"
+    if not isinstance(record.get("metrics", {}), dict):
+        return "has 'metrics' that are not an object"
+    if not isinstance(record.get("files"), dict):
+        return "has no 'files'"
+    for file, facts in record["files"].items():
+        if not is_name(file):
+            return f"lists the file {file!r}, which is not a plain file name"
+        sha256, size = (facts.get("sha256"), facts.get("size")) if isinstance(facts, dict) else (None, None)
+        if not is_sha256(sha256) or type(size) is not int or size < 0:
+            return f"has no usable sha256 and size for '{file}'"
+    return ""

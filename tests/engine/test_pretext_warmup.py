@@ -1,0 +1,285 @@
+"""A backbone without a head of the config's pretext method: a new head is warmed up on it before the BiSSL stage."""
+
+import json
+import shutil
+
+import pytest
+import timm
+import torch
+from safetensors.torch import save_file
+
+from bissl_zoo.config import LazyConfig
+from bissl_zoo.engine.bissl import build_bissl, build_pretext_warmup
+from bissl_zoo.engine.build import build_pretext, seed_everything
+from bissl_zoo.engine.checkpoint import load_checkpoint
+from bissl_zoo.engine.dry_run import describe
+from bissl_zoo.engine.init import load_init
+from bissl_zoo.engine.run import open_context, phases_of, run
+
+# two views of an image that no chance enters: the whole of it, once sharp and once blurred
+FIXED_VIEWS = dict(
+    crop_scale=[1.0, 1.0],
+    aspect_ratio=[1.0, 1.0],
+    jitter_probability=0.0,
+    grayscale_probability=0.0,
+    flip_probability=0.0,
+    blur_probability=[0.0, 1.0],
+    blur_sigma=[1.0, 1.0],
+    solarize_probability=[0.0, 0.0],
+)
+BYOL = [
+    "pretext.name=byol",
+    "~pretext.temperature",
+    "pretext.projector=[32, 64]",
+    "+pretext.predictor=[32, 64]",
+    "+pretext.decay=0.75",
+]
+
+
+@pytest.fixture
+def weights_file(tmp_path):
+    """A backbone's file as others publish it; batch norm has seen images."""
+    torch.manual_seed(5)
+    model = timm.create_model("test_resnet", num_classes=0)
+    model(torch.randn(8, 3, 64, 64))
+    save_file(model.state_dict(), tmp_path / "weights.safetensors")
+    return tmp_path / "weights.safetensors"
+
+
+@pytest.fixture
+def config(tiny_config, at_scenes, weights_file, tmp_path):
+    """`config(method, **changed)`: the BiSSL stage from the file, on all unlabelled images at every step."""
+
+    def build(method="simclr", **changed):
+        settings = dict(
+            train__output_dir=tmp_path / "run",
+            train__stages="[bissl]",
+            train__init=weights_file,
+            train__publish__name="null",
+            bilevel__pretext_warmup__steps=4,
+            dataloader__pretext__batch_size=24,
+        )
+        cfg = tiny_config(**settings | changed)
+        cfg.pretext.augmentation.update(FIXED_VIEWS)
+        return LazyConfig.apply_overrides(cfg, BYOL) if method == "byol" else cfg
+
+    return build
+
+
+def opened(cfg):
+    return open_context(cfg, "test"), load_init(cfg.train.init, cfg)[0]
+
+
+def copied(module):
+    return {key: value.clone() for key, value in module.state_dict().items()}
+
+
+def same(one, other):
+    return one.keys() == other.keys() and all(torch.equal(value, other[key]) for key, value in one.items())
+
+
+def part(state, *prefixes):
+    return {key: value for key, value in state.items() if key.startswith(prefixes)}
+
+
+def warmed_up(folder, step=4):
+    state = load_checkpoint(folder / "checkpoints" / "pretext_warmup" / f"step_{step:06d}")[1]
+    return state["levels"]["level"]
+
+
+@pytest.mark.parametrize("method", ["simclr", "byol"])
+def test_the_loss_of_the_new_head_falls_and_the_backbone_stays_as_it_was(config, method):
+    # a teacher that follows at once leaves BYOL no loss to lower but the student's own
+    context, weights = opened(config(method, bilevel__pretext_warmup__steps=40))
+    trainer = build_pretext_warmup(context, weights)
+    level = trainer.level
+    views = next(level.batches)
+
+    def loss():
+        with torch.no_grad():
+            return sum(level.head.losses(level.backbone, views).values()).item()
+
+    first, head = loss(), copied(level.head)
+    trainer.train()
+    assert loss() < first - 0.1
+    after = level.head.state_dict()
+    learnt = part(after, "projector", "predictor")
+    assert learnt and all(not torch.equal(value, head[key]) for key, value in learnt.items() if "weight" in key)
+    assert same(level.backbone.state_dict(), weights.backbone)  # batch-norm statistics included
+    assert weights.tail and same(part(after, "tail."), {f"tail.{key}": v for key, v in weights.tail.items()})
+    assert any(key.endswith("running_mean") for key in weights.tail)
+
+
+def test_the_bissl_stage_goes_on_from_the_warm_head_with_all_of_it_to_be_trained(config):
+    context, weights = opened(config("byol"))
+    warmup = build_pretext_warmup(context, weights)
+    warmup.train()
+    problem = build_bissl(context, warmup.result()).problem
+    assert same(problem.lower.head.state_dict(), warmup.level.head.state_dict())
+    for level in (problem.lower, problem.upper):
+        assert same(level.backbone.state_dict(), weights.backbone)
+        assert all(p.requires_grad for p in level.backbone.parameters()) and level.backbone.training
+    tail = problem.lower.head.tail
+    assert tail.training and all(p.requires_grad for p in tail.parameters())
+
+
+def test_the_teacher_of_byol_keeps_the_frozen_backbone_and_follows_the_head(config):
+    context, weights = opened(config("byol", bilevel__pretext_warmup__steps=2))
+    trainer = build_pretext_warmup(context, weights)
+    head = trainer.level.head
+    expected = dict(copied(head.projector))
+    for _ in range(2):
+        trainer.run_step()
+        for name, value in head.projector.named_parameters():
+            expected[name] = 0.75 * expected[name] + 0.25 * value.detach()
+    teacher = head.teacher
+    for name, value in teacher["projector"].named_parameters():
+        torch.testing.assert_close(value, expected[name], msg=name)  # the moving average, one lerp a step
+    assert not same(teacher["projector"].state_dict(), head.projector.state_dict())
+    assert same(teacher["backbone"].state_dict(), weights.backbone)  # bit for bit, batch-norm statistics included
+    assert same(teacher["tail"].state_dict(), weights.tail)
+
+
+def test_the_new_head_is_that_of_the_seed(config):
+    def head(seed):
+        context, weights = opened(config(train__seed=seed))
+        return build_pretext_warmup(context, weights).level.head
+
+    first = head(3)
+    torch.randn(7)
+    assert same(first.state_dict(), head(3).state_dict())
+    assert not same(first.projector.state_dict(), head(4).projector.state_dict())
+
+
+def test_the_warm_up_runs_at_the_base_rate_of_the_lower_level(config):
+    context, weights = opened(config())  # whose schedule would begin at a fifth of it
+    trainer = build_pretext_warmup(context, weights)
+    assert isinstance(trainer.level.optimizer, torch.optim.SGD)
+    assert [trainer.run_step()["lr"] for _ in range(2)] == [0.05, 0.05]
+
+
+def test_a_file_without_a_head_gets_the_phase_and_a_line_that_says_so(config, weights_file, tmp_path, capsys):
+    run(config(), "test")
+    out = capsys.readouterr().out
+    line = "train.init brings no pretext head of simclr: a new one is warmed up for 4 steps on the frozen backbone"
+    assert line in out and "stage 1 of 3: pretext_warmup" in out and "[pretext_warmup 4/4] total_loss" in out
+    assert "starts with a random one" not in out
+    records = [json.loads(text) for text in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    losses = [record["total_loss"] for record in records if record["stage"] == "pretext_warmup"]
+    assert len(losses) == 4 and losses[-1] < losses[0]
+    info = json.loads((tmp_path / "run/checkpoints/pretext_warmup/step_000004/state.json").read_text())
+    assert info["done"] and info["stage"] == "pretext_warmup"
+
+
+def test_without_steps_there_is_no_phase_but_a_warning(config, tmp_path, capsys):
+    run(config(bilevel__pretext_warmup__steps=0), "test")
+    out = capsys.readouterr().out
+    assert "warning: train.init brings no pretext head of simclr" in out and "starts with a random one" in out
+    assert "stage 1 of 2: head_warmup" in out
+    assert not (tmp_path / "run" / "checkpoints" / "pretext_warmup").exists()
+
+
+def test_steps_may_be_given_as_epochs(config):
+    cfg = config(bilevel__pretext_warmup__steps="null", bilevel__pretext_warmup__epochs=2.5)
+    context, weights = opened(LazyConfig.apply_overrides(cfg, ["dataloader.pretext.batch_size=8"]))
+    assert build_pretext_warmup(context, weights).total_steps == 8  # of 24 images, 8 at a step: 7.5
+
+
+def test_the_phase_is_there_only_where_the_head_is_missing(config, finished, weights_file):
+    def names(**changed):
+        return [phase.name for phase in phases_of(*opened(config(**changed)))]
+
+    assert names() == ["pretext_warmup", "head_warmup", "bissl"]
+    assert names(train__stages="[pretrain,bissl]") == ["pretrain", "head_warmup", "bissl"]
+    assert names(train__init=finished) == ["head_warmup", "bissl"]
+    assert names(train__stages="[finetune]") == ["finetune"]
+
+
+def test_an_entry_of_another_method_is_warmed_up_and_one_of_the_same_is_not(config, finished, tmp_path, capsys):
+    entry = json.loads((finished / "zoo_entry.json").read_text())
+    zoo = entry["location"].rpartition("/")[0]
+    settings = dict(train__init=f"zoo:{entry['name']}", train__zoo=f"['{zoo}']")
+    published = opened(config("byol", **settings))[1].backbone
+    run(config("byol", **settings), "test")
+    assert "brings no pretext head of byol: a new one" in capsys.readouterr().out
+    level = warmed_up(tmp_path / "run")
+    assert same(level["backbone"], published)
+    assert same(part(level["head"], "teacher.backbone."), {f"teacher.backbone.{k}": v for k, v in published.items()})
+    run(config(**settings, train__output_dir=tmp_path / "same"), "test")
+    out = capsys.readouterr().out
+    assert "brings no pretext head" not in out and "stage 1 of 2: head_warmup" in out
+
+
+@pytest.mark.parametrize("method", ["simclr", "byol"])
+def test_a_warm_up_that_is_resumed_ends_as_one_that_was_not_interrupted(config, method, tmp_path, capsys):
+    cfg = config(method, train__checkpoint__keep=9)
+    run(cfg, "test")
+    whole = shutil.copytree(tmp_path / "run", tmp_path / "whole")
+    checkpoints = tmp_path / "run" / "checkpoints"
+    for later in ("pretext_warmup/step_000003", "pretext_warmup/step_000004", "head_warmup", "bissl"):
+        shutil.rmtree(checkpoints / later)
+    capsys.readouterr()
+    run(cfg, "test", resume=True)
+    newest = checkpoints / "pretext_warmup" / "step_000002"
+    assert f"resumed from {newest}: pretext_warmup step 2 of 4" in capsys.readouterr().out
+    one, other = warmed_up(whole), warmed_up(tmp_path / "run")
+    assert same(one["head"], other["head"]) and same(one["backbone"], other["backbone"])
+    shutil.rmtree(checkpoints / "bissl")
+    run(cfg, "test", resume=True)
+    out = capsys.readouterr().out
+    assert "stage 1 of 3: pretext_warmup" in out and "pretext_warmup step 4 of 4" in out
+    before, after = (load_checkpoint(f / "checkpoints/bissl/step_000002")[1] for f in (whole, tmp_path / "run"))
+    assert same(before["levels"]["lower"]["head"], after["levels"]["lower"]["head"])
+
+
+def test_the_dry_run_counts_the_steps_of_the_phase(config, finished):
+    def row(**changed):
+        lines = [line.split() for line in describe(config(**changed), "test").splitlines()]
+        return [line for line in lines if line[:1] == ["pretext_warmup"] and len(line) == 3]
+
+    assert row() == [["pretext_warmup", "4", "24"]]
+    assert row(train__init=finished) == []
+
+
+def test_the_head_is_what_the_stage_would_draw_itself(config):
+    context, weights = opened(config())
+    seed_everything(context.cfg.train.seed)
+    drawn = build_pretext(context.cfg, weights, context.device)[1]
+    assert same(build_pretext_warmup(context, weights).level.head.state_dict(), drawn.state_dict())
+
+
+PROGRAM = """
+import hashlib, json, sys
+from bissl_zoo.config import LazyConfig
+from bissl_zoo.distributed import all_gather_objects, get_rank, is_main_process
+from bissl_zoo.engine.bissl import build_pretext_warmup
+from bissl_zoo.engine.init import load_init
+from bissl_zoo.engine.launch import launch
+from bissl_zoo.engine.run import open_context
+
+def digest(module):
+    return hashlib.sha256(b"".join(p.detach().numpy().tobytes() for p in module.parameters())).hexdigest()
+
+def main(config):
+    cfg = LazyConfig.load(config)
+    trainer = build_pretext_warmup(open_context(cfg, config), load_init(cfg.train.init, cfg)[0])
+    mine = [digest(trainer.level.head)]
+    trainer.train()
+    everyone = all_gather_objects([*mine, digest(trainer.level.head)])
+    if is_main_process():
+        print(json.dumps(everyone))
+    return 0
+
+if __name__ == "__main__":
+    sys.exit(launch(main, 2, sys.argv[1]))
+"""
+
+
+def test_two_processes_hold_the_same_head_before_and_after(process, config, tmp_path):
+    (tmp_path / "program.py").write_text(PROGRAM)
+    LazyConfig.save(config("byol"), tmp_path / "config.yaml")
+    with process(tmp_path / "program.py", tmp_path / "config.yaml") as running:
+        out, err = running.communicate(timeout=120)
+    assert running.returncode == 0, err
+    first, second = json.loads(out.splitlines()[-1])
+    assert first == second and first[0] != first[1]

@@ -1,0 +1,83 @@
+import hashlib
+import json
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+
+from bissl_zoo.config import LazyConfig
+from bissl_zoo.engine.facts import read_facts
+from bissl_zoo.engine.publishing import publish_run, published
+from bissl_zoo.engine.run import run
+from bissl_zoo.errors import CheckpointError
+from bissl_zoo.zoo import Zoo, get_config, get_entry, list_backbones
+
+
+def test_a_run_is_published_later_into_another_zoo_with_all_that_it_left(run_copy, tmp_path):
+    entry = publish_run(run_copy, name="mine", zoo=Zoo(tmp_path / "zoo"))
+    facts = get_entry("mine", zoo=tmp_path / "zoo")
+    results = json.loads((run_copy / "results.json").read_text())
+    assert facts["metrics"]["AP50 (bissl)"]["mean"] == results["bissl"]["AP50"]
+    assert facts["metrics"]["AP50 (pretrained)"]["mean"] == results["pretrained"]["AP50"]
+    assert (facts["pretext"], facts["task"], facts["seeds"]) == ("simclr", "faster_rcnn", [0])
+    assert facts["wall_time_s"] == read_facts(run_copy)["wall_time_s"] > 0 and "CPU" in facts["hardware"]
+    assert {"pretext_head.safetensors", "task_head.safetensors", "metrics.png"} <= set(facts["files"])
+    assert published(run_copy) == entry
+    assert get_config("mine", zoo=tmp_path / "zoo") == LazyConfig.load(run_copy / "config.yaml")
+
+
+def test_publishing_again_makes_a_version_and_the_weights_are_the_same(run_copy, tmp_path):
+    first, second = (publish_run(run_copy, name="mine", zoo=Zoo(tmp_path / "zoo")) for _ in range(2))
+    assert (first.name, second.name) == ("mine", "mine@2") and first.sha256 == second.sha256
+
+
+def test_the_samples_of_every_data_set_are_counted_and_their_list_has_a_digest(finished, scenes):
+    facts = read_facts(finished)["datasets"]
+    assert {role: found["samples"] for role, found in facts.items()} == {"pretext": 24, "train": 16, "test": 8}
+    devkit = next(scenes.glob("*/VOCdevkit/VOC2007"))
+    ids = (devkit / "ImageSets" / "Main" / "test.txt").read_text().split()
+    names = sorted(os.path.relpath(devkit / "JPEGImages" / f"{image_id}.jpg", scenes) for image_id in ids)
+    assert facts["test"]["sample_list_sha256"] == hashlib.sha256("\n".join(names).encode()).hexdigest()
+
+
+def test_a_finished_run_that_is_resumed_is_not_published_twice(finished, tiny_config, at_scenes):
+    cfg = tiny_config(train__output_dir=finished)
+    zoo = cfg.train.publish.zoo
+    before = list_backbones(zoo=zoo)
+    assert run(cfg, "test", resume=True)["entry"] == published(finished)
+    assert list_backbones(zoo=zoo) == before
+
+
+def test_a_run_that_only_fine_tunes_publishes_nothing(finished, tiny_config, at_scenes, tmp_path):
+    settings = dict(train__stages="[finetune]", train__output_dir=tmp_path / "tuned", train__init=finished)
+    assert run(tiny_config(**settings), "test")["entry"] is None
+    with pytest.raises(CheckpointError, match="has finished neither pretrain nor bissl"):
+        publish_run(tmp_path / "tuned", name="mine", zoo=Zoo(tmp_path / "zoo"))
+
+
+def test_what_is_no_finished_run_is_refused_with_what_to_do(run_copy, tmp_path):
+    with pytest.raises(CheckpointError, match="no config.yaml"):
+        publish_run(tmp_path)
+    shutil.rmtree(run_copy / "checkpoints" / "bissl" / "step_000002")
+    with pytest.raises(CheckpointError, match=r"bissl of .* is at step 1 of 2; --resume the run first"):
+        publish_run(run_copy, zoo=Zoo(tmp_path / "zoo"))
+    assert not (tmp_path / "zoo").exists()
+
+
+def test_the_lineage_reaches_the_root(run_copy, tiny_config, at_scenes, tmp_path, monkeypatch):
+    zoo = Zoo(tmp_path / "zoo")
+    monkeypatch.setenv("BISSL_ZOO", str(tmp_path / "zoo"))
+    names = []
+    init = f"{run_copy}"
+    for generation in range(2):
+        folder = tmp_path / f"run{generation}"
+        settings = dict(train__output_dir=folder, train__stages="[bissl]", train__init=init)
+        settings |= dict(train__publish__name=f"generation{generation}", train__publish__zoo=tmp_path / "zoo")
+        names.append(run(tiny_config(**settings), "test")["entry"])
+        init = f"zoo:generation{generation}"
+    lineage = get_entry("generation1", zoo=zoo)["lineage"]
+    assert [ancestor["name"] for ancestor in lineage["ancestors"]] == ["generation0@1", "run (bissl)"]
+    assert lineage["parent"] == names[0].sha256
+    card = (Path(names[1].location) / "README.md").read_text()
+    assert "Started from `generation0@1`" in card and "That started from `run (bissl)`" in card
