@@ -79,7 +79,8 @@ COMMANDS = {
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line `argv` (`sys.argv` by default) and return the exit status."""
     args = parse_args(argv)
-    logging.basicConfig(format="%(levelname)s: %(message)s")
+    logging.basicConfig(format="%(message)s")
+    logging.getLogger("bissl_zoo").setLevel(logging.INFO)
     try:
         return COMMANDS[args.command](args, Zoo(*args.zoo) if args.zoo else default_zoo())
     except BisslZooError as error:

@@ -1,6 +1,7 @@
-"""The model zoo: find, check and load published backbones (hub), publish them (publish), describe them (card)."""
+"""The model zoo: find, check and load backbones (hub), publish them (publish), and weights of other projects."""
 
 from bissl_zoo.zoo.card import EntryMetadata, render_card
+from bissl_zoo.zoo.export import export_backbone
 from bissl_zoo.zoo.hub import (
     Entry,
     Zoo,
@@ -13,6 +14,7 @@ from bissl_zoo.zoo.hub import (
     load_entry_weights,
 )
 from bissl_zoo.zoo.publish import PublishedEntry, publish_entry
+from bissl_zoo.zoo.weights import read_foreign
 
 __all__ = [
     "Entry",
@@ -22,10 +24,12 @@ __all__ = [
     "as_zoo",
     "create_backbone",
     "default_zoo",
+    "export_backbone",
     "get_config",
     "get_entry",
     "list_backbones",
     "load_entry_weights",
     "publish_entry",
+    "read_foreign",
     "render_card",
 ]

@@ -1,7 +1,9 @@
 """What `tools/zoo.py` does, command by command: each takes the parsed arguments and a zoo, returns the exit status."""
 
 import json
+import shutil
 import sys
+import textwrap
 from argparse import Namespace
 from typing import Any
 
@@ -9,18 +11,20 @@ import yaml
 from tabulate import tabulate
 
 from bissl_zoo.errors import ZooError
-from bissl_zoo.zoo.hub import Zoo, list_backbones
-from bissl_zoo.zoo.maintenance import verify
-from bissl_zoo.zoo.names import pin
-from bissl_zoo.zoo.page import format_metric
+from bissl_zoo.zoo.hub import Entry, Zoo, list_backbones
+from bissl_zoo.zoo.maintenance import Finding, verify
+from bissl_zoo.zoo.names import pin, printable
+from bissl_zoo.zoo.page import format_metric, split_metric
 from bissl_zoo.zoo.serve import serve
 from bissl_zoo.zoo.stores import writable
 from bissl_zoo.zoo.stores.folder import FolderStore
 from bissl_zoo.zoo.transactions import remove_entry
 
+_HANGING = {"subsequent_indent": "  ", "break_on_hyphens": False}
+
 
 def list_entries(args: Namespace, zoo: Zoo) -> int:
-    """One line per entry."""
+    """A table per location: what each entry is, came from and measures."""
     wanted = {key: getattr(args, key) for key in ("pretext", "task", "architecture", "metric")}
     entries = zoo.entries()
     chosen = {name: entries[name] for name in list_backbones(args.filter, zoo=zoo, **wanted)}
@@ -29,16 +33,34 @@ def list_entries(args: Namespace, zoo: Zoo) -> int:
     if not chosen:
         print(f"{zoo} holds {f'{len(entries)} entries, and none of them matches' if entries else 'no entries'}.")
         return 0
-    rows = []
-    for name, entry in chosen.items():
-        record = entry.record
-        metrics = "  ".join(f"{metric} {format_metric(values)}" for metric, values in record["metrics"].items())
-        size = sum(facts["size"] for facts in record["files"].values()) / 1e6
-        about = [record.get(key) or "-" for key in ("pretext", "task", "solver")]
-        rows.append([name, record["architecture"], *about, metrics or "-", f"{size:.1f} MB", entry.store.location])
-    header = ["entry", "architecture", "pretext", "task", "solver", "metrics", "size", "zoo"]
-    print(tabulate(rows, headers=header, maxcolwidths=[None] * 5 + [40, None, None]))
+    for store in zoo.stores:
+        rows = [_row(entry) for entry in chosen.values() if entry.store is store]
+        if rows:
+            print(f"{printable(store.location)}\n\n{_table(rows)}\n")
     return 0
+
+
+def _row(entry: Entry) -> list[list[str]]:
+    """The lines of an entry's cells but the last, and its metrics, one line for all that the same metric has."""
+    record = entry.record
+    size = sum(facts["size"] for facts in record["files"].values()) / 1e6
+    made_by = [record[key] for key in ("pretext", "task", "solver") if record.get(key)]
+    metrics: dict[str, list[str]] = {}
+    for name, values in record.get("metrics", {}).items():
+        metric, start = split_metric(name)
+        metrics.setdefault(metric, []).append(f"{start} {format_metric(values)}".strip())
+    told = [f"{metric}: {', '.join(values)}" for metric, values in metrics.items()]
+    lines = [[entry.name], [record["architecture"], f"{size:.1f} MB"], made_by or ["-"], told or ["-"]]
+    return [[" ".join(printable(line).split()) for line in cell] for cell in lines]
+
+
+def _table(rows: list[list[list[str]]]) -> str:
+    """The rows as wide as the terminal, if that leaves the metrics some room."""
+    taken = sum(max(len(line) for row in rows for line in row[column]) + 2 for column in range(3))
+    room = max(shutil.get_terminal_size((100, 24)).columns - taken, 24)
+    wrapped = [[*row[:3], [part for line in row[3] for part in textwrap.wrap(line, room, **_HANGING)]] for row in rows]
+    cells = [["\n".join(cell) for cell in row] for row in wrapped]
+    return tabulate(cells, headers=["entry", "backbone", "made by", "metrics"], disable_numparse=True)
 
 
 def show(args: Namespace, zoo: Zoo) -> int:
@@ -47,13 +69,13 @@ def show(args: Namespace, zoo: Zoo) -> int:
     facts = {**entry.facts(), "location": entry.location}
     if args.json:
         return print_json(facts)
-    print(yaml.safe_dump(facts, sort_keys=False, allow_unicode=True), end="")
+    print(printable(yaml.safe_dump(facts, sort_keys=False, allow_unicode=True, width=100)), end="")
     return 0
 
 
 def card(args: Namespace, zoo: Zoo) -> int:
     """The card of an entry."""
-    print(zoo.find(args.name).file("README.md").read_text(encoding="utf-8"), end="")
+    print(printable(zoo.find(args.name).file("README.md").read_text(encoding="utf-8", errors="replace")), end="")
     return 0
 
 
@@ -79,19 +101,27 @@ def verify_entries(args: Namespace, zoo: Zoo) -> int:
     told, unsolved = [], 0
     for store in zoo.stores:
         for finding in verify(store, lambda name: args.json or print(f"{name} ...", file=sys.stderr)):
-            repaired = args.repair and finding.repair is not None
-            if repaired:
-                finding.repair()
+            repaired, advice = _repair(finding) if args.repair else (False, finding.advice or "--repair mends it")
             unsolved += not repaired
-            advice = "repaired" if repaired else finding.advice or "--repair mends it"
             told.append({"zoo": store.location, "where": finding.where, "what": finding.what, "advice": advice})
     if args.json:
         print_json(told)
     else:
         for one in told:
-            print(f"{one['zoo']}: {one['where']} {one['what']}: {one['advice']}")
+            print(printable(f"{one['zoo']}: {one['where']} {one['what']}: {one['advice']}"))
         print(f"{len(zoo.entries())} entries, {len(told)} findings, {unsolved} left to do")
     return int(unsolved > 0)
+
+
+def _repair(finding: Finding) -> tuple[bool, str]:
+    """Whether it is mended, and what is left to say of it."""
+    if finding.repair is None:
+        return False, finding.advice
+    try:
+        finding.repair()
+    except ZooError as error:
+        return False, str(error)
+    return True, "repaired"
 
 
 def remove(args: Namespace, zoo: Zoo) -> int:
@@ -99,8 +129,13 @@ def remove(args: Namespace, zoo: Zoo) -> int:
     entry = Zoo(zoo.stores[0].location).find(args.name)
     if pin(entry.name) != pin(args.name):
         raise ZooError(f"'{args.name}' has several versions; say which, as in '{pin(entry.name)}'.")
-    if not args.yes and input(f"Remove {entry.location} for good? Whoever uses it loses it. [y/N] ").lower() != "y":
-        return 1
+    if not args.yes:
+        # not by input(), whose question would be part of what --json prints, and which fails where nobody can answer
+        question = f"Remove {entry.location} for good? Whoever uses it loses it. [y/N] "
+        print(question, end="", file=sys.stderr, flush=True)
+        if sys.stdin.readline().strip().lower() not in ("y", "yes"):
+            print("Nothing was removed.", file=sys.stderr)
+            return 1
     remove_entry(writable(entry.store), entry.name)
     return print_json({"removed": entry.name}) if args.json else print(f"removed {entry.location}") or 0
 
@@ -116,5 +151,5 @@ def serve_folder(args: Namespace, zoo: Zoo) -> int:
 
 def print_json(content: Any) -> int:
     """For programs."""
-    print(json.dumps(content, indent=2, ensure_ascii=False))
+    print(printable(json.dumps(content, indent=2, ensure_ascii=False)))
     return 0

@@ -2,7 +2,6 @@
 
 import contextlib
 import importlib.util
-import json
 import os
 import pickle
 import re
@@ -20,8 +19,10 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from bissl_zoo.errors import ZooError, did_you_mean
+from bissl_zoo.zoo.index import to_json
 from bissl_zoo.zoo.names import shorten
 from bissl_zoo.zoo.plain_resnets import check_plain_resnet, check_same_features, detectron2_state, example_images
+from bissl_zoo.zoo.timm_format import PIXEL_KEYS, timm_config
 
 ONNX_OPSET = 18
 _UNSTATED = "not stated by the source"
@@ -116,17 +117,13 @@ def _to_timm(
         raise ZooError("timm's config.json states the pixel statistics, which are not known here: give mean and std.")
     if output.exists():
         raise ZooError(f"{output} exists. Name a folder that does not.")
-    own = model.pretrained_cfg
-    size = pixels.get("input_size") or (3, *(_image_size(model, image_size)))
-    cfg = {key: own[key] for key in ("interpolation", "crop_pct", "crop_mode", "first_conv", "classifier")}
-    cfg |= {key: pixels[key] for key in ("interpolation", "crop_pct", "crop_mode") if key in pixels}
-    cfg |= {"input_size": list(size), "mean": list(pixels["mean"]), "std": list(pixels["std"]), "num_classes": 0}
-    config = {"architecture": architecture, "num_classes": 0, "num_features": model.num_features}
-    config |= {"pretrained_cfg": cfg} | ({"model_args": model_args} if model_args else {})
+    stated = {key: pixels[key] for key in PIXEL_KEYS if key in pixels}
+    stated.setdefault("input_size", [3, *_image_size(model, image_size)])
+    _, config = timm_config(architecture, stated, model_args, licence="unknown")
     with draft(output) as folder:
         folder.mkdir()
         safetensors.torch.save_file(_own_memory(model.state_dict()), folder / "model.safetensors", {"format": "pt"})
-        (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+        (folder / "config.json").write_text(to_json(config))
         again = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
         check_same_features("timm", model, again, _image_size(model, image_size))
     return {"load with": f'timm.create_model("local-dir:{output}", pretrained=True)'}

@@ -1,9 +1,10 @@
 """The figure of an entry's card."""
 
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+from bissl_zoo.zoo.page import split_metric
 
 FIGURE_FILE = "metrics.png"
 
@@ -21,8 +22,8 @@ def draw_metrics(metrics: Mapping[str, Mapping[str, Any]], path: Path) -> None:
 
     groups: dict[str, dict[str, Mapping[str, Any]]] = {}
     for name, metric in metrics.items():
-        base, start = re.fullmatch(r"(.*?)(?: \((.*)\))?", name, re.DOTALL).groups()
-        groups.setdefault(base, {})[start or ""] = metric
+        base, start = split_metric(name)
+        groups.setdefault(base, {})[start] = metric
     starts = list(dict.fromkeys(start for group in groups.values() for start in group))
     figure = Figure(figsize=(1.5 + 0.5 * len(metrics), 3.2), dpi=150, layout="constrained")
     axes = figure.add_subplot()

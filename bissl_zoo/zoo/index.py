@@ -1,6 +1,7 @@
 """The index of a zoo: one checked record per entry, which every file is compared with."""
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,6 +15,9 @@ ENTRY_FORMAT = 1
 
 #: bytes of an index, far above what any zoo has, so that a hostile one cannot fill the memory
 INDEX_LIMIT = 64 << 20
+
+#: bytes of a file, a pebibyte, so that sums of sizes stay numbers that can be shown
+_SIZE_LIMIT = 1 << 50
 
 _RESTORE = "Restore the file from a copy."
 
@@ -39,7 +43,8 @@ class Index:
 def parse_index(content: bytes | None, where: str) -> Index:
     """An index from its file; an empty one where there is none.
 
-    Names, sizes and digests are checked here, so that nothing in an index can point outside of the zoo.
+    Names, sizes and digests are checked here, so that nothing in an index can point outside of the zoo, and the kinds of
+    all that lists and pages show.
 
     Args:
         content: of the file, None where there is none.
@@ -66,7 +71,10 @@ def parse_index(content: bytes | None, where: str) -> Index:
 def parse_json(content: bytes, where: str) -> dict[str, Any]:
     """A JSON object; `ZooError` for everything else."""
     try:
-        loaded = json.loads(content.decode("utf-8"))
+        text = content.decode("utf-8")
+        loaded = json.loads(text, parse_constant=_finite, parse_float=_finite)
+        if "\\u" in text:  # half a surrogate pair can be escaped, but not written again
+            json.dumps(loaded, ensure_ascii=False).encode("utf-8")
     except (ValueError, RecursionError) as error:
         raise ZooError(f"{where} cannot be read as JSON: {error}. {_RESTORE}") from error
     if not isinstance(loaded, dict):
@@ -93,17 +101,42 @@ def check_format(where: str, content: Mapping[str, Any], newest: int) -> None:
         raise ZooError(f"{where} has format {version!r}, where {newest} was expected. {_RESTORE}")
 
 
+def _finite(text: str) -> float:
+    value = float(text)
+    if not math.isfinite(value):
+        raise ValueError(f"{text[:20]} is not a finite number")
+    return value
+
+
+def _is_number(value: Any) -> bool:
+    # integers that floats do not reach cannot be shown as numbers either
+    return isinstance(value, float) or (type(value) is int and abs(value) < 1 << 1000)
+
+
 def _record_problem(record: Any) -> str:
     if not isinstance(record, dict) or not isinstance(record.get("architecture"), str):
         return "has no 'architecture'"
+    for key in ("pretext", "task", "solver", "licence", "created"):
+        if not isinstance(record.get(key, ""), (str, type(None))):
+            return f"has a '{key}' that is not text"
     if not isinstance(record.get("metrics", {}), dict):
         return "has 'metrics' that are not an object"
+    for metric, facts in record.get("metrics", {}).items():
+        if not _is_metric(facts):
+            return f"has the metric {metric!r} without a usable mean, std and values"
     if not isinstance(record.get("files"), dict):
         return "has no 'files'"
     for file, facts in record["files"].items():
         if not is_name(file):
             return f"lists the file {file!r}, which is not a plain file name"
         sha256, size = (facts.get("sha256"), facts.get("size")) if isinstance(facts, dict) else (None, None)
-        if not is_sha256(sha256) or type(size) is not int or size < 0:
+        if not is_sha256(sha256) or type(size) is not int or not 0 <= size < _SIZE_LIMIT:
             return f"has no usable sha256 and size for '{file}'"
     return ""
+
+
+def _is_metric(facts: Any) -> bool:
+    if not isinstance(facts, dict) or not isinstance(facts.get("values", []), list):
+        return False
+    numbers = [facts.get("mean"), facts.get("std"), *facts.get("values", [])]
+    return all(value is None or _is_number(value) for value in numbers)

@@ -1,5 +1,6 @@
 """Looking a zoo over: is every file what the index lists, and did an interrupted publisher leave something?"""
 
+import functools
 import hashlib
 import os
 import socket
@@ -10,10 +11,10 @@ from typing import Any
 
 from bissl_zoo.errors import ZooError
 from bissl_zoo.zoo.download import retrying
-from bissl_zoo.zoo.index import INDEX_FILE, INDEX_LIMIT, Index, parse_index
+from bissl_zoo.zoo.index import INDEX_FILE, INDEX_LIMIT, parse_index
 from bissl_zoo.zoo.page import PAGE_FILE, render_page
 from bissl_zoo.zoo.stores import Store, WritableStore
-from bissl_zoo.zoo.transactions import CLAIM_FILE, read_claim, write_page
+from bissl_zoo.zoo.transactions import CLAIM_FILE, read_claim, read_index, write_page
 
 #: a claim of another machine that is older belongs to nobody
 CLAIM_LIFETIME = timedelta(hours=24)
@@ -55,7 +56,8 @@ def verify(store: Store, tell: Callable[[str], None] = lambda name: None) -> Ite
                     f"{name}/{file}", what, "copy the entry again from where it came, or remove it and publish it again"
                 )
     if isinstance(store, WritableStore):
-        yield from _leftovers(store, index)
+        yield from _leftovers(store)
+        index, _ = read_index(store)
         page = store.read(PAGE_FILE, INDEX_LIMIT)
         if (page.content if page else None) != render_page(index).encode() and (page or index.records):
             yield Finding(PAGE_FILE, "is not what the index says", repair=lambda: write_page(store))
@@ -83,9 +85,16 @@ def _difference(store: Store, path: str, facts: dict[str, Any]) -> str:
     return "" if sha256 == facts["sha256"] else f"has sha256 {sha256}, and not {facts['sha256']}"
 
 
-def _leftovers(store: WritableStore, index: Index) -> Iterator[Finding]:
-    for name in store.folders():
-        claim = store.read(f"{name}/{CLAIM_FILE}", INDEX_LIMIT)
+def _leftovers(store: WritableStore) -> Iterator[Finding]:
+    claims = {}
+    for name in retrying(store.folders):
+        try:
+            claims[name] = retrying(functools.partial(store.read, f"{name}/{CLAIM_FILE}", INDEX_LIMIT))
+        except ZooError as error:
+            yield Finding(name, f"cannot be read: {error}", "look at it, and move it elsewhere")
+    # after the claims: what their publishers have listed before they died, or finished, is in this index
+    index, _ = read_index(store)
+    for name, claim in claims.items():
         owner = _living_owner(read_claim(claim.content)) if claim else ""
         if owner:
             yield Finding(name, f"is being published by {owner}", "wait for it, or end it")
@@ -105,7 +114,7 @@ def _living_owner(claim: dict[str, Any]) -> str:
     try:
         host, pid = str(claim["host"]), int(claim["pid"])
         age = datetime.now(timezone.utc) - datetime.fromisoformat(claim["time"])
-    except (KeyError, TypeError, ValueError):
+    except (KeyError, TypeError, ValueError, OverflowError):
         return ""  # cut short by the kill
     if age > CLAIM_LIFETIME or (host == socket.gethostname() and not _lives(pid)):
         return ""

@@ -1,5 +1,6 @@
 """MODEL_ZOO.md, the page that shows people what a zoo holds: one table per task, generated from the index."""
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -42,6 +43,12 @@ def format_metric(metric: Mapping[str, Any] | None) -> str:
     if metric.get("std") is None:
         return mean
     return f"{mean} ± {metric['std']:.2g} ({len(metric.get('values', []))} seeds)"
+
+
+def split_metric(name: str) -> tuple[str, str]:
+    """`"AP50 (bissl)"` as `("AP50", "bissl")`: a metric, and what the model that has it was fine-tuned from."""
+    found = re.fullmatch(r"(.*?) \((.*)\)", name, re.DOTALL)
+    return (found[1], found[2]) if found else (name, "")
 
 
 def _section(task: str, records: Mapping[str, Mapping[str, Any]]) -> str:

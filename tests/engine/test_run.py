@@ -10,6 +10,7 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from bissl_zoo.config import LazyConfig
+from bissl_zoo.engine.build import Context, Weights
 from bissl_zoo.engine.checkpoint import load_checkpoint
 from bissl_zoo.engine.run import phases_of, run
 from bissl_zoo.zoo import get_entry
@@ -97,6 +98,7 @@ def test_the_stages_go_on_from_a_run_that_only_pretrained(tiny_config, at_scenes
     settings = dict(train__output_dir=second, train__stages="[bissl]", train__init=first)
     entry = run(tiny_config(**settings), "test")["entry"]
     assert "brings no pretext head" not in capsys.readouterr().out
+    assert not (second / "checkpoints" / "pretext_warmup").exists()
     warm = load_checkpoint(second / "checkpoints" / "head_warmup" / "step_000002")[1]["levels"]["level"]["backbone"]
     assert all(torch.equal(warm[key], value) for key, value in left.items())  # frozen, and in eval mode
     parent = json.loads((first / "checkpoints" / "pretrain" / "step_000002" / "state.json").read_text())["sha256"]
@@ -133,7 +135,8 @@ def test_a_file_of_timm_weights_is_what_the_first_stage_starts_from(tiny_config,
     state = timm.create_model("test_resnet", num_classes=0).state_dict()
     save_file(state, tmp_path / "weights.safetensors")
     init = tmp_path / "weights.safetensors"
-    cfg = tiny_config(train__output_dir=tmp_path / "run", train__stages="[bissl]", train__init=init)
+    settings = dict(train__output_dir=tmp_path / "run", train__stages="[bissl]", bilevel__pretext_warmup__steps=1)
+    cfg = tiny_config(**settings, train__init=init)
     entry = run(LazyConfig.apply_overrides(cfg, ["optimizer.lower.lr=0.0"]), "test")["entry"]
     assert "brings no pretext head" in capsys.readouterr().out
     published = dict(timm.create_model(f"local-dir:{entry.location}", pretrained=True).named_parameters())
@@ -141,12 +144,14 @@ def test_a_file_of_timm_weights_is_what_the_first_stage_starts_from(tiny_config,
 
 
 def test_phases_name_what_each_fine_tuning_starts_from(tiny_config):
-    def phases(stages, baseline=True):
+    def phases(stages, baseline=True, pretext=None):
         cfg = tiny_config(train__stages=stages, finetune__baseline=baseline)
-        return [(phase.name, phase.finetunes) for phase in phases_of(cfg)]
+        context = Context(cfg, {"pretext": range(8)}, torch.device("cpu"))
+        return [(phase.name, phase.finetunes) for phase in phases_of(context, Weights(pretext=pretext))]
 
     walk = [("head_warmup", None), ("bissl", None), ("finetune_pretrained", "pretrained"), ("finetune", "bissl")]
-    assert phases("[bissl,finetune]") == walk
+    assert phases("[bissl,finetune]", pretext={}) == walk
+    assert phases("[bissl,finetune]") == [("pretext_warmup", None), *walk]
     assert phases("[pretrain,bissl,finetune]", baseline=False) == [("pretrain", None), *walk[:2], walk[3]]
     assert phases("[pretrain,finetune]") == [("pretrain", None), ("finetune", "pretrained")]
     assert phases("[finetune]") == [("finetune", "init")]

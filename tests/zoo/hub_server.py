@@ -143,15 +143,24 @@ class HubHandler(http.server.BaseHTTPRequestHandler):
             return self.send(404, b"", {"X-Error-Code": "EntryNotFound"})
         if path.endswith(".safetensors"):  # large files lie on another host
             target = f"http://localhost:{self.server.server_port}/cdn/{revision}/{path}"
-            return self.send(302, b"", {"Location": target})
+            size = str(len(files[path]))
+            return self.send(
+                302, b"", {"Location": target, "X-Linked-Size": size, **self.identity(files[path], "X-Linked-")}
+            )
         return self.content(revision, path)
+
+    def identity(self, content, prefix=""):
+        """What a client keeps files under."""
+        etag = f'"{hashlib.sha256(content).hexdigest()}"'
+        return {"X-Repo-Commit": self.server.head, f"{prefix}ETag": etag}
 
     def content(self, revision, path):
         content = self.server.files(revision)[path]
         found = re.fullmatch(r"bytes=(\d+)-", self.headers.get("Range", ""))
         if found and int(found[1]) >= len(content):
             return self.send(416)
-        return self.send(206 if found else 200, content[int(found[1]) if found else 0 :])
+        part = content[int(found[1]) if found else 0 :]
+        return self.send(206 if found else 200, part, self.identity(content))
 
     def log_message(self, *_):
         """Quiet."""

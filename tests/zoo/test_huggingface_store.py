@@ -9,8 +9,11 @@ from pathlib import Path
 
 import huggingface_hub
 import pytest
+import timm
+import torch
 
 from bissl_zoo.errors import ZooError
+from bissl_zoo.zoo import publish_entry
 from bissl_zoo.zoo.stores.huggingface import HubStore
 from bissl_zoo.zoo.stores.store import Conflict, Transient
 
@@ -292,3 +295,24 @@ def test_without_the_library_or_with_an_old_one_the_extra_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
     with pytest.raises(ZooError, match=r'pip install "bissl_zoo\[hub\]"'):
         HubStore(f"hf://{REPO}")
+
+
+def test_timm_loads_an_entry_from_a_repository_of_its_own(hub, tmp_path):
+    torch.manual_seed(0)
+    state = timm.create_model("test_resnet", num_classes=0).state_dict()
+    entry = publish_entry(
+        name="tiny",
+        backbone_state=state,
+        architecture="test_resnet",
+        pretrained_cfg={"mean": [0.4] * 3, "std": [0.2] * 3, "input_size": [3, 64, 64]},
+        metadata={},
+        train_config_text="",
+        zoo=tmp_path / "zoo",
+    )
+    hub.commit({path.name: path.read_bytes() for path in Path(entry.location).iterdir()}, "hf upload")
+    load = f"timm.create_model('hf-hub:{REPO}', pretrained=True)"
+    code = f"import timm, torch; model = {load}; torch.save(model.state_dict(), {str(tmp_path / 'loaded.pt')!r})"
+    environment = {**os.environ, "HF_ENDPOINT": hub.address, "HF_HOME": str(tmp_path), "HF_HUB_DISABLE_XET": "1"}
+    subprocess.run([sys.executable, "-c", code], env=environment, check=True, capture_output=True, text=True)
+    loaded = torch.load(tmp_path / "loaded.pt", weights_only=True)
+    assert loaded.keys() == state.keys() and all(torch.equal(loaded[key], value) for key, value in state.items())

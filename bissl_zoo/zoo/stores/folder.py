@@ -29,7 +29,11 @@ class FolderStore(WritableStore):
     def local_path(self, path: str) -> Path:
         """The file itself; `ZooError` where a link leads out of the zoo."""
         local = self.root / path
-        if not local.resolve().is_relative_to(self.root.resolve()):
+        try:
+            inside = local.resolve().is_relative_to(self.root.resolve())
+        except (OSError, RuntimeError) as error:  # RuntimeError: links in a circle, up to Python 3.12
+            raise ZooError(f"{local} cannot be read: {error}.") from error
+        if not inside:
             raise ZooError(f"{local} is a link that leads out of the zoo {self.root}; it is not followed.")
         return local
 
@@ -58,8 +62,8 @@ class FolderStore(WritableStore):
     def create(self, path: str, source: Path | bytes) -> None:
         """See :class:`WritableStore`. The folder that a first file opens is claimed by it."""
         with self._writing(path, source):
-            target = self.root / path
             self.root.mkdir(parents=True, exist_ok=True)
+            target = self.local_path(path)
             target.parent.mkdir(exist_ok=True)
             try:
                 with open(target, "xb") as stream:
@@ -77,8 +81,9 @@ class FolderStore(WritableStore):
                 if (present.tag if present else None) != tag:
                     raise Conflict(f"{self.root / path} was changed by another process.")
                 pending = self.root / _PENDING_FILE
+                pending.unlink(missing_ok=True)  # of a killed publisher
                 try:
-                    with open(pending, "wb") as stream:
+                    with open(pending, "xb") as stream:
                         _copy(content, stream)
                     os.replace(pending, self.root / path)
                 finally:
@@ -89,23 +94,26 @@ class FolderStore(WritableStore):
         """See :class:`WritableStore`."""
         if not self.root.is_dir():
             return []
-        folders = (path for path in self.root.iterdir() if path.is_dir() and not path.name.startswith("."))
-        # an empty one is what a publisher leaves that was killed before its first file, and free for the next
-        return sorted(path.name for path in folders if any(path.iterdir()))
+        with _reading(self.root):
+            folders = [path for path in self.root.iterdir() if path.is_dir() and not path.name.startswith(".")]
+            # an empty one is what a publisher leaves that was killed before its first file, and free for the next
+            return sorted(path.name for path in folders if path.is_symlink() or any(path.iterdir()))
 
     def remove_folder(self, name: str) -> None:
         """See :class:`WritableStore`."""
-        try:
+        folder = self.root / name
+        if folder.is_symlink():
+            raise ZooError(f"{folder} is a link, and what it leads to is not removed. Remove the link yourself.")
+        with _removing(folder), contextlib.suppress(FileNotFoundError):
             # hidden files last: while it is there, a claim says whose the rest is
-            for path in sorted((self.root / name).iterdir(), key=lambda path: path.name.startswith(".")):
-                path.unlink()
-            (self.root / name).rmdir()
-        except OSError as error:
-            raise ZooError(f"{self.root / name} cannot be removed: {error.strerror}.") from error
+            for path in sorted(folder.iterdir(), key=lambda path: path.name.startswith(".")):
+                path.unlink(missing_ok=True)
+            folder.rmdir()
 
     def remove(self, path: str) -> None:
         """See :class:`WritableStore`."""
-        (self.root / path).unlink(missing_ok=True)
+        with _removing(self.root / path):
+            self.local_path(path).unlink(missing_ok=True)
 
     @contextlib.contextmanager
     def _writing(self, path: str, source: Path | bytes) -> Iterator[None]:
@@ -136,6 +144,14 @@ def _reading(local: Path) -> Iterator[None]:
         raise _Absent(f"{local} does not exist.") from error
     except OSError as error:
         raise ZooError(f"{local} cannot be read: {error.strerror}.") from error
+
+
+@contextlib.contextmanager
+def _removing(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise ZooError(f"{path} cannot be removed: {error.strerror}.") from error
 
 
 def _blocks(local: Path, stream: BinaryIO) -> Iterator[bytes]:
