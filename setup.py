@@ -45,7 +45,11 @@ setup(
         "hub": ["huggingface_hub>=1.0"],
         "gs": ["fsspec", "gcsfs"],
         "onnx": ["onnx>=1.16", "onnxscript>=0.2"],
-        "test": ["pytest>=8", "hypothesis>=6", "ruff>=0.9", "boto3>=1.35.69", "moto[server]>=5.1.5", "onnx>=1.16", "onnxscript>=0.2", "onnxruntime>=1.18"],
+        "test": [
+            *("pytest>=8", "hypothesis>=6", "ruff>=0.9"),
+            *("boto3>=1.35.69", "moto[server]>=5.1.5"),
+            *("onnx>=1.16", "onnxscript>=0.2", "onnxruntime>=1.18"),
+        ],
     },
     classifiers=[f"Programming Language :: Python :: 3.{minor}" for minor in (10, 11, 12, 13)],
 )

@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from bissl_zoo.backbones import Backbone, Tail, merge_split_states
-from bissl_zoo.config import instantiate
+from bissl_zoo.config import LazyConfig, instantiate
 from bissl_zoo.engine.build import Weights, build_split_backbone
 from bissl_zoo.engine.checkpoint import Checkpointer, load_checkpoint, sha256_of
 from bissl_zoo.engine.facts import read_facts
@@ -87,7 +87,12 @@ def _from_run(folder: Path, cfg: DictConfig, evaluate: bool) -> tuple[Weights, l
         weights = weights_of(stage, state)
         origin = {"name": f"{folder.name} ({stage})", "sha256": info.sha256}
         ancestors = [origin, *read_facts(folder).get("ancestors", [])]
-        return weights if evaluate else resplit(weights, *build_split_backbone(cfg)), ancestors
+        if evaluate:
+            return weights, ancestors
+        weights = resplit(weights, *build_split_backbone(cfg))
+        if LazyConfig.load(folder / "config.yaml").pretext.name != cfg.pretext.name:
+            weights.pretext = None  # of another method; the backbone's tail in it is in weights.tail now
+        return weights, ancestors
     raise CheckpointError(f"The run directory {folder} holds no checkpoint of {' or '.join(stages)}.")
 
 

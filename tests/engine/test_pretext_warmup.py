@@ -208,6 +208,12 @@ def test_an_entry_of_another_method_is_warmed_up_and_one_of_the_same_is_not(conf
     assert "brings no pretext head" not in out and "stage 1 of 2: head_warmup" in out
 
 
+def test_a_run_of_another_method_hands_on_its_backbone_and_its_tail(config, finished):
+    same_method = load_init(str(finished), config())[0]
+    other = load_init(str(finished), config("byol"))[0]
+    assert other.pretext is None and same(other.backbone, same_method.backbone) and same(other.tail, same_method.tail)
+
+
 @pytest.mark.parametrize("method", ["simclr", "byol"])
 def test_a_warm_up_that_is_resumed_ends_as_one_that_was_not_interrupted(config, method, tmp_path, capsys):
     cfg = config(method, train__checkpoint__keep=9, dataloader__pretext__batch_size=8)

@@ -15,6 +15,7 @@ from bissl_zoo.engine.init import load_init, resplit
 from bissl_zoo.engine.run_dir import prepare_run_dir
 from bissl_zoo.errors import CheckpointError, ConfigError
 from bissl_zoo.registry import build_backbone
+from bissl_zoo.zoo.names import pin
 
 
 def voc_det(*overrides):
@@ -118,7 +119,7 @@ def test_a_zoo_entry_is_started_from_and_becomes_the_parent(finished, tiny_confi
     entry = json.loads((finished / "zoo_entry.json").read_text())
     monkeypatch.setenv("BISSL_ZOO", entry["location"].rpartition("/")[0])
     weights, ancestors = load_init(f"zoo:{entry['name']}", tiny_config())
-    assert ancestors == [{"name": f"{entry['name']}@1", "sha256": entry["sha256"]}]
+    assert ancestors == [{"name": pin(entry["name"]), "sha256": entry["sha256"]}]
     plain = timm.create_model(f"local-dir:{entry['location']}", pretrained=True).state_dict()
     whole = merge_split_states(weights.backbone, weights.tail)
     assert whole.keys() == plain.keys() and all(torch.equal(value, plain[key]) for key, value in whole.items())
