@@ -6,25 +6,17 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from systems import residual, system
 
 from bissl_zoo.hypergradient import ConjugateGradient, DenseOperator
 
 GOLDEN = Path(__file__).resolve().parents[1] / "golden"  # iterates of the BiSSL authors' published code, float64
 
 
-def system(matrix, block_sizes=None):
-    """`A` itself is the matrix."""
-    return DenseOperator(matrix - torch.eye(len(matrix), dtype=matrix.dtype), block_sizes=block_sizes)
-
-
 def spd(size, seed, largest=20.0, dtype=torch.float64):
     generator = torch.Generator().manual_seed(seed)
     q, _ = torch.linalg.qr(torch.randn(size, size, generator=generator, dtype=dtype))
     return q @ torch.diag(torch.linspace(1.0, largest, size, dtype=dtype)) @ q.T
-
-
-def residual(matrix, x, v):
-    return float((v - matrix @ x).norm() / v.norm())
 
 
 def golden(name):

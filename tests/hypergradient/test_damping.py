@@ -3,23 +3,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from systems import randn, rotated
 
 from bissl_zoo.hypergradient import ConjugateGradient, DenseOperator, MinRes, choose_strength, definite_strength
 from bissl_zoo.hypergradient.damping import LARGEST, MARGIN
 
 SEEDS = st.integers(0, 10_000)
 LAMBDA = 1e-3
-
-
-def randn(*shape, seed, dtype=torch.float64):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
-
-
-def rotated(eigenvalues, seed):
-    values = torch.as_tensor(eigenvalues, dtype=torch.float64)
-    q, _ = torch.linalg.qr(randn(len(values), len(values), seed=seed))
-    matrix = q @ torch.diag(values) @ q.T
-    return (matrix + matrix.T) / 2
 
 
 def indefinite(seed, size=50):

@@ -3,29 +3,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from systems import randn, residual, rotated, system
 
 from bissl_zoo.hypergradient import DenseOperator, MinRes, choose_strength
 
 SEEDS = st.integers(0, 10_000)
-
-
-def randn(*shape, seed, dtype=torch.float64):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
-
-
-def rotated(eigenvalues, seed, dtype=torch.float64):
-    values = torch.as_tensor(eigenvalues, dtype=dtype)
-    q, _ = torch.linalg.qr(randn(len(values), len(values), seed=seed, dtype=dtype))
-    return q @ torch.diag(values) @ q.T
-
-
-def system(matrix):
-    """`A` itself is the matrix."""
-    return DenseOperator(matrix - torch.eye(len(matrix), dtype=matrix.dtype))
-
-
-def residual(matrix, x, v):
-    return float((v - matrix @ x).norm() / v.norm())
 
 
 def krylov_residual(matrix, v, steps):

@@ -3,20 +3,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from systems import randn, rotated
 
 from bissl_zoo.hypergradient import DenseOperator, Nystrom, choose_strength
 
 SEEDS = st.integers(0, 10_000)
-
-
-def randn(*shape, seed, dtype=torch.float64):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
-
-
-def rotated(eigenvalues, seed, dtype=torch.float64):
-    values = torch.as_tensor(eigenvalues, dtype=dtype)
-    q, _ = torch.linalg.qr(randn(len(values), len(values), seed=seed, dtype=dtype))
-    return q @ torch.diag(values) @ q.T
 
 
 def residual(operator, x, v):

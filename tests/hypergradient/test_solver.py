@@ -4,6 +4,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from systems import system
 
 from bissl_zoo.hypergradient import SOLVERS, DenseOperator, Solution
 from bissl_zoo.hypergradient.solver import power_of_two, relative_residual
@@ -35,11 +36,6 @@ def matrix(kind):
     generator = torch.Generator().manual_seed(0)
     q, _ = torch.linalg.qr(torch.randn(SIZE, SIZE, generator=generator, dtype=torch.float64))
     return q @ torch.diag(torch.tensor(diagonals[kind], dtype=torch.float64)) @ q.T
-
-
-def system(a):
-    """`A` itself is the matrix."""
-    return DenseOperator(a - torch.eye(len(a), dtype=a.dtype))
 
 
 def right(seed=1):

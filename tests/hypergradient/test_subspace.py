@@ -3,14 +3,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from systems import randn
 
 from bissl_zoo.hypergradient import DenseOperator, Subspace
 
 SEEDS = st.integers(0, 10_000)
-
-
-def randn(*shape, seed, dtype=torch.float64):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
 
 
 def symmetric(size, seed, dtype=torch.float64):
