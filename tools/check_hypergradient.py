@@ -22,8 +22,8 @@ from pathlib import Path
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # read once, when torch is imported
 
 # ruff: noqa: E402
-from bissl_zoo.config import LazyConfig, load_config
 from bissl_zoo.distributed import on_main_process
+from bissl_zoo.engine.configuration import open_config
 from bissl_zoo.engine.hooks import say
 from bissl_zoo.engine.hypergradient_check import Effort, check_hypergradient, open_check
 from bissl_zoo.engine.hypergradient_report import save, table
@@ -49,7 +49,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 def main(args: argparse.Namespace) -> int:
     """What one process does."""
     overrides = [*args.overrides, *([f"train.init={json.dumps(args.run)}"] if args.run else [])]
-    cfg = LazyConfig.apply_overrides(load_config(args.config_file), overrides, source=args.config_file)
+    cfg = open_config(args.config_file, overrides)
     effort = Effort(args.max_products, args.lanczos_steps, args.warmup_steps)
     context, initial = open_check(cfg, args.config_file)
     on_main_process(lambda: make_folder(args.output_dir))

@@ -17,13 +17,11 @@ from collections.abc import Sequence
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # read once, when torch is imported
 
 # ruff: noqa: E402
-from bissl_zoo.config import LazyConfig, load_config
+from bissl_zoo.engine.configuration import open_config
 from bissl_zoo.engine.dry_run import describe
 from bissl_zoo.engine.hooks import say
-from bissl_zoo.engine.init import ZOO_PREFIX
 from bissl_zoo.engine.launch import launch
 from bissl_zoo.engine.run import evaluate_only, results_table, run
-from bissl_zoo.zoo import get_config
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -48,9 +46,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 def main(args: argparse.Namespace) -> int:
     """What one process does."""
     logging.basicConfig(format="%(levelname)s: %(message)s")
-    named = args.config_file.removeprefix(ZOO_PREFIX)
-    cfg = load_config(args.config_file) if named == args.config_file else get_config(named)
-    cfg = LazyConfig.apply_overrides(cfg, args.overrides, source=args.config_file)
+    cfg = open_config(args.config_file, args.overrides)
     if args.dry_run:
         say(describe(cfg, args.config_file))
     elif args.eval_only:

@@ -22,6 +22,7 @@ FREE_KEYS = (
     "train.device",
     "train.log_period",
     "train.checkpoint",
+    "train.imports",
     "train.publish",
     "train.output_dir",
     "bilevel.products",

@@ -4,6 +4,7 @@ train = dict(
     output_dir="runs/default",  # the run directory; must be new or empty unless --resume
     stages=["bissl", "finetune"],  # of pretrain, bissl, finetune: each goes on from what the one before left
     init=None,  # where the first stage starts: a .safetensors file, a run directory, zoo:NAME; null: random
+    imports=None,  # Python files or modules that register parts of your own, such as [mine/rotation.py]
     zoo=None,  # folders and addresses where zoo:NAME is looked up, the first first; null: $BISSL_ZOO, or model_zoo/
     seed=0,  # of weights, data order and augmentation
     device="auto",  # auto (a GPU where there is one), cpu, cuda

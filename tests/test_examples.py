@@ -1,0 +1,54 @@
+"""The examples do what their pages say, in processes of their own, since they register parts."""
+
+import json
+from pathlib import Path
+
+import pytest
+import timm
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+ROTATION = "examples/my_pretext_method/digit_scenes.py"
+
+
+@pytest.fixture(scope="module")
+def rotation(train_net_process, tiny, tmp_path_factory):
+    """The run of the rotation example, made tiny."""
+    folder = tmp_path_factory.mktemp("rotation") / "run"
+    outcome = train_net_process(*tiny(), f"train.output_dir={folder}", config=ROTATION)
+    assert outcome.status == 0, outcome.err
+    return folder
+
+
+def test_a_method_in_one_file_is_trained_and_published(rotation):
+    code = (REPOSITORY / "examples" / "my_pretext_method" / "rotation.py").read_text()
+    assert len(code.splitlines()) <= 60
+    receipt = json.loads((rotation / "zoo_entry.json").read_text())
+    entry = json.loads((Path(receipt["location"]) / "entry.json").read_text())
+    assert entry["pretext"] == "rotation" and entry["task"] == "faster_rcnn"
+    assert timm.create_model(f"local-dir:{receipt['location']}", pretrained=True)
+    losses = [json.loads(line) for line in (rotation / "metrics.jsonl").read_text().splitlines()]
+    assert any("rotation" in key for line in losses for key in line)
+
+
+def test_its_run_is_resumed_from_what_it_saved(rotation, train_net_process):
+    outcome = train_net_process("--resume", config=rotation / "config.yaml")
+    assert outcome.status == 0, outcome.err
+    assert "resumed from" in outcome.out
+
+
+def test_the_hypergradient_check_passes_on_it(process, rotation, tiny, tmp_path):
+    command = [REPOSITORY / "tools" / "check_hypergradient.py", "--config-file", ROTATION, "--run", rotation]
+    command += [
+        "--max-products",
+        "3",
+        "--lanczos-steps",
+        "4",
+        "--warmup-steps",
+        "1",
+        "--output-dir",
+        tmp_path / "check",
+    ]
+    with process(*command, *tiny()) as running:
+        _, err = running.communicate(timeout=300)
+    assert running.returncode == 0, err
+    assert json.loads((tmp_path / "check" / "check.json").read_text())["passed"]
