@@ -1,6 +1,7 @@
 """The examples do what their pages say, in processes of their own, since they register parts."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -52,3 +53,25 @@ def test_the_hypergradient_check_passes_on_it(process, rotation, tiny, tmp_path)
         _, err = running.communicate(timeout=300)
     assert running.returncode == 0, err
     assert json.loads((tmp_path / "check" / "check.json").read_text())["passed"]
+
+
+def test_a_task_in_one_file_goes_the_whole_walk(train_net_process, tiny, tmp_path):
+    settings = [setting for setting in tiny() if not setting.startswith("task.")]
+    settings += ["task.image_size=64", f"train.output_dir={tmp_path / 'run'}"]
+    outcome = train_net_process(*settings, config="examples/my_task/digit_scenes.py")
+    assert outcome.status == 0, outcome.err
+    results = json.loads((tmp_path / "run" / "results.json").read_text())
+    assert results.keys() == {"pretrained", "bissl"}
+    for figures in results.values():
+        assert 0 < figures["MAE"] <= figures["RMSE"] < 10
+
+
+def test_the_core_solves_a_problem_of_words(process):
+    short = ["--pretrain-steps", "20", "--alternations", "2", "--finetune-steps", "10"]
+    with process(REPOSITORY / "examples" / "text" / "masked_words.py", *short) as running:
+        out, err = running.communicate(timeout=300)
+    assert running.returncode == 0, err
+    residuals = [float(found) for found in re.findall(r"residual (\d\.\d+)", out)]
+    assert len(residuals) == 2 and max(residuals) <= 0.05
+    accuracies = [float(found) for found in re.findall(r"accuracy (\d\.\d+)", out)]
+    assert len(accuracies) == 2 and all(0 <= accuracy <= 1 for accuracy in accuracies)
