@@ -18,6 +18,7 @@ from pathlib import Path
 from bissl_zoo.engine.publishing import publish_run
 from bissl_zoo.errors import BisslZooError
 from bissl_zoo.zoo import Zoo, commands, default_zoo
+from bissl_zoo.zoo.names import printable
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -84,8 +85,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return COMMANDS[args.command](args, Zoo(*args.zoo) if args.zoo else default_zoo())
     except BisslZooError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {printable(' '.join(str(error).splitlines()))}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        return 130
 
 
 if __name__ == "__main__":

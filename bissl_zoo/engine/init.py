@@ -43,7 +43,7 @@ def load_init(init: str | None, cfg: DictConfig, evaluate: bool = False) -> tupl
         if PRETEXT_FILE in entry.record["files"] and entry.record.get("pretext") == cfg.pretext.name:
             pretext = entry.weights(PRETEXT_FILE)
         origin = {"name": pin(entry.name), "sha256": entry.record["files"][WEIGHTS_FILE]["sha256"]}
-        ancestors = [origin, *entry.facts()["lineage"].get("ancestors", [])]
+        ancestors = [origin, *entry.ancestors()]
     elif path.is_dir():
         return _from_run(path, cfg, evaluate)
     elif path.is_file():

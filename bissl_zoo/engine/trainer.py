@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from bissl_zoo.distributed import average_gradients
 from bissl_zoo.errors import CheckpointError
 from bissl_zoo.level import Level
-from bissl_zoo.zoo.hub import state_difference
+from bissl_zoo.zoo.create import state_difference
 
 
 class HookBase:

@@ -1,12 +1,12 @@
 """The model zoo: find, check and load backbones (hub), publish them (publish), and weights of other projects."""
 
 from bissl_zoo.zoo.card import EntryMetadata, render_card
+from bissl_zoo.zoo.create import create_backbone
 from bissl_zoo.zoo.export import export_backbone
 from bissl_zoo.zoo.hub import (
     Entry,
     Zoo,
     as_zoo,
-    create_backbone,
     default_zoo,
     get_config,
     get_entry,

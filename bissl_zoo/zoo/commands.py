@@ -5,6 +5,7 @@ import shutil
 import sys
 import textwrap
 from argparse import Namespace
+from collections.abc import Mapping
 from typing import Any
 
 import yaml
@@ -27,7 +28,8 @@ def list_entries(args: Namespace, zoo: Zoo) -> int:
     """A table per location: what each entry is, came from and measures."""
     wanted = {key: getattr(args, key) for key in ("pretext", "task", "architecture", "metric")}
     entries = zoo.entries()
-    chosen = {name: entries[name] for name in list_backbones(args.filter, zoo=zoo, **wanted)}
+    names = list_backbones(args.filter, zoo=zoo, **wanted)
+    chosen = {name: entries[name] for name in names if name in entries}  # some may have come since
     if args.json:
         return print_json({name: {**entry.record, "location": entry.location} for name, entry in chosen.items()})
     if not chosen:
@@ -41,17 +43,28 @@ def list_entries(args: Namespace, zoo: Zoo) -> int:
 
 
 def _row(entry: Entry) -> list[list[str]]:
-    """The lines of an entry's cells but the last, and its metrics, one line for all that the same metric has."""
+    """The lines of each cell."""
     record = entry.record
     size = sum(facts["size"] for facts in record["files"].values()) / 1e6
-    made_by = [record[key] for key in ("pretext", "task", "solver") if record.get(key)]
-    metrics: dict[str, list[str]] = {}
-    for name, values in record.get("metrics", {}).items():
-        metric, start = split_metric(name)
-        metrics.setdefault(metric, []).append(f"{start} {format_metric(values)}".strip())
-    told = [f"{metric}: {', '.join(values)}" for metric, values in metrics.items()]
-    lines = [[entry.name], [record["architecture"], f"{size:.1f} MB"], made_by or ["-"], told or ["-"]]
-    return [[" ".join(printable(line).split()) for line in cell] for cell in lines]
+    made_by = [_line(record[key]) for key in ("pretext", "task", "solver") if record.get(key)]
+    backbone = [_line(record["architecture"]), f"{size:.1f} MB"]
+    return [[entry.name], backbone, made_by or ["-"], _metrics(record.get("metrics", {})) or ["-"]]
+
+
+def _metrics(metrics: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """A small table: a line per metric, a column per what the model was fine-tuned from."""
+    values: dict[str, dict[str, str]] = {}
+    for name, metric in metrics.items():
+        base, start = split_metric(name)
+        values.setdefault(base, {})[start] = format_metric(metric, seeds=False)
+    starts = list(dict.fromkeys(start for row in values.values() for start in row))
+    header = ["from", *map(_line, starts)] if any(starts) else ()
+    rows = [[_line(base), *(row.get(start, "-") for start in starts)] for base, row in values.items()]
+    return tabulate(rows, header, tablefmt="plain", disable_numparse=True).splitlines()
+
+
+def _line(text: str) -> str:
+    return " ".join(printable(text).split())
 
 
 def _table(rows: list[list[list[str]]]) -> str:

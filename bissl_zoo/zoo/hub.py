@@ -1,25 +1,23 @@
-"""Zoo entries by name: found in one or more zoos, checked against the index on every load, built as backbones."""
+"""Zoo entries by name: found in one or more zoos, and checked against the index on every load."""
 
 import fnmatch
 import os
+import re
 import shutil
 import tempfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import platformdirs
 import safetensors.torch
-import timm
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from safetensors import SafetensorError
 from torch import Tensor
 
-from bissl_zoo.backbones import Backbone
 from bissl_zoo.config import load_config
 from bissl_zoo.errors import ZooError, did_you_mean
-from bissl_zoo.registry import BACKBONES, build_backbone
 from bissl_zoo.zoo.cache import Cache, default_cache
 from bissl_zoo.zoo.index import (
     CURATED_FILE,
@@ -30,10 +28,17 @@ from bissl_zoo.zoo.index import (
     parse_index,
     parse_json,
 )
-from bissl_zoo.zoo.names import check_name, pin, shorten, split_version
+from bissl_zoo.zoo.names import check_name, is_sha256, shorten, split_version
 from bissl_zoo.zoo.stores import Store, open_store
 
-WEIGHTS_FILE = "model.safetensors"
+WEIGHTS_FILE, CONFIG_FILE = "model.safetensors", "train_config.yaml"
+
+#: what the configuration of an entry may call
+_CALLS = re.compile(
+    r"bissl_zoo\.(registry\.build_[a-z]+|data\.loaders\.build_[a-z_]+|data\.views\.[a-z_]+|optim\.LRMultiplier)"
+    r"|(torch|timm)\.optim\.([a-z_]+\.)?[A-Z]\w*|fvcore\.common\.param_scheduler\.[A-Z]\w*",
+    re.ASCII,
+)
 
 
 @dataclass(frozen=True)
@@ -74,6 +79,16 @@ class Entry:
     def facts(self) -> dict[str, Any]:
         """Its `entry.json`: architecture, metrics with seeds, data sets, lineage, licence, versions, files."""
         return self.read_json("entry.json")
+
+    def ancestors(self) -> list[dict[str, str]]:
+        """Name and sha256 of the weights it started from, of those that these started from, and so on."""
+        lineage = self.facts().get("lineage")
+        found = lineage.get("ancestors", []) if isinstance(lineage, dict) else None
+        if not isinstance(found, list) or not all(
+            isinstance(one, dict) and is_sha256(one.get("sha256")) for one in found
+        ):
+            raise ZooError(f"The entry.json of zoo entry '{self.name}' has a lineage that no entry has.")
+        return [{"name": str(one.get("name", "unnamed")), "sha256": one["sha256"]} for one in found]
 
     def weights(self, file: str = WEIGHTS_FILE) -> dict[str, Tensor]:
         """A state dict on the CPU: of its backbone, or of a head such as `pretext_head.safetensors`."""
@@ -198,7 +213,7 @@ def list_backbones(
     wanted = {"pretext": pretext, "task": task, "architecture": architecture}
 
     def matches(entry: Entry) -> bool:
-        fields = all(fnmatch.fnmatch(str(entry.record.get(key)), p) for key, p in wanted.items() if p is not None)
+        fields = all(fnmatch.fnmatch(entry.record.get(key) or "", p) for key, p in wanted.items() if p is not None)
         return fields and (metric is None or bool(fnmatch.filter(entry.record.get("metrics", {}), metric)))
 
     entries = as_zoo(zoo).entries()
@@ -211,52 +226,17 @@ def get_entry(name: str, zoo: ZooLike = None) -> dict[str, Any]:
 
 
 def get_config(name: str, zoo: ZooLike = None) -> DictConfig:
-    """The resolved config of the run that an entry came from."""
-    return load_config(as_zoo(zoo).find(name).file("train_config.yaml"))
+    """The resolved config of the run that an entry came from.
 
-
-def create_backbone(
-    name: str, pretrained: bool = True, out_features: Iterable[str] | None = None, zoo: ZooLike = None, **kwargs: Any
-) -> Backbone:
-    """A zoo entry's backbone in eval mode, as timm's `create_model` would give it.
-
-    Args:
-        name: an entry; without a version its newest one. With `pretrained=False` a timm architecture as well.
-        pretrained: load the entry's weights, after their sha256 and size were compared with the index. Otherwise the
-            same architecture with random weights.
-        out_features: the stages to return, by name; None for what `build_backbone` returns by default.
-        zoo: a Zoo or its location; None for `default_zoo()`.
-        kwargs: passed on to `build_backbone`; they override what the entry says about its construction.
     Raises:
-        ZooError: for an unknown entry, a file that is not the published one, or weights that do not fit.
+        ZooError: it calls something else than parts of a run, which a config does when it is instantiated.
     """
-    zoo = as_zoo(zoo)
-    if out_features is not None:
-        kwargs["out_features"] = tuple(out_features)
-    if name in BACKBONES and not zoo.versions(name):
-        if pretrained:
-            raise ZooError(
-                f"{zoo} holds no entry '{name}', so there are no weights to load. '{name}' is an architecture: "
-                f"pretrained=False builds it with random weights. Entries: {shorten(list(zoo.entries())) or 'none'}."
-            )
-        return build_backbone(name=name, **kwargs).eval()
-    entry = zoo.find(name)
-    architecture = entry.record["architecture"]
-    if architecture not in BACKBONES:
-        raise ZooError(
-            f"Zoo entry '{pin(entry.name)}' needs the architecture '{architecture}', which timm {timm.__version__} "
-            f"does not have. It was published with timm {entry.facts()['versions']['timm']}: install that version or a "
-            "newer one."
-        )
-    model_args = entry.read_json("config.json").get("model_args", {})
-    backbone = build_backbone(name=architecture, **{**model_args, **kwargs})
-    if pretrained:
-        weights = entry.weights()
-        difference = state_difference(backbone.state_dict(), weights)
-        if difference:
-            raise ZooError(f"The weights of zoo entry '{entry.name}' do not fit {architecture}: {difference}.")
-        backbone.load_state_dict(weights)
-    return backbone.eval()
+    entry = as_zoo(zoo).find(name)
+    with tempfile.TemporaryDirectory(prefix="bissl_zoo-") as folder:
+        # what was fetched is called by its digest, and a config's ending says what it is
+        cfg = load_config(shutil.copyfile(entry.file(CONFIG_FILE), Path(folder) / CONFIG_FILE))
+    _check_calls(OmegaConf.to_container(cfg), f"zoo entry '{entry.name}'")
+    return cfg
 
 
 def load_entry_weights(name: str, file: str = WEIGHTS_FILE, zoo: ZooLike = None) -> dict[str, Tensor]:
@@ -264,14 +244,16 @@ def load_entry_weights(name: str, file: str = WEIGHTS_FILE, zoo: ZooLike = None)
     return as_zoo(zoo).find(name).weights(file)
 
 
-def state_difference(expected: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> str:
-    """How two state dicts differ in names and shapes, with counts; an empty string where they agree."""
-    shared = [key for key in expected if key in found]
-    reshaped = [key for key in shared if found[key].shape != expected[key].shape]
-    parts = {
-        "missing": [key for key in expected if key not in found],
-        "unexpected": sorted(key for key in found if key not in expected),
-        "of another shape": [f"{k} {tuple(found[k].shape)} instead of {tuple(expected[k].shape)}" for k in reshaped],
-    }
-    told = [f"{len(names)} {what}: {shorten(names)}" for what, names in parts.items() if names]
-    return f"{len(shared) - len(reshaped)} of {len(expected)} tensors match; {'; '.join(told)}" if told else ""
+def _check_calls(node: Any, where: str) -> None:
+    """Raise `ZooError` where a config from a zoo would call anything but a part of a run."""
+    if isinstance(node, dict):
+        target = node.get("_target_", "")
+        if target and not (isinstance(target, str) and _CALLS.fullmatch(target)):
+            raise ZooError(
+                f"The configuration of {where} calls {target!r:.100}, which is no part that bissl_zoo knows, so it is "
+                "not handed out: a zoo is data, and that is code. `tools/zoo.py fetch` brings the file to look at."
+            )
+        node = list(node.values())
+    if isinstance(node, list):
+        for one in node:
+            _check_calls(one, where)

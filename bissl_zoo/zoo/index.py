@@ -43,8 +43,8 @@ class Index:
 def parse_index(content: bytes | None, where: str) -> Index:
     """An index from its file; an empty one where there is none.
 
-    Names, sizes and digests are checked here, so that nothing in an index can point outside of the zoo, and the kinds of
-    all that lists and pages show.
+    Names, sizes and digests are checked here, so that nothing in an index can point outside of the zoo, and so are the
+    kinds of all that lists and pages show.
 
     Args:
         content: of the file, None where there is none.

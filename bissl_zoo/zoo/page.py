@@ -5,7 +5,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from bissl_zoo.zoo.index import Index
-from bissl_zoo.zoo.names import split_version
+from bissl_zoo.zoo.names import is_name, pin, split_version
 
 PAGE_FILE = "MODEL_ZOO.md"
 
@@ -30,19 +30,25 @@ def markdown_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     return "\n".join("| " + " | ".join(_cell(cell) for cell in line) + " |" for line in lines)
 
 
+def escape(text: str) -> str:
+    """Text that a Markdown reader shows as it is on one line: what could be markup or HTML becomes an entity."""
+    return " ".join(re.sub(r"[\\|`*<>&\[\]]", lambda found: f"&#{ord(found[0])};", text).split())
+
+
 def format_number(value: float | None) -> str:
     """Four digits; `-` for None."""
     return "-" if value is None else f"{value:.4g}"
 
 
-def format_metric(metric: Mapping[str, Any] | None) -> str:
-    """Mean and standard deviation over seeds, and how many seeds."""
+def format_metric(metric: Mapping[str, Any] | None, seeds: bool = True) -> str:
+    """Mean and standard deviation over seeds, and with `seeds` how many seeds."""
     if not metric:
         return "-"
     mean = format_number(metric.get("mean"))
     if metric.get("std") is None:
         return mean
-    return f"{mean} ± {metric['std']:.2g} ({len(metric.get('values', []))} seeds)"
+    told = f"{mean} ± {metric['std']:.2g}"
+    return f"{told} ({len(metric.get('values', []))} seeds)" if seeds else told
 
 
 def split_metric(name: str) -> tuple[str, str]:
@@ -57,18 +63,18 @@ def _section(task: str, records: Mapping[str, Mapping[str, Any]]) -> str:
     rows = [
         [
             f"[{name}]({name}/README.md)",
-            record["architecture"],
-            record.get("pretext") or "-",
+            escape(record["architecture"]),
+            escape(record.get("pretext") or "-"),
             *(format_metric(record.get("metrics", {}).get(metric)) for metric in metrics),
-            str(record.get("created") or "-")[:10],
+            escape((record.get("created") or "-")[:10]),
         ]
         for name, record in chosen.items()
     ]
-    table = markdown_table(["entry", "architecture", "pretext", *metrics, "published"], rows)
+    table = markdown_table(["entry", "architecture", "pretext", *map(escape, metrics), "published"], rows)
     commands = "\n".join(
-        f"python tools/train_net.py --config-file zoo:{name} train.output_dir=runs/{name}" for name in chosen
+        f"python tools/train_net.py --config-file zoo:{pin(name)} train.output_dir=runs/{name}" for name in chosen
     )
-    title = f"Aligned with `{task}`" if task else "Pretrained, without a task"
+    title = f"Aligned with {f'`{task}`' if is_name(task) else escape(task)}" if task else "Pretrained, without a task"
     return f"## {title}\n\n{table}\n\nEach again, from its own configuration:\n\n```bash\n{commands}\n```"
 
 

@@ -13,8 +13,9 @@ from torch import Tensor
 
 from bissl_zoo.errors import ZooError
 from bissl_zoo.zoo.card import EntryMetadata, entry_facts, render_card
+from bissl_zoo.zoo.create import state_difference
 from bissl_zoo.zoo.figure import FIGURE_FILE, draw_metrics
-from bissl_zoo.zoo.hub import WEIGHTS_FILE, ZooLike, as_zoo, state_difference
+from bissl_zoo.zoo.hub import WEIGHTS_FILE, ZooLike, as_zoo
 from bissl_zoo.zoo.index import ENTRY_FORMAT, to_json
 from bissl_zoo.zoo.names import check_name, sha256_of
 from bissl_zoo.zoo.stores import writable

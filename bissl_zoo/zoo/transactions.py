@@ -91,9 +91,7 @@ def write_page(store: WritableStore) -> None:
         if present and present.content == content:
             return
         with contextlib.suppress(Conflict):
-            return retrying(
-                functools.partial(store.replace, PAGE_FILE, content, present.tag if present else None)
-            )
+            return retrying(functools.partial(store.replace, PAGE_FILE, content, present.tag if present else None))
         _wait(attempt)
     raise ZooError(f"{store.location}: {PAGE_FILE} was changed by others {_ATTEMPTS} times in a row; try again later.")
 

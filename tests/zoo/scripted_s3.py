@@ -32,7 +32,7 @@ class Script(http.server.BaseHTTPRequestHandler):
             return
         status, headers, content = told
         self.send_response(status)
-        for name, value in {"Content-Length": str(len(content)), **headers}.items():
+        for name, value in {"Content-Length": str(len(content)), "Connection": "close", **headers}.items():
             self.send_header(name, value)
         self.end_headers()
         if self.command != "HEAD":

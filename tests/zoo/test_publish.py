@@ -146,7 +146,8 @@ def test_a_taken_name_gets_the_next_version_and_the_first_stays_as_it_was(tmp_pa
     first = publish(tmp_path)
     before = contents(Path(first.location))
     second = publish(tmp_path, backbone_state=trained_state(seed=1))
-    (tmp_path / "tiny@3").mkdir()  # left by somebody, and in no index
+    (tmp_path / "tiny@3").mkdir()
+    (tmp_path / "tiny@3" / "notes").write_text("left by somebody, and in no index")
     fourth = publish(tmp_path, backbone_state=trained_state(seed=2))
     assert [first.name, second.name, fourth.name] == ["tiny", "tiny@2", "tiny@4"]
     assert contents(Path(first.location)) == before
