@@ -49,6 +49,7 @@ setup(
             *("pytest>=8", "hypothesis>=6", "ruff>=0.9"),
             *("boto3>=1.35.69", "moto[server]>=5.1.5"),
             *("onnx>=1.16", "onnxscript>=0.2", "onnxruntime>=1.18"),
+            "lightly>=1.6",  # its losses are references for ours
         ],
     },
     classifiers=[f"Programming Language :: Python :: 3.{minor}" for minor in (10, 11, 12, 13)],

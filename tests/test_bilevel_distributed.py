@@ -9,6 +9,7 @@ import itertools
 import os
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from fvcore.common.param_scheduler import ConstantParamScheduler
+from timm.layers import PatchEmbed
 from torch import nn
 from torch.optim import SGD
 
@@ -23,6 +25,7 @@ from bissl_zoo.backbones import FeatureInfo
 from bissl_zoo.bilevel import BiLevel
 from bissl_zoo.data.batches import map_tensors
 from bissl_zoo.distributed import all_reduce_mean, average_gradients, barrier, flatten, gather_with_gradient
+from bissl_zoo.engine.reduced_problem import narrow_widths
 from bissl_zoo.errors import NonFiniteLoss
 from bissl_zoo.hypergradient import ConjugateGradient
 from bissl_zoo.level import Level
@@ -33,6 +36,7 @@ from bissl_zoo.registry import HYPERGRADIENT_SOLVERS, PRETEXT_METHODS, build_pre
 WORLDS = (2, 4)
 METHODS = PRETEXT_METHODS.list()
 SOLVERS = HYPERGRADIENT_SOLVERS.list()
+SIZES = {"moco_v2": {"queue_length": 20}}  # shorter than a run, so that it wraps, and no multiple of the batch
 BATCH = 8
 PATIENCE = datetime.timedelta(seconds=60)  # for ranks that no longer do the same
 CONSTANT = LRMultiplier(ConstantParamScheduler(1.0))
@@ -45,8 +49,13 @@ def shards(seed, rank, world, make):
         yield map_tensors(lambda tensor: tensor[rank * share : (rank + 1) * share], make(generator))
 
 
-def views(generator):
-    return tuple(torch.randn(2, BATCH, 3, 8, 8, dtype=torch.float64, generator=generator))
+def views(method, generator):
+    images = tuple(torch.randn(2, BATCH, 3, 8, 8, dtype=torch.float64, generator=generator))
+    if method == "dino":
+        return *images, torch.randn(BATCH, 3, 4, 4, dtype=torch.float64, generator=generator)
+    if method == "simmim":  # two of four cells are hidden
+        return images[0], (torch.rand(BATCH, 4, generator=generator).argsort(dim=1) < 2).view(BATCH, 2, 2)
+    return images
 
 
 def labelled(generator):
@@ -75,6 +84,24 @@ class Trunk(nn.Module):
         return {"out": self.last(self.norm(self.stem(images)).relu())}
 
 
+class PatchTrunk(nn.Module):
+    """3x8x8 images -> a map of 6 channels, by an embedding of patches that is found where timm's ViTs have it."""
+
+    out_features = ("out",)
+    feature_info = {"out": FeatureInfo(6, 2, "last")}
+
+    def __init__(self):
+        super().__init__()
+        self.model = nn.Module()
+        self.model.patch_embed = PatchEmbed(8, patch_size=2, embed_dim=4, output_fmt="NHWC")
+        self.norm = nn.BatchNorm2d(4)
+        self.last = nn.Conv2d(4, 6, 3, padding=1)
+
+    def forward(self, images):
+        patches = self.model.patch_embed(images).permute(0, 3, 1, 2)
+        return {"out": self.last(self.norm(patches).relu())}
+
+
 class Pool(nn.Module):
     num_features = 6
 
@@ -82,16 +109,20 @@ class Pool(nn.Module):
         return features.mean(dim=(2, 3))
 
 
+TRUNKS = {"simmim": PatchTrunk}
+
+
 def problem(method, rank, world):
     """A pretext method below, classification above, in float64; batch norm uses its running statistics."""
     torch.manual_seed(0)
-    trunk, upper = Trunk(), Trunk()
-    pretext = build_pretext(name=method, backbone=trunk, tail=Pool())
+    trunk, upper = (TRUNKS.get(method, Trunk)() for _ in range(2))
+    sizes = narrow_widths({"name": method}) | SIZES.get(method, {})
+    pretext = build_pretext(name=method, backbone=trunk, tail=Pool(), **sizes)
     task = build_task(name="classification", backbone=upper, classes=["a", "b", "c"])
     for module in (trunk, pretext, upper, task):
         module.double().eval()
     return BiLevel(
-        level("lower", trunk, pretext, shards(1, rank, world, views)),
+        level("lower", trunk, pretext, shards(1, rank, world, partial(views, method))),
         level("upper", upper, task, shards(2, rank, world, labelled)),
         solver=ConjugateGradient(iterations=4, tolerance=1e-6, damping=1.0),
         lam=0.1,
@@ -106,10 +137,11 @@ def modules(bilevel):
 
 
 def digest(bilevel):
-    """Of the bits of all parameters of both levels, the teacher's among them."""
+    """Of the bits of both levels, teachers and queues among them; batch-norm statistics are each rank's own."""
     sha256 = hashlib.sha256()
-    for parameter in modules(bilevel).parameters():
-        sha256.update(parameter.detach().numpy().tobytes())
+    for name, tensor in modules(bilevel).state_dict().items():
+        if not name.endswith(("running_mean", "running_var", "num_batches_tracked")):
+            sha256.update(tensor.numpy().tobytes())
     return sha256.hexdigest()
 
 

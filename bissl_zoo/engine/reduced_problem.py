@@ -1,7 +1,9 @@
 """The bilevel problem made so small and smooth that its hypergradient can be compared with finite differences."""
 
+import contextlib
 import inspect
 import itertools
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -10,6 +12,7 @@ from fvcore.common.param_scheduler import ConstantParamScheduler
 from omegaconf import DictConfig, ListConfig
 from PIL import Image
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from bissl_zoo.backbones import FeatureInfo
 from bissl_zoo.bilevel import BiLevel
@@ -59,12 +62,37 @@ class SmoothTail(nn.Module):
         return torch.tanh(self.linear(features.flatten(1)))
 
 
+class HeldTargets(TorchFunctionMode):
+    """What a method detaches is, from the second pass on, what it was in the first.
+
+    The Hessian takes such a target for a constant, and so must the finite differences: SimSiam's are projections by
+    the parameters that are moved.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.targets: list[Tensor] = []
+
+    def __enter__(self) -> "HeldTargets":
+        self.held = iter(self.targets) if self.targets else None
+        return super().__enter__()
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if func is not Tensor.detach:
+            return result
+        if self.held is not None:
+            return next(self.held)
+        self.targets.append(result)
+        return result
+
+
 class ReducedProblem:
     """The configured pretext method and a linear classifier on a smooth backbone of 47 parameters, float64.
 
     What differs from the configured method is in `changes`. `lambda` is twice the norm of `H`, doubled until the lower
-    problem is solved, so that the curvature matters and the solution is unique nearby; `theta_P` is that solution. The
-    views are others on each rank, the rest is the same.
+    problem is solved, so that the curvature matters and the solution is unique nearby; `theta_P` is that solution, and
+    targets without a gradient are held where it has them. The views are others on each rank, the rest is the same.
 
     Raises:
         BisslZooError: the method does not run on this backbone, or its lower problem has no solution.
@@ -84,6 +112,8 @@ class ReducedProblem:
             for doublings in range(1, 20):
                 self.problem.lam = norm * 2.0**doublings
                 if norm > 0 and self.solve_lower():
+                    self.holding = HeldTargets()
+                    self.gradient()
                     return
         raise BisslZooError(f"The reduced lower problem was not solved; its curvature has the norm {norm:.3g}.")
 
@@ -99,6 +129,7 @@ class ReducedProblem:
         lower, upper = _level("lower", trunks[0], pretext), _level("upper", trunks[1], task)
         self.problem = BiLevel(lower, upper, Exact(damping=0.0), gamma=cfg.bilevel.gamma)
         self.parameters = lower.backbone_parameters
+        self.holding: contextlib.AbstractContextManager = contextlib.nullcontext()
 
     def gradient(self, create_graph: bool = False) -> Tensor:
         """Of the pretext loss in `theta_P`, by plain autograd; the method's random draws are the same each time.
@@ -107,7 +138,8 @@ class ReducedProblem:
         """
         torch.manual_seed(0)
         lower = self.problem.lower
-        loss, _ = lower.loss(lower.backbone, self.views, amp=False)
+        with self.holding:
+            loss, _ = lower.loss(lower.backbone, self.views, amp=False)
         gradient = flatten(torch.autograd.grad(loss, self.parameters, create_graph=create_graph))
         return gradient if create_graph else all_reduce_mean(gradient)
 
@@ -172,15 +204,20 @@ def place(parameters: list[Tensor], vector: Tensor) -> None:
         parameter.copy_(value)
 
 
-def _reduced_method(section: DictConfig, trunk: SmoothTrunk) -> tuple[PretextMethod, list[str]]:
-    """The method on a reduced backbone, and what was changed in it."""
-    parameters = inspect.signature(PRETEXT_METHODS.get(section.name)).parameters.values()
+def narrow_widths(section: Mapping[str, Any]) -> dict[str, list[int]]:
+    """The widths of the heads of a configured pretext method that are above 16, cut to that."""
+    parameters = inspect.signature(PRETEXT_METHODS.get(section["name"])).parameters.values()
     given = {p.name: p.default for p in parameters if isinstance(p.default, (list, tuple))} | dict(section)
     lists = {key: list(value) for key, value in given.items() if isinstance(value, (list, tuple, ListConfig))}
     widths = {key: value for key, value in lists.items() if any(isinstance(w, int) and w > WIDTH for w in value)}
-    narrow = {key: [min(w, WIDTH) for w in value] for key, value in widths.items()}
+    return {key: [min(w, WIDTH) for w in value] for key, value in widths.items()}
+
+
+def _reduced_method(section: DictConfig, trunk: SmoothTrunk) -> tuple[PretextMethod, list[str]]:
+    """The method on a reduced backbone, and what was changed in it."""
+    narrow = narrow_widths(section)
     pretext = build_part(section, backbone=trunk, tail=SmoothTail(), **narrow).double()
-    return pretext, make_smooth(pretext) + [f"{key} at most {WIDTH} wide" for key in widths]
+    return pretext, make_smooth(pretext) + [f"{key} at most {WIDTH} wide" for key in narrow]
 
 
 def _level(name: str, backbone: nn.Module, head: nn.Module) -> Level:

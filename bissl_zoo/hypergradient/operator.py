@@ -6,6 +6,7 @@ from typing import Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from bissl_zoo.hypergradient.second_order import fast_second_order
 from bissl_zoo.hypergradient.solver import LinearOperator
@@ -151,5 +152,7 @@ class CurvatureOperator(LinearOperator):
         return self.reduce(torch.cat([product.reshape(-1) for product in products]))
 
     def _build_gradient(self) -> list[Tensor]:
-        with torch.enable_grad(), fast_second_order(), constant_except(self.parameters, self.modules):
+        constant = constant_except(self.parameters, self.modules)
+        # fused attention has no second derivative
+        with torch.enable_grad(), fast_second_order(), sdpa_kernel(SDPBackend.MATH), constant:
             return list(torch.autograd.grad(self.loss(), self.parameters, create_graph=True, materialize_grads=True))

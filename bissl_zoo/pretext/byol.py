@@ -1,16 +1,15 @@
 """BYOL (Grill et al., arXiv 2006.07733)."""
 
-import copy
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional
 
 from bissl_zoo.backbones import Backbone, Tail
 from bissl_zoo.pretext.heads import mlp
 from bissl_zoo.pretext.method import PretextMethod
+from bissl_zoo.pretext.teacher import Teacher
 from bissl_zoo.registry import PRETEXT_METHODS
 
 
@@ -42,23 +41,16 @@ class BYOL(PretextMethod):
         self.projector = mlp([tail.num_features, *projector])
         self.predictor = mlp([projector[-1], *predictor])
         self.decay = decay
-        self.teacher = nn.ModuleDict({"backbone": backbone, "tail": tail, "projector": self.projector})
-        self.teacher = copy.deepcopy(self.teacher).requires_grad_(False)
+        self.teacher = Teacher(backbone=backbone, tail=tail, projector=self.projector)
 
     def losses(self, backbone: Backbone, views: tuple[Tensor, ...]) -> dict[str, Tensor]:
         """`{"regression": scalar}` of two views `(N, 3, S, S)`: both directions added, mean over N."""
         predictions = [self.predictor(self.projector(self.embed(backbone, view))) for view in views]
-        with torch.no_grad():
-            teacher = self.teacher
-            targets = [teacher["projector"](teacher["tail"](teacher["backbone"](v)[self.stage])) for v in views]
+        targets = [self.teacher(view) for view in views]
         first = regression_loss(predictions[0], targets[1])
         second = regression_loss(predictions[1], targets[0])
         return {"regression": (first + second).mean()}
 
-    @torch.no_grad()
     def after_step(self, backbone: Backbone) -> None:
         """Move the teacher's parameters towards the student's; its batch-norm statistics are its own."""
-        student = {"backbone": backbone, "tail": self.tail, "projector": self.projector}
-        for name, module in student.items():
-            for slow, fast in zip(self.teacher[name].parameters(), module.parameters(), strict=True):
-                slow.lerp_(fast, 1.0 - self.decay)
+        self.teacher.follow(self.decay, backbone=backbone, tail=self.tail, projector=self.projector)

@@ -1,6 +1,7 @@
 """Whole runs in this process: other methods and tasks, where a run starts from, what it announces."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from bissl_zoo.config import LazyConfig
+from bissl_zoo.data.views import MaskedView, Views
 from bissl_zoo.engine.build import Context, Weights
 from bissl_zoo.engine.checkpoint import load_checkpoint
 from bissl_zoo.engine.run import phases_of, run
@@ -68,6 +70,60 @@ def test_byol_and_classification_go_the_whole_walk(tiny_config, folder_of_images
     assert (facts["pretext"], facts["task"]) == ("byol", "classification")
     records = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert [r["step"] for r in records if r["stage"] == "finetune" and "test/top1" in r] == [10]
+
+
+#: pretext methods with views of their own kind, on a small ViT
+ON_A_VIT = {
+    "dino": "projector: [16, 8, 32], augmentation: {_target_: bissl_zoo.data.views.multi_crop,"
+    " size: 32, local_size: 16, local_crops: 2}",
+    "simmim": "augmentation: {_target_: bissl_zoo.data.views.masked_view, size: 32, mask_patch: 16}",
+}
+
+
+@pytest.mark.parametrize("method", ON_A_VIT)
+def test_a_resumed_run_of_crops_or_masks_on_a_vit_ends_as_one_that_was_not_interrupted(
+    tiny_config, folder_of_images, tmp_path, capsys, monkeypatch, method
+):
+    for views in (Views, MaskedView):  # the random state is no part of a checkpoint, so each image has its own draw
+        monkeypatch.setattr(views, "__call__", seeded(views.__call__))
+    settings = dict(train__output_dir=tmp_path / "run", train__stages="[pretrain,bissl]", train__checkpoint__keep=9)
+    cfg = LazyConfig.apply_overrides(
+        byol_classification(tiny_config(**settings, bilevel__shared_stage="null")),
+        [
+            "backbone={_target_: bissl_zoo.registry.build_backbone, name: test_vit, class_token: false,"
+            " global_pool: avg, img_size: 32}",
+            f"pretext={{_target_: bissl_zoo.registry.build_pretext, name: {method}, {ON_A_VIT[method]}}}",
+        ],
+    )
+    entry = run(cfg, "test")["entry"]
+    whole = final_states(tmp_path / "run")
+    assert all(value.isfinite().all() for state in whole for value in state.values())
+    start = load_checkpoint(tmp_path / "run" / "checkpoints" / "pretrain" / "step_000002")[1]["levels"]["level"]
+    assert not any(torch.equal(whole[0][key], value) for key, value in start["backbone"].items() if "weight" in key)
+    moved = {"dino": "center", "simmim": "mask_token"}[method]
+    assert not torch.equal(whole[1][moved], start["head"][moved])
+    for later in ("pretrain/step_000002", "head_warmup", "bissl"):
+        shutil.rmtree(tmp_path / "run" / "checkpoints" / later)
+    capsys.readouterr()
+    assert run(cfg, "test", resume=True)["entry"].name == entry.name
+    assert "pretrain step 1 of 2" in capsys.readouterr().out
+    for before, after in zip(whole, final_states(tmp_path / "run"), strict=True):
+        assert before.keys() == after.keys() and all(torch.equal(value, after[key]) for key, value in before.items())
+
+
+def seeded(call):
+    def draw(self, image):
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            return call(self, image)
+
+    return draw
+
+
+def final_states(folder):
+    """Of the lower backbone and its head after the BiSSL stage."""
+    lower = load_checkpoint(folder / "checkpoints" / "bissl" / "step_000002")[1]["levels"]["lower"]
+    return lower["backbone"], lower["head"]
 
 
 def test_a_short_schedule_with_a_weak_pull_is_warned_of(tiny_config, at_scenes, tmp_path, capsys):

@@ -114,6 +114,43 @@ def test_a_resumed_trainer_has_the_state_of_the_one_that_was_saved(context):
         assert all(a is b is None or torch.equal(a, b) for a, b in zip(moments, expected, strict=True))
 
 
+PRETEXT = (
+    "{_target_: bissl_zoo.registry.build_pretext, name: %s, projector: [16, 8], %s"
+    " augmentation: {_target_: bissl_zoo.data.views.two_views, size: 32}}"
+)
+HEADS = {
+    "moco_v2": "queue_length: 20,",
+    "moco_v3": "predictor: [12, 8],",
+    "simsiam": "predictor: [12, 8],",
+}
+
+
+@pytest.mark.parametrize("method", ["barlow_twins", "moco_v2", "moco_v3", "simsiam", "vicreg"])
+def test_teachers_and_queues_of_a_resumed_stage_go_on_as_if_it_had_not_stopped(
+    tiny_config, at_scenes, tmp_path, method
+):
+    context = open_context(tiny_config(pretext=PRETEXT % (method, HEADS.get(method, ""))), "test")
+    pretraining = build_pretrain(context, Weights())
+    pretraining.train()
+    trainer = build_bissl(context, pretraining.result())
+    trainer.total_steps = 1
+    trainer.train()
+    path = Checkpointer(tmp_path).save("bissl", 1, 2, "test_resnet", trainer.state_dict())
+    resumed = build_bissl(context, pretraining.result(), start_step=1)
+    resumed.load_state_dict(load_checkpoint(path)[1])
+    # views are drawn anew, so both take the same batches
+    batches = {name: [next(level.batches) for _ in range(3)] for name, level in trainer.levels().items()}
+    for each in (trainer, resumed):
+        torch.manual_seed(0)
+        for name, level in each.levels().items():
+            level.batches = iter(batches[name])
+        each.total_steps = 2
+        each.train()
+    for name, level in resumed.levels().items():
+        assert same(level.backbone.state_dict(), trainer.levels()[name].backbone.state_dict())
+        assert same(level.head.state_dict(), trainer.levels()[name].head.state_dict())
+
+
 SOLVER = "{_target_: bissl_zoo.registry.build_solver, name: %s}"
 
 

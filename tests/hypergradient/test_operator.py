@@ -2,8 +2,14 @@ import pytest
 import torch
 from torch import nn
 
+from bissl_zoo.engine.reduced_problem import narrow_widths
 from bissl_zoo.hypergradient import CurvatureOperator, frozen_state
 from bissl_zoo.registry import PRETEXT_METHODS, build_backbone, build_pretext
+
+#: methods that need another backbone than a small ResNet, and the stage it is split at
+BACKBONES = {
+    "simmim": ({"name": "test_vit", "class_token": False, "global_pool": "avg", "img_size": 32}, "blocks.5"),
+}
 
 
 def smooth_net(**extra):
@@ -40,6 +46,25 @@ def test_products_equal_the_dense_hessian():
     u = torch.randn(size, dtype=torch.float64)
     torch.testing.assert_close(operator(u), u + hessian @ u / 0.3, rtol=1e-10, atol=1e-13)
     assert torch.equal(operator(u), operator.matvec(u))
+
+
+def test_fused_attention_has_products_as_well():
+    torch.manual_seed(0)
+    project, words = nn.Linear(8, 24).double(), torch.randn(3, 5, 8, dtype=torch.float64)
+
+    def loss(fused):
+        q, k, v = project(words).unflatten(2, (3, 2, 4)).permute(2, 0, 3, 1, 4)
+        if fused:
+            return nn.functional.scaled_dot_product_attention(q, k, v).square().mean()
+        return ((q @ k.transpose(2, 3) / 2.0).softmax(dim=3) @ v).square().mean()
+
+    with pytest.raises(RuntimeError, match="not implemented"):  # what the operator spares its users
+        gradient = torch.autograd.grad(loss(fused=True), project.weight, create_graph=True)[0]
+        torch.autograd.grad(gradient.sum(), project.weight)
+    u = torch.randn(sum(p.numel() for p in project.parameters()), dtype=torch.float64)
+    operators = [CurvatureOperator(lambda f=f: loss(f), list(project.parameters()), 1.0) for f in (True, False)]
+    fused, written_out = (operator.prepare().hessian_product(u) for operator in operators)
+    torch.testing.assert_close(fused, written_out, rtol=1e-10, atol=1e-14)
 
 
 def test_products_do_not_depend_on_what_came_before():
@@ -113,13 +138,23 @@ def snapshot(*modules):
     return {**state, "random state": torch.get_rng_state()}
 
 
+def pretext_problem(method):
+    """A trunk in train mode that drops paths, the method on it, and a batch of views of the method's kind."""
+    torch.manual_seed(0)
+    arguments, stage = BACKBONES.get(method, ({"name": "test_resnet"}, "c3"))
+    trunk, tail = build_backbone(**arguments, drop_path_rate=0.3).split(stage)
+    pretext = build_pretext(name=method, backbone=trunk, tail=tail, **narrow_widths({"name": method})).train()
+    views = tuple(torch.randn(2, 4, 3, 32, 32))
+    if method == "dino":
+        views = *views, *torch.randn(2, 4, 3, 16, 16)
+    if method == "simmim":
+        views = views[0], torch.tensor([[True, False], [True, True]]).expand(4, 2, 2)
+    return trunk.train(), pretext, views
+
+
 @pytest.mark.parametrize("method", PRETEXT_METHODS.list())
 def test_products_leave_no_trace(method):
-    torch.manual_seed(0)
-    trunk, tail = build_backbone(name="test_resnet", drop_path_rate=0.3).split("c3")
-    pretext = build_pretext(name=method, backbone=trunk, tail=tail).train()
-    trunk.train()
-    views = tuple(torch.randn(2, 4, 3, 32, 32))
+    trunk, pretext, views = pretext_problem(method)
     parameters = list(trunk.parameters())
     u = torch.randn(sum(p.numel() for p in parameters))
     before = snapshot(trunk, pretext)
@@ -127,7 +162,7 @@ def test_products_leave_no_trace(method):
         lambda: sum(pretext.losses(trunk, views).values()), parameters, strength=1.0, modules=(trunk, pretext)
     ).prepare()
     first = operator(u)
-    with torch.no_grad():  # the upper level moves the lower statistics between two products
+    with torch.no_grad():  # the upper level moves the lower statistics, where there are any, between two products
         trunk(torch.randn(4, 3, 32, 32))
     moved = snapshot(trunk, pretext)
     assert torch.equal(operator(u), first)  # dropped paths and batch statistics belong to the operator
@@ -143,11 +178,7 @@ def test_products_leave_no_trace(method):
 
 @pytest.mark.parametrize("method", PRETEXT_METHODS.list())
 def test_preparing_leaves_every_buffer_and_the_random_state(method):
-    torch.manual_seed(0)
-    trunk, tail = build_backbone(name="test_resnet", drop_path_rate=0.3).split("c3")
-    pretext = build_pretext(name=method, backbone=trunk, tail=tail).train()
-    trunk.train()
-    views = tuple(torch.randn(2, 4, 3, 32, 32))
+    trunk, pretext, views = pretext_problem(method)
     identities = {name: id(buffer) for name, buffer in [*trunk.named_buffers(), *pretext.named_buffers()]}
     before = snapshot(trunk, pretext)
     CurvatureOperator(

@@ -19,3 +19,11 @@ def test_norm_and_relu_come_between_and_the_last_layer_has_no_bias():
 
 def test_two_widths_are_one_linear_layer():
     assert [type(layer) for layer in mlp([5, 3])] == [nn.Linear]
+
+
+def test_norms_and_the_last_bias_are_a_choice():
+    plain = mlp([5, 4, 3], norm=False, output_bias=True)
+    assert [type(layer) for layer in plain] == [nn.Linear, nn.ReLU, nn.Linear] and plain[-1].bias is not None
+    normed = mlp([5, 4, 3], output_norm=True)
+    assert [type(layer) for layer in normed[-2:]] == [nn.Linear, nn.BatchNorm1d]
+    assert normed[-2].bias is None and not list(normed[-1].parameters())

@@ -1,0 +1,71 @@
+"""Barlow Twins (Zbontar et al., arXiv 2103.03230)."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from torch import Tensor
+from torch.nn import functional
+
+from bissl_zoo.backbones import Backbone, Tail
+from bissl_zoo.data.views import two_views
+from bissl_zoo.distributed import gather_with_gradient
+from bissl_zoo.pretext.heads import mlp
+from bissl_zoo.pretext.method import PretextMethod
+from bissl_zoo.registry import PRETEXT_METHODS
+
+
+def off_diagonal_squares(a: Tensor, b: Tensor) -> Tensor:
+    """The squares of the entries of `a.T @ b` off its diagonal, added up: two `(N, D)` -> scalar.
+
+    The sum over all entries is also that of the products of `a @ a.T` and `b @ b.T`, which are smaller than `(D, D)`
+    where the heads are wider than the batch, as the published ones are.
+    """
+    rows, width = a.shape
+    everything = (a.T @ b).square().sum() if width < rows else ((a @ a.T) * (b @ b.T)).sum()
+    return everything - (a * b).sum(dim=0).square().sum()
+
+
+def cross_correlation_losses(first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
+    """How far the cross-correlation matrix of two views is from the identity (arXiv 2103.03230, equation 1).
+
+    Args:
+        first, second: `(N, D)` projections of the two views; statistics are those of the batch of all ranks.
+    Returns:
+        Scalars, the same on every rank: the invariance term, on the diagonal, and the redundancy term, off it.
+    """
+    a, b = (_standardized(gather_with_gradient(view)) for view in (first, second))
+    return ((a * b).sum(dim=0) - 1).square().sum(), off_diagonal_squares(a, b)
+
+
+def _standardized(z: Tensor) -> Tensor:
+    """Columns of mean 0 and, up to the batch norm's epsilon, length 1."""
+    return functional.batch_norm(z, None, None, training=True) / len(z) ** 0.5
+
+
+@PRETEXT_METHODS.register("barlow_twins")
+class BarlowTwins(PretextMethod):
+    """Correlate each feature of one view with the same feature of the other, and with no other feature.
+
+    Args:
+        projector: widths of the projection head after the embedding.
+        redundancy: weight of the redundancy term, the paper's lambda.
+        augmentation: BYOL's asymmetric pair at 96 pixels by default, as in the paper.
+    """
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        tail: Tail,
+        projector: Sequence[int] = (8192, 8192, 8192),
+        redundancy: float = 0.005,
+        augmentation: Callable[[Any], tuple[Tensor, ...]] | None = None,
+    ) -> None:
+        super().__init__(backbone, tail, augmentation or two_views(aspect_ratio=(3 / 4, 4 / 3)))
+        self.projector = mlp([tail.num_features, *projector])
+        self.redundancy = redundancy
+
+    def losses(self, backbone: Backbone, views: tuple[Tensor, ...]) -> dict[str, Tensor]:
+        """`{"invariance": scalar, "redundancy": scalar}` of two views `(N, 3, S, S)`, the second weighted."""
+        first, second = (self.projector(self.embed(backbone, view)) for view in views)
+        invariance, redundancy = cross_correlation_losses(first, second)
+        return {"invariance": invariance, "redundancy": self.redundancy * redundancy}

@@ -1,0 +1,76 @@
+"""MoCo v3 (Chen, Xie and He, arXiv 2104.02057)."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from bissl_zoo.backbones import Backbone, Tail
+from bissl_zoo.data.views import two_views
+from bissl_zoo.distributed import gather_with_gradient, get_rank
+from bissl_zoo.pretext.heads import mlp
+from bissl_zoo.pretext.method import PretextMethod
+from bissl_zoo.pretext.teacher import Teacher
+from bissl_zoo.registry import PRETEXT_METHODS
+
+
+def info_nce_in_batch(query: Tensor, key: Tensor, temperature: float) -> Tensor:
+    """`2 * temperature` times the cross entropy of finding each query's key in the batch (algorithm 1).
+
+    Args:
+        query, key: `(N, D)`, not normalised; rows of the same number belong together, keys are constants.
+    Returns:
+        Scalar, the mean over this rank's queries; each is compared with the keys of all ranks.
+    """
+    query = functional.normalize(query, dim=1)
+    keys = gather_with_gradient(functional.normalize(key.detach(), dim=1))
+    own = torch.arange(len(query), device=query.device) + get_rank() * len(query)
+    return 2 * temperature * functional.cross_entropy(query @ keys.T / temperature, own)
+
+
+@PRETEXT_METHODS.register("moco_v3")
+class MoCoV3(PretextMethod):
+    """Find the teacher's key of the other view among those of the batch, in both directions.
+
+    The heads are those of the paper's text, which the authors' code has for vision transformers; for a ResNet it has a
+    projector of two layers and temperature 1. The decay is constant here (the authors' rises to 1 along a cosine), and
+    the patch projection of a transformer is trained (section 4.2 freezes it), since both levels share it.
+
+    Args:
+        projector: widths of the projection head after the embedding, batch norm on its output; also the teacher's.
+        predictor: widths of the prediction head after the projection; its last must be the projector's.
+        temperature: of the softmax over cosine similarities.
+        decay: of the teacher's exponential moving average over optimizer steps.
+        augmentation: BYOL's asymmetric pair at 96 pixels by default, as in the paper.
+    """
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        tail: Tail,
+        projector: Sequence[int] = (4096, 4096, 256),
+        predictor: Sequence[int] = (4096, 256),
+        temperature: float = 0.2,
+        decay: float = 0.99,
+        augmentation: Callable[[Any], tuple[Tensor, ...]] | None = None,
+    ) -> None:
+        super().__init__(backbone, tail, augmentation or two_views(aspect_ratio=(3 / 4, 4 / 3)))
+        self.projector = mlp([tail.num_features, *projector], output_norm=True)
+        self.predictor = mlp([projector[-1], *predictor], output_norm=True)
+        self.temperature = temperature
+        self.decay = decay
+        self.teacher = Teacher(backbone=backbone, tail=tail, projector=self.projector)
+
+    def losses(self, backbone: Backbone, views: tuple[Tensor, ...]) -> dict[str, Tensor]:
+        """`{"info_nce": scalar}` of two views `(N, 3, S, S)`: both directions added."""
+        first, second = (self.predictor(self.projector(self.embed(backbone, view))) for view in views)
+        keys = [self.teacher(view) for view in views]
+        forth = info_nce_in_batch(first, keys[1], self.temperature)
+        back = info_nce_in_batch(second, keys[0], self.temperature)
+        return {"info_nce": forth + back}
+
+    def after_step(self, backbone: Backbone) -> None:
+        """Move the teacher's parameters towards the student's."""
+        self.teacher.follow(self.decay, backbone=backbone, tail=self.tail, projector=self.projector)

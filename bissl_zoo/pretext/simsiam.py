@@ -1,0 +1,58 @@
+"""SimSiam (Chen and He, arXiv 2011.10566)."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from torch import Tensor
+from torch.nn import functional
+
+from bissl_zoo.backbones import Backbone, Tail
+from bissl_zoo.data.views import two_views
+from bissl_zoo.pretext.heads import mlp
+from bissl_zoo.pretext.method import PretextMethod
+from bissl_zoo.registry import PRETEXT_METHODS
+
+
+def negative_cosine(prediction: Tensor, target: Tensor) -> Tensor:
+    """`-cos(prediction, target)` with the gradient stopped at the target (equation 1): two `(N, D)` -> scalar."""
+    return -functional.cosine_similarity(prediction, target.detach(), dim=1).mean()
+
+
+@PRETEXT_METHODS.register("simsiam")
+class SimSiam(PretextMethod):
+    """Predict the projection of one view from that of the other, without a teacher: its gradient is stopped instead.
+
+    What is stopped counts as constant in the Hessian too, as a teacher's output does. The paper's variant with a
+    learning rate of the predictor that does not decay (table 1) is left to the optimizer's parameter groups.
+
+    Args:
+        projector: widths of the projection head after the embedding, with batch norm on its output.
+        predictor: widths of the prediction head after the projection; its last must be the projector's.
+        augmentation: MoCo v2's views at 96 pixels by default, as in the paper.
+    """
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        tail: Tail,
+        projector: Sequence[int] = (2048, 2048, 2048),
+        predictor: Sequence[int] = (512, 2048),
+        augmentation: Callable[[Any], tuple[Tensor, ...]] | None = None,
+    ) -> None:
+        views = augmentation or two_views(
+            crop_scale=(0.2, 1.0),
+            aspect_ratio=(3 / 4, 4 / 3),
+            jitter=(0.4, 0.4, 0.4, 0.1),
+            blur_probability=(0.5, 0.5),
+            solarize_probability=(0.0, 0.0),
+        )
+        super().__init__(backbone, tail, views)
+        self.projector = mlp([tail.num_features, *projector], output_norm=True)
+        self.predictor = mlp([projector[-1], *predictor], output_bias=True)
+
+    def losses(self, backbone: Backbone, views: tuple[Tensor, ...]) -> dict[str, Tensor]:
+        """`{"negative_cosine": scalar}` of two views `(N, 3, S, S)`: mean of both directions (equation 2)."""
+        first, second = (self.projector(self.embed(backbone, view)) for view in views)
+        forth = negative_cosine(self.predictor(first), second)
+        back = negative_cosine(self.predictor(second), first)
+        return {"negative_cosine": (forth + back) / 2}

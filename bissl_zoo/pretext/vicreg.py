@@ -1,0 +1,81 @@
+"""VICReg (Bardes, Ponce and LeCun, arXiv 2105.04906)."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from torch import Tensor
+from torch.nn import functional
+
+from bissl_zoo.backbones import Backbone, Tail
+from bissl_zoo.data.views import two_views
+from bissl_zoo.distributed import gather_with_gradient
+from bissl_zoo.pretext.barlow_twins import off_diagonal_squares
+from bissl_zoo.pretext.heads import mlp
+from bissl_zoo.pretext.method import PretextMethod
+from bissl_zoo.registry import PRETEXT_METHODS
+
+
+def variance_loss(z: Tensor, epsilon: float = 1e-4) -> Tensor:
+    """How far the standard deviations of the columns of `(N, D)` fall short of 1, mean over them (equation 1)."""
+    return functional.relu(1 - (z.var(dim=0) + epsilon).sqrt()).mean()
+
+
+def covariance_loss(z: Tensor) -> Tensor:
+    """Squares of the covariances of different columns of `(N, D)`, added up, by D (equation 4)."""
+    centered = (z - z.mean(dim=0)) / (len(z) - 1) ** 0.5
+    return off_diagonal_squares(centered, centered) / z.shape[1]
+
+
+def vicreg_losses(first: Tensor, second: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The terms of arXiv 2105.04906, equation 6, before they are weighted, as the authors' code scales them.
+
+    The variance term is the mean over the two views, where the paper adds them up, and a distance is the mean over
+    features, where the paper adds them up (equation 5).
+
+    Args:
+        first, second: `(N, D)` projections of the two views.
+    Returns:
+        Scalars: the invariance of this rank's rows, and variance and covariance of the batch of all ranks.
+    """
+    everything = [gather_with_gradient(view) for view in (first, second)]
+    variance = sum(variance_loss(view) for view in everything) / 2
+    covariance = sum(covariance_loss(view) for view in everything)
+    return functional.mse_loss(first, second), variance, covariance
+
+
+@PRETEXT_METHODS.register("vicreg")
+class VICReg(PretextMethod):
+    """Bring the two views of an image together, keep each feature's variance up and the features uncorrelated.
+
+    Args:
+        projector: widths of the expander after the embedding.
+        invariance, variance, covariance: weights of the terms, the paper's lambda, mu and nu.
+        augmentation: the paper's views at 96 pixels by default.
+    """
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        tail: Tail,
+        projector: Sequence[int] = (8192, 8192, 8192),
+        invariance: float = 25.0,
+        variance: float = 25.0,
+        covariance: float = 1.0,
+        augmentation: Callable[[Any], tuple[Tensor, ...]] | None = None,
+    ) -> None:
+        views = augmentation or two_views(
+            aspect_ratio=(3 / 4, 4 / 3), blur_probability=(0.5, 0.5), solarize_probability=(0.1, 0.1)
+        )
+        super().__init__(backbone, tail, views)
+        self.projector = mlp([tail.num_features, *projector])
+        self.invariance, self.variance, self.covariance = invariance, variance, covariance
+
+    def losses(self, backbone: Backbone, views: tuple[Tensor, ...]) -> dict[str, Tensor]:
+        """`{"invariance", "variance", "covariance"}`, weighted scalars of two views `(N, 3, S, S)`."""
+        first, second = (self.projector(self.embed(backbone, view)) for view in views)
+        invariance, variance, covariance = vicreg_losses(first, second)
+        return {
+            "invariance": self.invariance * invariance,
+            "variance": self.variance * variance,
+            "covariance": self.covariance * covariance,
+        }

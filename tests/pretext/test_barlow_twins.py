@@ -1,0 +1,74 @@
+import numpy as np
+import pytest
+import torch
+
+from bissl_zoo.pretext.barlow_twins import cross_correlation_losses, off_diagonal_squares
+from bissl_zoo.registry import build_backbone, build_pretext
+
+#: rows and columns: more of the first take the one way to the sum of squares, more of the second the other
+SHAPES = [(9, 4), (4, 9)]
+
+
+def draw(*shape, seed=0):
+    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+
+
+def total(first, second, weight=0.005):
+    invariance, redundancy = cross_correlation_losses(first, second)
+    return invariance + weight * redundancy
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_loss_and_gradient_equal_lightlys(shape):
+    module = pytest.importorskip("lightly.loss", reason="lightly is not installed")
+    pairs = [[(3 * draw(*shape, seed=seed) + seed).requires_grad_() for seed in (0, 1)] for _ in range(2)]
+    losses = [total(*pairs[0]), module.BarlowTwinsLoss(lambda_param=0.005)(*pairs[1])]
+    for loss in losses:
+        loss.backward()
+    torch.testing.assert_close(*losses, rtol=1e-12, atol=0)
+    for one, other in zip(*pairs, strict=True):
+        torch.testing.assert_close(one.grad, other.grad, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_terms_are_the_papers_formula(shape):
+    first, second = draw(*shape).numpy(), draw(*shape, seed=1).numpy()
+    # the epsilon is that of the batch norm in the authors' code
+    a, b = ((z - z.mean(axis=0)) / np.sqrt(z.var(axis=0) + 1e-5) for z in (first, second))
+    correlation = a.T @ b / shape[0]
+    off = ~np.eye(shape[1], dtype=bool)
+    invariance, redundancy = cross_correlation_losses(torch.from_numpy(first), torch.from_numpy(second))
+    assert invariance.item() == pytest.approx(np.sum((1 - np.diag(correlation)) ** 2), rel=1e-10)
+    assert redundancy.item() == pytest.approx(np.sum(correlation[off] ** 2), rel=1e-10)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_squares_off_the_diagonal_are_added_up(shape):
+    a, b = draw(*shape), draw(*shape, seed=1)
+    product = a.T @ b
+    expected = product.square().sum() - product.diagonal().square().sum()
+    torch.testing.assert_close(off_diagonal_squares(a, b), expected, rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("shape", [(5, 3), (3, 5)])
+def test_second_derivatives_are_right(shape):
+    pair = [draw(*shape, seed=seed).requires_grad_() for seed in (0, 1)]
+    assert torch.autograd.gradgradcheck(lambda a, b: total(a, b, 0.1), pair)
+
+
+def test_neither_scale_nor_offset_of_a_feature_matters():
+    first, second = 50 * draw(8, 5), 50 * draw(8, 5, seed=1)
+    scale, offset = torch.linspace(1, 9, 5, dtype=torch.float64), draw(5, seed=2)
+    # up to the epsilon over variances of 2500 and more
+    assert total(first * scale + offset, second).item() == pytest.approx(total(first, second).item(), rel=1e-6)
+
+
+def test_losses_are_those_of_the_two_views_projections():
+    torch.manual_seed(0)
+    trunk, tail = build_backbone(name="test_resnet").split("c3")
+    method = build_pretext(name="barlow_twins", backbone=trunk, tail=tail, projector=[16, 8], redundancy=0.1)
+    views = torch.randn(2, 4, 3, 32, 32)
+    z = [method.projector(tail(trunk(view)["c3"])) for view in views]
+    invariance, redundancy = cross_correlation_losses(*z)
+    losses = method.losses(trunk, tuple(views))
+    torch.testing.assert_close(losses, {"invariance": invariance, "redundancy": 0.1 * redundancy})

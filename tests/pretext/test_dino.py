@@ -1,0 +1,229 @@
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from bissl_zoo.config import instantiate, load_config
+from bissl_zoo.errors import ConfigError
+from bissl_zoo.hypergradient import CurvatureOperator
+from bissl_zoo.pretext import dino
+from bissl_zoo.pretext.dino import Prototypes, dino_head, self_distillation
+from bissl_zoo.registry import build_backbone, build_pretext
+
+VIT = {"name": "test_vit", "class_token": False, "global_pool": "avg", "img_size": 32}
+
+
+def build(backbone=None, stage="c3", **kwargs):
+    torch.manual_seed(0)
+    trunk, tail = build_backbone(**(backbone or {"name": "test_resnet"})).split(stage)
+    return trunk, build_pretext(name="dino", backbone=trunk, tail=tail, projector=[16, 8, 32], **kwargs)
+
+
+def crops(count=4, size=32, local_size=16, local=3, dtype=torch.float32):
+    generator = torch.Generator().manual_seed(1)
+    large, small = (
+        torch.randn(n, count, 3, side, side, dtype=dtype, generator=generator)
+        for n, side in ((2, size), (local, local_size))
+    )
+    return *large, *small
+
+
+def shake(*modules):
+    with torch.no_grad():
+        for parameter in (p for module in modules for p in module.parameters()):
+            parameter.add_(torch.randn_like(parameter), alpha=0.1)
+
+
+def logits(views=5, images=4, width=6):
+    generator = torch.Generator().manual_seed(0)
+    student, teacher = (torch.randn(n, images, width, dtype=torch.float64, generator=generator) for n in (views, 2))
+    return student.requires_grad_(), teacher, torch.randn(width, dtype=torch.float64, generator=generator)
+
+
+def test_loss_gradient_and_center_equal_lightlys():
+    lightly_loss = pytest.importorskip("lightly.loss", reason="lightly is the reference").DINOLoss
+    student, teacher, center = logits()
+    reference = lightly_loss(output_dim=6, teacher_temp=0.05, student_temp=0.2, center_momentum=0.8).double()
+    reference.center.copy_(center.view(1, 1, -1))
+    expected = reference(list(teacher), list(student), teacher_temp=0.05)
+    actual = self_distillation(student, teacher, center, 0.2, 0.05)
+    # theirs has the teacher's temperature in float32
+    torch.testing.assert_close(actual, expected, rtol=1e-6, atol=0)
+    gradients = [torch.autograd.grad(loss, student)[0] for loss in (actual, expected)]
+    torch.testing.assert_close(*gradients, rtol=1e-6, atol=1e-8)
+    _, method = build(center_decay=0.8)
+    method.double().center.resize_(6).copy_(center)
+    method.teacher_mean = teacher.mean(dim=(0, 1))
+    method.after_step(build()[0].double())
+    torch.testing.assert_close(method.center, reference.center.view(-1), rtol=1e-12, atol=1e-12)
+
+
+def test_loss_is_the_papers_formula():
+    student, teacher, center = logits(views=3, images=2, width=4)
+    total = 0.0
+    for image in range(2):
+        for t in range(2):
+            sharp = torch.exp((teacher[t, image] - center) / 0.05)
+            for v in {0, 1, 2} - {t}:
+                soft = torch.exp(student[v, image] / 0.2)
+                total -= (sharp / sharp.sum() * torch.log(soft / soft.sum())).sum().item()
+    assert self_distillation(student, teacher, center, 0.2, 0.05).item() == pytest.approx(total / (2 * 4), rel=1e-12)
+
+
+def test_second_derivatives_of_loss_and_head_are_right():
+    student, teacher, center = logits(views=3, images=2, width=4)
+    assert torch.autograd.gradgradcheck(lambda s: self_distillation(s, teacher, center, 0.4, 0.3), (student,))
+    torch.manual_seed(0)
+    head = dino_head([3, 4, 4, 5]).double()
+    shake(head)  # away from weights so small that finite differences see nothing but rounding
+    names, values = zip(*((n, p.detach().requires_grad_()) for n, p in head.named_parameters()), strict=True)
+    x = torch.randn(2, 3, dtype=torch.float64, requires_grad=True)
+
+    def outputs(x, *parameters):
+        return torch.func.functional_call(head, dict(zip(names, parameters, strict=True)), (x,))
+
+    assert torch.autograd.gradgradcheck(outputs, (x, *values))
+
+
+def test_the_last_layer_is_torchs_weight_normalised_one_of_norm_one():
+    torch.manual_seed(0)
+    mine, theirs = Prototypes(3, 7).double(), nn.Linear(3, 7, bias=False).double()
+    theirs = nn.utils.parametrizations.weight_norm(theirs)
+    with torch.no_grad():
+        theirs.parametrizations.weight.original0.fill_(1.0)
+        theirs.parametrizations.weight.original1.copy_(mine.weight)
+    x = torch.randn(5, 3, dtype=torch.float64)
+    torch.testing.assert_close(mine(x), theirs(x / x.norm(dim=1, keepdim=True)), rtol=1e-12, atol=1e-14)
+
+
+def test_the_head_is_lightlys():
+    heads = pytest.importorskip("lightly.models.modules.heads", reason="lightly is the reference")
+    torch.manual_seed(0)
+    theirs, mine = heads.DINOProjectionHead(6, 5, 4, 9).double(), dino_head([6, 5, 5, 4, 9]).double()
+    values = {name: value for name, value in theirs.state_dict().items() if not name.endswith("weight_g")}
+    assert [tuple(v.shape) for v in values.values()] == [tuple(p.shape) for p in mine.state_dict().values()]
+    mine.load_state_dict(dict(zip(mine.state_dict(), values.values(), strict=True)))
+    x = torch.randn(3, 6, dtype=torch.float64)
+    torch.testing.assert_close(mine(x), theirs(x), rtol=1e-12, atol=1e-12)
+
+
+def test_the_student_sees_all_crops_and_the_teacher_the_first_two():
+    trunk, method = build()
+    shake(method.teacher)
+    method.center.normal_()
+    for module in (trunk, method):
+        module.eval()  # without batch statistics, each crop may pass by itself
+    views, teacher = crops(), method.teacher
+    student = torch.stack([method.projector(method.tail(trunk(view)["c3"])) for view in views])
+    targets = torch.stack(
+        [teacher["projector"](teacher["tail"](teacher["backbone"](view)["c3"])) for view in views[:2]]
+    ).detach()
+    expected = self_distillation(student, targets, method.center, 0.1, 0.04)
+    torch.testing.assert_close(method.losses(trunk, views)["cross_entropy"], expected, rtol=1e-5, atol=1e-5)
+    with_other_local = method.losses(trunk, (*views[:2], *torch.randn(3, 4, 3, 16, 16)))["cross_entropy"]
+    assert not torch.isclose(with_other_local, expected)
+    torch.testing.assert_close(method.teacher_mean, targets.mean(dim=(0, 1)), rtol=1e-5, atol=1e-6)
+
+
+def test_crops_of_one_size_share_their_batch_statistics():
+    trunk, method = build()
+    sizes = []
+    trunk.register_forward_hook(lambda module, inputs, output: sizes.append(tuple(inputs[0].shape)))
+    method.losses(trunk, crops())
+    assert sizes == [(8, 3, 32, 32), (12, 3, 16, 16)]
+
+
+def test_no_gradient_reaches_the_teacher_and_losses_leave_teacher_and_center_alone():
+    trunk, method = build()
+    shake(trunk, method.projector)
+    parameters, center = [p.clone() for p in method.teacher.parameters()], method.center.clone()
+    method.losses(trunk, crops())["cross_entropy"].backward()
+    assert all(
+        torch.equal(p, q) and p.grad is None for p, q in zip(method.teacher.parameters(), parameters, strict=True)
+    )
+    assert torch.equal(method.center, center) and not method.teacher_mean.requires_grad
+
+
+def test_after_step_moves_the_teacher_and_once_the_center():
+    trunk, method = build(decay=0.9, center_decay=0.75)
+    method.losses(trunk, crops())
+    shake(trunk, method.tail, method.projector)
+    outputs = method.teacher_mean.clone()
+    before = [p.clone() for p in method.teacher.parameters()]
+    method.after_step(trunk)
+    torch.testing.assert_close(method.center, 0.25 * outputs)
+    student = nn.ModuleList([trunk, method.tail, method.projector]).parameters()
+    for slow, old, fast in zip(method.teacher.parameters(), before, student, strict=True):
+        torch.testing.assert_close(slow, 0.9 * old + 0.1 * fast, rtol=1e-5, atol=1e-6)
+    center = method.center.clone()
+    method.after_step(trunk)  # of a step without a loss
+    assert torch.equal(method.center, center)
+
+
+def test_what_a_solve_computes_does_not_reach_the_next_center():
+    trunk, method = build()
+    views, other = crops(), tuple(view.flip(0) * 2 for view in crops())
+    twin_trunk, twin = copy.deepcopy((trunk, method))
+    twin.losses(twin_trunk, views)
+    twin.after_step(twin_trunk)
+    operator = CurvatureOperator(
+        lambda: sum(method.losses(trunk, other).values()), list(trunk.parameters()), 1.0, (trunk, method)
+    ).prepare()
+    operator(torch.ones(sum(operator.block_sizes)))
+    operator.release()
+    method.losses(trunk, views)
+    method.after_step(trunk)
+    assert torch.equal(method.center, twin.center) and method.center.any()
+
+
+def test_products_of_a_vit_equal_finite_differences_of_the_gradient():
+    trunk, method = build(VIT, "blocks.5")
+    trunk.double(), method.double()
+    shake(method.projector)
+    views = crops(count=2, local_size=32, local=1, dtype=torch.float64)  # others would interpolate positions in float32
+    parameters = list(trunk.parameters())
+    operator = CurvatureOperator(
+        lambda: sum(method.losses(trunk, views).values()), parameters, 1.0, (trunk, method)
+    ).prepare()
+    u = torch.randn(sum(operator.block_sizes), dtype=torch.float64)
+
+    def gradient(step):
+        with torch.no_grad():
+            for p, direction in zip(parameters, u.split(operator.block_sizes), strict=True):
+                p.add_(direction.view_as(p), alpha=step)
+        loss = sum(method.losses(trunk, views).values())
+        return torch.cat([g.reshape(-1) for g in torch.autograd.grad(loss, parameters)])
+
+    step = 1e-6  # u is about 550 long
+    product, ahead, behind = operator.hessian_product(u), gradient(step), gradient(-2 * step)
+    difference = (ahead - behind) / (2 * step)
+    assert (product - difference).norm() < 1e-6 * difference.norm()
+
+
+def test_small_crops_are_embedded_by_a_vit_of_any_size_and_refused_by_one_of_a_fixed_size():
+    trunk, method = build(VIT, "blocks.5")
+    assert method.losses(trunk, crops())["cross_entropy"].isfinite()
+    trunk, method = build(VIT | {"dynamic_img_size": False}, "blocks.5")
+    with pytest.raises(ConfigError, match=r"'test_vit' takes images of \(32, 32\).*dynamic_img_size=True"):
+        method.losses(trunk, crops())
+
+
+def test_the_center_is_kept_in_float32_under_autocast():
+    trunk, method = build(VIT, "blocks.5")
+    with torch.autocast("cpu", torch.bfloat16):
+        method.losses(trunk, crops())["cross_entropy"].backward()
+    method.after_step(trunk)
+    assert method.center.dtype == torch.float32 and method.center.any()
+
+
+def test_the_config_has_the_papers_numbers_and_fits_the_small_vit():
+    cfg = load_config("common/pretext/dino.py").pretext
+    assert cfg.projector == [2048, 2048, 256, 65536]
+    assert (cfg.student_temperature, cfg.teacher_temperature, cfg.center_decay, cfg.decay) == (0.1, 0.04, 0.9, 0.996)
+    assert dino.GLOBAL_CROPS + cfg.augmentation.local_crops == 10
+    backbone = load_config("common/backbones/vit_small.py").vit_small
+    trunk, tail = instantiate(backbone, depth=2, embed_dim=24, num_heads=2).split("blocks.1")
+    method = instantiate(cfg, backbone=trunk, tail=tail, projector=[8, 8])
+    views = tuple(torch.randn(1, 3, side, side) for side in (96, 96, 48))
+    assert method.losses(trunk, views)["cross_entropy"].isfinite()

@@ -1,0 +1,163 @@
+import math
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.functional import normalize
+
+from bissl_zoo.hypergradient import CurvatureOperator
+from bissl_zoo.pretext.moco_v2 import info_nce
+from bissl_zoo.registry import build_backbone, build_pretext
+
+
+def draw(*shape, seed=0):
+    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+
+
+def unit(*shape, seed=0):
+    return normalize(draw(*shape, seed=seed), dim=1)
+
+
+def build(**kwargs):
+    torch.manual_seed(0)
+    trunk, tail = build_backbone(name="test_resnet").split("c3")
+    sizes = {"projector": [16, 8], "queue_length": 10}
+    return trunk, build_pretext(name="moco_v2", backbone=trunk, tail=tail, **sizes | kwargs)
+
+
+def views(size=4, seed=0):
+    return tuple(torch.randn(2, size, 3, 32, 32, generator=torch.Generator().manual_seed(seed)))
+
+
+def keys_of(moco, images):
+    """What the teacher makes of images, by itself."""
+    t = moco.teacher
+    with torch.no_grad():
+        return normalize(t["projector"](t["tail"](t["backbone"](images)["c3"])), dim=1)
+
+
+def step(moco, trunk, seed, size=4):
+    """A loss and what follows it; returns the keys that belong to it."""
+    batch = views(size, seed)
+    keys = keys_of(moco, batch[1])
+    moco.losses(trunk, batch)
+    moco.after_step(trunk)
+    return keys
+
+
+def test_loss_and_gradient_equal_lightlys():
+    module = pytest.importorskip("lightly.loss", reason="lightly is not installed")
+    loss = module.NTXentLoss(temperature=0.2, memory_bank_size=(12, 5))
+    loss.memory_bank.bank = unit(12, 5, seed=2)
+    raw, again, key = draw(6, 5).requires_grad_(), draw(6, 5).requires_grad_(), draw(6, 5, seed=1)
+    losses = info_nce(normalize(raw, dim=1), normalize(key, dim=1), unit(12, 5, seed=2), 0.2), loss(again, key)
+    for value in losses:
+        value.backward()
+    torch.testing.assert_close(*losses, rtol=1e-12, atol=0)
+    torch.testing.assert_close(raw.grad, again.grad, rtol=1e-10, atol=1e-14)
+
+
+def test_loss_is_the_papers_formula():
+    query, key, queue = (unit(n, 4, seed=seed) for seed, n in enumerate((3, 3, 5)))
+    total = 0.0
+    for q, k in zip(query.tolist(), key.tolist(), strict=True):
+        similar = [math.exp(sum(a * b for a, b in zip(q, other, strict=True)) / 0.3) for other in [k, *queue.tolist()]]
+        total -= math.log(similar[0] / sum(similar))
+    assert info_nce(query, key, queue, 0.3).item() == pytest.approx(total / 3, rel=1e-12)
+
+
+def test_second_derivatives_are_right():
+    query, key, queue = draw(4, 3).requires_grad_(), unit(4, 3, seed=1), unit(6, 3, seed=2)
+    assert torch.autograd.gradgradcheck(lambda q: info_nce(normalize(q, dim=1), key, queue, 0.2), (query,))
+
+
+def test_queries_of_the_first_view_look_for_keys_of_the_second():
+    trunk, moco = build(temperature=0.3)
+    first, second = views()
+    query = normalize(moco.projector(moco.tail(trunk(first)["c3"])), dim=1)
+    expected = info_nce(query, keys_of(moco, second), moco.queue, 0.3)
+    torch.testing.assert_close(moco.losses(trunk, (first, second))["info_nce"], expected)
+
+
+def test_only_a_step_moves_the_teacher():
+    trunk, moco = build(decay=0.9)
+    before = [p.clone() for p in moco.teacher.parameters()]
+    student = [*trunk.parameters(), *moco.tail.parameters(), *moco.projector.parameters()]
+    assert all(torch.equal(p, b) for p, b in zip(student, before, strict=True))
+    with torch.no_grad():
+        for parameter in student:
+            parameter.add_(torch.randn_like(parameter), alpha=0.1)
+    moco.losses(trunk, views())["info_nce"].backward()
+    assert all(torch.equal(p, b) and p.grad is None for p, b in zip(moco.teacher.parameters(), before, strict=True))
+    moco.after_step(trunk)
+    for slow, old, fast in zip(moco.teacher.parameters(), before, student, strict=True):
+        torch.testing.assert_close(slow, 0.9 * old + 0.1 * fast, rtol=1e-5, atol=1e-6)
+
+
+def test_the_queue_starts_as_random_directions():
+    _, moco = build(queue_length=500)
+    torch.testing.assert_close(moco.queue.norm(dim=1), torch.ones(500))
+    assert moco.queue.mean(dim=0).norm() < 0.2 and moco.position == 0
+
+
+def test_the_oldest_keys_make_room_and_the_queue_wraps():
+    trunk, moco = build()
+    start = moco.queue.clone()
+    batches = [step(moco, trunk, seed) for seed in range(3)]  # 12 keys into 10 places
+    for places, keys in (
+        ([4, 5, 6, 7], batches[1]),
+        ([8, 9, 0, 1], batches[2]),
+        ([2, 3], batches[0][2:]),
+    ):
+        torch.testing.assert_close(moco.queue[places], keys)
+    assert moco.position == 2 and not torch.isclose(moco.queue, start).all(dim=1).any()
+
+
+def test_of_a_batch_longer_than_the_queue_the_newest_keys_stay():
+    trunk, moco = build(queue_length=3)
+    keys = step(moco, trunk, 0, size=8)
+    torch.testing.assert_close(moco.queue[[(5 + n) % 3 for n in range(3)]], keys[-3:])
+    assert moco.position == 8 % 3
+
+
+def test_keys_of_a_solve_never_enter_the_queue():
+    trunk, moco = build()
+    kept = moco.queue.clone()
+    parameters = list(trunk.parameters())
+    operator = CurvatureOperator(lambda: moco.losses(trunk, views(seed=7))["info_nce"], parameters, 1.0, (trunk, moco))
+    operator.prepare()(torch.ones(sum(p.numel() for p in parameters)))
+    operator.release()
+    assert torch.equal(moco.queue, kept)
+    keys = step(moco, trunk, 1)
+    torch.testing.assert_close(moco.queue[:4], keys)
+    assert torch.equal(moco.queue[4:], kept[4:]) and moco.position == 4
+    moco.after_step(trunk)  # without a loss before it there are no keys
+    assert moco.position == 4
+
+
+def test_the_state_holds_teacher_queue_and_position():
+    trunk, moco = build()
+    step(moco, trunk, 0)
+    _, again = build()
+    again.load_state_dict(moco.state_dict())
+    for each in (moco, again):
+        step(each, trunk, 1)
+    assert all(torch.equal(value, again.state_dict()[key]) for key, value in moco.state_dict().items())
+    copies = {f"teacher.backbone.{key}" for key in trunk.state_dict()}
+    assert {"queue", "position", *copies} <= moco.state_dict().keys()
+
+
+def test_keys_computed_in_bfloat16_join_a_queue_in_float32():
+    trunk, moco = build()
+    with torch.autocast("cpu", torch.bfloat16):
+        moco.losses(trunk, views())
+    moco.after_step(trunk)
+    assert moco.queue.dtype == torch.float32
+    torch.testing.assert_close(moco.queue[:4].norm(dim=1), torch.ones(4), rtol=1e-2, atol=0)
+
+
+def test_the_head_is_the_papers():
+    trunk, moco = build(projector=[2048, 128])
+    assert [type(layer) for layer in moco.projector] == [nn.Linear, nn.ReLU, nn.Linear]
+    assert moco.projector[-1].bias is not None
+    assert sorted(moco.teacher) == ["backbone", "projector", "tail"]

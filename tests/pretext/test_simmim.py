@@ -1,0 +1,180 @@
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional
+
+from bissl_zoo.config import instantiate, load_config
+from bissl_zoo.errors import ConfigError
+from bissl_zoo.hypergradient import CurvatureOperator
+from bissl_zoo.pretext.simmim import masked_l1
+from bissl_zoo.registry import build_backbone, build_pretext
+
+VIT = {"name": "test_vit", "class_token": False, "global_pool": "avg", "img_size": 32}
+MASK = torch.tensor([[[True, False], [True, True]], [[False, True], [False, False]]])
+
+
+def build(stage="blocks.5", **backbone):
+    torch.manual_seed(0)
+    trunk, tail = build_backbone(**VIT | backbone).split(stage)
+    return trunk, build_pretext(name="simmim", backbone=trunk, tail=tail)
+
+
+def images(size=32, count=2, dtype=torch.float32):
+    return torch.randn(count, 3, size, size, dtype=dtype, generator=torch.Generator().manual_seed(1))
+
+
+def first_tokens(trunk, method, *views):
+    """What the first block of the transformer is given."""
+    seen = []
+    handle = trunk.model.blocks[0].register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
+    method.losses(trunk, views)
+    handle.remove()
+    return seen[0]
+
+
+def test_loss_and_gradient_equal_those_of_lightlys_pieces():
+    utils = pytest.importorskip("lightly.models.utils", reason="lightly is the reference")
+    pixels = images(dtype=torch.float64)
+    mask = torch.stack([torch.randperm(16, generator=torch.Generator().manual_seed(s)) for s in range(2)])[:, :10]
+    prediction = images(count=4, dtype=torch.float64)[2:].requires_grad_()
+    patches = [utils.get_at_index(utils.patchify(x, 8), mask) for x in (prediction, pixels)]
+    expected = nn.L1Loss()(*patches)
+    cells = torch.zeros(2, 16, dtype=torch.bool).scatter(1, mask, True).view(2, 4, 4)
+    actual = masked_l1(prediction, pixels, cells)
+    torch.testing.assert_close(actual, expected, rtol=1e-12, atol=0)
+    gradients = [torch.autograd.grad(loss, prediction)[0] for loss in (actual, expected)]
+    torch.testing.assert_close(*gradients, rtol=1e-12, atol=1e-16)
+
+
+@pytest.mark.parametrize("dynamic", [True, False])  # timm's tokens are (N, h, w, C) or (N, patches, C)
+def test_the_mask_token_takes_the_place_of_hidden_patches_before_positions_are_added(dynamic):
+    utils = pytest.importorskip("lightly.models.utils", reason="lightly is the reference")
+    trunk, method = build(dynamic_img_size=dynamic)
+    model, pixels = trunk.model, images()
+    patches = model.patch_embed.proj(pixels).flatten(2).transpose(1, 2)
+    hidden = utils.mask_bool(patches, MASK.flatten(1), method.mask_token.view(1, 1, -1))
+    torch.testing.assert_close(first_tokens(trunk, method, pixels, MASK), hidden + model.pos_embed)
+
+
+def test_loss_is_the_papers_formula():
+    trunk, method = build()
+    pixels = images()
+    tokens = trunk.model.patch_embed.proj(pixels).permute(0, 2, 3, 1)
+    tokens = torch.where(MASK.unsqueeze(-1), method.mask_token, tokens).flatten(1, 2) + trunk.model.pos_embed
+    encoded = trunk.model.blocks(tokens)
+    rows = functional.linear(encoded, method.decoder[0].weight.flatten(1), method.decoder[0].bias)
+    total, count = 0.0, 0
+    for image, row, column in MASK.nonzero().tolist():
+        patch = pixels[image, :, row * 16 : row * 16 + 16, column * 16 : column * 16 + 16]
+        total += (rows[image, 2 * row + column].view(3, 16, 16) - patch).abs().sum()
+        count += patch.numel()
+    torch.testing.assert_close(method.losses(trunk, (pixels, MASK))["l1"], total / count)
+
+
+def test_seen_pixels_are_no_target():
+    prediction, pixels = images(count=4).split(2)
+    prediction.requires_grad_()
+    loss = masked_l1(prediction, pixels, MASK)
+    [gradient] = torch.autograd.grad(loss, prediction)
+    hidden = MASK.repeat_interleave(16, 1).repeat_interleave(16, 2).unsqueeze(1).expand_as(pixels)
+    assert not gradient[~hidden].any() and gradient[hidden].all()
+    torch.testing.assert_close(masked_l1(torch.where(hidden, prediction, 9.0), pixels, MASK), loss)
+
+
+def test_hidden_pixels_are_not_seen():
+    trunk, method = build()
+    pixels = images()
+    hidden = MASK.repeat_interleave(16, 1).repeat_interleave(16, 2).unsqueeze(1)
+    others = torch.where(hidden, torch.randn_like(pixels), pixels)
+    assert torch.equal(*(method.hidden_features(trunk, x, MASK) for x in (pixels, others)))
+    seen = torch.where(hidden, pixels, torch.randn_like(pixels))
+    assert not torch.equal(*(method.hidden_features(trunk, x, MASK) for x in (pixels, seen)))
+
+
+def test_cells_of_the_mask_may_be_of_several_patches():
+    trunk, method = build(patch_size=8)
+    fine = MASK.repeat_interleave(2, 1).repeat_interleave(2, 2)
+    losses = [method.losses(trunk, (images(), mask))["l1"] for mask in (MASK, fine)]
+    torch.testing.assert_close(*losses)
+    coarse_on_fine = torch.ones(2, 3, 3, dtype=torch.bool)
+    with pytest.raises(ConfigError, match=r"\(3, 3\) cells does not fall on whole patches.*\(4, 4\).*multiple of 8"):
+        method.losses(trunk, (images(), coarse_on_fine))
+
+
+def test_nothing_is_left_on_the_backbone_even_after_an_error():
+    trunk, method = build()
+    plain = trunk(images())["blocks.5"]
+    method.losses(trunk, (images(), MASK))
+    with pytest.raises(RuntimeError, match="channels"):
+        method.losses(trunk, (images()[:, :1], MASK))
+    assert not trunk.model.patch_embed._forward_hooks
+    assert torch.equal(trunk(images())["blocks.5"], plain)
+
+
+def test_the_tail_is_neither_run_nor_trained():
+    trunk, method = build()
+    method.tail.register_forward_pre_hook(lambda module, inputs: pytest.fail("the tail was run"))
+    method.losses(trunk, (images(), MASK))["l1"].backward()
+    assert not any(p.requires_grad for p in method.tail.parameters())
+    trained = [name for name, p in method.named_parameters() if p.grad is not None]
+    assert trained == ["mask_token", "decoder.0.weight", "decoder.0.bias"]
+
+
+def test_second_derivatives_are_right():
+    prediction, pixels = images(size=4, count=4, dtype=torch.float64).split(2)
+    prediction.requires_grad_()
+    # targets far from tanh's values, away from the kink of the absolute value
+    assert torch.autograd.gradgradcheck(lambda x: masked_l1(x.tanh(), pixels.sign() * 2, MASK), (prediction,))
+
+
+def test_products_equal_finite_differences_of_the_gradient():
+    trunk, method = build()
+    trunk.double(), method.double()
+    pixels = images(dtype=torch.float64)
+    views, parameters = (pixels + 3 * pixels.sign(), MASK), list(trunk.parameters())
+    operator = CurvatureOperator(
+        lambda: sum(method.losses(trunk, views).values()), parameters, 1.0, (trunk, method)
+    ).prepare()
+    u = torch.randn(sum(operator.block_sizes), dtype=torch.float64)
+
+    def gradient(step):
+        with torch.no_grad():
+            for p, direction in zip(parameters, u.split(operator.block_sizes), strict=True):
+                p.add_(direction.view_as(p), alpha=step)
+        loss = sum(method.losses(trunk, views).values())
+        return torch.cat([g.reshape(-1) for g in torch.autograd.grad(loss, parameters)])
+
+    step = 1e-6  # u is about 550 long
+    product, ahead, behind = operator.hessian_product(u), gradient(step), gradient(-2 * step)
+    difference = (ahead - behind) / (2 * step)
+    assert (product - difference).norm() < 1e-6 * difference.norm()
+
+
+def test_a_backbone_that_embeds_no_patches_is_refused():
+    trunk, tail = build_backbone(name="test_resnet").split("c3")
+    with pytest.raises(ConfigError, match="'test_resnet' does not embed patches that lie side by side. Take a ViT"):
+        build_pretext(name="simmim", backbone=trunk, tail=tail)
+
+
+def test_patches_that_overlap_are_refused():
+    torch.manual_seed(0)
+    trunk, tail = build_backbone(**VIT).split("blocks.5")
+    trunk.model.patch_embed.proj = nn.Conv2d(3, 64, 24, stride=16, padding=4)
+    with pytest.raises(ConfigError, match="does not embed patches that lie side by side"):
+        build_pretext(name="simmim", backbone=trunk, tail=tail)
+
+
+def test_a_split_that_leaves_blocks_in_the_tail_is_refused():
+    with pytest.raises(ConfigError, match="leaves blocks of the backbone after it.*bilevel.shared_stage=null"):
+        build(stage="blocks.3")
+
+
+def test_the_config_has_the_papers_numbers_and_fits_the_small_vit():
+    cfg = load_config("common/pretext/simmim.py").pretext
+    assert (cfg.augmentation.size, cfg.augmentation.mask_patch, cfg.augmentation.mask_ratio) == (192, 32, 0.6)
+    backbone = load_config("common/backbones/vit_small.py").vit_small
+    trunk, tail = instantiate(backbone, depth=2, embed_dim=24, num_heads=2).split("blocks.1")
+    method = instantiate(cfg, backbone=trunk, tail=tail)
+    assert method.decoder(torch.zeros(1, 24, 12, 12)).shape == (1, 3, 192, 192)
+    mask = torch.ones(1, 6, 6, dtype=torch.bool)
+    assert method.losses(trunk, (images(192, count=1), mask))["l1"].isfinite()

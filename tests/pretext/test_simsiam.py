@@ -1,0 +1,67 @@
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from bissl_zoo.pretext.simsiam import negative_cosine
+from bissl_zoo.registry import build_backbone, build_pretext
+
+
+def draw(*shape, seed=0):
+    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+
+
+def test_loss_and_gradient_equal_lightlys():
+    loss = pytest.importorskip("lightly.loss", reason="lightly is not installed").NegativeCosineSimilarity()
+    prediction, again = (draw(7, 5).requires_grad_() for _ in range(2))
+    target = draw(7, 5, seed=1)
+    ours, theirs = negative_cosine(prediction, target), loss(again, target)
+    for value in (ours, theirs):
+        value.backward()
+    torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=0)
+    torch.testing.assert_close(prediction.grad, again.grad, rtol=1e-10, atol=1e-14)
+
+
+def test_loss_is_the_papers_formula():
+    prediction, target = draw(6, 4).numpy(), draw(6, 4, seed=1).numpy()
+    unit = [z / np.linalg.norm(z, axis=1, keepdims=True) for z in (prediction, target)]
+    expected = -np.mean(np.sum(unit[0] * unit[1], axis=1))
+    found = negative_cosine(torch.from_numpy(prediction), torch.from_numpy(target))
+    assert found.item() == pytest.approx(expected, rel=1e-12)
+
+
+def test_no_gradient_reaches_the_target():
+    target = draw(6, 4, seed=1).requires_grad_()
+    negative_cosine(draw(6, 4).requires_grad_(), target).backward()
+    assert target.grad is None
+
+
+def test_second_derivatives_are_right():
+    prediction, target = draw(5, 3).requires_grad_(), draw(5, 3, seed=1)
+    assert torch.autograd.gradgradcheck(lambda p: negative_cosine(p, target), (prediction,))
+
+
+def test_losses_are_both_directions_and_a_view_is_predicted_from_the_other():
+    torch.manual_seed(0)
+    trunk, tail = build_backbone(name="test_resnet").split("c3")
+    simsiam = build_pretext(name="simsiam", backbone=trunk, tail=tail, projector=[16, 8], predictor=[4, 8])
+    views = torch.randn(2, 4, 3, 32, 32)
+    z = [simsiam.projector(tail(trunk(view)["c3"])) for view in views]
+    p = [simsiam.predictor(each) for each in z]
+    cosines = [nn.functional.cosine_similarity(p[i], z[1 - i].detach(), dim=1) for i in (0, 1)]
+    expected = -torch.stack(cosines).mean()
+    found = simsiam.losses(trunk, tuple(views))["negative_cosine"]
+    torch.testing.assert_close(found, expected)
+    parameters = [*trunk.parameters(), *simsiam.parameters()]
+    for one, other in zip(*(torch.autograd.grad(loss, parameters) for loss in (found, expected)), strict=True):
+        torch.testing.assert_close(one, other)
+
+
+def test_heads_are_the_papers():
+    trunk, tail = build_backbone(name="test_resnet").split("c3")
+    simsiam = build_pretext(name="simsiam", backbone=trunk, tail=tail)
+    hidden = [nn.Linear, nn.BatchNorm1d, nn.ReLU]
+    assert [type(layer) for layer in simsiam.projector] == [*hidden, *hidden, nn.Linear, nn.BatchNorm1d]
+    assert not simsiam.projector[-1].affine and simsiam.projector[-2].bias is None
+    assert [type(layer) for layer in simsiam.predictor] == [*hidden, nn.Linear]
+    assert simsiam.predictor[0].out_features == 512 and simsiam.predictor[-1].bias is not None
