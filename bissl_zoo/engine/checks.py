@@ -29,6 +29,9 @@ _LEAST = {
     "train.log_period": 1,
     "train.checkpoint.period": 1,
     "train.checkpoint.keep": 1,
+    "train.probe.period": 0,
+    "train.probe.images": 2,
+    "train.probe.k": 0,
     "pretrain.steps": 1,
     "bilevel.lower_steps": 1,
     "bilevel.upper_steps": 1,
@@ -58,6 +61,8 @@ def check_config(cfg: DictConfig, source: str) -> None:
     for section in [*reference, *_OPEN_SECTIONS]:
         if section not in cfg:
             raise ConfigError(f"{source}: the section '{section}' is missing; start from configs/common/train.py.")
+    if "probe" not in cfg.train:  # as in the saved config of a run that began before there was one: it has none
+        del reference.train.probe
     for section in reference:
         _check_keys(dict(_leaves(cfg[section])), dict(_leaves(reference[section])), section, source)
     for key, least in _LEAST.items():

@@ -14,6 +14,9 @@ from bissl_zoo.distributed import is_main_process, on_main_process
 from bissl_zoo.engine.checkpoint import Checkpointer
 from bissl_zoo.engine.trainer import HookBase
 
+#: how the names of figures begin that are measured now and then, after a step
+MEASURED = ("test/", "probe/")
+
 
 def say(line: str) -> None:
     """Print a line at once, from the main process only."""
@@ -52,6 +55,7 @@ class MetricsWriter(HookBase):
     """Every `period` steps, one line of `metrics.jsonl` and the same figures in TensorBoard; finer records all.
 
     Such a record, as of an upper step, has a line of its own with its number, and is in TensorBoard at that number.
+    Steps after which something was measured are written whatever the period.
     """
 
     def __init__(self, folder: Path, period: int) -> None:
@@ -71,7 +75,8 @@ class MetricsWriter(HookBase):
         for record in records:
             figures = {name: value for name, value in record.items() if name != trainer.record_key}
             self._show(f"{trainer.name}/{trainer.record_key}", figures, record[trainer.record_key])
-        if trainer.step % self.period == 0 or trainer.step == trainer.total_steps:
+        measured = any(name.startswith(MEASURED) for name in trainer.metrics)
+        if measured or trainer.step % self.period == 0 or trainer.step == trainer.total_steps:
             records.append(trainer.metrics)
             self._show(trainer.name, trainer.metrics, trainer.step)
         head = {"stage": trainer.name, "step": trainer.step, "time": time.time()}

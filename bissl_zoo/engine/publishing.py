@@ -2,16 +2,13 @@
 
 import json
 from pathlib import Path
-from typing import Any
-
-from omegaconf import DictConfig
 
 from bissl_zoo.backbones import merge_split_states
 from bissl_zoo.config import LazyConfig
-from bissl_zoo.data.views import IMAGENET_MEAN, IMAGENET_STD
 from bissl_zoo.engine.build import Weights
 from bissl_zoo.engine.checkpoint import Checkpointer, load_checkpoint, write_atomically
 from bissl_zoo.engine.facts import arguments_of, read_facts
+from bissl_zoo.engine.features import pretext_pixels
 from bissl_zoo.engine.init import weights_of, zoo_of
 from bissl_zoo.errors import CheckpointError
 from bissl_zoo.zoo import EntryMetadata, PublishedEntry, Zoo, publish_entry
@@ -67,7 +64,7 @@ def publish_run(folder: Path, name: str | None = None, zoo: Zoo | None = None) -
         backbone_state=merge_split_states(weights.backbone, tail),
         architecture=cfg.backbone.name,
         model_args=arguments_of(cfg.backbone, "name", "out_features"),
-        pretrained_cfg=_pixels(cfg),
+        pretrained_cfg=pretext_pixels(cfg),
         metadata=metadata,
         train_config_text=(folder / "config.yaml").read_text(),
         pretext_head_state=weights.pretext,
@@ -92,14 +89,3 @@ def _finished(folder: Path) -> tuple[str, Weights]:
             )
         return stage, weights_of(stage, state)
     raise CheckpointError(f"{folder} has finished neither pretrain nor bissl, so there is no backbone to publish.")
-
-
-def _pixels(cfg: DictConfig) -> dict[str, Any]:
-    """How the pretext images looked, in timm's terms."""
-    augmentation = cfg.pretext.get("augmentation") or {}
-    size = augmentation.get("size", 96)
-    return {
-        "input_size": [3, size, size],
-        "mean": list(augmentation.get("mean", IMAGENET_MEAN)),
-        "std": list(augmentation.get("std", IMAGENET_STD)),
-    }

@@ -43,6 +43,7 @@ from bissl_zoo.engine.hooks import (
 from bissl_zoo.engine.init import load_init
 from bissl_zoo.engine.launch import choose_device
 from bissl_zoo.engine.pretrain import build_pretrain, pretrain_steps
+from bissl_zoo.engine.probe import build_probe
 from bissl_zoo.engine.publishing import RESULTS_FILE, publish_run, published
 from bissl_zoo.engine.run_dir import prepare_run_dir
 from bissl_zoo.engine.solver_watch import SolverWatch
@@ -176,6 +177,9 @@ def _hooks(
         hooks.append(PeriodicEvaluation(measure, cfg.finetune.eval_period))
     if trainer.name == "bissl":
         hooks.append(SolverWatch(folder / "config.yaml"))
+    probe = build_probe(context, trainer)
+    if probe:
+        hooks.append(probe)
     hooks.append(MetricsWriter(folder, cfg.train.log_period))
     hooks.append(PeriodicCheckpoint(checkpointer, cfg.train.checkpoint.period, cfg.backbone.name))
     return hooks

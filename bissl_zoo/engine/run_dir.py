@@ -23,6 +23,7 @@ FREE_KEYS = (
     "train.log_period",
     "train.checkpoint",
     "train.imports",
+    "train.probe",
     "train.publish",
     "train.output_dir",
     "bilevel.products",

@@ -14,6 +14,11 @@ train = dict(
         period=500,  # steps between checkpoints; the last step of a stage always has one
         keep=2,  # newest checkpoints kept per stage
     ),
+    probe=dict(  # of the embedding that the pretext method trains, in pretrain and bissl; the run does not notice
+        period=0,  # steps (in bissl alternations) between probes, and one at the end of the stage; 0 for none
+        images=2000,  # most images of each data set that is looked at, drawn with train.seed
+        k=20,  # of kNN from dataloader.train to dataloader.test, where their targets are classes; 0: monitors only
+    ),
     publish=dict(
         name=None,  # name of the zoo entry the run ends in; null publishes nothing
         zoo=None,  # folder or address that it is published to; null: the first of train.zoo

@@ -1,0 +1,134 @@
+"""The hook that measures, while a pretext method learns, what its embedding is worth and whether it collapses."""
+
+import math
+
+import torch
+from torch.utils.data import Dataset
+
+from bissl_zoo.distributed import get_world_size, on_main_process
+from bissl_zoo.engine.build import Context, build_datasets
+from bissl_zoo.engine.features import (
+    CentralCrops,
+    FixedViews,
+    drawn,
+    evaluating,
+    extract_features,
+    own_randomness,
+    pretext_pixels,
+)
+from bissl_zoo.engine.hooks import say
+from bissl_zoo.engine.trainer import HookBase, Trainer
+from bissl_zoo.errors import DatasetError
+from bissl_zoo.evaluation import collapse_figures, knn_accuracy
+from bissl_zoo.level import Level
+from bissl_zoo.registry import DOWNSTREAM_TASKS
+
+#: the stages that train a pretext method, and which of their levels does
+PROBED = {"pretrain": "level", "bissl": "lower"}
+
+
+class Probe(HookBase):
+    """Every `period` steps and after the last, figures of the pretext embedding; they join the metrics as `probe/...`.
+
+    The embedding is the whole backbone's, trunk and tail, as the pretext method embeds, in eval mode and float32.
+    Collapse monitors compare two fixed views of pretext images. Where there are labelled sets, a kNN classifier has
+    images of `train` as neighbours and is asked about images of `test`.
+
+    The run goes on as if nothing had been measured: random states, modes and batch-norm statistics are as before. Of
+    several processes rank 0 measures while the others wait, since it is rank 0's batch-norm statistics that
+    checkpoints hold, and no collective runs within.
+
+    Args:
+        images: most images of each set, drawn with `seed`.
+        labelled: `train` and `test`; None for the monitors alone.
+    """
+
+    def __init__(
+        self,
+        level: Level,
+        context: Context,
+        labelled: dict[str, Dataset] | None,
+        period: int,
+        images: int,
+        k: int,
+        seed: int,
+    ) -> None:
+        self.level, self.context, self.labelled = level, context, labelled
+        self.period, self.images, self.k, self.seed = period, images, k, seed
+
+    def after_step(self) -> None:
+        """Measure when it is due; placed before the writer, so that the figures are written with this step."""
+        trainer = self.trainer
+        if trainer.step % self.period and trainer.step < trainer.total_steps:
+            return
+        figures, line = on_main_process(self._measure)
+        trainer.metrics.update({f"probe/{name}": value for name, value in figures.items()})
+        say(f"[{trainer.name} {trainer.step}/{trainer.total_steps}] probe  {line}")
+
+    def _measure(self) -> tuple[dict[str, float], str]:
+        """The figures, and the line that tells of them."""
+        level = self.level
+        with own_randomness(self.context.device), evaluating(level.backbone, level.head):
+            samples = FixedViews(*self._drawn(self.context.data["pretext"]), level.head.views(), self.seed)
+            size = samples[0][0].shape[-1]
+            first, second = self._features(samples, "pretext")
+            if not (torch.isfinite(first).all() and torch.isfinite(second).all()):
+                return {"effective_rank": math.nan}, "the embedding is not finite in eval mode"
+            figures = collapse_figures(first, second)
+            rank = f"effective rank {figures['effective_rank']:.1f}/{min(first.shape)}  std {figures['std']:.2f}"
+            if self.labelled is None:
+                return figures, rank
+            top1, neighbours = self._knn(size)
+        return {"knn_top1": top1, **figures}, f"kNN top-1 {top1:.3f} (k={self.k}, {neighbours} images)  {rank}"
+
+    def _knn(self, size: int) -> tuple[float, int]:
+        pixels = pretext_pixels(self.context.cfg)
+        parts = []
+        for role, dataset in self.labelled.items():
+            samples = CentralCrops(*self._drawn(dataset), size, pixels["mean"], pixels["std"])
+            parts += self._features(samples, role)
+        return knn_accuracy(*parts, k=self.k)["top1"], len(parts[0])
+
+    def _drawn(self, dataset: Dataset) -> tuple[Dataset, list[int]]:
+        return dataset, drawn(len(dataset), self.images, self.seed)
+
+    def _features(self, samples: Dataset, role: str) -> tuple[torch.Tensor, ...]:
+        loaders = self.context.cfg.dataloader
+        return extract_features(
+            lambda images: self.level.head.embed(self.level.backbone, images),
+            samples,
+            self.context.device,
+            max(1, loaders.pretext.batch_size // get_world_size()),  # what training, which needs more memory, takes
+            loaders[role].get("num_workers", 0),
+        )
+
+
+def build_probe(context: Context, trainer: Trainer) -> Probe | None:
+    """The hook as `train.probe` describes it; None where it is off, or the stage trains no pretext method.
+
+    Raises:
+        DatasetError: labels are to be had, and their sets, which this stage alone would not read, are missing.
+    """
+    settings = context.cfg.train.get("probe")
+    if not settings or not settings.period or trainer.name not in PROBED:
+        return None
+    level = trainer.levels()[PROBED[trainer.name]]
+    labelled = _labelled(context) if settings.k else None
+    return Probe(level, context, labelled, settings.period, settings.images, settings.k, context.cfg.train.seed)
+
+
+def _labelled(context: Context) -> dict[str, Dataset] | None:
+    """The sets `train` and `test` where the config's task is of classes, opened where the run has not."""
+    cfg, roles = context.cfg, ("train", "test")
+    classes = getattr(DOWNSTREAM_TASKS.get(cfg.task.name), "target_type", None) is int
+    if not classes or not all(role in cfg.dataloader for role in roles):
+        return None
+    try:
+        data = context.data if set(roles) <= context.data.keys() else build_datasets(cfg, set(roles))
+    except DatasetError as error:
+        raise DatasetError(
+            f"{error}\nIt is train.probe that asks for it, to measure kNN; train.probe.k=0 leaves that out."
+        ) from error
+    if not all(isinstance(data[role][0][1], int) for role in roles):
+        return None
+    return {role: data[role] for role in roles}

@@ -1,0 +1,280 @@
+"""`train.probe`: what it measures, what it says, and that the run does not notice."""
+
+import json
+import math
+import random
+
+import numpy as np
+import pytest
+import torch
+from digit_images import write_digit_folder
+from sklearn.neighbors import KNeighborsClassifier
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torchvision.transforms import v2
+
+from bissl_zoo.config import LazyCall as L
+from bissl_zoo.config import LazyConfig
+from bissl_zoo.engine.bissl import build_bissl
+from bissl_zoo.engine.build import Weights
+from bissl_zoo.engine.checkpoint import load_checkpoint
+from bissl_zoo.engine.checks import check_config
+from bissl_zoo.engine.features import CentralCrops, FixedViews, evaluating, extract_features, own_randomness
+from bissl_zoo.engine.hooks import MetricsWriter
+from bissl_zoo.engine.pretrain import build_pretrain
+from bissl_zoo.engine.probe import build_probe
+from bissl_zoo.engine.run import open_context, run
+from bissl_zoo.engine.run_dir import prepare_run_dir
+from bissl_zoo.errors import ConfigError, DatasetError
+from bissl_zoo.evaluation import effective_rank, normalized_std
+from bissl_zoo.registry import build_dataset, build_task
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="session")
+def digit_folder(tmp_path_factory):
+    """Handwritten digits as an image folder: 60 to train, 40 to test, of 4 classes."""
+    return write_digit_folder(tmp_path_factory.mktemp("digits"))
+
+
+@pytest.fixture
+def labelled_config(tiny_config, digit_folder):
+    """The tiny config with a classification task: `labelled_config(train__probe__period=1)`."""
+
+    def build(**changed):
+        cfg = tiny_config(**changed)
+        cfg.task = L(build_task)(name="classification", image_size=32)
+        for role in ("pretext", "train", "test"):
+            split = "test" if role == "test" else "train"
+            cfg.dataloader[role].dataset = L(build_dataset)(name="image_folder", root=str(digit_folder), split=split)
+        cfg.dataloader.pretext.dataset.labelled = False
+        return cfg
+
+    return build
+
+
+def records(folder):
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    return [json.loads(line) for line in lines if "upper_step" not in line]
+
+
+def states(folder):
+    """Every stage's last checkpoint."""
+    return {path.parent.name: load_checkpoint(path)[1] for path in (folder / "checkpoints").glob("*/step_000002")}
+
+
+def assert_equal(one, other):
+    if isinstance(one, torch.Tensor):
+        assert torch.equal(one, other)
+    elif isinstance(one, dict):
+        assert one.keys() == other.keys()
+        for key in one:
+            assert_equal(one[key], other[key])
+    else:
+        assert one == other
+
+
+def test_a_run_with_and_without_the_probe_ends_bit_equal(labelled_config, tmp_path):
+    folders, random_states = {}, {}
+    for period in (0, 1):
+        folders[period] = tmp_path / str(period)
+        cfg = labelled_config(train__probe__period=period, train__output_dir=folders[period])
+        cfg.train.stages, cfg.train.publish.name = ["pretrain", "bissl"], None
+        run(cfg, "test")
+        random_states[period] = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()
+    without, with_probe = (states(folders[period]) for period in (0, 1))
+    assert without.keys() == {"pretrain", "head_warmup", "bissl"}
+    assert_equal(without, with_probe)
+    assert random_states[0] == random_states[1]
+    plain, probed = (records(folders[period]) for period in (0, 1))
+    for record, other in zip(plain, probed, strict=True):
+        assert {**record, "time": 0} == {k: 0 if k == "time" else v for k, v in other.items() if "probe/" not in k}
+    measured = [(record["stage"], record["step"]) for record in probed if "probe/knn_top1" in record]
+    assert measured == [("pretrain", 1), ("pretrain", 2), ("bissl", 1), ("bissl", 2)]
+
+
+def test_the_figures_are_those_of_the_embedding_as_scikit_learn_and_the_formulas_have_them(labelled_config, capsys):
+    context = open_context(labelled_config(train__probe__period=2, train__probe__k=5, pretrain__steps=2), "test")
+    trainer = build_pretrain(context, Weights())
+    trainer.train([build_probe(context, trainer)])
+    figures = {name: value for name, value in trainer.metrics.items() if name.startswith("probe/")}
+    backbone, method = trainer.level.backbone.eval(), trainer.level.head.eval()
+    crop = [v2.PILToTensor(), v2.Resize(37, v2.InterpolationMode.BICUBIC), v2.CenterCrop(32)]  # 37 is 32 / 0.875
+    normalize = [v2.ToDtype(torch.float32, True), v2.Normalize([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])]
+    plain = v2.Compose([*crop, *normalize])
+
+    def embedded(dataset):
+        with torch.no_grad():
+            images = torch.stack([plain(image) for image, _ in dataset])
+            return method.embed(backbone, images).double().numpy(), [target for _, target in dataset]
+
+    reference = KNeighborsClassifier(5, metric="cosine", algorithm="brute", weights=lambda d: np.exp((1 - d) / 0.07))
+    reference.fit(*embedded(context.data["train"]))
+    assert figures["probe/knn_top1"] == reference.score(*embedded(context.data["test"]))
+    with own_randomness(CPU), torch.no_grad():
+        samples = FixedViews(context.data["pretext"], range(60), method.views(), seed=0)
+        first = method.embed(backbone, torch.stack([samples[i][0] for i in range(60)]))
+    # batches of 8 there, of 60 here
+    assert figures["probe/effective_rank"] == pytest.approx(effective_rank(first), rel=1e-4)
+    assert figures["probe/std"] == pytest.approx(normalized_std(first), rel=1e-4)
+    assert figures.keys() == {f"probe/{n}" for n in ("knn_top1", "effective_rank", "std", "alignment", "uniformity")}
+    line = next(line for line in capsys.readouterr().out.splitlines() if "probe" in line)
+    assert line.startswith(
+        f"[pretrain 2/2] probe  kNN top-1 {figures['probe/knn_top1']:.3f} (k=5, 60 images)  effective"
+    )
+    assert f"rank {figures['probe/effective_rank']:.1f}/60  std {figures['probe/std']:.2f}" in line
+
+
+def test_boxes_are_no_labels_and_leave_the_monitors(tiny_config, at_scenes, tmp_path, capsys):
+    context = open_context(tiny_config(train__probe__period=3, pretrain__steps=4), "test")
+    trainer = build_pretrain(context, Weights())
+    trainer.train([build_probe(context, trainer), MetricsWriter(tmp_path, period=100)])
+    lines = [line for line in capsys.readouterr().out.splitlines() if "probe" in line]
+    assert len(lines) == 2 and lines[0].startswith("[pretrain 3/4] probe  effective rank ")
+    written = records(tmp_path)
+    # step 3 is no step of the writer's, but one that was measured
+    assert [record["step"] for record in written] == [3, 4]
+    assert all(0 <= record["probe/std"] <= 1 and "probe/knn_top1" not in record for record in written)
+    board = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert [event.step for event in board.Scalars("pretrain/probe/effective_rank")] == [3, 4]
+
+
+def test_labelled_sets_that_the_stage_does_not_read_are_opened_and_must_be_there(labelled_config, tmp_path):
+    cfg = labelled_config(train__probe__period=1, train__stages="[pretrain]")
+    context = open_context(cfg, "test")
+    assert context.data.keys() == {"pretext"}
+    assert build_probe(context, build_pretrain(context, Weights())).labelled.keys() == {"train", "test"}
+    cfg.dataloader.test.dataset.root = str(tmp_path / "absent")
+    trainer = build_pretrain(context, Weights())
+    with pytest.raises(DatasetError, match=r"(?s)absent.*train\.probe\.k=0 leaves that out"):
+        build_probe(context, trainer)
+    cfg.train.probe.k = 0  # the monitors alone need no labels
+    assert build_probe(context, trainer).labelled is None
+    cfg.train.probe.k = 20
+    del cfg.dataloader.test  # a config of pretraining alone
+    assert build_probe(context, trainer).labelled is None
+
+
+def test_the_lower_level_is_what_bissl_is_probed_for_and_other_stages_are_not(tiny_config, at_scenes):
+    context = open_context(tiny_config(train__probe__period=1), "test")
+    trainer = build_bissl(context, Weights())
+    assert build_probe(context, trainer).level is trainer.problem.lower
+    trainer.name = "head_warmup"
+    assert build_probe(context, trainer) is None
+    off = open_context(tiny_config(), "test")
+    assert build_probe(off, build_pretrain(off, Weights())) is None
+
+
+def test_no_more_images_are_looked_at_than_asked_for_and_always_the_same(labelled_config):
+    context = open_context(labelled_config(train__probe__period=1, train__probe__images=25), "test")
+    trainer = build_pretrain(context, Weights())
+    probe = build_probe(context, trainer)
+    figures, line = probe._measure()
+    assert "25 images" in line and "/25 " in line
+    torch.manual_seed(99)
+    assert probe._measure() == (figures, line)
+    context.cfg.dataloader.pretext.num_workers = 1
+    assert probe._measure() == (figures, line)
+
+
+def test_an_embedding_that_is_not_finite_is_said_and_does_not_end_the_run(tiny_config, at_scenes, capsys):
+    context = open_context(tiny_config(train__probe__period=1, pretrain__steps=1), "test")
+    trainer = build_pretrain(context, Weights())
+    next(module for module in trainer.level.backbone.modules() if hasattr(module, "running_var")).running_var.fill_(-1)
+    trainer.train([build_probe(context, trainer)])  # batch statistics are used to train, running ones to probe
+    assert "probe  the embedding is not finite in eval mode" in capsys.readouterr().out
+    assert math.isfinite(trainer.metrics["total_loss"]) and math.isnan(trainer.metrics["probe/effective_rank"])
+
+
+def test_modes_and_random_states_are_put_back_even_after_an_error():
+    module = torch.nn.Sequential(torch.nn.Dropout(), torch.nn.BatchNorm1d(2).eval())
+    before = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()
+    with pytest.raises(KeyError), own_randomness(CPU), evaluating(module):
+        assert not module[0].training
+        random.random(), np.random.rand(), torch.rand(1)
+        raise KeyError
+    assert module[0].training and not module[1].training
+    assert (random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()) == before
+
+
+def test_a_view_and_its_mask_or_many_crops_give_two_views_that_every_pass_sees_again(digit_folder):
+    dataset = build_dataset(name="image_folder", root=str(digit_folder), split="train", labelled=False)
+    crop = v2.Compose([v2.PILToTensor(), v2.RandomCrop(16), v2.ToDtype(torch.float32, True)])
+    for others in (lambda image: torch.ones(2, 2, dtype=torch.bool), lambda image: crop(image)[:, :8, :8]):
+        samples = FixedViews(dataset, [5, 3], lambda image, others=others: (crop(image), others(image)), seed=0)
+        with own_randomness(CPU):
+            first, second = extract_features(torch.clone, samples, CPU, batch_size=2)
+            again = extract_features(torch.clone, samples, CPU, batch_size=1)
+        assert first.shape == second.shape == (2, 3, 16, 16) and not torch.equal(first, second)
+        assert torch.equal(again[0], first) and torch.equal(again[1], second)
+
+
+def test_central_crops_of_wide_and_tall_images_have_the_side_asked_for(digit_folder):
+    dataset = build_dataset(name="image_folder", root=str(digit_folder), split="train")
+    images, labels = extract_features(torch.clone, CentralCrops(dataset, range(7), 24), CPU, batch_size=3)
+    assert images.shape == (7, 3, 24, 24) and labels.tolist() == [dataset[i][1] for i in range(7)]
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("train__probe__period", -1, "train.probe.period is -1; it must be 0 or more"),
+        ("train__probe__images", 1, "train.probe.images is 1; it must be 2 or more"),
+        ("train__probe__k", "many", "train.probe.k is 'many'; it must be a whole number"),
+    ],
+)
+def test_what_the_probe_cannot_be_names_the_key(tiny_config, key, value, message):
+    with pytest.raises(ConfigError, match=message):
+        check_config(tiny_config(**{key: value}), "test")
+    with pytest.raises(ConfigError, match="Did you mean 'probe.period'"):
+        check_config(LazyConfig.apply_overrides(tiny_config(), ["+train.probe.periods=3"]), "test")
+
+
+def test_a_run_that_began_before_there_was_a_probe_is_resumed_and_may_switch_it_on(tiny_config, tmp_path):
+    old = LazyConfig.apply_overrides(tiny_config(train__output_dir=tmp_path / "run"), ["~train.probe"])
+    check_config(old, "test")
+    prepare_run_dir(old, resume=False)
+    prepare_run_dir(old, resume=True)
+    for period in (0, 5):  # a probe changes nothing of what a run computes
+        prepare_run_dir(tiny_config(train__output_dir=tmp_path / "run", train__probe__period=period), resume=True)
+
+
+PROGRAM = """
+import hashlib, json, sys
+from bissl_zoo.config import LazyConfig
+from bissl_zoo.distributed import all_gather_objects, is_main_process
+from bissl_zoo.engine.build import Weights
+from bissl_zoo.engine.launch import launch
+from bissl_zoo.engine.pretrain import build_pretrain
+from bissl_zoo.engine.probe import build_probe
+from bissl_zoo.engine.run import open_context
+
+def main(config):
+    digests = []
+    for period in (0, 1):
+        cfg = LazyConfig.load(config)
+        cfg.train.probe.period = period
+        context = open_context(cfg, config)
+        trainer = build_pretrain(context, Weights())
+        trainer.train([hook for hook in [build_probe(context, trainer)] if hook])
+        state = {**trainer.level.backbone.state_dict(), **trainer.level.head.state_dict()}
+        digests.append(hashlib.sha256(b"".join(t.numpy().tobytes() for t in state.values())).hexdigest())
+    everyone = all_gather_objects((digests, trainer.metrics["probe/knn_top1"]))
+    if is_main_process():
+        print(json.dumps(everyone))
+    return 0
+
+if __name__ == "__main__":
+    sys.exit(launch(main, 2, sys.argv[1]))
+"""
+
+
+def test_two_processes_measure_once_and_train_as_if_they_had_not(process, labelled_config, tmp_path):
+    (tmp_path / "program.py").write_text(PROGRAM)
+    LazyConfig.save(labelled_config(), tmp_path / "config.yaml")
+    with process(tmp_path / "program.py", tmp_path / "config.yaml") as running:
+        out, err = running.communicate(timeout=120)
+    assert running.returncode == 0, err
+    (first, accuracy), (second, same) = json.loads(out.splitlines()[-1])
+    assert first[0] == first[1] and second[0] == second[1]
+    assert accuracy == same and out.count("probe  kNN") == 2  # two steps, said by one process

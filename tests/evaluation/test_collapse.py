@@ -1,0 +1,104 @@
+"""The collapse monitors against closed forms and direct sums."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from bissl_zoo.errors import BisslZooError
+from bissl_zoo.evaluation import alignment, collapse_figures, effective_rank, normalized_std, uniformity
+
+
+def gaussian(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def circle(count):
+    angles = 2 * math.pi * torch.arange(count, dtype=torch.float64) / count
+    return torch.stack([angles.cos(), angles.sin()], dim=1)
+
+
+def test_an_orthonormal_set_has_the_rank_of_its_dimension():
+    basis = torch.linalg.qr(gaussian(16, 16).double()).Q
+    for embeddings in (torch.eye(16), basis, 7 * basis, torch.eye(16).repeat(3, 1)):
+        assert effective_rank(embeddings) == pytest.approx(16, rel=1e-6)
+    assert effective_rank(torch.eye(16)[:5]) == pytest.approx(5, rel=1e-6)
+
+
+def test_a_constant_set_has_rank_1_and_no_deviation():
+    constant = gaussian(1, 32).expand(100, 32)
+    assert effective_rank(constant) == pytest.approx(1, abs=1e-9)
+    assert normalized_std(constant) == pytest.approx(0, abs=1e-12)
+    assert effective_rank(torch.zeros(10, 4)) == 1.0 and normalized_std(torch.zeros(10, 4)) == 0.0
+
+
+def test_the_rank_is_equation_1_of_rankme():
+    embeddings = gaussian(300, 40) * torch.logspace(0, -3, 40)
+    values = np.linalg.svd(embeddings.double().numpy(), compute_uv=False)
+    shares = values / values.sum() + 1e-7  # the paper's epsilon, which is worth less than 1e-7 * 40 * log(1e7)
+    assert effective_rank(embeddings) == pytest.approx(np.exp(-(shares * np.log(shares)).sum()), rel=1e-4)
+
+
+def test_the_deviation_is_that_of_a_direct_computation_and_1_for_a_gaussian():
+    embeddings = gaussian(500, 24) + torch.arange(24) / 10
+    unit = embeddings.double().numpy()
+    unit /= np.linalg.norm(unit, axis=1, keepdims=True)
+    assert normalized_std(embeddings) == pytest.approx(unit.std(axis=0).mean() * math.sqrt(24), rel=1e-12)
+    # of N = 4000 samples, the mean over 64 deviations is known to 1 / sqrt(2 * 4000 * 64), a thousandth
+    assert normalized_std(gaussian(4000, 64)) == pytest.approx(1, abs=0.01)
+    # one-hot vectors: each dimension has mean 1/D and mean square 1/D
+    assert normalized_std(torch.eye(10)) == pytest.approx(math.sqrt(1 - 1 / 10), rel=1e-12)
+
+
+def test_alignment_is_0_for_equal_views_2_for_orthogonal_and_4_for_opposite_ones():
+    embeddings = gaussian(50, 8)
+    assert alignment(embeddings, embeddings) == 0
+    assert alignment(embeddings, 3 * embeddings) == pytest.approx(0, abs=1e-12)  # lengths do not count
+    assert alignment(torch.eye(6), torch.eye(6).roll(1, dims=0)) == pytest.approx(2)
+    assert alignment(embeddings, -embeddings) == pytest.approx(4)
+
+
+@pytest.mark.parametrize("count", [2, 7, 90])
+def test_uniformity_of_points_on_a_circle_is_the_direct_double_sum(count):
+    points = circle(count).numpy()
+    pairs = [(i, j) for i in range(count) for j in range(i)]
+    potential = [math.exp(-2 * float(((points[i] - points[j]) ** 2).sum())) for i, j in pairs]
+    assert uniformity(circle(count)) == pytest.approx(math.log(sum(potential) / len(pairs)), rel=1e-9)
+
+
+def test_uniformity_over_several_blocks_is_that_of_torch_pdist():
+    embeddings = gaussian(1500, 5)  # more than a block of 1024
+    distances = torch.pdist(torch.nn.functional.normalize(embeddings.double(), dim=1))
+    expected = distances.square().mul(-2).exp().mean().log().item()
+    assert uniformity(embeddings) == pytest.approx(expected, rel=1e-9)
+
+
+def test_uniformity_of_a_constant_set_is_0_and_of_a_wide_gaussian_near_minus_4():
+    assert uniformity(gaussian(1, 8).expand(30, 8)) == pytest.approx(0, abs=1e-12)
+    # squared distances are 2 - 2 cos with a variance of 4 / D: E exp(-2 d) = exp(-4 + 8 / D) to this order
+    assert uniformity(gaussian(1200, 256)) == pytest.approx(-4 + 8 / 256, abs=0.01)
+
+
+@given(st.integers(2, 30), st.integers(2, 12), st.integers(0, 1000))
+def test_figures_stay_within_their_bounds(count, width, seed):
+    first, second = gaussian(count, width, seed=seed), gaussian(count, width, seed=seed + 1)
+    figures = collapse_figures(first, second)
+    assert 1 - 1e-9 <= figures["effective_rank"] <= min(count, width) + 1e-9
+    assert 0 <= figures["std"] <= 1 + 1e-9  # mean squared components add up to 1
+    assert 0 <= figures["alignment"] <= 4 and -8 - 1e-9 <= figures["uniformity"] <= 1e-9
+    assert figures["effective_rank"] == effective_rank(first) and figures["std"] == normalized_std(first)
+    assert figures["uniformity"] == pytest.approx((uniformity(first) + uniformity(second)) / 2)
+
+
+def test_what_cannot_be_measured_is_refused():
+    with pytest.raises(BisslZooError, match="NaN or infinite"):
+        effective_rank(torch.tensor([[1.0, math.nan]]))
+    with pytest.raises(BisslZooError, match="N >= 2"):
+        uniformity(torch.ones(1, 3))
+    with pytest.raises(BisslZooError, match=r"shapes \(2, 3\) and \(3, 3\)"):
+        alignment(torch.ones(2, 3), torch.ones(3, 3))
+    with pytest.raises(BisslZooError, match=r"are \(N, D\)"):
+        normalized_std(torch.ones(3))

@@ -1,0 +1,214 @@
+"""tools/probe.py: backbones from everywhere, measured on folders and on a config's data sets."""
+
+import importlib.util
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import timm
+import torch
+from digit_images import write_digit_folder
+from safetensors.torch import save_file
+from sklearn.neighbors import KNeighborsClassifier
+from torchvision.transforms import v2
+
+from bissl_zoo.backbones import merge_split_states
+from bissl_zoo.config import LazyCall as L
+from bissl_zoo.config import LazyConfig
+from bissl_zoo.data import ImageFolder
+from bissl_zoo.engine.checkpoint import load_checkpoint
+from bissl_zoo.engine.frozen import load_frozen
+from bissl_zoo.engine.run import run
+from bissl_zoo.errors import CheckpointError
+from bissl_zoo.registry import build_dataset
+from bissl_zoo.zoo import publish_entry
+from bissl_zoo.zoo.backbone_file import StoredBackbone, save_backbone
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+PIXELS = {"mean": (0.4, 0.5, 0.6), "std": (0.2, 0.25, 0.3)}
+STATISTICS = ["--mean", 0.4, 0.5, 0.6, "--std", 0.2, 0.25, 0.3]
+
+
+def random_resnet():
+    torch.manual_seed(0)
+    return timm.create_model("test_resnet", num_classes=0).eval()
+
+
+MODEL = random_resnet()
+
+
+@pytest.fixture(scope="module")
+def tool():
+    """The module tools/probe.py."""
+    spec = importlib.util.spec_from_file_location("probe", REPOSITORY / "tools" / "probe.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def probe(tool, capsys):
+    """Call the command line: status, standard output and standard error."""
+
+    def call(*arguments):
+        status = tool.cli([*map(str, arguments), "--device", "cpu", "--num-workers", "0"])
+        said = capsys.readouterr()
+        return status, said.out, said.err
+
+    return call
+
+
+@pytest.fixture(scope="module")
+def digits(tmp_path_factory):
+    return write_digit_folder(tmp_path_factory.mktemp("digits"))
+
+
+@pytest.fixture
+def folders(digits):
+    return ["--train-folder", digits / "train", "--test-folder", digits / "test"]
+
+
+@pytest.fixture
+def plain(tmp_path):
+    """The weights of `MODEL` and nothing else."""
+    save_file(MODEL.state_dict(), tmp_path / "plain.safetensors")
+    return tmp_path / "plain.safetensors"
+
+
+def embedded(folder, resize, size):
+    crop = [v2.PILToTensor(), v2.Resize(resize, v2.InterpolationMode.BICUBIC), v2.CenterCrop(size)]
+    transform = v2.Compose([*crop, v2.ToDtype(torch.float32, True), v2.Normalize(*PIXELS.values())])
+    images, labels = zip(*((transform(image), label) for image, label in ImageFolder(str(folder))), strict=True)
+    with torch.no_grad():
+        return MODEL(torch.stack(images)).double().numpy(), labels
+
+
+def test_a_plain_file_is_measured_as_scikit_learn_measures_its_features(probe, plain, folders, digits):
+    arguments = [plain, "--architecture", "test_resnet", *folders, *STATISTICS, "--size", 28, "--k", 7, "--json"]
+    status, out, err = probe(*arguments, "--linear", "--epochs", 20)
+    assert status == 0, err
+    figures = json.loads(out)
+    reference = KNeighborsClassifier(7, metric="cosine", algorithm="brute", weights=lambda d: np.exp((1 - d) / 0.07))
+    reference.fit(*embedded(digits / "train", 32, 28))
+    assert figures["knn"]["top1"] == reference.score(*embedded(digits / "test", 32, 28))
+    assert (figures["train_images"], figures["test_images"], figures["classes"]) == (60, 40, 4)
+    assert (figures["architecture"], figures["features"], figures["size"]) == ("test_resnet", MODEL.num_features, 28)
+    assert 0.5 < figures["linear"]["top1"] <= 1  # four digits, a quarter each; chance is 0.25
+    assert json.loads(probe(*arguments)[1]).keys() == figures.keys() - {"linear"}
+
+
+def test_an_entry_knows_its_size_and_statistics(probe, plain, folders, tmp_path, monkeypatch):
+    monkeypatch.setenv("BISSL_ZOO", str(tmp_path / "zoo"))
+    publish_entry(
+        name="tiny",
+        backbone_state=MODEL.state_dict(),
+        architecture="test_resnet",
+        pretrained_cfg={**PIXELS, "input_size": (3, 28, 28)},
+        metadata={},
+        train_config_text="",
+        zoo=tmp_path / "zoo",
+    )
+    arguments = ["--architecture", "test_resnet", *folders, *STATISTICS, "--size", 28, "--json"]
+    expected = json.loads(probe(plain, *arguments)[1])["knn"]
+    for name in ("zoo:tiny", "tiny"):
+        status, out, err = probe(name, *folders, "--json")
+        assert status == 0, err
+        assert json.loads(out)["knn"] == expected
+    status, out, _ = probe("zoo:tiny", *folders)
+    assert status == 0 and f"zoo:tiny: test_resnet, {MODEL.num_features} features of 28 pixels" in out
+    assert "60 training and 40 test images of 4 classes" in out
+    row = out.splitlines()[-1].split()
+    assert row[:6] == ["knn", "k", "20,", "temperature", "0.07", f"{expected['top1']:.4f}"]
+
+
+def test_a_file_of_ours_needs_nothing_but_a_size(probe, folders, tmp_path):
+    stored = StoredBackbone(MODEL.state_dict(), "test_resnet", pixels=PIXELS)
+    save_backbone(stored, tmp_path / "ours.safetensors")
+    status, out, err = probe(tmp_path / "ours.safetensors", *folders, "--size", 28, "--images", 30)
+    assert status == 0, err
+    assert "30 training and 30 test images" in out
+
+
+def test_a_run_gives_its_whole_backbone_and_how_its_images_looked(tiny_config, at_scenes, tmp_path, probe, folders):
+    cfg = tiny_config(train__output_dir=tmp_path / "run", train__stages="[pretrain]", train__publish__name="null")
+    cfg.pretext.augmentation.mean = [0.4, 0.5, 0.6]
+    run(cfg, "test")
+    level = load_checkpoint(tmp_path / "run" / "checkpoints" / "pretrain" / "step_000002")[1]["levels"]["level"]
+    tail = {key[len("tail.") :]: value for key, value in level["head"].items() if key.startswith("tail.")}
+    frozen = load_frozen(str(tmp_path / "run"))
+    whole = merge_split_states(level["backbone"], tail)
+    state = frozen.model.state_dict()
+    assert cfg.bilevel.shared_stage == "c3" and tail and state.keys() == whole.keys()
+    assert all(torch.equal(state[key], whole[key]) for key in whole) and not frozen.model.training
+    assert frozen.pixels["mean"] == [0.4, 0.5, 0.6] and frozen.pixels["input_size"] == [3, 32, 32]
+    status, out, err = probe(tmp_path / "run", *folders)
+    assert status == 0, err
+    assert f"run (pretrain): test_resnet, {frozen.width(32)} features of 32 pixels" in out
+
+
+def test_a_run_of_fine_tuning_alone_has_no_tail_to_embed_with(tiny_config, at_scenes, tmp_path):
+    run(tiny_config(train__output_dir=tmp_path / "run", train__stages="[finetune]"), "test")
+    with pytest.raises(CheckpointError, match="holds the backbone up to c3 only"):
+        load_frozen(str(tmp_path / "run"))
+    with pytest.raises(CheckpointError, match="no config.yaml"):
+        load_frozen(str(tmp_path))
+
+
+def test_the_data_sets_of_a_config_are_taken_with_overrides(tiny_config, at_scenes, plain, digits, tmp_path, probe):
+    cfg = tiny_config()
+    for role in ("train", "test"):
+        cfg.dataloader[role].dataset = L(build_dataset)(name="image_folder", root=str(digits), split=role)
+    LazyConfig.save(cfg, tmp_path / "mine.yaml")
+    arguments = [plain, "--architecture", "test_resnet", *STATISTICS, "--size", 28, "--json"]
+    config = ["--config-file", tmp_path / "mine.yaml"]
+    expected = json.loads(probe(*arguments, "--train-folder", digits / "train", "--test-folder", digits / "test")[1])
+    assert json.loads(probe(*arguments, *config)[1]) == expected
+    swapped = json.loads(probe(*arguments, *config, "dataloader.train.dataset.split=test")[1])
+    assert swapped["train_images"] == 40
+    LazyConfig.save(tiny_config(), tmp_path / "boxes.yaml")
+    status, _, err = probe(*arguments, "--config-file", tmp_path / "boxes.yaml")
+    assert status == 1 and "targets of type dict; probes need class labels" in err
+
+
+def test_what_cannot_be_measured_is_one_message(probe, plain, folders, tmp_path):
+    named = [plain, "--architecture", "test_resnet", *folders]
+    cases = [
+        (["nothing.safetensors", *folders], "There is no file nothing.safetensors"),
+        ([plain, *folders], "does not say its architecture"),
+        ([plain, "--architecture", "resnet18", *folders], "belongs to another architecture"),
+        ([*named, "--size", 28], "does not say how its images were normalised. Give --mean and --std"),
+    ]
+    for arguments, told in cases:
+        status, out, err = probe(*arguments)
+        assert (status, out) == (1, "") and told in err and err.count("error: ") == 1, err
+    vit = timm.create_model("test_vit", num_classes=0)
+    save_backbone(StoredBackbone(vit.state_dict(), "test_vit", pixels=PIXELS), tmp_path / "vit.safetensors")
+    status, _, err = probe(tmp_path / "vit.safetensors", *folders, "--size", 28)
+    assert status == 1 and "this test_vit does not take images of 28 pixels" in err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        ([], "give --config-file, or --train-folder and --test-folder"),
+        (["--train-folder", "a"], "--train-folder and --test-folder go together"),
+        (["--train-folder", "a", "--test-folder", "b", "--config-file", "c"], "give --config-file, or"),
+        (["--train-folder", "a", "--test-folder", "b", "train.seed=1"], "overrides without a --config-file"),
+        (["--config-file", "c", "--mean", 0, 0, 0], "--mean and --std go together"),
+        (["--config-file", "c", "--batch-size", 0], "--batch-size must be 1 or more"),
+    ],
+)
+def test_a_command_line_that_cannot_be_meant_is_refused(tool, capsys, arguments, told):
+    with pytest.raises(SystemExit) as ended:
+        tool.cli(["zoo:tiny", *map(str, arguments)])
+    assert ended.value.code == 2 and told in capsys.readouterr().err
+
+
+def test_the_command_line_shows_its_help():
+    done = subprocess.run(
+        [sys.executable, REPOSITORY / "tools" / "probe.py", "--help"], capture_output=True, text=True, check=True
+    )
+    assert "BACKBONE" in done.stdout and "--temperature" in done.stdout

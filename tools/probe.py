@@ -1,0 +1,148 @@
+#!/usr/bin/env python
+"""Measure a frozen backbone: weighted kNN, and a linear classifier, on images with labels.
+
+python tools/probe.py zoo:resnet18.simclr --train-folder imagenet/train --test-folder imagenet/val --linear
+python tools/probe.py backbone.safetensors --architecture resnet50 --config-file configs/mine.py
+python tools/probe.py runs/pretrained --train-folder flowers/train --test-folder flowers/test --k 200 --json
+
+BACKBONE is an entry of the zoo, a .safetensors file under timm's names, or the directory of a run. Folders hold one
+folder of images per class; a config's data sets are those of its dataloader.train and dataloader.test. Images are
+resized so that the crop is 7/8 of the shorter side, cropped in the middle, and normalised as the backbone's own were.
+"""
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # read once, when torch is imported
+
+# ruff: noqa: E402
+import torch
+from tabulate import tabulate
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from bissl_zoo.data import ImageFolder
+from bissl_zoo.engine.build import build_datasets
+from bissl_zoo.engine.configuration import open_config
+from bissl_zoo.engine.features import CentralCrops, drawn, extract_features
+from bissl_zoo.engine.frozen import FrozenBackbone, load_frozen
+from bissl_zoo.engine.launch import choose_device, launch
+from bissl_zoo.errors import BisslZooError, DatasetError
+from bissl_zoo.evaluation import knn_accuracy, linear_probe
+
+
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """The command line; what is neither BACKBONE nor an option is an override of the config."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("backbone", metavar="BACKBONE", help="zoo:NAME, a .safetensors file, or a run directory")
+    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="of the config, as of train_net.py")
+    parser.add_argument("--architecture", metavar="NAME", help="timm's name, for a file that does not say it")
+    parser.add_argument("--config-file", metavar="FILE", help="take the data sets of this config")
+    parser.add_argument("--train-folder", type=Path, metavar="DIR", help="or images to learn from, by class folder")
+    parser.add_argument("--test-folder", type=Path, metavar="DIR", help="and images to be tested on, likewise")
+    parser.add_argument("--images", type=int, metavar="N", help="most images of either set, drawn; default: all")
+    parser.add_argument("--size", type=int, metavar="S", help="side of the crop; default: the backbone's own, or 224")
+    for statistic in ("mean", "std"):
+        parser.add_argument(f"--{statistic}", type=float, nargs=3, metavar="X", help="of RGB in [0, 1], if not stated")
+    parser.add_argument("--k", type=int, default=20, help="neighbours of the kNN classifier (20)")
+    parser.add_argument("--temperature", type=float, default=0.07, metavar="T", help="of the neighbours' votes (0.07)")
+    parser.add_argument("--linear", action="store_true", help="train a linear classifier as well")
+    parser.add_argument("--epochs", type=int, default=100, metavar="N", help="of the linear classifier (100)")
+    parser.add_argument("--seed", type=int, default=0, help="of what is drawn (0)")
+    parser.add_argument("--batch-size", type=int, default=128, metavar="N", help="images at a time (128)")
+    parser.add_argument("--num-workers", type=int, default=4, metavar="N", help="processes that read images (4)")
+    parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead of the table")
+    args = parser.parse_intermixed_args(argv)
+    if (args.train_folder is None) != (args.test_folder is None):
+        parser.error("--train-folder and --test-folder go together")
+    if (args.train_folder is None) == (args.config_file is None):
+        parser.error("give --config-file, or --train-folder and --test-folder")
+    if args.overrides and args.config_file is None:
+        parser.error(f"overrides without a --config-file: {' '.join(args.overrides)}")
+    if (args.mean is None) != (args.std is None):
+        parser.error("--mean and --std go together")
+    for name in ("images", "size", "k", "epochs", "batch_size"):
+        if getattr(args, name) is not None and getattr(args, name) < 1:
+            parser.error(f"--{name.replace('_', '-')} must be 1 or more")
+    return args
+
+
+def main(args: argparse.Namespace) -> int:
+    """Load, extract, measure, print."""
+    backbone, device = load_frozen(args.backbone, args.architecture), choose_device(args.device)
+    sets = open_sets(args)
+    size = args.size or backbone.pixels.get("input_size", [224])[-1]
+    width = backbone.width(size)
+    (train, labels), (test, truth) = (
+        features(backbone, sets[role], role, size, args, device) for role in ("train", "test")
+    )
+    facts = {"backbone": backbone.source, "architecture": backbone.architecture, "features": width, "size": size}
+    facts |= {"train_images": len(labels), "test_images": len(truth), "classes": len(sets["train"].classes)}
+    figures = knn_accuracy(train, labels, test, truth, args.k, args.temperature)
+    probes: dict[str, Any] = {"knn": {"k": args.k, "temperature": args.temperature, **figures}}
+    if args.linear:
+        found = linear_probe(train, labels, test, truth, epochs=args.epochs, seed=args.seed)
+        probes["linear"] = {"learning_rate": found.learning_rate, "epochs": args.epochs, **found.metrics}
+    print(json.dumps({**facts, **probes}) if args.json else report(facts, probes))
+    return 0
+
+
+def open_sets(args: argparse.Namespace) -> dict[str, Dataset]:
+    """The data sets `train` and `test`, of the same classes."""
+    if args.config_file:
+        sets = build_datasets(open_config(args.config_file, args.overrides), {"train", "test"})
+    else:
+        train = ImageFolder(str(args.train_folder.absolute()))
+        sets = {"train": train, "test": ImageFolder(str(args.test_folder.absolute()), classes=train.classes)}
+    for role, dataset in sets.items():
+        target = dataset[0][1]
+        if not isinstance(target, int):
+            raise DatasetError(
+                f"The {role} set of {args.config_file} has targets of type {type(target).__name__}; probes need class "
+                "labels. Give a config of a classification, or folders of images (--train-folder, --test-folder)."
+            )
+    return sets
+
+
+def features(
+    backbone: FrozenBackbone, dataset: Dataset, role: str, size: int, args: argparse.Namespace, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """Embeddings and labels of a data set, on `device`."""
+    pixels = {"mean": args.mean, "std": args.std} if args.mean else backbone.pixels
+    if "mean" not in pixels or "std" not in pixels:
+        raise BisslZooError(
+            f"{args.backbone} does not say how its images were normalised. Give --mean and --std, of RGB in [0, 1]; "
+            "ImageNet's are --mean 0.485 0.456 0.406 --std 0.229 0.224 0.225."
+        )
+    chosen = drawn(len(dataset), args.images or len(dataset), args.seed)
+    crops = CentralCrops(dataset, chosen, size, pixels["mean"], pixels["std"])
+    found = extract_features(backbone.model.to(device), crops, device, args.batch_size, args.num_workers, title=role)
+    return tuple(part.to(device) for part in found)
+
+
+def report(facts: dict[str, Any], probes: dict[str, dict[str, Any]]) -> str:
+    """What was measured on what, and a line per probe."""
+    rows = []
+    for name, probe in probes.items():
+        settings = [f"{key.replace('_', ' ')} {probe[key]:g}" for key in probe if not key.startswith(("top", "mean_"))]
+        rows.append([name, ", ".join(settings), *(probe.get(key) for key in ("top1", "top5", "mean_per_class"))])
+    head = (
+        f"{facts['backbone']}: {facts['architecture']}, {facts['features']} features of {facts['size']} pixels\n"
+        f"{facts['train_images']} training and {facts['test_images']} test images of {facts['classes']} classes\n\n"
+    )
+    return head + tabulate(rows, ["probe", "settings", "top-1", "top-5", "mean per class"], floatfmt=".4f")
+
+
+def cli(argv: Sequence[str] | None = None) -> int:
+    """Run the command line `argv` (`sys.argv` by default) and return the exit status."""
+    return launch(main, 1, parse_args(argv))
+
+
+if __name__ == "__main__":
+    sys.exit(cli())
