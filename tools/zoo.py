@@ -4,7 +4,7 @@
 python tools/zoo.py list                                   # of $BISSL_ZOO, the checkout's model_zoo/, or the user's
 python tools/zoo.py list "*simclr*" --metric "AP50*" --zoo https://zoo.example.org
 python tools/zoo.py fetch resnet18.simclr_bissl_digit_scenes --to backbones
-python tools/zoo.py publish runs/digit_scenes_det --zoo s3://bucket/zoo
+python tools/zoo.py publish runs/quickstart --zoo s3://bucket/zoo
 python tools/zoo.py verify --repair
 python tools/zoo.py serve
 """
