@@ -101,7 +101,7 @@ class Backbone(nn.Module):
         whole = set(self.state_dict())
         parts = [*trunk.state_dict(), *tail.state_dict()]
         try:
-            with torch.no_grad(), _eval_mode(self, trunk, tail):
+            with torch.no_grad(), evaluating(self, trunk, tail):
                 same = torch.equal(tail(trunk(self._probe())[stage]), self.model(self._probe()))
             problem = None if same else "the two parts do not compute what the whole does"
         except (RuntimeError, TypeError, ValueError, AttributeError) as error:
@@ -191,7 +191,7 @@ def _named_stages(model: nn.Module) -> dict[str, FeatureInfo]:
 
 
 @contextlib.contextmanager
-def _eval_mode(*roots: nn.Module) -> Iterator[None]:
+def evaluating(*roots: nn.Module) -> Iterator[None]:
     """Eval mode for a probe, which must not move batch-norm statistics; afterwards each module's own mode again."""
     modes = [(module, module.training) for root in roots for module in root.modules()]
     for root in roots:
@@ -216,7 +216,7 @@ def _run_to_stage(model: nn.Module, stage_module: str, probe: Tensor) -> tuple[s
 
     handles = [module.register_forward_hook(partial(note, name)) for name, module in model.named_modules() if name]
     try:
-        with torch.no_grad(), _eval_mode(model):
+        with torch.no_grad(), evaluating(model):
             model(probe)
     finally:
         for handle in handles:

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from omegaconf import DictConfig
 from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import v2
 from tqdm import tqdm
@@ -105,19 +105,6 @@ def extract_features(
         for batch in tqdm(loader, desc=title, unit="batch", disable=title is None, leave=False)
     ]
     return tuple(torch.cat(column) for column in zip(*batches, strict=True))
-
-
-@contextlib.contextmanager
-def evaluating(*roots: nn.Module) -> Iterator[None]:
-    """Eval mode, in which batch-norm statistics stay as they are; afterwards each module's own mode again."""
-    modes = [(module, module.training) for root in roots for module in root.modules()]
-    for root in roots:
-        root.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training
 
 
 @contextlib.contextmanager

@@ -5,13 +5,13 @@ import math
 import torch
 from torch.utils.data import Dataset
 
+from bissl_zoo.backbones import evaluating
 from bissl_zoo.distributed import get_world_size, on_main_process
 from bissl_zoo.engine.build import Context, build_datasets
 from bissl_zoo.engine.features import (
     CentralCrops,
     FixedViews,
     drawn,
-    evaluating,
     extract_features,
     own_randomness,
     pretext_pixels,

@@ -12,13 +12,14 @@ from sklearn.neighbors import KNeighborsClassifier
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torchvision.transforms import v2
 
+from bissl_zoo.backbones import evaluating
 from bissl_zoo.config import LazyCall as L
 from bissl_zoo.config import LazyConfig
 from bissl_zoo.engine.bissl import build_bissl
 from bissl_zoo.engine.build import Weights
 from bissl_zoo.engine.checkpoint import load_checkpoint
 from bissl_zoo.engine.checks import check_config
-from bissl_zoo.engine.features import CentralCrops, FixedViews, evaluating, extract_features, own_randomness
+from bissl_zoo.engine.features import CentralCrops, FixedViews, extract_features, own_randomness
 from bissl_zoo.engine.hooks import MetricsWriter
 from bissl_zoo.engine.pretrain import build_pretrain
 from bissl_zoo.engine.probe import build_probe
