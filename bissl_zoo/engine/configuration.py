@@ -52,8 +52,8 @@ def _import(name: str) -> None:
     try:
         loaded = importlib.import_module(module)
     except ModuleNotFoundError as error:
-        if error.name != module.partition(".")[0]:
-            raise
+        if not f"{module}.".startswith(f"{error.name}."):
+            raise  # of what the module itself imports
         raise ConfigError(
             f"train.imports: there is no module '{name}'. Install it, or give the path of its file."
         ) from error

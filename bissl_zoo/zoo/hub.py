@@ -39,6 +39,8 @@ _CALLS = re.compile(
     r"|(torch|timm)\.optim\.([a-z_]+\.)?[A-Z]\w*|fvcore\.common\.param_scheduler\.[A-Z]\w*",
     re.ASCII,
 )
+#: a reference to another value; omegaconf's `${function:arguments}` may make a call out of text
+_REFERENCE = re.compile(r"\$\{[\w.]+\}")
 
 
 @dataclass(frozen=True)
@@ -254,6 +256,11 @@ def _check_calls(node: Any, where: str) -> None:
                 "not handed out: a zoo is data, and that is code. `tools/zoo.py fetch` brings the file to look at."
             )
         node = list(node.values())
+    if isinstance(node, str) and "${" in _REFERENCE.sub("", node):
+        raise ZooError(
+            f"The configuration of {where} computes a value ({node!r:.100}), which could be a call in disguise, so it "
+            "is not handed out. `tools/zoo.py fetch` brings the file to look at."
+        )
     if isinstance(node, list):
         for one in node:
             _check_calls(one, where)

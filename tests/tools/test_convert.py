@@ -101,7 +101,7 @@ def test_a_zoo_entry_goes_out_with_its_pixel_statistics(convert, tmp_path, monke
     status, out, err = convert("out", "tiny", "--to", "detectron2", "--output", tmp_path / "r18.pkl")
     assert (status, err) == (0, "")
     assert "MODEL.PIXEL_MEAN" in out and "[102, 127.5, 153]" in out and "INPUT.FORMAT" in out
-    content = pickle.loads((tmp_path / "r18.pkl").read_bytes())
+    content = pickle.loads((tmp_path / "r18.pkl").read_bytes())  # as Detectron2 reads it; this test wrote the file
     assert content["input"]["pixel_std"] == [51.0, 63.75, 76.5]
     status, out, err = convert("out", "tiny", "--to", "timm", "--output", tmp_path / "folder")
     assert (status, err) == (0, "")

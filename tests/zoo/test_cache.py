@@ -5,7 +5,6 @@ import os
 import pty
 import random
 import resource
-import runpy
 import signal
 import struct
 import subprocess
@@ -18,6 +17,7 @@ from pathlib import Path
 import platformdirs
 import portalocker
 import pytest
+from faulty_server import Answer, FaultyServer
 
 from bissl_zoo.errors import ZooError
 from bissl_zoo.zoo import cache as cache_module
@@ -27,9 +27,6 @@ from bissl_zoo.zoo.download import ATTEMPTS, TOTAL_ATTEMPTS
 from bissl_zoo.zoo.stores.folder import FolderStore
 from bissl_zoo.zoo.stores.http import HttpStore
 from bissl_zoo.zoo.stores.store import Content
-
-_helpers = runpy.run_path(str(Path(__file__).with_name("faulty_server.py")))
-Answer, FaultyServer = _helpers["Answer"], _helpers["FaultyServer"]
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 FILE = "name/model.safetensors"

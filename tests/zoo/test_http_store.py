@@ -1,22 +1,18 @@
 import base64
 import hashlib
 import random
-import runpy
 import shutil
 import socket
 import ssl
 import subprocess
-from pathlib import Path
 
 import pytest
+from faulty_server import Answer, FaultyServer
 
 from bissl_zoo import __version__
 from bissl_zoo.errors import ZooError
 from bissl_zoo.zoo.stores.http import Busy, HttpStore
 from bissl_zoo.zoo.stores.store import Transient
-
-_helpers = runpy.run_path(str(Path(__file__).with_name("faulty_server.py")))
-Answer, FaultyServer = _helpers["Answer"], _helpers["FaultyServer"]
 
 FILE = "name@2/model.safetensors"
 CONTENT = random.Random(0).randbytes(300_000)

@@ -1,7 +1,6 @@
 import inspect
 import json
 import os
-import runpy
 import subprocess
 import sys
 import threading
@@ -11,14 +10,12 @@ import huggingface_hub
 import pytest
 import timm
 import torch
+from hub_server import REPO, TOKEN, Hub, HubHandler
 
 from bissl_zoo.errors import ZooError
 from bissl_zoo.zoo import publish_entry
 from bissl_zoo.zoo.stores.huggingface import HubStore
 from bissl_zoo.zoo.stores.store import Conflict, Transient
-
-_helpers = runpy.run_path(str(Path(__file__).with_name("hub_server.py")))
-Hub, HubHandler, REPO, TOKEN = (_helpers[name] for name in ("Hub", "HubHandler", "REPO", "TOKEN"))
 
 
 @pytest.fixture

@@ -1,19 +1,15 @@
 import http.server
-import runpy
 import socket
 import threading
-from pathlib import Path
 
 import pytest
+from scripted_s3 import Script, keeps, refusal, use_server
 
 from bissl_zoo.errors import ZooError
 from bissl_zoo.zoo.stores.s3 import S3Store
 from bissl_zoo.zoo.stores.store import Conflict, Transient
 
 pytest.importorskip("boto3", reason='S3 needs boto3: pip install "bissl_zoo[s3]"')
-
-_helpers = runpy.run_path(str(Path(__file__).with_name("scripted_s3.py")))
-Script, keeps, refusal, use_server = (_helpers[name] for name in ("Script", "keeps", "refusal", "use_server"))
 
 
 @pytest.fixture

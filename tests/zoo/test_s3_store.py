@@ -1,12 +1,11 @@
 import inspect
 import json
 import os
-import runpy
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
+from scripted_s3 import use_server
 
 from bissl_zoo.errors import ZooError
 from bissl_zoo.zoo.stores.s3 import S3Store
@@ -15,8 +14,6 @@ from bissl_zoo.zoo.stores.store import Conflict, Content
 boto3 = pytest.importorskip("boto3", reason='S3 needs boto3: pip install "bissl_zoo[s3]"')
 pytest.importorskip("moto", minversion="5.1.5", reason='the S3 server of these tests: pip install "moto[server]"')
 
-_helpers = runpy.run_path(str(Path(__file__).with_name("scripted_s3.py")))
-use_server = _helpers["use_server"]
 
 #: one request at a time, since moto looks at a condition and writes in two steps
 SERVER = """

@@ -4,7 +4,6 @@ import functools
 import inspect
 import json
 import os
-import runpy
 import shutil
 import signal
 import socket
@@ -16,6 +15,7 @@ from pathlib import Path
 import pytest
 import timm
 import torch
+from scripted_s3 import use_server
 
 from bissl_zoo.errors import ZooError
 from bissl_zoo.zoo import create_backbone, publish_entry
@@ -490,7 +490,6 @@ def bucket(tmp_path_factory):
     """`s3://zoo` of a server in a process of its own, one request at a time (moto writes in two steps)."""
     boto3 = pytest.importorskip("boto3", reason='S3 needs boto3: pip install "bissl_zoo[s3]"')
     pytest.importorskip("moto", minversion="5.1.5", reason='the S3 server of these tests: pip install "moto[server]"')
-    use_server = runpy.run_path(str(Path(__file__).with_name("scripted_s3.py")))["use_server"]
     log = open(tmp_path_factory.mktemp("moto") / "log", "wb")
     process = subprocess.Popen([sys.executable, "-c", SERVER], stdout=subprocess.PIPE, stderr=log)
     try:
