@@ -1,7 +1,6 @@
 """The command line called in this process, and the quickstart made tiny."""
 
 import contextlib
-import importlib.util
 import io
 import os
 import shutil
@@ -11,6 +10,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+from command_line import load_tool
 
 from bissl_zoo.config import LazyConfig, load_config
 from bissl_zoo.data.digit_scenes import write_digit_scenes
@@ -45,10 +45,7 @@ def cache_of_its_own(tmp_path_factory):
 @pytest.fixture(scope="session")
 def tool():
     """The module tools/train_net.py."""
-    spec = importlib.util.spec_from_file_location("train_net", REPOSITORY / "tools" / "train_net.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_tool("train_net")
 
 
 @pytest.fixture(scope="session")

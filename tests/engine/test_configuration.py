@@ -1,12 +1,12 @@
 import sys
 
 import pytest
+from tiny_entries import publish_tiny
 
 from bissl_zoo.config import LazyConfig, load_config
 from bissl_zoo.engine.configuration import open_config
 from bissl_zoo.errors import ConfigError
 from bissl_zoo.registry import PRETEXT_METHODS
-from bissl_zoo.zoo import publish_entry
 
 QUICKSTART = "quickstart/digit_scenes_det.py"
 METHOD = """
@@ -68,19 +68,9 @@ def test_a_file_with_the_name_of_another_module_is_refused(tmp_path, monkeypatch
 
 
 def test_code_that_a_zoo_entry_names_is_not_run_unasked(file, tmp_path, monkeypatch):
-    import timm
-
     cfg = LazyConfig.apply_overrides(load_config(QUICKSTART), [f"train.imports=['{file}']"])
     LazyConfig.save(cfg, tmp_path / "config.yaml")
-    publish_entry(
-        name="tiny",
-        backbone_state=timm.create_model("test_resnet", num_classes=0).state_dict(),
-        architecture="test_resnet",
-        pretrained_cfg={"mean": [0.5] * 3, "std": [0.5] * 3, "input_size": [3, 64, 64]},
-        metadata={},
-        train_config_text=(tmp_path / "config.yaml").read_text(),
-        zoo=tmp_path / "zoo",
-    )
+    publish_tiny(tmp_path / "zoo", config=(tmp_path / "config.yaml").read_text())
     monkeypatch.setenv("BISSL_ZOO", str(tmp_path / "zoo"))
     with pytest.raises(ConfigError, match="which is not run unasked"):
         open_config("zoo:tiny")

@@ -1,7 +1,6 @@
 """The tool check_hypergradient.py from its command line: what it writes, says, and refuses."""
 
 import contextlib
-import importlib.util
 import io
 import json
 import math
@@ -9,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from command_line import load_tool
 from PIL import Image
 
 from bissl_zoo.hypergradient import SOLVERS, CurvatureOperator
@@ -20,9 +20,7 @@ QUICK = ("--max-products", "3", "--lanczos-steps", "4", "--warmup-steps", "1")
 @pytest.fixture(scope="module")
 def check(scenes):
     """Call the command line: `check("a.b=c", output=folder)` -> (status, out, err)."""
-    spec = importlib.util.spec_from_file_location("check_tool", REPOSITORY / "tools" / "check_hypergradient.py")
-    tool = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(tool)
+    tool = load_tool("check_hypergradient")
 
     def call(*arguments, output, config="quickstart/digit_scenes_det.py", datasets=scenes):
         out, err = io.StringIO(), io.StringIO()

@@ -1,7 +1,6 @@
 """tools/convert.py: in from a foreign checkpoint, out to another library, and what it says."""
 
 import argparse
-import importlib.util
 import pickle
 import subprocess
 import sys
@@ -11,6 +10,7 @@ import pytest
 import timm
 import torch
 import torchvision
+from command_line import load_tool
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -33,10 +33,7 @@ MODEL = random_resnet()
 @pytest.fixture(scope="module")
 def tool():
     """The module tools/convert.py."""
-    spec = importlib.util.spec_from_file_location("convert", REPOSITORY / "tools" / "convert.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_tool("convert")
 
 
 @pytest.fixture

@@ -1,6 +1,5 @@
 """tools/probe.py: backbones from everywhere, measured on folders and on a config's data sets."""
 
-import importlib.util
 import json
 import subprocess
 import sys
@@ -10,6 +9,7 @@ import numpy as np
 import pytest
 import timm
 import torch
+from command_line import load_tool
 from digit_images import write_digit_folder
 from safetensors.torch import save_file
 from sklearn.neighbors import KNeighborsClassifier
@@ -43,10 +43,7 @@ MODEL = random_resnet()
 @pytest.fixture(scope="module")
 def tool():
     """The module tools/probe.py."""
-    spec = importlib.util.spec_from_file_location("probe", REPOSITORY / "tools" / "probe.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_tool("probe")
 
 
 @pytest.fixture

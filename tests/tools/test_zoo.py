@@ -1,6 +1,5 @@
 """tools/zoo.py: each command as its help says, what it prints, and its exit status."""
 
-import importlib.util
 import io
 import json
 import os
@@ -15,8 +14,10 @@ from pathlib import Path
 import pytest
 import timm
 import torch
+from command_line import load_tool
+from tiny_entries import publish_tiny
 
-from bissl_zoo.zoo import create_backbone, publish_entry
+from bissl_zoo.zoo import create_backbone
 from bissl_zoo.zoo.serve import ZooServer
 from bissl_zoo.zoo.transactions import CLAIM_FILE
 
@@ -27,10 +28,7 @@ TOOL = REPOSITORY / "tools" / "zoo.py"
 @pytest.fixture(scope="module")
 def zoo_tool():
     """The module tools/zoo.py."""
-    spec = importlib.util.spec_from_file_location("zoo", TOOL)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_tool("zoo")
 
 
 @pytest.fixture
@@ -50,16 +48,7 @@ def run(zoo_tool, capsys, monkeypatch, zoo):
 
 
 def publish(zoo, name, seed=0, **metadata):
-    torch.manual_seed(seed)
-    publish_entry(
-        name=name,
-        backbone_state=timm.create_model("test_resnet", num_classes=0).state_dict(),
-        architecture="test_resnet",
-        pretrained_cfg={"mean": [0.5] * 3, "std": [0.5] * 3, "input_size": [3, 64, 64]},
-        metadata={"seeds": [0, 1], **metadata},
-        train_config_text="train: {seed: 0}\n",
-        zoo=zoo,
-    )
+    publish_tiny(zoo, name, seed, config="train: {seed: 0}\n", **{"seeds": [0, 1], **metadata})
 
 
 STARTS = ("pretrained", "bissl")

@@ -9,11 +9,11 @@ from argparse import Namespace
 from pathlib import Path
 
 import pytest
-import timm
 import torch
+from tiny_entries import publish_tiny
 
 from bissl_zoo.errors import BisslZooError, ZooError
-from bissl_zoo.zoo import commands, create_backbone, get_config, get_entry, list_backbones, publish_entry
+from bissl_zoo.zoo import commands, create_backbone, get_config, get_entry, list_backbones
 from bissl_zoo.zoo.cache import Cache
 from bissl_zoo.zoo.hub import Zoo
 from bissl_zoo.zoo.index import INDEX_LIMIT, Index, parse_index
@@ -28,15 +28,8 @@ ESCAPES = "\x1b[2J\x1b]0;owned\x07\x9b31m\u202egnp.exe\r\x08"
 @pytest.fixture(scope="module")
 def published(tmp_path_factory):
     root = tmp_path_factory.mktemp("published") / "zoo"
-    publish_entry(
-        name="tiny",
-        backbone_state=timm.create_model("test_resnet", num_classes=0).state_dict(),
-        architecture="test_resnet",
-        pretrained_cfg={"mean": [0.5] * 3, "std": [0.5] * 3, "input_size": [3, 64, 64]},
-        metadata={"pretext": "simclr", "metrics": {"top1": [0.5, 0.7]}, "seeds": [0, 1]},
-        train_config_text="train: {seed: 0}\n",
-        zoo=root,
-    )
+    facts = {"pretext": "simclr", "metrics": {"top1": [0.5, 0.7]}, "seeds": [0, 1]}
+    publish_tiny(root, config="train: {seed: 0}\n", **facts)
     return root
 
 

@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 import timm
 import torch
+from tiny_entries import publish_tiny
 
 from bissl_zoo.errors import ZooError
-from bissl_zoo.zoo import create_backbone, default_zoo, get_entry, list_backbones, load_entry_weights, publish_entry
+from bissl_zoo.zoo import create_backbone, default_zoo, get_entry, list_backbones, load_entry_weights
 from bissl_zoo.zoo.hub import Zoo
 from bissl_zoo.zoo.names import sha256_of
 
@@ -22,17 +23,9 @@ def published(tmp_path_factory):
     """A zoo with `tiny`, `tiny@2` and `other`, never written to by a test."""
     root = tmp_path_factory.mktemp("zoo")
     for seed, name in enumerate(["tiny", "tiny", "other"]):
-        torch.manual_seed(seed)
-        publish_entry(
-            name=name,
-            backbone_state=timm.create_model("test_resnet", num_classes=0).state_dict(),
-            architecture="test_resnet",
-            pretrained_cfg={"mean": [0.5] * 3, "std": [0.5] * 3, "input_size": [3, 64, 64]},
-            metadata={"pretext": "simclr", "metrics": {"top1": [0.5, 0.7]}, "seeds": [0, 1]},
-            pretext_head_state={"weight": torch.full((2,), float(seed))},
-            train_config_text="train: {}\n",
-            zoo=root,
-        )
+        head = {"weight": torch.full((2,), float(seed))}
+        facts = {"pretext": "simclr", "metrics": {"top1": [0.5, 0.7]}, "seeds": [0, 1]}
+        publish_tiny(root, name, seed, pretext_head=head, **facts)
     return root
 
 

@@ -11,9 +11,9 @@ import pytest
 import timm
 import torch
 from hub_server import REPO, TOKEN, Hub, HubHandler
+from tiny_entries import publish_tiny
 
 from bissl_zoo.errors import ZooError
-from bissl_zoo.zoo import publish_entry
 from bissl_zoo.zoo.stores.huggingface import HubStore
 from bissl_zoo.zoo.stores.store import Conflict, Transient
 
@@ -295,17 +295,9 @@ def test_without_the_library_or_with_an_old_one_the_extra_is_named(monkeypatch):
 
 
 def test_timm_loads_an_entry_from_a_repository_of_its_own(hub, tmp_path):
-    torch.manual_seed(0)
+    entry = publish_tiny(tmp_path / "zoo", seed=7)
+    torch.manual_seed(7)
     state = timm.create_model("test_resnet", num_classes=0).state_dict()
-    entry = publish_entry(
-        name="tiny",
-        backbone_state=state,
-        architecture="test_resnet",
-        pretrained_cfg={"mean": [0.4] * 3, "std": [0.2] * 3, "input_size": [3, 64, 64]},
-        metadata={},
-        train_config_text="",
-        zoo=tmp_path / "zoo",
-    )
     hub.commit({path.name: path.read_bytes() for path in Path(entry.location).iterdir()}, "hf upload")
     load = f"timm.create_model('hf-hub:{REPO}', pretrained=True)"
     code = f"import timm, torch; model = {load}; torch.save(model.state_dict(), {str(tmp_path / 'loaded.pt')!r})"

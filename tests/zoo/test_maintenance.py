@@ -11,10 +11,9 @@ from datetime import datetime, timedelta, timezone
 from pathlib import Path
 
 import pytest
-import timm
+from tiny_entries import publish_tiny
 
 from bissl_zoo.errors import ZooError
-from bissl_zoo.zoo import publish_entry
 from bissl_zoo.zoo.hub import Zoo
 from bissl_zoo.zoo.index import INDEX_FILE
 from bissl_zoo.zoo.maintenance import CLAIM_LIFETIME, verify
@@ -29,15 +28,7 @@ from bissl_zoo.zoo.transactions import CLAIM_FILE, remove_entry
 def published(tmp_path_factory):
     root = tmp_path_factory.mktemp("zoo")
     for name in ("one", "two"):
-        publish_entry(
-            name=name,
-            backbone_state=timm.create_model("test_resnet", num_classes=0).state_dict(),
-            architecture="test_resnet",
-            pretrained_cfg={"mean": [0.5] * 3, "std": [0.5] * 3, "input_size": [3, 64, 64]},
-            metadata={"pretext": "simclr"},
-            train_config_text="train: {}\n",
-            zoo=root,
-        )
+        publish_tiny(root, name, pretext="simclr")
     return root
 
 

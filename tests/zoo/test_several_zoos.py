@@ -6,27 +6,18 @@ import threading
 from pathlib import Path
 
 import pytest
-import timm
 import torch
+from tiny_entries import publish_tiny
 
 from bissl_zoo.engine.init import load_init, zoo_of
 from bissl_zoo.errors import ZooError
-from bissl_zoo.zoo import create_backbone, default_zoo, get_config, get_entry, list_backbones, publish_entry
+from bissl_zoo.zoo import create_backbone, default_zoo, get_config, get_entry, list_backbones
 from bissl_zoo.zoo.hub import Zoo
 from bissl_zoo.zoo.serve import ZooServer
 
 
 def publish(zoo, name, seed, **metadata):
-    torch.manual_seed(seed)
-    publish_entry(
-        name=name,
-        backbone_state=timm.create_model("test_resnet", num_classes=0).state_dict(),
-        architecture="test_resnet",
-        pretrained_cfg={"mean": [0.5] * 3, "std": [0.5] * 3, "input_size": [3, 64, 64]},
-        metadata=metadata,
-        train_config_text=f"train: {{seed: {seed}}}\n",
-        zoo=zoo,
-    )
+    publish_tiny(zoo, name, seed, config=f"train: {{seed: {seed}}}\n", **metadata)
 
 
 @pytest.fixture(scope="module")
