@@ -114,7 +114,7 @@ class BiLevel:
         metrics: dict[str, float] = {}
         for _ in range(self.lower_steps):
             metrics.update(self.lower_step())
-        operator = self.curvature(next(self.lower.batches)).prepare()
+        operator = self.curvature(self.lower.next_batch()).prepare()
         try:
             self.diagnostics = [self.upper_step(operator) for _ in range(self.upper_steps)]
         finally:
@@ -129,7 +129,7 @@ class BiLevel:
     def lower_step(self) -> dict[str, float]:
         """One step on `L_P + lambda/2 ||theta_P - theta_D||^2` with `theta_D` held constant."""
         lower = self.lower
-        total, losses = lower.loss(lower.backbone, next(lower.batches))
+        total, losses = lower.loss(lower.backbone, lower.next_batch())
         total.backward()
         average_gradients(lower.parameters)
         pull = 0.0
@@ -166,7 +166,7 @@ class BiLevel:
     def upper_step(self, operator: LinearOperator) -> dict[str, float]:
         """One step on `(theta_D, phi_D)` along the hypergradient."""
         upper = self.upper
-        gradients = self.upper_gradients(next(upper.batches), operator)
+        gradients = self.upper_gradients(upper.next_batch(), operator)
         for parameters, flat in (
             (upper.backbone_parameters, gradients.backbone),
             (upper.head_parameters, gradients.head),

@@ -1,6 +1,7 @@
 """One level of the bilevel problem, or the only level of a stage that has one: what is trained, and how."""
 
 import math
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -23,7 +24,9 @@ class Level:
         multiplier: factor on the learning rate; total_steps: the length of its schedule in optimizer steps.
         clip_norm: limit of the global gradient norm; None for none.
         amp_dtype: of autocast in losses that are differentiated once; None for full precision.
+        batch_size: images in a batch over all ranks, for the figures of speed; 0 where nobody asks.
         step: optimizer steps taken.
+        images: taken from `batches` by this process's part of the run, over all ranks; waited: seconds spent on that.
     """
 
     name: str
@@ -35,7 +38,18 @@ class Level:
     total_steps: int
     clip_norm: float | None = 10.0
     amp_dtype: torch.dtype | None = None
+    batch_size: int = 0
     step: int = 0
+    images: int = 0
+    waited: float = 0.0
+
+    def next_batch(self) -> Any:
+        """The next batch; the time that it takes to come is the time that training waits for data."""
+        start = time.perf_counter()
+        batch = next(self.batches)
+        self.waited += time.perf_counter() - start
+        self.images += self.batch_size
+        return batch
 
     @property
     def backbone_parameters(self) -> list[Tensor]:

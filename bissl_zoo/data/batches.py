@@ -23,6 +23,17 @@ def to_device(batch: Any, device: torch.device) -> Any:
     return map_tensors(lambda tensor: tensor.to(device, non_blocking=True), batch)
 
 
+def split_samples(batch: Any, parts: int) -> list[Any]:
+    """A batch whose tensors are `(B, ...)` as `parts` batches of B / parts samples, in order; as it is for one part."""
+    if parts == 1:
+        return [batch]
+
+    def part(number: int) -> Any:
+        return map_tensors(lambda tensor: tensor.tensor_split(parts)[number], batch)
+
+    return [part(number) for number in range(parts)]
+
+
 def first_samples(batch: Any, count: int) -> Any:
     """The first `count` samples of a batch whose tensors are `(B, ...)`, such as the views of a pretext method."""
     return map_tensors(lambda tensor: tensor[:count], batch)

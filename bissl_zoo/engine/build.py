@@ -151,6 +151,7 @@ def build_level(
         total_steps=total_steps,
         clip_norm=cfg.clip_grad[role],
         amp_dtype=AMP_DTYPES[cfg.train.amp],
+        batch_size=cfg.dataloader["pretext" if role in ("pretrain", "lower") else "train"].batch_size,
     )
 
 

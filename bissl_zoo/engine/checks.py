@@ -19,6 +19,7 @@ from bissl_zoo.engine.build import (
     build_part,
     build_pretext,
 )
+from bissl_zoo.engine.pretrain import check_accumulation
 from bissl_zoo.errors import ConfigError, did_you_mean
 
 #: the keys of `optimizer`, `lr_multiplier` and `clip_grad` that a stage reads
@@ -33,6 +34,8 @@ _LEAST = {
     "train.probe.images": 2,
     "train.probe.k": 0,
     "pretrain.steps": 1,
+    "pretrain.ema": 0,
+    "pretrain.accumulate": 1,
     "bilevel.lower_steps": 1,
     "bilevel.upper_steps": 1,
     "bilevel.alternations": 1,
@@ -67,8 +70,12 @@ def check_config(cfg: DictConfig, source: str) -> None:
         _check_keys(dict(_leaves(cfg[section])), dict(_leaves(reference[section])), section, source)
     for key, least in _LEAST.items():
         value = OmegaConf.select(cfg, key)
+        if value is not None and (isinstance(value, bool) or not isinstance(value, (int, float))):
+            raise ConfigError(f"{source}: {key} is {value!r}; it must be a number, {least} or more, or null.")
         if value is not None and value < least:
             raise ConfigError(f"{source}: {key} is {value}; it must be {least} or more.")
+    if (cfg.pretrain.ema or 0) >= 1:
+        raise ConfigError(f"{source}: pretrain.ema is {cfg.pretrain.ema}; it must be below 1, such as 0.999, or null.")
     if not cfg.bilevel["lambda"] > 0:
         raise ConfigError(f"{source}: bilevel.lambda is {cfg.bilevel['lambda']}; it must be positive.")
     for key, choices in _CHOICES.items():
@@ -146,7 +153,9 @@ def check_parts(context: Context, initial: Weights) -> None:
             )
         instantiate(cfg.dataloader[role], dataset=context.data[role], transform=None, num_workers=0)
     if "pretext" in context.data:
-        build_pretext(cfg, initial, context.device)
+        _, pretext = build_pretext(cfg, initial, context.device)
+        if "pretrain" in cfg.train.stages:
+            check_accumulation(cfg, pretext)
     if "train" in context.data:
         task = build_downstream(context, Weights(initial.backbone))[1]
         target = context.data["train"][0][1]

@@ -25,7 +25,11 @@ def say(line: str) -> None:
 
 
 class Progress(HookBase):
-    """A line with losses, speed and ETA: every `period` steps, the first, the last, and after `silence` seconds."""
+    """A line with losses, speed and ETA: every `period` steps, the first, the last, and after `silence` seconds.
+
+    Images per second over all processes, and the share of the time that this one waited for data, are those since the
+    line before; they join the metrics as `speed/...`.
+    """
 
     def __init__(self, period: int, silence: float = 20.0) -> None:
         self.period = period
@@ -34,7 +38,7 @@ class Progress(HookBase):
     def before_train(self) -> None:
         """Start the clock."""
         self.start_time, self.start_step = time.perf_counter(), self.trainer.step
-        self.spoke = self.start_time
+        self.spoke, self.taken = self.start_time, self._taken()
 
     def after_step(self) -> None:
         """Print the line when it is due."""
@@ -43,12 +47,27 @@ class Progress(HookBase):
         due = done == 1 or trainer.step % self.period == 0 or trainer.step == trainer.total_steps
         if not due and now - self.spoke < self.silence:
             return
-        self.spoke = now
+        speed = self._speed(now)
+        trainer.metrics.update({f"speed/{name}": value for name, value in speed.items()})
         seconds = (now - self.start_time) / done
         eta = datetime.timedelta(seconds=round(seconds * (trainer.total_steps - trainer.step)))
         shown = "  ".join(f"{key} {_short(trainer.metrics[key])}" for key in trainer.headline if key in trainer.metrics)
         width = len(str(trainer.total_steps))
-        say(f"[{trainer.name} {trainer.step:{width}d}/{trainer.total_steps}] {shown}  {seconds:.2f} s/step  ETA {eta}")
+        rate = "  {images_per_second:.0f} images/s  {waiting:.0%} waiting for data".format(**speed) if speed else ""
+        head = f"[{trainer.name} {trainer.step:{width}d}/{trainer.total_steps}]"
+        say(f"{head} {shown}  {seconds:.2f} s/step{rate}  ETA {eta}")
+
+    def _taken(self) -> tuple[int, float]:
+        levels = self.trainer.levels().values()
+        return sum(level.images for level in levels), sum(level.waited for level in levels)
+
+    def _speed(self, now: float) -> dict[str, float]:
+        """Since the line before, which this begins anew; nothing where no images were counted."""
+        (images, waited), (images_before, waited_before), seconds = self._taken(), self.taken, now - self.spoke
+        self.spoke, self.taken = now, (images, waited)
+        if images == images_before or not seconds:
+            return {}
+        return {"images_per_second": (images - images_before) / seconds, "waiting": (waited - waited_before) / seconds}
 
 
 class MetricsWriter(HookBase):

@@ -101,8 +101,11 @@ def weights_of(stage: str, state: dict[str, Any]) -> Weights:
     levels = state["levels"]
     if stage == "bissl":
         return Weights(levels["lower"]["backbone"], pretext=levels["lower"]["head"], task=levels["upper"]["head"])
-    head = {"pretext" if stage == "pretrain" else "task": levels["level"]["head"]}
-    return Weights(levels["level"]["backbone"], **head)
+    source = levels["level"]
+    if "average" in state:
+        source = {part: _take(dict(state["average"]), f"{part}.") for part in ("backbone", "head")}
+    head = {"pretext" if stage == "pretrain" else "task": source["head"]}
+    return Weights(source["backbone"], **head)
 
 
 def resplit(weights: Weights, trunk: Backbone, tail: Tail) -> Weights:

@@ -2,6 +2,12 @@
 
 from typing import Any
 
+import torch
+from omegaconf import DictConfig
+
+from bissl_zoo.backbones import Backbone, Tail
+from bissl_zoo.distributed import get_world_size
+from bissl_zoo.engine.average import WeightAverage
 from bissl_zoo.engine.build import (
     Context,
     Weights,
@@ -12,21 +18,57 @@ from bissl_zoo.engine.build import (
     seed_everything,
     seed_rank,
 )
-from bissl_zoo.engine.trainer import SingleLevelTrainer
+from bissl_zoo.engine.trainer import SingleLevelTrainer, load_state
+from bissl_zoo.errors import CheckpointError, ConfigError
+from bissl_zoo.level import Level
+from bissl_zoo.pretext import PretextMethod
+from bissl_zoo.registry import PRETEXT_METHODS
 
 
 class Pretrain(SingleLevelTrainer):
-    """Train trunk, tail and pretext head on unlabelled images."""
+    """Train trunk, tail and pretext head on unlabelled images.
+
+    Args:
+        average_decay: of a moving average of the weights, which then is what leaves the stage; None for none.
+    """
+
+    def __init__(self, level: Level, accumulate: int = 1, average_decay: float | None = None) -> None:
+        super().__init__(level, accumulate)
+        self.average = None if average_decay is None else WeightAverage(level, average_decay)
 
     def run_step(self) -> dict[str, Any]:
-        """One step, and the teacher's after it."""
+        """One step, and after it the teacher's and the average's."""
         metrics = super().run_step()
         self.level.head.after_step(self.level.backbone)
+        if self.average is not None:
+            self.average.update(self.level)
         return metrics
+
+    def state_dict(self) -> dict[str, Any]:
+        """The level, and the average where there is one."""
+        average = {} if self.average is None else {"average": self.average.state_dict()}
+        return {**super().state_dict(), **average}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue where `state_dict` was taken.
+
+        Raises:
+            CheckpointError: the state is of another architecture, or one of them has an average and the other has not.
+        """
+        super().load_state_dict(state)
+        if (self.average is None) != ("average" not in state):
+            has = "no average of the weights" if "average" not in state else "an average of the weights"
+            raise CheckpointError(
+                f"The checkpoint of {self.name} has {has}, and the configuration says otherwise. Set pretrain.ema as "
+                "it was when the run began."
+            )
+        if self.average is not None:
+            load_state(self.average, state["average"], "average of the weights")
 
     def result(self) -> Weights:
         """The pretrained trunk and pretext head."""
-        return Weights(backbone=self.level.backbone.state_dict(), pretext=self.level.head.state_dict())
+        source = self.level if self.average is None else self.average
+        return Weights(backbone=source.backbone.state_dict(), pretext=source.head.state_dict())
 
 
 def pretrain_steps(context: Context) -> int:
@@ -38,9 +80,46 @@ def pretrain_steps(context: Context) -> int:
 def build_pretrain(context: Context, weights: Weights, start_step: int = 0) -> Pretrain:
     """The stage, ready to run from `weights`, its data from `start_step` on."""
     cfg = context.cfg
+    settings = cfg.pretrain
     seed_everything(cfg.train.seed)
     trunk, pretext = build_pretext(cfg, weights, context.device)
+    check_accumulation(cfg, pretext)
+    if settings.channels_last:
+        trunk, pretext = (module.to(memory_format=torch.channels_last) for module in (trunk, pretext))
     batches = pretext_batches(context, pretext, cfg.train.seed, start_step)
     level = build_level(cfg, "pretrain", "pretrain", trunk, pretext, batches, pretrain_steps(context))
+    trainer = Pretrain(level, settings.accumulate, settings.ema)
+    if settings.compile:
+        compile_backbones(trunk, pretext)
     seed_rank(cfg.train.seed)
-    return Pretrain(level)
+    return trainer
+
+
+def check_accumulation(cfg: DictConfig, pretext: PretextMethod) -> None:
+    """Refuse gradient accumulation where it would be another objective, and a batch that does not divide.
+
+    Raises:
+        ConfigError: naming the methods and the batches with which it works.
+    """
+    parts, batch = cfg.pretrain.accumulate, cfg.dataloader.pretext.batch_size
+    if parts == 1:
+        return
+    if not getattr(pretext, "accumulates", False):
+        exact = [name for name in PRETEXT_METHODS.list() if getattr(PRETEXT_METHODS.get(name), "accumulates", False)]
+        raise ConfigError(
+            f"pretrain.accumulate={parts}: the loss of '{cfg.pretext.name}' compares the images of a batch with each "
+            "other, or leaves something of the whole batch behind, so that the parts of a batch do not add up to it. "
+            f"Set pretrain.accumulate=1 and a batch that fits, or take a method where they do: {', '.join(exact)}."
+        )
+    if batch % (parts * get_world_size()):
+        raise ConfigError(
+            f"pretrain.accumulate={parts}: dataloader.pretext.batch_size={batch} on {get_world_size()} processes does "
+            "not divide into so many equal parts."
+        )
+
+
+def compile_backbones(trunk: Backbone, pretext: PretextMethod) -> None:
+    """Compile, in place, the trunk, the tail, and the copies of them that a method keeps, such as a teacher's."""
+    for module in (trunk, *pretext.modules()):
+        if isinstance(module, (Backbone, Tail)):
+            module.compile()

@@ -19,12 +19,15 @@ from bissl_zoo.engine.features import (
 from bissl_zoo.engine.hooks import say
 from bissl_zoo.engine.trainer import HookBase, Trainer
 from bissl_zoo.errors import DatasetError
-from bissl_zoo.evaluation import collapse_figures, knn_accuracy
+from bissl_zoo.evaluation import collapse_figures, knn_accuracy, linear_probe
 from bissl_zoo.level import Level
 from bissl_zoo.registry import DOWNSTREAM_TASKS
 
 #: the stages that train a pretext method, and which of their levels does
 PROBED = {"pretrain": "level", "bissl": "lower"}
+
+#: passes over the features, enough for a few thousand of them
+LINEAR_EPOCHS = 30
 
 
 class Probe(HookBase):
@@ -32,7 +35,7 @@ class Probe(HookBase):
 
     The embedding is the whole backbone's, trunk and tail, as the pretext method embeds, in eval mode and float32.
     Collapse monitors compare two fixed views of pretext images. Where there are labelled sets, a kNN classifier has
-    images of `train` as neighbours and is asked about images of `test`.
+    images of `train` as neighbours and is asked about images of `test`; so is a linear one, which is trained on them.
 
     The run goes on as if nothing had been measured: random states, modes and batch-norm statistics are as before. Of
     several processes rank 0 measures while the others wait, since it is rank 0's batch-norm statistics that
@@ -51,10 +54,11 @@ class Probe(HookBase):
         period: int,
         images: int,
         k: int,
+        linear: bool,
         seed: int,
     ) -> None:
         self.level, self.context, self.labelled = level, context, labelled
-        self.period, self.images, self.k, self.seed = period, images, k, seed
+        self.period, self.images, self.k, self.linear, self.seed = period, images, k, linear, seed
 
     def after_step(self) -> None:
         """Measure when it is due; placed before the writer, so that the figures are written with this step."""
@@ -78,16 +82,21 @@ class Probe(HookBase):
             rank = f"effective rank {figures['effective_rank']:.1f}/{min(first.shape)}  std {figures['std']:.2f}"
             if self.labelled is None:
                 return figures, rank
-            top1, neighbours = self._knn(size)
-        return {"knn_top1": top1, **figures}, f"kNN top-1 {top1:.3f} (k={self.k}, {neighbours} images)  {rank}"
+            parts = self._labelled_features(size)
+        top1 = {"knn": knn_accuracy(*parts, k=self.k)["top1"]}
+        line = f"kNN top-1 {top1['knn']:.3f} (k={self.k}, {len(parts[0])} images)"
+        if self.linear:
+            top1["linear"] = linear_probe(*parts, epochs=LINEAR_EPOCHS, seed=self.seed).metrics["top1"]
+            line += f"  linear top-1 {top1['linear']:.3f}"
+        return {**{f"{name}_top1": value for name, value in top1.items()}, **figures}, f"{line}  {rank}"
 
-    def _knn(self, size: int) -> tuple[float, int]:
+    def _labelled_features(self, size: int) -> list[torch.Tensor]:
         pixels = pretext_pixels(self.context.cfg)
         parts = []
         for role, dataset in self.labelled.items():
             samples = CentralCrops(*self._drawn(dataset), size, pixels["mean"], pixels["std"])
             parts += self._features(samples, role)
-        return knn_accuracy(*parts, k=self.k)["top1"], len(parts[0])
+        return parts
 
     def _drawn(self, dataset: Dataset) -> tuple[Dataset, list[int]]:
         return dataset, drawn(len(dataset), self.images, self.seed)
@@ -114,7 +123,8 @@ def build_probe(context: Context, trainer: Trainer) -> Probe | None:
         return None
     level = trainer.levels()[PROBED[trainer.name]]
     labelled = _labelled(context) if settings.k else None
-    return Probe(level, context, labelled, settings.period, settings.images, settings.k, context.cfg.train.seed)
+    figures = (settings.period, settings.images, settings.k, settings.linear)
+    return Probe(level, context, labelled, *figures, seed=context.cfg.train.seed)
 
 
 def _labelled(context: Context) -> dict[str, Dataset] | None:

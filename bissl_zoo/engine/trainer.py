@@ -1,11 +1,13 @@
 """The training loop and its hook points; what happens in a step is a stage's, what happens around it a hook's."""
 
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor, nn
 
+from bissl_zoo.data.batches import split_samples
 from bissl_zoo.distributed import average_gradients
 from bissl_zoo.errors import CheckpointError
 from bissl_zoo.level import Level
@@ -108,17 +110,25 @@ class Trainer(ABC):
 
 
 class SingleLevelTrainer(Trainer):
-    """A stage that trains one level by plain gradients: pretraining, head warm-up, fine-tuning."""
+    """A stage that trains one level by plain gradients: pretraining, head warm-up, fine-tuning.
 
-    def __init__(self, level: Level) -> None:
+    Args:
+        accumulate: parts of a batch that pass through the networks one by one; their gradients are averaged.
+    """
+
+    def __init__(self, level: Level, accumulate: int = 1) -> None:
         super().__init__(level.name, level.total_steps)
         self.level = level
+        self.accumulate = accumulate
 
     def run_step(self) -> dict[str, Any]:
         """One optimizer step on the level's own loss."""
         level = self.level
-        total, losses = level.loss(level.backbone, next(level.batches))
-        total.backward()
+        losses: Counter[str] = Counter()
+        for part in split_samples(level.next_batch(), self.accumulate):
+            total, terms = level.loss(level.backbone, part)
+            (total / self.accumulate).backward()
+            losses.update({name: value / self.accumulate for name, value in terms.items()})
         average_gradients(level.parameters)
         step = level.optimize()
         return {"total_loss": sum(losses.values()), **losses, **step}

@@ -28,6 +28,8 @@ class BYOL(PretextMethod):
         decay: of the teacher's exponential moving average over optimizer steps.
     """
 
+    accumulates = True
+
     def __init__(
         self,
         backbone: Backbone,

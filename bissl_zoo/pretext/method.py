@@ -2,7 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
@@ -25,6 +25,10 @@ class PretextMethod(nn.Module, ABC):
         tail: feature map of the trunk -> embedding `(B, tail.num_features)`.
         augmentation: PIL image -> tuple of views; the two views of the BiSSL paper at 96 pixels by default.
     """
+
+    #: whether the loss is a mean over images each of which counts by itself, and a step leaves nothing of its batch, so
+    #: that the parts of a batch can be taken one by one; batch norm then takes its statistics of each part
+    accumulates: ClassVar[bool] = False
 
     def __init__(
         self, backbone: Backbone, tail: Tail, augmentation: Callable[[Any], tuple[Tensor, ...]] | None = None

@@ -39,6 +39,8 @@ class SimMIM(PretextMethod):
         ConfigError: the backbone embeds no patches, or blocks of it are left in the tail.
     """
 
+    accumulates = True
+
     def __init__(
         self,
         backbone: Backbone,

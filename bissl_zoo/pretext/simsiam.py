@@ -31,6 +31,8 @@ class SimSiam(PretextMethod):
         augmentation: MoCo v2's views at 96 pixels by default, as in the paper.
     """
 
+    accumulates = True
+
     def __init__(
         self,
         backbone: Backbone,

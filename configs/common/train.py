@@ -18,6 +18,7 @@ train = dict(
         period=0,  # steps (in bissl alternations) between probes, and one at the end of the stage; 0 for none
         images=2000,  # most images of each data set that is looked at, drawn with train.seed
         k=20,  # of kNN from dataloader.train to dataloader.test, where their targets are classes; 0: monitors only
+        linear=True,  # also a linear classifier from the same features; not where k is 0
     ),
     publish=dict(
         name=None,  # name of the zoo entry the run ends in; null publishes nothing
@@ -29,6 +30,10 @@ train = dict(
 pretrain = dict(
     steps=None,  # optimizer steps; give these or epochs
     epochs=500,  # passes over dataloader.pretext
+    ema=None,  # decay, such as 0.999, of a moving average of the weights, which then leaves the stage; null for none
+    accumulate=1,  # equal parts of a batch to pass one by one, for want of memory; of methods for which it is exact
+    channels_last=False,  # keep the networks in that memory format: faster on GPUs with tensor cores
+    compile=False,  # torch.compile the backbone; needs a C++ compiler, and pays off in long runs on a GPU
 )
 
 bilevel = {

@@ -8,7 +8,10 @@ import numpy as np
 import pytest
 import torch
 from digit_images import write_digit_folder
+from sklearn.linear_model import LogisticRegression
 from sklearn.neighbors import KNeighborsClassifier
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torchvision.transforms import v2
 
@@ -59,6 +62,10 @@ def records(folder):
     return [json.loads(line) for line in lines if "upper_step" not in line]
 
 
+def untimed(record):
+    return {key: value for key, value in record.items() if key != "time" and not key.startswith("speed/")}
+
+
 def states(folder):
     """Every stage's last checkpoint."""
     return {path.parent.name: load_checkpoint(path)[1] for path in (folder / "checkpoints").glob("*/step_000002")}
@@ -89,7 +96,7 @@ def test_a_run_with_and_without_the_probe_ends_bit_equal(labelled_config, tmp_pa
     assert random_states[0] == random_states[1]
     plain, probed = (records(folders[period]) for period in (0, 1))
     for record, other in zip(plain, probed, strict=True):
-        assert {**record, "time": 0} == {k: 0 if k == "time" else v for k, v in other.items() if "probe/" not in k}
+        assert untimed(record) == {key: value for key, value in untimed(other).items() if "probe/" not in key}
     measured = [(record["stage"], record["step"]) for record in probed if "probe/knn_top1" in record]
     assert measured == [("pretrain", 1), ("pretrain", 2), ("bissl", 1), ("bissl", 2)]
 
@@ -110,18 +117,22 @@ def test_the_figures_are_those_of_the_embedding_as_scikit_learn_and_the_formulas
             return method.embed(backbone, images).double().numpy(), [target for _, target in dataset]
 
     reference = KNeighborsClassifier(5, metric="cosine", algorithm="brute", weights=lambda d: np.exp((1 - d) / 0.07))
-    reference.fit(*embedded(context.data["train"]))
-    assert figures["probe/knn_top1"] == reference.score(*embedded(context.data["test"]))
+    train, test = embedded(context.data["train"]), embedded(context.data["test"])
+    assert figures["probe/knn_top1"] == reference.fit(*train).score(*test)
+    linear = make_pipeline(StandardScaler(), LogisticRegression(C=100.0, max_iter=1000)).fit(*train)
+    assert figures["probe/linear_top1"] == pytest.approx(linear.score(*test), abs=0.15)
     with own_randomness(CPU), torch.no_grad():
         samples = FixedViews(context.data["pretext"], range(60), method.views(), seed=0)
         first = method.embed(backbone, torch.stack([samples[i][0] for i in range(60)]))
     # batches of 8 there, of 60 here
     assert figures["probe/effective_rank"] == pytest.approx(effective_rank(first), rel=1e-4)
     assert figures["probe/std"] == pytest.approx(normalized_std(first), rel=1e-4)
-    assert figures.keys() == {f"probe/{n}" for n in ("knn_top1", "effective_rank", "std", "alignment", "uniformity")}
+    names = ("knn_top1", "linear_top1", "effective_rank", "std", "alignment", "uniformity")
+    assert figures.keys() == {f"probe/{name}" for name in names}
     line = next(line for line in capsys.readouterr().out.splitlines() if "probe" in line)
     assert line.startswith(
-        f"[pretrain 2/2] probe  kNN top-1 {figures['probe/knn_top1']:.3f} (k=5, 60 images)  effective"
+        f"[pretrain 2/2] probe  kNN top-1 {figures['probe/knn_top1']:.3f} (k=5, 60 images)  "
+        f"linear top-1 {figures['probe/linear_top1']:.3f}  effective"
     )
     assert f"rank {figures['probe/effective_rank']:.1f}/60  std {figures['probe/std']:.2f}" in line
 
