@@ -11,6 +11,7 @@ import torch
 from fvcore.common.param_scheduler import ConstantParamScheduler
 from omegaconf import DictConfig, ListConfig
 from PIL import Image
+from timm.layers import PatchEmbed
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
@@ -32,7 +33,10 @@ KINKED = (nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.PReLU, nn.RReLU, nn.Hardtanh, nn.H
 
 
 class SmoothTrunk(nn.Module):
-    """Two convolutions and tanh: `(B, 3, 4, 4)` -> `{"c1": (B, 2, 2, 2)}`, 47 parameters."""
+    """Two convolutions and tanh: `(B, 3, 4, 4)` -> `{"c1": (B, 2, 2, 2)}`, 47 parameters.
+
+    The first convolution, of patches side by side, is where timm's vision transformers have theirs.
+    """
 
     out_features = ("c1",)
     stages = ["c1"]
@@ -40,12 +44,14 @@ class SmoothTrunk(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.first = nn.Conv2d(3, 3, 2, stride=2)
+        self.model = nn.Module()
+        self.model.patch_embed = PatchEmbed(SIZE, patch_size=2, embed_dim=3, output_fmt="NHWC")
         self.second = nn.Conv2d(3, 2, 1)
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
         """Map images to the one stage there is."""
-        return {"c1": torch.tanh(self.second(torch.tanh(self.first(images))))}
+        patches = self.model.patch_embed(images).permute(0, 3, 1, 2)
+        return {"c1": torch.tanh(self.second(torch.tanh(patches)))}
 
 
 class SmoothTail(nn.Module):
@@ -123,9 +129,9 @@ class ReducedProblem:
         task = Classification(trunks[1], [str(n) for n in range(CLASSES)]).double()
         self.batch = torch.randn(SAMPLES, 3, SIZE, SIZE).double(), torch.arange(SAMPLES) % CLASSES
         pretext, self.changes = _reduced_method(cfg.pretext, trunks[0])
-        count = len(pretext.views()(Image.fromarray(np.zeros((64, 64, 3), dtype=np.uint8))))
+        shown = pretext.views()(Image.fromarray(np.zeros((64, 64, 3), dtype=np.uint8)))
         torch.manual_seed(1 + get_rank())
-        self.views = tuple(torch.randn(SAMPLES, 3, SIZE, SIZE).double() for _ in range(count))
+        self.views = _random_views([view.dtype == torch.bool for view in shown])
         lower, upper = _level("lower", trunks[0], pretext), _level("upper", trunks[1], task)
         self.problem = BiLevel(lower, upper, Exact(damping=0.0), gamma=cfg.bilevel.gamma)
         self.parameters = lower.backbone_parameters
@@ -218,6 +224,19 @@ def _reduced_method(section: DictConfig, trunk: SmoothTrunk) -> tuple[PretextMet
     narrow = narrow_widths(section)
     pretext = build_part(section, backbone=trunk, tail=SmoothTail(), **narrow).double()
     return pretext, make_smooth(pretext) + [f"{key} at most {WIDTH} wide" for key in narrow]
+
+
+def _random_views(masks: list[bool]) -> tuple[Tensor, ...]:
+    """Images, and masks of 2 x 2 cells where a method takes them.
+
+    A loss of hidden pixels may have a kink at their values, across which finite differences mean nothing: beside a
+    mask, images are far from what a network in its beginnings predicts.
+    """
+    images = torch.randn(len(masks), SAMPLES, 3, SIZE, SIZE).double()
+    if any(masks):
+        images = images + 3.0 * images.sign()
+    mask = torch.tensor([[True, False], [True, True]]).expand(SAMPLES, 2, 2)
+    return tuple(mask if is_mask else view for view, is_mask in zip(images, masks, strict=True))
 
 
 def _level(name: str, backbone: nn.Module, head: nn.Module) -> Level:
