@@ -4,12 +4,14 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler
 
 from bissl_zoo.distributed import get_rank, get_world_size
-from bissl_zoo.errors import ConfigError
+from bissl_zoo.errors import ConfigError, did_you_mean
 
 Sample = tuple[Any, Any]
+#: who may make the views of pretext data
+VIEWS_ON = ("workers", "device")
 
 
 class TransformedDataset(Dataset):
@@ -24,6 +26,17 @@ class TransformedDataset(Dataset):
 
     def __getitem__(self, index: int) -> Any:
         return self.transform(*self.dataset[index])
+
+
+class TransformedStream(IterableDataset):
+    """A stream of `(PIL image, target)` seen through `transform(image, target)`."""
+
+    def __init__(self, stream: IterableDataset, transform: Callable[[Any, Any], Any]) -> None:
+        self.stream, self.transform = stream, transform
+
+    def __iter__(self) -> Iterator[Any]:
+        for sample in self.stream:
+            yield self.transform(*sample)
 
 
 class TrainingSampler(Sampler[int]):
@@ -61,25 +74,39 @@ def build_train_loader(
     seed: int = 0,
     start_step: int = 0,
     pin_memory: bool = False,
+    views_on: str = "workers",
 ) -> DataLoader:
     """Endless loader of training batches.
 
     Args:
-        dataset: items `(PIL image, target)`.
+        dataset: items `(PIL image, target)`. One that is to be read in a stream has `stream`, as
+            :class:`bissl_zoo.data.shards.ShardDataset` does, which then decides the order.
         batch_size: samples per step over all ranks; each rank loads its share.
         start_step: number of batches already taken by an earlier part of the run.
+        views_on: of pretext data, who makes the views: `workers`, or `device`, where the workers only cut the crops and
+            :func:`bissl_zoo.engine.build.pretext_batches` does the rest in batch. The loader itself is the same.
     Raises:
-        ConfigError: the batch does not divide among the ranks.
+        ConfigError: the batch does not divide among the ranks; `views_on` is something else; or there are fewer shards
+            than processes that read them.
     """
+    if views_on not in VIEWS_ON:
+        hint = did_you_mean(str(views_on), VIEWS_ON)
+        raise ConfigError(f"views_on is '{views_on}'; accepted are {' and '.join(VIEWS_ON)}.{hint}")
     world = get_world_size()
     if batch_size % world or batch_size < 1:
         raise ConfigError(
             f"batch_size={batch_size} is the batch over all ranks and must be a multiple of the {world} ranks."
         )
+    if hasattr(dataset, "stream"):
+        stream = dataset.stream(batch_size // world, seed, start_step, num_workers, get_rank(), world)
+        samples, sampler = TransformedStream(stream, transform), None
+    else:
+        samples = TransformedDataset(dataset, transform)
+        sampler = TrainingSampler(len(dataset), batch_size, seed, start_step)
     return DataLoader(
-        TransformedDataset(dataset, transform),
+        samples,
         batch_size=batch_size // world,
-        sampler=TrainingSampler(len(dataset), batch_size, seed, start_step),
+        sampler=sampler,
         collate_fn=collate,
         num_workers=num_workers,
         pin_memory=pin_memory,

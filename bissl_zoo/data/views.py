@@ -10,6 +10,7 @@ from PIL import Image
 from torch import Tensor
 from torchvision.transforms import v2
 
+from bissl_zoo.data.device_views import halves, in_batch
 from bissl_zoo.errors import ConfigError
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -19,7 +20,8 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 class Views:
     """Apply several transforms to one image: PIL image -> tuple of `(3, S, S)` float32 views, normalised.
 
-    S may differ from view to view; a batch is a sequence of tensors, one per view.
+    S may differ from view to view; a batch is a sequence of tensors, one per view. Views of a batch may be made in two
+    parts: `crops` in the loader's workers, the rest by `on_device`.
     """
 
     def __init__(self, transforms: Sequence[Callable[[Any], Tensor]]) -> None:
@@ -29,6 +31,20 @@ class Views:
         """The views of one image, each with its own draw of the randomness."""
         pixels = v2.functional.pil_to_tensor(image)
         return tuple(transform(pixels) for transform in self.transforms)
+
+    @property
+    def crops(self) -> "Views":
+        """The first part of each view: PIL image -> crops `(3, S, S)` of uint8, with the geometry of the views.
+
+        Raises:
+            ConfigError: a transform does not come in two parts, see :func:`bissl_zoo.data.device_views.halves`.
+        """
+        return Views([halves(transform)[0] for transform in self.transforms])
+
+    def on_device(self, batch: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        """The views `(N, 3, S, S)` of a batch of `crops`, drawn on its device, each image by itself."""
+        transforms = zip(self.transforms, batch, strict=True)
+        return tuple(in_batch(halves(transform)[1], crops) for transform, crops in transforms)
 
 
 class MaskedView:
@@ -50,6 +66,16 @@ class MaskedView:
         mask = torch.zeros(self.cells**2, dtype=torch.bool)
         mask[torch.randperm(len(mask))[: self.hidden]] = True
         return view, mask.view(self.cells, self.cells)
+
+    @property
+    def crops(self) -> "MaskedView":
+        """The first part: PIL image -> crop `(3, S, S)` of uint8 and the mask; see :attr:`Views.crops`."""
+        return MaskedView(halves(self.transform)[0], self.cells, self.hidden)
+
+    def on_device(self, batch: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        """Views `(N, 3, S, S)` and masks of a batch of `crops`, drawn on its device."""
+        crops, mask = batch
+        return in_batch(halves(self.transform)[1], crops), mask
 
 
 def two_views(

@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader, Dataset
 from bissl_zoo.backbones import Backbone, Tail
 from bissl_zoo.config import instantiate
 from bissl_zoo.data.batches import to_device
+from bissl_zoo.data.device_views import two_parts
 from bissl_zoo.distributed import broadcast_module, get_rank
 from bissl_zoo.downstream import DownstreamTask
 from bissl_zoo.engine.trainer import load_state
@@ -166,8 +167,16 @@ class ViewsOnly:
 
 
 def pretext_batches(context: Context, pretext: PretextMethod, seed: int, start_step: int = 0) -> Iterator[Any]:
-    """Endless batches of views on the run's device."""
-    return _endless(context, "pretext", seed, start_step, transform=ViewsOnly(pretext.views()))
+    """Endless batches of views on the run's device, made there, in batch, where `dataloader.pretext.views_on` says so.
+
+    Raises:
+        ConfigError: they are to be made there, and the method's augmentation does not come in two parts.
+    """
+    views = pretext.views()
+    if context.cfg.dataloader.pretext.get("views_on") != "device":
+        return _endless(context, "pretext", seed, start_step, transform=ViewsOnly(views))
+    crops, on_device = two_parts(views)
+    return _endless(context, "pretext", seed, start_step, on_device, transform=ViewsOnly(crops))
 
 
 def train_batches(context: Context, task: DownstreamTask, seed: int, start_step: int = 0) -> Iterator[Any]:
@@ -185,12 +194,20 @@ def test_loader(context: Context, task: DownstreamTask) -> DataLoader:
     )
 
 
-def _endless(context: Context, role: str, seed: int, start_step: int, **extra: Any) -> Iterator[Any]:
+def _endless(
+    context: Context,
+    role: str,
+    seed: int,
+    start_step: int,
+    on_device: Callable[[Any], Any] | None = None,
+    **extra: Any,
+) -> Iterator[Any]:
     loader = instantiate(
         context.cfg.dataloader[role], dataset=context.data[role], seed=seed, start_step=start_step, **extra
     )
     for batch in loader:
-        yield to_device(batch, context.device)
+        batch = to_device(batch, context.device)
+        yield on_device(batch) if on_device else batch
 
 
 def count_steps(section: DictConfig, key: str, dataset: Dataset, batch_size: int) -> int:

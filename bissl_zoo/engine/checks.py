@@ -18,6 +18,7 @@ from bissl_zoo.engine.build import (
     build_downstream,
     build_part,
     build_pretext,
+    pretext_batches,
 )
 from bissl_zoo.engine.pretrain import check_accumulation
 from bissl_zoo.errors import ConfigError, did_you_mean
@@ -151,9 +152,12 @@ def check_parts(context: Context, initial: Weights) -> None:
                 f"dataloader.{role}.batch_size={batch_size} must be a positive whole number and, being the batch over "
                 f"all processes, a multiple of their number ({world})."
             )
+        if role != "pretext" and "views_on" in cfg.dataloader[role]:
+            raise ConfigError(f"dataloader.{role}.views_on: only dataloader.pretext has views. Remove it.")
         instantiate(cfg.dataloader[role], dataset=context.data[role], transform=None, num_workers=0)
     if "pretext" in context.data:
         _, pretext = build_pretext(cfg, initial, context.device)
+        pretext_batches(context, pretext, cfg.train.seed)  # reads nothing yet, and refuses views that cannot be
         if "pretrain" in cfg.train.stages:
             check_accumulation(cfg, pretext)
     if "train" in context.data:
