@@ -10,6 +10,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 import bissl_zoo
 from bissl_zoo.config import LazyConfig
+from bissl_zoo.engine.checkpoint import load_checkpoint
 
 COUNTS = {"unlabeled": 48, "train": 24, "val": 1, "test": 12}
 OVERRIDES = [
@@ -47,7 +48,7 @@ def test_the_walk_shows_progress_figures_and_the_way_to_load_the_entry(walk):
     _, _, outcome = walk
     for number, stage in enumerate(STAGES, start=1):
         assert f"stage {number} of 5: {stage}" in outcome.out
-    assert "[pretrain 1/3] total_loss " in outcome.out and "s/step  ETA 0:00:0" in outcome.out
+    assert "[pretrain 1/3] total_loss " in outcome.out and "% waiting for data  ETA 0:00:0" in outcome.out
     table = outcome.out[outcome.out.index("fine-tuned from") :].splitlines()
     assert {"AP50", "AP"} <= set(table[0].split())
     assert [line.split()[0] for line in table[2:4]] == ["pretrained", "bissl"]
@@ -68,7 +69,7 @@ def test_the_run_directory_says_what_was_run(walk):
     assert list((run / "tensorboard").glob("events.out.tfevents.*"))
     for stage in STAGES:
         newest = max((run / "checkpoints" / stage).iterdir())
-        info = json.loads((newest / "state.json").read_text())
+        info = json.loads((newest / "manifest.json").read_text())
         assert info["done"] and info["stage"] == stage and info["architecture"] == "resnet18"
     assert (run / "checkpoints" / "latest").read_text() == "finetune/step_000003\n"
     results = json.loads((run / "results.json").read_text())
@@ -123,7 +124,7 @@ def test_plain_timm_loads_the_entry_with_the_same_features(walk):
 def test_the_entry_is_the_lower_backbone(walk):
     base, entry = walk[0], entry_of(walk)
     published = load_file(base / "zoo" / entry["name"] / "model.safetensors")
-    state = torch.load(base / "run" / "checkpoints" / "bissl" / "step_000002" / "state.pt", weights_only=True)
+    state = load_checkpoint(base / "run" / "checkpoints" / "bissl" / "step_000002")[1]
     lower, upper = state["levels"]["lower"], state["levels"]["upper"]["backbone"]
     tail = {key[len("tail.") :]: value for key, value in lower["head"].items() if key.startswith("tail.")}
     assert published.keys() == lower["backbone"].keys() | tail.keys()
@@ -161,7 +162,7 @@ def test_resuming_the_finished_run_publishes_nothing_new(walk, train_net):
     results = (base / "run" / "results.json").read_text()
     again = train_net("--resume", *settings, datasets=base / "datasets")
     assert again.status == 0, again.err
-    assert "resumed from" in again.out and "[finetune 3/3] total_loss" not in again.out
+    assert "is finished; there is nothing to resume" in again.out and "[finetune" not in again.out
     assert f"published {entry_of(walk)['name']}\n" in again.out
     assert bissl_zoo.list_backbones(zoo=base / "zoo") == entries
     assert (base / "run" / "results.json").read_text() == results

@@ -3,19 +3,23 @@
 import datetime
 import json
 import math
+import os
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch.utils.tensorboard import SummaryWriter
 
-from bissl_zoo.distributed import is_main_process, on_main_process
-from bissl_zoo.engine.checkpoint import Checkpointer
+from bissl_zoo.distributed import all_gather_objects, is_main_process, on_main_process
+from bissl_zoo.engine.checkpoint import Checkpointer, write_atomically
+from bissl_zoo.engine.randomness import random_state
 from bissl_zoo.engine.trainer import HookBase
 
 #: how the names of figures begin that are measured now and then, after a step
 MEASURED = ("test/", "probe/")
+METRICS_FILE = "metrics.jsonl"
 
 
 def say(line: str) -> None:
@@ -74,7 +78,8 @@ class MetricsWriter(HookBase):
     """Every `period` steps, one line of `metrics.jsonl` and the same figures in TensorBoard; finer records all.
 
     Such a record, as of an upper step, has a line of its own with its number, and is in TensorBoard at that number.
-    Steps after which something was measured are written whatever the period.
+    Steps after which something was measured are written whatever the period. Lines that an earlier part of the run
+    wrote of steps that are taken again are dropped, so that each step is there once.
     """
 
     def __init__(self, folder: Path, period: int) -> None:
@@ -82,7 +87,9 @@ class MetricsWriter(HookBase):
         self.period = period
 
     def before_train(self) -> None:
-        """Open the TensorBoard file."""
+        """Drop lines of steps to come, and open the TensorBoard file."""
+        if is_main_process():
+            drop_lines_after(self.folder / METRICS_FILE, self.trainer.name, self.trainer.step)
         self.board = SummaryWriter(str(self.folder / "tensorboard")) if is_main_process() else None
 
     def after_step(self) -> None:
@@ -100,8 +107,10 @@ class MetricsWriter(HookBase):
             self._show(trainer.name, trainer.metrics, trainer.step)
         head = {"stage": trainer.name, "step": trainer.step, "time": time.time()}
         if records:
-            with open(self.folder / "metrics.jsonl", "a") as file:
+            with open(self.folder / METRICS_FILE, "a") as file:
                 file.writelines(json.dumps({**head, **_jsonable(record)}) + "\n" for record in records)
+                file.flush()
+                os.fsync(file.fileno())  # before the checkpoint of this step, which counts on these lines
 
     def _show(self, prefix: str, figures: dict[str, Any], step: int) -> None:
         for name, value in figures.items():
@@ -114,23 +123,55 @@ class MetricsWriter(HookBase):
             self.board.close()
 
 
-class PeriodicCheckpoint(HookBase):
-    """Save the trainer's state every `period` steps and at the last."""
+def drop_lines_after(path: Path, stage: str, step: int) -> None:
+    """Keep the lines of `metrics.jsonl` up to `step` of `stage`; what follows was not finished and is done again."""
+    if not path.exists():
+        return
+    kept, reached = [], False
+    for line in path.read_text(errors="replace").splitlines(keepends=True):
+        try:
+            record = json.loads(line)
+            here, number = record["stage"], record["step"]
+        except (ValueError, KeyError, TypeError):  # cut off in the middle
+            break
+        reached = reached or here == stage
+        if reached and (here != stage or number > step):
+            break
+        kept.append(line)
+    write_atomically(path, "".join(kept))
 
-    def __init__(self, checkpointer: Checkpointer, period: int, architecture: str) -> None:
+
+class PeriodicCheckpoint(HookBase):
+    """Save the trainer's state and every process's random state: every `period` steps, at the last, and on stopping."""
+
+    def __init__(self, checkpointer: Checkpointer, period: int, architecture: str, device: torch.device) -> None:
         self.checkpointer = checkpointer
         self.period = period
         self.architecture = architecture
+        self.device = device
 
     def after_step(self) -> None:
         """Save when it is due."""
         trainer = self.trainer
-        if trainer.step % self.period == 0 or trainer.step == trainer.total_steps:
-            on_main_process(self._save)  # what fails there ends every process with the same message
+        if trainer.step % self.period == 0 or trainer.step == trainer.total_steps or trainer.stopping:
+            randomness = all_gather_objects(random_state(self.device))
+            on_main_process(lambda: self._save(randomness))  # what fails there ends every process with the same message
 
-    def _save(self) -> None:
+    def _save(self, randomness: list[dict[str, Any]]) -> None:
         trainer = self.trainer
-        self.checkpointer.save(trainer.name, trainer.step, trainer.total_steps, self.architecture, trainer.state_dict())
+        measured = {
+            name: value
+            for name, value in trainer.metrics.items()
+            if name.startswith(MEASURED) and isinstance(value, (int, float))
+        }
+        self.checkpointer.save(
+            trainer.name,
+            trainer.step,
+            trainer.total_steps,
+            self.architecture,
+            {**trainer.state_dict(), "random": randomness},
+            measured,
+        )
 
 
 class PeriodicEvaluation(HookBase):

@@ -14,6 +14,7 @@ import torch.multiprocessing as mp
 from omegaconf.errors import OmegaConfBaseException
 
 from bissl_zoo.distributed import get_local_rank, get_rank
+from bissl_zoo.engine.interruption import Interrupted
 from bissl_zoo.errors import BisslZooError, CheckpointError, ConfigError, DatasetError
 
 
@@ -56,8 +57,8 @@ def launch(main: Callable[..., int], num_processes: int, *args: Any) -> int:
         port = probe.getsockname()[1]
     try:
         mp.start_processes(_spawned, (main, args, num_processes, port), nprocs=num_processes, start_method="spawn")
-    except mp.ProcessExitedException:
-        return 1
+    except mp.ProcessExitedException as ended:
+        return ended.exit_code
     return 0
 
 
@@ -82,6 +83,10 @@ def _run_in_group(main: Callable[..., int], args: tuple) -> int:
 def _run(main: Callable[..., int], args: tuple) -> int:
     try:
         return main(*args)
+    except Interrupted as request:
+        if get_rank() == 0:
+            print(request, file=sys.stderr, flush=True)
+        return request.status
     except BisslZooError as error:
         return _report(error)
     except OmegaConfBaseException as error:

@@ -17,12 +17,15 @@ RESULTS_FILE, RECEIPT_FILE = "results.json", "zoo_entry.json"
 
 
 def published(folder: Path) -> PublishedEntry | None:
-    """What the run has been published as last, None where it has not."""
+    """What the run has been published as last, None where it has not, or where its receipt cannot be read."""
     receipt = folder / RECEIPT_FILE
-    return PublishedEntry(**json.loads(receipt.read_text())) if receipt.exists() else None
+    try:
+        return PublishedEntry(**json.loads(receipt.read_text())) if receipt.exists() else None
+    except (ValueError, TypeError):
+        return None
 
 
-def publish_run(folder: Path, name: str | None = None, zoo: Zoo | None = None) -> PublishedEntry:
+def publish_run(folder: Path, name: str | None = None, zoo: Zoo | None = None, once: bool = False) -> PublishedEntry:
     """Publish the backbone that the pretext stages of a run left: the lower level's of BiSSL, or that of pretraining.
 
     Its pretext head completes the backbone and, with the task's head, goes along.
@@ -31,6 +34,7 @@ def publish_run(folder: Path, name: str | None = None, zoo: Zoo | None = None) -
         folder: the run directory.
         name: of the entry; None for `train.publish.name` of the run's config.
         zoo: None for `train.publish.zoo`, or the first of `train.zoo`.
+        once: see `publish_entry`.
     Raises:
         CheckpointError: there is no run, or no finished pretext stage in it.
         ZooError: the zoo refused.
@@ -70,6 +74,7 @@ def publish_run(folder: Path, name: str | None = None, zoo: Zoo | None = None) -
         pretext_head_state=weights.pretext,
         task_head_state=weights.task,
         zoo=zoo or cfg.train.publish.zoo or zoo_of(cfg),
+        once=once,
     )
     facts = {"name": entry.name, "location": entry.location, "sha256": entry.sha256}
     write_atomically(folder / RECEIPT_FILE, json.dumps(facts, indent=2) + "\n")

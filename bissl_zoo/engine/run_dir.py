@@ -11,10 +11,12 @@ import timm
 import torch
 import torchvision
 from omegaconf import DictConfig, OmegaConf
+from tabulate import tabulate
 
 from bissl_zoo import __version__
 from bissl_zoo.config import LazyConfig
 from bissl_zoo.engine.checkpoint import write_atomically
+from bissl_zoo.engine.run_lock import LOCK_FILE
 from bissl_zoo.errors import ConfigError
 
 #: keys a resumed run may change: where and how it runs, not what it computes
@@ -23,15 +25,18 @@ FREE_KEYS = (
     "train.log_period",
     "train.checkpoint",
     "train.imports",
+    "train.zoo",
     "train.probe",
     "train.publish",
     "train.output_dir",
     "bilevel.products",
 )
+#: keys a resumed run may raise, as long as no later stage has begun
+LENGTHS = ("pretrain.steps", "pretrain.epochs", "bilevel.alternations", "finetune.steps", "finetune.epochs")
 
 
-def prepare_run_dir(cfg: DictConfig, resume: bool) -> Path:
-    """Make `train.output_dir` this run's, or refuse.
+def check_run_dir(cfg: DictConfig, resume: bool) -> Path:
+    """The folder `train.output_dir`, if this run may have it; nothing is written.
 
     Raises:
         ConfigError: it holds another run; with `resume`, it holds none, or one of another configuration.
@@ -45,27 +50,41 @@ def prepare_run_dir(cfg: DictConfig, resume: bool) -> Path:
             )
         changed = _differences(LazyConfig.load(config), cfg)
         if changed:
+            rows = tabulate(changed, headers=["key", "was", "is"], disable_numparse=True)
             raise ConfigError(
-                f"The run in {folder} was started with another configuration: {'; '.join(changed[:5])}. "
-                "Resume it with the same one, or start a new run in another train.output_dir."
+                f"The run in {folder} was started with another configuration:\n{rows}\n"
+                "Resume it with the same one, or start a new run in another train.output_dir. A resumed run may change "
+                f"{', '.join(FREE_KEYS)} and num_workers, and raise {', '.join(LENGTHS)}."
             )
     elif folder.exists() and not folder.is_dir():
         raise ConfigError(f"train.output_dir '{folder}' is a file; give the name of a folder.")
-    elif folder.exists() and any(folder.iterdir()):
+    elif folder.exists() and any(path.name != LOCK_FILE for path in folder.iterdir()):
         raise ConfigError(
             f"train.output_dir '{folder}' is not empty: it may hold another run. Go on with that one by --resume, or "
             "give another folder, as in train.output_dir=runs/another."
         )
+    return folder
+
+
+def prepare_run_dir(cfg: DictConfig, resume: bool) -> Path:
+    """Make `train.output_dir` this run's.
+
+    Raises:
+        ConfigError: as `check_run_dir` does, or it cannot be written.
+    """
+    folder = check_run_dir(cfg, resume)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        LazyConfig.save(cfg, config)
+        LazyConfig.save(cfg, folder / "config.yaml")
         write_atomically(folder / "environment.txt", describe_environment())
     except OSError as error:
         raise ConfigError(f"train.output_dir '{folder}' cannot be written: {error.strerror}.") from error
     return folder
 
 
-def _differences(old: DictConfig, new: DictConfig) -> list[str]:
+def _differences(old: DictConfig, new: DictConfig) -> list[tuple[str, Any, Any]]:
+    """Keys that change what is computed, with the old and the new value."""
+
     def leaves(cfg: DictConfig) -> dict[str, Any]:
         found: dict[str, Any] = {}
 
@@ -82,10 +101,16 @@ def _differences(old: DictConfig, new: DictConfig) -> list[str]:
     before, after = leaves(old), leaves(new)
     # absent is null: a key that came with a later version, and asks for nothing
     return [
-        f"{key} was {before.get(key, 'absent')}, is {after.get(key, 'absent')}"
+        (key, before.get(key, "absent"), after.get(key, "absent"))
         for key in sorted(before.keys() | after.keys())
-        if before.get(key) != after.get(key) and not key.startswith(FREE_KEYS) and not key.endswith("num_workers")
+        if before.get(key) != after.get(key) and not _is_free(key, before.get(key), after.get(key))
     ]
+
+
+def _is_free(key: str, before: Any, after: Any) -> bool:
+    if key in LENGTHS:
+        return before is not None and after is not None and after > before
+    return key.startswith(FREE_KEYS) or key.endswith("num_workers")
 
 
 def describe_environment() -> str:

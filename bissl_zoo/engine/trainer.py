@@ -2,7 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -26,7 +26,7 @@ class HookBase:
         """Called after each step, with `trainer.step` steps done."""
 
     def after_train(self) -> None:
-        """Called once, after the last step."""
+        """Called once, after the last step that is taken."""
 
 
 class Trainer(ABC):
@@ -37,6 +37,7 @@ class Trainer(ABC):
         step: steps done, of `total_steps`.
         metrics: what the last step returned.
         records: of finer grain than a step, for the writer: those of the last step, numbered under `record_key`.
+        stopping: whether the run was asked to stop, so that this step is its last for now.
     """
 
     #: the metrics to show on the progress line
@@ -50,17 +51,23 @@ class Trainer(ABC):
         self.step = 0
         self.metrics: dict[str, Any] = {}
         self.records: list[dict[str, Any]] = []
+        self.stopping = False
         self.hooks: list[HookBase] = []
 
-    def train(self, hooks: Sequence[HookBase] = ()) -> None:
-        """Run from the present step to the last."""
+    def train(self, hooks: Sequence[HookBase] = (), stop: Callable[[], bool] = lambda: False) -> None:
+        """Run from the present step to the last, or to the one after which `stop` says so.
+
+        Args:
+            stop: asked after each step on every rank, with the same answer on each.
+        """
         self.hooks = list(hooks)
         for hook in self.hooks:
             hook.trainer = self
             hook.before_train()
-        while self.step < self.total_steps:
+        while self.step < self.total_steps and not self.stopping:
             self.metrics = self.run_step()
             self.step += 1
+            self.stopping = stop()
             for hook in self.hooks:
                 hook.after_step()
         for hook in self.hooks:

@@ -16,8 +16,8 @@ from bissl_zoo.zoo.card import EntryMetadata, entry_facts, render_card
 from bissl_zoo.zoo.create import state_difference
 from bissl_zoo.zoo.figure import FIGURE_FILE, draw_metrics
 from bissl_zoo.zoo.hub import WEIGHTS_FILE, ZooLike, as_zoo
-from bissl_zoo.zoo.index import ENTRY_FORMAT, to_json
-from bissl_zoo.zoo.names import check_name, sha256_of
+from bissl_zoo.zoo.index import ENTRY_FORMAT, Index, to_json
+from bissl_zoo.zoo.names import check_name, sha256_of, split_version
 from bissl_zoo.zoo.stores import writable
 from bissl_zoo.zoo.timm_format import PIXEL_KEYS, check_loads_in_timm, timm_config
 from bissl_zoo.zoo.transactions import add_entry, read_index
@@ -47,6 +47,7 @@ def publish_entry(
     pretext_head_state: Mapping[str, Tensor] | None = None,
     task_head_state: Mapping[str, Tensor] | None = None,
     zoo: ZooLike = None,
+    once: bool = False,
 ) -> PublishedEntry:
     """Add a backbone to a zoo under `name`, or `name@2`, `name@3`, ... where the name is taken; entries never change.
 
@@ -62,6 +63,8 @@ def publish_entry(
         train_config_text: the run's resolved config as YAML.
         model_args: arguments the model was built with beyond the architecture's own (`Backbone.model_args`).
         zoo: a location, or a Zoo, of which the first location is published to.
+        once: where a version of `name` has these very weights, heads and configuration, return that one: for a
+            publisher who cannot know whether it came so far before it was interrupted.
     Raises:
         ZooError: the state does not fit the architecture, a value cannot be stored, or the zoo refused. It is as it
             was then.
@@ -83,14 +86,16 @@ def publish_entry(
         if state is not None:
             states[f"{file}.safetensors"] = _storable(file, state)
     entry["input"] = {key: config["pretrained_cfg"][key] for key in PIXEL_KEYS} | {"channel_order": "RGB"}
-    read_index(store)  # an unusable index, like facts that cannot be stored, is reported before anything is written
+    # an unusable index, like facts that cannot be stored, is reported before anything is written
+    index, _ = read_index(store)
     texts = {"config.json": to_json(config), "train_config.yaml": train_config_text}
     to_json(entry)
     try:
         with tempfile.TemporaryDirectory(prefix="bissl_zoo-") as folder:
             files = _write_files(Path(folder), texts, states, entry)
             check_loads_in_timm(Path(folder), backbone_state)
-            named = add_entry(store, name, lambda given: _complete(Path(folder), entry, files, given))
+            named = _same_entry(index, name, files) if once else None
+            named = named or add_entry(store, name, lambda given: _complete(Path(folder), entry, files, given))
     except (OSError, SafetensorError) as error:
         raise ZooError(
             f"Publishing '{name}' to {store.location} failed in the folder for temporary files, "
@@ -99,6 +104,17 @@ def publish_entry(
     except ZooError as error:
         raise ZooError(f"Publishing '{name}' to {store.location} failed: {error}") from error
     return PublishedEntry(named, f"{store.location.rstrip('/')}/{named}", files[WEIGHTS_FILE]["sha256"])
+
+
+def _same_entry(index: Index, name: str, files: Mapping[str, dict[str, Any]]) -> str | None:
+    """The newest version of `name` whose tensors and configuration are these files'."""
+    telling = {file for file in files if file.endswith(".safetensors")} | {"train_config.yaml"}
+    same = [
+        entry
+        for entry, record in index.records.items()
+        if split_version(entry)[0] == name and all(record["files"].get(file) == files[file] for file in telling)
+    ]
+    return max(same, key=lambda entry: split_version(entry)[1], default=None)
 
 
 def _write_files(

@@ -7,12 +7,15 @@ train = dict(
     imports=None,  # Python files or modules that register parts of your own, such as [mine/rotation.py]
     zoo=None,  # folders and addresses where zoo:NAME is looked up, the first first; null: $BISSL_ZOO, or model_zoo/
     seed=0,  # of weights, data order and augmentation
+    deterministic=False,  # algorithms that give the same bits every time, and a resumed run too; slower on GPUs
     device="auto",  # auto (a GPU where there is one), cpu, cuda
     amp=None,  # bf16: losses that are differentiated once run in bfloat16 autocast; null: all in float32
     log_period=10,  # steps between progress lines and records in metrics.jsonl; a step of bissl is an alternation
     checkpoint=dict(
         period=500,  # steps between checkpoints; the last step of a stage always has one
         keep=2,  # newest checkpoints kept per stage
+        every=None,  # also kept: those at multiples of so many steps
+        best=None,  # also kept: the one of the highest value of a figure measured on the way, such as test/AP50
     ),
     probe=dict(  # of the embedding that the pretext method trains, in pretrain and bissl; the run does not notice
         period=0,  # steps (in bissl alternations) between probes, and one at the end of the stage; 0 for none

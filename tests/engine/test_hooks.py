@@ -14,6 +14,8 @@ from bissl_zoo.engine.hooks import MetricsWriter, PeriodicCheckpoint, PeriodicEv
 from bissl_zoo.engine.trainer import HookBase, Trainer, load_state
 from bissl_zoo.errors import CheckpointError
 
+CPU = torch.device("cpu")
+
 
 class Counter(Trainer):
     """A trainer whose metrics are functions of the step."""
@@ -132,7 +134,7 @@ def test_finer_records_are_written_at_every_step_whatever_the_period(tmp_path, m
 
 
 def test_checkpoints_are_written_every_period_and_at_the_last_step(tmp_path):
-    Counter("stage", 5).train([PeriodicCheckpoint(Checkpointer(tmp_path, keep=9), 2, "resnet18")])
+    Counter("stage", 5).train([PeriodicCheckpoint(Checkpointer(tmp_path, keep=9), 2, "resnet18", CPU)])
     assert sorted(path.name for path in (tmp_path / "stage").iterdir()) == ["step_000002", "step_000004", "step_000005"]
 
 

@@ -165,7 +165,7 @@ def test_a_file_without_a_head_gets_the_phase_and_a_line_that_says_so(config, we
     records = [json.loads(text) for text in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     losses = [record["total_loss"] for record in records if record["stage"] == "pretext_warmup"]
     assert len(losses) == 4 and losses[-1] < losses[0]
-    info = json.loads((tmp_path / "run/checkpoints/pretext_warmup/step_000004/state.json").read_text())
+    info = json.loads((tmp_path / "run/checkpoints/pretext_warmup/step_000004/manifest.json").read_text())
     assert info["done"] and info["stage"] == "pretext_warmup"
 
 

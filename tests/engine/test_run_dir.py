@@ -9,7 +9,7 @@ import torch
 from bissl_zoo.backbones import merge_split_states
 from bissl_zoo.config import LazyConfig, load_config
 from bissl_zoo.engine.build import Weights
-from bissl_zoo.engine.checkpoint import load_checkpoint
+from bissl_zoo.engine.checkpoint import load_checkpoint, read_info
 from bissl_zoo.engine.checks import check_config
 from bissl_zoo.engine.init import load_init, resplit
 from bissl_zoo.engine.run_dir import prepare_run_dir
@@ -80,7 +80,7 @@ def test_a_resumed_run_may_change_where_and_how_it_runs_only(tmp_path):
     prepare_run_dir(voc_det(out, *free, "train.publish.name=x"), resume=True)
     prepare_run_dir(voc_det(out, *free, "bilevel.products=rebuild"), resume=True)
     for bound in ("train.seed=1", "train.init=x", "task.min_size=3", "optimizer.upper.lr=0.1", "train.amp=bf16"):
-        with pytest.raises(ConfigError, match=f"{bound.split('=')[0]} was .*, is {bound.split('=')[1]}"):
+        with pytest.raises(ConfigError, match=f"\n{bound.split('=')[0]} +.* +{bound.split('=')[1]}\n"):
             prepare_run_dir(voc_det(out, *free, bound), resume=True)
 
 
@@ -88,7 +88,7 @@ def test_a_run_that_began_before_a_key_was_added_is_resumed_where_the_key_is_nul
     cfg = voc_det(f"train.output_dir={tmp_path / 'a'}")
     prepare_run_dir(cfg, resume=False)
     LazyConfig.save(LazyConfig.apply_overrides(cfg, ["~train.amp"]), tmp_path / "a" / "config.yaml")
-    with pytest.raises(ConfigError, match="train.amp was absent, is bf16"):
+    with pytest.raises(ConfigError, match="train.amp +absent +bf16"):
         prepare_run_dir(voc_det(f"train.output_dir={tmp_path / 'a'}", "train.amp=bf16"), resume=True)
     prepare_run_dir(cfg, resume=True)
 
@@ -99,7 +99,7 @@ def test_the_weights_of_a_run_are_those_its_last_stage_left(finished, tiny_confi
     levels = load_checkpoint(path)[1]["levels"]
     lower = levels["lower"]["backbone"]
     assert all(torch.equal(weights.backbone[key], value) for key, value in lower.items())
-    digest = json.loads((path / "state.json").read_text())["sha256"]
+    digest = read_info(path).sha256
     assert [ancestor["sha256"] for ancestor in ancestors] == [digest]
     tuned, _ = load_init(str(finished), tiny_config(), evaluate=True)
     levels = load_checkpoint(finished / "checkpoints" / "finetune" / "step_000002")[1]["levels"]

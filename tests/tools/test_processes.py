@@ -15,7 +15,8 @@ TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "
 def test_a_full_disk_leaves_the_earlier_checkpoints_as_they_were(train_net_process, tiny, finished, tmp_path):
     run = tmp_path / "run"
     pretrain, bissl = (
-        (finished / f"checkpoints/{stage}/step_000002/state.pt").stat().st_size for stage in ("pretrain", "bissl")
+        (finished / f"checkpoints/{stage}/step_000002/state.safetensors").stat().st_size
+        for stage in ("pretrain", "bissl")
     )
     limit = (pretrain + bissl) // 2
     assert pretrain < limit < bissl
@@ -43,7 +44,7 @@ def test_a_killed_run_goes_on_from_its_newest_checkpoint(process, train_net, tin
         running.send_signal(signal.SIGKILL)
     # the rest of 200 alternations is more than a test needs: let the run have been one of a single alternation more
     newest = max(path for path in (run / "checkpoints" / "bissl").glob("step_*"))
-    done = json.loads((newest / "state.json").read_text())["step"]
+    done = json.loads((newest / "manifest.json").read_text())["step"]
     config = run / "config.yaml"
     LazyConfig.save(LazyConfig.apply_overrides(LazyConfig.load(config), [f"bilevel.alternations={done + 1}"]), config)
     outcome = train_net(
@@ -52,7 +53,8 @@ def test_a_killed_run_goes_on_from_its_newest_checkpoint(process, train_net, tin
         f"train.output_dir={run}",
     )
     assert outcome.status == 0, outcome.err
-    assert f"resumed from {newest}: bissl step {done} of {done + 1}" in outcome.out
+    assert f"resuming: bissl at step {done} of {done + 1}, from {newest}, verified" in outcome.out
+    assert "which is gone" in outcome.out  # the lock of the killed process
     assert "no checkpoint of finetune to resume; it starts at step 0" in outcome.out
     assert "published" in outcome.out
     assert not list(run.glob("checkpoints/*/.*"))  # what the killed process was writing is gone

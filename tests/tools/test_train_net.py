@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 import shutil
 
 import pytest
@@ -209,28 +210,37 @@ def test_a_folder_that_is_no_run_is_refused_as_start(refused, tmp_path):
     assert "holds no checkpoint" in refused(f"train.init={tmp_path}")
 
 
-def test_a_damaged_checkpoint_is_refused_and_the_one_before_it_can_be_used(train_net, tiny, run_copy):
+def test_a_damaged_checkpoint_is_named_and_set_aside_and_the_one_before_it_is_resumed(train_net, tiny, run_copy):
     newest = run_copy / "checkpoints" / "bissl" / "step_000002"
-    state = bytearray((newest / "state.pt").read_bytes())
+    state = bytearray((newest / "state.safetensors").read_bytes())
     state[len(state) // 2] ^= 1
-    (newest / "state.pt").write_bytes(state)
-    resume = ["--resume", *tiny(), f"train.output_dir={run_copy}"]
-    before = digests(run_copy / "checkpoints")
-    message = train_net(*resume).message()
-    assert str(newest / "state.pt") in message and "damaged" in message
-    assert digests(run_copy / "checkpoints") == before
-    (newest / "state.pt").unlink()
-    (newest / "state.json").unlink()
-    newest.rmdir()
-    outcome = train_net(*resume)
+    (newest / "state.safetensors").write_bytes(state)
+    (run_copy / "results.json").unlink()  # a finished run is left alone
+    outcome = train_net("--resume", *tiny(), f"train.output_dir={run_copy}")
     assert outcome.status == 0, outcome.err
-    assert f"resumed from {newest.with_name('step_000001')}: bissl step 1 of 2" in outcome.out
+    assert f"warning: {newest / 'state.safetensors'} is damaged: sha256" in outcome.out
+    assert f"resuming: bissl at step 1 of 2, from {newest.with_name('step_000001')}, verified" in outcome.out
+    aside = [path for path in newest.parent.iterdir() if path.name.startswith("damaged_step_000002")]
+    assert len(aside) == 1 and (aside[0] / "state.safetensors").read_bytes() == state
 
 
-def test_a_damaged_checkpoint_description_is_refused(train_net, tiny, run_copy):
-    for path in run_copy.glob("checkpoints/*/*/state.json"):
+def test_manifests_that_cannot_be_read_are_set_aside_and_the_stages_begin_anew(train_net, tiny, run_copy):
+    for path in run_copy.glob("checkpoints/*/*/manifest.json"):
         path.write_text(path.read_text()[:40])
-    assert "state.json" in train_net("--resume", *tiny(), f"train.output_dir={run_copy}").message()
+    outcome = train_net("--resume", *tiny(), f"train.output_dir={run_copy}")
+    assert outcome.status == 0 and "no checkpoint of bissl to resume; it starts at step 0" in outcome.out
+    assert outcome.out.count("manifest.json cannot be read") == 10
+
+
+def test_a_finished_run_may_be_made_longer_where_no_later_stage_has_begun(train_net, tiny, run_copy):
+    outcome = train_net("--resume", *tiny(finetune__steps=3), f"train.output_dir={run_copy}")
+    assert "finetune_pretrained had 2 steps when finetune began" in outcome.message()
+    shutil.rmtree(run_copy / "checkpoints" / "finetune")
+    outcome = train_net("--resume", *tiny(finetune__steps=3), f"train.output_dir={run_copy}")
+    assert outcome.status == 0, outcome.err
+    assert "resuming: finetune_pretrained at step 2 of 3" in outcome.out and "[finetune 3/3]" in outcome.out
+    shorter = train_net("--resume", *tiny(), f"train.output_dir={run_copy}")
+    assert "finetune.steps  3      2" in shorter.message()
 
 
 def test_a_second_run_into_a_directory_is_refused_and_changes_nothing(train_net, tiny, finished):
@@ -255,7 +265,7 @@ def test_resuming_where_there_is_no_run_is_refused(refused):
 def test_resuming_with_another_configuration_names_the_key(train_net, tiny, finished):
     before = digests(finished)
     message = train_net("--resume", *tiny(solver__iterations=7), f"train.output_dir={finished}").message()
-    assert "solver.iterations was 2, is 7" in message
+    assert re.search(r"solver.iterations +2 +7\n", message)
     assert digests(finished) == before
 
 

@@ -1,0 +1,235 @@
+"""The walk of a run: its phases in order, each from what the one before left, then the figures and the zoo entry."""
+
+import gc
+import json
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from bissl_zoo.distributed import barrier, get_rank, get_world_size, on_main_process
+from bissl_zoo.engine.bissl import (
+    HEAD_WARMUP,
+    PRETEXT_WARMUP,
+    bissl_steps,
+    build_bissl,
+    build_head_warmup,
+    build_pretext_warmup,
+    pretext_head_is_new,
+    pretext_warmup_steps,
+    warmup_steps,
+)
+from bissl_zoo.engine.build import Context, Weights
+from bissl_zoo.engine.checkpoint import Checkpointer, read_info, write_atomically
+from bissl_zoo.engine.facts import add_wall_time
+from bissl_zoo.engine.finetune import BASELINE, build_finetune, evaluate, finetune_steps
+from bissl_zoo.engine.hooks import (
+    HookBase,
+    MetricsWriter,
+    PeriodicCheckpoint,
+    PeriodicEvaluation,
+    Progress,
+    format_results,
+    say,
+)
+from bissl_zoo.engine.interruption import Interrupted, StopRequest
+from bissl_zoo.engine.pretrain import build_pretrain, pretrain_steps
+from bissl_zoo.engine.probe import build_probe
+from bissl_zoo.engine.publishing import RESULTS_FILE, publish_run, published
+from bissl_zoo.engine.randomness import restore_random_state
+from bissl_zoo.engine.solver_watch import SolverWatch
+from bissl_zoo.engine.state_files import read_state
+from bissl_zoo.engine.trainer import Trainer
+from bissl_zoo.errors import CheckpointError
+
+
+@dataclass(frozen=True)
+class Phase:
+    """One trainer of the walk.
+
+    Attributes:
+        steps: how many it takes; of `bissl`, alternations.
+        build: makes the trainer from `(context, weights, start_step)`.
+        finetunes: what the fine-tuning starts from, for the table; None where the phase fine-tunes nothing.
+    """
+
+    name: str
+    steps: Callable[[Context], int]
+    build: Callable[[Context, Weights, int], Trainer]
+    finetunes: str | None = None
+
+
+def phases_of(context: Context, initial: Weights) -> list[Phase]:
+    """The trainers that the config's stages come to, in order, when they start from `initial`."""
+    cfg = context.cfg
+    phases, origin = [], "init"
+    for stage in cfg.train.stages:
+        if stage == "pretrain":
+            phases.append(Phase("pretrain", pretrain_steps, build_pretrain))
+            origin = "pretrained"
+        elif stage == "bissl":
+            if pretext_head_is_new(cfg, initial) and pretext_warmup_steps(context):
+                phases.append(Phase(PRETEXT_WARMUP, pretext_warmup_steps, build_pretext_warmup))
+            phases += [Phase(HEAD_WARMUP, warmup_steps, build_head_warmup), Phase("bissl", bissl_steps, build_bissl)]
+            origin = "bissl"
+        else:
+            if cfg.finetune.baseline and origin == "bissl":
+                build = partial(build_finetune, name=BASELINE)
+                phases.append(Phase(BASELINE, finetune_steps, build, finetunes="pretrained"))
+            phases.append(Phase("finetune", finetune_steps, build_finetune, finetunes=origin))
+    return phases
+
+
+class Walk:
+    """The phases of one run, one after the other, from where an earlier part of the run left them.
+
+    Args:
+        initial: the weights that the first phase starts from.
+        folder: the run directory.
+        stop: asked after every step and phase.
+    """
+
+    def __init__(
+        self,
+        context: Context,
+        phases: list[Phase],
+        initial: Weights,
+        folder: Path,
+        resume: bool,
+        stop: StopRequest,
+    ) -> None:
+        self.context, self.phases, self.initial = context, phases, initial
+        self.folder, self.resume, self.stop = folder, resume, stop
+        settings = context.cfg.train.checkpoint
+        self.checkpointer = Checkpointer(folder / "checkpoints", settings.keep, settings.every, settings.best)
+        self.results: dict[str, dict[str, float]] = {}
+        self.began = time.monotonic()
+
+    def go(self) -> dict[str, Any]:
+        """Train, evaluate, publish; see :func:`run`.
+
+        Raises:
+            Interrupted: asked to stop, after what there is has been saved.
+        """
+        pretrained = weights = self.initial
+        for number, phase in enumerate(self.phases, start=1):
+            say(f"stage {number} of {len(self.phases)}: {phase.name}")
+            if phase.name == HEAD_WARMUP:
+                pretrained = weights
+            trainer = self._train(phase, pretrained if phase.name == BASELINE else weights)
+            self._end_if_asked(phase, trainer)
+            if phase.finetunes:
+                figures = evaluate(self.context, trainer.level.backbone, trainer.level.head)
+                self.results[phase.finetunes] = figures
+                say(f"[{phase.name}] test  {format_results(figures)}")
+            else:
+                weights = trainer.result()
+            trainer.close()
+            self._end_if_asked(phase, trainer)
+            del trainer
+            gc.collect()  # trainer and hooks refer to each other, and hold the networks
+        return {"results": self.results, "entry": on_main_process(self._finish)}
+
+    def outcome(self) -> dict[str, Any] | None:
+        """What :func:`run` returned when it came to its end here; None where it has not."""
+        publishes, entry = self._publishes(), published(self.folder)
+        results = self.folder / RESULTS_FILE
+        if not all(map(self._is_done, self.phases)) or not results.exists() or (publishes and entry is None):
+            return None
+        return {"results": json.loads(results.read_text()), "entry": entry if publishes else None}
+
+    def _is_done(self, phase: Phase) -> bool:
+        newest = self.checkpointer.newest(phase.name)
+        try:
+            return newest is not None and read_info(newest).step >= phase.steps(self.context)
+        except CheckpointError:  # a damaged one is told of where it is set aside
+            return False
+
+    def _publishes(self) -> bool:
+        cfg = self.context.cfg
+        return bool(cfg.train.publish.name and {"pretrain", "bissl"} & set(cfg.train.stages))
+
+    def _finish(self) -> Any:
+        """Leave the figures of a run, and publish it where its config names an entry and this was not done before."""
+        write_atomically(self.folder / RESULTS_FILE, json.dumps(self.results, indent=2) + "\n")
+        add_wall_time(self.folder, time.monotonic() - self.began)
+        return (published(self.folder) or publish_run(self.folder, once=True)) if self._publishes() else None
+
+    def _train(self, phase: Phase, weights: Weights) -> Trainer:
+        """The phase's trainer after its last step, from the newest checkpoint on where the run is resumed."""
+        newest = None
+        if self.resume:
+            newest, damaged = on_main_process(lambda: self.checkpointer.newest_intact(phase.name))
+            for reason in damaged:
+                say(f"warning: {reason}")
+        state = read_state(newest) if newest else None
+        trainer = phase.build(self.context, weights, state["step"] if state else 0)
+        if state:
+            self._refuse_growth(phase, read_info(newest).total_steps, trainer.total_steps)
+            trainer.load_state_dict(state)
+            self._restore_randomness(state["random"])
+            what = "done" if trainer.step == trainer.total_steps else "resuming"
+            say(f"{what}: {phase.name} at step {trainer.step} of {trainer.total_steps}, from {newest}, verified")
+        elif self.resume:
+            say(f"no checkpoint of {phase.name} to resume; it starts at step 0")
+        if trainer.step < trainer.total_steps:
+            hooks = _hooks(self.context, trainer, self.checkpointer, self.folder, phase.finetunes is not None)
+            trainer.train(hooks, self._asked)
+        barrier()
+        return trainer
+
+    def _refuse_growth(self, phase: Phase, before: int, now: int) -> None:
+        """A stage from which a later one has begun cannot become longer any more."""
+        later = self.phases[self.phases.index(phase) + 1 :]
+        begun = [other.name for other in later if self.checkpointer.newest(other.name)]
+        if begun and before != now:
+            raise CheckpointError(
+                f"{phase.name} had {before} steps when {begun[0]} began from what it left; with {now} steps that would "
+                f"be another run. Resume with {before}, or start a new run in another train.output_dir."
+            )
+
+    def _restore_randomness(self, states: list[dict[str, Any]]) -> None:
+        if len(states) == get_world_size():
+            restore_random_state(states[get_rank()], self.context.device)
+        else:
+            say(
+                f"warning: the checkpoint is of {len(states)} processes and this run has {get_world_size()}: what is "
+                "drawn at random from here on is not what the run would have drawn"
+            )
+
+    def _asked(self) -> bool:
+        return self.stop.pending(self.context.device)
+
+    def _end_if_asked(self, phase: Phase, trainer: Trainer) -> None:
+        if not (trainer.stopping or self._asked()):
+            return
+        trainer.close()
+        on_main_process(lambda: add_wall_time(self.folder, time.monotonic() - self.began))
+        raise Interrupted(
+            f"stopped as asked, after step {trainer.step} of {trainer.total_steps} of {phase.name}, which is saved; go "
+            "on with --resume",
+            self.stop.status,
+        )
+
+
+def _hooks(
+    context: Context, trainer: Trainer, checkpointer: Checkpointer, folder: Path, evaluates: bool
+) -> list[HookBase]:
+    """Every hook of every stage, in the order in which they act."""
+    cfg = context.cfg
+    hooks: list[HookBase] = [Progress(cfg.train.log_period)]
+    if evaluates and cfg.finetune.eval_period:
+        level = trainer.levels()["level"]
+        measure = partial(evaluate, context, level.backbone, level.head)
+        hooks.append(PeriodicEvaluation(measure, cfg.finetune.eval_period))
+    if trainer.name == "bissl":
+        hooks.append(SolverWatch(folder / "config.yaml"))
+    probe = build_probe(context, trainer)
+    if probe:
+        hooks.append(probe)
+    hooks.append(MetricsWriter(folder, cfg.train.log_period))
+    period = cfg.train.checkpoint.period
+    hooks.append(PeriodicCheckpoint(checkpointer, period, cfg.backbone.name, context.device))
+    return hooks
