@@ -39,17 +39,19 @@ setup(
         "tqdm>=4.60",
         "platformdirs>=4",
         "portalocker>=2.7",
+        "fsspec>=2023.5",
     ],
     extras_require={
         "s3": ["boto3>=1.35.69"],  # the first that writes under a condition
         "hub": ["huggingface_hub>=1.0"],
         "gs": ["fsspec", "gcsfs"],
+        "shards": ["fsspec", "s3fs"],  # for shards on s3://; local ones and http need nothing
         "onnx": ["onnx>=1.16", "onnxscript>=0.2"],
         "test": [
             *("pytest>=8", "hypothesis>=6", "ruff>=0.9"),
             *("boto3>=1.35.69", "moto[server]>=5.1.5"),
             *("onnx>=1.16", "onnxscript>=0.2", "onnxruntime>=1.18"),
-            "lightly>=1.6",  # its losses are references for ours
+            *("lightly>=1.6", "webdataset>=1.0"),  # references for losses, and for shards
         ],
     },
     classifiers=[f"Programming Language :: Python :: 3.{minor}" for minor in (10, 11, 12, 13)],

@@ -3,7 +3,7 @@
 import hashlib
 import os
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from PIL import Image, ImageOps
 
@@ -42,11 +42,13 @@ def require_folder(path: str | os.PathLike, what: str, fetch: str = "") -> Path:
 
 
 def sample_digest(dataset: Any) -> str | None:
-    """The sha256 of a data set's list of samples: their files below the data sets root, sorted.
+    """The sha256 of a data set's list of samples: its own `digest()`, or their files below the data sets root, sorted.
 
     Two runs with the same digest have read the same split. None for a data set that does not know its files (it has no
-    `source(index)`).
+    `source(index)` either).
     """
+    if hasattr(dataset, "digest"):
+        return dataset.digest()
     if not hasattr(dataset, "source"):
         return None
     root = datasets_root().absolute()
@@ -54,13 +56,14 @@ def sample_digest(dataset: Any) -> str | None:
     return hashlib.sha256("\n".join(names).encode("utf-8", "surrogateescape")).hexdigest()
 
 
-def load_image(path: str | os.PathLike, upright: bool = True) -> Image.Image:
+def load_image(path: str | os.PathLike | IO[bytes], upright: bool = True, name: str = "") -> Image.Image:
     """Read and fully decode one image file as RGB.
 
     Args:
-        path: the file.
+        path: the file, or what is open for reading.
         upright: turn the picture as its EXIF orientation says, as every viewer does. Detection sets pass False, because
             their boxes count the pixels as they are stored.
+        name: the image in messages, where it is no file of its own.
 
     Raises:
         DatasetError: naming the file, where it is missing, truncated or no image.
@@ -72,10 +75,10 @@ def load_image(path: str | os.PathLike, upright: bool = True) -> Image.Image:
                 image = ImageOps.exif_transpose(image)
             return image.convert("RGB")
     except FileNotFoundError as error:
-        raise DatasetError(f"Image {path} does not exist.") from error
+        raise DatasetError(f"Image {name or path} does not exist.") from error
     # Decoders raise whatever a damaged stream leads them to: OSError, SyntaxError, struct.error, ValueError, ...
     except Exception as error:
         raise DatasetError(
-            f"Image {path} does not decode ({type(error).__name__}: {error}). "
+            f"Image {name or path} does not decode ({type(error).__name__}: {error}). "
             "Replace the file, or remove it from the set."
         ) from error

@@ -1,11 +1,13 @@
 """Loaders: an endless seeded stream of training batches, sharded over ranks, and one pass over an evaluation set."""
 
+import signal
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler
 
+from bissl_zoo.data.draws import drawn_for
 from bissl_zoo.distributed import get_rank, get_world_size
 from bissl_zoo.errors import ConfigError, did_you_mean
 
@@ -28,15 +30,33 @@ class TransformedDataset(Dataset):
         return self.transform(*self.dataset[index])
 
 
-class TransformedStream(IterableDataset):
-    """A stream of `(PIL image, target)` seen through `transform(image, target)`."""
+class DrawnSamples(TransformedDataset):
+    """The samples of a training stream, asked for by `(place, index)`.
 
-    def __init__(self, stream: IterableDataset, transform: Callable[[Any, Any], Any]) -> None:
-        self.stream, self.transform = stream, transform
+    What is drawn at random for one is a function of `seed` and its place in the stream.
+    """
+
+    def __init__(self, dataset: Dataset, transform: Callable[[Any, Any], Any], seed: int) -> None:
+        super().__init__(dataset, transform)
+        self.seed = seed
+
+    def __getitem__(self, placed: tuple[int, int]) -> Any:
+        place, index = placed
+        with drawn_for(self.seed, place):
+            return super().__getitem__(index)
+
+
+class DrawnStream(IterableDataset):
+    """A stream of `(place, (PIL image, target))`, a place being whole numbers, seen through a transform likewise."""
+
+    def __init__(self, stream: IterableDataset, transform: Callable[[Any, Any], Any], seed: int) -> None:
+        self.stream, self.transform, self.seed = stream, transform, seed
 
     def __iter__(self) -> Iterator[Any]:
-        for sample in self.stream:
-            yield self.transform(*sample)
+        for place, sample in self.stream:
+            with drawn_for(self.seed, *place):
+                drawn = self.transform(*sample)
+            yield drawn
 
 
 class TrainingSampler(Sampler[int]):
@@ -50,6 +70,10 @@ class TrainingSampler(Sampler[int]):
         self.size, self.batch_size, self.seed, self.start_step = size, batch_size, seed, start_step
 
     def __iter__(self) -> Iterator[int]:
+        return (index for _, index in self.places())
+
+    def places(self) -> Iterator[tuple[int, int]]:
+        """The same stream as `(place, index)`, places counted over all ranks from the beginning of the run."""
         rank, world = get_rank(), get_world_size()
         share = self.batch_size // world
         position = self.start_step * self.batch_size
@@ -61,8 +85,18 @@ class TrainingSampler(Sampler[int]):
                     epoch = wanted
                     generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
                     permutation = torch.randperm(self.size, generator=generator)
-                yield int(permutation[index])
+                yield position + offset, int(permutation[index])
             position += self.batch_size
+
+
+class PlacedSampler(Sampler[tuple[int, int]]):
+    """The places of a training stream and their sample numbers, for :class:`DrawnSamples`."""
+
+    def __init__(self, sampler: TrainingSampler) -> None:
+        self.sampler = sampler
+
+    def __iter__(self) -> Iterator[tuple[int, int]]:
+        return self.sampler.places()
 
 
 def build_train_loader(
@@ -81,6 +115,7 @@ def build_train_loader(
     Args:
         dataset: items `(PIL image, target)`. One that is to be read in a stream has `stream`, as
             :class:`bissl_zoo.data.shards.ShardDataset` does, which then decides the order.
+        transform: what it draws at random for a sample depends on `seed` and the sample's place in the stream alone.
         batch_size: samples per step over all ranks; each rank loads its share.
         start_step: number of batches already taken by an earlier part of the run.
         views_on: of pretext data, who makes the views: `workers`, or `device`, where the workers only cut the crops and
@@ -99,10 +134,10 @@ def build_train_loader(
         )
     if hasattr(dataset, "stream"):
         stream = dataset.stream(batch_size // world, seed, start_step, num_workers, get_rank(), world)
-        samples, sampler = TransformedStream(stream, transform), None
+        samples, sampler = DrawnStream(stream, transform, seed), None
     else:
-        samples = TransformedDataset(dataset, transform)
-        sampler = TrainingSampler(len(dataset), batch_size, seed, start_step)
+        samples = DrawnSamples(dataset, transform, seed)
+        sampler = PlacedSampler(TrainingSampler(len(dataset), batch_size, seed, start_step))
     return DataLoader(
         samples,
         batch_size=batch_size // world,
@@ -111,6 +146,7 @@ def build_train_loader(
         num_workers=num_workers,
         pin_memory=pin_memory,
         persistent_workers=num_workers > 0,
+        worker_init_fn=leave_stopping_to_the_run,
         generator=torch.Generator().manual_seed(seed + get_rank()),
     )
 
@@ -131,4 +167,14 @@ def build_test_loader(
         collate_fn=collate,
         num_workers=num_workers,
         pin_memory=pin_memory,
+        worker_init_fn=leave_stopping_to_the_run,
     )
+
+
+def leave_stopping_to_the_run(worker: int) -> None:
+    """Have a worker ignore the signals that ask a run to stop: it is needed until the run has come to its step's end.
+
+    Schedulers and terminals send them to every process. A worker ends by itself when its parent is gone.
+    """
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)

@@ -1,5 +1,7 @@
+import random
 from itertools import islice
 
+import numpy as np
 import pytest
 import torch
 from torch.utils.data import Dataset
@@ -118,3 +120,43 @@ def test_collate_receives_the_transformed_samples():
 def test_transformed_data_set_keeps_its_length():
     dataset = TransformedDataset(Numbers(4), lambda image, target: (image + 1, target))
     assert len(dataset) == 4 and dataset[3] == (4, -3)
+
+
+def noise(image, target):
+    """What a transform draws, by each of the three generators."""
+    return image, random.random(), np.random.rand(), torch.rand(()).item()
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_what_is_drawn_for_a_sample_depends_on_its_place_in_the_stream_alone(workers):
+    def batches(start, count, num_workers=workers, seed=5):
+        loader = build_train_loader(Numbers(6), 4, noise, num_workers=num_workers, seed=seed, start_step=start)
+        return [torch.stack([part.double() for part in batch]) for batch in islice(loader, count)]
+
+    whole = torch.stack(batches(0, 5, num_workers=0))
+    assert torch.equal(torch.stack(batches(3, 2)), whole[3:])
+    assert not torch.isclose(torch.stack(batches(0, 1, seed=6))[0, 1:], whole[0, 1:]).any()
+    assert len(whole[:, 1].flatten().unique()) == len(whole[:, 3].flatten().unique()) == 20  # every draw is another
+
+
+def test_the_ranks_draw_what_one_process_draws(monkeypatch):
+    alone = list(islice(build_train_loader(Numbers(6), 4, noise), 3))
+    parts = []
+    for rank in range(2):
+        as_rank(monkeypatch, rank, 2)
+        parts.append(list(islice(build_train_loader(Numbers(6), 4, noise), 3)))
+    for whole, *halves in zip(alone, *parts, strict=True):
+        assert all(torch.equal(torch.cat(pair), one) for one, *pair in zip(whole, *halves, strict=True))
+
+
+def test_drawing_for_a_sample_leaves_the_random_states_alone():
+    def draws():
+        return random.random(), np.random.rand(), torch.rand(()).item()
+
+    for seed in (random.seed, np.random.seed, torch.manual_seed):
+        seed(0)
+    expected = draws()
+    for seed in (random.seed, np.random.seed, torch.manual_seed):
+        seed(0)
+    next(iter(build_train_loader(Numbers(6), 4, noise)))
+    assert draws() == expected

@@ -8,30 +8,16 @@ from collections.abc import Callable, Iterator
 from typing import IO, Any
 
 import fsspec
-from fsspec.core import url_to_fs
-from iopath.common.file_io import PathManager
 
+from bissl_zoo.data.remote_files import PATH_MANAGER, AddressError, UnknownScheme, ZooPathManager, opener
 from bissl_zoo.errors import ZooError, did_you_mean
 from bissl_zoo.zoo.stores.store import Body, Content, Store, Transient
 
+__all__ = ["BUILT_IN", "PATH_MANAGER", "RemoteStore", "ZooPathManager"]
+
 #: schemes that have a store of their own
 BUILT_IN = ("file", "hf", "http", "https", "s3")
-#: our extras that bring what fsspec needs, by scheme
-EXTRAS = {"gs": "gs", "gcs": "gs"}
 _BLOCK = 1 << 20
-
-
-class ZooPathManager(PathManager):
-    """iopath's path manager, which can tell what it knows."""
-
-    def prefixes(self) -> list[str]:
-        """What locations begin with that a registered handler is for."""
-        return list(self._path_handlers)
-
-
-#: for handlers of one's own: `PATH_MANAGER.register_handler(MyHandler())`, then `open_store("my://zoo")`
-PATH_MANAGER = ZooPathManager()
-PATH_MANAGER.set_logging(False)
 
 
 class RemoteStore(Store):
@@ -78,19 +64,12 @@ class _Missing(ZooError):
 
 def _opener(base: str, shown: str) -> tuple[Callable[[str], IO[bytes]], Callable[[], None]]:
     """What opens a file below a location, and what makes it look again at what there is."""
-    if any(base.startswith(prefix) for prefix in PATH_MANAGER.prefixes()):
-        return lambda path: PATH_MANAGER.open(base + path, "rb"), lambda: None
-    scheme = base.partition("://")[0]
-    if scheme.partition("::")[0] not in fsspec.available_protocols():
-        raise ZooError(_unknown(scheme, shown))
     try:
-        files, root = url_to_fs(base)
-    except ImportError as error:
-        install = f'pip install "bissl_zoo[{EXTRAS[scheme]}]"' if scheme in EXTRAS else str(error)
-        raise ZooError(f"{shown} needs a library that is not installed ({error}): {install}") from error
-    except Exception as error:  # an implementation raises what its library raises
-        raise ZooError(f"{shown} cannot be opened: {type(error).__name__}: {error}.") from error
-    return lambda path: files.open(f"{root.rstrip('/')}/{path}", "rb"), files.invalidate_cache
+        return opener(base, shown, PATH_MANAGER)
+    except UnknownScheme as error:
+        raise ZooError(_unknown(error.scheme, shown)) from error
+    except AddressError as error:
+        raise ZooError(str(error)) from error
 
 
 def _unknown(scheme: str, shown: str) -> str:

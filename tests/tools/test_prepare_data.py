@@ -1,0 +1,212 @@
+import contextlib
+import hashlib
+import io
+import json
+import os
+import re
+import tarfile
+
+import numpy as np
+import pytest
+from command_line import load_tool
+from faulty_server import FaultyServer
+from PIL import Image
+
+from bissl_zoo.data import ShardDataset
+
+
+@pytest.fixture(scope="module")
+def tool():
+    return load_tool("prepare_data")
+
+
+@pytest.fixture
+def prepare(tool):
+    """Call the command line: `prepare("--check", folder)` -> exit status, what it printed."""
+
+    def call(*arguments):
+        out = io.StringIO()
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(out):
+            status = tool.cli([*map(str, arguments), "--num-workers", "0"])
+        assert "Traceback" not in out.getvalue()
+        return status, out.getvalue()
+
+    return call
+
+
+@pytest.fixture
+def images(tmp_path):
+    """Twelve JPEGs and a PNG at several depths, some of the same name, some with dots."""
+    folder, rng = tmp_path / "images", np.random.default_rng(0)
+    names = [f"class.{n % 3}/picture.{n // 3}.JPEG" for n in range(9)]
+    for name in [*names, "a/b.jpg", "a_b.jpg", "a-b.jpg", "top.png", "very/" + "long" * 40 + ".jpg"]:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(rng.integers(0, 256, (16, 16, 3), dtype=np.uint8)).save(folder / name)
+    (folder / "labels.txt").write_text("no image")
+    return folder
+
+
+def members(folder):
+    """(shard, member name, bytes) of everything in the shards of a folder, in order."""
+    found = []
+    for path in sorted(folder.glob("*.tar")):
+        with tarfile.open(path) as tar:
+            found += [(path.name, member.name, tar.extractfile(member).read()) for member in tar]
+    return found
+
+
+def content_of(folder):
+    return sorted(path.read_bytes() for path in folder.rglob("*") if path.suffix.lower() in (".jpg", ".jpeg", ".png"))
+
+
+def test_a_folder_becomes_shards_that_hold_its_files_as_they_are(prepare, images, tmp_path):
+    out = tmp_path / "out"
+    status, said = prepare("--to-shards", images, "--out", out, "--samples-per-shard", 5, "--name", "few")
+    assert status == 0 and "3 shards, 14 images" in said and "0 images that do not decode" in said
+    packed = members(out)
+    assert [shard for shard, _, _ in packed] == ["few-000000.tar"] * 5 + ["few-000001.tar"] * 5 + ["few-000002.tar"] * 4
+    assert sorted(content for _, _, content in packed) == content_of(images)
+    keys = [name.rpartition(".")[0] for _, name, _ in packed]
+    assert len(set(keys)) == 14 and not any("." in key or "/" in key for key in keys)
+    assert {name.rpartition(".")[2] for _, name, _ in packed} == {"jpg", "jpeg", "png"}
+    assert max(len(name) for _, name, _ in packed) < 100
+    listed = json.loads((out / "index.json").read_text())["shards"]
+    assert [entry["samples"] for entry in listed] == [5, 5, 4]
+    for entry in listed:
+        content = (out / entry["name"]).read_bytes()
+        assert (entry["bytes"], entry["sha256"]) == (len(content), hashlib.sha256(content).hexdigest())
+    assert len(ShardDataset(str(out))) == 14 and sorted(os.listdir(out)) == [
+        *(f"few-00000{n}.tar" for n in range(3)),
+        "index.json",
+    ]
+
+
+def test_the_seed_decides_the_order_and_the_bytes(prepare, images, tmp_path):
+    for name, seed in {"one": 0, "again": 0, "other": 1}.items():
+        assert prepare("--to-shards", images, "--out", tmp_path / name, "--name", "s", "--seed", seed)[0] == 0
+    one, again, other = (members(tmp_path / name) for name in ("one", "again", "other"))
+    assert (tmp_path / "one" / "s-000000.tar").read_bytes() == (tmp_path / "again" / "s-000000.tar").read_bytes()
+    assert one == again != other
+    order = [re.sub("^[0-9]+_", "", name) for _, name, _ in one]
+    assert order != sorted(order)
+
+
+def test_a_shard_stays_within_its_size_and_is_filled(prepare, images, tmp_path):
+    out = tmp_path / "out"
+    assert prepare("--to-shards", images, "--out", out, "--shard-size", "10.24KB")[0] == 0
+    sizes = [path.stat().st_size for path in sorted(out.glob("images-*.tar"))]
+    assert set(sizes) == {10240} and len(members(out)) == 14 and 1 < len(sizes) < 14
+    # an image that is larger than a shard is one of its own
+    assert prepare("--to-shards", images, "--out", tmp_path / "tiny", "--shard-size", 1)[0] == 0
+    assert len(list((tmp_path / "tiny").glob("*.tar"))) == 14
+
+
+@pytest.mark.parametrize(("size", "shards"), [(4096, 2), (4097, 4)])
+def test_a_shard_is_as_large_as_it_may_be(prepare, images, tmp_path, size, shards):
+    # 20 blocks: twice a header and 8 of content, and 2 that end the file
+    (tmp_path / "four").mkdir()
+    for number, content in enumerate(content_of(images)[:4]):
+        (tmp_path / "four" / f"{number}.jpg").write_bytes(content.ljust(size, b"x"))
+    assert prepare("--to-shards", tmp_path / "four", "--out", tmp_path / "out", "--shard-size", 10240)[0] == 0
+    assert len(list((tmp_path / "out").glob("*.tar"))) == shards
+
+
+@pytest.mark.parametrize(
+    ("text", "count"), [("1GB", 10**9), ("1.5 mb", 1_500_000), ("2GiB", 2**31), ("64K", 64_000), ("123", 123)]
+)
+def test_sizes_are_written_as_usual(tool, text, count):
+    assert tool.byte_size(text) == count
+
+
+def test_images_that_do_not_decode_are_refused_or_left_out_and_counted(prepare, images, tmp_path):
+    (images / "class.0" / "broken.jpg").write_bytes(content_of(images)[0][:200])
+    (images / "empty.png").write_bytes(b"")
+    status, said = prepare("--to-shards", images, "--out", tmp_path / "out", "--samples-per-shard", 1)
+    assert status == 1 and "does not decode" in said and "--on-bad skip" in said
+    assert not (tmp_path / "out" / "index.json").exists()
+    for path in (tmp_path / "out").glob("*.tar"):  # what is there is whole
+        with tarfile.open(path) as tar:
+            assert len(tar.getmembers()) == 1
+    status, said = prepare("--to-shards", images, "--out", tmp_path / "skipped", "--on-bad", "skip")
+    assert status == 0 and "14 images," in said and "2 images that do not decode" in said
+    assert f"{images}/empty.png" in said and f"{images}/class.0/broken.jpg" in said
+
+
+def test_what_cannot_be_packed_is_told(prepare, images, tmp_path):
+    assert "is not empty" in prepare("--to-shards", images, "--out", images)[1]
+    assert "no folder" in prepare("--to-shards", tmp_path / "nowhere", "--out", tmp_path / "out")[1]
+    assert "letters, digits" in prepare("--to-shards", images, "--out", tmp_path / "out", "--name", "a.b")[1]
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / "a.jpg").write_bytes(b"x")
+    status, said = prepare("--to-shards", tmp_path / "broken", "--out", tmp_path / "none", "--on-bad", "skip")
+    assert status == 1 and "None of the 1 images" in said
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [[], ["--to-shards", "x"], ["--check", "x", "--to-shards", "y"], ["--check", "x", "--shard-size", "1XB"]],
+)
+def test_a_command_line_that_does_not_add_up_is_refused(tool, arguments, capsys):
+    with pytest.raises(SystemExit) as caught:
+        tool.cli(arguments)
+    assert caught.value.code == 2 and "usage" in capsys.readouterr().err
+
+
+@pytest.fixture
+def packed(prepare, images, tmp_path):
+    """A folder of three shards."""
+    assert prepare("--to-shards", images, "--out", tmp_path / "packed", "--name", "s", "--samples-per-shard", 5)[0] == 0
+    return tmp_path / "packed"
+
+
+def test_check_finds_what_is_wrong_and_only_that(prepare, packed):
+    status, said = prepare("--check", packed)
+    assert status == 0 and "checked    3 shards, 14 images: 0 problems" in said
+    path = packed / "s-000001.tar"
+    with tarfile.open(path) as tar:
+        member = tar.getmembers()[2]
+    content = bytearray(path.read_bytes())
+    content[member.offset_data : member.offset_data + 20] = b"x" * 20
+    path.write_bytes(content)
+    (packed / "s-000002.tar").write_bytes((packed / "s-000002.tar").read_bytes()[:3000])
+    (packed / "s-000007.tar").write_bytes(b"")
+    status, said = prepare("--check", packed)
+    wrong = [line for line in said.splitlines() if line.startswith("wrong")]
+    assert status == 1 and len(wrong) == 4 and "4 problems" in said
+    for expected in (
+        "s-000007.tar is not in index.json",
+        "s-000001.tar: sha256",
+        f"'{member.name}' in shard",
+        "s-000002.tar cannot be read: ReadError: unexpected end of data",
+    ):
+        assert sum(expected in line for line in wrong) == 1, expected
+    (packed / "s-000000.tar").unlink()
+    assert "s-000000.tar does not exist" in prepare("--check", packed)[1]
+    (packed / "index.json").unlink()
+    assert "There is no index" in prepare("--check", packed)[1]
+
+
+def test_shards_from_elsewhere_get_the_index_that_packing_wrote(prepare, packed, tmp_path):
+    index = (packed / "index.json").read_bytes()
+    (packed / "index.json").unlink()
+    assert prepare("--index-shards", packed)[0] == 0
+    assert (packed / "index.json").read_bytes() == index
+    with FaultyServer() as server:
+        server.files = {f"/{path.name}": path.read_bytes() for path in packed.glob("*.tar")}
+        urls = f"{server.address}/s-{{000000..000002}}.tar"
+        assert "--out" in prepare("--index-shards", urls)[1]
+        assert prepare("--index-shards", urls, "--out", tmp_path / "index")[0] == 0
+        assert (tmp_path / "index" / "index.json").read_bytes() == index
+        assert len(ShardDataset(urls, index=str(tmp_path / "index" / "index.json"))) == 14
+        server.files["/s-000001.tar"] = server.files["/s-000001.tar"][:4000]
+        status, said = prepare("--index-shards", urls, "--out", tmp_path / "other")
+        assert status == 1 and f"{server.address}/s-000001.tar cannot be read" in said
+        assert not (tmp_path / "other").exists()
+
+
+def test_workers_change_nothing_but_the_time(prepare, tool, packed, images, tmp_path, capsys):
+    command = ["--to-shards", images, "--out", tmp_path / "two", "--name", "s", "--samples-per-shard", 5]
+    assert tool.cli([*map(str, command), "--num-workers", "2"]) == 0
+    assert "14/14" in capsys.readouterr().err
+    assert members(tmp_path / "two") == members(packed)
+    assert tool.cli(["--check", str(packed), "--num-workers", "2"]) == 0

@@ -1,0 +1,110 @@
+#!/usr/bin/env python
+"""Prepare image data: pack a folder into WebDataset shards, index shards from elsewhere, check them.
+
+python tools/prepare_data.py --to-shards /data/imagenet/train --out /data/shards --name imagenet
+python tools/prepare_data.py --index-shards 'https://host/laion-{000000..000146}.tar' --out indexes/laion
+python tools/prepare_data.py --check /data/shards
+
+A config then reads them: L(build_dataset)(name="shards", urls="/data/shards"). See docs/data.md.
+"""
+
+import argparse
+import os
+import re
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # read once, when torch is imported
+
+# ruff: noqa: E402
+from bissl_zoo.data.shards_packing import check_shards, index_shards, pack_folder
+from bissl_zoo.errors import BisslZooError
+
+_UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "KI": 2**10, "MI": 2**20, "GI": 2**30}
+
+
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--to-shards", metavar="FOLDER", help="pack the images at any depth of this folder")
+    what.add_argument("--index-shards", nargs="+", metavar="URL", help="write index.json of these shards")
+    what.add_argument("--check", type=Path, metavar="DIR", help="sizes, sha256 and every image of the shards in DIR")
+    parser.add_argument(
+        "--out", type=Path, metavar="DIR", help="where shards or index go; the index: beside the shards"
+    )
+    size = parser.add_mutually_exclusive_group()
+    size.add_argument("--samples-per-shard", type=int, metavar="N", help="images of one shard (10000)")
+    size.add_argument("--shard-size", type=byte_size, metavar="SIZE", help="or most bytes of one shard, such as 1GB")
+    parser.add_argument("--name", metavar="NAME", help="what shards are called; default: the folder's name")
+    parser.add_argument("--seed", type=int, default=0, help="of the order of the images (0)")
+    parser.add_argument(
+        "--on-bad", choices=["error", "skip"], default="error", help="images that do not decode (error)"
+    )
+    workers = min(4, os.cpu_count() or 1)
+    parser.add_argument("--num-workers", type=int, default=workers, metavar="N", help=f"processes at work ({workers})")
+    args = parser.parse_args(argv)
+    if args.to_shards is not None and args.out is None:
+        parser.error("--to-shards needs --out DIR, a new or empty folder")
+    for name in ("samples_per_shard", "shard_size"):
+        if getattr(args, name) is not None and getattr(args, name) < 1:
+            parser.error(f"--{name.replace('_', '-')} must be 1 or more")
+    return args
+
+
+def byte_size(text: str) -> int:
+    """The number of bytes that "1GB", "500 MB", "1GiB" or "1000000" mean."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMG]I?)?B?", text.strip().upper())
+    if match is None:
+        raise argparse.ArgumentTypeError(f"'{text}' is no size such as 1GB, 500MB or 1GiB")
+    return int(float(match[1]) * _UNITS[match[2] or ""])
+
+
+def pack(args: argparse.Namespace) -> int:
+    """Pack a folder; say what came of it, and what was left out."""
+    default = re.sub(r"[^A-Za-z0-9_-]+", "-", Path(args.to_shards).absolute().name)
+    samples = args.samples_per_shard or (None if args.shard_size else 10_000)
+    packed = pack_folder(
+        args.to_shards,
+        args.out,
+        args.name or default,
+        samples,
+        args.shard_size,
+        args.seed,
+        args.on_bad,
+        args.num_workers,
+    )
+    print("\n".join(f"skipped    {problem}" for problem in packed.skipped[:20]), end="\n" if packed.skipped else "")
+    images, size = (sum(getattr(shard, what) for shard in packed.shards) for what in ("samples", "bytes"))
+    print(f"wrote      {args.out}: {len(packed.shards)} shards, {images} images, {size:,} bytes")
+    print(f"skipped    {len(packed.skipped)} images that do not decode")
+    return 0
+
+
+def index(args: argparse.Namespace) -> int:
+    """Index shards; say where."""
+    print(f"wrote      {index_shards(args.index_shards, args.out, args.num_workers)}")
+    return 0
+
+
+def check(args: argparse.Namespace) -> int:
+    """Check the shards of a folder; the exit status is 1 where anything is wrong."""
+    shards, problems = check_shards(args.check, args.num_workers)
+    print("\n".join(f"wrong      {problem}" for problem in problems), end="\n" if problems else "")
+    print(f"checked    {len(shards)} shards, {sum(shard.samples for shard in shards)} images: {len(problems)} problems")
+    return 1 if problems else 0
+
+
+def cli(argv: Sequence[str] | None = None) -> int:
+    """Run the command line `argv` (`sys.argv` by default) and return the exit status."""
+    args = parse_args(argv)
+    try:
+        return (pack if args.to_shards else index if args.index_shards else check)(args)
+    except BisslZooError as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        return 1
+
+
+if __name__ == "__main__":
+    sys.exit(cli())
