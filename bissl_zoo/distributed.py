@@ -36,6 +36,14 @@ def is_main_process() -> bool:
     return get_rank() == 0
 
 
+def is_lost_contact(error: RuntimeError) -> bool:
+    """Whether a collective failed because another process is gone or does not answer."""
+    if isinstance(error, dist.DistError):
+        return True
+    text = str(error).lower()
+    return any(sign in text for sign in ("closed by peer", "reset by peer", "broken pipe", "gloo", "timed out waiting"))
+
+
 def barrier() -> None:
     """Wait until every process has come here."""
     if get_world_size() > 1:

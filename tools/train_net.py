@@ -20,7 +20,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # read once, when torch is 
 from bissl_zoo.engine.configuration import open_config
 from bissl_zoo.engine.dry_run import describe
 from bissl_zoo.engine.hooks import say
-from bissl_zoo.engine.launch import launch
+from bissl_zoo.engine.launch import launch, restarted
 from bissl_zoo.engine.run import evaluate_only, results_table, run
 
 
@@ -31,6 +31,9 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         "--config-file", required=True, metavar="FILE", help="a config of configs/, your own, or zoo:NAME"
     )
     parser.add_argument("--resume", action="store_true", help="continue the run in train.output_dir")
+    parser.add_argument(
+        "--auto-resume", action="store_true", help="continue the run in train.output_dir if there is one, else start it"
+    )
     parser.add_argument("--eval-only", action="store_true", help="measure the fine-tuned model of the run train.init")
     parser.add_argument("--dry-run", action="store_true", help="show what would run, train nothing")
     parser.add_argument("--num-gpus", type=int, default=1, metavar="N", help="processes to start on this machine")
@@ -38,8 +41,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         "overrides", nargs="*", metavar="KEY=VALUE", help="a.b=c changes a key, +a.b=c adds one, ~a.b removes one"
     )
     args = parser.parse_intermixed_args(argv)
-    if args.dry_run + args.eval_only + args.resume > 1:
-        parser.error("--dry-run, --eval-only and --resume exclude each other")
+    if args.dry_run + args.eval_only + args.resume + args.auto_resume > 1:
+        parser.error("--dry-run, --eval-only, --resume and --auto-resume exclude each other")
     return args
 
 
@@ -52,7 +55,7 @@ def main(args: argparse.Namespace) -> int:
     elif args.eval_only:
         say(results_table(evaluate_only(cfg, args.config_file)))
     else:
-        report(run(cfg, args.config_file, args.resume))
+        report(run(cfg, args.config_file, "auto" if args.auto_resume or restarted() else args.resume))
     return 0
 
 

@@ -1,11 +1,13 @@
 """Start one process or many: torchrun's, or our own on one machine."""
 
+import contextlib
 import errno
 import logging
 import os
+import signal
 import socket
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -13,9 +15,12 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from omegaconf.errors import OmegaConfBaseException
 
-from bissl_zoo.distributed import get_local_rank, get_rank
+from bissl_zoo.distributed import get_local_rank, get_rank, is_lost_contact
 from bissl_zoo.engine.interruption import Interrupted
 from bissl_zoo.errors import BisslZooError, CheckpointError, ConfigError, DatasetError
+
+#: seconds that the processes of a run have to end by themselves after one of them was lost
+GRACE = 20.0
 
 
 def choose_device(name: str) -> torch.device:
@@ -51,31 +56,80 @@ def launch(main: Callable[..., int], num_processes: int, *args: Any) -> int:
         return _run(main, args)
     if num_processes < 1:
         return _report(ConfigError(f"--num-gpus {num_processes}: at least 1 process is needed."))
+    return _start(main, num_processes, args)
+
+
+def restarted() -> bool:
+    """Whether torchrun has started this process again, after one of its processes was lost."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
+
+
+def _start(main: Callable[..., int], num_processes: int, args: tuple) -> int:
+    """Start the processes, pass on requests to stop, and tell of one that was lost."""
     logging.getLogger("torch.multiprocessing.spawn").setLevel(logging.ERROR)  # the failed process has said why
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
+    described = (main, args, num_processes, port)
+    context = mp.start_processes(_spawned, described, nprocs=num_processes, join=False, start_method="spawn")
     try:
-        mp.start_processes(_spawned, (main, args, num_processes, port), nprocs=num_processes, start_method="spawn")
+        with _passing_on(context.pids()):
+            while not context.join(grace_period=GRACE):
+                pass
     except mp.ProcessExitedException as ended:
-        return ended.exit_code
+        killed = [(rank, process.exitcode) for rank, process in enumerate(context.processes) if process.exitcode < 0]
+        if ended.exit_code >= 0 and not killed:
+            return ended.exit_code
+        rank, code = killed[0] if killed else (ended.error_index, ended.exit_code)
+        print(
+            f"error: process {rank} was killed ({signal.Signals(-code).name}), and the others were stopped. "
+            "Go on with --resume.",
+            file=sys.stderr,
+            flush=True,
+        )
+        return 128 - code
     return 0
+
+
+@contextlib.contextmanager
+def _passing_on(pids: list[int]) -> Iterator[None]:
+    """Pass on what asks the run to stop; Ctrl-C reaches the processes by itself, being of the same terminal."""
+
+    def pass_on(number: int, frame: Any) -> None:
+        for pid in pids:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, number)
+
+    handlers = {signal.SIGTERM: pass_on, signal.SIGUSR1: pass_on, signal.SIGINT: signal.SIG_IGN}
+    before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _spawned(rank: int, main: Callable[..., int], args: tuple, world_size: int, port: int) -> None:
     os.environ.update(
         RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
     )
-    status = _run_in_group(main, args)
+    status = _run_in_group(main, args, parent_tells=True)
     if status:
         sys.exit(status)
 
 
-def _run_in_group(main: Callable[..., int], args: tuple) -> int:
+def _run_in_group(main: Callable[..., int], args: tuple, parent_tells: bool = False) -> int:
     # a run on the CPU of a GPU machine needs gloo all the same
     dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
     try:
         return _run(main, args)
+    except RuntimeError as error:
+        if not is_lost_contact(error):
+            raise
+        if get_rank() == 0 and not parent_tells:
+            print(f"error: lost contact with another process ({error}). Go on with --resume.", file=sys.stderr)
+        sys.stderr.flush()
+        os._exit(1)  # the group cannot be taken down in order any more
     finally:
         dist.destroy_process_group()
 

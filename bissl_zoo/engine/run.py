@@ -1,7 +1,7 @@
 """A run from its config to its results: what is checked first, what is said, and the walk."""
 
 import contextlib
-from typing import Any
+from typing import Any, Literal
 
 from omegaconf import DictConfig
 from tabulate import tabulate
@@ -17,7 +17,7 @@ from bissl_zoo.engine.init import load_init
 from bissl_zoo.engine.interruption import stop_request
 from bissl_zoo.engine.launch import choose_device
 from bissl_zoo.engine.randomness import deterministic
-from bissl_zoo.engine.run_dir import check_run_dir, prepare_run_dir
+from bissl_zoo.engine.run_dir import check_run_dir, has_begun, prepare_run_dir
 from bissl_zoo.engine.run_lock import run_lock
 from bissl_zoo.engine.walk import Walk, phases_of
 from bissl_zoo.errors import CheckpointError
@@ -31,15 +31,17 @@ def open_context(cfg: DictConfig, source: str, roles: set[str] | None = None) ->
     return Context(cfg, build_datasets(cfg, roles), device)
 
 
-def run(cfg: DictConfig, source: str, resume: bool = False) -> dict[str, Any]:
+def run(cfg: DictConfig, source: str, resume: bool | Literal["auto"] = False) -> dict[str, Any]:
     """Go through the stages of `cfg`, evaluate, publish.
 
     Args:
         source: the config's name, for messages.
-        resume: continue the run in `train.output_dir` at its newest checkpoint.
+        resume: continue the run in `train.output_dir` at its newest checkpoint; "auto": where there is one.
     Returns:
         `results`, the figures by what was fine-tuned, and `entry`, what was published or None.
     """
+    if resume == "auto":
+        resume = on_main_process(lambda: has_begun(cfg))
     context = open_context(cfg, source)
     initial, ancestors = load_init(cfg.train.init, cfg)
     phases = phases_of(context, initial)

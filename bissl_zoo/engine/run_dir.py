@@ -35,6 +35,11 @@ FREE_KEYS = (
 LENGTHS = ("pretrain.steps", "pretrain.epochs", "bilevel.alternations", "finetune.steps", "finetune.epochs")
 
 
+def has_begun(cfg: DictConfig) -> bool:
+    """Whether there is a run in `train.output_dir`."""
+    return (Path(cfg.train.output_dir) / "config.yaml").is_file()
+
+
 def check_run_dir(cfg: DictConfig, resume: bool) -> Path:
     """The folder `train.output_dir`, if this run may have it; nothing is written.
 

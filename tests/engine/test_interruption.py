@@ -1,0 +1,97 @@
+"""Requests to stop: what is saved, how a run ends, and that it goes on as if it had not been asked."""
+
+import json
+import os
+import signal
+import time
+
+import pytest
+from forked_runs import exit_status, start_run, wait_for
+
+from bissl_zoo.engine.checkpoint import Checkpointer, load_checkpoint
+from bissl_zoo.engine.interruption import stop_request
+
+pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="the system cannot fork")
+
+
+@pytest.fixture
+def config(tiny_config, at_scenes, tmp_path):
+    """A run whose checkpoints are far apart, in a directory of that name."""
+
+    def build(name="run", **changed):
+        settings = dict(train__checkpoint__period=1000, pretrain__steps=400, train__stages="[pretrain]")
+        return tiny_config(train__output_dir=tmp_path / name, train__publish__name="null", **settings | changed)
+
+    return build
+
+
+def lines(folder):
+    path = folder / "metrics.jsonl"
+    return path.read_text().splitlines() if path.exists() else []
+
+
+@pytest.mark.parametrize(("number", "status"), [("SIGTERM", 143), ("SIGUSR1", 138), ("SIGINT", 130)])
+def test_a_run_that_is_asked_to_stop_saves_within_a_step_and_says_how_to_go_on(config, tmp_path, number, status):
+    pid = start_run(config(), errors=tmp_path / "errors")
+    wait_for(lambda: len(lines(tmp_path / "run")) >= 3, pid)
+    os.kill(pid, getattr(signal, number))
+    assert exit_status(pid) == status
+    newest = Checkpointer(tmp_path / "run" / "checkpoints").newest("pretrain")
+    step = load_checkpoint(newest)[0].step
+    assert step == json.loads(lines(tmp_path / "run")[-1])["step"] < 400
+    said = (tmp_path / "errors").read_text()
+    assert f"{number}: saving after this step" in said
+    assert f"stopped as asked, after step {step} of 400 of pretrain, which is saved; go on with --resume" in said
+    assert "Traceback" not in said and not (tmp_path / "run" / "run.lock").exists()
+
+
+def test_a_second_ctrl_c_stops_at_once(config, tmp_path):
+    def slow():
+        from bissl_zoo.engine.pretrain import Pretrain
+
+        step = Pretrain.run_step
+        Pretrain.run_step = lambda self: (time.sleep(60) if self.step == 2 else None, step(self))[1]
+
+    pid = start_run(config(), before=slow, errors=tmp_path / "errors")
+    wait_for(lambda: len(lines(tmp_path / "run")) >= 2, pid)
+    os.kill(pid, signal.SIGINT)
+    wait_for(lambda: "again to stop now" in (tmp_path / "errors").read_text(), pid)
+    os.kill(pid, signal.SIGINT)
+    assert exit_status(pid) == 130
+    assert "interrupted; go on with --resume" in (tmp_path / "errors").read_text()
+    assert Checkpointer(tmp_path / "run" / "checkpoints").newest("pretrain") is None
+
+
+def test_one_of_two_processes_is_asked_and_both_stop_at_the_same_step_and_go_on_as_if_not(config, tmp_path):
+    def both(name, **changed):
+        cfg, meeting = config(name, pretrain__steps=16, **changed), tmp_path / f"meeting-{time.monotonic_ns()}"
+        common = dict(processes=2, meeting=meeting, errors=tmp_path / "errors")
+        return [start_run(cfg, rank=rank, **common) for rank in range(2)]
+
+    pids = both("asked")
+    wait_for(lambda: len(lines(tmp_path / "asked")) >= 3, pids[0])
+    os.kill(pids[1], signal.SIGTERM)
+    assert [exit_status(pid) for pid in pids] == [143, 143]
+    assert len(lines(tmp_path / "asked")) < 16
+    for name in ("asked", "whole"):
+        assert [exit_status(pid) for pid in both(name)] == [0, 0]
+    asked, whole = (
+        load_checkpoint(tmp_path / name / "checkpoints/pretrain/step_000016")[1] for name in ("asked", "whole")
+    )
+    weights = [state["levels"]["level"]["backbone"] for state in (asked, whole)]
+    assert all((value == weights[1][key]).all() for key, value in weights[0].items())
+    steps = [json.loads(line)["step"] for line in lines(tmp_path / "asked")]
+    assert steps == list(range(1, 17))
+
+
+def test_handlers_are_put_back_and_the_first_request_is_remembered():
+    before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)]
+    with stop_request() as request:
+        assert not request.pending("cpu")
+        os.kill(os.getpid(), signal.SIGUSR1)
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert request.pending("cpu") and request.status == 138
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(1)
+    assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)] == before

@@ -1,0 +1,150 @@
+"""A run that is killed anywhere, again and again, and resumed ends with the bits of one that was never killed.
+
+Runs are forked from the test process, which has imported everything, and kill themselves at an event drawn with a seed:
+an optimizer step, a product, a write, a rename, a sync. BISSL_ZOO_KILLS asks for a longer soak.
+"""
+
+import json
+import os
+import random
+import signal
+
+import pytest
+import torch
+from forked_runs import start_run
+
+from bissl_zoo.engine import checkpoint, hooks, publishing, state_files, walk
+from bissl_zoo.engine.checkpoint import load_checkpoint
+from bissl_zoo.hypergradient import CurvatureOperator
+from bissl_zoo.level import Level
+from bissl_zoo.zoo import stores, transactions
+
+KILLS = int(os.environ.get("BISSL_ZOO_KILLS", 3))
+STAGES = ("pretrain", "head_warmup", "bissl", "finetune_pretrained", "finetune")
+#: workers of the loaders, and processes
+RUNS = {"with workers": (2, 1), "two processes": (0, 2)}
+
+
+class Bomb:
+    """Counts events of this process, and kills it at one of them."""
+
+    def __init__(self, fuse):
+        self.fuse, self.count = fuse, 0
+
+    def tick(self):
+        self.count += 1
+        if self.count == self.fuse:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    def around(self, function):
+        def armed(*args, **kwargs):
+            self.tick()
+            result = function(*args, **kwargs)
+            self.tick()
+            return result
+
+        return armed
+
+    def plant(self):
+        """In the child only: where a run computes and where it writes."""
+        Level.optimize = self.around(Level.optimize)
+        CurvatureOperator.hessian_product = self.around(CurvatureOperator.hessian_product)
+        for module in (checkpoint, hooks, publishing, state_files, walk, transactions, stores):
+            for name in ("write_atomically", "write_state", "evaluate", "publish_entry", "add_entry"):
+                if hasattr(module, name):
+                    setattr(module, name, self.around(getattr(module, name)))
+        for name in ("replace", "fsync", "link", "mkdir", "unlink"):
+            setattr(os, name, self.around(getattr(os, name)))
+
+
+def go(cfg, processes, folder, fuse=None, report=None):
+    """Run until the end or the bomb; whether it came to the end."""
+    meeting = folder / f"meeting-{random.getrandbits(64):x}"
+    bomb = Bomb(fuse)
+    armed = fuse is not None or report is not None
+    pids = [
+        start_run(
+            cfg,
+            rank=rank,
+            processes=processes,
+            meeting=meeting,
+            before=bomb.plant if armed and rank == 0 else None,
+            after=(lambda: report.write_text(str(bomb.count))) if report and rank == 0 else None,
+        )
+        for rank in range(processes)
+    ]
+    statuses = [os.waitpid(pid, 0)[1] for pid in pids]
+    assert fuse is not None or statuses == [0] * processes
+    return statuses == [0] * processes
+
+
+def outcome(folder, zoo):
+    """All that a run leaves, but for times."""
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    metrics = [{k: v for k, v in line.items() if k != "time" and not k.startswith("speed/")} for line in lines]
+    states = {}
+    for stage in STAGES:
+        for path in sorted((folder / "checkpoints" / stage).iterdir()):
+            states[f"{stage}/{path.name}"] = load_checkpoint(path)[1]
+    index = json.loads((zoo / "index.json").read_text())["entries"]
+    # by digest: a publisher that was killed has used up a version's number
+    published = [record["files"]["model.safetensors"]["sha256"] for record in index.values()]
+    return {
+        "metrics": metrics,
+        "states": states,
+        "results": json.loads((folder / "results.json").read_text()),
+        "published": published,
+    }
+
+
+def assert_same(one, other, place=""):
+    assert type(one) is type(other), place
+    if isinstance(one, torch.Tensor):
+        assert torch.equal(one, other), place
+    elif isinstance(one, dict):
+        assert list(one) == list(other), place
+        for key in one:
+            assert_same(one[key], other[key], f"{place}/{key}")
+    elif isinstance(one, (list, tuple)):
+        assert len(one) == len(other), place
+        for number, pair in enumerate(zip(one, other, strict=True)):
+            assert_same(*pair, f"{place}/{number}")
+    else:
+        assert one == other or one != one, place
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="the system cannot fork")
+@pytest.mark.parametrize("kind", RUNS)
+def test_a_run_that_was_killed_many_times_ends_bit_equal_to_one_that_was_not(tiny_config, at_scenes, tmp_path, kind):
+    workers, processes = RUNS[kind]
+
+    def config(name):
+        return tiny_config(
+            train__output_dir=tmp_path / name,
+            train__publish__zoo=tmp_path / f"{name}-zoo",
+            train__deterministic=True,
+            train__checkpoint__period=2,
+            pretrain__steps=5,
+            bilevel__head_warmup__steps=3,
+            bilevel__alternations=3,
+            finetune__steps=3,
+            finetune__eval_period=1,
+            **{f"dataloader__{role}__num_workers": workers for role in ("pretext", "train")},
+        )
+
+    go(config("whole"), processes, tmp_path, report=tmp_path / "events")
+    events = int((tmp_path / "events").read_text())
+    assert events > 100
+    rng, kills = random.Random(kind), 0
+    while kills < KILLS:
+        # half of the fuses are long, so that all stages are reached
+        fuse = rng.randrange(1, events // (2 if rng.random() < 0.5 else 8))
+        if go(config("killed"), processes, tmp_path, fuse):
+            break
+        kills += 1
+    go(config("killed"), processes, tmp_path)
+    assert kills >= min(2, KILLS)
+    whole, killed = (outcome(tmp_path / name, tmp_path / f"{name}-zoo") for name in ("whole", "killed"))
+    assert_same(killed, whole)
+    assert len(killed["published"]) == 1
+    print(f"{kind}: {kills} kills, {events} events in a whole run")
