@@ -48,7 +48,7 @@ setup(
         "shards": ["fsspec", "s3fs"],  # for shards on s3://; local ones and http need nothing
         "onnx": ["onnx>=1.16", "onnxscript>=0.2"],
         "test": [
-            *("pytest>=8", "hypothesis>=6", "ruff>=0.9"),
+            *("pytest>=8", "pytest-xdist>=3.5", "hypothesis>=6", "ruff>=0.9"),
             *("boto3>=1.35.69", "moto[server]>=5.1.5"),
             *("onnx>=1.16", "onnxscript>=0.2", "onnxruntime>=1.18"),
             *("lightly>=1.6", "webdataset>=1.0"),  # references for losses, and for shards

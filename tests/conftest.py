@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+import torch
 from command_line import load_tool
 
 from bissl_zoo.config import LazyConfig, load_config
@@ -32,6 +33,10 @@ class Outcome(NamedTuple):
         assert self.status == 1, self
         assert self.err.startswith("error") and "Traceback" not in self.err, self.err
         return self.err
+
+
+if "PYTEST_XDIST_WORKER" in os.environ:
+    torch.set_num_threads(1)  # the tests of the other processes want the other cores
 
 
 @pytest.fixture(scope="session", autouse=True)

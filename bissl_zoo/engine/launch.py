@@ -19,6 +19,10 @@ from bissl_zoo.distributed import get_local_rank, get_rank, is_lost_contact
 from bissl_zoo.engine.interruption import Interrupted
 from bissl_zoo.errors import BisslZooError, CheckpointError, ConfigError, DatasetError
 
+_SEVERAL_MACHINES = (
+    "processes that torchrun starts again on several machines do not find each other in the store that it shares with "
+    "them. Set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 where torchrun is called."
+)
 #: seconds that the processes of a run have to end by themselves after one of them was lost
 GRACE = 20.0
 
@@ -119,8 +123,7 @@ def _spawned(rank: int, main: Callable[..., int], args: tuple, world_size: int, 
 
 
 def _run_in_group(main: Callable[..., int], args: tuple, parent_tells: bool = False) -> int:
-    # a run on the CPU of a GPU machine needs gloo all the same
-    dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+    _init_group()
     try:
         return _run(main, args)
     except RuntimeError as error:
@@ -132,6 +135,21 @@ def _run_in_group(main: Callable[..., int], args: tuple, parent_tells: bool = Fa
         os._exit(1)  # the group cannot be taken down in order any more
     finally:
         dist.destroy_process_group()
+
+
+def _init_group() -> None:
+    # a run on the CPU of a GPU machine needs gloo all the same
+    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+    machines, shares_store = os.environ.get("GROUP_WORLD_SIZE", "1"), os.environ.get("TORCHELASTIC_USE_AGENT_STORE")
+    if machines != "1" and shares_store == "True" and int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)):
+        if os.environ["RANK"] == "0":
+            print(f"warning: {_SEVERAL_MACHINES}", file=sys.stderr, flush=True)
+    if not restarted() or machines != "1":
+        return dist.init_process_group(backend)
+    # torchrun's store still holds the addresses of the processes before (pytorch/pytorch#135712)
+    store, rank, world_size = next(dist.rendezvous("env://"))
+    store = dist.PrefixStore(f"restart_{os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
+    return dist.init_process_group(backend, store=store, rank=rank, world_size=world_size)
 
 
 def _run(main: Callable[..., int], args: tuple) -> int:

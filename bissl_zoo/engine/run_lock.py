@@ -46,12 +46,12 @@ def run_lock(folder: Path, say: Callable[[str], None] = print) -> Iterator[None]
     finally:
         ended.set()
         heart.join()
-        if _read(path).get("id") == mine:
+        if read_lock(path).get("id") == mine:
             path.unlink()
 
 
 def _acquire(path: Path, mine: str, say: Callable[[str], None]) -> None:
-    facts = {"id": mine, "host": socket.gethostname(), "pid": os.getpid(), "started": _started(os.getpid())}
+    facts = {"id": mine, "host": socket.gethostname(), "pid": os.getpid(), "started": started_at(os.getpid())}
     path.parent.mkdir(parents=True, exist_ok=True)
     while True:
         with contextlib.suppress(FileExistsError):
@@ -59,10 +59,10 @@ def _acquire(path: Path, mine: str, say: Callable[[str], None]) -> None:
             os.write(handle, json.dumps(facts).encode())
             os.close(handle)
             return
-        holder = _read(path)
+        holder = read_lock(path)
         if not holder:  # perhaps not written yet
             time.sleep(WRITTEN)
-            holder = _read(path)
+            holder = read_lock(path)
         if _lives(path, holder, say):
             raise CheckpointError(
                 f"The run in {path.parent} is being written by process {holder['pid']} on {holder['host']}. Stop that "
@@ -72,7 +72,7 @@ def _acquire(path: Path, mine: str, say: Callable[[str], None]) -> None:
         stale = path.with_name(f".{path.name}-{uuid.uuid4().hex}")
         with contextlib.suppress(FileNotFoundError):  # another process was as quick
             os.replace(path, stale)
-            if _read(stale) == holder:
+            if read_lock(stale) == holder:
                 stale.unlink()
             else:  # and has taken it: what was moved away is its lock
                 os.replace(stale, path)
@@ -83,7 +83,7 @@ def _lives(path: Path, holder: dict, say: Callable[[str], None]) -> bool:
     if not holder:
         return False
     if holder["host"] == socket.gethostname():
-        return holder["started"] is not None and _started(holder["pid"]) == holder["started"]
+        return holder["started"] is not None and started_at(holder["pid"]) == holder["started"]
     say(f"{path.parent} was written by process {holder['pid']} on {holder['host']}; waiting for a sign of life")
     seen, deadline = _mtime(path), time.monotonic() + HEARTBEAT * MISSED
     while time.monotonic() < deadline:
@@ -96,16 +96,16 @@ def _lives(path: Path, holder: dict, say: Callable[[str], None]) -> bool:
 def _beat(path: Path, mine: str, ended: threading.Event) -> None:
     while not ended.wait(HEARTBEAT):
         with contextlib.suppress(OSError):  # a file system that does not answer now may at the next beat
-            if _read(path).get("id") == mine:
+            if read_lock(path).get("id") == mine:
                 os.utime(path)
 
 
-def _read(path: Path) -> dict:
+def read_lock(path: Path) -> dict:
     """What a lock says; nothing where there is none, or none that can be read."""
     try:
         facts = json.loads(path.read_text())
         return facts if {"id", "host", "pid", "started"} <= facts.keys() else {}
-    except (OSError, ValueError, AttributeError):
+    except (OSError, ValueError, AttributeError, RecursionError):
         return {}
 
 
@@ -116,7 +116,7 @@ def _mtime(path: Path) -> float | None:
         return None
 
 
-def _started(pid: int) -> str | None:
+def started_at(pid: int) -> str | None:
     """When a process of this machine began, in a form that tells it from a later one of its number; None if it is gone.
 
     Where the system has no /proc, a process that answers has begun at an unknown time.
