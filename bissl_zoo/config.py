@@ -6,6 +6,7 @@ and loads again, equal. Described calls are the subject of `lazy.py`; what a con
 
 import difflib
 import os
+import re
 import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -19,6 +20,11 @@ from bissl_zoo.errors import ConfigError, did_you_mean
 from bissl_zoo.lazy import LazyCall, instantiate, locate, to_code, to_plain
 
 __all__ = ["LazyCall", "LazyConfig", "config_root", "instantiate", "load_config", "locate"]
+
+#: bytes of a YAML config, a hundred times what the largest has; parsing takes three hundred times as many
+_YAML_LIMIT = 1 << 20
+#: levels of sections and lists, far more than any config has; omegaconf needs minutes for a few hundred
+_DEPTH_LIMIT = 64
 
 
 class LazyConfig:
@@ -41,7 +47,9 @@ class LazyConfig:
             variables = {name: value for name, value in run_python(file).items() if not name.startswith("_")}
             sections = {name: value for name, value in variables.items() if _is_section(value)}
         elif file.suffix in (".yaml", ".yml"):
-            sections = parse_yaml(read(file), source)
+            if file.is_file() and file.stat().st_size > _YAML_LIMIT:
+                raise ConfigError(f"{source}: this config file has more than {_YAML_LIMIT:,} bytes, so it is not read.")
+            sections = _shallow(parse_yaml(read(file), source), source)
         else:
             raise ConfigError(f"{source}: a config file ends in .py, .yaml or .yml.")
         if not isinstance(sections, dict):
@@ -126,6 +134,17 @@ def _to_config(plain: dict[Any, Any], source: str) -> DictConfig:
         raise ConfigError(f"{source}: '{error.full_key}': {str(error).splitlines()[0]}") from error
 
 
+def _shallow(value: Any, source: str) -> Any:
+    """The same value; ConfigError where it is nested deeper than configs are."""
+    level = [value]
+    for _ in range(_DEPTH_LIMIT):
+        containers = [one for one in level if isinstance(one, (dict, list))]
+        level = [item for one in containers for item in (one.values() if isinstance(one, dict) else one)]
+    if any(isinstance(one, (dict, list)) for one in level):
+        raise ConfigError(f"{source}: sections and lists are nested more than {_DEPTH_LIMIT} levels deep.")
+    return value
+
+
 def _is_section(value: Any) -> bool:
     """Whether a top-level value belongs to the config; a live object of torch does, so that it is refused by name."""
     if isinstance(value, (dict, list, DictConfig, ListConfig)):
@@ -171,7 +190,8 @@ def _override(plain: dict[Any, Any], override: str, source: str) -> None:
     if sign == "~":
         del parent[place]
         return
-    value = to_plain(parse_yaml(text, f"{source}: override '{override}'"), source, key)
+    described = f"{source}: override '{override}'"
+    value = to_plain(_shallow(parse_yaml(text, described), described), source, key)
     if sign == "+" and isinstance(parent, list):
         parent.append(value)
     elif sign == "+":
@@ -188,7 +208,7 @@ def _override(plain: dict[Any, Any], override: str, source: str) -> None:
 
 def _place(node: Any, part: str) -> Any:
     """The key or index of `node` that `part` names, or None where it names nothing."""
-    number = int(part) if part.isascii() and part.isdigit() else None
+    number = int(part) if re.fullmatch(r"[0-9]{1,18}", part) else None
     if isinstance(node, list):
         return number if number is not None and number < len(node) else None
     if isinstance(node, dict):

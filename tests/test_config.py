@@ -146,3 +146,31 @@ def test_load_config_takes_paths_and_shipped_names(tmp_path, monkeypatch):
     )
     write("site/bissl_zoo/configs/installed.py", "train = dict(seed=5)\n")  # a wheel carries them inside the package
     assert load_config("installed.py").train.seed == 5
+
+
+def test_a_number_that_no_list_has_is_no_key():
+    for number in ("9" * 20, "9" * 5000):  # Python refuses to read more than 4,300 digits
+        with pytest.raises(ConfigError, match="no key 'train.hooks.999"):
+            override(f"train.hooks.{number}=1")
+
+
+def test_a_saved_config_beyond_all_measure_is_not_read(tmp_path):
+    path = tmp_path / "config.yaml"
+    path.write_text("train: {seed: 0}\n")
+    with open(path, "r+b") as file:
+        file.truncate(100 << 20)
+    with pytest.raises(ConfigError, match="more than 1,048,576 bytes"):
+        LazyConfig.load(path)
+
+
+@pytest.mark.parametrize(("opened", "closed"), [("[", "]"), ("{a: ", "}")])
+def test_nesting_has_an_end(tmp_path, opened, closed):
+    path = tmp_path / "config.yaml"
+    path.write_text(f"a: {opened * 30}1{closed * 30}\n")
+    assert override(f"+train.deep={opened * 30}1{closed * 30}").train.deep == LazyConfig.load(path).a
+    for depth in (70, 150):
+        path.write_text(f"a: {opened * depth}{closed * depth}\n")
+        with pytest.raises(ConfigError, match="config.yaml: sections and lists are nested more than 64 levels deep"):
+            LazyConfig.load(path)
+        with pytest.raises(ConfigError, match="nested more than 64 levels deep"):
+            override(f"train.out={opened * depth}{closed * depth}")

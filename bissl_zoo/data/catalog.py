@@ -11,6 +11,8 @@ from bissl_zoo.errors import DatasetError
 
 DATASETS_VARIABLE = "BISSL_ZOO_DATASETS"
 IMAGE_EXTENSIONS = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff"})
+#: of files by their content, whatever they are called; Pillow reads others too, EPS by starting Ghostscript
+IMAGE_FORMATS = ("JPEG", "PNG", "GIF", "BMP", "TIFF", "WEBP")
 
 
 def datasets_root() -> Path:
@@ -66,16 +68,21 @@ def load_image(path: str | os.PathLike | IO[bytes], upright: bool = True, name: 
         name: the image in messages, where it is no file of its own.
 
     Raises:
-        DatasetError: naming the file, where it is missing, truncated or no image.
+        DatasetError: naming the file, where it is missing, truncated, no image, or one of more pixels than are decoded.
     """
     try:
-        with Image.open(path) as image:
+        with Image.open(path, formats=IMAGE_FORMATS) as image:
             image.load()
             if upright:
                 image = ImageOps.exif_transpose(image)
             return image.convert("RGB")
     except FileNotFoundError as error:
         raise DatasetError(f"Image {name or path} does not exist.") from error
+    except Image.DecompressionBombError as error:
+        raise DatasetError(
+            f"Image {name or path} is not decoded, as it would fill the memory: {error} If the image is genuine, raise "
+            "PIL.Image.MAX_IMAGE_PIXELS, or scale it down."
+        ) from error
     # Decoders raise whatever a damaged stream leads them to: OSError, SyntaxError, struct.error, ValueError, ...
     except Exception as error:
         raise DatasetError(

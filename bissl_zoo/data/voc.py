@@ -29,6 +29,8 @@ VOC_CLASSES = (
 
 _SIDES = ("xmin", "ymin", "xmax", "ymax")
 _OFFICIAL = ("train", "val", "trainval")
+#: bytes of an annotation file, far above any of VOC, and pixels of a side, up to which float32 has every number
+_BYTES_LIMIT, _SIDE_LIMIT = 10_000_000, 1 << 24
 _SKIP_OBJECT = 'Fix the file, or pass on_bad_annotation="skip" to leave such objects out (they are counted in the log).'
 _SKIP_IMAGE = 'Fix the file, or pass on_bad_annotation="skip" to leave such images out (they are counted in the log).'
 
@@ -124,7 +126,7 @@ class VOCDetection(Dataset):
                 f"VOC split list {file} does not exist.{did_you_mean(name, present)} "
                 f"There: {', '.join(present[:20]) or 'none'}{', ...' if len(present) > 20 else ''}."
             )
-        ids = [line.strip() for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
+        ids = list(filter(None, map(str.strip, file.read_text(encoding="utf-8", errors="replace").splitlines())))
         if not ids:
             raise DatasetError(f"VOC split list {file} is empty.")
         pictures = require_folder(folder / "JPEGImages", f"VOC images of {folder.name}")
@@ -225,10 +227,13 @@ def read_annotation(path: Path) -> Annotation:
     Coordinates that are missing or no number come back as NaN, a missing name as "": the caller names the object.
 
     Raises:
-        DatasetError: where the file is missing, does not parse, or gives no image size.
+        DatasetError: where the file is missing, too large, does not parse, or gives no image size.
     """
     try:
-        root = SafeXML.parse(path).getroot()
+        with open(path, "rb") as file:
+            if len(content := file.read(_BYTES_LIMIT + 1)) > _BYTES_LIMIT:
+                raise DatasetError(f"VOC annotation {path} has more than {_BYTES_LIMIT:,} bytes, so it is not read.")
+        root = SafeXML.fromstring(content)
     except FileNotFoundError as error:
         raise DatasetError(f"VOC annotation {path} does not exist.") from error
     except DefusedXmlException as error:
@@ -236,7 +241,7 @@ def read_annotation(path: Path) -> Annotation:
     except (SafeXML.ParseError, ValueError, LookupError, OSError) as error:
         raise DatasetError(f"VOC annotation {path} does not parse: {error}.") from error
     width, height = _number(root, "size/width"), _number(root, "size/height")
-    if not (width >= 1 and height >= 1):
+    if not (1 <= width <= _SIDE_LIMIT and 1 <= height <= _SIDE_LIMIT):
         raise DatasetError(f"VOC annotation {path} gives no image size (a positive size/width and size/height).")
     objects = root.findall("object")
     return Annotation(

@@ -97,15 +97,28 @@ def _from_run(folder: Path, cfg: DictConfig, evaluate: bool) -> tuple[Weights, l
 
 
 def weights_of(stage: str, state: dict[str, Any]) -> Weights:
-    """The weights that a finished stage's checkpoint hands on."""
-    levels = state["levels"]
-    if stage == "bissl":
-        return Weights(levels["lower"]["backbone"], pretext=levels["lower"]["head"], task=levels["upper"]["head"])
-    source = levels["level"]
-    if "average" in state:
-        source = {part: _take(dict(state["average"]), f"{part}.") for part in ("backbone", "head")}
-    head = {"pretext" if stage == "pretrain" else "task": source["head"]}
-    return Weights(source["backbone"], **head)
+    """The weights that a finished stage's checkpoint hands on.
+
+    Raises:
+        CheckpointError: they are not in it.
+    """
+    try:
+        levels = state["levels"]
+        if stage == "bissl":
+            parts = {"backbone": levels["lower"]["backbone"], "pretext": levels["lower"]["head"]}
+            parts["task"] = levels["upper"]["head"]
+        else:
+            source = levels["level"]
+            if "average" in state:
+                source = {part: _take(dict(state["average"]), f"{part}.") for part in ("backbone", "head")}
+            parts = {"backbone": source["backbone"], "pretext" if stage == "pretrain" else "task": source["head"]}
+        if not all(isinstance(value, Tensor) for part in parts.values() for value in part.values()):
+            raise TypeError("weights that are no tensors")
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise CheckpointError(
+            f"The checkpoint holds no weights of the stage {stage} ({type(error).__name__}: {error})."
+        ) from error
+    return Weights(**parts)
 
 
 def resplit(weights: Weights, trunk: Backbone, tail: Tail) -> Weights:

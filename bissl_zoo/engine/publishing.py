@@ -7,22 +7,35 @@ from bissl_zoo.backbones import merge_split_states
 from bissl_zoo.config import LazyConfig
 from bissl_zoo.engine.build import Weights
 from bissl_zoo.engine.checkpoint import Checkpointer, load_checkpoint, write_atomically
-from bissl_zoo.engine.facts import arguments_of, read_facts
+from bissl_zoo.engine.facts import arguments_of, read_facts, read_json
 from bissl_zoo.engine.features import pretext_pixels
 from bissl_zoo.engine.init import weights_of, zoo_of
 from bissl_zoo.errors import CheckpointError
-from bissl_zoo.zoo import EntryMetadata, PublishedEntry, Zoo, publish_entry
+from bissl_zoo.zoo import PublishedEntry, Zoo, publish_entry
 
 RESULTS_FILE, RECEIPT_FILE = "results.json", "zoo_entry.json"
 
 
 def published(folder: Path) -> PublishedEntry | None:
     """What the run has been published as last, None where it has not, or where its receipt cannot be read."""
-    receipt = folder / RECEIPT_FILE
     try:
-        return PublishedEntry(**json.loads(receipt.read_text())) if receipt.exists() else None
-    except (ValueError, TypeError):
+        receipt = read_json(folder / RECEIPT_FILE)
+        texts = all(isinstance(value, str) for value in receipt.values())
+        return PublishedEntry(**receipt) if receipt and texts else None
+    except (CheckpointError, TypeError):
         return None
+
+
+def read_results(folder: Path) -> dict[str, dict[str, float]]:
+    """The figures that a run left, by what they were measured from; empty where there are none.
+
+    Raises:
+        CheckpointError: the file is damaged, or was never one of figures.
+    """
+    results = read_json(folder / RESULTS_FILE)
+    if not all(isinstance(figures, dict) and all(map(_is_number, figures.values())) for figures in results.values()):
+        raise CheckpointError(f"{folder / RESULTS_FILE} holds other things than numbers. Restore the file from a copy.")
+    return results
 
 
 def publish_run(folder: Path, name: str | None = None, zoo: Zoo | None = None, once: bool = False) -> PublishedEntry:
@@ -36,7 +49,7 @@ def publish_run(folder: Path, name: str | None = None, zoo: Zoo | None = None, o
         zoo: None for `train.publish.zoo`, or the first of `train.zoo`.
         once: see `publish_entry`.
     Raises:
-        CheckpointError: there is no run, or no finished pretext stage in it.
+        CheckpointError: there is no run, no finished pretext stage in it, or a file of it is damaged.
         ZooError: the zoo refused.
     """
     if not (folder / "config.yaml").is_file():
@@ -47,22 +60,21 @@ def publish_run(folder: Path, name: str | None = None, zoo: Zoo | None = None, o
         raise CheckpointError(f"The run in {folder} names no entry (train.publish.name). Give one, as in --name mine.")
     stage, weights = _finished(folder)
     tail = {key[len("tail.") :]: value for key, value in weights.pretext.items() if key.startswith("tail.")}
-    results = json.loads((folder / RESULTS_FILE).read_text()) if (folder / RESULTS_FILE).exists() else {}
-    metadata = EntryMetadata(
-        pretext=cfg.pretext.name,
-        task=cfg.task.name if stage == "bissl" else None,
-        solver=cfg.solver.name if stage == "bissl" else None,
-        shared_stage=cfg.bilevel.shared_stage,
-        metrics={
+    metadata = {
+        **read_facts(folder),
+        "pretext": cfg.pretext.name,
+        "task": cfg.task.name if stage == "bissl" else None,
+        "solver": cfg.solver.name if stage == "bissl" else None,
+        "shared_stage": cfg.bilevel.shared_stage,
+        "metrics": {
             f"{metric} ({start})": value
-            for start, figures in results.items()
+            for start, figures in read_results(folder).items()
             for metric, value in figures.items()
             if "/" not in metric
         },
-        seeds=[cfg.train.seed],
-        licence=cfg.train.publish.licence,
-        **read_facts(folder),
-    )
+        "seeds": [cfg.train.seed],
+        "licence": cfg.train.publish.licence,
+    }
     entry = publish_entry(
         name=name,
         backbone_state=merge_split_states(weights.backbone, tail),
@@ -79,6 +91,10 @@ def publish_run(folder: Path, name: str | None = None, zoo: Zoo | None = None, o
     facts = {"name": entry.name, "location": entry.location, "sha256": entry.sha256}
     write_atomically(folder / RECEIPT_FILE, json.dumps(facts, indent=2) + "\n")
     return entry
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, float) or (type(value) is int and abs(value) < 1 << 1000)
 
 
 def _finished(folder: Path) -> tuple[str, Weights]:

@@ -12,6 +12,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from bissl_zoo.errors import ZooError
+from bissl_zoo.zoo.create import NO_MODEL_ARGS
 from bissl_zoo.zoo.export import draft
 from bissl_zoo.zoo.hub import ZooLike, as_zoo
 from bissl_zoo.zoo.names import pin
@@ -85,9 +86,14 @@ def read_backbone(
 def _from_entry(name: str, zoo: ZooLike) -> StoredBackbone:
     entry = as_zoo(zoo).find(name)
     facts, config = entry.facts(), entry.read_json("config.json")
-    return StoredBackbone(
-        entry.weights(), facts["architecture"], config.get("model_args", {}), facts["input"], pin(entry.name)
+    stored = StoredBackbone(
+        entry.weights(),
+        facts.get("architecture", ""),
+        config.get("model_args", {}),
+        facts.get("input"),
+        pin(entry.name),
     )
+    return _checked(stored, f"Zoo entry '{entry.name}'")
 
 
 def _from_file(path: Path, architecture: str | None) -> StoredBackbone:
@@ -102,8 +108,29 @@ def _from_file(path: Path, architecture: str | None) -> StoredBackbone:
     try:
         facts = {"architecture": architecture, **json.loads(metadata.get(_KEY, "{}"))}
         stored = StoredBackbone(state, **facts)
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, RecursionError) as error:
         raise ZooError(f"{path} has metadata of this package that cannot be read: {error}.") from error
     if not stored.architecture:
         raise ZooError(f"{path} does not say its architecture. Name it: --architecture resnet50.")
-    return stored
+    return _checked(stored, str(path))
+
+
+def _checked(stored: StoredBackbone, where: str) -> StoredBackbone:
+    """The same backbone; `ZooError` where its facts are of other kinds than they have to be."""
+    pixels = stored.pixels
+    if not isinstance(stored.architecture, str) or not stored.architecture:
+        problem = "an architecture that is not a name"
+    elif not isinstance(stored.model_args, dict) or NO_MODEL_ARGS & stored.model_args.keys():
+        problem = f"model_args that no backbone has: {stored.model_args!r:.200}"
+    elif pixels is not None and not (isinstance(pixels, dict) and all(_is_rgb(pixels.get(k)) for k in ("mean", "std"))):
+        problem = "pixels without a mean and a std of three numbers each"
+    elif not isinstance(stored.source, str):
+        problem = "a source that is not text"
+    else:
+        return stored
+    raise ZooError(f"{where} states {problem}. Fetch it again, or ask whoever made it.")
+
+
+def _is_rgb(values: Any) -> bool:
+    numbers = isinstance(values, list) and all(type(value) in (int, float) for value in values)
+    return numbers and len(values) == 3 and all(abs(value) < 1e6 for value in values)

@@ -13,7 +13,7 @@ from bissl_zoo.zoo.hub import Entry, ZooLike, as_zoo
 from bissl_zoo.zoo.names import pin, shorten
 
 #: arguments of `build_backbone` and `timm.create_model` that name something else, or have it fetched from elsewhere
-_NO_MODEL_ARGS = {
+NO_MODEL_ARGS = {
     *("name", "architecture", "out_features", "features_only", "num_classes", "device", "dtype"),
     *("pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "checkpoint_path", "cache_dir"),
 }
@@ -64,7 +64,7 @@ def create_backbone(
 def _build(entry: Entry, architecture: str, kwargs: Mapping[str, Any]) -> Backbone:
     """The entry's backbone with random weights; what an entry says about its construction is not trusted."""
     model_args = entry.read_json("config.json").get("model_args", {})
-    if not isinstance(model_args, dict) or _NO_MODEL_ARGS & model_args.keys():
+    if not isinstance(model_args, dict) or NO_MODEL_ARGS & model_args.keys():
         raise ZooError(
             f"The config.json of zoo entry '{pin(entry.name)}' has model_args that no entry has: {model_args!r:.200}. "
             "Nothing of it was loaded: tell whoever keeps this zoo."

@@ -33,6 +33,9 @@ from bissl_zoo.zoo.stores import Store, open_store
 
 WEIGHTS_FILE, CONFIG_FILE = "model.safetensors", "train_config.yaml"
 
+#: bytes of a file of an entry that is read as a whole, far above what any has
+_FILE_LIMIT = 4 << 20
+
 #: what the configuration of an entry may call
 _CALLS = re.compile(
     r"bissl_zoo\.(registry\.build_[a-z]+|data\.loaders\.build_[a-z_]+|data\.views\.[a-z_]+|optim\.LRMultiplier)"
@@ -70,9 +73,18 @@ class Entry:
             raise ZooError(f"Zoo entry '{self.name}' has no file '{file}'. It has: {', '.join(sorted(files))}.")
         return self.cache.fetch(self.store, f"{self.name}/{file}", files[file]["sha256"], files[file]["size"])
 
+    def small_file(self, file: str) -> Path:
+        """One of its files that is read as a whole; `ZooError` for one that would fill the memory."""
+        size = self.record["files"][file]["size"] if file in self.record["files"] else 0
+        if size > _FILE_LIMIT:
+            raise ZooError(
+                f"{file} of zoo entry '{self.name}' has {size:,} bytes, more than the {_FILE_LIMIT:,} that it may have."
+            )
+        return self.file(file)
+
     def read_json(self, file: str) -> dict[str, Any]:
         """One of its JSON files, for instance timm's `config.json`."""
-        path = self.file(file)
+        path = self.small_file(file)
         content = parse_json(path.read_bytes(), str(path))
         if file == "entry.json":
             check_format(str(path), content, ENTRY_FORMAT)
@@ -236,7 +248,7 @@ def get_config(name: str, zoo: ZooLike = None) -> DictConfig:
     entry = as_zoo(zoo).find(name)
     with tempfile.TemporaryDirectory(prefix="bissl_zoo-") as folder:
         # what was fetched is called by its digest, and a config's ending says what it is
-        cfg = load_config(shutil.copyfile(entry.file(CONFIG_FILE), Path(folder) / CONFIG_FILE))
+        cfg = load_config(shutil.copyfile(entry.small_file(CONFIG_FILE), Path(folder) / CONFIG_FILE))
     _check_calls(OmegaConf.to_container(cfg), f"zoo entry '{entry.name}'")
     return cfg
 

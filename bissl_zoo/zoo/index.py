@@ -98,7 +98,7 @@ def check_format(where: str, content: Mapping[str, Any], newest: int) -> None:
     if isinstance(version, int) and version > newest:
         raise ZooError(f"{where} has format {version}; this bissl_zoo reads up to {newest}. Upgrade bissl_zoo.")
     if version != newest:
-        raise ZooError(f"{where} has format {version!r}, where {newest} was expected. {_RESTORE}")
+        raise ZooError(f"{where} has format {version!r:.100}, where {newest} was expected. {_RESTORE}")
 
 
 def _finite(text: str) -> float:
@@ -123,12 +123,12 @@ def _record_problem(record: Any) -> str:
         return "has 'metrics' that are not an object"
     for metric, facts in record.get("metrics", {}).items():
         if not _is_metric(facts):
-            return f"has the metric {metric!r} without a usable mean, std and values"
+            return f"has the metric {metric!r:.100} without a usable mean, std and values"
     if not isinstance(record.get("files"), dict):
         return "has no 'files'"
     for file, facts in record["files"].items():
         if not is_name(file):
-            return f"lists the file {file!r}, which is not a plain file name"
+            return f"lists the file {file!r:.100}, which is not a plain file name"
         sha256, size = (facts.get("sha256"), facts.get("size")) if isinstance(facts, dict) else (None, None)
         if not is_sha256(sha256) or type(size) is not int or not 0 <= size < _SIZE_LIMIT:
             return f"has no usable sha256 and size for '{file}'"

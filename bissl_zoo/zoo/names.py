@@ -22,8 +22,8 @@ def check_name(name: str, where: str = "") -> None:
     """Raise `ZooError` for a name that is no entry's: such names could otherwise leave the zoo's folder."""
     if not is_name(name):
         raise ZooError(
-            f"{where}{name!r} is not a name for a zoo entry. A name has up to 100 letters, digits and '.', '_', '-', "
-            "begins with a letter or digit, and may end in a version such as '@2'."
+            f"{where}{name!r:.100} is not a name for a zoo entry. A name has up to 100 letters, digits and '.', '_', "
+            "'-', begins with a letter or digit, and may end in a version such as '@2'."
         )
 
 

@@ -1,8 +1,10 @@
+import contextlib
+import struct
 from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import EpsImagePlugin, Image
 
 from bissl_zoo.data.catalog import datasets_root, load_image, require_folder
 from bissl_zoo.errors import DatasetError
@@ -68,3 +70,34 @@ def test_image_that_does_not_decode_is_named(tmp_path, kind):
 def test_missing_image_is_named(tmp_path):
     with pytest.raises(DatasetError, match="a.jpg does not exist"):
         load_image(tmp_path / "a.jpg")
+
+
+def test_image_of_another_format_than_its_name_is_read(tmp_path):
+    Image.new("RGB", (4, 3), (9, 8, 7)).save(tmp_path / "a.jpg", "PNG")
+    assert load_image(tmp_path / "a.jpg").getpixel((0, 0)) == (9, 8, 7)
+
+
+def test_image_that_would_fill_the_memory_is_refused_before_it_is_decoded(tmp_path):
+    path = tmp_path / "a.bmp"
+    Image.new("RGB", (4, 3)).save(path)
+    content = bytearray(path.read_bytes())
+    content[18:26] = struct.pack("<ii", 30_000, 20_000)
+    path.write_bytes(content)
+    with pytest.raises(DatasetError, match=rf"Image {path} is not decoded.*600000000 pixels.*MAX_IMAGE_PIXELS"):
+        load_image(path)
+
+
+def test_image_that_is_a_program_is_not_run(tmp_path, monkeypatch):
+    canary, path = tmp_path / "canary", tmp_path / "a.jpg"
+    (tmp_path / "gs").write_text(f"#!/bin/sh\necho run > {canary}\n")
+    (tmp_path / "gs").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    monkeypatch.setattr(EpsImagePlugin, "gs_binary", None)
+    Image.new("RGB", (4, 3)).save(path, "EPS")
+    with contextlib.suppress(OSError), Image.open(path) as image:
+        image.load()
+    assert canary.exists()  # this is what Pillow alone does
+    canary.unlink()
+    with pytest.raises(DatasetError, match=f"Image {path} does not decode"):
+        load_image(path)
+    assert not canary.exists()

@@ -158,6 +158,7 @@ def test_skip_leaves_bad_objects_out_and_counts_them(devkit, caplog):
 
 
 BOMB = '<!DOCTYPE a [<!ENTITY x "x"><!ENTITY y "&x;&x;&x;">]><annotation>&y;</annotation>'
+EXTERNAL = '<!DOCTYPE a [<!ENTITY x SYSTEM "file:///etc/hostname">]><annotation>&x;</annotation>'
 
 
 @pytest.mark.parametrize(
@@ -165,8 +166,10 @@ BOMB = '<!DOCTYPE a [<!ENTITY x "x"><!ENTITY y "&x;&x;&x;">]><annotation>&y;</an
     [
         ("<annotation><size>", "does not parse"),
         (BOMB, "is refused: it defines XML entities"),
+        (EXTERNAL, "is refused: it defines XML entities"),
         ("<annotation></annotation>", "gives no image size"),
         ("<annotation><size><width>0</width><height>0</height></size></annotation>", "gives no image size"),
+        ("<annotation><size><width>1e300</width><height>9</height></size></annotation>", "gives no image size"),
         (None, "does not exist"),
     ],
 )
@@ -182,6 +185,32 @@ def test_unreadable_annotation_is_named_or_its_image_skipped(devkit, caplog, con
         dataset = VOCDetection(splits=["2007_train"], classes=classes, on_bad_annotation="skip")
         assert [dataset.source(i)[-10:] for i in range(len(dataset))] == ["000002.jpg"]
         assert "left out 1 images with an unreadable annotation" in caplog.text
+
+
+def test_annotation_beyond_all_measure_is_refused_unread(devkit):
+    path = damage(devkit, [])
+    with open(path, "r+b") as file:
+        file.truncate(100 << 20)
+    with pytest.raises(DatasetError, match=rf"{path} has more than 10,000,000 bytes, so it is not read\. Fix the file"):
+        VOCDetection(splits=["2007_train"])
+
+
+def test_annotation_of_the_greatest_depth_that_is_read_is_read(devkit):
+    path = damage(devkit, ["<a>" * 100_000 + "</a>" * 100_000, thing("dog", (1, 1, 9, 9))])
+    assert read_annotation(path).names == ["dog"]
+
+
+def test_split_list_that_is_no_text_is_named(devkit):
+    (devkit / "ImageSets" / "Main" / "train.txt").write_bytes(b"000001\n\xff\xfe\n")
+    with pytest.raises(DatasetError, match="listed in .*train.txt, does not exist"):
+        VOCDetection(splits=["2007_train"])
+
+
+def test_split_list_cannot_name_images_elsewhere(devkit):
+    for name in ("../../secret", str(devkit / "JPEGImages" / "000001")):
+        (devkit / "ImageSets" / "Main" / "train.txt").write_text(f"{name}\n")
+        with pytest.raises(DatasetError, match="listed in .*train.txt, does not exist"):
+            VOCDetection(splits=["2007_train"])
 
 
 def test_missing_image_is_named_or_skipped(devkit, caplog):

@@ -8,9 +8,9 @@ import pytest
 
 from bissl_zoo.config import LazyConfig
 from bissl_zoo.engine.facts import read_facts
-from bissl_zoo.engine.publishing import publish_run, published
+from bissl_zoo.engine.publishing import publish_run, published, read_results
 from bissl_zoo.engine.run import run
-from bissl_zoo.errors import CheckpointError
+from bissl_zoo.errors import BisslZooError, CheckpointError
 from bissl_zoo.zoo import Zoo, get_config, get_entry, list_backbones
 
 
@@ -81,3 +81,41 @@ def test_the_lineage_reaches_the_root(run_copy, tiny_config, at_scenes, tmp_path
     assert lineage["parent"] == names[0].sha256
     card = (Path(names[1].location) / "README.md").read_text()
     assert "Started from `generation0@1`" in card and "That started from `run (bissl)`" in card
+
+
+@pytest.mark.parametrize(
+    "receipt",
+    [
+        b"",
+        b"\xff",
+        b"[]",
+        b"[" * 100_000,
+        b'{"name": "a"}',
+        b'{"name": 1, "location": "b", "sha256": "c"}',
+        b'{"name": "a", "location": "b", "sha256": "c", "more": "d"}',
+    ],
+)
+def test_a_receipt_that_cannot_be_read_is_none(tmp_path, receipt):
+    (tmp_path / "zoo_entry.json").write_bytes(receipt)
+    assert published(tmp_path) is None
+
+
+@pytest.mark.parametrize("figures", [b"[", b"[1]", b'{"bissl": 1}', b'{"bissl": {"AP50": "high"}}', b"[" * 100_000])
+def test_figures_that_lie_are_one_error(tmp_path, figures):
+    assert read_results(tmp_path) == {}
+    (tmp_path / "results.json").write_bytes(b'{"bissl": {"AP50": NaN, "steps": 3}}')
+    assert read_results(tmp_path)["bissl"]["steps"] == 3
+    (tmp_path / "results.json").write_bytes(figures)
+    with pytest.raises(CheckpointError, match="results.json"):
+        read_results(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "change", [{"surprise": 1}, {"pretext": "other", "hardware": 3}, {"datasets": {"train": {}}}, {"ancestors": 3}]
+)
+def test_facts_that_no_entry_can_state_publish_nothing(run_copy, tmp_path, change):
+    facts = json.loads((run_copy / "facts.json").read_text())
+    (run_copy / "facts.json").write_text(json.dumps(facts | change))
+    with pytest.raises(BisslZooError):
+        publish_run(run_copy, name="mine", zoo=Zoo(tmp_path / "zoo"))
+    assert not (tmp_path / "zoo").exists()

@@ -138,6 +138,10 @@ BAD_INDEXES = {
     "entries is a list": index_of([]),
     "name with folders": index_of({"../../tiny": entry_of()}),
     "absolute name": index_of({"/etc/passwd": entry_of()}),
+    "a name without end": index_of({"x" * 5000: entry_of()}),
+    "a format without end": b'{"format": "' + b"x" * 5000 + b'"}',
+    "a metric without end": index_of({"tiny": entry_of(metrics={"x" * 5000: 1})}),
+    "a file without end": index_of({"tiny": entry_of(files=files_of("x" * 5000))}),
     "hidden name": index_of({".lock": entry_of()}),
     "name of two lines": index_of({"tiny\nother": entry_of()}),
     "a record of text": index_of({"tiny": "x"}),
@@ -316,6 +320,15 @@ def test_a_model_of_a_size_that_no_machine_has_is_one_error(zoo, folder):
     vouch(folder, "config.json", json.dumps({**config, "model_args": {"in_chans": 1 << 50}}).encode())
     with pytest.raises(BisslZooError):
         create_backbone("tiny", zoo=zoo)
+
+
+@pytest.mark.parametrize("file", ["entry.json", "config.json", "train_config.yaml"])
+def test_a_file_that_is_read_as_a_whole_is_refused_by_its_size(zoo, folder, file):
+    (folder / "tiny" / file).write_bytes(b" " * (5 << 20))
+    vouch(folder, file, (folder / "tiny" / file).read_bytes())
+    use = {"entry.json": get_entry, "config.json": create_backbone, "train_config.yaml": get_config}[file]
+    with pytest.raises(ZooError, match=f"{file} of zoo entry 'tiny' has 5,242,880 bytes, more than the 4,194,304"):
+        use("tiny", zoo=zoo)
 
 
 NO_OBJECTS = [b"[]", b"{", b"\x80\x04N.", b"[" * 100_000]

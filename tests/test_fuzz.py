@@ -1,0 +1,261 @@
+"""Whatever the bytes are, reading them ends in data or in an error of ours: nothing runs, nothing is written elsewhere.
+
+About a thousand inputs, the same each time; BISSL_ZOO_FUZZ=100000 tries as many.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+import sys
+import tempfile
+
+import pytest
+import safetensors.torch
+import torch
+from hostile_grammars import CONFIG, annotation_files, image_files, overrides, readable_images, yaml_files
+from hostile_input import NAMES, as_json, damaged, json_files, safetensors_files, watched
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from omegaconf import OmegaConf
+from tiny_entries import publish_tiny
+
+from bissl_zoo.config import LazyConfig
+from bissl_zoo.data.catalog import load_image
+from bissl_zoo.data.voc import read_annotation
+from bissl_zoo.engine.checkpoint import Checkpointer, load_checkpoint
+from bissl_zoo.engine.facts import add_wall_time, read_facts
+from bissl_zoo.engine.log_files import drop_lines_after
+from bissl_zoo.engine.publishing import published
+from bissl_zoo.errors import BisslZooError
+from bissl_zoo.zoo import get_config, load_entry_weights
+from bissl_zoo.zoo.backbone_file import read_backbone
+from bissl_zoo.zoo.hub import Zoo
+from bissl_zoo.zoo.index import parse_index
+from bissl_zoo.zoo.names import check_name, is_name, split_version
+
+TARGETS = 11
+fuzzing = settings(
+    max_examples=int(os.environ.get("BISSL_ZOO_FUZZ", "1000")) // TARGETS,
+    derandomize=True,
+    deadline=None,
+    database=None,
+    suppress_health_check=list(HealthCheck),
+)
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """The one folder that may be written to; temporary files of the library belong there too."""
+    folder = tmp_path_factory.mktemp("fuzz")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tempfile, "tempdir", str(folder))
+        patch.setattr(sys, "dont_write_bytecode", True)
+        yield folder
+
+
+def read(place, call, *arguments, longest=20_000):
+    """What a call returns, None where it ends in an error of ours that a person can read."""
+    with watched(place):
+        try:
+            return call(*arguments)
+        except BisslZooError as error:
+            assert 0 < len(str(error)) < longest
+            return None
+
+
+@fuzzing
+@given(content=annotation_files)
+def test_any_annotation_is_read_or_refused(place, content):
+    path = place / "a.xml"
+    path.write_bytes(content)
+    annotation = read(place, read_annotation, path)
+    if annotation:
+        assert annotation.width >= 1 and annotation.height >= 1
+        assert len(annotation.names) == len(annotation.boxes) == len(annotation.difficult)
+
+
+@fuzzing
+@given(content=image_files, upright=st.booleans())
+@pytest.mark.filterwarnings("ignore")
+def test_any_image_is_read_or_refused(place, content, upright):
+    path = place / "a.jpg"
+    path.write_bytes(content)
+    image = read(place, load_image, path, upright)
+    assert image.mode == "RGB" if image else content not in readable_images
+
+
+def saved_files(folder):
+    level = {"backbone": {"weight": torch.zeros(2, 3)}, "head": {"bias": torch.zeros(4)}}
+    state = {"step": 3, "levels": {"level": level, 1: (0.9, None)}, "random": [torch.zeros(4)]}
+    path = Checkpointer(folder).save("bissl", 3, 10, "resnet18", state, {"test/AP50": 0.5})
+    return {file.name: file.read_bytes() for file in path.iterdir()}
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    return saved_files(tmp_path_factory.mktemp("checkpoint"))
+
+
+@fuzzing
+@given(
+    data=st.data(), which=st.sampled_from(["manifest.json", "state.json", "state.safetensors"]), vouched=st.booleans()
+)
+def test_any_checkpoint_is_read_or_refused_and_the_next_one_is_taken(place, checkpoint, data, which, vouched):
+    folder = place / "run"
+    shutil.rmtree(folder, ignore_errors=True)
+    files = dict(checkpoint)
+    manifest = json.loads(files["manifest.json"])
+    if which == "manifest.json":
+        moved = {**manifest, "files": {data.draw(st.sampled_from(NAMES)): manifest["files"]["state.json"]}}
+        files[which] = data.draw(json_files(manifest) | json_files(moved))
+    elif which == "state.json":
+        files[which] = data.draw(json_files(json.loads(files[which])))
+    else:
+        files[which] = data.draw(safetensors_files(files[which]))
+    if vouched and which != "manifest.json":
+        facts = {"size": len(files[which]), "sha256": hashlib.sha256(files[which]).hexdigest()}
+        files["manifest.json"] = as_json(manifest | {"files": manifest["files"] | {which: facts}})
+    for step, content in ((1, checkpoint), (3, files)):
+        path = folder / "bissl" / f"step_{step:06d}"
+        path.mkdir(parents=True)
+        for name, one in content.items():
+            (path / name).write_bytes(one)
+    loaded = read(place, load_checkpoint, path)
+    assert loaded is None or isinstance(loaded[1], dict)
+    newest, told = read(place, Checkpointer(folder).newest_intact, "bissl")
+    assert newest == path or (newest.name == "step_000001" and len(told) == 1)
+
+
+SHA256 = "0" * 64
+RECORD = {
+    "architecture": "test_resnet",
+    "pretext": "simclr",
+    "metrics": {"AP": {"mean": 0.5, "std": None, "values": [0.5]}},
+    "files": {"model.safetensors": {"sha256": SHA256, "size": 3}},
+}
+INDEX = {"format": 1, "entries": {"tiny": RECORD, "tiny@2": RECORD}, "removed": ["gone"]}
+
+
+@fuzzing
+@given(content=json_files(INDEX))
+def test_any_index_is_read_or_refused(place, content):
+    index = read(place, parse_index, content, "fuzz")
+    if index:
+        assert all(is_name(name) and all(map(is_name, one["files"])) for name, one in index.records.items())
+        assert read(place, parse_index, index.to_bytes(), "again") == index
+
+
+@fuzzing
+@given(
+    name=st.sampled_from(NAMES)
+    | st.text(max_size=20)
+    | damaged([b"tiny@2", b"a.b_c-d"]).map(lambda one: one.decode("utf-8", "replace"))
+)
+def test_any_name_stays_in_its_folder_or_is_refused(place, name):
+    read(place, check_name, name)
+    if is_name(name):
+        assert (place / name).resolve().parent == place.resolve()
+        assert split_version(name)[1] >= 1
+
+
+@pytest.fixture(scope="module")
+def zoo(place):
+    publish_tiny(place / "zoo", config="train: {seed: 0}\n", pretext_head={"weight": torch.zeros(2)}, pretext="simclr")
+    return place / "zoo"
+
+
+@fuzzing
+@given(
+    data=st.data(), file=st.sampled_from(["entry.json", "config.json", "train_config.yaml", "pretext_head.safetensors"])
+)
+def test_any_file_of_an_entry_is_read_or_refused(place, zoo, data, file):
+    path = zoo / "tiny" / file
+    kept, index = path.read_bytes(), (zoo / "index.json").read_bytes()
+    if file.endswith(".json"):
+        content = data.draw(json_files(json.loads(kept)))
+    else:
+        content = data.draw(safetensors_files(kept) if file.endswith(".safetensors") else yaml_files)
+    record = json.loads(index)
+    record["entries"]["tiny"]["files"][file] = {"sha256": hashlib.sha256(content).hexdigest(), "size": len(content)}
+    try:
+        path.write_bytes(content)
+        (zoo / "index.json").write_text(json.dumps(record))
+        entry = Zoo(zoo).find("tiny")
+        for use in (
+            entry.facts,
+            entry.ancestors,
+            lambda: get_config("tiny", zoo),
+            lambda: read_backbone("tiny", zoo=zoo),
+        ):
+            read(place, use)
+        read(place, load_entry_weights, "tiny", "pretext_head.safetensors", zoo)
+    finally:
+        path.write_bytes(kept)
+        (zoo / "index.json").write_bytes(index)
+
+
+FACTS = {"architecture": "test_resnet", "model_args": {"in_chans": 3}, "pixels": {"mean": [0.5], "std": [0.5]}}
+
+
+@fuzzing
+@given(data=st.data())
+def test_any_backbone_file_is_read_or_refused(place, data):
+    facts = data.draw(json_files(FACTS)).decode("utf-8", "replace")
+    content = safetensors.torch.save({"weight": torch.zeros(2, 2)}, {"bissl_zoo": facts})
+    if data.draw(st.booleans()):
+        content = data.draw(safetensors_files(safetensors.torch.save({"weight": torch.zeros(2)}, {"bissl_zoo": "{}"})))
+    path = place / "backbone.safetensors"
+    path.write_bytes(content)
+    backbone = read(place, read_backbone, path)
+    if backbone:
+        assert isinstance(backbone.architecture, str) and isinstance(backbone.model_args, dict)
+
+
+@fuzzing
+@given(content=yaml_files)
+def test_any_saved_config_is_read_or_refused(place, content):
+    path = place / "config.yaml"
+    path.write_bytes(content)
+    cfg = read(place, LazyConfig.load, path)
+    if cfg is not None:
+        read(place, LazyConfig.save, cfg, place / "again.yaml")
+        read(place, LazyConfig.to_py, cfg)
+
+
+@fuzzing
+@given(several=st.lists(overrides, max_size=3))
+def test_any_override_is_applied_or_refused(place, several):
+    cfg = OmegaConf.create(CONFIG)
+    changed_cfg = read(place, LazyConfig.apply_overrides, cfg, several, longest=200_000)  # they are repeated in it
+    assert cfg == CONFIG
+    if changed_cfg is not None:
+        read(place, LazyConfig.save, changed_cfg, place / "again.yaml")
+
+
+LINES = [{"stage": "pretrain", "step": 1, "loss": 0.5}, {"stage": "bissl", "step": 1}, {"stage": "bissl", "step": 2}]
+
+
+@fuzzing
+@given(content=st.lists(json_files(LINES[0]) | st.sampled_from(list(map(as_json, LINES))), max_size=5).map(b"\n".join))
+def test_of_any_metrics_a_first_part_stays(place, content):
+    path = place / "metrics.jsonl"
+    path.write_bytes(content)
+    read(place, drop_lines_after, path, "bissl", 1)
+    kept = path.read_bytes()
+    assert content.startswith(kept) or content.decode("utf-8", "replace").startswith(kept.decode())
+
+
+RUN_FACTS = {"datasets": {"train": {"name": "a", "samples": 3}}, "ancestors": [], "hardware": "CPU", "wall_time_s": 1.5}
+RECEIPT = {"name": "tiny", "location": "/zoo/tiny", "sha256": SHA256}
+
+
+@fuzzing
+@given(facts=json_files(RUN_FACTS), receipt=json_files(RECEIPT))
+def test_any_facts_of_a_run_are_read_or_refused(place, facts, receipt):
+    (place / "facts.json").write_bytes(facts)
+    (place / "zoo_entry.json").write_bytes(receipt)
+    entry = read(place, published, place)
+    assert entry is None or all(isinstance(value, str) for value in (entry.name, entry.location, entry.sha256))
+    if read(place, read_facts, place) is not None:
+        read(place, add_wall_time, place, 1.0)
