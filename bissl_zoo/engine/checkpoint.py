@@ -1,5 +1,6 @@
 """Checkpoints: each is complete or absent, verified before it is used, and holds data only."""
 
+import contextlib
 import hashlib
 import json
 import os
@@ -10,12 +11,19 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from bissl_zoo.engine.state_files import read_state, write_state
+from bissl_zoo.engine.disk import write_error
+from bissl_zoo.engine.state_files import PLAIN_FILE, TENSORS_FILE, read_state, tensor_bytes, write_state
 from bissl_zoo.errors import CheckpointError
 
 FORMAT = 2
 MANIFEST_FILE = "manifest.json"
+LATEST = "latest"
 DAMAGED = "damaged_"
+
+#: bytes of a manifest, far above what any has
+_MANIFEST_LIMIT = 1 << 20
+#: what the manifest's fields are
+_KINDS = {"stage": str, "step": int, "total_steps": int, "done": bool, "architecture": str, "metrics": dict}
 
 
 @dataclass(frozen=True)
@@ -72,11 +80,12 @@ class Checkpointer:
         """Write a checkpoint beside its final place, force it to disk, rename it there, and drop what need not stay.
 
         Raises:
-            CheckpointError: it could not be written; there is the reason, and nothing half-written.
+            DiskError: the disk is full or fails; there is how much room is needed, and nothing half-written.
+            CheckpointError: it could not be written for another reason.
         """
         target = self.folder / stage / f"step_{step:06d}"
-        draft = target.with_name(f".{target.name}-{uuid.uuid4().hex}")
-        for left in target.parent.glob(".step_*"):  # by a process that was killed while it wrote
+        draft = _draft_of(target)
+        for left in target.parent.glob(".step_*"):  # by a process that was killed while it wrote, or a failing disk
             shutil.rmtree(left, ignore_errors=True)
         try:
             draft.mkdir(parents=True)
@@ -86,27 +95,39 @@ class Checkpointer:
                 stage, step, total_steps, step >= total_steps, architecture, files, dict(metrics or {})
             )
             (draft / MANIFEST_FILE).write_text(json.dumps(asdict(info), indent=2) + "\n")
+            (draft / LATEST).write_text(f"{stage}/{target.name}\n")  # while a lack of room still leaves no checkpoint
             for path in (*draft.iterdir(), draft):
                 _fsync(path)
             if target.exists():  # the same step again, from a run that was taken up before it
-                shutil.rmtree(target)
+                _remove(target)
             os.replace(draft, target)
-            _fsync(target.parent)
-            write_atomically(self.folder / "latest", f"{stage}/{target.name}\n")
+            os.replace(target / LATEST, self.folder / LATEST)
+            for folder in (target, target.parent, self.folder):
+                _fsync(folder)
         except OSError as error:
             shutil.rmtree(draft, ignore_errors=True)
-            raise CheckpointError(
-                f"Could not write checkpoint {target}: {error}. Earlier checkpoints are untouched; free space and go "
-                "on with --resume."
+            last = self.newest_step(stage)
+            raise write_error(
+                f"Could not write checkpoint {target}",
+                error,
+                target,
+                tensor_bytes(state),
+                "Earlier checkpoints are untouched; once that is mended, --resume goes on from "
+                f"{f'the beginning of {stage}' if last is None else f'step {last} of {stage}'}.",
             ) from error
         for old in self._to_drop(stage):
-            shutil.rmtree(old)
+            _remove(old)
         return target
 
     def newest(self, stage: str) -> Path | None:
         """The stage's newest checkpoint, not verified, or None."""
         complete = self._complete(stage)
         return complete[-1] if complete else None
+
+    def newest_step(self, stage: str) -> int | None:
+        """The step of the stage's newest checkpoint, or None."""
+        newest = self.newest(stage)
+        return None if newest is None else _step_of(newest)
 
     def newest_intact(self, stage: str) -> tuple[Path | None, list[str]]:
         """The stage's newest checkpoint that verifies, or None, and what was wrong with those that do not.
@@ -126,17 +147,25 @@ class Checkpointer:
 
     def _complete(self, stage: str) -> list[Path]:
         complete = (path.parent for path in (self.folder / stage).glob(f"step_*/{MANIFEST_FILE}"))
-        return sorted(complete, key=lambda path: int(path.name.partition("_")[2]))
+        own = (path for path in complete if path.name.partition("_")[2].isdecimal())  # and not "step_000003 (copy)"
+        return sorted(own, key=_step_of)
 
     def _to_drop(self, stage: str) -> list[Path]:
         complete = self._complete(stage)
         stay = set(complete[-self.keep :])
         if self.every:
-            stay |= {path for path in complete if int(path.name.partition("_")[2]) % self.every == 0}
-        if self.best:
-            measured = {path: read_info(path).metrics.get(self.best) for path in complete}
-            values = {path: value for path, value in measured.items() if value is not None}
-            stay |= {max(values, key=lambda path: (values[path], path.name))} if values else set()
+            stay |= {path for path in complete if _step_of(path) % self.every == 0}
+        values = {}
+        for path in complete if self.best else ():
+            try:
+                value = read_info(path).metrics.get(self.best)
+            except CheckpointError:  # perhaps the best; a resume tells of it when it sets it aside
+                stay.add(path)
+                continue
+            if value is not None:
+                values[path] = value
+        if values:
+            stay.add(max(values, key=lambda path: (values[path], path.name)))
         return [path for path in complete if path not in stay]
 
 
@@ -147,16 +176,24 @@ def read_info(path: Path) -> CheckpointInfo:
         CheckpointError: it has no manifest, or one that is damaged or of another version.
     """
     try:
-        fields = json.loads((path / MANIFEST_FILE).read_text())
+        manifest = path / MANIFEST_FILE
+        if not manifest.is_file() or manifest.stat().st_size > _MANIFEST_LIMIT:
+            raise ValueError(f"it is missing, no file, or has more than {_MANIFEST_LIMIT:,} bytes")
+        fields = json.loads(manifest.read_text())
         if fields["format"] != FORMAT:
             raise CheckpointError(
-                f"Checkpoint {path} has format {fields['format']}; this version reads format {FORMAT}."
+                f"Checkpoint {path} has format {fields['format']!r:.50}; this version reads format {FORMAT}."
             )
         info = CheckpointInfo(**fields)
-        if not all(isinstance(facts["sha256"], str) and facts["size"] >= 0 for facts in info.files.values()):
+        if info.files.keys() != {TENSORS_FILE, PLAIN_FILE}:  # nothing that is not verified, and nothing elsewhere
+            raise ValueError(f"its files are not {TENSORS_FILE} and {PLAIN_FILE}")
+        if not all(isinstance(facts["sha256"], str) and type(facts["size"]) is int for facts in info.files.values()):
             raise ValueError("sizes or digests that are none")
+        wrong = [name for name, kind in _KINDS.items() if not isinstance(getattr(info, name), kind)]
+        if wrong or not all(isinstance(value, (int, float)) for value in info.metrics.values()):
+            raise ValueError(f"{', '.join(wrong) or 'metrics'}: of another kind than a manifest has")
         return info
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(
             f"{path / MANIFEST_FILE} cannot be read: {error}. Remove the checkpoint's folder to use the one before it."
         ) from error
@@ -192,16 +229,40 @@ def load_checkpoint(path: Path) -> tuple[CheckpointInfo, dict[str, Any]]:
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """Replace a text file in one step: readers see the old or the new content, never a part."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_name(f".{path.name}-{uuid.uuid4().hex}")
+    """Replace a text file in one step: readers see the old or the new content, never a part.
+
+    Raises:
+        CheckpointError: it could not be written, and is as it was; a DiskError where the disk is full or fails.
+    """
+    draft = _draft_of(path)
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         draft.write_text(text)
         _fsync(draft)
         os.replace(draft, path)
         _fsync(path.parent)
+    except OSError as error:
+        then = "It is as it was; once that is mended, go on with --resume."
+        raise write_error(f"{path} could not be written", error, path, len(text), then) from error
     finally:
-        draft.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # it is there only where something else is raised
+            draft.unlink()
+
+
+def _draft_of(path: Path) -> Path:
+    return path.with_name(f".{path.name}-{uuid.uuid4().hex}")
+
+
+def _step_of(path: Path) -> int:
+    return int(path.name.partition("_")[2])
+
+
+def _remove(path: Path) -> None:
+    """Take a checkpoint away whole; what a failing disk keeps of it is taken away when the next one is saved."""
+    aside = _draft_of(path)
+    with contextlib.suppress(OSError):
+        os.replace(path, aside)
+    shutil.rmtree(aside, ignore_errors=True)
 
 
 def sha256_of(path: Path) -> str:

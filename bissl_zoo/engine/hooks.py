@@ -3,29 +3,38 @@
 import datetime
 import json
 import math
-import os
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch.utils.tensorboard import SummaryWriter
 
 from bissl_zoo.distributed import all_gather_objects, is_main_process, on_main_process
-from bissl_zoo.engine.checkpoint import Checkpointer, write_atomically
+from bissl_zoo.engine.checkpoint import Checkpointer
+from bissl_zoo.engine.disk import DISK_ERRORS, DiskError, reason_of, retried
+from bissl_zoo.engine.log_files import AppendedFile, EventFile, drop_lines_after
 from bissl_zoo.engine.randomness import random_state
 from bissl_zoo.engine.trainer import HookBase
 
 #: how the names of figures begin that are measured now and then, after a step
 MEASURED = ("test/", "probe/")
 METRICS_FILE = "metrics.jsonl"
+#: seconds between tries of a checkpoint that the disk refuses: of one on the way, and of one that the run ends without;
+#: the other processes wait meanwhile, for less than their communication waits by default
+PAUSES, LAST_PAUSES = (2.0,), (1.0, 2.0, 4.0, 8.0, 16.0, 30.0)
 
 
 def say(line: str) -> None:
     """Print a line at once, from the main process only."""
-    if is_main_process():
+    if not is_main_process():
+        return
+    try:
         print(line, flush=True)
+    except OSError as error:  # the output goes to a file on a full disk: a line less, and the run goes on
+        if error.errno not in DISK_ERRORS:
+            raise
 
 
 class Progress(HookBase):
@@ -79,7 +88,8 @@ class MetricsWriter(HookBase):
 
     Such a record, as of an upper step, has a line of its own with its number, and is in TensorBoard at that number.
     Steps after which something was measured are written whatever the period. Lines that an earlier part of the run
-    wrote of steps that are taken again are dropped, so that each step is there once.
+    wrote of steps that are taken again are dropped, so that each step is there once. What a full or failing disk
+    refuses waits in memory for the next step, and a warning says so.
     """
 
     def __init__(self, folder: Path, period: int) -> None:
@@ -87,62 +97,66 @@ class MetricsWriter(HookBase):
         self.period = period
 
     def before_train(self) -> None:
-        """Drop lines of steps to come, and open the TensorBoard file."""
-        if is_main_process():
-            drop_lines_after(self.folder / METRICS_FILE, self.trainer.name, self.trainer.step)
-        self.board = SummaryWriter(str(self.folder / "tensorboard")) if is_main_process() else None
+        """Drop lines of steps to come, and name the files."""
+        path = self.folder / METRICS_FILE
+        on_main_process(lambda: drop_lines_after(path, self.trainer.name, self.trainer.step))
+        self.lines, self.board = AppendedFile(path), EventFile(self.folder / "tensorboard")
+        self.warned: dict[AppendedFile, int] = {}
 
     def after_step(self) -> None:
-        """Write what is due."""
-        trainer = self.trainer
-        if self.board is None:
+        """Write what is due, and what waits."""
+        if not is_main_process():
             return
+        trainer = self.trainer
         records = list(trainer.records)
-        for record in records:
-            figures = {name: value for name, value in record.items() if name != trainer.record_key}
-            self._show(f"{trainer.name}/{trainer.record_key}", figures, record[trainer.record_key])
+        shown = [
+            (_scalars(f"{trainer.name}/{trainer.record_key}", record, trainer.record_key), record[trainer.record_key])
+            for record in records
+        ]
         measured = any(name.startswith(MEASURED) for name in trainer.metrics)
         if measured or trainer.step % self.period == 0 or trainer.step == trainer.total_steps:
             records.append(trainer.metrics)
-            self._show(trainer.name, trainer.metrics, trainer.step)
+            shown.append((_scalars(trainer.name, trainer.metrics), trainer.step))
         head = {"stage": trainer.name, "step": trainer.step, "time": time.time()}
-        if records:
-            with open(self.folder / METRICS_FILE, "a") as file:
-                file.writelines(json.dumps({**head, **_jsonable(record)}) + "\n" for record in records)
-                file.flush()
-                os.fsync(file.fileno())  # before the checkpoint of this step, which counts on these lines
+        lines = [(json.dumps({**head, **_jsonable(record)}) + "\n").encode() for record in records]
+        if lines or self.lines.waiting:  # before the checkpoint of this step, which counts on these lines
+            self._write(self.lines, partial(self.lines.append, lines))
+        if shown or self.board.waiting:
+            self._write(self.board, partial(self.board.append_scalars, shown))
 
-    def _show(self, prefix: str, figures: dict[str, Any], step: int) -> None:
-        for name, value in figures.items():
-            if isinstance(value, (int, float)):
-                self.board.add_scalar(f"{prefix}/{name}", value, step)
+    def _write(self, file: AppendedFile, write: Callable[[], None]) -> None:
+        """Write, or warn where that fails: once a period of the metrics, and once of TensorBoard's file."""
+        try:
+            write()
+        except OSError as error:
+            step, before = self.trainer.step, self.warned.get(file)
+            if before is None or (file is self.lines and step - before >= self.period):
+                self.warned[file] = step
+                say(
+                    f"warning: {file.path} could not be written: {_reason(error, file)}. The run goes on; entries that "
+                    f"wait in memory for the next write: {len(file.waiting)}."
+                )
 
     def after_train(self) -> None:
-        """Close the TensorBoard file."""
-        if self.board is not None:
-            self.board.close()
-
-
-def drop_lines_after(path: Path, stage: str, step: int) -> None:
-    """Keep the lines of `metrics.jsonl` up to `step` of `stage`; what follows was not finished and is done again."""
-    if not path.exists():
-        return
-    kept, reached = [], False
-    for line in path.read_text(errors="replace").splitlines(keepends=True):
-        try:
-            record = json.loads(line)
-            here, number = record["stage"], record["step"]
-        except (ValueError, KeyError, TypeError):  # cut off in the middle
-            break
-        reached = reached or here == stage
-        if reached and (here != stage or number > step):
-            break
-        kept.append(line)
-    write_atomically(path, "".join(kept))
+        """Write what waits, and tell what is lost."""
+        for file in (self.lines, self.board) if is_main_process() else ():
+            reason = f"more than {file.waiting.maxlen} had to wait"
+            try:
+                if file.waiting:
+                    file.append()
+            except OSError as error:
+                file.lost += len(file.waiting)
+                reason = _reason(error, file)
+            if file.lost:
+                say(f"warning: entries of {file.path} that are lost: {file.lost}. {reason[0].upper()}{reason[1:]}.")
 
 
 class PeriodicCheckpoint(HookBase):
-    """Save the trainer's state and every process's random state: every `period` steps, at the last, and on stopping."""
+    """Save the trainer's state and every process's random state: every `period` steps, at the last, and on stopping.
+
+    Where the disk refuses one on the way, the run goes on with a warning, and the next is due a period later; the last
+    of a stage and the one on stopping are tried for about a minute, and end the run if that is in vain.
+    """
 
     def __init__(self, checkpointer: Checkpointer, period: int, architecture: str, device: torch.device) -> None:
         self.checkpointer = checkpointer
@@ -164,13 +178,25 @@ class PeriodicCheckpoint(HookBase):
             for name, value in trainer.metrics.items()
             if name.startswith(MEASURED) and isinstance(value, (int, float))
         }
-        self.checkpointer.save(
-            trainer.name,
-            trainer.step,
-            trainer.total_steps,
-            self.architecture,
-            {**trainer.state_dict(), "random": randomness},
-            measured,
+        state = {**trainer.state_dict(), "random": randomness}
+        save = partial(
+            self.checkpointer.save, trainer.name, trainer.step, trainer.total_steps, self.architecture, state, measured
+        )
+        if trainer.step == trainer.total_steps or trainer.stopping:
+            retried(save, LAST_PAUSES, lambda error, pause: self._warn(error, f"Trying again in {pause:g} s."))
+            return
+        try:
+            retried(save, PAUSES)
+        except DiskError as error:
+            last = self.checkpointer.newest_step(trainer.name)
+            there = f"there is none of {trainer.name} yet" if last is None else f"the last one is step {last}"
+            self._warn(error, f"The run goes on; {there}.")
+
+    def _warn(self, error: DiskError, then: str) -> None:
+        name = self.trainer.name
+        say(
+            f"warning: checkpoint of {name} at step {self.trainer.step} could not be written to "
+            f"{self.checkpointer.folder / name}: {error.reason}. {then}"
         )
 
 
@@ -197,6 +223,18 @@ def format_results(results: dict[str, Any]) -> str:
 
 def _short(value: Any) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def _reason(error: OSError, file: AppendedFile) -> str:
+    return reason_of(error, file.path, sum(map(len, file.waiting)))
+
+
+def _scalars(prefix: str, figures: dict[str, Any], leave_out: str = "") -> dict[str, float]:
+    return {
+        f"{prefix}/{name}": value
+        for name, value in figures.items()
+        if isinstance(value, (int, float)) and name != leave_out
+    }
 
 
 def _jsonable(figures: dict[str, Any]) -> dict[str, Any]:

@@ -37,7 +37,9 @@ class StopRequest:
             self.signal = number
             name = signal.Signals(number).name
             again = "; again to stop now" if number == signal.SIGINT else ""
-            os.write(2, f"\n{name}: saving after this step{again}\n".encode())  # print() might be what was interrupted
+            # not print(), which might be what was interrupted; standard error may go to a file on a full disk
+            with contextlib.suppress(OSError):
+                os.write(2, f"\n{name}: saving after this step{again}\n".encode())
 
     def pending(self, device: torch.device) -> bool:
         """Whether any process of the run was asked to stop; a collective."""

@@ -1,7 +1,6 @@
 """Start one process or many: torchrun's, or our own on one machine."""
 
 import contextlib
-import errno
 import logging
 import os
 import signal
@@ -16,6 +15,7 @@ import torch.multiprocessing as mp
 from omegaconf.errors import OmegaConfBaseException
 
 from bissl_zoo.distributed import get_local_rank, get_rank, is_lost_contact
+from bissl_zoo.engine.disk import DISK_ERRORS
 from bissl_zoo.engine.interruption import Interrupted
 from bissl_zoo.errors import BisslZooError, CheckpointError, ConfigError, DatasetError
 
@@ -164,9 +164,9 @@ def _run(main: Callable[..., int], args: tuple) -> int:
     except OmegaConfBaseException as error:
         return _report(ConfigError(f"The config has no usable '{error.full_key}': {str(error).splitlines()[0]}."))
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        if error.errno not in DISK_ERRORS:
             raise
-        return _report(CheckpointError(f"Writing failed: {error}. Free space and go on with --resume."))
+        return _report(CheckpointError(f"Writing failed: {error}. Mend that and go on with --resume."))
     except KeyboardInterrupt:
         print("interrupted; go on with --resume", file=sys.stderr, flush=True)
         return 130

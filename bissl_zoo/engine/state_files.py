@@ -15,6 +15,9 @@ from bissl_zoo.errors import CheckpointError
 
 TENSORS_FILE, PLAIN_FILE = "state.safetensors", "state.json"
 
+#: bytes of the JSON part, far above what any state has
+_PLAIN_LIMIT = 64 << 20
+
 #: keys of the dicts that stand for what JSON has no word for
 _TENSOR, _TUPLE, _DICT = "$tensor", "$tuple", "$dict"
 
@@ -39,15 +42,27 @@ def write_state(folder: Path, state: Any) -> None:
     (folder / PLAIN_FILE).write_text(json.dumps(plain) + "\n")
 
 
-def read_state(folder: Path) -> Any:
+def tensor_bytes(state: Any) -> int:
+    """The size of the tensors in `state`: about what `write_state` needs."""
+    tensors: dict[str, Tensor] = {}
+    _encode(state, "", tensors)
+    return sum(tensor.nbytes for tensor in tensors.values())
+
+
+def read_state(folder: Path) -> dict[str, Any]:
     """What `write_state` wrote, tensors on the CPU.
 
     Raises:
         CheckpointError: a file is missing, or is not what was written.
     """
     try:
+        if (folder / PLAIN_FILE).stat().st_size > _PLAIN_LIMIT:
+            raise ValueError(f"{PLAIN_FILE} has more than {_PLAIN_LIMIT:,} bytes")
         tensors = load_file(folder / TENSORS_FILE)
-        return _decode(json.loads((folder / PLAIN_FILE).read_text()), tensors)
+        state = _decode(json.loads((folder / PLAIN_FILE).read_text()), tensors)
+        if not isinstance(state, dict):
+            raise ValueError(f"{PLAIN_FILE} holds no object")
+        return state
     except (OSError, SafetensorError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise CheckpointError(f"The state in {folder} cannot be read ({type(error).__name__}: {error}).") from error
 

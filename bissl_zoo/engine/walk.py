@@ -25,6 +25,7 @@ from bissl_zoo.engine.build import Context, Weights
 from bissl_zoo.engine.checkpoint import Checkpointer, read_info, write_atomically
 from bissl_zoo.engine.facts import add_wall_time
 from bissl_zoo.engine.finetune import BASELINE, build_finetune, evaluate, finetune_steps
+from bissl_zoo.engine.health import Health
 from bissl_zoo.engine.hooks import (
     HookBase,
     MetricsWriter,
@@ -37,12 +38,12 @@ from bissl_zoo.engine.hooks import (
 from bissl_zoo.engine.interruption import Interrupted, StopRequest
 from bissl_zoo.engine.pretrain import build_pretrain, pretrain_steps
 from bissl_zoo.engine.probe import build_probe
-from bissl_zoo.engine.publishing import RESULTS_FILE, publish_run, published
+from bissl_zoo.engine.publishing import RESULTS_FILE, publish_run, published, read_results
 from bissl_zoo.engine.randomness import restore_random_state
 from bissl_zoo.engine.solver_watch import SolverWatch
 from bissl_zoo.engine.state_files import read_state
 from bissl_zoo.engine.trainer import Trainer
-from bissl_zoo.errors import CheckpointError
+from bissl_zoo.errors import CheckpointError, ZooError
 
 
 @dataclass(frozen=True)
@@ -135,10 +136,10 @@ class Walk:
     def outcome(self) -> dict[str, Any] | None:
         """What :func:`run` returned when it came to its end here; None where it has not."""
         publishes, entry = self._publishes(), published(self.folder)
-        results = self.folder / RESULTS_FILE
-        if not all(map(self._is_done, self.phases)) or not results.exists() or (publishes and entry is None):
+        written = (self.folder / RESULTS_FILE).exists()
+        if not all(map(self._is_done, self.phases)) or not written or (publishes and entry is None):
             return None
-        return {"results": json.loads(results.read_text()), "entry": entry if publishes else None}
+        return {"results": read_results(self.folder), "entry": entry if publishes else None}
 
     def _is_done(self, phase: Phase) -> bool:
         newest = self.checkpointer.newest(phase.name)
@@ -155,7 +156,15 @@ class Walk:
         """Leave the figures of a run, and publish it where its config names an entry and this was not done before."""
         write_atomically(self.folder / RESULTS_FILE, json.dumps(self.results, indent=2) + "\n")
         add_wall_time(self.folder, time.monotonic() - self.began)
-        return (published(self.folder) or publish_run(self.folder, once=True)) if self._publishes() else None
+        if not self._publishes():
+            return None
+        try:
+            return published(self.folder) or publish_run(self.folder, once=True)
+        except ZooError as error:
+            raise ZooError(
+                f"{error} The training is complete, and its figures are in {self.folder / RESULTS_FILE}; --resume "
+                "publishes again."
+            ) from error
 
     def _train(self, phase: Phase, weights: Weights) -> Trainer:
         """The phase's trainer after its last step, from the newest checkpoint on where the run is resumed."""
@@ -206,7 +215,10 @@ class Walk:
         if not (trainer.stopping or self._asked()):
             return
         trainer.close()
-        on_main_process(lambda: add_wall_time(self.folder, time.monotonic() - self.began))
+        try:
+            on_main_process(lambda: add_wall_time(self.folder, time.monotonic() - self.began))
+        except CheckpointError as error:  # what matters is saved
+            say(f"warning: {error}")
         raise Interrupted(
             f"stopped as asked, after step {trainer.step} of {trainer.total_steps} of {phase.name}, which is saved; go "
             "on with --resume",
@@ -229,6 +241,7 @@ def _hooks(
     probe = build_probe(context, trainer)
     if probe:
         hooks.append(probe)
+    hooks.append(Health(cfg))
     hooks.append(MetricsWriter(folder, cfg.train.log_period))
     period = cfg.train.checkpoint.period
     hooks.append(PeriodicCheckpoint(checkpointer, period, cfg.backbone.name, context.device))

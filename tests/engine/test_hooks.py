@@ -8,7 +8,7 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from bissl_zoo.engine import hooks
+from bissl_zoo.engine import log_files
 from bissl_zoo.engine.checkpoint import Checkpointer
 from bissl_zoo.engine.hooks import MetricsWriter, PeriodicCheckpoint, PeriodicEvaluation, Progress
 from bissl_zoo.engine.trainer import HookBase, Trainer, load_state
@@ -82,6 +82,24 @@ def test_metrics_are_written_every_period_and_at_the_last_step(tmp_path):
     assert board.Tags()["scalars"] == ["stage/total_loss", "stage/lr", "stage/hidden"]
 
 
+def test_lines_of_steps_that_are_taken_again_are_dropped_and_so_is_a_part_of_a_line(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    lines = [
+        json.dumps({"stage": stage, "step": step}) + "\n" for stage, step in (("a", 1), ("a", 2), ("b", 1), ("b", 2))
+    ]
+    for content, stage, step, kept in (
+        ("".join(lines), "b", 1, lines[:3]),
+        ("".join(lines), "a", 1, lines[:1]),
+        ("".join(lines), "c", 0, lines),
+        ("".join(lines)[:-9], "b", 2, lines[:3]),
+        ("".join(lines)[:-1], "b", 2, lines[:3]),  # what comes next would be on the same line
+        (lines[0] + "[1]\n" + lines[1], "a", 2, lines[:1]),
+    ):
+        path.write_text(content)
+        log_files.drop_lines_after(path, stage, step)
+        assert path.read_text() == "".join(kept)
+
+
 def test_figures_that_are_not_finite_are_text_in_the_metrics(tmp_path):
     trainer = Counter("stage", 1)
     trainer.run_step = lambda: {"solver/residual": math.inf, "loss": math.nan, "fine": 1.0}
@@ -109,7 +127,7 @@ class Fine(Counter):
 
 def test_finer_records_are_written_at_every_step_whatever_the_period(tmp_path, monkeypatch):
     opened = []
-    monkeypatch.setattr(hooks, "open", lambda *args: opened.append(args) or open(*args), raising=False)
+    monkeypatch.setattr(log_files, "open", lambda *args: opened.append(args[0].name) or open(*args), raising=False)
     Fine("stage", 3).train([MetricsWriter(tmp_path, period=3)])
 
     def refuse(constant):
@@ -124,7 +142,7 @@ def test_finer_records_are_written_at_every_step_whatever_the_period(tmp_path, m
     assert all(line["stage"] == "stage" and line["time"] > 0 for line in lines)
     assert [line["residual"] for line in lines[:-1]] == [1.0, 1 / 2, 1 / 3, "inf", 1 / 5, 1 / 6]
     assert lines[-1]["total_loss"] == 1 / 3 and "residual" not in lines[-1]
-    assert len(opened) == 3  # once a step
+    assert opened.count("metrics.jsonl") == 3  # once a step
     board = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
     assert board.Tags()["scalars"] == ["stage/part/residual", "stage/total_loss", "stage/lr", "stage/hidden"]
     events = board.Scalars("stage/part/residual")

@@ -1,0 +1,343 @@
+"""A disk that is full, on a small file system of its own, or that fails, by errors where the system is called."""
+
+import errno
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from bissl_zoo.engine import disk, hooks, log_files
+from bissl_zoo.engine.checkpoint import Checkpointer, load_checkpoint, write_atomically
+from bissl_zoo.engine.disk import DiskError
+from bissl_zoo.engine.hooks import MetricsWriter, PeriodicCheckpoint, say
+from bissl_zoo.engine.log_files import AppendedFile
+from bissl_zoo.engine.trainer import HookBase, Trainer
+from bissl_zoo.errors import CheckpointError
+
+CPU = torch.device("cpu")
+MIB = 1 << 20
+ENTRY = b"entry %06d\n"
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of 4 MiB."""
+    folder = tmp_path / "small"
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=4m,nr_inodes=64", "tmpfs", folder]
+    mounted = subprocess.run(mount, capture_output=True, text=True) if shutil.which("mount") else None
+    if mounted is None or mounted.returncode:
+        pytest.skip(f"no file system can be mounted here: {mounted.stderr.strip() if mounted else 'no mount'}")
+    yield folder
+    subprocess.run(["umount", "--lazy", folder], check=True)
+
+
+@pytest.fixture
+def pauses(monkeypatch):
+    """The pauses that were made, without their taking time."""
+    made = []
+    monkeypatch.setattr(disk.time, "sleep", made.append)
+    return made
+
+
+@pytest.fixture
+def failing_fsync(monkeypatch):
+    """`failing_fsync("state", errno.EIO)` lets forcing a file to disk fail, of files whose path holds the text."""
+
+    def fail(text, number):
+        def fsync(handle):
+            if text in os.readlink(f"/proc/self/fd/{handle}"):
+                raise OSError(number, os.strerror(number))
+            real(handle)
+
+        monkeypatch.setattr(os, "fsync", fsync)
+        return lambda: monkeypatch.setattr(os, "fsync", real)
+
+    real = os.fsync
+    return fail
+
+
+class Growing(Trainer):
+    """A trainer whose state is one tensor of 1 MiB that tells its step."""
+
+    def run_step(self):
+        return {"total_loss": 1.0 / (self.step + 1)}
+
+    def levels(self):
+        return {}
+
+    def state_dict(self):
+        return {"step": self.step, "weight": torch.full((MIB // 4,), float(self.step))}
+
+
+class At(HookBase):
+    """Does something after the steps that are named."""
+
+    def __init__(self, **actions):
+        self.actions = {int(name.removeprefix("step")): action for name, action in actions.items()}
+
+    def after_step(self):
+        self.actions.get(self.trainer.step, lambda: None)()
+
+
+class Filler:
+    """A file of somebody else, which takes all the room there is but a little."""
+
+    def __init__(self, folder, spare=0):
+        self.path, self.spare = folder / "filler", spare
+
+    def fill(self):
+        free = shutil.disk_usage(self.path.parent).free
+        self.path.write_bytes(bytes(max(0, free - self.spare)))
+
+    def clear(self):
+        self.path.unlink()
+
+
+def checkpoints(folder, period=1, keep=1):
+    return PeriodicCheckpoint(Checkpointer(folder, keep), period, "resnet18", CPU)
+
+
+def warnings(capsys):
+    return [line for line in capsys.readouterr().out.splitlines() if line.startswith("warning")]
+
+
+def test_a_checkpoint_on_the_way_that_finds_no_room_is_a_warning_and_the_next_is_written(small_disk, pauses, capsys):
+    folder, filler = small_disk / "checkpoints", Filler(small_disk, spare=MIB // 2)
+    seen = []
+    look = At(step3=lambda: seen.append([path.name for path in (folder / "stage").iterdir()]))
+    hook = checkpoints(folder, keep=2)
+    Growing("stage", 5).train([At(step2=filler.fill, step4=filler.clear), hook, look])
+    assert seen == [["step_000001"]]  # complete, and no draft beside it
+    assert [load_checkpoint(path)[0].step for path in sorted((folder / "stage").iterdir())] == [4, 5]
+    assert warnings(capsys) == [
+        f"warning: checkpoint of stage at step {step} could not be written to {folder / 'stage'}: No space left on "
+        "device; it needs about 1.0 MiB, 512 KiB are free. The run goes on; the last one is step 1."
+        for step in (2, 3)
+    ]
+    assert pauses == [*hooks.PAUSES] * 2
+
+
+def test_without_any_checkpoint_the_warning_says_so(tmp_path, failing_fsync, pauses, capsys):
+    recover = failing_fsync("state.safetensors", errno.EIO)
+    Growing("stage", 3).train([At(step2=recover), checkpoints(tmp_path)])
+    (line,) = warnings(capsys)
+    assert "Input/output error; it needs about 1.0 MiB, " in line
+    assert line.endswith("The run goes on; there is none of stage yet.")
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.ESTALE])
+def test_the_earlier_checkpoint_stays_whichever_way_the_disk_fails(tmp_path, failing_fsync, pauses, capsys, number):
+    fail = {"step2": lambda: failing_fsync("step_000002", number)}
+    Growing("stage", 3).train([At(**fail), checkpoints(tmp_path, keep=1)])
+    assert os.strerror(number) in warnings(capsys)[0]
+    assert [path.name for path in (tmp_path / "stage").iterdir()] == ["step_000003"]
+    with pytest.raises(CheckpointError, match=f"{os.strerror(number)}.*--resume goes on from step 3 of stage"):
+        checkpoints(tmp_path).checkpointer.save("stage", 2, 3, "resnet18", {"weight": torch.zeros(3)})
+    assert load_checkpoint(tmp_path / "stage" / "step_000003")[1]["weight"][0] == 3
+
+
+def test_the_last_checkpoint_of_a_stage_is_tried_for_a_minute_and_written_when_there_is_room(
+    small_disk, monkeypatch, capsys
+):
+    filler, pauses = Filler(small_disk), []
+
+    def sleep(seconds):
+        pauses.append(seconds)
+        if len(pauses) == 3:
+            filler.clear()
+
+    monkeypatch.setattr(disk.time, "sleep", sleep)
+    Growing("stage", 2).train([At(step2=filler.fill), checkpoints(small_disk / "checkpoints")])
+    assert load_checkpoint(small_disk / "checkpoints" / "stage" / "step_000002")[0].done
+    lines = warnings(capsys)
+    assert [re.search(r"0 bytes are free\. (Trying again in \d+ s\.)", line)[1] for line in lines] == [
+        f"Trying again in {pause:g} s." for pause in pauses
+    ]
+    assert pauses == list(hooks.LAST_PAUSES[:3]) and sum(hooks.LAST_PAUSES) == pytest.approx(60, abs=5)
+
+
+@pytest.mark.parametrize("stop_at", [None, 3])
+def test_the_last_checkpoint_and_one_on_stopping_end_the_run_where_the_disk_stays_full(
+    small_disk, pauses, capsys, stop_at
+):
+    folder, trainer = small_disk / "checkpoints", Growing("stage", 9 if stop_at else 3)
+    with pytest.raises(DiskError) as raised:
+        trainer.train(
+            [At(step3=Filler(small_disk).fill), checkpoints(folder, period=2)], lambda: trainer.step == stop_at
+        )
+    assert str(raised.value) == (
+        f"Could not write checkpoint {folder}/stage/step_000003: No space left on device; it needs about 1.0 MiB, 0 "
+        "bytes are free. Earlier checkpoints are untouched; once that is mended, --resume goes on from step 2 of stage."
+    )
+    assert [path.name for path in (folder / "stage").iterdir()] == ["step_000002"]
+    assert pauses == list(hooks.LAST_PAUSES) and len(warnings(capsys)) == len(pauses)
+
+
+def test_what_no_waiting_mends_ends_the_run_at_once(tmp_path, pauses):
+    (tmp_path / "stage").write_text("")
+    with pytest.raises(CheckpointError, match="--resume goes on from the beginning of stage") as raised:
+        Growing("stage", 3).train([checkpoints(tmp_path)])
+    assert not isinstance(raised.value, DiskError) and pauses == []
+
+
+def test_nothing_is_dropped_for_want_of_room(small_disk, pauses, capsys):
+    folder = small_disk / "checkpoints"
+    with pytest.raises(DiskError):
+        Growing("stage", 6).train([checkpoints(folder, keep=4)])  # there is room for three, and a little
+    assert sorted(path.name for path in (folder / "stage").iterdir()) == ["step_000001", "step_000002", "step_000003"]
+    assert [line.split(" could")[0][-1] for line in warnings(capsys)] == ["4", "5", *"6" * len(hooks.LAST_PAUSES)]
+
+
+def test_a_want_of_inodes_is_told_as_such(small_disk, pauses):
+    for number in range(64):
+        try:
+            (small_disk / str(number)).touch()
+        except OSError:
+            break
+    with pytest.raises(DiskError, match=r"needs about 12 bytes, 4\.0 MiB are free, and no inode for another file"):
+        Checkpointer(small_disk).save("stage", 1, 2, "resnet18", {"weight": torch.zeros(3)})
+
+
+def test_metrics_that_find_no_room_wait_and_are_written_in_order(small_disk, capsys):
+    filler, trainer = Filler(small_disk), Growing("stage", 200)
+    figures = {"total_loss": 1.0, **{f"figure{number}": 0.5 for number in range(40)}}  # much in a page of either file
+    trainer.run_step = lambda: figures
+    trainer.train(
+        [At(step20=filler.fill, step150=filler.clear), MetricsWriter(small_disk, period=10), HalfLines(small_disk)]
+    )
+    records = [json.loads(line) for line in (small_disk / "metrics.jsonl").read_text().splitlines()]
+    assert [record["step"] for record in records] == list(range(10, 201, 10))
+    board = EventAccumulator(str(small_disk / "tensorboard")).Reload()
+    assert [event.step for event in board.Scalars("stage/total_loss")] == list(range(10, 201, 10))
+    lines = warnings(capsys)
+    told = [line for line in lines if "metrics.jsonl" in line]
+    assert 8 <= len(told) <= 13  # periods, of the 130 steps without room but for what the file's last page had left
+    assert "No space left on device; it needs about" in told[-1]
+    assert len([line for line in lines if "tfevents" in line]) == 1 and len(lines) == len(told) + 1
+
+
+class HalfLines(HookBase):
+    """Finds after every step that the metrics end with a line."""
+
+    def __init__(self, folder):
+        self.path = folder / "metrics.jsonl"
+
+    def after_step(self):
+        assert not self.path.exists() or self.path.read_bytes()[-1:] in (b"", b"\n")
+
+
+def test_lines_that_cannot_be_written_by_the_end_are_told_by_count(tmp_path, failing_fsync, capsys):
+    fail = At(step3=lambda: failing_fsync("metrics.jsonl", errno.EIO))
+    Growing("stage", 6).train([fail, MetricsWriter(tmp_path, period=1)])
+    lines = warnings(capsys)
+    path = tmp_path / "metrics.jsonl"
+    assert re.match(
+        rf"warning: entries of {path} that are lost: 4\. Input/output error; it needs about \d+ bytes", lines[-1]
+    )
+    assert len(lines) == 5  # one a period before
+    steps = [json.loads(line)["step"] for line in path.read_text().splitlines()]
+    assert steps == [1, 2]
+
+
+def test_a_resumed_run_has_each_step_once_after_a_disk_that_was_full(tmp_path, failing_fsync):
+    recover = []
+    fail = At(step3=lambda: recover.append(failing_fsync("metrics.jsonl", errno.ENOSPC)), step5=lambda: recover[0]())
+    trainer = Growing("stage", 8)
+    trainer.train([fail, MetricsWriter(tmp_path, period=1)], stop=lambda: trainer.step == 6)
+    resumed = Growing("stage", 8)
+    resumed.step = 4  # of the newest checkpoint
+    resumed.train([MetricsWriter(tmp_path, period=1)])
+    records = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [record["step"] for record in records] == list(range(1, 9))
+
+
+def test_a_part_of_an_entry_that_could_not_be_cut_off_at_once_is_cut_off_before_the_next(small_disk, monkeypatch):
+    file, filler = AppendedFile(small_disk / "log"), Filler(small_disk, spare=4096)
+    file.append([ENTRY % 0])
+    filler.fill()
+    with monkeypatch.context() as patch:
+
+        def refuse(path, size):
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+        patch.setattr(os, "truncate", refuse)
+        with pytest.raises(OSError, match="No space left"):
+            file.append(ENTRY % number for number in range(1, 2000))
+        assert len(file.path.read_bytes()) % len(ENTRY % 0)  # a part of one is left
+        with pytest.raises(OSError, match="Input/output"):
+            file.append([ENTRY % 2000])
+    filler.clear()
+    file.append([ENTRY % 2001])
+    assert file.path.read_bytes() == b"".join(ENTRY % number for number in range(2002)) and file.lost == 0
+
+
+def test_what_waits_is_bounded_and_the_oldest_go_first(tmp_path, failing_fsync, monkeypatch):
+    monkeypatch.setattr(log_files, "MOST_WAITING", 3)
+    recover = failing_fsync("log", errno.EIO)
+    file = AppendedFile(tmp_path / "log")
+    for number in range(5):
+        with pytest.raises(OSError):
+            file.append([ENTRY % number])
+    recover()
+    file.append([])
+    assert file.path.read_bytes() == b"".join(ENTRY % number for number in (2, 3, 4)) and file.lost == 2
+
+
+def test_a_stage_begins_on_a_full_disk_though_lines_are_to_be_dropped(small_disk):
+    path = small_disk / "metrics.jsonl"
+    lines = [json.dumps({"stage": "stage", "step": step}) + "\n" for step in range(1, 400)]
+    path.write_text("".join(lines))
+    Filler(small_disk).fill()
+    log_files.drop_lines_after(path, "stage", 200)
+    assert path.read_text() == "".join(lines[:200])
+
+
+def test_a_text_that_cannot_be_written_is_named_and_stays_as_it_was(small_disk):
+    path = small_disk / "facts.json"
+    write_atomically(path, "{}\n")
+    Filler(small_disk).fill()
+    with pytest.raises(DiskError) as raised:
+        write_atomically(path, "[" + 10_000 * " " + "]")
+    assert str(raised.value) == (
+        f"{path} could not be written: No space left on device; it needs about 9.8 KiB, 0 bytes are free. It is as it "
+        "was; once that is mended, go on with --resume."
+    )
+    assert path.read_text() == "{}\n" and not list(small_disk.glob(".*"))
+
+
+def test_output_to_a_full_disk_does_not_end_the_run_but_a_closed_pipe_does(monkeypatch):
+    with open("/dev/full", "w") as full:
+        monkeypatch.setattr(sys, "stdout", full)
+        say("a line")
+        monkeypatch.undo()
+        with pytest.raises(OSError, match="No space left"):
+            full.close()
+    reading, writing = os.pipe()
+    os.close(reading)
+    with os.fdopen(writing, "w") as pipe:
+        monkeypatch.setattr(sys, "stdout", pipe)
+        with pytest.raises(BrokenPipeError):
+            say("a line")
+        monkeypatch.undo()
+        with pytest.raises(BrokenPipeError):
+            pipe.close()
+
+
+def test_a_zoo_that_refuses_leaves_a_complete_run_that_a_resume_publishes(train_net, tiny, run_copy, small_disk):
+    (run_copy / "zoo_entry.json").unlink()
+    Filler(small_disk, spare=64 * 1024).fill()
+    settings = [*tiny(train__publish__zoo=small_disk / "zoo"), f"train.output_dir={run_copy}"]
+    message = train_net("--resume", *settings).message()
+    assert "No space left" in message and str(small_disk / "zoo") in message
+    assert f"The training is complete, and its figures are in {run_copy / 'results.json'}" in message
+    assert message.endswith("--resume publishes again.\n")
+    (small_disk / "filler").unlink()
+    outcome = train_net("--resume", *settings)
+    assert outcome.status == 0 and "published" in outcome.out, outcome
