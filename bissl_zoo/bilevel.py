@@ -5,15 +5,23 @@ This file knows levels, not networks: a head has `losses(backbone, batch)`, a le
 
 import contextlib
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from bissl_zoo.data.batches import first_samples
-from bissl_zoo.distributed import all_reduce_mean, average_gradients, flatten, get_world_size, unflatten_like
-from bissl_zoo.errors import ConfigError
+from bissl_zoo.distributed import (
+    all_gather_objects,
+    all_reduce_mean,
+    any_rank,
+    average_gradients,
+    flatten,
+    get_world_size,
+    unflatten_like,
+)
+from bissl_zoo.errors import BadHypergradient, ConfigError
 from bissl_zoo.hypergradient import (
     SOLVERS,
     CurvatureOperator,
@@ -25,6 +33,9 @@ from bissl_zoo.hypergradient import (
 )
 from bissl_zoo.level import Level
 from bissl_zoo.registry import HYPERGRADIENT_SOLVERS
+
+#: a relative residual, or a norm of `x` relative to that of `v`, beyond which the solver's answer means nothing
+FAR = 1e3
 
 for _name, _solver in SOLVERS.items():
     HYPERGRADIENT_SOLVERS.register(_name)(_solver)
@@ -70,11 +81,13 @@ class BiLevel:
         curvature_batch_size: samples of the pretext batch that defines `H`, over all ranks; None for a whole batch.
         move_statistics: whether the downstream images that give `v` move the lower backbone's batch-norm statistics.
         products: "graph" or "rebuild", see :class:`CurvatureOperator`.
+        on_bad_hypergradient: where the answer is not finite or beyond :data:`FAR`, "stop", or "plain": `v` for `x`.
 
     Attributes:
         strength: lambda plus the automatic damping of the last alternation, which the next one starts from; None before
             there is one.
-        diagnostics: metrics of each upper step of the last alternation.
+        fallbacks: upper steps that took `v` instead of `x`.
+        diagnostics: metrics of each upper step of the last alternation; empty where a level's guard undid the step.
     """
 
     def __init__(
@@ -91,6 +104,7 @@ class BiLevel:
         curvature_batch_size: int | None = None,
         move_statistics: bool = True,
         products: Literal["graph", "rebuild"] = "graph",
+        on_bad_hypergradient: Literal["stop", "plain"] = "stop",
     ) -> None:
         if not lam > 0:
             raise ConfigError(f"bilevel.lambda is {lam}; it must be positive, or nothing ties the two levels.")
@@ -106,17 +120,20 @@ class BiLevel:
         self.curvature_batch_size = curvature_batch_size
         self.move_statistics = move_statistics
         self.products = products
+        self.on_bad_hypergradient = on_bad_hypergradient
         self.strength: float | None = None
+        self.fallbacks = 0
+        self.curvature_losses: dict[str, float] = {}
         self.diagnostics: list[dict[str, Any]] = []
 
     def alternate(self, alternation: int) -> dict[str, float]:
         """Alternation number `alternation`, from 0; returns the metrics of its last lower and its last upper step."""
         metrics: dict[str, float] = {}
         for _ in range(self.lower_steps):
-            metrics.update(self.lower_step())
+            metrics.update(self.lower.attempt(self.lower_step))
         operator = self.curvature(self.lower.next_batch()).prepare()
         try:
-            self.diagnostics = [self.upper_step(operator) for _ in range(self.upper_steps)]
+            self.diagnostics = [self.upper.attempt(lambda: self.upper_step(operator)) for _ in range(self.upper_steps)]
         finally:
             operator.release()
         for step in self.diagnostics:
@@ -149,13 +166,19 @@ class BiLevel:
     def curvature(self, batch: Any) -> CurvatureOperator:
         """`I + H / (lambda + damping)` at the present `theta_P` and `phi_P` for one pretext batch.
 
-        Automatic damping needs a right-hand side: the first upper step chooses it.
+        Automatic damping needs a right-hand side: the first upper step chooses it. A loss that is not finite here shows
+        in the solver's answer.
         """
         lower = self.lower
         if self.curvature_batch_size is not None:
             batch = first_samples(batch, self.curvature_batch_size // get_world_size())
+
+        def loss() -> Tensor:
+            total, self.curvature_losses = lower.loss(lower.backbone, batch, amp=False, check=False)
+            return total
+
         return CurvatureOperator(
-            loss=lambda: lower.loss(lower.backbone, batch, amp=False)[0],
+            loss=loss,
             parameters=lower.backbone_parameters,
             strength=None if self.solver.damping == "auto" else self.lam + self.solver.damping,
             modules=(lower.backbone, lower.head),
@@ -183,15 +206,15 @@ class BiLevel:
             batch: as the task's loader yields it.
             operator: the damped curvature of this alternation; takes and returns flat `(P,)` vectors.
         Raises:
-            NonFiniteLoss: from either pass.
+            NonFiniteLoss: from either pass, or of the gradient `v` that is to be solved for.
+            BadHypergradient: see `on_bad_hypergradient`.
         """
         lower, upper = self.lower, self.upper
         with contextlib.nullcontext() if self.move_statistics else frozen_state([lower.backbone]):
             v, head, losses = self._downstream_gradients(lower.backbone, batch)
+        v_norm = upper.check_gradient(float(v.norm()))
         products = self._choose_damping(operator, v) if operator.automatic else 0
-        solution = self.solver(operator, v)
-        if operator.automatic:
-            self.strength = operator.strength  # a solver may have raised it
+        solution, x_norm = self._solve(operator, v, v_norm)
         backbone = solution.x
         metrics = {
             "upper/total_loss": sum(losses.values()),
@@ -199,22 +222,41 @@ class BiLevel:
             "solver/products": products + solution.products,
             "solver/status": solution.status,
             "solver/damping": operator.strength - self.lam,
+            "solver/v_norm": v_norm,
+            "solver/x_norm": x_norm,
+            "solver/fallbacks": self.fallbacks,
         }
         if solution.residual is not None:
             metrics["solver/residual"] = solution.residual
         if operator.subspace.explored:
             metrics["solver/least_ritz_value"] = 1.0 + float(operator.subspace.ritz_values()[0][0]) / operator.strength
-        figures = {"v_norm": v.norm(), "x_norm": solution.x.norm()}
         if self.gamma:
             plain, plain_head, losses = self._downstream_gradients(upper.backbone, batch)
             backbone = backbone + self.gamma * plain
             head = head + self.gamma * plain_head
             metrics.update({f"upper/plain_{name}": loss for name, loss in losses.items()})
-            figures["plain_norm"] = plain.norm()
-            figures["cosine"] = nn.functional.cosine_similarity(solution.x, plain, dim=0)
-        values = torch.stack(list(figures.values())).tolist()
-        metrics.update({f"solver/{name}": value for name, value in zip(figures, values, strict=True)})
+            metrics["solver/plain_norm"] = float(plain.norm())
+            metrics["solver/cosine"] = float(nn.functional.cosine_similarity(solution.x, plain, dim=0))
         return UpperGradients(backbone, head, solution, metrics)
+
+    def _solve(self, operator: LinearOperator, v: Tensor, v_norm: float) -> tuple[Solution, float]:
+        """The solver's answer, or `v` in the place of a bad one, and its norm."""
+        solution = self.solver(operator, v)
+        x_norm = float(solution.x.norm())
+        solves = (solution.residual or 0.0) <= FAR or torch.equal(solution.x, v)  # which no residual makes a danger
+        bad = solution.status == "non_finite" or not (solves and x_norm <= FAR * v_norm)
+        if not any_rank(bad, v.device):
+            self.strength = operator.strength if operator.automatic else None  # a solver may have raised it
+            return solution, x_norm
+        if self.on_bad_hypergradient == "stop":
+            raise BadHypergradient(
+                f"{self.upper.name} level, step {self.upper.step}: {type(self.solver).__name__} gave no usable "
+                f"hypergradient: status {solution.status}, residual {solution.residual}, |x| {x_norm:.3g}, |v| "
+                f"{v_norm:.3g}, losses of the pretext batch on each rank {all_gather_objects(self.curvature_losses)}. "
+                "Raise solver.damping, or set it to auto; bilevel.on_bad_hypergradient=plain follows v at such steps."
+            )
+        self.fallbacks += 1
+        return replace(solution, x=v), v_norm
 
     def _choose_damping(self, operator: LinearOperator, v: Tensor) -> int:
         """Set the operator's strength; returns the products spent, which the solve finds in its subspace.

@@ -29,7 +29,18 @@ class ZooError(BisslZooError):
 
 
 class NonFiniteLoss(BisslZooError):
-    """A loss became NaN or infinite; the message names the level, the step and the losses."""
+    """A loss or a gradient became NaN or infinite; the message names the level, the step and the losses.
+
+    `rank` is the first process whose loss it is; None where it is of all together.
+    """
+
+    def __init__(self, message: str, rank: int | None = None) -> None:
+        super().__init__(message)
+        self.rank = rank
+
+
+class BadHypergradient(BisslZooError):
+    """A solver's answer is not finite, or as far from a solution as can be."""
 
 
 def did_you_mean(word: str, choices: Iterable[str], cutoff: float = 0.6) -> str:

@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from bissl_zoo.distributed import all_gather_objects, any_rank
 from bissl_zoo.errors import NonFiniteLoss
 from bissl_zoo.optim import LRMultiplier, clip_gradients, set_learning_rate
+
+ADVICE = "Lower the learning rate, lengthen the warm-up, or look at the inputs of this step."
 
 
 @dataclass
@@ -25,7 +27,8 @@ class Level:
         clip_norm: limit of the global gradient norm; None for none.
         amp_dtype: of autocast in losses that are differentiated once; None for full precision.
         batch_size: images in a batch over all ranks, for the figures of speed; 0 where nobody asks.
-        step: optimizer steps taken.
+        guard: takes each step and returns what it did, or nothing of a step that it undid; None to take it as it is.
+        step: optimizer steps taken or undone.
         images: taken from `batches` by this process's part of the run, over all ranks; waited: seconds spent on that.
     """
 
@@ -39,6 +42,7 @@ class Level:
     clip_norm: float | None = 10.0
     amp_dtype: torch.dtype | None = None
     batch_size: int = 0
+    guard: Callable[[Callable[[], dict[str, Any]]], dict[str, Any]] | None = None
     step: int = 0
     images: int = 0
     waited: float = 0.0
@@ -66,11 +70,18 @@ class Level:
         """All that this level's optimizer trains."""
         return [p for p in self.backbone.parameters() if p.requires_grad] + self.head_parameters
 
-    def loss(self, backbone: nn.Module, batch: Any, amp: bool = True) -> tuple[Tensor, dict[str, float]]:
+    def attempt(self, step: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        """The metrics of `step`, which is one of this level, by way of the guard where there is one."""
+        return self.guard(step) if self.guard else step()
+
+    def loss(
+        self, backbone: nn.Module, batch: Any, amp: bool = True, check: bool = True
+    ) -> tuple[Tensor, dict[str, float]]:
         """The summed loss of this level's head on `backbone`, with its graph, and the terms by name as numbers.
 
         Args:
             amp: whether to compute in `amp_dtype`; a loss that is differentiated twice is not.
+            check: whether to refuse numbers that are not finite.
         Raises:
             NonFiniteLoss: on any rank, with the level, the step and the losses by name.
         """
@@ -80,14 +91,24 @@ class Level:
         total = torch.stack(list(losses.values())).sum()
         values = dict(zip(losses, torch.stack([loss.detach() for loss in losses.values()]).tolist(), strict=True))
         bad = not all(math.isfinite(value) for value in values.values())
-        if any_rank(bad, total.device):
+        if check and any_rank(bad, total.device):
             terms = ", ".join(f"{name}={value:g}" for name, value in values.items()) if bad else None
             rank, terms = next((r, found) for r, found in enumerate(all_gather_objects(terms)) if found)
             raise NonFiniteLoss(
-                f"{self.name} level, step {self.step}, rank {rank}: the loss is not finite ({terms}). "
-                "Lower the learning rate, lengthen the warm-up, or look at the inputs of this step."
+                f"{self.name} level, step {self.step}, rank {rank}: the loss is not finite ({terms}). {ADVICE}", rank
             )
         return total, values
+
+    def check_gradient(self, norm: float) -> float:
+        """`norm`, of a gradient of this level's loss.
+
+        Raises:
+            NonFiniteLoss: it is not finite.
+        """
+        if not math.isfinite(norm):
+            where = f"{self.name} level, step {self.step}"
+            raise NonFiniteLoss(f"{where}: the loss is finite but the norm of its gradient is {norm}. {ADVICE}")
+        return norm
 
     def optimize(self) -> dict[str, float]:
         """Clip the gradients that are there, set this step's learning rate, and take the step.
@@ -95,12 +116,7 @@ class Level:
         Raises:
             NonFiniteLoss: a gradient is not finite; the parameters are still those of before the step.
         """
-        norm = clip_gradients(self.parameters, self.clip_norm)
-        if not math.isfinite(norm):
-            raise NonFiniteLoss(
-                f"{self.name} level, step {self.step}: the loss is finite but the norm of its gradient is {norm}. "
-                "Lower the learning rate, lengthen the warm-up, or look at the inputs of this step."
-            )
+        norm = self.check_gradient(clip_gradients(self.parameters, self.clip_norm))
         lr = set_learning_rate(self.optimizer, self.multiplier(self.step, self.total_steps))
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)

@@ -10,7 +10,7 @@ from torch.optim import SGD
 
 from bissl_zoo.bilevel import Adaptation, BiLevel
 from bissl_zoo.distributed import flatten
-from bissl_zoo.errors import ConfigError, NonFiniteLoss
+from bissl_zoo.errors import BadHypergradient, ConfigError, NonFiniteLoss
 from bissl_zoo.hypergradient import ConjugateGradient, Exact, Identity, MinRes, Solution
 from bissl_zoo.hypergradient.damping import MARGIN
 from bissl_zoo.level import Level
@@ -226,6 +226,84 @@ def test_a_gradient_that_is_not_finite_stops_before_the_parameters_are_spoilt():
     with pytest.raises(NonFiniteLoss, match="lower level, step 0.*gradient"):
         problem.lower_step()
     assert torch.equal(lower.backbone.theta, before)
+
+
+def answering(answer, status="converged", residual=0.0):
+    """A solver that answers as told, whatever it is asked."""
+
+    def solver(operator, v):
+        return Solution(answer(v), residual, 1, status)
+
+    solver.damping = 0.0
+    return solver
+
+
+BAD = {
+    "NaN": answering(lambda v: v * float("nan")),
+    "infinite": answering(lambda v: v / 0.0),
+    "long": answering(lambda v: 1e4 * v),
+    "far from a solution": answering(lambda v: -v, "diverged", 5e3),
+    "residual NaN": answering(lambda v: -v, "max_iterations", float("nan")),
+    "non_finite on the way": answering(lambda v: 0.5 * v, "non_finite", 0.5),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+@pytest.mark.parametrize("gamma", [0.0, 1.0])
+def test_a_bad_hypergradient_stops_the_run_or_gives_way_to_the_plain_gradient(case, gamma):
+    problem, _, _ = quadratic(gamma=gamma, solver=BAD[case])
+    problem.upper.step = 7
+    before = [p.detach().clone() for p in problem.upper.parameters]
+    with pytest.raises(BadHypergradient, match=r"upper level, step 7: .* \|x\| .*on_bad_hypergradient=plain"):
+        problem.upper_step(problem.curvature(None).prepare())
+    assert all(torch.equal(p, b) for p, b in zip(problem.upper.parameters, before, strict=True))
+    problem, _, _ = quadratic(gamma=gamma, solver=BAD[case], on_bad_hypergradient="plain")
+    plain = quadratic(gamma=gamma, solver=Identity())[0]
+    given, expected = (p.upper_gradients(None, p.curvature(None).prepare()) for p in (problem, plain))
+    assert torch.equal(given.backbone, expected.backbone) and torch.equal(given.head, expected.head)
+    assert given.metrics["solver/fallbacks"] == problem.fallbacks == 1
+    assert given.metrics["solver/status"] == BAD[case](None, torch.ones(1)).status  # what was, not what was made of it
+
+
+@pytest.mark.parametrize(
+    "solver",
+    [
+        answering(lambda v: v, "diverged", 5e3),  # as a guarded solver says that v is the best it has
+        answering(lambda v: 900 * v, "converged", 1e-3),
+        answering(lambda v: 0.1 * v, "negative_curvature", 10.0),
+        answering(lambda v: v, "not_solved", None),
+    ],
+)
+def test_an_answer_that_is_poor_but_no_danger_is_followed(solver):
+    problem, _, _ = quadratic(solver=solver)
+    gradients = problem.upper_gradients(None, problem.curvature(None).prepare())
+    assert torch.equal(gradients.backbone, gradients.solution.x) and problem.fallbacks == 0
+
+
+def test_a_gradient_to_be_solved_for_that_is_not_finite_is_no_matter_of_the_solver():
+    problem, _, _ = quadratic(on_bad_hypergradient="plain")
+    problem.upper.head.function = lambda theta, phi, batch: (theta - theta.detach()).abs().sqrt().sum()
+    with pytest.raises(NonFiniteLoss, match="upper level, step 0: .*norm of its gradient is nan"):
+        problem.upper_gradients(None, problem.curvature(None).prepare())
+
+
+@pytest.mark.parametrize("products", ["graph", "rebuild"])
+@pytest.mark.parametrize("solver", [Exact(damping=0.0), ConjugateGradient(), MinRes(), MinRes(damping=1.0)])
+def test_a_curvature_batch_that_is_not_finite_shows_in_the_answer_and_leaves_no_trace_in_the_damping(solver, products):
+    def spoilt(**options):
+        problem, _, _ = quadratic(solver=solver, products=products, lower_steps=1, upper_steps=2, **options)
+        function, problem.strength = problem.lower.head.function, 3.0
+        # batch 1 is the one that defines the curvature of the first alternation
+        problem.lower.head.function = lambda theta, phi, batch: (
+            function(theta, phi, batch) * (float("nan") if batch == 1 else 1.0)
+        )
+        return problem
+
+    with pytest.raises(BadHypergradient, match="losses of the pretext batch on each rank .*'first': nan"):
+        spoilt().alternate(0)
+    problem = spoilt(on_bad_hypergradient="plain")
+    assert problem.alternate(0)["solver/fallbacks"] == 2 and problem.strength == 3.0
+    assert problem.alternate(1)["solver/fallbacks"] == 2  # the next alternation solves again
 
 
 @pytest.mark.parametrize("lam", [0.0, -1.0, float("nan")])

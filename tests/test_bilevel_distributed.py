@@ -26,7 +26,7 @@ from bissl_zoo.bilevel import BiLevel
 from bissl_zoo.data.batches import map_tensors
 from bissl_zoo.distributed import all_reduce_mean, average_gradients, barrier, flatten, gather_with_gradient
 from bissl_zoo.engine.reduced_problem import narrow_widths
-from bissl_zoo.errors import NonFiniteLoss
+from bissl_zoo.errors import BadHypergradient, NonFiniteLoss
 from bissl_zoo.hypergradient import ConjugateGradient
 from bissl_zoo.level import Level
 from bissl_zoo.optim import LRMultiplier
@@ -259,8 +259,8 @@ SPOILT = {
     "lower loss": "lower level, step 0, rank {last}: the loss is not finite (square=",
     "upper loss": "upper level, step 0, rank {last}: the loss is not finite (square=",
     "lower gradient": "lower level, step 0: the loss is finite but the norm of its gradient is nan",
-    "upper gradient": "non_finite",
-    "lower product": "non_finite",
+    "upper gradient": "upper level, step 0: the loss is finite but the norm of its gradient is nan",
+    "lower product": "upper level, step 0: ConjugateGradient gave no usable hypergradient: status non_finite",
 }
 
 
@@ -283,7 +283,7 @@ def spoilt(case, rank, world):
     digests = keep_digests(bilevel)
     try:
         said = bilevel.alternate(0)["solver/status"]
-    except NonFiniteLoss as error:
+    except (BadHypergradient, NonFiniteLoss) as error:
         said = str(error)
     return {"said": said, "digests": [*digests, digest(bilevel)]}
 

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -32,9 +33,11 @@ def test_a_method_in_one_file_is_trained_and_published(rotation):
 
 
 def test_its_run_is_resumed_from_what_it_saved(rotation, train_net_process):
+    (rotation / "results.json").unlink()
+    shutil.rmtree(rotation / "checkpoints" / "finetune" / "step_000002")
     outcome = train_net_process("--resume", config=rotation / "config.yaml")
     assert outcome.status == 0, outcome.err
-    assert "resumed from" in outcome.out
+    assert "done: bissl at step 2 of 2" in outcome.out and "resuming: finetune at step 1 of 2" in outcome.out
 
 
 def test_the_hypergradient_check_passes_on_it(process, rotation, tiny, tmp_path):

@@ -79,7 +79,9 @@ class Bissl(Trainer):
         before = self.problem.upper.step
         metrics = self.problem.alternate(self.step)
         self.records = [
-            {self.record_key: number, **figures} for number, figures in enumerate(self.problem.diagnostics, before + 1)
+            {self.record_key: number, **figures}
+            for number, figures in enumerate(self.problem.diagnostics, before + 1)
+            if figures  # of a step that was undone there are none
         ]
         return metrics
 
@@ -88,13 +90,14 @@ class Bissl(Trainer):
         return {"lower": self.problem.lower, "upper": self.problem.upper}
 
     def state_dict(self) -> dict[str, Any]:
-        """Both levels, and the strength that automatic damping has come to."""
-        return {**super().state_dict(), "strength": self.problem.strength}
+        """Both levels, the strength that automatic damping has come to, and the count of fallbacks."""
+        return {**super().state_dict(), "strength": self.problem.strength, "fallbacks": self.problem.fallbacks}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue where `state_dict` was taken; without a strength in it, automatic damping begins anew."""
         super().load_state_dict(state)
         self.problem.strength = state.get("strength")
+        self.problem.fallbacks = state.get("fallbacks", 0)
 
     def result(self) -> Weights:
         """The lower backbone, which is what leaves the stage, and both heads."""
@@ -186,6 +189,7 @@ def build_bissl(context: Context, weights: Weights, start_step: int = 0) -> Biss
         curvature_batch_size=settings.curvature_batch_size,
         move_statistics=settings.move_statistics,
         products=settings.products,
+        on_bad_hypergradient=settings.get("on_bad_hypergradient", "stop"),
     )
     seed_rank(cfg.train.seed + 1)
     return Bissl(problem)

@@ -14,10 +14,10 @@ from torch.utils.data import DataLoader, Dataset
 
 from bissl_zoo.backbones import Backbone, Tail
 from bissl_zoo.config import instantiate
-from bissl_zoo.data.batches import to_device
 from bissl_zoo.data.device_views import two_parts
 from bissl_zoo.distributed import broadcast_module, get_rank
 from bissl_zoo.downstream import DownstreamTask
+from bissl_zoo.engine.batches import Batches
 from bissl_zoo.engine.trainer import load_state
 from bissl_zoo.errors import ConfigError, DatasetError
 from bissl_zoo.level import Level
@@ -166,7 +166,7 @@ class ViewsOnly:
         return self.views(image)
 
 
-def pretext_batches(context: Context, pretext: PretextMethod, seed: int, start_step: int = 0) -> Iterator[Any]:
+def pretext_batches(context: Context, pretext: PretextMethod, seed: int, start_step: int = 0) -> Batches:
     """Endless batches of views on the run's device, made there, in batch, where `dataloader.pretext.views_on` says so.
 
     Raises:
@@ -179,7 +179,7 @@ def pretext_batches(context: Context, pretext: PretextMethod, seed: int, start_s
     return _endless(context, "pretext", seed, start_step, on_device, transform=ViewsOnly(crops))
 
 
-def train_batches(context: Context, task: DownstreamTask, seed: int, start_step: int = 0) -> Iterator[Any]:
+def train_batches(context: Context, task: DownstreamTask, seed: int, start_step: int = 0) -> Batches:
     """Endless downstream training batches on the run's device."""
     return _endless(context, "train", seed, start_step, transform=task.transform(train=True), collate=task.collate)
 
@@ -201,13 +201,11 @@ def _endless(
     start_step: int,
     on_device: Callable[[Any], Any] | None = None,
     **extra: Any,
-) -> Iterator[Any]:
+) -> Batches:
     loader = instantiate(
         context.cfg.dataloader[role], dataset=context.data[role], seed=seed, start_step=start_step, **extra
     )
-    for batch in loader:
-        batch = to_device(batch, context.device)
-        yield on_device(batch) if on_device else batch
+    return Batches(loader, start_step, context.device, on_device)
 
 
 def count_steps(section: DictConfig, key: str, dataset: Dataset, batch_size: int) -> int:

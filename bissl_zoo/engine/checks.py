@@ -29,6 +29,7 @@ _OPEN_SECTIONS = ("optimizer", "lr_multiplier", "dataloader", "backbone", "prete
 _LEAST = {
     "train.seed": 0,
     "train.log_period": 1,
+    "train.max_skipped": 0,
     "train.checkpoint.period": 1,
     "train.checkpoint.keep": 1,
     "train.probe.period": 0,
@@ -47,9 +48,18 @@ _LEAST = {
     "finetune.steps": 1,
     "finetune.eval_period": 1,
 }
+#: keys that came after the first runs, which go without
+_LATER = (
+    ("train", "probe"),
+    ("train", "on_nonfinite"),
+    ("train", "max_skipped"),
+    ("bilevel", "on_bad_hypergradient"),
+)
 _CHOICES = {
     "train.amp": tuple(AMP_DTYPES),
+    "train.on_nonfinite": ("stop", "skip"),
     "bilevel.products": ("graph", "rebuild"),
+    "bilevel.on_bad_hypergradient": ("stop", "plain"),
     "bilevel.head_warmup.backbone_mode": ("eval", "train"),
 }
 
@@ -65,8 +75,9 @@ def check_config(cfg: DictConfig, source: str) -> None:
     for section in [*reference, *_OPEN_SECTIONS]:
         if section not in cfg:
             raise ConfigError(f"{source}: the section '{section}' is missing; start from configs/common/train.py.")
-    if "probe" not in cfg.train:  # as in the saved config of a run that began before there was one: it has none
-        del reference.train.probe
+    for section, key in _LATER:  # absent in the saved config of a run that began before there was the key
+        if key not in cfg[section]:
+            del reference[section][key]
     for section in reference:
         _check_keys(dict(_leaves(cfg[section])), dict(_leaves(reference[section])), section, source)
     for key, least in _LEAST.items():
@@ -80,7 +91,7 @@ def check_config(cfg: DictConfig, source: str) -> None:
     if not cfg.bilevel["lambda"] > 0:
         raise ConfigError(f"{source}: bilevel.lambda is {cfg.bilevel['lambda']}; it must be positive.")
     for key, choices in _CHOICES.items():
-        value = OmegaConf.select(cfg, key)
+        value = OmegaConf.select(cfg, key, default=choices[0])
         if value not in choices:
             names = ["null" if choice is None else choice for choice in choices]
             hint = did_you_mean(str(value), names)

@@ -36,9 +36,9 @@ class Pretrain(SingleLevelTrainer):
         super().__init__(level, accumulate)
         self.average = None if average_decay is None else WeightAverage(level, average_decay)
 
-    def run_step(self) -> dict[str, Any]:
+    def take_step(self) -> dict[str, Any]:
         """One step, and after it the teacher's and the average's."""
-        metrics = super().run_step()
+        metrics = super().take_step()
         self.level.head.after_step(self.level.backbone)
         if self.average is not None:
             self.average.update(self.level)

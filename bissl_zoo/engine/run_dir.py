@@ -19,7 +19,7 @@ from bissl_zoo.engine.checkpoint import write_atomically
 from bissl_zoo.engine.run_lock import LOCK_FILE
 from bissl_zoo.errors import ConfigError
 
-#: keys a resumed run may change: where and how it runs, not what it computes
+#: keys a resumed run may change: where and how it runs, not what it computes as long as its numbers are sound
 FREE_KEYS = (
     "train.device",
     "train.log_period",
@@ -29,7 +29,10 @@ FREE_KEYS = (
     "train.probe",
     "train.publish",
     "train.output_dir",
+    "train.on_nonfinite",
+    "train.max_skipped",
     "bilevel.products",
+    "bilevel.on_bad_hypergradient",
 )
 #: keys a resumed run may raise, as long as no later stage has begun
 LENGTHS = ("pretrain.steps", "pretrain.epochs", "bilevel.alternations", "finetune.steps", "finetune.epochs")

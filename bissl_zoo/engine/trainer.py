@@ -37,6 +37,7 @@ class Trainer(ABC):
         step: steps done, of `total_steps`.
         metrics: what the last step returned.
         records: of finer grain than a step, for the writer: those of the last step, numbered under `record_key`.
+        skipped: steps, of any level, that were undone because of numbers that are not finite.
         stopping: whether the run was asked to stop, so that this step is its last for now.
     """
 
@@ -51,6 +52,7 @@ class Trainer(ABC):
         self.step = 0
         self.metrics: dict[str, Any] = {}
         self.records: list[dict[str, Any]] = []
+        self.skipped = 0
         self.stopping = False
         self.hooks: list[HookBase] = []
 
@@ -90,6 +92,7 @@ class Trainer(ABC):
         """All that a resumed run needs: tensors and plain types only."""
         return {
             "step": self.step,
+            "skipped": self.skipped,
             "levels": {
                 name: {
                     "backbone": level.backbone.state_dict(),
@@ -108,6 +111,7 @@ class Trainer(ABC):
             CheckpointError: the state is of another architecture.
         """
         self.step = state["step"]
+        self.skipped = state.get("skipped", 0)  # of a checkpoint from before steps could be
         for name, level in self.levels().items():
             saved = state["levels"][name]
             load_state(level.backbone, saved["backbone"], f"{name} backbone")
@@ -129,6 +133,10 @@ class SingleLevelTrainer(Trainer):
         self.accumulate = accumulate
 
     def run_step(self) -> dict[str, Any]:
+        """One optimizer step, or none where the level's guard undoes it."""
+        return self.level.attempt(self.take_step)
+
+    def take_step(self) -> dict[str, Any]:
         """One optimizer step on the level's own loss."""
         level = self.level
         losses: Counter[str] = Counter()

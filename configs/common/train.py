@@ -10,6 +10,8 @@ train = dict(
     deterministic=False,  # algorithms that give the same bits every time, and a resumed run too; slower on GPUs
     device="auto",  # auto (a GPU where there is one), cpu, cuda
     amp=None,  # bf16: losses that are differentiated once run in bfloat16 autocast; null: all in float32
+    on_nonfinite="stop",  # at a loss or gradient that is NaN or infinite; skip: undo the step and take the next batch
+    max_skipped=10,  # most steps skipped in a stage (in bissl of both levels together); one more ends the run
     log_period=10,  # steps between progress lines and records in metrics.jsonl; a step of bissl is an alternation
     checkpoint=dict(
         period=500,  # steps between checkpoints; the last step of a stage always has one
@@ -48,6 +50,7 @@ bilevel = {
     "adaptation": None,  # dict(every=100, alpha=0.1) is that of versions 1 and 2 of the paper
     "curvature_batch_size": None,  # samples of the pretext batch that defines the Hessian; null for a whole batch
     "products": "graph",  # with the Hessian, through a graph that is kept; rebuild makes it anew: slower, less memory
+    "on_bad_hypergradient": "stop",  # if a solver's answer is not finite or far off; plain: follow v instead of x
     "move_statistics": True,  # downstream images of the hypergradient move the lower backbone's batch-norm statistics
     "shared_stage": None,  # last stage of the backbone that both levels share, such as c4; null for the whole backbone
     "pretext_warmup": dict(  # where train.init brings no head of the pretext method, and pretrain makes none

@@ -225,13 +225,13 @@ def test_a_warm_up_that_is_resumed_ends_as_one_that_was_not_interrupted(config, 
     capsys.readouterr()
     run(cfg, "test", resume=True)
     newest = checkpoints / "pretext_warmup" / "step_000002"
-    assert f"resumed from {newest}: pretext_warmup step 2 of 4" in capsys.readouterr().out
+    assert f"resuming: pretext_warmup at step 2 of 4, from {newest}" in capsys.readouterr().out
     one, other = warmed_up(whole), warmed_up(tmp_path / "run")
     assert same(one["head"], other["head"]) and same(one["backbone"], other["backbone"])
     shutil.rmtree(checkpoints / "bissl")
     run(cfg, "test", resume=True)
     out = capsys.readouterr().out
-    assert "stage 1 of 3: pretext_warmup" in out and "pretext_warmup step 4 of 4" in out
+    assert "stage 1 of 3: pretext_warmup" in out and "done: pretext_warmup at step 4 of 4" in out
     before, after = (load_checkpoint(f / "checkpoints/bissl/step_000002")[1] for f in (whole, tmp_path / "run"))
     assert same(before["levels"]["lower"]["head"], after["levels"]["lower"]["head"])
 

@@ -78,6 +78,9 @@ def assert_equal(one, other):
         assert one.keys() == other.keys()
         for key in one:
             assert_equal(one[key], other[key])
+    elif isinstance(one, (list, tuple)):
+        for pair in zip(one, other, strict=True):
+            assert_equal(*pair)
     else:
         assert one == other
 

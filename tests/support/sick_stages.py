@@ -1,0 +1,150 @@
+"""Small stages in which numbers go wrong where a test wants it, in one process or in two."""
+
+import copy
+import json
+import math
+import sys
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from fvcore.common.param_scheduler import ConstantParamScheduler
+from omegaconf import OmegaConf
+from torch import nn
+
+from bissl_zoo.data.loaders import build_train_loader
+from bissl_zoo.distributed import barrier
+from bissl_zoo.engine.batches import Batches
+from bissl_zoo.engine.health import Health
+from bissl_zoo.engine.pretrain import Pretrain
+from bissl_zoo.errors import NonFiniteLoss
+from bissl_zoo.level import Level
+from bissl_zoo.optim import LRMultiplier
+
+CPU = torch.device("cpu")
+SIZE, BATCH = 20, 4
+
+
+class Numbers:
+    """A data set whose sample is its number, in files of that name."""
+
+    def __len__(self):
+        return SIZE
+
+    def __getitem__(self, index):
+        return index, None
+
+    def source(self, index):
+        return f"images/{index}.png"
+
+
+class Unnamed(Numbers):
+    source = None
+
+
+def sample(number, target):
+    """A vector that is a function of the number, which comes with it."""
+    return torch.tensor(number), torch.randn(6, generator=torch.Generator().manual_seed(number))
+
+
+def batches(start_step=0, seed=0, dataset=None):
+    loader = build_train_loader(dataset or Numbers(), BATCH, sample, seed=seed, start_step=start_step)
+    return Batches(loader, start_step, CPU)
+
+
+class Head(nn.Module):
+    """A loss with batch norm and a queue; `wrong(numbers, output)` is added to it."""
+
+    def __init__(self, wrong):
+        super().__init__()
+        self.layers = nn.Sequential(nn.BatchNorm1d(5), nn.Linear(5, 3))
+        self.register_buffer("queue", torch.zeros(2))
+        self.wrong = wrong
+
+    def losses(self, backbone, batch):
+        numbers, inputs = batch
+        output = self.layers(backbone(inputs))
+        self.queue = self.queue + 1  # exchanged, not written in place
+        return {"square": (output - 1).square().mean(), "wrong": self.wrong(numbers, output)}
+
+    def after_step(self, backbone):
+        pass
+
+
+def fine(numbers, output):
+    return output.sum() * 0.0
+
+
+def value_at(number, value):
+    """`value` as part of the loss of the batch that holds the sample `number`."""
+    return lambda numbers, output: output.sum() * 0.0 + (value if number in numbers else 0.0)
+
+
+def level_of(name, stream, wrong=fine, seed=0):
+    torch.manual_seed(seed)
+    backbone, head = nn.Sequential(nn.Linear(6, 5), nn.BatchNorm1d(5), nn.Tanh()), Head(wrong)
+    optimizer = torch.optim.SGD([*backbone.parameters(), *head.parameters()], lr=0.1, momentum=0.9)
+    constant = LRMultiplier(ConstantParamScheduler(1.0))
+    return Level(name, backbone, head, optimizer, stream, constant, 100, clip_norm=None)
+
+
+def stage(wrong=fine, steps=10, stream=None):
+    trainer = Pretrain(level_of("pretrain", stream or batches(), wrong))
+    trainer.total_steps = steps
+    return trainer
+
+
+def health(policy="stop", most=10, log_period=1, period=100):
+    checkpoint = {"period": period}
+    train = {"on_nonfinite": policy, "max_skipped": most, "log_period": log_period, "checkpoint": checkpoint}
+    return [Health(OmegaConf.create({"train": train}))]
+
+
+def state_of(trainer):
+    """Parameters, buffers and the optimizer's state."""
+    return {
+        name: (
+            copy.deepcopy(level.backbone.state_dict()),
+            copy.deepcopy(level.head.state_dict()),
+            copy.deepcopy(level.optimizer.state_dict()["state"]),
+        )
+        for name, level in trainer.levels().items()
+    }
+
+
+def same(one, other):
+    torch.testing.assert_close(one, other, rtol=0, atol=0)
+    return True
+
+
+def drawn(count, seed=0):
+    """The numbers in the first batches, from the batches themselves."""
+    stream = batches(seed=seed)
+    return [next(stream)[0].tolist() for _ in range(count)]
+
+
+#: of the second rank's half of batch 2
+BAD_ON_ONE_RANK = drawn(3)[2][3]
+
+
+def outcome(policy):
+    """What one of two processes says and ends with where a sample of the other's is bad."""
+    trainer = stage(value_at(BAD_ON_ONE_RANK, math.nan), steps=4)
+    try:
+        trainer.train(health(policy))
+    except NonFiniteLoss as error:
+        return str(error)
+    return [trainer.skipped, *[parameter.sum().item() for parameter in trainer.level.parameters]]
+
+
+def run_rank(rank, folder):
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
+    (folder / f"{rank}.json").write_text(json.dumps([outcome("stop"), outcome("skip")]))
+    barrier()
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":  # one process, and from it two, which pays for the imports once
+    mp.start_processes(run_rank, (Path(sys.argv[1]),), nprocs=2, start_method="fork")
