@@ -8,9 +8,10 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 from PIL import Image
+from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset, get_worker_info
 
-from bissl_zoo.data.catalog import load_image
+from bissl_zoo.data.catalog import load_image, load_pixels
 from bissl_zoo.data.remote_files import is_remote
 from bissl_zoo.data.shards_index import find_shards
 from bissl_zoo.data.shards_reading import (
@@ -50,6 +51,7 @@ class ShardDataset(Dataset):
             not list are counted and entered there.
         on_bad: "error", or "skip" for another sample in the place of one that is missing or does not decode.
         shuffle_buffer: samples, as files, that each worker holds to draw from.
+        as_tensor: images are `(3, H, W)` uint8 rather than PIL's, see :class:`bissl_zoo.data.folder.ImageFolder`.
 
     Raises:
         DatasetError: no shards, no index of remote ones, or an index that cannot be read.
@@ -63,6 +65,7 @@ class ShardDataset(Dataset):
         index: str | None = None,
         on_bad: str = "error",
         shuffle_buffer: int = 1000,
+        as_tensor: bool = False,
     ):
         if on_bad not in ("error", "skip"):
             raise DatasetError(f'Shards: on_bad is "{on_bad}"; it is "error" or "skip".')
@@ -71,6 +74,7 @@ class ShardDataset(Dataset):
         self.shards = find_shards(urls, index)
         self.samples = np.array([shard.samples for shard in self.shards], dtype=np.int64)
         self.on_bad, self.shuffle_buffer = on_bad, shuffle_buffer
+        self._load = load_pixels if as_tensor else load_image
         self._ends = self.samples.cumsum()
         self._offsets: dict[int, np.ndarray] = {}
         self._told: set[str] = set()
@@ -78,7 +82,7 @@ class ShardDataset(Dataset):
     def __len__(self) -> int:
         return int(self._ends[-1])
 
-    def __getitem__(self, index: int) -> tuple[Image.Image, None]:
+    def __getitem__(self, index: int) -> tuple[Image.Image | Tensor, None]:
         index = range(len(self))[index]
         for following in range(index, index + min(len(self), _MOST_BROKEN)):
             shard = int(np.searchsorted(self._ends, following % len(self), side="right"))
@@ -117,14 +121,14 @@ class ShardDataset(Dataset):
             self._broken(error, self.shards[shard].address)
             yield from stand_ins(self.shards, shard, numbers[done:])
 
-    def decode(self, sample: Stored) -> Image.Image | None:
+    def decode(self, sample: Stored) -> Image.Image | Tensor | None:
         """The image of a sample; None where it is broken and may be replaced.
 
         Raises:
             DatasetError: it is broken and may not be replaced.
         """
         try:
-            return load_image(as_file(sample), name=sample.where)
+            return self._load(as_file(sample), name=sample.where)
         except DatasetError as error:
             self._broken(error, sample.where)
             return None
@@ -171,7 +175,7 @@ class ShardStream(IterableDataset):
         self.dataset, self.batch_size, self.seed, self.start_step = dataset, batch_size, seed, start_step
         self.rank, self.world = rank, world
 
-    def __iter__(self) -> Iterator[tuple[tuple[int, int], tuple[Image.Image, None]]]:
+    def __iter__(self) -> Iterator[tuple[tuple[int, int], tuple[Image.Image | Tensor, None]]]:
         info = get_worker_info()
         worker, workers = (info.id, info.num_workers) if info else (0, 1)
         # a loader always begins with its first worker, which so takes the part of the one whose turn it is

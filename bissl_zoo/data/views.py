@@ -27,9 +27,9 @@ class Views:
     def __init__(self, transforms: Sequence[Callable[[Any], Tensor]]) -> None:
         self.transforms = list(transforms)
 
-    def __call__(self, image: Image.Image) -> tuple[Tensor, ...]:
-        """The views of one image, each with its own draw of the randomness."""
-        pixels = v2.functional.pil_to_tensor(image)
+    def __call__(self, image: Image.Image | Tensor) -> tuple[Tensor, ...]:
+        """The views of one image, PIL's or `(3, H, W)` uint8, each with its own draw of the randomness."""
+        pixels = _pixels(image)
         return tuple(transform(pixels) for transform in self.transforms)
 
     @property
@@ -60,9 +60,9 @@ class MaskedView:
     def __init__(self, transform: Callable[[Any], Tensor], cells: int, hidden: int) -> None:
         self.transform, self.cells, self.hidden = transform, cells, hidden
 
-    def __call__(self, image: Image.Image) -> tuple[Tensor, Tensor]:
-        """A view of one image and a mask, each with its own draw of the randomness."""
-        view = self.transform(v2.functional.pil_to_tensor(image))
+    def __call__(self, image: Image.Image | Tensor) -> tuple[Tensor, Tensor]:
+        """A view of one image, PIL's or `(3, H, W)` uint8, and a mask, each with its own draw of the randomness."""
+        view = self.transform(_pixels(image))
         mask = torch.zeros(self.cells**2, dtype=torch.bool)
         mask[torch.randperm(len(mask))[: self.hidden]] = True
         return view, mask.view(self.cells, self.cells)
@@ -227,6 +227,10 @@ def _view(
             *_normalized(mean, std),
         ]
     )
+
+
+def _pixels(image: Image.Image | Tensor) -> Tensor:
+    return image if isinstance(image, Tensor) else v2.functional.pil_to_tensor(image)
 
 
 def _normalized(mean: Sequence[float], std: Sequence[float]) -> list[v2.Transform]:

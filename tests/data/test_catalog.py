@@ -1,12 +1,18 @@
 import contextlib
+import io
 import struct
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import EpsImagePlugin, Image
+from sklearn.datasets import load_sample_image
+from torchvision.transforms.v2.functional import pil_to_tensor
 
-from bissl_zoo.data.catalog import datasets_root, load_image, require_folder
+from bissl_zoo.data.catalog import datasets_root, load_image, load_pixels, require_folder
+from bissl_zoo.data.folder import ImageFolder
+from bissl_zoo.data.views import two_views
 from bissl_zoo.errors import DatasetError
 
 
@@ -101,3 +107,46 @@ def test_image_that_is_a_program_is_not_run(tmp_path, monkeypatch):
     with pytest.raises(DatasetError, match=f"Image {path} does not decode"):
         load_image(path)
     assert not canary.exists()
+
+
+@pytest.mark.parametrize("kind", ["rgb", "gray", "cmyk", "turned", "progressive", "png"])
+def test_pixels_are_those_of_the_image_whichever_library_decodes_them(tmp_path, kind):
+    photo = Image.fromarray(load_sample_image("flower.jpg")[:90, :120])
+    path, options = tmp_path / f"photo.{'png' if kind == 'png' else 'jpg'}", {}
+    if kind == "turned":
+        options["exif"] = Image.Exif()
+        options["exif"][0x0112] = 6
+    if kind == "progressive":
+        options["progressive"] = True
+    photo.convert({"gray": "L", "cmyk": "CMYK"}.get(kind, "RGB")).save(path, quality=90, **options)
+    expected = pil_to_tensor(load_image(path))
+    assert expected.shape == ((3, 120, 90) if kind == "turned" else (3, 90, 120))
+    for source in (path, io.BytesIO(path.read_bytes())):
+        pixels = load_pixels(source, name="photo")
+        assert pixels.dtype == torch.uint8 and torch.equal(pixels, expected)
+
+
+@pytest.mark.parametrize("damage", ["missing", "cut", "bomb", "text"])
+def test_pixels_that_cannot_be_read_are_told_as_images_are(tmp_path, damage, monkeypatch):
+    path = tmp_path / "photo.jpg"
+    Image.fromarray(load_sample_image("flower.jpg")[:90, :120]).save(path)
+    content = path.read_bytes()
+    if damage == "bomb":
+        monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
+    path.write_bytes({"cut": content[: len(content) // 2], "text": b"no image"}.get(damage, content))
+    if damage == "missing":
+        path.unlink()
+    for load in (load_image, load_pixels):
+        message = {"missing": "does not exist", "bomb": "would fill the memory"}.get(damage, "does not decode")
+        with pytest.raises(DatasetError, match=f"Image .*photo.jpg .*{message}|Image .*photo.jpg {message}"):
+            load(path)
+
+
+def test_a_folder_gives_tensors_where_it_is_asked_to_and_the_views_are_the_same(tmp_path):
+    Image.fromarray(load_sample_image("flower.jpg")[:90, :120]).save(tmp_path / "photo.jpg")
+    views = []
+    for as_tensor in (False, True):
+        image, _ = ImageFolder(str(tmp_path), labelled=False, as_tensor=as_tensor)[0]
+        torch.manual_seed(0)
+        views.append(two_views(size=32)(image))
+    assert all(torch.equal(one, other) for one, other in zip(*views, strict=True))
