@@ -1,19 +1,33 @@
 """Loaders: an endless seeded stream of training batches, sharded over ranks, and one pass over an evaluation set."""
 
+import logging
 import signal
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable, Collection, Iterator
+from itertools import islice
 from typing import Any
 
+import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler
+from torch.utils.data import Dataset, IterableDataset, Sampler
 
 from bissl_zoo.data.draws import drawn_for
+from bissl_zoo.data.train_loader import Loader, TrainLoader
 from bissl_zoo.distributed import get_rank, get_world_size
-from bissl_zoo.errors import ConfigError, did_you_mean
+from bissl_zoo.errors import ConfigError, DatasetError, did_you_mean
+
+logger = logging.getLogger(__name__)
 
 Sample = tuple[Any, Any]
 #: who may make the views of pretext data
 VIEWS_ON = ("workers", "device")
+#: what may happen to a sample that cannot be used
+ON_BAD = ("error", "skip")
+#: seconds before a sample that failed is read once more
+PAUSE = 0.2
+#: so many samples in a row that cannot be used are no accident
+MOST_BAD = 1000
+_SKIP = "Or set on_bad=skip of this loader, to train on another sample in its place."
 
 
 class TransformedDataset(Dataset):
@@ -33,17 +47,53 @@ class TransformedDataset(Dataset):
 class DrawnSamples(TransformedDataset):
     """The samples of a training stream, asked for by `(place, index)`.
 
-    What is drawn at random for one is a function of `seed` and its place in the stream.
+    What is drawn at random for one is a function of `seed` and its place in the stream, and so are, one after another,
+    the samples that take the place of one that cannot be used.
+
+    Raises:
+        DatasetError: a sample cannot be used and none may take its place, or `MOST_BAD` could not in a row.
     """
 
-    def __init__(self, dataset: Dataset, transform: Callable[[Any, Any], Any], seed: int) -> None:
+    def __init__(
+        self, dataset: Dataset, transform: Callable[[Any, Any], Any], seed: int, on_bad: str = "error"
+    ) -> None:
         super().__init__(dataset, transform)
-        self.seed = seed
+        self.seed, self.on_bad = seed, on_bad
+        self._bad: set[int] = set()
 
     def __getitem__(self, placed: tuple[int, int]) -> Any:
         place, index = placed
+        if self.on_bad == "error":
+            try:
+                return self._draw(place, index)
+            except DatasetError as error:
+                raise DatasetError(f"{error} {_SKIP}") from error
+        for attempt in range(1, MOST_BAD + 1):
+            try:
+                return self._draw_again(place, index)
+            except DatasetError as error:
+                self._tell(index, error)
+            index = int(np.random.default_rng((self.seed, place, attempt)).integers(len(self)))
+        raise DatasetError(f"{MOST_BAD:,} samples in a row cannot be used; they were named. Is their disk still there?")
+
+    def _draw(self, place: int, index: int) -> Any:
         with drawn_for(self.seed, place):
             return super().__getitem__(index)
+
+    def _draw_again(self, place: int, index: int) -> Any:
+        """As `_draw`, and once more after a pause where a sample fails for the first time."""
+        try:
+            return self._draw(place, index)
+        except DatasetError:
+            if index in self._bad:
+                raise
+        time.sleep(PAUSE)
+        return self._draw(place, index)
+
+    def _tell(self, index: int, error: DatasetError) -> None:
+        if index not in self._bad:
+            self._bad.add(index)
+            logger.warning("%s Other samples take its place (%d bad so far).", error, len(self._bad))
 
 
 class DrawnStream(IterableDataset):
@@ -98,6 +148,12 @@ class PlacedSampler(Sampler[tuple[int, int]]):
     def __iter__(self) -> Iterator[tuple[int, int]]:
         return self.sampler.places()
 
+    def batch(self, step: int) -> list[int]:
+        """The numbers of the samples in this rank's part of batch `step`, counted from the beginning of the run."""
+        stream = self.sampler
+        there = TrainingSampler(stream.size, stream.batch_size, stream.seed, step)
+        return list(islice(there, stream.batch_size // get_world_size()))
+
 
 def build_train_loader(
     dataset: Dataset,
@@ -109,7 +165,9 @@ def build_train_loader(
     start_step: int = 0,
     pin_memory: bool = False,
     views_on: str = "workers",
-) -> DataLoader:
+    on_bad: str = "error",
+    timeout: float = 0,
+) -> TrainLoader:
     """Endless loader of training batches.
 
     Args:
@@ -120,26 +178,41 @@ def build_train_loader(
         start_step: number of batches already taken by an earlier part of the run.
         views_on: of pretext data, who makes the views: `workers`, or `device`, where the workers only cut the crops and
             :func:`bissl_zoo.engine.build.pretext_batches` does the rest in batch. The loader itself is the same.
+        on_bad: `error`, or `skip` for another sample in the place of one that raises DatasetError, also when it is read
+            once more a moment later. Which one is a function of the seed and the place, so a resumed run takes the same
+            ones as long as the same files are bad. Each worker names a bad one once. Data sets with a `stream` have an
+            `on_bad` of their own.
+        timeout: seconds without a batch after which the run ends with the names of the samples, more than the workers'
+            start or any batch takes; 0 waits for ever. It needs workers: nothing ends a read from within its process.
+            The worker that hangs is killed; the kernel lets some reads (of disks that fail, for one) outlast even that,
+            and then the process itself ends only when they do.
     Raises:
-        ConfigError: the batch does not divide among the ranks; `views_on` is something else; or there are fewer shards
-            than processes that read them.
+        ConfigError: the batch does not divide among the ranks; `views_on`, `on_bad` or `timeout` is something else or
+            not for this data set or these workers; or there are fewer shards than processes that read them.
     """
-    if views_on not in VIEWS_ON:
-        hint = did_you_mean(str(views_on), VIEWS_ON)
-        raise ConfigError(f"views_on is '{views_on}'; accepted are {' and '.join(VIEWS_ON)}.{hint}")
+    _check_choice("views_on", views_on, VIEWS_ON)
+    _check_choice("on_bad", on_bad, ON_BAD)
+    _check_timeout(timeout, num_workers)
     world = get_world_size()
     if batch_size % world or batch_size < 1:
         raise ConfigError(
             f"batch_size={batch_size} is the batch over all ranks and must be a multiple of the {world} ranks."
         )
     if hasattr(dataset, "stream"):
+        if on_bad != "error":
+            raise ConfigError(
+                f"on_bad={on_bad}: data that is read in a stream has its own. Set it there, as in "
+                f"dataloader.pretext.dataset.on_bad={on_bad}."
+            )
         stream = dataset.stream(batch_size // world, seed, start_step, num_workers, get_rank(), world)
         samples, sampler = DrawnStream(stream, transform, seed), None
     else:
-        samples = DrawnSamples(dataset, transform, seed)
+        samples = DrawnSamples(dataset, transform, seed, on_bad)
         sampler = PlacedSampler(TrainingSampler(len(dataset), batch_size, seed, start_step))
-    return DataLoader(
+    return TrainLoader(
         samples,
+        start_step=start_step,
+        timeout=timeout,
         batch_size=batch_size // world,
         sampler=sampler,
         collate_fn=collate,
@@ -158,9 +231,9 @@ def build_test_loader(
     collate: Callable[[list[Any]], Any] | None = None,
     num_workers: int = 0,
     pin_memory: bool = False,
-) -> DataLoader:
+) -> Loader:
     """One pass over `dataset` in order, `batch_size` samples per rank at a time; rank r reads samples r, r + W, ..."""
-    return DataLoader(
+    return Loader(
         TransformedDataset(dataset, transform),
         batch_size=batch_size,
         sampler=list(range(get_rank(), len(dataset), get_world_size())),
@@ -169,6 +242,22 @@ def build_test_loader(
         pin_memory=pin_memory,
         worker_init_fn=leave_stopping_to_the_run,
     )
+
+
+def _check_choice(name: str, value: Any, choices: Collection[str]) -> None:
+    if value not in choices:
+        hint = did_you_mean(str(value), choices)
+        raise ConfigError(f"{name} is '{value}'; accepted are {' and '.join(choices)}.{hint}")
+
+
+def _check_timeout(timeout: Any, num_workers: int) -> None:
+    if isinstance(timeout, bool) or not isinstance(timeout, (int, float)) or not 0 <= timeout < float("inf"):
+        raise ConfigError(f"timeout is {timeout!r}; it must be a number of seconds, or 0 to wait for ever.")
+    if timeout and not num_workers:
+        raise ConfigError(
+            f"timeout={timeout:g} needs num_workers of 1 or more: without workers the run itself would hang in the "
+            "read, and nothing would be left to tell the time."
+        )
 
 
 def leave_stopping_to_the_run(worker: int) -> None:

@@ -165,7 +165,7 @@ def check_parts(context: Context, initial: Weights) -> None:
             )
         if role != "pretext" and "views_on" in cfg.dataloader[role]:
             raise ConfigError(f"dataloader.{role}.views_on: only dataloader.pretext has views. Remove it.")
-        instantiate(cfg.dataloader[role], dataset=context.data[role], transform=None, num_workers=0)
+        instantiate(cfg.dataloader[role], dataset=context.data[role], transform=None)
     if "pretext" in context.data:
         _, pretext = build_pretext(cfg, initial, context.device)
         pretext_batches(context, pretext, cfg.train.seed)  # reads nothing yet, and refuses views that cannot be

@@ -14,6 +14,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from omegaconf.errors import OmegaConfBaseException
 
+from bissl_zoo.data.train_loader import lost_worker
 from bissl_zoo.distributed import get_local_rank, get_rank, is_lost_contact
 from bissl_zoo.engine.disk import DISK_ERRORS
 from bissl_zoo.engine.interruption import Interrupted
@@ -161,6 +162,11 @@ def _run(main: Callable[..., int], args: tuple) -> int:
         return request.status
     except BisslZooError as error:
         return _report(error)
+    except RuntimeError as error:  # of a worker's death torch tells wherever the main thread happens to be
+        lost = lost_worker(error)
+        if lost is None:
+            raise
+        return _report(lost)
     except OmegaConfBaseException as error:
         return _report(ConfigError(f"The config has no usable '{error.full_key}': {str(error).splitlines()[0]}."))
     except OSError as error:

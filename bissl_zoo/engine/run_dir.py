@@ -34,6 +34,8 @@ FREE_KEYS = (
     "bilevel.products",
     "bilevel.on_bad_hypergradient",
 )
+#: and of every loader
+LOADER_KEYS = (".num_workers", ".on_bad", ".timeout")
 #: keys a resumed run may raise, as long as no later stage has begun
 LENGTHS = ("pretrain.steps", "pretrain.epochs", "bilevel.alternations", "finetune.steps", "finetune.epochs")
 
@@ -62,7 +64,8 @@ def check_run_dir(cfg: DictConfig, resume: bool) -> Path:
             raise ConfigError(
                 f"The run in {folder} was started with another configuration:\n{rows}\n"
                 "Resume it with the same one, or start a new run in another train.output_dir. A resumed run may change "
-                f"{', '.join(FREE_KEYS)} and num_workers, and raise {', '.join(LENGTHS)}."
+                f"{', '.join(FREE_KEYS)}, each loader's num_workers, on_bad and timeout, and raise "
+                f"{', '.join(LENGTHS)}."
             )
     elif folder.exists() and not folder.is_dir():
         raise ConfigError(f"train.output_dir '{folder}' is a file; give the name of a folder.")
@@ -118,7 +121,7 @@ def _differences(old: DictConfig, new: DictConfig) -> list[tuple[str, Any, Any]]
 def _is_free(key: str, before: Any, after: Any) -> bool:
     if key in LENGTHS:
         return before is not None and after is not None and after > before
-    return key.startswith(FREE_KEYS) or key.endswith("num_workers")
+    return key.startswith(FREE_KEYS) or key.endswith(LOADER_KEYS)
 
 
 def describe_environment() -> str:

@@ -1,0 +1,307 @@
+import logging
+import os
+import random
+import signal
+import threading
+import time
+from itertools import islice
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from bissl_zoo.data import ImageFolder, loaders
+from bissl_zoo.data.loaders import TrainingSampler, build_test_loader, build_train_loader
+from bissl_zoo.data.train_loader import lost_worker
+from bissl_zoo.errors import ConfigError, DatasetError
+
+GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="memory is pinned for a GPU")
+SIZE, BATCH, SEED = 40, 4, 5
+#: what the stream holds: the sample at each place of the first epoch
+ORDER = list(islice(TrainingSampler(SIZE, BATCH, SEED), SIZE))
+
+
+@pytest.fixture
+def images(tmp_path, monkeypatch):
+    """Forty JPEG files, each of its own grey."""
+    monkeypatch.setattr(loaders, "PAUSE", 0.0)
+    for number in range(SIZE):
+        Image.new("RGB", (16, 16), (number * 6,) * 3).save(tmp_path / f"{number:02d}.jpg", quality=95)
+    return ImageFolder(str(tmp_path), labelled=False)
+
+
+def number_and_draw(image, target):
+    """Which image it is, by its grey, and what a transform draws."""
+    return round(np.asarray(image).mean() / 6), random.random()
+
+
+def loader_of(dataset, workers=0, **options):
+    return build_train_loader(dataset, BATCH, number_and_draw, num_workers=workers, seed=SEED, **options)
+
+
+def numbers(loader, count):
+    return [number for batch, _ in islice(loader, count) for number in batch.tolist()]
+
+
+def remove(images, number):
+    os.remove(images.source(number))
+
+
+def truncate(images, number):
+    os.truncate(images.source(number), 300)
+
+
+@pytest.mark.parametrize("spoil", [remove, truncate])
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_file_that_goes_bad_under_way_is_replaced_and_all_others_stay(images, workers, spoil):
+    bad = [ORDER[32], ORDER[39]]  # later than what two workers read ahead
+    assert numbers(loader_of(images), 10) == ORDER
+    stream = iter(loader_of(images, workers, on_bad="skip"))
+    found = numbers(stream, 1)
+    for number in bad:
+        spoil(images, number)
+    found += numbers(stream, 9)
+    assert [place for place in range(SIZE) if found[place] != ORDER[place]] == [32, 39]
+    assert not set(bad) & set(found)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_resumed_run_skips_to_the_same_samples_and_draws_the_same_for_them(images, workers):
+    for number in range(0, SIZE, 3):
+        remove(images, number)
+    whole = torch.stack([torch.stack(batch) for batch in islice(loader_of(images, on_bad="skip"), 25)])
+    rest = islice(loader_of(images, workers, on_bad="skip", start_step=11), 14)
+    assert torch.equal(torch.stack([torch.stack(batch) for batch in rest]), whole[11:])
+    stand_ins = whole[:, 0].flatten()[[place for place in range(SIZE) if ORDER[place] % 3 == 0]]
+    assert len(stand_ins.unique()) > 5  # not one and the same for all
+    other = build_train_loader(images, BATCH, number_and_draw, seed=SEED + 1, on_bad="skip")
+    assert numbers(other, 25) != whole[:, 0].flatten().tolist()
+
+
+def test_a_bad_file_is_named_once_however_often_it_is_drawn(images, caplog):
+    bad = [ORDER[1], ORDER[6]]
+    for number in bad:
+        remove(images, number)
+    with caplog.at_level(logging.WARNING):
+        numbers(loader_of(images, on_bad="skip"), 30)
+    said = [record.getMessage() for record in caplog.records]
+    assert len(said) == 2
+    assert said[0] == f"Image {images.source(bad[0])} does not exist. Other samples take its place (1 bad so far)."
+    assert images.source(bad[1]) in said[1] and said[1].endswith("(2 bad so far).")
+
+
+def test_each_worker_names_a_bad_file(images, tmp_path):
+    remove(images, ORDER[1])
+    handler = logging.FileHandler(tmp_path / "said")
+    loaders.logger.addHandler(handler)
+    try:
+        numbers(loader_of(images, workers=2, on_bad="skip"), 60)
+    finally:
+        loaders.logger.removeHandler(handler)
+        handler.close()
+    line = f"Image {images.source(ORDER[1])} does not exist. Other samples take its place (1 bad so far)."
+    assert (tmp_path / "said").read_text().splitlines() == [line] * 2
+
+
+def test_a_read_that_fails_for_a_moment_only_is_done_again(images, monkeypatch, caplog):
+    away = images.source(ORDER[2])
+    os.rename(away, away + ".away")
+    monkeypatch.setattr(loaders, "PAUSE", 0.25)
+    pauses = []
+
+    def come_back(seconds):
+        pauses.append(seconds)
+        os.rename(away + ".away", away)
+
+    monkeypatch.setattr(loaders.time, "sleep", come_back)
+    assert numbers(loader_of(images, on_bad="skip"), 10) == ORDER
+    assert pauses == [0.25] and not caplog.records
+
+
+def test_a_bad_file_ends_the_run_where_it_is_not_to_be_skipped(images):
+    remove(images, ORDER[2])
+    with pytest.raises(DatasetError, match=rf"{images.source(ORDER[2])} does not exist\. Or set on_bad=skip"):
+        numbers(loader_of(images), 1)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_where_all_files_are_gone_the_run_ends(images, workers):
+    for number in range(SIZE):
+        remove(images, number)
+    with pytest.raises(DatasetError, match="1,000 samples in a row cannot be used; they were named"):
+        numbers(loader_of(images, workers, on_bad="skip"), 1)
+
+
+def test_what_is_no_fault_of_the_data_is_not_skipped(images):
+    def broken(image, target):
+        raise ValueError("of the transform")
+
+    with pytest.raises(ValueError, match="of the transform"):
+        next(iter(build_train_loader(images, BATCH, broken, on_bad="skip")))
+
+
+def test_the_evaluation_never_skips(images):
+    remove(images, 3)
+    loader = build_test_loader(images, BATCH, number_and_draw)
+    with pytest.raises(DatasetError, match="does not exist"):
+        list(loader)
+    with pytest.raises(TypeError, match="on_bad"):
+        build_test_loader(images, BATCH, number_and_draw, on_bad="skip")
+
+
+@pytest.fixture
+def hanging(images):
+    """A FIFO that nobody writes to, in the place of the file of the third batch."""
+    remove(images, ORDER[9])
+    os.mkfifo(images.source(ORDER[9]))
+    return images
+
+
+def described(images, batch):
+    samples = ", ".join(f"{number} ({images.source(number)})" for number in ORDER[BATCH * batch :][:BATCH])
+    return f"they were to deliver batch {batch}, which has 4 samples: {samples}."
+
+
+@pytest.mark.parametrize("pin_memory", [False, pytest.param(True, marks=GPU)])
+def test_a_read_that_hangs_ends_with_the_names_of_the_samples(hanging, pin_memory):
+    loader = loader_of(hanging, 2, timeout=2, pin_memory=pin_memory)
+    stream = iter(loader)
+    assert numbers(stream, 2) == ORDER[:8]
+    with pytest.raises(DatasetError) as caught:
+        next(stream)
+    assert "gave no batch within timeout=2 seconds" in str(caught.value)
+    assert described(hanging, 2) in str(caught.value)
+    assert not any(worker.is_alive() for worker in loader._iterator._workers)  # else this process would not end
+
+
+def test_reading_that_only_takes_its_time_is_left_alone(images):
+    assert numbers(loader_of(images, 2, timeout=60), 10) == ORDER
+
+
+def test_of_many_samples_the_first_are_named(images):
+    os.remove(images.source(ORDER[0]))
+    os.mkfifo(images.source(ORDER[0]))
+    loader = build_train_loader(images, 12, number_and_draw, num_workers=1, seed=SEED, timeout=1)
+    with pytest.raises(DatasetError, match=rf"batch 0, which has 12 samples: {ORDER[0]} .*\.jpg\) and 7 more\."):
+        next(iter(loader))
+
+
+def test_stopping_at_once_does_not_wait_for_a_read_that_hangs(hanging):
+    def stop(number, frame):
+        raise KeyboardInterrupt
+
+    loader = loader_of(hanging, 2)
+    stream = iter(loader)
+    numbers(stream, 2)
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, 0.5)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            next(stream)
+    finally:
+        signal.signal(signal.SIGALRM, before)
+    assert not any(worker.is_alive() for worker in loader._iterator._workers)
+
+
+@pytest.mark.parametrize(("killed", "batch"), [(0, 2), (1, 3)])
+def test_a_worker_that_is_killed_is_told_of_with_its_batch(hanging, killed, batch):
+    loader = loader_of(hanging, 2)
+    stream = iter(loader)
+    numbers(stream, 2)
+    pid = loader._iterator._workers[killed].pid
+    timer = threading.Timer(0.5, os.kill, (pid, signal.SIGKILL))
+    timer.start()
+    with pytest.raises(DatasetError) as caught:
+        next(stream)  # waits for the batch that hangs
+    timer.join()
+    assert f"A loader's worker was lost: DataLoader worker (pid {pid}) is killed by signal: Killed. It was to" in str(
+        caught.value
+    )
+    assert described(hanging, batch).removeprefix("they were ") in str(caught.value)
+    assert str(caught.value).endswith(
+        "take fewer workers (num_workers), or give the job more memory, and go on with --resume."
+    )
+
+
+def test_of_a_stream_the_batch_alone_is_told(tmp_path, monkeypatch):
+    monkeypatch.setattr(loaders.DrawnStream, "__iter__", lambda stream: iter([time.sleep(60)]))
+    dataset = SimpleNamespace(stream=lambda *arguments: None)
+    loader = loader_of(dataset, 1, start_step=7, timeout=1)
+    with pytest.raises(DatasetError, match="to deliver batch 7 of a stream, whose samples have no numbers"):
+        next(iter(loader))
+
+
+def test_a_worker_that_dies_while_the_run_computes_is_told_of_as_well(images):
+    loader = loader_of(images, 2)
+    stream = iter(loader)
+    numbers(stream, 1)
+    os.kill(loader._iterator._workers[0].pid, signal.SIGKILL)
+    with pytest.raises(RuntimeError) as caught:
+        for _ in range(1000):
+            time.sleep(0.01)
+    assert "is killed by signal: Killed. Killed is most often" in str(lost_worker(caught.value))
+
+
+def test_a_process_ends_with_workers_that_hang_in_a_read(images, process):
+    soon = next(number for number in ORDER[8:20] if 8 <= number < 20)  # read ahead in both orders
+    remove(images, soon)
+    os.mkfifo(images.source(soon))
+    program = f"""
+from bissl_zoo.data import ImageFolder
+from bissl_zoo.data.loaders import build_test_loader, build_train_loader
+def width(image, target):
+    return image.size[0]
+if __name__ == "__main__":
+    images = ImageFolder({str(images.root)!r}, labelled=False)
+    loaders = build_test_loader(images, 4, width, num_workers=2), build_train_loader(images, 4, width, None, 2, {SEED})
+    streams = [iter(loader) for loader in loaders]
+    print([next(stream).tolist() for stream in streams], flush=True)
+    raise SystemExit(3)
+"""
+    (images.root / "program.py").write_text(program)
+    with process(images.root / "program.py") as running:
+        try:
+            out, err = running.communicate(timeout=120)
+        finally:
+            running.kill()  # where it does not end
+    assert (running.returncode, out) == (3, "[[16, 16, 16, 16], [16, 16, 16, 16]]\n"), err
+
+
+def test_other_errors_are_no_lost_workers(images):
+    def broken(image, target):
+        raise RuntimeError("of the transform")
+
+    with pytest.raises(RuntimeError, match="of the transform") as caught:
+        next(iter(build_train_loader(images, BATCH, broken, num_workers=1)))
+    assert lost_worker(caught.value) is None
+    assert lost_worker(ValueError("DataLoader worker (pid 1) is killed by signal: Killed.")) is None
+
+
+def test_values_that_nothing_stands_for_are_refused(images):
+    with pytest.raises(ConfigError, match="on_bad is 'skipp'; accepted are error and skip. Did you mean 'skip'?"):
+        loader_of(images, on_bad="skipp")
+    for timeout in (-1, "long", True, float("inf"), None):
+        with pytest.raises(ConfigError, match=rf"timeout is {timeout!r}; it must be a number of seconds"):
+            loader_of(images, 2, timeout=timeout)
+    with pytest.raises(ConfigError, match="timeout=2.5 needs num_workers of 1 or more: without workers the run itself"):
+        loader_of(images, timeout=2.5)
+    with pytest.raises(
+        ConfigError, match=r"has its own\. Set it there, as in dataloader\.pretext\.dataset\.on_bad=skip"
+    ):
+        loader_of(SimpleNamespace(stream=None), on_bad="skip")
+
+
+def test_a_run_skips_and_a_check_refuses_what_it_does_not_know(scenes_copy, tiny, train_net, tmp_path):
+    root, folder = scenes_copy
+    said = train_net("--dry-run", *tiny(), "+dataloader.train.on_bad=drop", datasets=root).message()
+    assert "on_bad is 'drop'; accepted are error and skip." in said
+    said = train_net("--dry-run", *tiny(), "+dataloader.test.on_bad=skip", datasets=root).message()
+    assert "on_bad" in said
+    overrides = tiny(train__stages="[pretrain]", train__output_dir=tmp_path / "run")
+    for picture in sorted((folder / "JPEGImages").iterdir())[::4]:
+        os.truncate(picture, 100)
+    assert "does not decode" in train_net(*overrides, datasets=root).message()
+    overrides = [one.replace("/run", "/another") for one in overrides]
+    assert train_net(*overrides, "+dataloader.pretext.on_bad=skip", datasets=root).status == 0
