@@ -10,6 +10,8 @@ import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import portalocker
+
 from bissl_zoo.errors import CheckpointError, ConfigError
 
 LOCK_FILE = "run.lock"
@@ -53,29 +55,37 @@ def run_lock(folder: Path, say: Callable[[str], None] = print) -> Iterator[None]
 def _acquire(path: Path, mine: str, say: Callable[[str], None]) -> None:
     facts = {"id": mine, "host": socket.gethostname(), "pid": os.getpid(), "started": started_at(os.getpid())}
     path.parent.mkdir(parents=True, exist_ok=True)
-    while True:
-        with contextlib.suppress(FileExistsError):
-            handle = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY)
-            os.write(handle, json.dumps(facts).encode())
-            os.close(handle)
-            return
-        holder = read_lock(path)
-        if not holder:  # perhaps not written yet
-            time.sleep(WRITTEN)
+    with _alone_in(path.parent):
+        if path.exists():
             holder = read_lock(path)
-        if _lives(path, holder, say):
-            raise CheckpointError(
-                f"The run in {path.parent} is being written by process {holder['pid']} on {holder['host']}. Stop that "
-                "one, or give another train.output_dir."
-            )
-        say(f"taking over {path.parent} from process {holder.get('pid')} on {holder.get('host')}, which is gone")
-        stale = path.with_name(f".{path.name}-{uuid.uuid4().hex}")
-        with contextlib.suppress(FileNotFoundError):  # another process was as quick
-            os.replace(path, stale)
-            if read_lock(stale) == holder:
-                stale.unlink()
-            else:  # and has taken it: what was moved away is its lock
-                os.replace(stale, path)
+            if not holder:  # perhaps not written yet
+                time.sleep(WRITTEN)
+                holder = read_lock(path)
+            if _lives(path, holder, say):
+                raise CheckpointError(
+                    f"The run in {path.parent} is being written by process {holder['pid']} on {holder['host']}. Stop "
+                    "that one, or give another train.output_dir."
+                )
+            say(f"taking over {path.parent} from process {holder.get('pid')} on {holder.get('host')}, which is gone")
+            path.unlink()
+        handle = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY)
+        os.write(handle, json.dumps(facts).encode())
+        os.close(handle)
+
+
+@contextlib.contextmanager
+def _alone_in(folder: Path) -> Iterator[None]:
+    """Look at a lock and take it in one piece: two processes may find the same one stale.
+
+    Some file systems of clusters have no such locks; there both may have it, if they begin within the same millisecond.
+    """
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        with contextlib.suppress(portalocker.LockException):
+            portalocker.lock(handle, portalocker.LockFlags.EXCLUSIVE)
+        yield
+    finally:
+        os.close(handle)
 
 
 def _lives(path: Path, holder: dict, say: Callable[[str], None]) -> bool:

@@ -148,5 +148,3 @@ def test_a_state_without_weights_hands_none_on(checkpoint, levels):
     for stage in ("finetune", "bissl"):
         with pytest.raises(CheckpointError, match=f"holds no weights of the stage {stage}"):
             weights_of(stage, load_checkpoint(checkpoint)[1])
-
-

@@ -118,7 +118,7 @@ def test_an_unfinished_stage_is_not_started_from(run_copy, tiny_config):
 def test_a_zoo_entry_is_started_from_and_becomes_the_parent(finished, tiny_config, monkeypatch):
     entry = json.loads((finished / "zoo_entry.json").read_text())
     monkeypatch.setenv("BISSL_ZOO", entry["location"].rpartition("/")[0])
-    weights, ancestors = load_init(f"zoo:{entry['name']}", tiny_config())
+    weights, ancestors = load_init(f"zoo:{pin(entry['name'])}", tiny_config())
     assert ancestors == [{"name": pin(entry["name"]), "sha256": entry["sha256"]}]
     plain = timm.create_model(f"local-dir:{entry['location']}", pretrained=True).state_dict()
     whole = merge_split_states(weights.backbone, weights.tail)
@@ -126,7 +126,7 @@ def test_a_zoo_entry_is_started_from_and_becomes_the_parent(finished, tiny_confi
     levels = load_checkpoint(finished / "checkpoints" / "bissl" / "step_000002")[1]["levels"]
     head = levels["lower"]["head"]
     assert weights.pretext.keys() == head.keys() and all(torch.equal(v, head[k]) for k, v in weights.pretext.items())
-    other, _ = load_init(f"zoo:{entry['name']}", tiny_config(pretext__name="byol"))
+    other, _ = load_init(f"zoo:{pin(entry['name'])}", tiny_config(pretext__name="byol"))
     assert other.pretext is None  # a head of another method is not taken
 
 
