@@ -76,7 +76,7 @@ METHODS = {
     "moco_v3": Recipe(dict(projector=[512, 128], predictor=[512, 128])),
     "barlow_twins": Recipe(dict(projector=[512, 128]), steps=400),
     "vicreg": Recipe(dict(projector=[512, 512])),
-    "dino": Recipe(dict(projector=[512, 64, 256], decay=0.99, teacher_temperature=0.02), CROPS, **SLOW, steps=500),
+    "dino": Recipe(dict(projector=[512, 64, 256], decay=0.99, teacher_temperature=0.02), CROPS, **SLOW, steps=1500),
     "simmim": Recipe({}, dict(size=SIZE, mask_patch=8), VIT, steps=800),
 }
 
