@@ -155,7 +155,8 @@ class PeriodicCheckpoint(HookBase):
     """Save the trainer's state and every process's random state: every `period` steps, at the last, and on stopping.
 
     Where the disk refuses one on the way, the run goes on with a warning, and the next is due a period later; the last
-    of a stage and the one on stopping are tried for about a minute, and end the run if that is in vain.
+    of a stage and the one on stopping are tried for about a minute, and end the run if that is in vain. A last line
+    tells what time the stage has lost to them.
     """
 
     def __init__(self, checkpointer: Checkpointer, period: int, architecture: str, device: torch.device) -> None:
@@ -164,12 +165,23 @@ class PeriodicCheckpoint(HookBase):
         self.architecture = architecture
         self.device = device
 
+    def before_train(self) -> None:
+        """Start the clock."""
+        self.began, self.count, self.seconds = time.perf_counter(), 0, 0.0
+
     def after_step(self) -> None:
         """Save when it is due."""
         trainer = self.trainer
         if trainer.step % self.period == 0 or trainer.step == trainer.total_steps or trainer.stopping:
+            start = time.perf_counter()
             randomness = all_gather_objects(random_state(self.device))
             on_main_process(lambda: self._save(randomness))  # what fails there ends every process with the same message
+            self.count, self.seconds = self.count + 1, self.seconds + time.perf_counter() - start
+
+    def after_train(self) -> None:
+        """Tell what the checkpoints cost."""
+        share = self.seconds / max(time.perf_counter() - self.began, 1e-9)
+        say(f"[{self.trainer.name}] checkpoints: {self.count}, {self.seconds:.1f} s, {share:.1%} of the stage's time")
 
     def _save(self, randomness: list[dict[str, Any]]) -> None:
         trainer = self.trainer

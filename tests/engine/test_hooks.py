@@ -151,9 +151,10 @@ def test_finer_records_are_written_at_every_step_whatever_the_period(tmp_path, m
     assert [event.step for event in board.Scalars("stage/total_loss")] == [3]
 
 
-def test_checkpoints_are_written_every_period_and_at_the_last_step(tmp_path):
+def test_checkpoints_are_written_every_period_and_at_the_last_step_and_their_cost_is_told(tmp_path, capsys):
     Counter("stage", 5).train([PeriodicCheckpoint(Checkpointer(tmp_path, keep=9), 2, "resnet18", CPU)])
     assert sorted(path.name for path in (tmp_path / "stage").iterdir()) == ["step_000002", "step_000004", "step_000005"]
+    assert re.search(r"\[stage\] checkpoints: 3, \d+\.\d s, \d+\.\d% of the stage's time", capsys.readouterr().out)
 
 
 def test_evaluation_joins_the_metrics_of_its_step_but_not_at_the_last(tmp_path, capsys):
