@@ -17,7 +17,7 @@ from bissl_zoo.engine.trainer import load_state
 from bissl_zoo.errors import CheckpointError, did_you_mean
 from bissl_zoo.zoo import Zoo, default_zoo
 from bissl_zoo.zoo.hub import WEIGHTS_FILE
-from bissl_zoo.zoo.names import pin
+from bissl_zoo.zoo.names import pin, split_version
 
 PRETEXT_FILE = "pretext_head.safetensors"
 ZOO_PREFIX = "zoo:"
@@ -60,6 +60,15 @@ def load_init(init: str | None, cfg: DictConfig, evaluate: bool = False) -> tupl
         )
     load_state(instantiate(cfg.backbone), state, f"backbone of '{init}'")
     return resplit(Weights(state, pretext=pretext), *build_split_backbone(cfg)), ancestors
+
+
+def as_begun(init: str | None, folder: Path) -> str | None:
+    """What the run in `folder` started from: of `zoo:NAME` the version that it took, and not one that came later."""
+    ancestors = read_facts(folder).get("ancestors")
+    if not init or not init.startswith(ZOO_PREFIX) or not ancestors:
+        return init
+    name = ancestors[0]["name"]
+    return f"{ZOO_PREFIX}{name}" if split_version(name)[0] == init.removeprefix(ZOO_PREFIX) else init
 
 
 def zoo_of(cfg: DictConfig) -> Zoo:

@@ -1,6 +1,7 @@
 """A run from its config to its results: what is checked first, what is said, and the walk."""
 
 import contextlib
+from pathlib import Path
 from typing import Any, Literal
 
 from omegaconf import DictConfig
@@ -13,7 +14,7 @@ from bissl_zoo.engine.checks import check_config, check_parts
 from bissl_zoo.engine.facts import write_facts
 from bissl_zoo.engine.finetune import evaluate
 from bissl_zoo.engine.hooks import say
-from bissl_zoo.engine.init import load_init
+from bissl_zoo.engine.init import as_begun, load_init
 from bissl_zoo.engine.interruption import stop_request
 from bissl_zoo.engine.launch import choose_device
 from bissl_zoo.engine.randomness import deterministic
@@ -43,7 +44,8 @@ def run(cfg: DictConfig, source: str, resume: bool | Literal["auto"] = False) ->
     if resume == "auto":
         resume = on_main_process(lambda: has_begun(cfg))
     context = open_context(cfg, source)
-    initial, ancestors = load_init(cfg.train.init, cfg)
+    init = as_begun(cfg.train.init, Path(cfg.train.output_dir)) if resume else cfg.train.init
+    initial, ancestors = load_init(init, cfg)
     phases = phases_of(context, initial)
     for phase in phases:
         phase.steps(context)

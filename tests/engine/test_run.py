@@ -200,3 +200,25 @@ def test_phases_name_what_each_fine_tuning_starts_from(tiny_config):
     assert phases("[pretrain,bissl,finetune]", baseline=False) == [("pretrain", None), *walk[:2], walk[3]]
     assert phases("[pretrain,finetune]") == [("pretrain", None), ("finetune", "pretrained")]
     assert phases("[finetune]") == [("finetune", "init")]
+
+
+def test_a_resumed_run_starts_from_the_version_that_it_began_with(tiny_config, at_scenes, tmp_path):
+    zoo = str(tmp_path / "zoo")
+
+    def config(name, **changed):
+        settings = dict(train__stages="[pretrain]", train__publish__zoo=zoo, train__zoo=f"[{zoo}]")
+        return tiny_config(train__output_dir=tmp_path / name, **settings | {"train__publish__name": "origin"} | changed)
+
+    run(config("first"), "test")
+    later = config("later", train__init="zoo:origin", train__publish__name="later")
+    later = LazyConfig.apply_overrides(later, ["optimizer.pretrain.lr=0.0"])
+    before = run(later, "test")["entry"].sha256
+    run(config("second", train__seed=1), "test")  # origin@2
+    shutil.rmtree(tmp_path / "later" / "checkpoints")
+    (tmp_path / "later" / "results.json").unlink()
+    (tmp_path / "later" / "zoo_entry.json").unlink()
+    again = run(later, "test", resume=True)["entry"]
+    assert (
+        again.sha256 == before
+        and json.loads((tmp_path / "later/facts.json").read_text())["ancestors"][0]["name"] == "origin@1"
+    )
