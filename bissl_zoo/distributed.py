@@ -1,6 +1,7 @@
 """Rank, world size and the few collectives the project needs; every function also works in a single process."""
 
 import os
+import signal
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -9,6 +10,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from bissl_zoo.errors import BisslZooError
+
+#: signals that ask a run to stop: a scheduler's end, Slurm's warning (`--signal=USR1@120`), and Ctrl-C
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
 
 def is_initialized() -> bool:

@@ -13,7 +13,7 @@ from torch.utils.data import Dataset, IterableDataset, Sampler
 
 from bissl_zoo.data.draws import drawn_for
 from bissl_zoo.data.train_loader import Loader, TrainLoader
-from bissl_zoo.distributed import get_rank, get_world_size
+from bissl_zoo.distributed import STOP_SIGNALS, get_rank, get_world_size
 from bissl_zoo.errors import ConfigError, DatasetError, did_you_mean
 
 logger = logging.getLogger(__name__)
@@ -265,5 +265,5 @@ def leave_stopping_to_the_run(worker: int) -> None:
 
     Schedulers and terminals send them to every process. A worker ends by itself when its parent is gone.
     """
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+    for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)

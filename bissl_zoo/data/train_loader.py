@@ -2,7 +2,7 @@
 
 import contextlib
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import count
 from multiprocessing.process import BaseProcess
 from multiprocessing.util import Finalize
@@ -83,10 +83,15 @@ class TrainLoader(Loader):
         """Batch `step` with its samples and their files, as part of a sentence."""
         if not hasattr(self.sampler, "batch"):
             return f"batch {step} of a stream, whose samples have no numbers"
-        numbers, source = self.sampler.batch(step), getattr(self.dataset.dataset, "source", None)
-        shown = [f"{number} ({source(number)})" if source else f"{number}" for number in numbers[:NAMED]]
-        more = f" and {len(numbers) - NAMED} more" if len(numbers) > NAMED else ""
-        return f"batch {step}, which has {len(numbers)} samples: {', '.join(shown)}{more}"
+        return f"batch {step}, which has {name_samples(self.sampler.batch(step), self.dataset.dataset)}"
+
+
+def name_samples(numbers: Sequence[int], dataset: Any) -> str:
+    """Such as `8 samples: 3 (a.jpg), 7 (b.jpg) and 6 more`; files are named of a data set that has `source(index)`."""
+    source = getattr(dataset, "source", None)
+    shown = [f"{number} ({source(number)})" if source else f"{number}" for number in numbers[:NAMED]]
+    more = f" and {len(numbers) - NAMED} more" if len(numbers) > NAMED else ""
+    return f"{len(numbers)} samples: {', '.join(shown)}{more}"
 
 
 def lost_worker(error: BaseException, reading: str = "") -> DatasetError | None:

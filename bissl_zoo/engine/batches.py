@@ -1,6 +1,5 @@
 """A stage's training batches, and which samples the newest of them holds."""
 
-import itertools
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -8,8 +7,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from bissl_zoo.data.batches import to_device
-from bissl_zoo.data.loaders import PlacedSampler, TrainingSampler
-from bissl_zoo.distributed import get_world_size
+from bissl_zoo.data.loaders import PlacedSampler
 
 
 class Batches:
@@ -35,7 +33,7 @@ class Batches:
     ) -> None:
         self.taken = start_step
         self.dataset = getattr(loader.dataset, "dataset", None)
-        self._sampler = loader.sampler.sampler if isinstance(loader.sampler, PlacedSampler) else None
+        self._sampler = loader.sampler if isinstance(loader.sampler, PlacedSampler) else None
         self._stream = _moved(loader, device, on_device)  # alone holds the loader, and with it the workers
 
     def __iter__(self) -> Iterator[Any]:
@@ -52,11 +50,7 @@ class Batches:
 
     def newest(self) -> list[int] | None:
         """Numbers of the samples in this process's part of the newest batch; None of data that is read in a stream."""
-        stream = self._sampler
-        if stream is None:
-            return None
-        again = TrainingSampler(stream.size, stream.batch_size, stream.seed, self.taken - 1)
-        return list(itertools.islice(again, stream.batch_size // get_world_size()))
+        return None if self._sampler is None else self._sampler.batch(self.taken - 1)
 
 
 def _moved(loader: DataLoader, device: torch.device, on_device: Callable[[Any], Any] | None) -> Iterator[Any]:

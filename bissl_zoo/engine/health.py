@@ -11,6 +11,7 @@ from omegaconf import DictConfig
 from torch import Tensor, nn
 from torch.nn.utils import get_total_norm
 
+from bissl_zoo.data.train_loader import name_samples
 from bissl_zoo.distributed import all_gather_objects, any_rank
 from bissl_zoo.engine.batches import Batches
 from bissl_zoo.engine.hooks import say
@@ -24,7 +25,7 @@ EXPLOSION, WINDOW, LEAST = 1e4, 50, 10
 COLLAPSED = 0.01
 #: hypergradients replaced by the plain gradient between two warnings of them
 FALLBACKS_PER_WARNING = 100
-#: samples and tensors named in a message
+#: tensors named in a message
 NAMED = 5
 
 
@@ -132,11 +133,8 @@ def describe_batch(level: Level, rank: int | None = None) -> str:
     if parts[0] is None:
         return f"{head} was read in a stream, and its samples have no numbers."
     numbers = parts[rank] if rank is not None else [number for part in parts for number in part]
-    source = getattr(batches.dataset, "source", None)
-    shown = [f"{number} ({source(number)})" if source else f"{number}" for number in numbers[:NAMED]]
-    more = f" and {len(numbers) - NAMED} more" if len(numbers) > NAMED else ""
     whose = f" on rank {rank}" if rank is not None and len(parts) > 1 else ""
-    return f"{head}{whose} has {len(numbers)} samples: {', '.join(shown)}{more}."
+    return f"{head}{whose} has {name_samples(numbers, batches.dataset)}."
 
 
 class Health(HookBase):

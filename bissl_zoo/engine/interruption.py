@@ -8,11 +8,8 @@ from types import FrameType
 
 import torch
 
-from bissl_zoo.distributed import any_rank
+from bissl_zoo.distributed import STOP_SIGNALS, any_rank
 from bissl_zoo.errors import BisslZooError
-
-#: a scheduler's end, Slurm's warning (`--signal=USR1@120`), and Ctrl-C
-REQUESTS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
 
 class Interrupted(BisslZooError):
@@ -56,7 +53,7 @@ def stop_request() -> Iterator[StopRequest]:
     """Take note of the signals while this lasts, in the main thread; elsewhere nothing is noticed."""
     request = StopRequest()
     try:
-        before = {number: signal.signal(number, request.receive) for number in REQUESTS}
+        before = {number: signal.signal(number, request.receive) for number in STOP_SIGNALS}
     except ValueError:  # not the main thread, as in a notebook's executor
         yield request
         return

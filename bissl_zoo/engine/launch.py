@@ -15,7 +15,7 @@ import torch.multiprocessing as mp
 from omegaconf.errors import OmegaConfBaseException
 
 from bissl_zoo.data.train_loader import lost_worker
-from bissl_zoo.distributed import get_local_rank, get_rank, is_lost_contact
+from bissl_zoo.distributed import STOP_SIGNALS, get_local_rank, get_rank, is_lost_contact
 from bissl_zoo.engine.disk import DISK_ERRORS
 from bissl_zoo.engine.interruption import Interrupted
 from bissl_zoo.errors import BisslZooError, CheckpointError, ConfigError, DatasetError
@@ -105,7 +105,7 @@ def _passing_on(pids: list[int]) -> Iterator[None]:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, number)
 
-    handlers = {signal.SIGTERM: pass_on, signal.SIGUSR1: pass_on, signal.SIGINT: signal.SIG_IGN}
+    handlers = dict.fromkeys(STOP_SIGNALS, pass_on) | {signal.SIGINT: signal.SIG_IGN}
     before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
     try:
         yield

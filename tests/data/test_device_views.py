@@ -248,7 +248,8 @@ def test_a_mask_comes_back_as_the_workers_drew_it(photographs):
 @pytest.mark.parametrize("views", [two_views(size=16), multi_crop(size=16, local_size=8), masked_view(size=64)])
 def test_crops_travel_to_spawned_workers(photographs, views):
     drawn = []
-    for transform in (views.crops, pickle.loads(pickle.dumps(views.crops))):
+    copy = pickle.loads(pickle.dumps(views.crops))  # as a spawned worker gets it
+    for transform in (views.crops, copy):
         torch.manual_seed(0)
         drawn.append(transform(photographs[0]))
     assert all(torch.equal(here, there) for here, there in zip(*drawn, strict=True))
