@@ -6,6 +6,7 @@ PACKAGE = Path(__file__).resolve().parents[1] / "bissl_zoo"
 #: the floors, bottom up: a file imports from lower floors and from its own folder, never from a neighbour
 FLOORS = [
     {"errors"},  # below the ground floor: messages
+    {"console"},
     {"registry", "config", "distributed"},
     {"backbones", "data", "evaluation", "hypergradient", "optim"},
     {"pretext", "downstream"},

@@ -19,7 +19,8 @@ from pathlib import Path
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # read once, when torch is imported
 
 # ruff: noqa: E402
-from bissl_zoo.errors import BisslZooError, ZooError
+from bissl_zoo.console import exit_status
+from bissl_zoo.errors import ZooError
 from bissl_zoo.zoo.backbone_file import StoredBackbone, read_backbone, save_backbone, save_tensors
 from bissl_zoo.zoo.export import TARGETS, export_backbone
 from bissl_zoo.zoo.weights import ForeignBackbone, read_foreign
@@ -104,12 +105,7 @@ def take_out(args: argparse.Namespace) -> None:
 def cli(argv: Sequence[str] | None = None) -> int:
     """Run the command line `argv` (`sys.argv` by default) and return the exit status."""
     args = parse_args(argv)
-    try:
-        (bring_in if args.command == "in" else take_out)(args)
-    except BisslZooError as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
-        return 1
-    return 0
+    return exit_status(lambda: (bring_in if args.command == "in" else take_out)(args))
 
 
 if __name__ == "__main__":

@@ -17,11 +17,11 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from bissl_zoo.console import exit_status, printable
 from bissl_zoo.engine.run_listing import find_runs, is_run, look_at
 from bissl_zoo.engine.run_pruning import plan, prune
 from bissl_zoo.engine.run_report import pruning_page, resume_command, run_page, runs_table
-from bissl_zoo.errors import BisslZooError, CheckpointError
-from bissl_zoo.zoo.names import printable
+from bissl_zoo.errors import CheckpointError
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -87,14 +87,7 @@ COMMANDS = {"list": list_runs, "show": show, "prune": prune_run}
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line `argv` (`sys.argv` by default) and return the exit status."""
     args = parse_args(argv)
-    try:
-        COMMANDS[args.command](args)
-    except BisslZooError as error:
-        print(f"error: {printable(' '.join(str(error).splitlines()))}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        return 130
-    return 0
+    return exit_status(lambda: COMMANDS[args.command](args))
 
 
 if __name__ == "__main__":

@@ -15,10 +15,9 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from bissl_zoo.console import exit_status
 from bissl_zoo.engine.publishing import publish_run
-from bissl_zoo.errors import BisslZooError
 from bissl_zoo.zoo import Zoo, commands, default_zoo
-from bissl_zoo.zoo.names import printable
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -82,13 +81,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parse_args(argv)
     logging.basicConfig(format="%(message)s")
     logging.getLogger("bissl_zoo").setLevel(logging.INFO)
-    try:
-        return COMMANDS[args.command](args, Zoo(*args.zoo) if args.zoo else default_zoo())
-    except BisslZooError as error:
-        print(f"error: {printable(' '.join(str(error).splitlines()))}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        return 130
+    return exit_status(lambda: COMMANDS[args.command](args, Zoo(*args.zoo) if args.zoo else default_zoo()))
 
 
 if __name__ == "__main__":

@@ -14,7 +14,8 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from omegaconf.errors import OmegaConfBaseException
 
-from bissl_zoo.data.train_loader import lost_worker
+from bissl_zoo.console import READER_GONE, write_to_nobody
+from bissl_zoo.data.workers import lost_worker
 from bissl_zoo.distributed import STOP_SIGNALS, get_local_rank, get_rank, is_lost_contact
 from bissl_zoo.engine.disk import DISK_ERRORS
 from bissl_zoo.engine.interruption import Interrupted
@@ -169,6 +170,9 @@ def _run(main: Callable[..., int], args: tuple) -> int:
         return _report(lost)
     except OmegaConfBaseException as error:
         return _report(ConfigError(f"The config has no usable '{error.full_key}': {str(error).splitlines()[0]}."))
+    except BrokenPipeError:
+        write_to_nobody()
+        return READER_GONE
     except OSError as error:
         if error.errno not in DISK_ERRORS:
             raise

@@ -8,10 +8,10 @@ from typing import Any
 
 from tabulate import tabulate
 
+from bissl_zoo.console import printable
 from bissl_zoo.engine.run import results_table
 from bissl_zoo.engine.run_listing import RUNNING, RunState, StageProgress
 from bissl_zoo.engine.run_pruning import Pruning
-from bissl_zoo.zoo.names import printable
 
 #: beginnings of the figures that say how a stage does, the most telling first
 TELLING = ("test/", "probe/", "total_loss", "lower/total_loss")

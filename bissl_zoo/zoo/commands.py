@@ -11,10 +11,11 @@ from typing import Any
 import yaml
 from tabulate import tabulate
 
+from bissl_zoo.console import printable
 from bissl_zoo.errors import ZooError
 from bissl_zoo.zoo.hub import Entry, Zoo, list_backbones
 from bissl_zoo.zoo.maintenance import Finding, verify
-from bissl_zoo.zoo.names import pin, printable
+from bissl_zoo.zoo.names import pin
 from bissl_zoo.zoo.page import format_metric, split_metric
 from bissl_zoo.zoo.serve import serve
 from bissl_zoo.zoo.stores import writable

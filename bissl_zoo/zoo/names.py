@@ -9,9 +9,6 @@ from bissl_zoo.errors import ZooError
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}(@[1-9][0-9]{0,5})?", re.ASCII)
 
-#: control characters but tab and newline, and what turns the direction of writing
-_CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069]")
-
 
 def is_name(text: Any) -> bool:
     """Whether this can be an entry's or a file's name: one path component that cannot leave its folder."""
@@ -42,11 +39,6 @@ def shorten(names: list[str], limit: int = 8) -> str:
     """The first few names, and how many more there are."""
     more = f" and {len(names) - limit} more" if len(names) > limit else ""
     return ", ".join(names[:limit]) + more
-
-
-def printable(text: str) -> str:
-    """Text from a zoo for a terminal: what would move the cursor, colour or reorder it is shown as `\\u001b`."""
-    return _CONTROL.sub(lambda found: f"\\u{ord(found[0]):04x}", text)
 
 
 def is_sha256(text: Any) -> bool:

@@ -12,12 +12,13 @@ import pytest
 import torch
 from tiny_entries import publish_tiny
 
+from bissl_zoo.console import printable
 from bissl_zoo.errors import BisslZooError, ZooError
 from bissl_zoo.zoo import commands, create_backbone, get_config, get_entry, list_backbones
 from bissl_zoo.zoo.cache import Cache
 from bissl_zoo.zoo.hub import Zoo
 from bissl_zoo.zoo.index import INDEX_LIMIT, Index, parse_index
-from bissl_zoo.zoo.names import printable, sha256_of
+from bissl_zoo.zoo.names import sha256_of
 from bissl_zoo.zoo.page import render_page
 from bissl_zoo.zoo.serve import ZooServer
 

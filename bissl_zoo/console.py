@@ -1,0 +1,41 @@
+"""How the tools speak: text from strangers made safe for a terminal, errors as one message, and exit statuses."""
+
+import os
+import re
+import sys
+from collections.abc import Callable
+
+from bissl_zoo.errors import BisslZooError
+
+#: status of a command whose reader has gone, as a shell tells it
+READER_GONE = 141  # 128 and the number of SIGPIPE
+
+#: control characters but tab and newline, and what turns the direction of writing
+_CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069]")
+
+
+def printable(text: str) -> str:
+    """Text from elsewhere for a terminal: what would move the cursor, colour or reorder it is shown as `\\u001b`."""
+    return _CONTROL.sub(lambda found: f"\\u{ord(found[0]):04x}", text)
+
+
+def exit_status(command: Callable[[], int | None]) -> int:
+    """What a tool exits with: what `command` returns, 1 after the message of an error of ours, 130 after Ctrl-C."""
+    try:
+        status = command() or 0
+        sys.stdout.flush()  # here, where a reader that has gone is noticed, rather than at the interpreter's end
+        return status
+    except BisslZooError as error:
+        print(f"error: {printable(str(error))}", file=sys.stderr, flush=True)
+        return 1
+    except BrokenPipeError:
+        write_to_nobody()
+        return READER_GONE
+    except KeyboardInterrupt:
+        return 130
+
+
+def write_to_nobody() -> None:
+    """After the reader of standard output has gone, as `| head` does: what is left to write is dropped in silence."""
+    with open(os.devnull, "w") as nowhere:
+        os.dup2(nowhere.fileno(), sys.stdout.fileno())
