@@ -12,7 +12,7 @@ import torch
 from torch.utils.data import Dataset, IterableDataset, Sampler
 
 from bissl_zoo.data.draws import drawn_for
-from bissl_zoo.data.train_loader import Loader, TrainLoader
+from bissl_zoo.data.workers import Loader
 from bissl_zoo.distributed import STOP_SIGNALS, get_rank, get_world_size
 from bissl_zoo.errors import ConfigError, DatasetError, did_you_mean
 
@@ -155,6 +155,23 @@ class PlacedSampler(Sampler[tuple[int, int]]):
         return list(islice(there, stream.batch_size // get_world_size()))
 
 
+class EvaluationSampler(Sampler[int]):
+    """This rank's part of the numbers of a test set, in order."""
+
+    def __init__(self, size: int, batch_size: int) -> None:
+        self.numbers, self.batch_size = range(get_rank(), size, get_world_size()), batch_size
+
+    def __len__(self) -> int:
+        return len(self.numbers)
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self.numbers)
+
+    def batch(self, step: int) -> list[int]:
+        """The numbers of the samples in this rank's batch `step`."""
+        return list(self.numbers[step * self.batch_size : (step + 1) * self.batch_size])
+
+
 def build_train_loader(
     dataset: Dataset,
     batch_size: int,
@@ -167,7 +184,7 @@ def build_train_loader(
     views_on: str = "workers",
     on_bad: str = "error",
     timeout: float = 0,
-) -> TrainLoader:
+) -> Loader:
     """Endless loader of training batches.
 
     Args:
@@ -209,7 +226,7 @@ def build_train_loader(
     else:
         samples = DrawnSamples(dataset, transform, seed, on_bad)
         sampler = PlacedSampler(TrainingSampler(len(dataset), batch_size, seed, start_step))
-    return TrainLoader(
+    return Loader(
         samples,
         start_step=start_step,
         timeout=timeout,
@@ -231,12 +248,19 @@ def build_test_loader(
     collate: Callable[[list[Any]], Any] | None = None,
     num_workers: int = 0,
     pin_memory: bool = False,
+    timeout: float = 0,
 ) -> Loader:
-    """One pass over `dataset` in order, `batch_size` samples per rank at a time; rank r reads samples r, r + W, ..."""
+    """One pass over `dataset` in order, `batch_size` samples per rank at a time; rank r reads samples r, r + W, ...
+
+    Args:
+        timeout: as of :func:`build_train_loader`.
+    """
+    _check_timeout(timeout, num_workers)
     return Loader(
         TransformedDataset(dataset, transform),
         batch_size=batch_size,
-        sampler=list(range(get_rank(), len(dataset), get_world_size())),
+        sampler=EvaluationSampler(len(dataset), batch_size),
+        timeout=timeout,
         collate_fn=collate,
         num_workers=num_workers,
         pin_memory=pin_memory,

@@ -1,4 +1,4 @@
-"""Loaders that outlive no run: their workers never keep a process from ending, and failures of theirs are told of."""
+"""The workers of loaders: they never keep a process from ending, and what becomes of them is told."""
 
 import contextlib
 import re
@@ -21,21 +21,10 @@ _LOST = re.compile(r"DataLoader worker \(pid.*\) (is killed|exited)")
 
 
 class Loader(DataLoader):
-    """A loader whose workers end with its iterator or with this process, however either comes to its end.
+    """A loader whose workers end with its iterator or with this process, and which tells what they were reading.
 
     They ignore the signals that ask a run to stop. So would they ignore the one by which a process ends its children,
     and it would wait for them without end after an error that leaves the iterator alive.
-    """
-
-    def __iter__(self) -> Iterator[Any]:
-        batches = super().__iter__()
-        if self.num_workers:
-            Finalize(batches, kill, (batches._workers,), exitpriority=0)
-        return batches
-
-
-class TrainLoader(Loader):
-    """The loader of a training stream, which tells what its workers were reading when one hangs or dies.
 
     Args:
         start_step: the number of its first batch.
@@ -46,15 +35,19 @@ class TrainLoader(Loader):
         super().__init__(*args, **options)
 
     def __iter__(self) -> Iterator[Any]:
-        """Endless batches.
+        """The batches.
 
         Raises:
             DatasetError: `timeout` has passed without a batch, or a worker was lost.
         """
         batches = super().__iter__()
+        if self.num_workers:
+            Finalize(batches, kill, (batches._workers,), exitpriority=0)
         for step in count(self.start_step):
             try:
                 batch = next(batches)
+            except StopIteration:
+                return
             except (RuntimeError, KeyboardInterrupt) as error:
                 workers = getattr(batches, "_workers", [])
                 told = self._late(error, step) or self._lost(error, step, workers)
