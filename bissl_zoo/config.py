@@ -19,7 +19,7 @@ from bissl_zoo.config_files import dump_yaml, parse_yaml, read, run_python, show
 from bissl_zoo.errors import ConfigError, did_you_mean
 from bissl_zoo.lazy import LazyCall, instantiate, locate, to_code, to_plain
 
-__all__ = ["LazyCall", "LazyConfig", "config_root", "instantiate", "load_config", "locate"]
+__all__ = ["LazyCall", "LazyConfig", "config_root", "instantiate", "load_config", "locate", "with_defaults"]
 
 #: bytes of a YAML config, a hundred times what the largest has; parsing takes three hundred times as many
 _YAML_LIMIT = 1 << 20
@@ -125,6 +125,26 @@ def load_config(name: str | os.PathLike[str]) -> DictConfig:
     shipped = [path for path in shipped if not path.startswith("common/")]
     listed = ", ".join(shipped) or f"none (looked in {root})"
     raise ConfigError(f"There is no config '{name}'.{did_you_mean(str(name), shipped)} Shipped configs: {listed}.")
+
+
+def with_defaults(cfg: DictConfig) -> DictConfig:
+    """`cfg` with what its plain sections lack of `configs/common/train.py`, at the defaults given there.
+
+    So a config that was saved before there was a key goes on: a new key's default is to do as before. Sections that are
+    missing whole are left to those who miss them.
+    """
+    plain = OmegaConf.to_container(cfg)
+    for name, section in OmegaConf.to_container(load_config("common/train.py")).items():
+        if isinstance(plain.get(name), dict):
+            _fill(plain[name], section)
+    return OmegaConf.create(plain)
+
+
+def _fill(found: dict[str, Any], reference: dict[str, Any]) -> None:
+    for key, default in reference.items():
+        value = found.setdefault(key, default)
+        if isinstance(value, dict) and isinstance(default, dict):
+            _fill(value, default)
 
 
 def _to_config(plain: dict[Any, Any], source: str) -> DictConfig:

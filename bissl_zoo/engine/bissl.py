@@ -189,7 +189,7 @@ def build_bissl(context: Context, weights: Weights, start_step: int = 0) -> Biss
         curvature_batch_size=settings.curvature_batch_size,
         move_statistics=settings.move_statistics,
         products=settings.products,
-        on_bad_hypergradient=settings.get("on_bad_hypergradient", "stop"),
+        on_bad_hypergradient=settings.on_bad_hypergradient,
     )
     seed_rank(cfg.train.seed + 1)
     return Bissl(problem)

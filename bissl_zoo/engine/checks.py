@@ -48,13 +48,6 @@ _LEAST = {
     "finetune.steps": 1,
     "finetune.eval_period": 1,
 }
-#: keys that came after the first runs, which go without
-_LATER = (
-    ("train", "probe"),
-    ("train", "on_nonfinite"),
-    ("train", "max_skipped"),
-    ("bilevel", "on_bad_hypergradient"),
-)
 _CHOICES = {
     "train.amp": tuple(AMP_DTYPES),
     "train.on_nonfinite": ("stop", "skip"),
@@ -75,9 +68,6 @@ def check_config(cfg: DictConfig, source: str) -> None:
     for section in [*reference, *_OPEN_SECTIONS]:
         if section not in cfg:
             raise ConfigError(f"{source}: the section '{section}' is missing; start from configs/common/train.py.")
-    for section, key in _LATER:  # absent in the saved config of a run that began before there was the key
-        if key not in cfg[section]:
-            del reference[section][key]
     for section in reference:
         _check_keys(dict(_leaves(cfg[section])), dict(_leaves(reference[section])), section, source)
     for key, least in _LEAST.items():
@@ -91,7 +81,7 @@ def check_config(cfg: DictConfig, source: str) -> None:
     if not cfg.bilevel["lambda"] > 0:
         raise ConfigError(f"{source}: bilevel.lambda is {cfg.bilevel['lambda']}; it must be positive.")
     for key, choices in _CHOICES.items():
-        value = OmegaConf.select(cfg, key, default=choices[0])
+        value = OmegaConf.select(cfg, key)
         if value not in choices:
             names = ["null" if choice is None else choice for choice in choices]
             hint = did_you_mean(str(value), names)

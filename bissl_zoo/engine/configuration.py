@@ -7,7 +7,7 @@ from pathlib import Path
 
 from omegaconf import DictConfig
 
-from bissl_zoo.config import LazyConfig, load_config
+from bissl_zoo.config import LazyConfig, load_config, with_defaults
 from bissl_zoo.engine.init import ZOO_PREFIX
 from bissl_zoo.errors import ConfigError
 from bissl_zoo.zoo import get_config
@@ -24,10 +24,10 @@ def open_config(name: str, overrides: Sequence[str] = ()) -> DictConfig:
     """
     entry = name.removeprefix(ZOO_PREFIX)
     if entry == name:
-        cfg = LazyConfig.apply_overrides(load_config(name), overrides, source=name)
+        cfg = LazyConfig.apply_overrides(with_defaults(load_config(name)), overrides, source=name)
     else:
-        cfg = get_config(entry)
-        foreign = list(cfg.train.get("imports") or [])
+        cfg = with_defaults(get_config(entry))
+        foreign = list(cfg.train.imports or [])
         cfg.train.imports = None
         cfg = LazyConfig.apply_overrides(cfg, overrides, source=name)
         if foreign and not cfg.train.imports:
@@ -35,7 +35,7 @@ def open_config(name: str, overrides: Sequence[str] = ()) -> DictConfig:
                 f"The entry '{entry}' was made with code of its own ({', '.join(foreign)}), which a zoo does not bring "
                 "and which is not run unasked. Get that code, look at it, and name it: train.imports=[FILE]."
             )
-    for module in cfg.train.get("imports") or []:
+    for module in cfg.train.imports or []:
         _import(str(module))
     return cfg
 

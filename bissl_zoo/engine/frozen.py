@@ -9,9 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from bissl_zoo.backbones import Backbone, merge_split_states
-from bissl_zoo.config import LazyConfig, instantiate
+from bissl_zoo.config import instantiate
 from bissl_zoo.engine.features import pretext_pixels
 from bissl_zoo.engine.init import ZOO_PREFIX, load_init
+from bissl_zoo.engine.run_dir import CONFIG_FILE, load_run_config
 from bissl_zoo.engine.trainer import load_state
 from bissl_zoo.errors import CheckpointError
 from bissl_zoo.registry import build_backbone
@@ -68,9 +69,11 @@ def load_frozen(source: str, architecture: str | None = None) -> FrozenBackbone:
 
 
 def _from_run(folder: Path) -> FrozenBackbone:
-    if not (folder / "config.yaml").is_file():
-        raise CheckpointError(f"There is no run in {folder} (no config.yaml). An entry of the zoo is written zoo:NAME.")
-    cfg = LazyConfig.load(folder / "config.yaml")
+    if not (folder / CONFIG_FILE).is_file():
+        raise CheckpointError(
+            f"There is no run in {folder} (no {CONFIG_FILE}). An entry of the zoo is written zoo:NAME."
+        )
+    cfg = load_run_config(folder)
     weights, ancestors = load_init(str(folder), cfg)
     if weights.tail is None:
         raise CheckpointError(

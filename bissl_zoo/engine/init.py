@@ -9,10 +9,11 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from bissl_zoo.backbones import Backbone, Tail, merge_split_states
-from bissl_zoo.config import LazyConfig, instantiate
+from bissl_zoo.config import instantiate
 from bissl_zoo.engine.build import Weights, build_split_backbone
 from bissl_zoo.engine.checkpoint import Checkpointer, load_checkpoint, sha256_of
 from bissl_zoo.engine.facts import read_facts
+from bissl_zoo.engine.run_dir import load_run_config
 from bissl_zoo.engine.trainer import load_state
 from bissl_zoo.errors import CheckpointError, did_you_mean
 from bissl_zoo.zoo import Zoo, default_zoo
@@ -73,7 +74,7 @@ def as_begun(init: str | None, folder: Path) -> str | None:
 
 def zoo_of(cfg: DictConfig) -> Zoo:
     """The zoo that a config reads from and publishes to."""
-    return Zoo(*cfg.train.zoo) if cfg.train.get("zoo") else default_zoo()
+    return Zoo(*cfg.train.zoo) if cfg.train.zoo else default_zoo()
 
 
 def _from_run(folder: Path, cfg: DictConfig, evaluate: bool) -> tuple[Weights, list[dict[str, str]]]:
@@ -99,7 +100,7 @@ def _from_run(folder: Path, cfg: DictConfig, evaluate: bool) -> tuple[Weights, l
         if evaluate:
             return weights, ancestors
         weights = resplit(weights, *build_split_backbone(cfg))
-        if LazyConfig.load(folder / "config.yaml").pretext.name != cfg.pretext.name:
+        if load_run_config(folder).pretext.name != cfg.pretext.name:
             weights.pretext = None  # of another method; the backbone's tail in it is in weights.tail now
         return weights, ancestors
     raise CheckpointError(f"The run directory {folder} holds no checkpoint of {' or '.join(stages)}.")

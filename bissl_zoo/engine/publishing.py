@@ -4,12 +4,12 @@ import json
 from pathlib import Path
 
 from bissl_zoo.backbones import merge_split_states
-from bissl_zoo.config import LazyConfig
 from bissl_zoo.engine.build import Weights
 from bissl_zoo.engine.checkpoint import Checkpointer, load_checkpoint, write_atomically
 from bissl_zoo.engine.facts import arguments_of, read_facts, read_json
 from bissl_zoo.engine.features import pretext_pixels
 from bissl_zoo.engine.init import weights_of, zoo_of
+from bissl_zoo.engine.run_dir import CONFIG_FILE, load_run_config
 from bissl_zoo.errors import CheckpointError
 from bissl_zoo.zoo import PublishedEntry, Zoo, publish_entry
 
@@ -52,9 +52,9 @@ def publish_run(folder: Path, name: str | None = None, zoo: Zoo | None = None, o
         CheckpointError: there is no run, no finished pretext stage in it, or a file of it is damaged.
         ZooError: the zoo refused.
     """
-    if not (folder / "config.yaml").is_file():
-        raise CheckpointError(f"There is no run in {folder} (no config.yaml). Give the directory of a run.")
-    cfg = LazyConfig.load(folder / "config.yaml")
+    if not (folder / CONFIG_FILE).is_file():
+        raise CheckpointError(f"There is no run in {folder} (no {CONFIG_FILE}). Give the directory of a run.")
+    cfg = load_run_config(folder)
     name = name or cfg.train.publish.name
     if not name:
         raise CheckpointError(f"The run in {folder} names no entry (train.publish.name). Give one, as in --name mine.")

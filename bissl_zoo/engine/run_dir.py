@@ -14,11 +14,12 @@ from omegaconf import DictConfig, OmegaConf
 from tabulate import tabulate
 
 from bissl_zoo import __version__
-from bissl_zoo.config import LazyConfig
+from bissl_zoo.config import LazyConfig, with_defaults
 from bissl_zoo.engine.checkpoint import write_atomically
 from bissl_zoo.engine.run_lock import LOCK_FILE
 from bissl_zoo.errors import ConfigError
 
+CONFIG_FILE = "config.yaml"
 #: keys a resumed run may change: where and how it runs, not what it computes as long as its numbers are sound
 FREE_KEYS = (
     "train.device",
@@ -40,9 +41,18 @@ LOADER_KEYS = (".num_workers", ".on_bad", ".timeout")
 LENGTHS = ("pretrain.steps", "pretrain.epochs", "bilevel.alternations", "finetune.steps", "finetune.epochs")
 
 
+def load_run_config(folder: Path) -> DictConfig:
+    """The config of the run in `folder`; keys that came later than the run have their defaults.
+
+    Raises:
+        ConfigError: it cannot be read.
+    """
+    return with_defaults(LazyConfig.load(folder / CONFIG_FILE))
+
+
 def has_begun(cfg: DictConfig) -> bool:
     """Whether there is a run in `train.output_dir`."""
-    return (Path(cfg.train.output_dir) / "config.yaml").is_file()
+    return (Path(cfg.train.output_dir) / CONFIG_FILE).is_file()
 
 
 def check_run_dir(cfg: DictConfig, resume: bool) -> Path:
@@ -52,15 +62,15 @@ def check_run_dir(cfg: DictConfig, resume: bool) -> Path:
         ConfigError: it holds another run; with `resume`, it holds none, or one of another configuration.
     """
     folder = Path(cfg.train.output_dir)
-    config = folder / "config.yaml"
+    config = folder / CONFIG_FILE
     if resume:
         if not config.is_file():
             raise ConfigError(
                 f"There is no run to resume in {folder} (no config.yaml). Leave out --resume to start one."
             )
-        changed = _differences(LazyConfig.load(config), cfg)
+        changed = _differences(load_run_config(folder), with_defaults(cfg))
         if changed:
-            rows = tabulate(changed, headers=["key", "was", "is"], disable_numparse=True)
+            rows = tabulate(changed, headers=["key", "was", "is"], disable_numparse=True, missingval="null")
             raise ConfigError(
                 f"The run in {folder} was started with another configuration:\n{rows}\n"
                 "Resume it with the same one, or start a new run in another train.output_dir. A resumed run may change "
@@ -86,7 +96,7 @@ def prepare_run_dir(cfg: DictConfig, resume: bool) -> Path:
     folder = check_run_dir(cfg, resume)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        LazyConfig.save(cfg, folder / "config.yaml")
+        LazyConfig.save(cfg, folder / CONFIG_FILE)
         write_atomically(folder / "environment.txt", describe_environment())
     except OSError as error:
         raise ConfigError(f"train.output_dir '{folder}' cannot be written: {error.strerror}.") from error

@@ -17,11 +17,11 @@ from bissl_zoo.engine.facts import read_facts, read_json
 from bissl_zoo.engine.finetune import BASELINE
 from bissl_zoo.engine.hooks import METRICS_FILE
 from bissl_zoo.engine.publishing import RECEIPT_FILE, RESULTS_FILE, read_results
+from bissl_zoo.engine.run_dir import CONFIG_FILE
 from bissl_zoo.engine.run_files import last_figures, modified, size_of, writer_of
 from bissl_zoo.engine.run_lock import LOCK_FILE
 from bissl_zoo.errors import CheckpointError, ConfigError
 
-CONFIG_FILE = "config.yaml"
 #: what is written last, at one time or another
 WRITTEN = (CONFIG_FILE, METRICS_FILE, LOCK_FILE, RESULTS_FILE, RECEIPT_FILE, "checkpoints/latest")
 RUNNING, FINISHED, INTERRUPTED, EMPTY = "running", "finished", "interrupted", "no checkpoint"

@@ -10,12 +10,9 @@ import torch
 from sick_stages import batches, drawn, fine, health, level_of, same, stage, state_of, value_at
 
 from bissl_zoo.bilevel import BiLevel
-from bissl_zoo.config import LazyConfig
 from bissl_zoo.engine.bissl import Bissl
 from bissl_zoo.engine.checks import check_config
-from bissl_zoo.engine.health import Health
 from bissl_zoo.engine.pretrain import Pretrain
-from bissl_zoo.engine.run_dir import prepare_run_dir
 from bissl_zoo.errors import BadHypergradient, ConfigError, NonFiniteLoss
 from bissl_zoo.hypergradient import MinRes, Solution
 from bissl_zoo.level import Level
@@ -222,14 +219,3 @@ def test_a_run_that_stops_keeps_its_last_checkpoint_and_is_resumed_without_the_b
 def test_a_policy_that_there_is_not_is_refused(tiny_config, key, value, message):
     with pytest.raises(ConfigError, match=message):
         check_config(tiny_config(**{key: value}), "test")
-
-
-def test_a_run_that_began_before_there_were_policies_is_resumed_and_may_choose_one(tiny_config, tmp_path):
-    keys = ("train.on_nonfinite", "train.max_skipped", "bilevel.on_bad_hypergradient")
-    place = {"train__output_dir": tmp_path / "run"}
-    old = LazyConfig.apply_overrides(tiny_config(**place), [f"~{key}" for key in keys])
-    check_config(old, "test")
-    Health(old)
-    prepare_run_dir(old, resume=False)
-    prepare_run_dir(old, resume=True)
-    prepare_run_dir(tiny_config(**place, train__on_nonfinite="skip"), resume=True)

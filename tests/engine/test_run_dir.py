@@ -11,6 +11,7 @@ from bissl_zoo.config import LazyConfig, load_config
 from bissl_zoo.engine.build import Weights
 from bissl_zoo.engine.checkpoint import load_checkpoint, read_info
 from bissl_zoo.engine.checks import check_config
+from bissl_zoo.engine.configuration import open_config
 from bissl_zoo.engine.init import load_init, resplit
 from bissl_zoo.engine.run_dir import prepare_run_dir
 from bissl_zoo.errors import CheckpointError, ConfigError
@@ -84,13 +85,24 @@ def test_a_resumed_run_may_change_where_and_how_it_runs_only(tmp_path):
             prepare_run_dir(voc_det(out, *free, bound), resume=True)
 
 
-def test_a_run_that_began_before_a_key_was_added_is_resumed_where_the_key_is_null(tmp_path):
-    cfg = voc_det(f"train.output_dir={tmp_path / 'a'}")
+#: keys that came one by one after there were runs
+LATER = (
+    "train.amp train.deterministic train.on_nonfinite train.max_skipped train.probe train.checkpoint.every "
+    "train.checkpoint.best pretrain.ema pretrain.accumulate pretrain.channels_last pretrain.compile "
+    "bilevel.on_bad_hypergradient"
+).split()
+
+
+def test_a_run_that_began_before_there_were_some_keys_goes_on_with_their_defaults(tmp_path):
+    out = f"train.output_dir={tmp_path / 'a'}"
+    cfg = voc_det(out)
     prepare_run_dir(cfg, resume=False)
-    LazyConfig.save(LazyConfig.apply_overrides(cfg, ["~train.amp"]), tmp_path / "a" / "config.yaml")
-    with pytest.raises(ConfigError, match="train.amp +absent +bf16"):
-        prepare_run_dir(voc_det(f"train.output_dir={tmp_path / 'a'}", "train.amp=bf16"), resume=True)
-    prepare_run_dir(cfg, resume=True)
+    saved = tmp_path / "a" / "config.yaml"
+    LazyConfig.save(LazyConfig.apply_overrides(cfg, [f"~{key}" for key in LATER]), saved)
+    assert open_config(str(saved)) == cfg
+    with pytest.raises(ConfigError, match="train.amp +null +bf16"):
+        prepare_run_dir(open_config(str(saved), ["train.amp=bf16"]), resume=True)
+    prepare_run_dir(open_config(str(saved), ["train.probe.period=5", "train.on_nonfinite=skip"]), resume=True)
 
 
 def test_the_weights_of_a_run_are_those_its_last_stage_left(finished, tiny_config):
