@@ -1,10 +1,12 @@
 """The finetune stage and evaluation: backbone and a new head are trained, then measured on the test set."""
 
+from collections.abc import Callable
+
 import torch
 
 from bissl_zoo.backbones import Backbone
 from bissl_zoo.data.batches import to_device
-from bissl_zoo.distributed import broadcast_module
+from bissl_zoo.distributed import any_rank, broadcast_module
 from bissl_zoo.downstream import DownstreamTask
 from bissl_zoo.engine.build import (
     Context,
@@ -48,8 +50,14 @@ def build_finetune(context: Context, weights: Weights, start_step: int = 0, name
     return Finetune(level)
 
 
-def evaluate(context: Context, backbone: Backbone, task: DownstreamTask) -> dict[str, float]:
-    """The task's figures over the whole test set, every rank's part included; the training modes are put back."""
+def evaluate(
+    context: Context, backbone: Backbone, task: DownstreamTask, asked: Callable[[], bool] = lambda: False
+) -> dict[str, float] | None:
+    """The task's figures over the whole test set, every rank's part included; the training modes are put back.
+
+    Args:
+        asked: after every batch, whether this process is to stop; where one is, the result is None on all of them.
+    """
     modes = [(module, module.training) for module in (backbone, task)]
     for module, _ in modes:
         broadcast_module(module)  # ranks hold their own batch-norm statistics
@@ -60,7 +68,11 @@ def evaluate(context: Context, backbone: Backbone, task: DownstreamTask) -> dict
         for images, targets in test_loader(context, task):
             predictions = task.predict(backbone, to_device(images, context.device))
             evaluator.process(to_device(predictions, torch.device("cpu")), targets)
-    evaluator.synchronize()
+            if asked():
+                break
     for module, training in modes:
         module.train(training)
+    if any_rank(asked(), context.device):
+        return None
+    evaluator.synchronize()
     return evaluator.evaluate()

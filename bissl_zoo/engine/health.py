@@ -11,7 +11,7 @@ from omegaconf import DictConfig
 from torch import Tensor, nn
 from torch.nn.utils import get_total_norm
 
-from bissl_zoo.data.train_loader import name_samples
+from bissl_zoo.data.workers import name_samples
 from bissl_zoo.distributed import all_gather_objects, any_rank
 from bissl_zoo.engine.batches import Batches
 from bissl_zoo.engine.hooks import say
@@ -148,16 +148,16 @@ class Health(HookBase):
     def __init__(self, cfg: DictConfig) -> None:
         settings = cfg.train
         self.periods = (settings.log_period, settings.checkpoint.period)
-        self.undoes, self.most = settings.get("on_nonfinite") == "skip", settings.get("max_skipped", 10)
+        self.undoes, self.most = settings.on_nonfinite == "skip", settings.max_skipped
         self.collapsed, self.warn_at = False, 1
 
     def before_train(self) -> None:
         """Set the guards; buffers that are infinite from the outset, such as masks, are left alone later."""
-        self.meant: dict[str, list[str]] = {}
         for level in self.trainer.levels().values():
             level.guard = Guard(self.trainer, level, self.undoes, self.most)
-            buffers = {name: t for name, t in _state(level).items() if not isinstance(t, nn.Parameter)}
-            self.meant[level.name] = _not_finite(buffers)
+        self.meant: dict[str, list[str]] = {}
+        for what, tensors in self._watched().items():
+            self.meant[what] = _not_finite({n: t for n, t in tensors.items() if not isinstance(t, nn.Parameter)})
 
     def after_step(self) -> None:
         """Count and look; placed before the writer and the checkpoint."""
@@ -167,8 +167,16 @@ class Health(HookBase):
         self._tell_of_fallbacks(trainer.metrics.get("solver/fallbacks", 0))
         self._tell_of_collapse(trainer.metrics.get("probe/std", math.inf))
         if trainer.stopping or trainer.step == trainer.total_steps or any(trainer.step % n == 0 for n in self.periods):
-            for level in trainer.levels().values():
-                self._refuse_non_finite(level)
+            for what, tensors in self._watched().items():
+                self._refuse_non_finite(what, {n: t for n, t in tensors.items() if n not in self.meant[what]})
+
+    def _watched(self) -> dict[str, dict[str, Tensor]]:
+        """What is looked at, in words, with its tensors by name."""
+        watched = {}
+        for level in self.trainer.levels().values():
+            parts = {"backbone": level.backbone, "head": level.head}
+            watched[f"{level.name} level"] = {f"{part}.{n}": t for part, m in parts.items() for n, t in _floats(m)}
+        return watched | {name: dict(_floats(module)) for name, module in self.trainer.averages().items()}
 
     def _tell_of_fallbacks(self, count: int) -> None:
         if count >= self.warn_at:
@@ -187,8 +195,7 @@ class Health(HookBase):
             )
 
     @torch.no_grad()
-    def _refuse_non_finite(self, level: Level) -> None:
-        tensors = {name: tensor for name, tensor in _state(level).items() if name not in self.meant[level.name]}
+    def _refuse_non_finite(self, what: str, tensors: dict[str, Tensor]) -> None:
         norm = get_total_norm(tensors.values())  # of all at once; what it makes of numbers too large is looked at again
         if not any_rank(not math.isfinite(norm), norm.device):
             return
@@ -196,16 +203,15 @@ class Health(HookBase):
         if found:
             more = f" and {len(found) - NAMED} more" if len(found) > NAMED else ""
             raise NonFiniteLoss(
-                f"{level.name} level, after step {self.trainer.step} of {self.trainer.name}: NaN or infinite numbers "
+                f"{what}, after step {self.trainer.step} of {self.trainer.name}: NaN or infinite numbers "
                 f"in {', '.join(found[:NAMED])}{more}, though the losses are finite. No later step mends that. "
                 "Checkpoints are looked at in the same way before they are written, so --resume goes on from a sound "
                 "one; where it comes to the same end, begin anew with a lower learning rate or a longer warm-up."
             )
 
 
-def _state(level: Level) -> dict[str, Tensor]:
-    parts = {"backbone": level.backbone.state_dict(keep_vars=True), "head": level.head.state_dict(keep_vars=True)}
-    return {f"{part}.{name}": t for part, state in parts.items() for name, t in state.items() if t.is_floating_point()}
+def _floats(module: nn.Module) -> list[tuple[str, Tensor]]:
+    return [(name, t) for name, t in module.state_dict(keep_vars=True).items() if t.is_floating_point()]
 
 
 def _not_finite(tensors: dict[str, Tensor]) -> list[str]:

@@ -57,6 +57,8 @@ class Progress(HookBase):
         """Print the line when it is due."""
         trainer = self.trainer
         done, now = trainer.step - self.start_step, time.perf_counter()
+        if not done:  # what an earlier part of the run owed of a step that it told of
+            return
         due = done == 1 or trainer.step % self.period == 0 or trainer.step == trainer.total_steps
         if not due and now - self.spoke < self.silence:
             return
@@ -105,9 +107,9 @@ class MetricsWriter(HookBase):
 
     def after_step(self) -> None:
         """Write what is due, and what waits."""
-        if not is_main_process():
-            return
         trainer = self.trainer
+        if trainer.owed or not is_main_process():
+            return
         records = list(trainer.records)
         shown = [
             (_scalars(f"{trainer.name}/{trainer.record_key}", record, trainer.record_key), record[trainer.record_key])
@@ -213,9 +215,13 @@ class PeriodicCheckpoint(HookBase):
 
 
 class PeriodicEvaluation(HookBase):
-    """Evaluate every `period` steps, but not after the last, as the run does so itself; figures join the metrics."""
+    """Evaluate every `period` steps, but not after the last, as the run does so itself; figures join the metrics.
 
-    def __init__(self, evaluate: Callable[[], dict[str, float]], period: int) -> None:
+    Args:
+        evaluate: gives None where the run was asked to stop meanwhile.
+    """
+
+    def __init__(self, evaluate: Callable[[], dict[str, float] | None], period: int) -> None:
         self.evaluate = evaluate
         self.period = period
 
@@ -224,6 +230,8 @@ class PeriodicEvaluation(HookBase):
         trainer = self.trainer
         if trainer.step % self.period == 0 and trainer.step < trainer.total_steps:
             results = self.evaluate()
+            if results is None:
+                return trainer.postpone()
             trainer.metrics.update({f"test/{name}": value for name, value in results.items()})
             say(f"[{trainer.name} {trainer.step}/{trainer.total_steps}] test  {format_results(results)}")
 

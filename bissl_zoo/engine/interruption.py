@@ -38,9 +38,13 @@ class StopRequest:
             with contextlib.suppress(OSError):
                 os.write(2, f"\n{name}: saving after this step{again}\n".encode())
 
+    def asked(self) -> bool:
+        """Whether this process was asked to stop; no collective."""
+        return self.signal is not None
+
     def pending(self, device: torch.device) -> bool:
         """Whether any process of the run was asked to stop; a collective."""
-        return any_rank(self.signal is not None, device)
+        return any_rank(self.asked(), device)
 
     @property
     def status(self) -> int:

@@ -4,6 +4,7 @@ from typing import Any
 
 import torch
 from omegaconf import DictConfig
+from torch import nn
 
 from bissl_zoo.backbones import Backbone, Tail
 from bissl_zoo.distributed import get_world_size
@@ -64,6 +65,10 @@ class Pretrain(SingleLevelTrainer):
             )
         if self.average is not None:
             load_state(self.average, state["average"], "average of the weights")
+
+    def averages(self) -> dict[str, nn.Module]:
+        """The one of the weights, where there is one."""
+        return {} if self.average is None else {"average of the weights": self.average}
 
     def result(self) -> Weights:
         """The pretrained trunk and pretext head."""

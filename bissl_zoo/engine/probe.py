@@ -1,8 +1,10 @@
 """The hook that measures, while a pretext method learns, what its embedding is worth and whether it collapses."""
 
 import math
+from collections.abc import Callable
 
 import torch
+from torch import Tensor
 from torch.utils.data import Dataset
 
 from bissl_zoo.backbones import evaluating
@@ -30,6 +32,10 @@ PROBED = {"pretrain": "level", "bissl": "lower"}
 LINEAR_EPOCHS = 30
 
 
+class _Asked(Exception):
+    """The run is to stop while it measures."""
+
+
 class Probe(HookBase):
     """Every `period` steps and after the last, figures of the pretext embedding; they join the metrics as `probe/...`.
 
@@ -44,6 +50,7 @@ class Probe(HookBase):
     Args:
         images: most images of each set, drawn with `seed`.
         labelled: `train` and `test`; None for the monitors alone.
+        asked: after every batch, whether this process is to stop, and to measure when it goes on.
     """
 
     def __init__(
@@ -56,18 +63,29 @@ class Probe(HookBase):
         k: int,
         linear: bool,
         seed: int,
+        asked: Callable[[], bool] = lambda: False,
     ) -> None:
         self.level, self.context, self.labelled = level, context, labelled
         self.period, self.images, self.k, self.linear, self.seed = period, images, k, linear, seed
+        self.asked = asked
 
     def after_step(self) -> None:
         """Measure when it is due; placed before the writer, so that the figures are written with this step."""
         trainer = self.trainer
         if trainer.step % self.period and trainer.step < trainer.total_steps:
             return
-        figures, line = on_main_process(self._measure)
+        measured = on_main_process(self._measure_unless_asked)
+        if measured is None:
+            return trainer.postpone()
+        figures, line = measured
         trainer.metrics.update({f"probe/{name}": value for name, value in figures.items()})
         say(f"[{trainer.name} {trainer.step}/{trainer.total_steps}] probe  {line}")
+
+    def _measure_unless_asked(self) -> tuple[dict[str, float], str] | None:
+        try:
+            return self._measure()
+        except _Asked:
+            return None
 
     def _measure(self) -> tuple[dict[str, float], str]:
         """The figures, and the line that tells of them."""
@@ -102,9 +120,14 @@ class Probe(HookBase):
         return dataset, drawn(len(dataset), self.images, self.seed)
 
     def _features(self, samples: Dataset, role: str) -> tuple[torch.Tensor, ...]:
+        def embed(images: Tensor) -> Tensor:
+            if self.asked():
+                raise _Asked
+            return self.level.head.embed(self.level.backbone, images)
+
         loaders = self.context.cfg.dataloader
         return extract_features(
-            lambda images: self.level.head.embed(self.level.backbone, images),
+            embed,
             samples,
             self.context.device,
             max(1, loaders.pretext.batch_size // get_world_size()),  # what training, which needs more memory, takes
@@ -112,19 +135,19 @@ class Probe(HookBase):
         )
 
 
-def build_probe(context: Context, trainer: Trainer) -> Probe | None:
+def build_probe(context: Context, trainer: Trainer, asked: Callable[[], bool] = lambda: False) -> Probe | None:
     """The hook as `train.probe` describes it; None where it is off, or the stage trains no pretext method.
 
     Raises:
         DatasetError: labels are to be had, and their sets, which this stage alone would not read, are missing.
     """
-    settings = context.cfg.train.get("probe")
-    if not settings or not settings.period or trainer.name not in PROBED:
+    settings = context.cfg.train.probe
+    if not settings.period or trainer.name not in PROBED:
         return None
     level = trainer.levels()[PROBED[trainer.name]]
     labelled = _labelled(context) if settings.k else None
     figures = (settings.period, settings.images, settings.k, settings.linear)
-    return Probe(level, context, labelled, *figures, seed=context.cfg.train.seed)
+    return Probe(level, context, labelled, *figures, seed=context.cfg.train.seed, asked=asked)
 
 
 def _labelled(context: Context) -> dict[str, Dataset] | None:

@@ -39,6 +39,8 @@ class Trainer(ABC):
         records: of finer grain than a step, for the writer: those of the last step, numbered under `record_key`.
         skipped: steps, of any level, that were undone because of numbers that are not finite.
         stopping: whether the run was asked to stop, so that this step is its last for now.
+        owed: whether a hook was cut short by that: what is left of the step, its hooks from the first on, is saved with
+            its metrics and done first when the run goes on.
     """
 
     #: the metrics to show on the progress line
@@ -53,7 +55,7 @@ class Trainer(ABC):
         self.metrics: dict[str, Any] = {}
         self.records: list[dict[str, Any]] = []
         self.skipped = 0
-        self.stopping = False
+        self.stopping = self.owed = False
         self.hooks: list[HookBase] = []
 
     def train(self, hooks: Sequence[HookBase] = (), stop: Callable[[], bool] = lambda: False) -> None:
@@ -66,14 +68,23 @@ class Trainer(ABC):
         for hook in self.hooks:
             hook.trainer = self
             hook.before_train()
+        if self.owed:
+            self._end_step(stop)
         while self.step < self.total_steps and not self.stopping:
             self.metrics = self.run_step()
             self.step += 1
-            self.stopping = stop()
-            for hook in self.hooks:
-                hook.after_step()
+            self._end_step(stop)
         for hook in self.hooks:
             hook.after_train()
+
+    def _end_step(self, stop: Callable[[], bool]) -> None:
+        self.owed, self.stopping = False, stop()
+        for hook in self.hooks:
+            hook.after_step()
+
+    def postpone(self) -> None:
+        """Leave what a hook was cut short in, and those after it, to the run that goes on from here."""
+        self.owed = self.stopping = True
 
     @abstractmethod
     def run_step(self) -> dict[str, Any]:
@@ -83,6 +94,10 @@ class Trainer(ABC):
     def levels(self) -> dict[str, Level]:
         """The levels that are trained, by the name of their place in a checkpoint."""
 
+    def averages(self) -> dict[str, nn.Module]:
+        """Averages of what is trained that are no part of a level, by name; their numbers are watched as well."""
+        return {}
+
     def close(self) -> None:
         """End the loaders' workers: collected as garbage, with this trainer, they would be waited for in vain."""
         for level in self.levels().values():
@@ -90,9 +105,11 @@ class Trainer(ABC):
 
     def state_dict(self) -> dict[str, Any]:
         """All that a resumed run needs: tensors and plain types only."""
+        owed = {"owed": {"metrics": self.metrics, "records": self.records}} if self.owed else {}
         return {
             "step": self.step,
             "skipped": self.skipped,
+            **owed,
             "levels": {
                 name: {
                     "backbone": level.backbone.state_dict(),
@@ -112,6 +129,9 @@ class Trainer(ABC):
         """
         self.step = state["step"]
         self.skipped = state.get("skipped", 0)  # of a checkpoint from before steps could be
+        self.owed = "owed" in state
+        if self.owed:
+            self.metrics, self.records = state["owed"]["metrics"], state["owed"]["records"]
         for name, level in self.levels().items():
             saved = state["levels"][name]
             load_state(level.backbone, saved["backbone"], f"{name} backbone")

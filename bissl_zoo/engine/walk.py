@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from bissl_zoo.distributed import barrier, get_rank, get_world_size, on_main_process
 from bissl_zoo.engine.bissl import (
@@ -40,6 +40,7 @@ from bissl_zoo.engine.pretrain import build_pretrain, pretrain_steps
 from bissl_zoo.engine.probe import build_probe
 from bissl_zoo.engine.publishing import RESULTS_FILE, publish_run, published, read_results
 from bissl_zoo.engine.randomness import restore_random_state
+from bissl_zoo.engine.run_dir import CONFIG_FILE
 from bissl_zoo.engine.solver_watch import SolverWatch
 from bissl_zoo.engine.state_files import read_state
 from bissl_zoo.engine.trainer import Trainer
@@ -122,7 +123,9 @@ class Walk:
             trainer = self._train(phase, pretrained if phase.name == BASELINE else weights)
             self._end_if_asked(phase, trainer)
             if phase.finetunes:
-                figures = evaluate(self.context, trainer.level.backbone, trainer.level.head)
+                figures = evaluate(self.context, trainer.level.backbone, trainer.level.head, self.stop.asked)
+                if figures is None:
+                    self._end(phase, trainer)
                 self.results[phase.finetunes] = figures
                 say(f"[{phase.name}] test  {format_results(figures)}")
             else:
@@ -183,8 +186,8 @@ class Walk:
             say(f"{what}: {phase.name} at step {trainer.step} of {trainer.total_steps}, from {newest}, verified")
         elif self.resume:
             say(f"no checkpoint of {phase.name} to resume; it starts at step 0")
-        if trainer.step < trainer.total_steps:
-            hooks = _hooks(self.context, trainer, self.checkpointer, self.folder, phase.finetunes is not None)
+        if trainer.step < trainer.total_steps or trainer.owed:
+            hooks = self._hooks(trainer, phase.finetunes is not None)
             trainer.train(hooks, self._asked)
         barrier()
         return trainer
@@ -212,8 +215,10 @@ class Walk:
         return self.stop.pending(self.context.device)
 
     def _end_if_asked(self, phase: Phase, trainer: Trainer) -> None:
-        if not (trainer.stopping or self._asked()):
-            return
+        if trainer.stopping or self._asked():
+            self._end(phase, trainer)
+
+    def _end(self, phase: Phase, trainer: Trainer) -> NoReturn:
         trainer.close()
         try:
             on_main_process(lambda: add_wall_time(self.folder, time.monotonic() - self.began))
@@ -225,24 +230,21 @@ class Walk:
             self.stop.status,
         )
 
-
-def _hooks(
-    context: Context, trainer: Trainer, checkpointer: Checkpointer, folder: Path, evaluates: bool
-) -> list[HookBase]:
-    """Every hook of every stage, in the order in which they act."""
-    cfg = context.cfg
-    hooks: list[HookBase] = [Progress(cfg.train.log_period)]
-    if evaluates and cfg.finetune.eval_period:
-        level = trainer.levels()["level"]
-        measure = partial(evaluate, context, level.backbone, level.head)
-        hooks.append(PeriodicEvaluation(measure, cfg.finetune.eval_period))
-    if trainer.name == "bissl":
-        hooks.append(SolverWatch(folder / "config.yaml"))
-    probe = build_probe(context, trainer)
-    if probe:
-        hooks.append(probe)
-    hooks.append(Health(cfg))
-    hooks.append(MetricsWriter(folder, cfg.train.log_period))
-    period = cfg.train.checkpoint.period
-    hooks.append(PeriodicCheckpoint(checkpointer, period, cfg.backbone.name, context.device))
-    return hooks
+    def _hooks(self, trainer: Trainer, evaluates: bool) -> list[HookBase]:
+        """Every hook of every stage, in the order in which they act."""
+        context, cfg, asked = self.context, self.context.cfg, self.stop.asked
+        hooks: list[HookBase] = [Progress(cfg.train.log_period)]
+        if evaluates and cfg.finetune.eval_period:
+            level = trainer.levels()["level"]
+            measure = partial(evaluate, context, level.backbone, level.head, asked)
+            hooks.append(PeriodicEvaluation(measure, cfg.finetune.eval_period))
+        if trainer.name == "bissl":
+            hooks.append(SolverWatch(self.folder / CONFIG_FILE))
+        probe = build_probe(context, trainer, asked)
+        if probe:
+            hooks.append(probe)
+        hooks.append(Health(cfg))
+        hooks.append(MetricsWriter(self.folder, cfg.train.log_period))
+        period = cfg.train.checkpoint.period
+        hooks.append(PeriodicCheckpoint(self.checkpointer, period, cfg.backbone.name, context.device))
+        return hooks

@@ -1,5 +1,6 @@
 """Requests to stop: what is saved, how a run ends, and that it goes on as if it had not been asked."""
 
+import itertools
 import json
 import os
 import signal
@@ -7,9 +8,13 @@ import time
 
 import pytest
 from forked_runs import exit_status, start_run, wait_for
+from run_outcomes import assert_same, outcome
 
+from bissl_zoo.downstream import FasterRCNN
+from bissl_zoo.engine import probe
 from bissl_zoo.engine.checkpoint import Checkpointer, load_checkpoint
 from bissl_zoo.engine.interruption import stop_request
+from bissl_zoo.pretext.simclr import SimCLR
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="the system cannot fork")
 
@@ -95,3 +100,52 @@ def test_handlers_are_put_back_and_the_first_request_is_remembered():
             os.kill(os.getpid(), signal.SIGINT)
             time.sleep(1)
     assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)] == before
+
+
+def stopping_at_call(number, owner, name):
+    """What has a run, in its fork, ask itself to stop when it calls `owner.name` for that time."""
+
+    def plant():
+        calls, original = itertools.count(1), getattr(owner, name)
+
+        def armed(*args, **kwargs):
+            if next(calls) == number:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return original(*args, **kwargs)
+
+        setattr(owner, name, armed)
+
+    return plant
+
+
+#: of 2 batches of the test set per evaluation: the first batch of the one after step 2, and the last of the final one
+@pytest.mark.parametrize(("call", "measured", "told"), [(3, 1, "step 2 of 3"), (6, 2, "step 3 of 3")])
+def test_a_run_that_is_asked_to_stop_while_it_evaluates_ends_at_once_and_evaluates_when_it_goes_on(
+    config, tmp_path, call, measured, told
+):
+    settings = dict(train__stages="[finetune]", finetune__steps=3, finetune__eval_period=1, train__deterministic=True)
+    before = stopping_at_call(call, FasterRCNN, "predict")
+    pid = start_run(config("asked", **settings), before=before, errors=tmp_path / "errors")
+    assert exit_status(pid) == 143
+    assert f"stopped as asked, after {told} of finetune, which is saved" in (tmp_path / "errors").read_text()
+    assert sum("test/AP" in line for line in lines(tmp_path / "asked")) == measured
+    for name in ("asked", "whole"):
+        assert exit_status(start_run(config(name, **settings))) == 0
+    asked, whole = (outcome(tmp_path / name) for name in ("asked", "whole"))
+    newest = max(whole["states"])
+    asked["states"], whole["states"] = ({newest: one["states"][newest]} for one in (asked, whole))
+    assert_same(asked, whole)
+    assert [line["step"] for line in asked["metrics"] if "test/AP" in line] == [1, 2]
+
+
+def test_a_run_that_is_asked_to_stop_while_it_probes_does_so_when_it_goes_on(config, tmp_path):
+    settings = dict(pretrain__steps=4, train__probe__period=2, train__deterministic=True)
+    pid = start_run(config("asked", **settings), before=stopping_at_call(1, probe, "collapse_figures"))
+    assert exit_status(pid) == 143  # asked after the features were there: this probe is finished
+    assert sum("probe/std" in line for line in lines(tmp_path / "asked")) == 1
+    pid = start_run(config("asked", **settings), before=stopping_at_call(1, SimCLR, "embed"))
+    assert exit_status(pid) == 143
+    assert [json.loads(line)["step"] for line in lines(tmp_path / "asked")] == [1, 2, 3]
+    for name in ("asked", "whole"):
+        assert exit_status(start_run(config(name, **settings))) == 0
+    assert_same(*(outcome(tmp_path / name)["metrics"] for name in ("asked", "whole")))

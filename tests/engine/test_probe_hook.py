@@ -27,7 +27,6 @@ from bissl_zoo.engine.hooks import MetricsWriter
 from bissl_zoo.engine.pretrain import build_pretrain
 from bissl_zoo.engine.probe import build_probe
 from bissl_zoo.engine.run import open_context, run
-from bissl_zoo.engine.run_dir import prepare_run_dir
 from bissl_zoo.errors import ConfigError, DatasetError
 from bissl_zoo.evaluation import effective_rank, normalized_std
 from bissl_zoo.registry import build_dataset, build_task
@@ -243,15 +242,6 @@ def test_what_the_probe_cannot_be_names_the_key(tiny_config, key, value, message
         check_config(tiny_config(**{key: value}), "test")
     with pytest.raises(ConfigError, match="Did you mean 'probe.period'"):
         check_config(LazyConfig.apply_overrides(tiny_config(), ["+train.probe.periods=3"]), "test")
-
-
-def test_a_run_that_began_before_there_was_a_probe_is_resumed_and_may_switch_it_on(tiny_config, tmp_path):
-    old = LazyConfig.apply_overrides(tiny_config(train__output_dir=tmp_path / "run"), ["~train.probe"])
-    check_config(old, "test")
-    prepare_run_dir(old, resume=False)
-    prepare_run_dir(old, resume=True)
-    for period in (0, 5):  # a probe changes nothing of what a run computes
-        prepare_run_dir(tiny_config(train__output_dir=tmp_path / "run", train__probe__period=period), resume=True)
 
 
 PROGRAM = """

@@ -4,23 +4,20 @@ Runs are forked from the test process, which has imported everything, and kill t
 an optimizer step, a product, a write, a rename, a sync. BISSL_ZOO_KILLS asks for a longer soak.
 """
 
-import json
 import os
 import random
 import signal
 
 import pytest
-import torch
 from forked_runs import start_run
+from run_outcomes import assert_same, outcome
 
 from bissl_zoo.engine import checkpoint, hooks, publishing, state_files, walk
-from bissl_zoo.engine.checkpoint import load_checkpoint
 from bissl_zoo.hypergradient import CurvatureOperator
 from bissl_zoo.level import Level
 from bissl_zoo.zoo import stores, transactions
 
 KILLS = int(os.environ.get("BISSL_ZOO_KILLS", 3))
-STAGES = ("pretrain", "head_warmup", "bissl", "finetune_pretrained", "finetune")
 #: workers of the loaders, and processes
 RUNS = {"with workers": (2, 1), "two processes": (0, 2)}
 
@@ -76,41 +73,6 @@ def go(cfg, processes, folder, fuse=None, report=None):
     statuses = [os.waitpid(pid, 0)[1] for pid in pids]
     assert fuse is not None or statuses == [0] * processes
     return statuses == [0] * processes
-
-
-def outcome(folder, zoo):
-    """All that a run leaves, but for times."""
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    metrics = [{k: v for k, v in line.items() if k != "time" and not k.startswith("speed/")} for line in lines]
-    states = {}
-    for stage in STAGES:
-        for path in sorted((folder / "checkpoints" / stage).iterdir()):
-            states[f"{stage}/{path.name}"] = load_checkpoint(path)[1]
-    index = json.loads((zoo / "index.json").read_text())["entries"]
-    # by digest: a publisher that was killed has used up a version's number
-    published = [record["files"]["model.safetensors"]["sha256"] for record in index.values()]
-    return {
-        "metrics": metrics,
-        "states": states,
-        "results": json.loads((folder / "results.json").read_text()),
-        "published": published,
-    }
-
-
-def assert_same(one, other, place=""):
-    assert type(one) is type(other), place
-    if isinstance(one, torch.Tensor):
-        assert torch.equal(one, other), place
-    elif isinstance(one, dict):
-        assert list(one) == list(other), place
-        for key in one:
-            assert_same(one[key], other[key], f"{place}/{key}")
-    elif isinstance(one, (list, tuple)):
-        assert len(one) == len(other), place
-        for number, pair in enumerate(zip(one, other, strict=True)):
-            assert_same(*pair, f"{place}/{number}")
-    else:
-        assert one == other or one != one, place
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="the system cannot fork")
