@@ -23,13 +23,24 @@ SIZE, BATCH, SEED = 40, 4, 5
 ORDER = list(islice(TrainingSampler(SIZE, BATCH, SEED), SIZE))
 
 
+class Images(ImageFolder):
+    """A folder of images of which some lie on a file system that is gone: reading one waits for ever."""
+
+    gone = frozenset()
+
+    def __getitem__(self, index):
+        if index in self.gone:
+            open(self.source(index), "rb").close()  # a pipe that nobody writes to
+        return super().__getitem__(index)
+
+
 @pytest.fixture
 def images(tmp_path, monkeypatch):
     """Forty JPEG files, each of its own grey."""
     monkeypatch.setattr(loaders, "PAUSE", 0.0)
     for number in range(SIZE):
         Image.new("RGB", (16, 16), (number * 6,) * 3).save(tmp_path / f"{number:02d}.jpg", quality=95)
-    return ImageFolder(str(tmp_path), labelled=False)
+    return Images(str(tmp_path), labelled=False)
 
 
 def number_and_draw(image, target):
@@ -47,6 +58,12 @@ def numbers(loader, count):
 
 def remove(images, number):
     os.remove(images.source(number))
+
+
+def hang(images, number):
+    remove(images, number)
+    os.mkfifo(images.source(number))
+    images.gone = images.gone | {number}
 
 
 def truncate(images, number):
@@ -153,9 +170,8 @@ def test_the_evaluation_never_skips(images):
 
 @pytest.fixture
 def hanging(images):
-    """A FIFO that nobody writes to, in the place of the file of the third batch."""
-    remove(images, ORDER[9])
-    os.mkfifo(images.source(ORDER[9]))
+    """Of the third batch, one file lies on a file system that is gone."""
+    hang(images, ORDER[9])
     return images
 
 
@@ -176,13 +192,23 @@ def test_a_read_that_hangs_ends_with_the_names_of_the_samples(hanging, pin_memor
     assert not any(worker.is_alive() for worker in loader._iterator._workers)  # else this process would not end
 
 
+def test_so_does_an_evaluation(images):
+    hang(images, 6)
+    loader = build_test_loader(images, BATCH, number_and_draw, num_workers=1, timeout=1)
+    stream = iter(loader)
+    next(stream)
+    with pytest.raises(DatasetError, match=r"batch 1, which has 4 samples: 4 \(.*04.jpg\), 5 .*, 6 .*, 7 .*07.jpg\)"):
+        next(stream)
+    with pytest.raises(ConfigError, match="timeout=1 needs num_workers of 1 or more"):
+        build_test_loader(images, BATCH, number_and_draw, timeout=1)
+
+
 def test_reading_that_only_takes_its_time_is_left_alone(images):
     assert numbers(loader_of(images, 2, timeout=60), 10) == ORDER
 
 
 def test_of_many_samples_the_first_are_named(images):
-    os.remove(images.source(ORDER[0]))
-    os.mkfifo(images.source(ORDER[0]))
+    hang(images, ORDER[0])
     loader = build_train_loader(images, 12, number_and_draw, num_workers=1, seed=SEED, timeout=1)
     with pytest.raises(DatasetError, match=rf"batch 0, which has 12 samples: {ORDER[0]} .*\.jpg\) and 7 more\."):
         next(iter(loader))

@@ -10,6 +10,7 @@ import torch
 from sick_stages import batches, drawn, fine, health, level_of, same, stage, state_of, value_at
 
 from bissl_zoo.bilevel import BiLevel
+from bissl_zoo.engine.average import WeightAverage
 from bissl_zoo.engine.bissl import Bissl
 from bissl_zoo.engine.checks import check_config
 from bissl_zoo.engine.pretrain import Pretrain
@@ -144,6 +145,21 @@ def test_a_poisoned_teacher_ends_the_run_when_it_is_looked_at(kind, log_period, 
         trainer.train(health("skip", log_period=log_period, period=checkpoint_period))
     where = f"head.teacher.{name}".replace(".model.", ".")  # as it is called in a checkpoint
     assert f"pretrain level, after step 2 of pretrain: NaN or infinite numbers in {where}," in str(error.value)
+
+
+def test_so_does_a_poisoned_average_of_the_weights():
+    trainer = stage(steps=4)
+    trainer.level.head.register_buffer("mask", torch.tensor([0.0, -math.inf]))  # as it is meant to be
+    trainer.average = WeightAverage(trainer.level, 0.5)
+    step = trainer.run_step
+
+    def poison():
+        next(trainer.average.backbone.parameters()).data.view(-1)[0] = math.inf
+        return step()
+
+    trainer.run_step = poison
+    with pytest.raises(NonFiniteLoss, match="^average of the weights, after step 2 of pretrain: .* in backbone[^,]*,"):
+        trainer.train(health(log_period=2, period=100))
 
 
 def test_numbers_that_are_meant_to_be_infinite_or_are_only_large_are_left_alone():
