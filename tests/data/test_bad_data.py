@@ -272,15 +272,19 @@ def test_a_worker_that_dies_while_the_run_computes_is_told_of_as_well(images):
 
 def test_a_process_ends_with_workers_that_hang_in_a_read(images, process):
     soon = next(number for number in ORDER[8:20] if 8 <= number < 20)  # read ahead in both orders
-    remove(images, soon)
-    os.mkfifo(images.source(soon))
+    hang(images, soon)
     program = f"""
 from bissl_zoo.data import ImageFolder
 from bissl_zoo.data.loaders import build_test_loader, build_train_loader
+class Images(ImageFolder):
+    def __getitem__(self, index):
+        if index == {soon}:
+            open({images.source(soon)!r}, "rb").close()
+        return super().__getitem__(index)
 def width(image, target):
     return image.size[0]
 if __name__ == "__main__":
-    images = ImageFolder({str(images.root)!r}, labelled=False)
+    images = Images({str(images.root)!r}, labelled=False)
     loaders = build_test_loader(images, 4, width, num_workers=2), build_train_loader(images, 4, width, None, 2, {SEED})
     streams = [iter(loader) for loader in loaders]
     print([next(stream).tolist() for stream in streams], flush=True)

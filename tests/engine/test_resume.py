@@ -1,12 +1,14 @@
 """A run that is killed anywhere, again and again, and resumed ends with the bits of one that was never killed.
 
-Runs are forked from the test process, which has imported everything, and kill themselves at an event drawn with a seed:
-an optimizer step, a product, a write, a rename, a sync. BISSL_ZOO_KILLS asks for a longer soak.
+Runs are forked from the test process, which has imported everything. They kill themselves at an event drawn with a seed
+(an optimizer step, a product, a write, a rename, a sync), or are killed at a moment drawn likewise, as of a step's
+middle. BISSL_ZOO_KILLS asks for a longer soak.
 """
 
 import os
 import random
 import signal
+import time
 
 import pytest
 from forked_runs import start_run
@@ -19,7 +21,7 @@ from bissl_zoo.zoo import stores, transactions
 
 KILLS = int(os.environ.get("BISSL_ZOO_KILLS", 3))
 #: workers of the loaders, and processes
-RUNS = {"with workers": (2, 1), "two processes": (0, 2)}
+RUNS = {"with workers": (2, 1), "two processes": (0, 2), "at any moment": (2, 1)}
 
 
 class Bomb:
@@ -54,8 +56,8 @@ class Bomb:
             setattr(os, name, self.around(getattr(os, name)))
 
 
-def go(cfg, processes, folder, fuse=None, report=None):
-    """Run until the end or the bomb; whether it came to the end."""
+def go(cfg, processes, folder, fuse=None, report=None, seconds=None):
+    """Run until the end, the bomb, or a kill after so many seconds; whether it came to the end."""
     meeting = folder / f"meeting-{random.getrandbits(64):x}"
     bomb = Bomb(fuse)
     armed = fuse is not None or report is not None
@@ -70,8 +72,11 @@ def go(cfg, processes, folder, fuse=None, report=None):
         )
         for rank in range(processes)
     ]
+    if seconds is not None:
+        time.sleep(seconds)
+        os.kill(pids[0], signal.SIGKILL)
     statuses = [os.waitpid(pid, 0)[1] for pid in pids]
-    assert fuse is not None or statuses == [0] * processes
+    assert fuse or seconds or statuses == [0] * processes
     return statuses == [0] * processes
 
 
@@ -94,14 +99,17 @@ def test_a_run_that_was_killed_many_times_ends_bit_equal_to_one_that_was_not(tin
             **{f"dataloader__{role}__num_workers": workers for role in ("pretext", "train")},
         )
 
+    start = time.monotonic()
     go(config("whole"), processes, tmp_path, report=tmp_path / "events")
+    duration = time.monotonic() - start
     events = int((tmp_path / "events").read_text())
     assert events > 100
     rng, kills = random.Random(kind), 0
     while kills < KILLS:
         # half of the fuses are long, so that all stages are reached
-        fuse = rng.randrange(1, events // (2 if rng.random() < 0.5 else 8))
-        if go(config("killed"), processes, tmp_path, fuse):
+        part = rng.random() / (2 if rng.random() < 0.5 else 8)
+        how = {"seconds": part * duration} if kind == "at any moment" else {"fuse": 1 + int(part * events)}
+        if go(config("killed"), processes, tmp_path, **how):
             break
         kills += 1
     go(config("killed"), processes, tmp_path)
