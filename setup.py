@@ -51,7 +51,7 @@ setup(
             *("pytest>=8", "pytest-xdist>=3.5", "hypothesis>=6", "ruff>=0.9"),
             *("boto3>=1.35.69", "moto[server]>=5.1.5"),
             *("onnx>=1.16", "onnxscript>=0.2", "onnxruntime>=1.18"),
-            *("lightly>=1.6", "webdataset>=1.0"),  # references for losses, and for shards
+            *("lightly>=1.6", "webdataset>=1.0", "torchmetrics>=1.4"),  # references for losses, shards and figures
         ],
     },
     classifiers=[f"Programming Language :: Python :: 3.{minor}" for minor in (10, 11, 12, 13)],

@@ -73,16 +73,19 @@ class Backbone(nn.Module):
         maps = self.model.forward_intermediates(images, indices=indices, stop_early=True, intermediates_only=True)
         return {self.stages[index]: features for index, features in zip(indices, maps, strict=True)}
 
-    def split(self, stage: str) -> tuple["Backbone", "Tail"]:
+    def split(self, stage: str, out_features: Sequence[str] = ()) -> tuple["Backbone", "Tail"]:
         """Cut the model after `stage` into a trunk that returns that stage's map and a tail that takes it.
 
         `tail(trunk(images)[stage])` is what the whole model computes (checked here on a probe, bit for bit), and every
         parameter is in exactly one of the two, under the name it has in the whole. Both are copies.
 
+        Args:
+            out_features: earlier stages whose maps the trunk is to return as well.
         Raises:
-            SplitError: there is no such stage, or what follows it needs more than its map (class tokens, skips).
+            SplitError: there is no such stage, what follows it needs more than its map (class tokens, skips), or a map
+                is asked for that lies beyond it.
         """
-        self.check_stage(stage)
+        kept = self._stages_up_to(stage, out_features)
         if isinstance(self.model, VisionTransformer) and self.model.num_prefix_tokens:
             raise SplitError(
                 f"Backbone '{self.name}' cannot be split into trunk and tail: its class or register tokens are not "
@@ -90,12 +93,38 @@ class Backbone(nn.Module):
             )
         trunk_model = copy.deepcopy(self.model)
         trunk_model.prune_intermediate_layers([self.stages.index(stage)], prune_norm=True, prune_head=True)
-        trunk = Backbone(trunk_model, self.name, (stage,), self.model_args)
-        kept = self.stages[: self.stages.index(stage) + 1]
+        maps = [name for name in kept if name == stage or name in out_features]
+        trunk = Backbone(trunk_model, self.name, maps, self.model_args)
         trunk.feature_info = {name: self.feature_info[name] for name in kept}
         tail = Tail(self.model, self.feature_info[stage].module, self._probe())
         self._check_split(stage, trunk, tail)
         return trunk, tail
+
+    def freeze(self, stage: str) -> None:
+        """Train no more what runs up to `stage`: no gradients, and batch norm by its running statistics.
+
+        Raises:
+            SplitError: there is no such stage.
+        """
+        self.check_stage(stage)
+        finished, _ = _run_to_stage(self.model, self.feature_info[stage].module, self._probe())
+        frozen = [module for name, module in self.model.named_modules() if name in finished]
+        for module in frozen:
+            module.requires_grad_(False).eval()
+        for parameter in self.model.parameters(recurse=False):  # embeddings of positions, which the first layers take
+            parameter.requires_grad_(False)
+
+    def _stages_up_to(self, stage: str, wanted: Sequence[str]) -> list[str]:
+        for name in (stage, *wanted):
+            self.check_stage(name)
+        kept = self.stages[: self.stages.index(stage) + 1]
+        beyond = [name for name in wanted if name not in kept]
+        if beyond:
+            raise SplitError(
+                f"Backbone '{self.name}' is split after '{stage}', so that its trunk has no map '{beyond[0]}'. Leave "
+                f"that out of backbone.out_features, or set bilevel.shared_stage={beyond[-1]}."
+            )
+        return kept
 
     def _check_split(self, stage: str, trunk: "Backbone", tail: "Tail") -> None:
         whole = set(self.state_dict())

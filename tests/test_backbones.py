@@ -102,6 +102,23 @@ def test_gradients_flow_through_both_parts():
             assert torch.equal(parameter.grad, expected[name].grad), name
 
 
+def test_a_trunk_returns_the_earlier_maps_that_are_asked_for_and_its_tail_takes_the_last():
+    whole = build("test_resnet", out_features=("c2", "c3", "c4", "c5")).eval()
+    trunk, tail = whole.split("c4", ("c3", "c2"))
+    x = images(whole)
+    maps, expected = trunk(x), whole(x)
+    assert trunk.out_features == ("c2", "c3", "c4") and list(maps) == ["c2", "c3", "c4"]
+    assert all(torch.equal(value, expected[stage]) for stage, value in maps.items())
+    assert torch.equal(tail(maps["c4"]), whole.model(x))
+
+
+def test_a_map_beyond_the_split_is_refused():
+    with pytest.raises(SplitError, match="split after 'c3', so that its trunk has no map 'c4'"):
+        build("test_resnet").split("c3", ("c2", "c4", "c5"))
+    with pytest.raises(SplitError, match=r"no stage 'c22'\. Did you mean 'c2'"):
+        build("test_resnet").split("c3", ("c22",))
+
+
 def test_a_trunk_knows_only_the_stages_it_has():
     trunk, _ = build("test_resnet").split("c3")
     assert trunk.stages == ["c1", "c2", "c3"] and trunk.out_features == ("c3",)

@@ -2,6 +2,7 @@
 
 from bissl_zoo.downstream.classification import Classification
 from bissl_zoo.downstream.detection import FasterRCNN
+from bissl_zoo.downstream.multilabel import MultilabelClassification
 from bissl_zoo.downstream.task import DownstreamTask, Evaluator
 
-__all__ = ["Classification", "DownstreamTask", "Evaluator", "FasterRCNN"]
+__all__ = ["Classification", "DownstreamTask", "Evaluator", "FasterRCNN", "MultilabelClassification"]

@@ -1,5 +1,6 @@
-"""Single-label image classification."""
+"""Single-label image classification, and what it shares with multi-label classification."""
 
+from abc import ABC
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -15,9 +16,8 @@ from bissl_zoo.evaluation.classification import TopKEvaluator
 from bissl_zoo.registry import DOWNSTREAM_TASKS
 
 
-@DOWNSTREAM_TASKS.register("classification")
-class Classification(DownstreamTask):
-    """Global average pooling of the shared feature map and one linear layer, trained by cross entropy.
+class PooledLinear(DownstreamTask, ABC):
+    """Global average pooling of the shared feature map and one linear layer: K logits for an image.
 
     Args:
         image_size: side in pixels of the training crop and of the central test crop.
@@ -43,8 +43,8 @@ class Classification(DownstreamTask):
         self.mean, self.std = list(mean), list(std)
         self.linear = nn.Linear(self.feature.channels, len(self.classes))
 
-    def transform(self, train: bool) -> Callable[[Any, int], Batch]:
-        """Random resized crop and flip to train, central crop to test; the label passes through."""
+    def transform(self, train: bool) -> Callable[[Any, Any], Batch]:
+        """Random resized crop and flip to train, central crop to test; the target passes through."""
         size, bicubic = self.image_size, v2.InterpolationMode.BICUBIC
         if train:
             crop = [v2.RandomResizedCrop(size, self.crop_scale, interpolation=bicubic), v2.RandomHorizontalFlip()]
@@ -52,6 +52,19 @@ class Classification(DownstreamTask):
             crop = [v2.Resize(self.resize, bicubic), v2.CenterCrop(size)]
         to_float = [v2.ToDtype(torch.float32, scale=True), v2.Normalize(self.mean, self.std)]
         return _ImageTransform(v2.Compose([v2.PILToTensor(), *crop, *to_float]))
+
+    @torch.no_grad()
+    def predict(self, backbone: Backbone, images: Tensor) -> Tensor:
+        """Logits `(B, K)`."""
+        return self._logits(backbone, images)
+
+    def _logits(self, backbone: Backbone, images: Tensor) -> Tensor:
+        return self.linear(backbone(images)[self.stage].mean(dim=(2, 3)))
+
+
+@DOWNSTREAM_TASKS.register("classification")
+class Classification(PooledLinear):
+    """One class per image, by cross entropy; arguments as of :class:`PooledLinear`."""
 
     def collate(self, samples: list[Batch]) -> Batch:
         """Images `(B, 3, S, S)` float32 and labels `(B,)` int64."""
@@ -63,17 +76,9 @@ class Classification(DownstreamTask):
         images, labels = batch
         return {"cross_entropy": functional.cross_entropy(self._logits(backbone, images), labels)}
 
-    @torch.no_grad()
-    def predict(self, backbone: Backbone, images: Tensor) -> Tensor:
-        """Logits `(B, K)`."""
-        return self._logits(backbone, images)
-
     def evaluator(self) -> TopKEvaluator:
         """Top-1, top-5 and mean-per-class accuracy as fractions."""
         return TopKEvaluator(self.classes)
-
-    def _logits(self, backbone: Backbone, images: Tensor) -> Tensor:
-        return self.linear(backbone(images)[self.stage].mean(dim=(2, 3)))
 
 
 class _ImageTransform:

@@ -23,7 +23,9 @@ from bissl_zoo.errors import ConfigError, DatasetError
 from bissl_zoo.level import Level
 from bissl_zoo.pretext import PretextMethod
 
-#: which data sets a stage reads
+#: what data sets are for, in the order in which they are opened
+ROLES = ("pretext", "train", "val", "test")
+#: which data sets a stage reads; fine-tuning also `val`, where the config has it
 STAGE_DATA = {"pretrain": ("pretext",), "bissl": ("pretext", "train"), "finetune": ("train", "test")}
 
 #: what `train.amp` may be, and the type of autocast it stands for
@@ -74,28 +76,33 @@ def build_part(call: DictConfig, **extra: Any) -> Any:
 
 
 def build_datasets(cfg: DictConfig, roles: set[str]) -> dict[str, Dataset]:
-    """The data sets of the roles `pretext`, `train`, `test`, each checked as it is built.
+    """The data sets of the roles `pretext`, `train`, `val`, `test`, each checked as it is built.
 
     Raises:
         DatasetError: missing, empty, damaged, unlabelled where labels are needed, or of other classes than the training
             set.
     """
-    data = {role: instantiate(cfg.dataloader[role].dataset) for role in ("pretext", "train", "test") if role in roles}
-    for role in ("train", "test"):
-        if role in data and data[role].classes is None:
+    data = {role: instantiate(cfg.dataloader[role].dataset) for role in ROLES if role in roles}
+    labelled = [role for role in data if role != "pretext"]
+    for role in labelled:
+        if data[role].classes is None:
             raise DatasetError(f"dataloader.{role} reads an unlabelled data set; the downstream task needs labels.")
-    if "train" in data and "test" in data and data["train"].classes != data["test"].classes:
-        raise DatasetError(
-            f"dataloader.train has the classes {data['train'].classes} and dataloader.test {data['test'].classes}. "
-            "Give both data sets the same `classes`."
-        )
+    for role in labelled[1:]:
+        if data[role].classes != data[labelled[0]].classes:
+            raise DatasetError(
+                f"dataloader.{labelled[0]} has the classes {data[labelled[0]].classes} and dataloader.{role} "
+                f"{data[role].classes}. Give both data sets the same `classes`."
+            )
     return data
 
 
 def build_split_backbone(cfg: DictConfig) -> tuple[Backbone, Tail]:
-    """The trunk that both levels share, up to `bilevel.shared_stage`, and the tail; random weights."""
+    """The trunk that both levels share, up to `bilevel.shared_stage`, and the tail; random weights.
+
+    The trunk also returns the earlier maps that `backbone.out_features` names, for tasks that take several.
+    """
     whole = instantiate(cfg.backbone)
-    return whole.split(cfg.bilevel.shared_stage or whole.stages[-1])
+    return whole.split(cfg.bilevel.shared_stage or whole.stages[-1], cfg.backbone.get("out_features") or ())
 
 
 def build_pretext(cfg: DictConfig, weights: Weights, device: torch.device) -> tuple[Backbone, PretextMethod]:
@@ -137,11 +144,16 @@ def build_level(
     batches: Iterator[Any],
     total_steps: int,
     train_backbone: bool = True,
+    groups: list[Any] | None = None,
 ) -> Level:
-    """A level whose optimizer, schedule and clipping are those of `role` in the config's sections of that name."""
+    """A level whose optimizer, schedule and clipping are those of `role` in the config's sections of that name.
+
+    Args:
+        groups: what the optimizer is given; None for all parameters that require gradients.
+    """
     if not train_backbone:
         backbone.requires_grad_(False)
-    parameters = [p for module in (backbone, head) for p in module.parameters() if p.requires_grad]
+    parameters = groups or [p for module in (backbone, head) for p in module.parameters() if p.requires_grad]
     return Level(
         name=name,
         backbone=backbone,
@@ -184,11 +196,11 @@ def train_batches(context: Context, task: DownstreamTask, seed: int, start_step:
     return _endless(context, "train", seed, start_step, transform=task.transform(train=True), collate=task.collate)
 
 
-def test_loader(context: Context, task: DownstreamTask) -> DataLoader:
-    """One pass over this rank's part of the test set."""
+def test_loader(context: Context, task: DownstreamTask, role: str = "test") -> DataLoader:
+    """One pass over this rank's part of the set `test` or `val`."""
     return instantiate(
-        context.cfg.dataloader.test,
-        dataset=context.data["test"],
+        context.cfg.dataloader[role],
+        dataset=context.data[role],
         transform=task.transform(train=False),
         collate=task.collate,
     )

@@ -30,6 +30,8 @@ class TopKEvaluator:
         """Forget what was processed."""
         # [c, p]: how many samples of class c have their class at place p of the scores; last column: further back
         self._places = torch.zeros(len(self.classes), max((1, *self.topk)) + 1, dtype=torch.int64)
+        # per sample K * label + prediction, from which a matrix of K * K is made only for those who ask
+        self._pairs = [torch.zeros(0, dtype=torch.int64)]
 
     def process(self, predictions: Tensor, targets: Tensor) -> None:
         """Count one batch.
@@ -62,10 +64,12 @@ class TopKEvaluator:
         place = ((scores > true) | ((scores == true) & earlier)).sum(dim=1)
         place = place.clamp(max=self._places.shape[1] - 1)
         self._places.index_put_((labels, place), torch.ones_like(labels), accumulate=True)
+        self._pairs.append(classes * labels + scores.argmax(dim=1))  # of equal scores the first, as above
 
     def synchronize(self) -> None:
-        """Replace the counts by the sum over all ranks; call it once, on every rank, before `evaluate`."""
-        self._places = torch.stack(all_gather_objects(self._places)).sum(dim=0)
+        """Bring together the counts of all ranks; call it once, on every rank, before `evaluate`."""
+        places, pairs = zip(*all_gather_objects((self._places, torch.cat(self._pairs))), strict=True)
+        self._places, self._pairs = torch.stack(places).sum(dim=0), list(pairs)
 
     def evaluate(self) -> dict[str, float]:
         """The metrics of what was processed since `reset`.
@@ -81,3 +85,18 @@ class TopKEvaluator:
         present = samples > 0
         metrics["mean_per_class"] = (self._places[present, 0].double() / samples[present]).mean().item()
         return metrics
+
+    def per_class(self) -> dict[str, dict[str, float]]:
+        """The accuracies by class, of those with samples: `{"cat": {"top1": 0.5}}`."""
+        samples = self._places.sum(dim=1).tolist()
+        reached = self._places.cumsum(dim=1).tolist()
+        return {
+            name: {f"top{k}": right[k - 1] / total for k in self.topk}
+            for name, right, total in zip(self.classes, reached, samples, strict=True)
+            if total
+        }
+
+    def confusion(self) -> Tensor:
+        """How many samples of class i were taken for class j, int64 `(K, K)`."""
+        classes = len(self.classes)
+        return torch.cat(self._pairs).bincount(minlength=classes**2).view(classes, classes)

@@ -3,6 +3,7 @@
 import contextlib
 import io
 from collections.abc import Mapping, Sequence
+from statistics import fmean
 from typing import Any
 
 import numpy as np
@@ -76,6 +77,16 @@ class DetectionEvaluator:
         Raises:
             DatasetError: where there were no images, or no objects that count in them.
         """
+        figures = self.per_class()
+        metrics = {name: fmean(one[name] for one in figures.values()) for name in next(iter(figures.values()))}
+        return metrics | {f"AP50/{name}": one["AP50"] for name, one in figures.items()}
+
+    def per_class(self) -> dict[str, dict[str, float]]:
+        """All figures by class, of those with objects that count: `{"cat": {"AP": 0.4, "AP50": 0.7, ...}}`.
+
+        Raises:
+            DatasetError: where there were no images, or no objects that count in them.
+        """
         if not self._records:
             raise DatasetError("Detection evaluation: no image was processed. Is the test set empty?")
         # In the order of the numbers, so that ties do not depend on how images were shared out to ranks.
@@ -85,17 +96,19 @@ class DetectionEvaluator:
                 f"Detection evaluation: the {len(truth)} images hold no objects, or only difficult ones; "
                 "average precision is not defined."
             )
-        classes = range(len(self.classes))
-        precision = _coco_precision(found, truth, len(classes))  # (10 IoUs, 101 recalls, K)
-        per_class = {label: precision[:, :, label] for label in classes if (precision[:, :, label] > -1).any()}
-        by_iou = np.mean([values.mean(axis=1) for values in per_class.values()], axis=0)
-        metrics = {"AP": by_iou.mean(), "AP50": by_iou[0], "AP75": by_iou[5]}
-        curves = _match(found, truth, len(classes), iou_threshold=0.5)
-        for name, eleven_point in (("voc_AP50", False), ("voc07_AP50", True)):
-            values = [average_precision(*curve, eleven_point=eleven_point) for curve in curves]
-            metrics[name] = np.nanmean(values)
-        metrics |= {f"AP50/{self.classes[label]}": values[0].mean() for label, values in per_class.items()}
-        return {name: float(value) for name, value in metrics.items()}
+        precision = _coco_precision(found, truth, len(self.classes)).mean(axis=1)  # (10 IoUs, K)
+        curves = _match(found, truth, len(self.classes), iou_threshold=0.5)
+        return {
+            name: {
+                "AP": float(by_iou.mean()),
+                "AP50": float(by_iou[0]),
+                "AP75": float(by_iou[5]),
+                "voc_AP50": average_precision(*curve),
+                "voc07_AP50": average_precision(*curve, eleven_point=True),
+            }
+            for name, by_iou, curve in zip(self.classes, precision.T, curves, strict=True)
+            if curve[1]
+        }
 
 
 def voc_average_precision(

@@ -6,18 +6,32 @@ from PIL import Image
 from torch import nn
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHead
-from torchvision.ops import MultiScaleRoIAlign
+from torchvision.ops import FeaturePyramidNetwork, MultiScaleRoIAlign
+from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
 
+from bissl_zoo.config import instantiate, load_config
+from bissl_zoo.engine.bissl import build_bissl
+from bissl_zoo.engine.build import Weights, build_downstream
+from bissl_zoo.engine.evaluate import evaluate
+from bissl_zoo.engine.run import open_context
+from bissl_zoo.errors import BisslZooError, ConfigError
 from bissl_zoo.registry import build_backbone, build_task
 
 CLASSES = ["cat", "dog"]
 SMALL = dict(min_size=64, max_size=96, anchor_sizes=(8, 16, 32), box_head=32, score_threshold=0.0, detections=20)
+PYRAMID_MAPS = ("c2", "c3", "c4", "c5")
+# large enough for boxes on more than one map
+PYRAMID = dict(min_size=256, max_size=384, anchor_sizes=(16, 32, 64, 128, 256), fpn_channels=16)
 
 
-def build(**kwargs):
+def build(stage="c3", architecture="test_resnet", out_features=(), model_args=(), **kwargs):
     torch.manual_seed(0)
-    trunk, _ = build_backbone(name="test_resnet").split("c3")
+    trunk, _ = build_backbone(name=architecture, **dict(model_args)).split(stage, out_features)
     return trunk, build_task(name="faster_rcnn", backbone=trunk, classes=CLASSES, **{**SMALL, **kwargs})
+
+
+def build_pyramid(architecture="test_resnet", **kwargs):
+    return build("c5", architecture, PYRAMID_MAPS, **{**PYRAMID, **kwargs})
 
 
 def target(boxes, labels, difficult=None, image_id=0):
@@ -39,24 +53,28 @@ def two_images():
 
 
 def reference(trunk, task):
-    """torchvision's own detector with the weights of ours."""
+    """torchvision's own detector with the weights of ours, on one map or with its own pyramid."""
+    pyramid = len(trunk.out_features) > 1
 
     class Body(nn.Module):
-        out_channels = trunk.feature_info["c3"].channels
+        out_channels = 16 if pyramid else trunk.feature_info["c3"].channels
 
         def __init__(self):
             super().__init__()
             self.trunk = trunk
+            channels = [trunk.feature_info[stage].channels for stage in trunk.out_features]
+            self.fpn = FeaturePyramidNetwork(channels, 16, LastLevelMaxPool()) if pyramid else nn.Identity()
 
         def forward(self, images):
-            return self.trunk(images)
+            return self.fpn(self.trunk(images))
 
+    sizes = ((16,), (32,), (64,), (128,), (256,)) if pyramid else ((8, 16, 32),)
     model = torchvision.models.detection.FasterRCNN(
         Body(),
-        min_size=64,
-        max_size=96,
-        rpn_anchor_generator=AnchorGenerator(((8, 16, 32),), ((0.5, 1.0, 2.0),)),
-        box_roi_pool=MultiScaleRoIAlign(["c3"], 7, 2),
+        min_size=256 if pyramid else 64,
+        max_size=384 if pyramid else 96,
+        rpn_anchor_generator=AnchorGenerator(sizes, ((0.5, 1.0, 2.0),) * len(sizes)),
+        box_roi_pool=MultiScaleRoIAlign(["c2", "c3", "c4", "c5"] if pyramid else ["c3"], 7, 2),
         box_head=TwoMLPHead(Body.out_channels * 49, 32),
         box_predictor=FastRCNNPredictor(32, 3),
         box_score_thresh=0.0,
@@ -64,6 +82,8 @@ def reference(trunk, task):
     )
     model.rpn.load_state_dict(task.rpn.state_dict())
     model.roi_heads.load_state_dict(task.roi_heads.state_dict())
+    if pyramid:
+        model.backbone.fpn.load_state_dict(task.fpn.state_dict())
     return model
 
 
@@ -72,8 +92,19 @@ def losses(trunk, task, batch, seed=3):
     return task.losses(trunk, batch)
 
 
-def test_losses_and_gradients_equal_torchvisions():
-    trunk, task = build()
+def levels_used(task):
+    """The maps that boxes were pooled from, filled in by the next passes."""
+    seen = set()
+    task.roi_heads.box_roi_pool.register_forward_pre_hook(
+        lambda pool, args: seen.update(pool.map_levels(args[1]).tolist())
+    )
+    return seen
+
+
+@pytest.mark.parametrize("built", [build, build_pyramid], ids=["one_map", "pyramid"])
+def test_losses_and_gradients_equal_torchvisions(built):
+    trunk, task = built()
+    levels = levels_used(task)
     model = reference(trunk, task).train()
     images, targets = two_images()
     ours = losses(trunk, task, (images, targets))
@@ -83,14 +114,16 @@ def test_losses_and_gradients_equal_torchvisions():
     assert set(ours) == set(theirs) == {"loss_objectness", "loss_rpn_box_reg", "loss_classifier", "loss_box_reg"}
     for name in theirs:
         torch.testing.assert_close(ours[name], theirs[name], rtol=1e-5, atol=1e-7)
+    assert len(levels) == (2 if task.fpn else 1)
     for ours_, theirs_ in zip(
         trunk_grads, torch.autograd.grad(sum(theirs.values()), list(trunk.parameters())), strict=True
     ):
         torch.testing.assert_close(ours_, theirs_, rtol=1e-4, atol=1e-6)
 
 
-def test_predictions_equal_torchvisions_in_original_pixels():
-    trunk, task = build()
+@pytest.mark.parametrize("built", [build, build_pyramid], ids=["one_map", "pyramid"])
+def test_predictions_equal_torchvisions_in_original_pixels(built):
+    trunk, task = built()
     model = reference(trunk, task).eval()
     task.eval()
     images, _ = two_images()
@@ -106,6 +139,72 @@ def test_predictions_equal_torchvisions_in_original_pixels():
         corners = prediction["boxes"]
         assert (corners >= 0).all() and (corners[:, [0, 2]] <= width).all() and (corners[:, [1, 3]] <= height).all()
         assert not prediction["boxes"].requires_grad
+
+
+def test_the_scale_of_a_map_does_not_depend_on_the_first_batch():
+    predictions = []
+    for first in (torch.rand(3, 16, 96), None):  # half of its batch is padding
+        trunk, task = build()
+        trunk.eval(), task.eval()
+        if first is not None:
+            task.predict(trunk, [first])
+        predictions.append(task.predict(trunk, two_images()[0]))
+    for one, other in zip(*predictions, strict=True):
+        assert all(torch.equal(one[key], other[key]) for key in ("boxes", "scores", "labels"))
+
+
+def test_one_map_is_the_last_also_of_a_backbone_that_returns_more():
+    trunk, task = build()
+    more, same = build(out_features=("c1", "c2"))
+    images, _ = two_images()
+    for module in (trunk, task, more, same):
+        module.eval()
+    for one, other in zip(task.predict(trunk, images), same.predict(more, images), strict=True):
+        assert all(torch.equal(one[key], other[key]) for key in ("boxes", "scores", "labels"))
+
+
+@pytest.mark.parametrize("architecture", ["test_resnet", "convnext_atto", "test_efficientnet"])
+def test_a_pyramid_is_trained_on_any_backbone_with_maps_of_four_sizes(architecture):
+    trunk, task = build_pyramid(architecture, min_size=64, max_size=96, anchor_sizes=None)
+    losses_ = losses(trunk, task, two_images())
+    sum(losses_.values()).backward()
+    assert all(torch.isfinite(loss) for loss in losses_.values())
+    assert all(p.grad is not None and torch.isfinite(p.grad).all() for p in task.fpn.parameters())
+    assert all(p.grad is not None for p in trunk.parameters())
+    assert task.rpn.anchor_generator.sizes == ((32,), (64,), (128,), (256,), (512,))
+    assert not any(name.startswith("fpn") for name in trunk.state_dict())
+
+
+def test_a_pyramid_of_maps_of_one_size_is_refused():
+    plain = dict(class_token=False, global_pool="avg")
+    with pytest.raises(ConfigError, match=r"'test_vit' returns blocks.2 \(stride 16\), blocks.5 \(stride 16\)\. Name "):
+        build("blocks.5", "test_vit", ("blocks.2",), plain, fpn_channels=16)
+    with pytest.raises(ConfigError, match=r"returns c2 \(stride 4\), c4 \(stride 16\)"):
+        build("c4", out_features=("c2",), fpn_channels=16)
+
+
+def test_a_pyramid_of_one_map_says_where_more_are_asked_for():
+    with pytest.raises(ConfigError, match=r"returns c3 \(stride 8\).*backbone.out_features.*task.fpn_channels=null"):
+        build(fpn_channels=16)
+
+
+def test_a_pyramid_needs_a_size_of_anchor_for_each_of_its_maps():
+    with pytest.raises(
+        ConfigError, match=r"anchor_sizes gives 3 sizes; the pyramid has 5 maps \(those of c2, c3, c4, "
+    ):
+        build_pyramid(anchor_sizes=[16, 32, 64])
+
+
+def test_a_vision_transformer_detects_on_its_last_map():
+    args = dict(class_token=False, global_pool="avg", dynamic_img_size=True)
+    trunk, task = build("blocks.5", "test_vit", (), args)
+    batch = two_images()
+    losses_ = losses(trunk, task, batch)
+    sum(losses_.values()).backward()
+    assert all(torch.isfinite(loss) for loss in losses_.values())
+    assert task.roi_heads.box_roi_pool.scales == [1 / 16]
+    trunk.eval(), task.eval()
+    assert all(len(prediction["boxes"]) for prediction in task.predict(trunk, batch[0]))
 
 
 def test_difficult_objects_are_left_out_of_training():
@@ -206,8 +305,12 @@ def test_a_few_steps_fit_two_bright_squares():
     assert sum(history[-5:]) < 0.5 * sum(history[:5])
 
 
-def test_under_autocast_boxes_are_computed_in_full_precision():
-    trunk, task = build()
+SMALL_PYRAMID = dict(min_size=64, max_size=96, anchor_sizes=(8, 16, 32, 64, 128))
+
+
+@pytest.mark.parametrize(("built", "args"), [(build, {}), (build_pyramid, SMALL_PYRAMID)], ids=["one_map", "pyramid"])
+def test_under_autocast_boxes_are_computed_in_full_precision(built, args):
+    trunk, task = built(**args)
     images, targets = two_images()
     targets[0]["boxes"] = targets[0]["boxes"] + 1 / 3  # nothing that bfloat16 could hold
     seen = []
@@ -216,7 +319,7 @@ def test_under_autocast_boxes_are_computed_in_full_precision():
     with torch.autocast("cpu", torch.bfloat16):
         rounded = losses(trunk, task, (images, targets))
     (_, boxes, _, truth), (features, proposals, _, kept) = seen
-    assert features["c3"].dtype == torch.float32
+    assert all(feature.dtype == torch.float32 for feature in features.values())
     assert torch.equal(truth[0]["boxes"], kept[0]["boxes"])
     for one, other in zip(boxes, proposals, strict=True):
         assert other.dtype == torch.float32 and not torch.equal(other, other.bfloat16().float())
@@ -228,3 +331,50 @@ def test_under_autocast_boxes_are_computed_in_full_precision():
     for name, value in plain.items():
         assert rounded[name].dtype == torch.float32
         torch.testing.assert_close(rounded[name], value, rtol=0.03, atol=1e-3)
+
+
+def pyramid_config(tiny_config, **changed):
+    settings = {
+        "+backbone__out_features": "[c2, c3, c4, c5]",
+        "bilevel__shared_stage": "null",
+        "+task__fpn_channels": 16,
+        "task__anchor_sizes": "[8, 16, 32, 48, 64]",
+        "bilevel__alternations": 1,
+    }
+    return tiny_config(**{**settings, **changed})
+
+
+def test_a_pyramid_goes_through_the_bilevel_stage_and_is_evaluated(tiny_config, at_scenes):
+    context = open_context(pyramid_config(tiny_config), "test")
+    trainer = build_bissl(context, Weights())
+    problem = trainer.problem
+    assert problem.upper.backbone.out_features == PYRAMID_MAPS
+    # the pyramid is the head's, so what the levels share is the backbone alone
+    shared = [name for name, _ in problem.upper.backbone.named_parameters()]
+    assert shared == [name for name, _ in problem.lower.backbone.named_parameters()]
+    assert not any("inner_blocks" in name for name in shared)
+    pyramid = {key: value.clone() for key, value in problem.upper.head.fpn.state_dict().items()}
+    stem = problem.upper.backbone.state_dict()["conv1.0.weight"].clone()
+    trainer.train()
+    assert all(not torch.equal(value, pyramid[key]) for key, value in problem.upper.head.fpn.state_dict().items())
+    assert not torch.equal(stem, problem.upper.backbone.state_dict()["conv1.0.weight"])
+    assert problem.lower.step == 2 and problem.upper.step == 1
+    result = trainer.result()
+    trunk, task = build_downstream(context, Weights(result.backbone, task=result.task))
+    assert {"AP50", "AP"} <= set(evaluate(context, trunk, task))
+
+
+def test_a_map_beyond_the_shared_stage_is_refused(tiny_config, at_scenes):
+    cfg = pyramid_config(tiny_config, bilevel__shared_stage="c4")
+    with pytest.raises(BisslZooError, match="split after 'c4', .* no map 'c5'.*bilevel.shared_stage=c5"):
+        build_bissl(open_context(cfg, "test"), Weights())
+
+
+@pytest.mark.parametrize(
+    ("name", "stage", "maps"), [("faster_rcnn", "c4", ()), ("faster_rcnn_fpn", "c5", PYRAMID_MAPS)]
+)
+def test_the_common_configs_build_on_a_resnet50(name, stage, maps):
+    trunk, _ = build_backbone(name="resnet50").split(stage, maps)
+    task = instantiate(load_config(f"common/downstream/{name}.py").task, backbone=trunk, classes=CLASSES)
+    assert (task.resize.min_size, task.resize.max_size) == ((196,), 320)
+    assert tuple(task.maps) == (maps or (stage,)) and (task.fpn is None) == (not maps)

@@ -4,7 +4,7 @@ import sys
 
 import pytest
 import torch
-from sklearn.metrics import balanced_accuracy_score, top_k_accuracy_score
+from sklearn.metrics import balanced_accuracy_score, confusion_matrix, top_k_accuracy_score
 
 from bissl_zoo.errors import BisslZooError, DatasetError
 from bissl_zoo.evaluation import TopKEvaluator
@@ -21,7 +21,7 @@ dist.init_process_group("gloo", init_method=sys.argv[1], rank=rank, world_size=2
 evaluator = TopKEvaluator(["a", "b"])
 evaluator.process(torch.eye(2)[[[0], [0, 0, 1]][rank]], torch.tensor([[0], [1, 1, 1]][rank]))
 evaluator.synchronize()
-print(json.dumps(evaluator.evaluate()))
+print(json.dumps([evaluator.evaluate(), evaluator.confusion().tolist()]))
 dist.barrier()
 dist.destroy_process_group()
 """
@@ -43,6 +43,33 @@ def test_accuracies_agree_with_scikit_learn_over_several_batches():
     assert metrics["top1"] == pytest.approx(reference[1], rel=1e-12)
     assert metrics["top5"] == pytest.approx(reference[5], rel=1e-12)
     assert metrics["mean_per_class"] == pytest.approx(balanced_accuracy_score(labels, scores.argmax(1)), rel=1e-12)
+
+
+def test_accuracies_by_class_and_confusions_agree_with_scikit_learn():
+    generator = torch.Generator().manual_seed(0)
+    scores, labels = torch.randn(200, 7, generator=generator), torch.randint(0, 6, (200,), generator=generator)
+    evaluator = TopKEvaluator(classes(7))
+    for part in range(0, 200, 64):
+        evaluator.process(scores[part : part + 64], labels[part : part + 64])
+    assert evaluator.confusion().tolist() == confusion_matrix(labels, scores.argmax(1), labels=range(7)).tolist()
+    figures = evaluator.per_class()
+    assert list(figures) == classes(6)  # of the last there is no sample
+    for label, name in enumerate(figures):
+        mine = labels == label
+        for k in (1, 5):
+            reference = top_k_accuracy_score(labels[mine], scores[mine], k=k, labels=range(7))
+            assert figures[name][f"top{k}"] == pytest.approx(reference, rel=1e-12)
+    mean = sum(one["top1"] for one in figures.values()) / 6
+    assert evaluator.evaluate()["mean_per_class"] == pytest.approx(mean, rel=1e-12)
+
+
+def test_of_equal_scores_the_first_class_is_the_one_that_is_predicted():
+    evaluator = TopKEvaluator(classes(3))
+    evaluator.process(torch.tensor([[0.0, 1.0, 1.0]] * 3), torch.arange(3))
+    assert evaluator.confusion().tolist() == [[0, 1, 0], [0, 1, 0], [0, 1, 0]]
+    assert [one["top1"] for one in evaluator.per_class().values()] == [0.0, 1.0, 0.0]
+    evaluator.reset()
+    assert evaluator.confusion().sum() == 0 and evaluator.per_class() == {}
 
 
 def test_topk_above_the_number_of_classes_is_left_out():
@@ -101,4 +128,6 @@ def test_counts_of_two_processes_are_added(tmp_path):
     for process in ranks:
         output = process.communicate(timeout=120)[0]
         assert process.returncode == 0
-        assert json.loads(output.splitlines()[-1]) == {"top1": 0.5, "mean_per_class": pytest.approx(2 / 3)}
+        figures, confusion = json.loads(output.splitlines()[-1])
+        assert figures == {"top1": 0.5, "mean_per_class": pytest.approx(2 / 3)}
+        assert confusion == [[1, 0], [2, 1]]

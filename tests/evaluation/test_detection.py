@@ -6,6 +6,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
 
 from bissl_zoo.errors import BisslZooError, DatasetError
 from bissl_zoo.evaluation import DetectionEvaluator, average_precision, voc_average_precision
@@ -63,6 +65,73 @@ def test_golden_set_gives_the_values_of_independent_implementations():
     assert metrics["voc_AP50"] == pytest.approx(float(data["ap50_voc_allpoint_own"]) / 100, rel=1e-9)
     # A matching that ignores the labels gives another number; ours must not be that one.
     assert abs(metrics["AP50"] - float(data["ap50_reference"]) / 100) > 0.01
+
+
+def random_detections(images=12, classes=3, seed=0):
+    """Overlapping objects, and detections that are moved copies of them, one or two of each, with equal scores."""
+    generator = np.random.default_rng(seed)
+    predictions, targets = [], []
+    for image in range(images):
+        count = int(generator.integers(0, 6))
+        corners = generator.uniform(0, 60, (count, 2))
+        boxes = np.concatenate([corners, corners + generator.uniform(8, 40, (count, 2))], axis=1)
+        labels = generator.integers(0, classes, count)
+        again = generator.integers(0, count, count + 3) if count else np.zeros(0, dtype=np.int64)
+        found = np.concatenate([boxes, boxes[again]]) + generator.normal(0, 2.5, (count + len(again), 4))
+        scores = generator.integers(1, 12, len(found)) / 16
+        targets.append(target(boxes.tolist(), labels.tolist(), image_id=image))
+        predictions.append(prediction(found.tolist(), scores.tolist(), [*labels.tolist(), *labels[again].tolist()]))
+    return predictions, targets
+
+
+def coco_objects(records, scored):
+    annotations = []
+    for image, record in enumerate(records):
+        boxes = record["boxes"].double()
+        for i, (x0, y0, x1, y1) in enumerate(boxes.tolist()):
+            one = {"id": len(annotations) + 1, "image_id": image, "category_id": int(record["labels"][i]), "iscrowd": 0}
+            one |= {"bbox": [x0, y0, x1 - x0, y1 - y0], "area": (x1 - x0) * (y1 - y0)}
+            annotations.append(one | ({"score": float(record["scores"][i])} if scored else {}))
+    return annotations
+
+
+def test_figures_are_those_that_pycocotools_itself_reports(capsys):
+    predictions, targets = random_detections()
+    coco = COCO()
+    coco.dataset = {"images": [{"id": i} for i in range(12)], "categories": [{"id": i} for i in range(3)]}
+    coco.dataset["annotations"] = coco_objects(targets, scored=False)
+    coco.createIndex()
+    reference = COCOeval(coco, coco.loadRes(coco_objects(predictions, scored=True)), "bbox")
+    reference.evaluate(), reference.accumulate(), reference.summarize()
+    metrics = evaluate(predictions, targets, list("abc"))
+    assert 0.2 < metrics["AP"] < 0.8
+    for name, value in zip(("AP", "AP50", "AP75"), reference.stats, strict=False):
+        assert metrics[name] == pytest.approx(value, rel=1e-12)
+    by_class = reference.eval["precision"][:, :, :, 0, -1].mean(axis=(0, 1))
+    evaluator = DetectionEvaluator("abc")
+    evaluator.process(predictions, targets)
+    assert [one["AP"] for one in evaluator.per_class().values()] == pytest.approx(by_class, rel=1e-12)
+    assert capsys.readouterr().err == ""
+
+
+def test_area_and_pycocotools_agree_where_their_definitions_meet():
+    # A hundred objects far apart, found in any order among wrong detections: at the recalls 1/100, 2/100, ... COCO
+    # takes the precision of the same ranking, and once more that of the first at recall 0.
+    generator = np.random.default_rng(0)
+    corners = np.stack(np.meshgrid(np.arange(10), np.arange(10)), axis=-1).reshape(-1, 2) * 50.0
+    boxes = np.concatenate([corners, corners + 20], axis=1)
+    wrong = boxes[:60] + 25
+    scores = np.concatenate([[1.0], generator.uniform(0, 0.9, 159)])
+    targets, predictions = [], []
+    for image in range(4):  # COCO takes a hundred detections of an image
+        mine, others = boxes[image::4], wrong[image::4]
+        targets.append(target(mine.tolist(), image_id=image))
+        mine_scores = [*scores[:100][image::4], *scores[100:][image::4]]
+        predictions.append(prediction([*mine.tolist(), *others.tolist()], mine_scores))
+    metrics = evaluate(predictions, targets)
+    assert 0.6 < metrics["voc_AP50"] < 0.95
+    # a few of its hundredths are above the recall by rounding, and then it takes the next
+    assert metrics["AP50"] == pytest.approx((1 + 100 * metrics["voc_AP50"]) / 101, abs=2e-3)
 
 
 def test_eleven_point_mean_agrees_with_an_independent_implementation():
@@ -153,6 +222,47 @@ def test_equal_scores_rank_by_image_number_whatever_the_order_of_processing():
         metrics = evaluate(*zip(*order, strict=True))
         # The right one, in image 0, comes first: precision 1 at recall 1/2.
         assert metrics["voc_AP50"] == 0.5
+
+
+def test_equal_scores_in_an_image_rank_in_the_order_given():
+    for found, area in (([BOX, FAR], 1.0), ([FAR, BOX], 0.5)):
+        metrics = evaluate([prediction(found, [0.5, 0.5])], [target([BOX])])
+        assert metrics["voc_AP50"] == area
+        assert metrics["AP50"] == pytest.approx(area, rel=1e-9)
+
+
+def test_scores_are_ranked_in_full_precision():
+    found = prediction([FAR, BOX], [0.5, 0.5])
+    found["scores"] = torch.tensor([0.5, 0.5 + 1e-15], dtype=torch.float64)  # equal in float32
+    metrics = evaluate([found], [target([BOX])])
+    assert metrics["voc_AP50"] == 1.0 and metrics["AP50"] == ONE
+
+
+def test_figures_by_class_worked_out_by_hand():
+    # a: found, with an IoU of 0.6; b: one of two, after a wrong one; c: never; d: nowhere; e: difficult only
+    targets = [
+        target([BOX, FAR], [0, 1], image_id=0),
+        target([BOX, FAR, [80, 80, 90, 90]], [1, 2, 4], [False, False, True], image_id=1),
+    ]
+    predictions = [
+        prediction([[0, 0, 10, 6], BOX, FAR], [0.9, 0.8, 0.7], [0, 1, 1]),
+        prediction([BOX, [80, 80, 90, 90]], [0.9, 0.9], [3, 4]),
+    ]
+    evaluator = DetectionEvaluator("abcde")
+    evaluator.process(predictions, targets)
+    figures = evaluator.per_class()
+    assert list(figures) == ["a", "b", "c"]
+    # 0.6 is reached at the thresholds 0.5, 0.55 and 0.6
+    expected = {"AP": 0.3, "AP50": 1.0, "AP75": 0.0, "voc_AP50": 1.0, "voc07_AP50": 1.0}
+    assert figures["a"] == pytest.approx(expected, rel=1e-9)
+    # precision 1/2 up to recall 1/2: at 51 of COCO's 101 recalls, and 6 of the 11
+    expected = {"AP": 51 / 202, "AP50": 51 / 202, "AP75": 51 / 202, "voc_AP50": 1 / 4, "voc07_AP50": 3 / 11}
+    assert figures["b"] == pytest.approx(expected, rel=1e-9)
+    assert set(figures["c"].values()) == {0.0}
+    metrics = evaluator.evaluate()
+    for name in expected:
+        assert metrics[name] == pytest.approx(sum(one[name] for one in figures.values()) / 3, rel=1e-12)
+    assert {name for name in metrics if "/" in name} == {"AP50/a", "AP50/b", "AP50/c"}
 
 
 def test_class_without_objects_is_left_out_of_the_mean():

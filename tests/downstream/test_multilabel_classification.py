@@ -1,0 +1,168 @@
+import pytest
+import torch
+from PIL import Image
+from torch.nn import functional
+from torch.utils.data import Dataset
+
+from bissl_zoo.config import instantiate, load_config
+from bissl_zoo.downstream.multilabel import binary_cross_entropy, softmax_cross_entropy
+from bissl_zoo.engine.bissl import build_bissl
+from bissl_zoo.engine.build import Context, Weights
+from bissl_zoo.engine.checks import check_parts
+from bissl_zoo.engine.evaluate import evaluate
+from bissl_zoo.engine.run import open_context
+from bissl_zoo.errors import ConfigError, DatasetError, RegistryError
+from bissl_zoo.registry import build_backbone, build_task
+
+CLASSES = ["cat", "dog", "eel"]
+
+
+def build(name="multilabel_classification", **kwargs):
+    torch.manual_seed(0)
+    trunk, _ = build_backbone(name="test_resnet").split("c4")
+    return trunk, build_task(name=name, backbone=trunk, classes=CLASSES, **kwargs)
+
+
+def random_logits_and_targets(lowest=0):
+    generator = torch.Generator().manual_seed(0)
+    logits = 5 * torch.randn(6, 4, generator=generator)
+    return logits.requires_grad_(), torch.randint(lowest, 2, (6, 4), generator=generator).float()
+
+
+def test_the_head_and_the_samples_are_those_of_single_label_classification():
+    trunk, task = build()
+    _, other = build("classification")
+    images = torch.randn(2, 3, 32, 32)
+    trunk.eval()
+    assert torch.equal(task.predict(trunk, images), other.predict(trunk, images))
+    assert not task.predict(trunk, images).requires_grad
+    picture, target = Image.new("RGB", (50, 40), (255, 0, 51)), torch.tensor([1.0, 0.0, -1.0])
+    image, kept = task.transform(train=False)(picture, target)
+    assert torch.equal(image, other.transform(train=False)(picture, 0)[0]) and torch.equal(kept, target)
+
+
+def test_without_ignored_labels_the_loss_is_the_plain_mean():
+    logits, targets = random_logits_and_targets()
+    probabilities = logits.detach().double().sigmoid()
+    expected = -torch.where(targets == 1, probabilities.log(), (1 - probabilities).log()).mean()
+    torch.testing.assert_close(binary_cross_entropy(logits, targets).double(), expected)
+    torch.testing.assert_close(
+        binary_cross_entropy(logits, targets), functional.binary_cross_entropy_with_logits(logits, targets)
+    )
+
+
+def test_ignored_labels_are_neither_in_the_loss_nor_in_its_mean():
+    logits, targets = random_logits_and_targets(lowest=-1)
+    counts = targets >= 0
+    assert 0 < counts.sum() < counts.numel()
+    loss = binary_cross_entropy(logits, targets)
+    torch.testing.assert_close(loss, functional.binary_cross_entropy_with_logits(logits[counts], targets[counts]))
+    (gradient,) = torch.autograd.grad(loss, logits)
+    assert (gradient[~counts] == 0).all() and (gradient[counts] != 0).all()
+
+
+def test_a_batch_of_nothing_but_ignored_labels_moves_nothing():
+    logits, _ = random_logits_and_targets()
+    loss = binary_cross_entropy(logits, -torch.ones(6, 4))
+    (gradient,) = torch.autograd.grad(loss, logits)
+    assert loss == 0 and (gradient == 0).all()
+
+
+def test_the_softmax_loss_adds_up_the_positives_of_an_image():
+    logits, targets = random_logits_and_targets(lowest=-1)
+    expected = -(logits.log_softmax(dim=1) * (targets == 1)).sum(dim=1).mean()
+    torch.testing.assert_close(softmax_cross_entropy(logits, targets), expected)
+    labels = torch.tensor([0, 1, 2, 3, 3, 0])
+    single = softmax_cross_entropy(logits, functional.one_hot(labels).float())
+    torch.testing.assert_close(single, functional.cross_entropy(logits, labels))
+
+
+@pytest.mark.parametrize(("loss", "function"), [("bce", binary_cross_entropy), ("softmax", softmax_cross_entropy)])
+def test_the_task_takes_the_loss_that_is_named(loss, function):
+    trunk, task = build(loss=loss)
+    images, targets = torch.randn(4, 3, 32, 32), torch.tensor([[1.0, 0, 1], [0, 0, -1], [1, 1, 0], [0, 1, 0]])
+    losses = task.losses(trunk, (images, targets))
+    again, same = build(loss=loss)
+    assert list(losses) == [loss]
+    torch.testing.assert_close(losses[loss], function(same._logits(again, images), targets))
+    losses[loss].backward()
+    assert all(p.grad is not None for p in [*trunk.parameters(), *task.parameters()])
+
+
+def test_what_is_no_loss_or_argument_is_refused_with_the_nearest():
+    with pytest.raises(ConfigError, match="task.loss is 'sotfmax'; accepted are bce and softmax. Did you mean 'soft"):
+        build(loss="sotfmax")
+    with pytest.raises(RegistryError, match="does not take 'image_szie'. Did you mean 'image_size'"):
+        build(image_szie=3)
+
+
+def test_batches_are_stacked():
+    _, task = build()
+    samples = [(torch.zeros(3, 8, 8), torch.tensor([1, 0, -1])), (torch.ones(3, 8, 8), torch.tensor([0, 0, 0]))]
+    images, targets = task.collate(samples)
+    assert images.shape == (2, 3, 8, 8) and targets.dtype == torch.float32
+    assert targets.tolist() == [[1, 0, -1], [0, 0, 0]]
+
+
+@pytest.mark.parametrize(
+    ("target", "message"),
+    [
+        (torch.zeros(4), r"shape \(4,\) and the values \[0.0\]; expected are 3 numbers"),
+        (torch.tensor([0.0, 1.0, 2.0]), r"shape \(3,\) and the values \[0.0, 1.0, 2.0\]"),
+        (torch.tensor(1), r"shape \(\)"),
+    ],
+)
+def test_targets_that_are_not_multilabel_are_refused(target, message):
+    _, task = build()
+    with pytest.raises(DatasetError, match=message):
+        task.collate([(torch.zeros(3, 8, 8), target)])
+
+
+def test_the_common_config_builds():
+    trunk, _ = build()
+    task = instantiate(load_config("common/downstream/multilabel.py").task, backbone=trunk, classes=CLASSES)
+    assert (task.image_size, task.loss, task.target_type) == (96, "bce", torch.Tensor)
+
+
+def test_a_few_steps_fit_a_few_images():
+    trunk, task = build()
+    images, targets = torch.randn(6, 3, 32, 32), torch.tensor([[1.0, 0, 1], [0, 0, 0], [1, 1, 1]] * 2)
+    optimizer = torch.optim.Adam([*trunk.parameters(), *task.parameters()], lr=1e-2)
+    for _ in range(30):
+        loss = task.losses(trunk, (images, targets))["bce"]
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert loss < 0.1
+
+
+class WhichDigits(Dataset):
+    """Of a detection set, the classes of an image; those of its last object are not told."""
+
+    def __init__(self, boxes):
+        self.boxes, self.classes = boxes, boxes.classes
+
+    def __len__(self):
+        return len(self.boxes)
+
+    def __getitem__(self, index):
+        image, target = self.boxes[index]
+        labels = torch.zeros(len(self.classes))
+        labels[target["labels"]] = 1
+        labels[target["labels"][-1:]] = -1
+        return image, labels
+
+
+def test_it_goes_through_the_bilevel_stage_and_is_evaluated(tiny_config, at_scenes):
+    call = "{_target_: bissl_zoo.registry.build_task, name: multilabel_classification, image_size: 32}"
+    opened = open_context(tiny_config(task=call, bilevel__alternations=1), "test")
+    data = {role: WhichDigits(opened.data[role]) for role in ("train", "test")} | {"pretext": opened.data["pretext"]}
+    context = Context(opened.cfg, data, opened.device)
+    check_parts(context, Weights())
+    trainer = build_bissl(context, Weights())
+    before = {key: value.clone() for key, value in trainer.problem.upper.head.state_dict().items()}
+    trainer.train()
+    level = trainer.problem.upper
+    assert all(not torch.equal(value, before[key]) for key, value in level.head.state_dict().items())
+    figures = evaluate(context, level.backbone, level.head)
+    assert set(figures) == {"mAP11", "mAP"} and all(0 <= value <= 1 for value in figures.values())

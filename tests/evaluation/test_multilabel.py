@@ -1,0 +1,205 @@
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from bissl_zoo.errors import BisslZooError, DatasetError
+from bissl_zoo.evaluation import MultilabelEvaluator
+
+GOLDEN = Path(__file__).resolve().parents[1] / "golden"
+
+
+def evaluator(scores, targets, classes=None):
+    scores, targets = torch.as_tensor(scores), torch.as_tensor(targets)
+    filled = MultilabelEvaluator(classes or [f"class{i}" for i in range(scores.shape[1])])
+    filled.process(scores, targets)
+    return filled
+
+
+def one_class(scores, targets):
+    """AP11 and AP of one class."""
+    figures = evaluator(torch.tensor(scores)[:, None], torch.tensor(targets)[:, None]).per_class()
+    return figures["class0"]["AP11"], figures["class0"]["AP"]
+
+
+def golden(name):
+    data = np.load(GOLDEN / f"{name}.npz")
+    return data["scores"], data["targets"], float(data["mAP"]) / 100
+
+
+def eleven_points(positive):
+    """The devkit's loop over a ranking, with whole numbers for tenths."""
+    hits, best = 0, [0.0] * 11
+    for place, right in enumerate(positive, start=1):
+        hits += bool(right)
+        for tenth in range(11):
+            if 10 * hits >= tenth * sum(positive):
+                best[tenth] = max(best[tenth], hits / place)
+    return sum(best) / 11
+
+
+def random_set(samples=60, classes=5, levels=None, ignored=0.0, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    scores = torch.rand(samples, classes, dtype=torch.float64, generator=generator)
+    targets = (torch.rand(samples, classes, generator=generator) < 0.3).float()
+    targets[torch.rand(samples, classes, generator=generator) < ignored] = -1
+    return (scores if levels is None else (scores * levels).floor() / levels), targets
+
+
+def test_eleven_point_mean_agrees_with_an_independent_implementation():
+    scores, targets, expected = golden("map11_a")
+    # the reference takes its mean in float32
+    assert evaluator(scores, targets).evaluate()["mAP11"] == pytest.approx(expected, rel=1e-6)
+
+
+def test_equal_scores_rank_in_the_order_of_the_set_and_not_as_a_sort_leaves_them():
+    scores, targets, theirs = golden("map11_ties")  # with numpy's default sort, which is not stable
+    columns = [(s, t) for s, t in zip(scores.T, targets.T, strict=True) if t.any()]
+    stable = np.mean([eleven_points([t[i] for i in sorted(range(len(s)), key=lambda i: -s[i])]) for s, t in columns])
+    least, most = (
+        np.mean([eleven_points(t[np.lexsort((sign * t, -s))]) for s, t in columns])  # positives last, first
+        for sign in (1, -1)
+    )
+    ours = evaluator(scores, targets).evaluate()["mAP11"]
+    assert ours == pytest.approx(stable, rel=1e-12)
+    assert least < theirs < most and abs(ours - theirs) > 1e-3
+
+
+@pytest.mark.filterwarnings("ignore:No positive samples found")  # of torchmetrics, on the class without
+@pytest.mark.parametrize("levels", [None, 7])
+def test_the_area_agrees_with_torchmetrics_over_ties_and_ignored_labels(levels):
+    torchmetrics = pytest.importorskip("torchmetrics", reason="the reference for the area needs torchmetrics")
+    scores, targets = random_set(levels=levels, ignored=0.2)
+    targets[:, 1] = targets[:, 1].clamp(max=0)  # a class without positives
+    figures = evaluator(scores, targets).per_class()
+    reference = torchmetrics.classification.MultilabelAveragePrecision(5, average=None, ignore_index=-1)
+    # theirs is in float32
+    expected = reference(scores, targets.long())
+    assert list(figures) == ["class0", "class2", "class3", "class4"]
+    for name, figure in figures.items():
+        assert figure["AP"] == pytest.approx(expected[int(name[-1])].item(), rel=1e-5)
+
+
+def test_a_ranking_worked_out_by_hand():
+    # precision 1 at recall 1/2 and 2/3 at recall 1: six of the recalls 0, 0.1, ... are up to 1/2
+    assert one_class([3.0, 2.0, 1.0], [1, 0, 1]) == pytest.approx(((6 + 5 * 2 / 3) / 11, (1 + 2 / 3) / 2), rel=1e-15)
+
+
+def test_equal_scores_worked_out_by_hand():
+    # in the given order precision is 0, 1/2, 2/3, 1/2, of which 2/3 comes last in recall; one threshold takes in all
+    assert one_class([0.5] * 4, [0, 1, 1, 0]) == pytest.approx((2 / 3, 1 / 2), rel=1e-15)
+
+
+def test_recalls_are_exact_tenths():
+    # three of ten are found first and the others after a thousand misses: precision 1 at 0, 0.1, 0.2 and 0.3
+    scores = [float(-place) for place in range(1010)]
+    eleven, _ = one_class(scores, [1] * 3 + [0] * 1000 + [1] * 7)
+    late = [(3 + hit) / (1003 + hit) for hit in range(1, 8)]
+    assert eleven == pytest.approx((4 + sum(max(late[i:]) for i in range(7))) / 11, rel=1e-12)
+
+
+def test_an_ignored_label_takes_its_image_out_of_that_class_only():
+    scores, targets = random_set(ignored=0.3)
+    figures = evaluator(scores, targets).per_class()
+    for column, figure in enumerate(figures.values()):
+        counts = targets[:, column] >= 0
+        assert 0 < counts.sum() < 60
+        assert (figure["AP11"], figure["AP"]) == one_class(
+            scores[counts, column].tolist(), targets[counts, column].tolist()
+        )
+
+
+def test_classes_without_positives_are_left_out_of_the_mean():
+    # a perfect class, one that is nowhere, one of which nothing is known, and one that is found second
+    scores = torch.tensor([[2.0, 2.0, 2.0, 2.0], [1.0, 1.0, 1.0, 1.0]])
+    filled = evaluator(scores, torch.tensor([[1, 0, -1, 0], [0, 0, -1, 1]]), list("abcd"))
+    assert filled.per_class() == {"a": {"AP11": 1.0, "AP": 1.0}, "d": {"AP11": 0.5, "AP": 0.5}}
+    assert filled.evaluate() == {"mAP11": 0.75, "mAP": 0.75}
+
+
+def test_a_class_that_is_in_every_image_is_perfect():
+    assert one_class([0.1, 0.3], [1, 1]) == (1.0, 1.0) == one_class([0.1], [1])
+
+
+def test_scores_are_ranked_in_full_precision():
+    assert one_class([40.0, 50.0], [0, 1]) == (1.0, 1.0)  # whose sigmoids are both 1 in float32
+    close = torch.tensor([[1.0], [1.0 + 1e-15]], dtype=torch.float64)
+    assert evaluator(close, torch.tensor([[0], [1]])).evaluate() == {"mAP11": 1.0, "mAP": 1.0}
+
+
+def test_batches_give_what_the_whole_set_does():
+    scores, targets = random_set(levels=5)
+    parts = MultilabelEvaluator([f"class{i}" for i in range(5)])
+    for start in range(0, 60, 16):
+        parts.process(scores[start : start + 16], targets[start : start + 16])
+    parts.process(scores[:0], targets[:0])
+    assert parts.evaluate() == evaluator(scores, targets).evaluate()
+
+
+def test_nothing_to_measure_is_an_error_that_says_so():
+    empty = MultilabelEvaluator(["a", "b"])
+    with pytest.raises(DatasetError, match="no sample was processed"):
+        empty.evaluate()
+    empty.process(torch.zeros(3, 2), torch.tensor([[0, -1], [0, 0], [-1, -1]]))
+    with pytest.raises(DatasetError, match="none of the 3 samples has a class"):
+        empty.evaluate()
+    empty.process(torch.zeros(1, 2), torch.ones(1, 2))
+    assert empty.evaluate()
+    empty.reset()
+    with pytest.raises(DatasetError, match="no sample was processed"):
+        empty.evaluate()
+
+
+@pytest.mark.parametrize(
+    ("scores", "targets", "message"),
+    [
+        (torch.zeros(1, 3), torch.zeros(1, 3), r"of 2 classes: predictions have shape \(1, 3\)"),
+        (torch.zeros(2, 2), torch.zeros(1, 2), r"targets \(1, 2\); expected are \(B, 2\)"),
+        (torch.zeros(2, 2), torch.zeros(2), r"targets \(2,\)"),
+        (torch.full((1, 2), float("nan")), torch.zeros(1, 2), "NaN or infinite"),
+        (torch.zeros(1, 2), torch.tensor([[0.5, 2.0]]), r"targets are \[0.5, 2.0\]"),
+    ],
+)
+def test_scores_and_targets_that_do_not_fit_are_refused(scores, targets, message):
+    with pytest.raises(BisslZooError, match=message):
+        MultilabelEvaluator(["a", "b"]).process(scores, targets)
+
+
+# Seven samples with equal scores among them, so that their order matters.
+SCORES, TARGETS = [2.0, 1.0, 1.0, 1.0, 1.0, 1.0, 0.0], [0, 0, 1, 0, 1, -1, 1]
+RANK = f"""
+import json, sys
+import torch
+import torch.distributed as dist
+from bissl_zoo.data.loaders import build_test_loader
+from bissl_zoo.evaluation import MultilabelEvaluator
+
+dist.init_process_group("gloo", init_method=sys.argv[1], rank=int(sys.argv[2]), world_size=2)
+evaluator = MultilabelEvaluator(["a"])
+samples = list(zip({SCORES}, {TARGETS}))
+for scores, targets in build_test_loader(samples, 2, lambda score, target: (score, target)):
+    evaluator.process(scores[:, None], targets[:, None])
+evaluator.synchronize()
+print(json.dumps(evaluator.evaluate()))
+dist.barrier()
+dist.destroy_process_group()
+"""
+
+
+def test_figures_of_two_processes_are_those_of_the_whole_set_in_its_order(tmp_path):
+    script = tmp_path / "rank.py"
+    script.write_text(RANK)
+    command = [sys.executable, str(script), f"file://{tmp_path / 'rendezvous'}"]
+    ranks = [subprocess.Popen([*command, str(rank)], stdout=subprocess.PIPE, text=True) for rank in range(2)]
+    alone = evaluator(torch.tensor(SCORES)[:, None], torch.tensor(TARGETS)[:, None]).evaluate()
+    by_rank = [*range(0, 7, 2), *range(1, 7, 2)]
+    other = evaluator(torch.tensor(SCORES)[by_rank, None], torch.tensor(TARGETS)[by_rank, None]).evaluate()
+    assert other["mAP11"] != alone["mAP11"]
+    for process in ranks:
+        output = process.communicate(timeout=120)[0]
+        assert process.returncode == 0
+        assert json.loads(output.splitlines()[-1]) == alone
