@@ -46,6 +46,11 @@ class CheckpointInfo:
     format: int = FORMAT
 
     @property
+    def ended(self) -> bool:
+        """Whether the stage ended before its last step."""
+        return self.done and self.step < self.total_steps
+
+    @property
     def sha256(self) -> str:
         """One digest for the checkpoint: of those of its files."""
         digests = (f"{name} {facts['sha256']}\n" for name, facts in sorted(self.files.items()))
@@ -76,9 +81,12 @@ class Checkpointer:
         architecture: str,
         state: dict[str, Any],
         metrics: Mapping[str, float] | None = None,
+        ended: bool = False,
     ) -> Path:
         """Write a checkpoint beside its final place, force it to disk, rename it there, and drop what need not stay.
 
+        Args:
+            ended: the stage ends with this step although it is not the last.
         Raises:
             DiskError: the disk is full or fails; there is how much room is needed, and nothing half-written.
             CheckpointError: it could not be written for another reason.
@@ -91,9 +99,8 @@ class Checkpointer:
             draft.mkdir(parents=True)
             write_state(draft, state)
             files = {path.name: _facts(path) for path in sorted(draft.iterdir())}
-            info = CheckpointInfo(
-                stage, step, total_steps, step >= total_steps, architecture, files, dict(metrics or {})
-            )
+            done = ended or step >= total_steps
+            info = CheckpointInfo(stage, step, total_steps, done, architecture, files, dict(metrics or {}))
             (draft / MANIFEST_FILE).write_text(json.dumps(asdict(info), indent=2) + "\n")
             (draft / LATEST).write_text(f"{stage}/{target.name}\n")  # while a lack of room still leaves no checkpoint
             for path in (*draft.iterdir(), draft):

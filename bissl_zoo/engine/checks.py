@@ -7,9 +7,11 @@ from typing import Any
 import torch
 from omegaconf import DictConfig, OmegaConf
 
+from bissl_zoo.backbones import Backbone
 from bissl_zoo.bilevel import Adaptation
 from bissl_zoo.config import instantiate, load_config
 from bissl_zoo.distributed import get_world_size
+from bissl_zoo.downstream import DownstreamTask
 from bissl_zoo.engine.build import (
     AMP_DTYPES,
     STAGE_DATA,
@@ -20,6 +22,8 @@ from bissl_zoo.engine.build import (
     build_pretext,
     pretext_batches,
 )
+from bissl_zoo.engine.evaluate import figures_of
+from bissl_zoo.engine.finetune import trained_parameters
 from bissl_zoo.engine.pretrain import check_accumulation
 from bissl_zoo.errors import ConfigError, did_you_mean
 
@@ -47,6 +51,8 @@ _LEAST = {
     "bilevel.head_warmup.steps": 0,
     "finetune.steps": 1,
     "finetune.eval_period": 1,
+    "finetune.layer_decay": 0,
+    "finetune.early_stopping.patience": 1,
 }
 _CHOICES = {
     "train.amp": tuple(AMP_DTYPES),
@@ -92,6 +98,26 @@ def check_config(cfg: DictConfig, source: str) -> None:
             hint = did_you_mean(key, known)
             raise ConfigError(f"{source}: no key 'bilevel.adaptation.{key}'.{hint} Known: {', '.join(known)}.")
     _check_stages(list(cfg.train.stages), source)
+    _check_early_stopping(cfg, source)
+
+
+def _check_early_stopping(cfg: DictConfig, source: str) -> None:
+    metric, patience = cfg.finetune.early_stopping.metric, cfg.finetune.early_stopping.patience
+    if metric is None and patience is not None:
+        raise ConfigError(
+            f"{source}: finetune.early_stopping.patience={patience} needs finetune.early_stopping.metric, such as AP50."
+        )
+    if metric is None:
+        return
+    if cfg.finetune.eval_period is None:
+        raise ConfigError(
+            f"{source}: finetune.early_stopping needs finetune.eval_period, the steps between evaluations."
+        )
+    if "val" not in cfg.dataloader:
+        raise ConfigError(
+            f"{source}: finetune.early_stopping needs dataloader.val: weights that were chosen by the test set would "
+            "make its figures worthless. Add it, as in +dataloader.val={...}, like dataloader.test with another split."
+        )
 
 
 def _check_keys(found: dict[str, Any], reference: dict[str, Any], section: str, source: str) -> None:
@@ -148,7 +174,7 @@ def check_parts(context: Context, initial: Weights) -> None:
     world = get_world_size()
     for role in context.data:
         batch_size = cfg.dataloader[role].batch_size
-        if not isinstance(batch_size, int) or batch_size < 1 or (role != "test" and batch_size % world):
+        if not isinstance(batch_size, int) or batch_size < 1 or (role not in ("val", "test") and batch_size % world):
             raise ConfigError(
                 f"dataloader.{role}.batch_size={batch_size} must be a positive whole number and, being the batch over "
                 f"all processes, a multiple of their number ({world})."
@@ -162,19 +188,33 @@ def check_parts(context: Context, initial: Weights) -> None:
         if "pretrain" in cfg.train.stages:
             check_accumulation(cfg, pretext)
     if "train" in context.data:
-        task = build_downstream(context, Weights(initial.backbone))[1]
+        trunk, task = build_downstream(context, Weights(initial.backbone))
         target = context.data["train"][0][1]
         if not isinstance(target, task.target_type):
             raise ConfigError(
                 f"The task '{cfg.task.name}' needs targets of type {task.target_type.__name__}; the data set "
                 f"'{cfg.dataloader.train.dataset.name}' of dataloader.train has {type(target).__name__}. "
-                "Exchange one of them: boxes come as dict, class labels as int."
+                "Exchange one of them: boxes come as dict, class labels as int, several labels of an image as Tensor."
             )
+        if "finetune" in cfg.train.stages:
+            _check_finetune(context, trunk, task)
     for role in (role for stage in cfg.train.stages for role in STAGE_ROLES[stage]):
         build_part(cfg.optimizer[role], params=[torch.zeros(1, requires_grad=True)])
         build_part(cfg.lr_multiplier[role])
     if "bissl" in cfg.train.stages:
         _check_damping(build_part(cfg.solver), cfg.bilevel["lambda"])
+
+
+def _check_finetune(context: Context, trunk: Backbone, task: DownstreamTask) -> None:
+    cfg = context.cfg
+    build_part(cfg.optimizer.finetune, params=trained_parameters(cfg, trunk, task))
+    metric = cfg.finetune.early_stopping.metric
+    names = figures_of(context, trunk, task, "val") if metric else ()
+    if metric and metric not in names:
+        raise ConfigError(
+            f"finetune.early_stopping.metric is '{metric}', which the task '{cfg.task.name}' does not give."
+            f"{did_you_mean(metric, names)} It gives {', '.join(name for name in names if '/' not in name)}."
+        )
 
 
 def _check_damping(solver: Any, lam: float) -> None:

@@ -166,7 +166,7 @@ class Health(HookBase):
             trainer.metrics["skipped"] = trainer.skipped
         self._tell_of_fallbacks(trainer.metrics.get("solver/fallbacks", 0))
         self._tell_of_collapse(trainer.metrics.get("probe/std", math.inf))
-        if trainer.stopping or trainer.step == trainer.total_steps or any(trainer.step % n == 0 for n in self.periods):
+        if trainer.stopping or trainer.done or any(trainer.step % n == 0 for n in self.periods):
             for what, tensors in self._watched().items():
                 self._refuse_non_finite(what, {n: t for n, t in tensors.items() if n not in self.meant[what]})
 

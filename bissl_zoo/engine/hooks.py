@@ -19,7 +19,7 @@ from bissl_zoo.engine.randomness import random_state
 from bissl_zoo.engine.trainer import HookBase
 
 #: how the names of figures begin that are measured now and then, after a step
-MEASURED = ("test/", "probe/")
+MEASURED = ("val/", "test/", "probe/")
 METRICS_FILE = "metrics.jsonl"
 #: seconds between tries of a checkpoint that the disk refuses: of one on the way, and of one that the run ends without;
 #: the other processes wait meanwhile, for less than their communication waits by default
@@ -59,7 +59,7 @@ class Progress(HookBase):
         done, now = trainer.step - self.start_step, time.perf_counter()
         if not done:  # what an earlier part of the run owed of a step that it told of
             return
-        due = done == 1 or trainer.step % self.period == 0 or trainer.step == trainer.total_steps
+        due = done == 1 or trainer.step % self.period == 0 or trainer.done
         if not due and now - self.spoke < self.silence:
             return
         speed = self._speed(now)
@@ -116,7 +116,7 @@ class MetricsWriter(HookBase):
             for record in records
         ]
         measured = any(name.startswith(MEASURED) for name in trainer.metrics)
-        if measured or trainer.step % self.period == 0 or trainer.step == trainer.total_steps:
+        if measured or trainer.step % self.period == 0 or trainer.done:
             records.append(trainer.metrics)
             shown.append((_scalars(trainer.name, trainer.metrics), trainer.step))
         head = {"stage": trainer.name, "step": trainer.step, "time": time.time()}
@@ -174,7 +174,7 @@ class PeriodicCheckpoint(HookBase):
     def after_step(self) -> None:
         """Save when it is due."""
         trainer = self.trainer
-        if trainer.step % self.period == 0 or trainer.step == trainer.total_steps or trainer.stopping:
+        if trainer.step % self.period == 0 or trainer.done or trainer.stopping:
             start = time.perf_counter()
             randomness = all_gather_objects(random_state(self.device))
             on_main_process(lambda: self._save(randomness))  # what fails there ends every process with the same message
@@ -193,10 +193,9 @@ class PeriodicCheckpoint(HookBase):
             if name.startswith(MEASURED) and isinstance(value, (int, float))
         }
         state = {**trainer.state_dict(), "random": randomness}
-        save = partial(
-            self.checkpointer.save, trainer.name, trainer.step, trainer.total_steps, self.architecture, state, measured
-        )
-        if trainer.step == trainer.total_steps or trainer.stopping:
+        place = (trainer.name, trainer.step, trainer.total_steps, self.architecture)
+        save = partial(self.checkpointer.save, *place, state, measured, trainer.ended)
+        if trainer.done or trainer.stopping:
             retried(save, LAST_PAUSES, lambda error, pause: self._warn(error, f"Trying again in {pause:g} s."))
             return
         try:
@@ -215,25 +214,27 @@ class PeriodicCheckpoint(HookBase):
 
 
 class PeriodicEvaluation(HookBase):
-    """Evaluate every `period` steps, but not after the last, as the run does so itself; figures join the metrics.
+    """Evaluate every `period` steps; the figures join the metrics as `<role>/...`.
 
     Args:
         evaluate: gives None where the run was asked to stop meanwhile.
+        role: of the data set: `val`, which is looked at after the last step too, or `test`, as the run does itself.
     """
 
-    def __init__(self, evaluate: Callable[[], dict[str, float] | None], period: int) -> None:
-        self.evaluate = evaluate
-        self.period = period
+    def __init__(self, evaluate: Callable[[], dict[str, float] | None], period: int, role: str = "test") -> None:
+        self.evaluate, self.period, self.role = evaluate, period, role
 
     def after_step(self) -> None:
         """Evaluate when it is due; placed before the writer, so that the figures are written with this step."""
         trainer = self.trainer
-        if trainer.step % self.period == 0 and trainer.step < trainer.total_steps:
-            results = self.evaluate()
-            if results is None:
-                return trainer.postpone()
-            trainer.metrics.update({f"test/{name}": value for name, value in results.items()})
-            say(f"[{trainer.name} {trainer.step}/{trainer.total_steps}] test  {format_results(results)}")
+        last = trainer.step == trainer.total_steps
+        if not (self.role == "val" if last else trainer.step % self.period == 0):
+            return
+        results = self.evaluate()
+        if results is None:
+            return trainer.postpone()
+        trainer.metrics.update({f"{self.role}/{name}": value for name, value in results.items()})
+        say(f"[{trainer.name} {trainer.step}/{trainer.total_steps}] {self.role}  {format_results(results)}")
 
 
 def format_results(results: dict[str, Any]) -> str:

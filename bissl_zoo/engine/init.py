@@ -119,6 +119,8 @@ def weights_of(stage: str, state: dict[str, Any]) -> Weights:
             parts["task"] = levels["upper"]["head"]
         else:
             source = levels["level"]
+            if "best" in state:
+                source = state["best"]["weights"]
             if "average" in state:
                 source = {part: _take(dict(state["average"]), f"{part}.") for part in ("backbone", "head")}
             parts = {"backbone": source["backbone"], "pretext" if stage == "pretrain" else "task": source["head"]}

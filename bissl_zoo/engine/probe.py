@@ -72,7 +72,7 @@ class Probe(HookBase):
     def after_step(self) -> None:
         """Measure when it is due; placed before the writer, so that the figures are written with this step."""
         trainer = self.trainer
-        if trainer.step % self.period and trainer.step < trainer.total_steps:
+        if trainer.step % self.period and not trainer.done:
             return
         measured = on_main_process(self._measure_unless_asked)
         if measured is None:

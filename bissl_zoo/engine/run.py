@@ -11,8 +11,8 @@ from bissl_zoo.distributed import on_main_process
 from bissl_zoo.engine.bissl import LEAST_COUPLING, coupling, pretext_head_is_new, pretext_warmup_steps
 from bissl_zoo.engine.build import STAGE_DATA, Context, Weights, build_datasets, build_downstream
 from bissl_zoo.engine.checks import check_config, check_parts
+from bissl_zoo.engine.evaluate import evaluate
 from bissl_zoo.engine.facts import write_facts
-from bissl_zoo.engine.finetune import evaluate
 from bissl_zoo.engine.hooks import say
 from bissl_zoo.engine.init import as_begun, load_init
 from bissl_zoo.engine.interruption import stop_request
@@ -27,7 +27,9 @@ from bissl_zoo.errors import CheckpointError
 def open_context(cfg: DictConfig, source: str, roles: set[str] | None = None) -> Context:
     """Check the config and open the data sets that its stages (or `roles`) read, before anything else is loaded."""
     check_config(cfg, source)
-    roles = roles or {role for stage in cfg.train.stages for role in STAGE_DATA[stage]}
+    if roles is None:
+        roles = {role for stage in cfg.train.stages for role in STAGE_DATA[stage]}
+        roles |= {"val"} if "finetune" in cfg.train.stages and "val" in cfg.dataloader else set()
     device = choose_device(cfg.train.device)
     return Context(cfg, build_datasets(cfg, roles), device)
 

@@ -38,6 +38,7 @@ class Trainer(ABC):
         metrics: what the last step returned.
         records: of finer grain than a step, for the writer: those of the last step, numbered under `record_key`.
         skipped: steps, of any level, that were undone because of numbers that are not finite.
+        ended: whether a hook has ended the stage before its last step.
         stopping: whether the run was asked to stop, so that this step is its last for now.
         owed: whether a hook was cut short by that: what is left of the step, its hooks from the first on, is saved with
             its metrics and done first when the run goes on.
@@ -55,8 +56,13 @@ class Trainer(ABC):
         self.metrics: dict[str, Any] = {}
         self.records: list[dict[str, Any]] = []
         self.skipped = 0
-        self.stopping = self.owed = False
+        self.ended = self.stopping = self.owed = False
         self.hooks: list[HookBase] = []
+
+    @property
+    def done(self) -> bool:
+        """Whether no step is left to take."""
+        return self.ended or self.step >= self.total_steps
 
     def train(self, hooks: Sequence[HookBase] = (), stop: Callable[[], bool] = lambda: False) -> None:
         """Run from the present step to the last, or to the one after which `stop` says so.
@@ -70,7 +76,7 @@ class Trainer(ABC):
             hook.before_train()
         if self.owed:
             self._end_step(stop)
-        while self.step < self.total_steps and not self.stopping:
+        while not self.done and not self.stopping:
             self.metrics = self.run_step()
             self.step += 1
             self._end_step(stop)
@@ -109,6 +115,7 @@ class Trainer(ABC):
         return {
             "step": self.step,
             "skipped": self.skipped,
+            "ended": self.ended,
             **owed,
             "levels": {
                 name: {
@@ -129,6 +136,7 @@ class Trainer(ABC):
         """
         self.step = state["step"]
         self.skipped = state.get("skipped", 0)  # of a checkpoint from before steps could be
+        self.ended = state.get("ended", False)  # likewise
         self.owed = "owed" in state
         if self.owed:
             self.metrics, self.records = state["owed"]["metrics"], state["owed"]["records"]

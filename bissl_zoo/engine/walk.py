@@ -23,8 +23,10 @@ from bissl_zoo.engine.bissl import (
 )
 from bissl_zoo.engine.build import Context, Weights
 from bissl_zoo.engine.checkpoint import Checkpointer, read_info, write_atomically
+from bissl_zoo.engine.early_stopping import EarlyStopping
+from bissl_zoo.engine.evaluate import evaluate
 from bissl_zoo.engine.facts import add_wall_time
-from bissl_zoo.engine.finetune import BASELINE, build_finetune, evaluate, finetune_steps
+from bissl_zoo.engine.finetune import BASELINE, build_finetune, finetune_steps
 from bissl_zoo.engine.health import Health
 from bissl_zoo.engine.hooks import (
     HookBase,
@@ -123,7 +125,9 @@ class Walk:
             trainer = self._train(phase, pretrained if phase.name == BASELINE else weights)
             self._end_if_asked(phase, trainer)
             if phase.finetunes:
-                figures = evaluate(self.context, trainer.level.backbone, trainer.level.head, self.stop.asked)
+                trainer.take_best()
+                level = trainer.level
+                figures = evaluate(self.context, level.backbone, level.head, asked=self.stop.asked)
                 if figures is None:
                     self._end(phase, trainer)
                 self.results[phase.finetunes] = figures
@@ -147,7 +151,8 @@ class Walk:
     def _is_done(self, phase: Phase) -> bool:
         newest = self.checkpointer.newest(phase.name)
         try:
-            return newest is not None and read_info(newest).step >= phase.steps(self.context)
+            info = read_info(newest) if newest else None
+            return info is not None and (info.ended or info.step >= phase.steps(self.context))
         except CheckpointError:  # a damaged one is told of where it is set aside
             return False
 
@@ -182,11 +187,11 @@ class Walk:
             self._refuse_growth(phase, read_info(newest).total_steps, trainer.total_steps)
             trainer.load_state_dict(state)
             self._restore_randomness(state["random"])
-            what = "done" if trainer.step == trainer.total_steps else "resuming"
+            what = "done" if trainer.done else "resuming"
             say(f"{what}: {phase.name} at step {trainer.step} of {trainer.total_steps}, from {newest}, verified")
         elif self.resume:
             say(f"no checkpoint of {phase.name} to resume; it starts at step 0")
-        if trainer.step < trainer.total_steps or trainer.owed:
+        if not trainer.done or trainer.owed:
             hooks = self._hooks(trainer, phase.finetunes is not None)
             trainer.train(hooks, self._asked)
         barrier()
@@ -235,9 +240,11 @@ class Walk:
         context, cfg, asked = self.context, self.context.cfg, self.stop.asked
         hooks: list[HookBase] = [Progress(cfg.train.log_period)]
         if evaluates and cfg.finetune.eval_period:
-            level = trainer.levels()["level"]
-            measure = partial(evaluate, context, level.backbone, level.head, asked)
-            hooks.append(PeriodicEvaluation(measure, cfg.finetune.eval_period))
+            level, role = trainer.levels()["level"], "val" if "val" in context.data else "test"
+            measure = partial(evaluate, context, level.backbone, level.head, role, asked)
+            hooks.append(PeriodicEvaluation(measure, cfg.finetune.eval_period, role))
+        if evaluates and cfg.finetune.early_stopping.metric:
+            hooks.append(EarlyStopping(**cfg.finetune.early_stopping))
         if trainer.name == "bissl":
             hooks.append(SolverWatch(self.folder / CONFIG_FILE))
         probe = build_probe(context, trainer, asked)

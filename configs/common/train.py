@@ -68,7 +68,13 @@ finetune = dict(
     steps=None,  # optimizer steps; give these or epochs
     epochs=400,  # passes over dataloader.train
     baseline=False,  # also fine-tune from the backbone that entered the BiSSL stage: same budget, same seed
-    eval_period=None,  # steps between evaluations on dataloader.test; null for the end only
+    eval_period=None,  # steps between evaluations on dataloader.val if there is one, else test; null for the end only
+    layer_decay=None,  # factor, such as 0.75, on the learning rate from each layer to the one below it; null for none
+    frozen_stage=None,  # the backbone up to this stage, such as c2, is not trained; null trains it all
+    early_stopping=dict(
+        metric=None,  # such as AP50: the weights that are best by it on dataloader.val are tested; null: the last ones
+        patience=None,  # evaluations without a better one after which the stage ends; null for all its steps
+    ),
 )
 
 clip_grad = dict(pretrain=None, head_warmup=10.0, lower=10.0, upper=10.0, finetune=None)  # limit of the global norm

@@ -12,7 +12,8 @@ from bissl_zoo.engine.bissl import build_bissl, build_head_warmup, coupling
 from bissl_zoo.engine.build import Context, Weights, build_split_backbone, count_steps, seed_everything
 from bissl_zoo.engine.checkpoint import Checkpointer, load_checkpoint
 from bissl_zoo.engine.checks import check_parts
-from bissl_zoo.engine.finetune import build_finetune, evaluate
+from bissl_zoo.engine.evaluate import evaluate
+from bissl_zoo.engine.finetune import build_finetune
 from bissl_zoo.engine.hooks import MetricsWriter
 from bissl_zoo.engine.launch import choose_device, launch
 from bissl_zoo.engine.pretrain import build_pretrain
