@@ -1,21 +1,34 @@
 """BiSSL: align a self-supervised backbone with its downstream task before fine-tuning (arXiv 2410.02387)."""
 
+import importlib
+from typing import Any
+
 __version__ = "0.1.0"
 
-from bissl_zoo import bilevel, data, downstream, pretext  # noqa: F401  (importing them registers what they hold)
-from bissl_zoo.config import load_config
-from bissl_zoo.registry import BACKBONES, DATASETS, DOWNSTREAM_TASKS, HYPERGRADIENT_SOLVERS, PRETEXT_METHODS
-from bissl_zoo.zoo import create_backbone, get_config, get_entry, list_backbones
+#: the public names and where they are; imported when they are first asked for, since torch and timm take seconds
+_PUBLIC = {
+    "BACKBONES": "registry",
+    "DATASETS": "registry",
+    "DOWNSTREAM_TASKS": "registry",
+    "HYPERGRADIENT_SOLVERS": "registry",
+    "PRETEXT_METHODS": "registry",
+    "create_backbone": "zoo",
+    "get_config": "zoo",
+    "get_entry": "zoo",
+    "list_backbones": "zoo",
+    "load_config": "config",
+}
 
-__all__ = [
-    "BACKBONES",
-    "DATASETS",
-    "DOWNSTREAM_TASKS",
-    "HYPERGRADIENT_SOLVERS",
-    "PRETEXT_METHODS",
-    "create_backbone",
-    "get_config",
-    "get_entry",
-    "list_backbones",
-    "load_config",
-]
+__all__ = sorted(_PUBLIC)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _PUBLIC:
+        raise AttributeError(f"module '{__name__}' has no attribute '{name}'")
+    value = getattr(importlib.import_module(f"{__name__}.{_PUBLIC[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_PUBLIC])

@@ -6,8 +6,9 @@ that the config imports, is found by its name everywhere.
 
 import fnmatch
 import functools
+import importlib
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
 
 from fvcore.common.registry import Registry as _FvcoreRegistry
@@ -27,11 +28,35 @@ class Registry(_FvcoreRegistry):
     Args:
         name: what the registry is called in its printed form, such as "PRETEXT_METHODS".
         kind: what one entry is, in words, for messages: "pretext method".
+        modules: that register entries when they are imported, which is done when somebody first asks for one: the
+            libraries behind them take seconds.
     """
 
-    def __init__(self, name: str, kind: str) -> None:
+    def __init__(self, name: str, kind: str, modules: Sequence[str] = ()) -> None:
         super().__init__(name)
         self.kind = kind
+        self._modules = list(modules)
+
+    def _import_modules(self) -> None:
+        while self._modules:
+            module = self._modules.pop()  # first, as the module may ask for what it has registered itself
+            try:
+                importlib.import_module(module)
+            except BaseException:
+                self._modules.append(module)
+                raise
+
+    def __iter__(self) -> Iterator[tuple[str, Any]]:
+        self._import_modules()
+        return super().__iter__()
+
+    def __contains__(self, name: object) -> bool:
+        self._import_modules()
+        return super().__contains__(name)
+
+    def __repr__(self) -> str:
+        self._import_modules()
+        return super().__repr__()
 
     def register(self, name: str) -> Callable[[T], T]:
         """Decorator that registers a class or function as `name` and returns it unchanged.
@@ -49,6 +74,8 @@ class Registry(_FvcoreRegistry):
         def decorate(obj: T) -> T:
             if not callable(obj):
                 raise RegistryError(f"The {self.kind} '{name}' must be a class or a function, not {obj!r}.")
+            if not _definition(obj).startswith(f"{__package__}."):
+                self._import_modules()  # so that who takes a name of ours is told, and not we
             held = self._obj_map.get(name)
             if held is not None and _definition(held) != _definition(obj):
                 raise RegistryError(
@@ -62,6 +89,7 @@ class Registry(_FvcoreRegistry):
 
     def get(self, name: str) -> Any:
         """The object registered as `name`; RegistryError with the nearest name where there is none."""
+        self._import_modules()
         if isinstance(name, str) and name in self._obj_map:
             return self._obj_map[name]
         if not self._obj_map:
@@ -74,6 +102,7 @@ class Registry(_FvcoreRegistry):
 
     def list(self, pattern: str = "*") -> list[str]:
         """Sorted names that match a shell wildcard pattern such as "resnet*"."""
+        self._import_modules()
         return sorted(fnmatch.filter(self._obj_map, pattern))
 
     def build(self, name: str, /, **kwargs: Any) -> Any:
@@ -108,20 +137,20 @@ class Registry(_FvcoreRegistry):
 def _definition(obj: Any) -> str:
     """Where `obj` was defined, equal for the same source line before and after a reload."""
     if isinstance(obj, functools.partial):
-        return f"partial({_definition(obj.func)}, {obj.args!r}, {obj.keywords!r})"
+        return f"{_definition(obj.func)} with {obj.args!r}, {obj.keywords!r}"
     return f"{obj.__module__}.{getattr(obj, '__qualname__', repr(obj))}"
 
 
 # Image backbones: (B, 3, H, W) images -> a dictionary of feature maps by stage.
-BACKBONES = Registry("BACKBONES", "backbone")
+BACKBONES = Registry("BACKBONES", "backbone", ["bissl_zoo.backbones"])
 # Self-supervised methods: the views they want, a head and a loss; the backbone is an argument.
-PRETEXT_METHODS = Registry("PRETEXT_METHODS", "pretext method")
+PRETEXT_METHODS = Registry("PRETEXT_METHODS", "pretext method", ["bissl_zoo.pretext"])
 # Supervised tasks: a head, a loss, predictions and their evaluator; the backbone is an argument.
-DOWNSTREAM_TASKS = Registry("DOWNSTREAM_TASKS", "downstream task")
+DOWNSTREAM_TASKS = Registry("DOWNSTREAM_TASKS", "downstream task", ["bissl_zoo.downstream"])
 # Solvers of A x = v for a symmetric linear operator A and flat vectors.
-HYPERGRADIENT_SOLVERS = Registry("HYPERGRADIENT_SOLVERS", "hypergradient solver")
+HYPERGRADIENT_SOLVERS = Registry("HYPERGRADIENT_SOLVERS", "hypergradient solver", ["bissl_zoo.bilevel"])
 # Map-style data sets of (PIL image, target).
-DATASETS = Registry("DATASETS", "data set")
+DATASETS = Registry("DATASETS", "data set", ["bissl_zoo.data"])
 
 
 def build_backbone(name: str, **kwargs: Any) -> Any:

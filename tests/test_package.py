@@ -55,3 +55,14 @@ def test_an_installed_package_finds_its_configs(wheel, tmp_path):
     ran = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=tmp_path, env=environment)
     assert ran.returncode == 0, ran.stderr
     assert json.loads(ran.stdout) == [str(tmp_path / "site" / "bissl_zoo" / "__init__.py"), 500, "resnet50"]
+
+
+def test_importing_the_package_imports_nothing_heavy_and_every_public_name_is_there():
+    program = (
+        "import sys, bissl_zoo; before = set(sys.modules)\n"
+        "heavy = {'torch', 'torchvision', 'timm', 'omegaconf', 'numpy', 'PIL'} & before\n"
+        "names = [getattr(bissl_zoo, name) for name in bissl_zoo.__all__]\n"
+        "print(sorted(heavy), set(bissl_zoo.__all__) <= set(dir(bissl_zoo)), hasattr(bissl_zoo, 'create_backbones'))"
+    )
+    ran = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=REPOSITORY)
+    assert (ran.stdout, ran.stderr) == ("[] True False\n", "")

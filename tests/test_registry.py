@@ -1,4 +1,6 @@
 import functools
+import subprocess
+import sys
 
 import pytest
 
@@ -135,3 +137,37 @@ def test_each_build_function_uses_its_registry(monkeypatch, build, table):
     assert f"Registry of {table}" in repr(getattr(registry, table))
     with pytest.raises(RegistryError, match="Did you mean 'only_here'"):
         getattr(registry, build)("onlyhere")
+
+
+def test_what_the_package_registers_is_there_when_it_is_first_asked_for(tmp_path, monkeypatch):
+    (tmp_path / "parts_of_ours.py").write_text(
+        "import builtins\nbuiltins.METHODS.register('ours')(int)\nassert 'ours' in builtins.METHODS\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    methods = Registry("METHODS", "method", ["parts_of_ours"])
+    monkeypatch.setattr("builtins.METHODS", methods, raising=False)
+    assert methods._obj_map == {}
+    for ask in (lambda: methods.get("ours"), methods.list, lambda: "ours" in methods, lambda: dict(methods)):
+        assert ask()
+
+
+def test_a_module_that_fails_is_asked_again(tmp_path, monkeypatch):
+    (tmp_path / "broken_parts.py").write_text("import nothing_of_that_name\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    methods = Registry("METHODS", "method", ["broken_parts"])
+    for _ in range(2):
+        with pytest.raises(ModuleNotFoundError, match="nothing_of_that_name"):
+            methods.list()
+
+
+def test_who_takes_a_name_of_ours_is_told_and_not_we():
+    program = (
+        "from bissl_zoo.registry import PRETEXT_METHODS\n"
+        "try:\n    PRETEXT_METHODS.register('simclr')(int)\n"
+        "except Exception as error:\n    print(error)\n"
+    )
+    told = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout
+    assert told == (
+        "The pretext method 'simclr' is registered already, as bissl_zoo.pretext.simclr.SimCLR; register builtins.int "
+        "under another name.\n"
+    )
