@@ -9,6 +9,7 @@ import os
 import random
 import signal
 import time
+from itertools import count
 
 import pytest
 from forked_runs import start_run
@@ -104,17 +105,21 @@ def test_a_run_that_was_killed_many_times_ends_bit_equal_to_one_that_was_not(tin
     duration = time.monotonic() - start
     events = int((tmp_path / "events").read_text())
     assert events > 100
+    whole = outcome(tmp_path / "whole", tmp_path / "whole-zoo")
     rng, kills = random.Random(kind), 0
-    while kills < KILLS:
-        # half of the fuses are long, so that all stages are reached
-        part = rng.random() / (2 if rng.random() < 0.5 else 8)
-        how = {"seconds": part * duration} if kind == "at any moment" else {"fuse": 1 + int(part * events)}
-        if go(config("killed"), processes, tmp_path, **how):
+    for number in count():  # a run takes no more kills than it has events, so that a soak takes several
+        cfg, before = config(f"killed-{number}"), kills
+        while kills < KILLS:
+            # half of the fuses are long, so that all stages are reached
+            part = rng.random() / (2 if rng.random() < 0.5 else 8)
+            how = {"seconds": part * duration} if kind == "at any moment" else {"fuse": 1 + int(part * events)}
+            if go(cfg, processes, tmp_path, **how):
+                break
+            kills += 1
+        go(cfg, processes, tmp_path)
+        killed = outcome(tmp_path / f"killed-{number}", tmp_path / f"killed-{number}-zoo")
+        assert_same(killed, whole)
+        assert kills > before and len(killed["published"]) == 1
+        if kills == KILLS:
             break
-        kills += 1
-    go(config("killed"), processes, tmp_path)
-    assert kills >= min(2, KILLS)
-    whole, killed = (outcome(tmp_path / name, tmp_path / f"{name}-zoo") for name in ("whole", "killed"))
-    assert_same(killed, whole)
-    assert len(killed["published"]) == 1
-    print(f"{kind}: {kills} kills, {events} events in a whole run")
+    print(f"{kind}: {kills} kills of {number + 1} runs, {events} events in a whole run")
