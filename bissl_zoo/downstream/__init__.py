@@ -2,7 +2,15 @@
 
 from bissl_zoo.downstream.classification import Classification
 from bissl_zoo.downstream.detection import FasterRCNN
+from bissl_zoo.downstream.detectron2 import Detectron2FasterRCNN
 from bissl_zoo.downstream.multilabel import MultilabelClassification
 from bissl_zoo.downstream.task import DownstreamTask, Evaluator
 
-__all__ = ["Classification", "DownstreamTask", "Evaluator", "FasterRCNN", "MultilabelClassification"]
+__all__ = [
+    "Classification",
+    "Detectron2FasterRCNN",
+    "DownstreamTask",
+    "Evaluator",
+    "FasterRCNN",
+    "MultilabelClassification",
+]
