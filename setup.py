@@ -32,6 +32,7 @@ setup(
         "pyyaml>=6",
         "safetensors>=0.4.3",
         "defusedxml>=0.7",
+        "scipy>=1.11",  # reads the lists that some data sets come with as MAT files
         "scikit-learn>=1.4",  # carries the digits and photographs of the embedded data set
         "tensorboard>=2.15",
         "matplotlib>=3.8",

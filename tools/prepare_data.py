@@ -1,25 +1,30 @@
 #!/usr/bin/env python
-"""Prepare image data: pack a folder into WebDataset shards, index shards from elsewhere, check them.
+"""Prepare image data: fetch the sets that are known by name, check them, pack and index WebDataset shards.
 
+python tools/prepare_data.py --list
+python tools/prepare_data.py food101
+python tools/prepare_data.py --check food101
 python tools/prepare_data.py --to-shards /data/imagenet/train --out /data/shards --name imagenet
 python tools/prepare_data.py --index-shards 'https://host/laion-{000000..000146}.tar' --out indexes/laion
 python tools/prepare_data.py --check /data/shards
 
-A config then reads them: L(build_dataset)(name="shards", urls="/data/shards"). See docs/data.md.
+A config then reads them: L(build_dataset)(name="food101", split="train"), or (name="shards", urls="/data/shards").
+Sets by name lie in $BISSL_ZOO_DATASETS. See docs/data.md.
 """
 
 import argparse
 import os
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # read once, when torch is imported
 
 # ruff: noqa: E402
+from bissl_zoo.console import exit_status
+from bissl_zoo.data.preparation import Survey, datasets_in, folder_of, is_known, listing, prepare, survey
 from bissl_zoo.data.shards_packing import check_shards, index_shards, pack_folder
-from bissl_zoo.errors import BisslZooError
 
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "KI": 2**10, "MI": 2**20, "GI": 2**30}
 
@@ -28,9 +33,12 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("dataset", nargs="?", metavar="NAME", help="fetch this set if it is not there, and count it")
+    what.add_argument("--list", action="store_true", help="the sets that are known by name, and what is there of them")
     what.add_argument("--to-shards", metavar="FOLDER", help="pack the images at any depth of this folder")
     what.add_argument("--index-shards", nargs="+", metavar="URL", help="write index.json of these shards")
-    what.add_argument("--check", type=Path, metavar="DIR", help="sizes, sha256 and every image of the shards in DIR")
+    what.add_argument("--check", metavar="NAME|DIR", help="every image of a set, or of the shards in DIR")
+    parser.add_argument("--root", type=Path, metavar="DIR", help="where sets by name lie; default: $BISSL_ZOO_DATASETS")
     parser.add_argument(
         "--out", type=Path, metavar="DIR", help="where shards or index go; the index: beside the shards"
     )
@@ -88,22 +96,48 @@ def index(args: argparse.Namespace) -> int:
     return 0
 
 
+def prepare_set(args: argparse.Namespace) -> int:
+    """Fetch a set that is known by name where it is not there; say what is."""
+    fetched, found = prepare(args.dataset)
+    print("".join(f"fetched    {folder}\n" for folder in fetched), end="")
+    return tell(args.dataset, found)
+
+
+def list_sets(args: argparse.Namespace) -> int:
+    """Print the sets that are known by name."""
+    print(listing())
+    return 0
+
+
+def tell(name: str, found: Survey) -> int:
+    """Print what is there of a set and what is wrong with it; the exit status is 1 where anything is."""
+    print(found.table())
+    print("".join(f"wrong      {problem}\n" for problem in found.problems), end="")
+    print(f"checked    {folder_of(name)}: {len(found.problems)} problems")
+    return 1 if found.problems else 0
+
+
 def check(args: argparse.Namespace) -> int:
-    """Check the shards of a folder; the exit status is 1 where anything is wrong."""
+    """Check a set that is known by name, or the shards of a folder; the exit status is 1 where anything is wrong."""
+    if is_known(args.check) or not (os.sep in args.check or Path(args.check).exists()):
+        return tell(args.check, survey(args.check, open_files=True, num_workers=args.num_workers))
     shards, problems = check_shards(args.check, args.num_workers)
     print("\n".join(f"wrong      {problem}" for problem in problems), end="\n" if problems else "")
     print(f"checked    {len(shards)} shards, {sum(shard.samples for shard in shards)} images: {len(problems)} problems")
     return 1 if problems else 0
 
 
+def task_of(args: argparse.Namespace) -> Callable[[argparse.Namespace], int]:
+    """The function that does what the command line asks for."""
+    tasks = {"to_shards": pack, "index_shards": index, "check": check, "list": list_sets, "dataset": prepare_set}
+    return next(task for name, task in tasks.items() if getattr(args, name))
+
+
 def cli(argv: Sequence[str] | None = None) -> int:
     """Run the command line `argv` (`sys.argv` by default) and return the exit status."""
     args = parse_args(argv)
-    try:
-        return (pack if args.to_shards else index if args.index_shards else check)(args)
-    except BisslZooError as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
-        return 1
+    with datasets_in(args.root):
+        return exit_status(lambda: task_of(args)(args))
 
 
 if __name__ == "__main__":

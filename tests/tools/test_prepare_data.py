@@ -4,15 +4,18 @@ import io
 import json
 import os
 import re
+import socket
 import tarfile
 
 import numpy as np
 import pytest
 from command_line import load_tool
 from faulty_server import FaultyServer
+from original_layouts import WRITERS, sizes_of
 from PIL import Image
 
 from bissl_zoo.data import ShardDataset
+from bissl_zoo.data.classification_sets import CLASSIFICATION_SETS
 
 
 @pytest.fixture(scope="module")
@@ -144,7 +147,10 @@ def test_what_cannot_be_packed_is_told(prepare, images, tmp_path):
 
 @pytest.mark.parametrize(
     "arguments",
-    [[], ["--to-shards", "x"], ["--check", "x", "--to-shards", "y"], ["--check", "x", "--shard-size", "1XB"]],
+    [
+        *([], ["--to-shards", "x"], ["--check", "x", "--to-shards", "y"], ["--check", "x", "--shard-size", "1XB"]),
+        *(["food101", "--list"], ["food101", "--check", "x"], ["food101", "dtd"]),
+    ],
 )
 def test_a_command_line_that_does_not_add_up_is_refused(tool, arguments, capsys):
     with pytest.raises(SystemExit) as caught:
@@ -210,3 +216,75 @@ def test_workers_change_nothing_but_the_time(prepare, tool, packed, images, tmp_
     assert "14/14" in capsys.readouterr().err
     assert members(tmp_path / "two") == members(packed)
     assert tool.cli(["--check", str(packed), "--num-workers", "2"]) == 0
+
+
+@pytest.fixture
+def originals(tmp_path, monkeypatch):
+    """A folder of data sets with a small DTD, which counts as the original."""
+    monkeypatch.delenv("BISSL_ZOO_DATASETS", raising=False)
+    dtd = CLASSIFICATION_SETS["dtd"]._replace(parts=sizes_of("dtd"), classes=3)
+    monkeypatch.setitem(CLASSIFICATION_SETS, "dtd", dtd)
+    WRITERS["dtd"](tmp_path / "originals")
+    return tmp_path / "originals"
+
+
+def test_a_set_by_name_is_counted_and_checked(prepare, originals):
+    status, said = prepare("dtd", "--root", originals)
+    assert status == 0 and f"checked    {originals}/dtd/dtd: 0 problems" in said and "fetched" not in said
+    rows = [line.split() for line in said.splitlines()]
+    assert [["train", "18", "3"], ["val", "12", "3"], ["trainval", "30", "3"], ["test", "15", "3"]] == rows[2:6]
+    status, said = prepare("--check", "dtd", "--root", originals)
+    assert status == 0 and "0 problems" in said and "30/30" in said and "15/15" in said
+    victim = originals / "dtd" / "dtd" / "images" / "moa" / "moa_0000.jpg"
+    victim.write_bytes(b"")
+    status, said = prepare("--check", "dtd", "--root", originals)
+    assert status == 1 and said.count("wrong ") == 1 and f"wrong      Image {victim} does not decode" in said
+    victim.unlink()
+    status, said = prepare("dtd", "--root", originals)
+    assert status == 1 and f"The image {victim}" in said and "does not exist" in said
+    assert "BISSL_ZOO_DATASETS" not in os.environ
+
+
+def test_the_root_may_be_in_the_environment(prepare, originals, monkeypatch):
+    monkeypatch.setenv("BISSL_ZOO_DATASETS", str(originals))
+    assert prepare("dtd")[0] == 0
+    status, said = prepare("--check", "food101")
+    assert status == 1 and f"no folder {originals}/food-101" in said and "prepare_data.py food101" in said
+
+
+def test_the_list_says_what_is_there(prepare, originals):
+    status, said = prepare("--list", "--root", originals)
+    rows = {line.split()[0]: line for line in said.splitlines()}
+    assert status == 0 and rows.keys() >= {*CLASSIFICATION_SETS, "voc_detection", "coco_detection"}
+    assert "trainval 30, test 15" in rows["dtd"] and rows["dtd"].endswith("test 15")
+    assert sum(line.endswith("not there") for line in rows.values()) == len(CLASSIFICATION_SETS) + 1
+    (originals / "dtd" / "dtd" / "labels" / "test1.txt").unlink()
+    assert "(4 problems)" in prepare("--list", "--root", originals)[1]
+
+
+def test_names_that_are_not_known_are_told_with_the_nearest(prepare, originals):
+    for arguments in (["--check", "food11"], ["food11"]):
+        status, said = prepare(*arguments, "--root", originals)
+        assert status == 1 and "There is no data set 'food11'. Did you mean 'food101'?" in said
+
+
+def test_a_name_wins_over_a_folder_of_the_same_name_and_a_path_does_not(prepare, packed, originals, monkeypatch):
+    monkeypatch.chdir(packed.parent)
+    packed.rename("dtd")
+    status, said = prepare("--check", "dtd", "--root", originals)
+    assert status == 0 and "trainval" in said
+    for path in ("./dtd", packed.parent / "dtd"):
+        status, said = prepare("--check", path)
+        assert status == 0 and "3 shards" in said
+
+
+def test_without_a_network_the_page_and_the_files_are_told(prepare, tmp_path, monkeypatch):
+    # a port of this machine that nobody listens at
+    with socket.socket() as nobody:
+        nobody.bind(("127.0.0.1", 0))
+        address = f"http://127.0.0.1:{nobody.getsockname()[1]}"
+    monkeypatch.setattr("torchvision.datasets.DTD._URL", f"{address}/dtd-r1.0.1.tar.gz")
+    status, said = prepare("dtd", "--root", tmp_path / "new")
+    assert status == 1 and "dtd is not downloaded (URLError" in said
+    assert "https://www.robots.ox.ac.uk/~vgg/data/dtd/" in said and "dtd-r1.0.1.tar.gz unpacks" in said
+    assert os.listdir(tmp_path / "new") == []
