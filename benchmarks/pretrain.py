@@ -35,7 +35,8 @@ from tqdm import tqdm
 
 from bissl_zoo.data.batches import to_device
 from bissl_zoo.data.folder import ImageFolder
-from bissl_zoo.data.loaders import TransformedDataset, build_train_loader
+from bissl_zoo.data.loaders import build_train_loader
+from bissl_zoo.data.samples import TransformedDataset
 from bissl_zoo.data.views import two_views
 from bissl_zoo.engine.build import ViewsOnly
 from bissl_zoo.engine.pretrain import Pretrain, compile_backbones

@@ -1,112 +1,22 @@
 """Loaders: an endless seeded stream of training batches, sharded over ranks, and one pass over an evaluation set."""
 
-import logging
 import signal
-import time
 from collections.abc import Callable, Collection, Iterator
 from itertools import islice
 from typing import Any
 
-import numpy as np
 import torch
-from torch.utils.data import Dataset, IterableDataset, Sampler
+from torch.utils.data import Dataset, Sampler
 
-from bissl_zoo.data.draws import drawn_for
+from bissl_zoo.data.samples import DrawnSamples, DrawnStream, TransformedDataset
 from bissl_zoo.data.workers import Loader
 from bissl_zoo.distributed import STOP_SIGNALS, get_rank, get_world_size
-from bissl_zoo.errors import ConfigError, DatasetError, did_you_mean
+from bissl_zoo.errors import ConfigError, did_you_mean
 
-logger = logging.getLogger(__name__)
-
-Sample = tuple[Any, Any]
 #: who may make the views of pretext data
 VIEWS_ON = ("workers", "device")
 #: what may happen to a sample that cannot be used
 ON_BAD = ("error", "skip")
-#: seconds before a sample that failed is read once more
-PAUSE = 0.2
-#: so many samples in a row that cannot be used are no accident
-MOST_BAD = 1000
-_SKIP = "Or set on_bad=skip of this loader, to train on another sample in its place."
-
-
-class TransformedDataset(Dataset):
-    """A data set of `(PIL image, target)` seen through `transform(image, target)`."""
-
-    def __init__(self, dataset: Dataset, transform: Callable[[Any, Any], Any]) -> None:
-        self.dataset = dataset
-        self.transform = transform
-
-    def __len__(self) -> int:
-        return len(self.dataset)
-
-    def __getitem__(self, index: int) -> Any:
-        return self.transform(*self.dataset[index])
-
-
-class DrawnSamples(TransformedDataset):
-    """The samples of a training stream, asked for by `(place, index)`.
-
-    What is drawn at random for one is a function of `seed` and its place in the stream, and so are, one after another,
-    the samples that take the place of one that cannot be used.
-
-    Raises:
-        DatasetError: a sample cannot be used and none may take its place, or `MOST_BAD` could not in a row.
-    """
-
-    def __init__(
-        self, dataset: Dataset, transform: Callable[[Any, Any], Any], seed: int, on_bad: str = "error"
-    ) -> None:
-        super().__init__(dataset, transform)
-        self.seed, self.on_bad = seed, on_bad
-        self._bad: set[int] = set()
-
-    def __getitem__(self, placed: tuple[int, int]) -> Any:
-        place, index = placed
-        if self.on_bad == "error":
-            try:
-                return self._draw(place, index)
-            except DatasetError as error:
-                raise DatasetError(f"{error} {_SKIP}") from error
-        for attempt in range(1, MOST_BAD + 1):
-            try:
-                return self._draw_again(place, index)
-            except DatasetError as error:
-                self._tell(index, error)
-            index = int(np.random.default_rng((self.seed, place, attempt)).integers(len(self)))
-        raise DatasetError(f"{MOST_BAD:,} samples in a row cannot be used; they were named. Is their disk still there?")
-
-    def _draw(self, place: int, index: int) -> Any:
-        with drawn_for(self.seed, place):
-            return super().__getitem__(index)
-
-    def _draw_again(self, place: int, index: int) -> Any:
-        """As `_draw`, and once more after a pause where a sample fails for the first time."""
-        try:
-            return self._draw(place, index)
-        except DatasetError:
-            if index in self._bad:
-                raise
-        time.sleep(PAUSE)
-        return self._draw(place, index)
-
-    def _tell(self, index: int, error: DatasetError) -> None:
-        if index not in self._bad:
-            self._bad.add(index)
-            logger.warning("%s Other samples take its place (%d bad so far).", error, len(self._bad))
-
-
-class DrawnStream(IterableDataset):
-    """A stream of `(place, (PIL image, target))`, a place being whole numbers, seen through a transform likewise."""
-
-    def __init__(self, stream: IterableDataset, transform: Callable[[Any, Any], Any], seed: int) -> None:
-        self.stream, self.transform, self.seed = stream, transform, seed
-
-    def __iter__(self) -> Iterator[Any]:
-        for place, sample in self.stream:
-            with drawn_for(self.seed, *place):
-                drawn = self.transform(*sample)
-            yield drawn
 
 
 class TrainingSampler(Sampler[int]):
@@ -202,14 +112,16 @@ def build_train_loader(
         timeout: seconds without a batch after which the run ends with the names of the samples, more than the workers'
             start or any batch takes; 0 waits for ever. It needs workers: nothing ends a read from within its process.
             The worker that hangs is killed; the kernel lets some reads (of disks that fail, for one) outlast even that,
-            and then the process itself ends only when they do.
+            and then the process itself ends only when they do. With `on_bad="skip"` it is of a single sample: one that
+            is not read in that time, twice, is a bad one, and it needs no workers.
     Raises:
         ConfigError: the batch does not divide among the ranks; `views_on`, `on_bad` or `timeout` is something else or
             not for this data set or these workers; or there are fewer shards than processes that read them.
     """
     _check_choice("views_on", views_on, VIEWS_ON)
     _check_choice("on_bad", on_bad, ON_BAD)
-    _check_timeout(timeout, num_workers)
+    one_by_one = on_bad == "skip"
+    _check_timeout(timeout, num_workers or one_by_one)
     world = get_world_size()
     if batch_size % world or batch_size < 1:
         raise ConfigError(
@@ -224,12 +136,12 @@ def build_train_loader(
         stream = dataset.stream(batch_size // world, seed, start_step, num_workers, get_rank(), world)
         samples, sampler = DrawnStream(stream, transform, seed), None
     else:
-        samples = DrawnSamples(dataset, transform, seed, on_bad)
+        samples = DrawnSamples(dataset, transform, seed, on_bad, timeout if one_by_one else 0)
         sampler = PlacedSampler(TrainingSampler(len(dataset), batch_size, seed, start_step))
     return Loader(
         samples,
         start_step=start_step,
-        timeout=timeout,
+        timeout=0 if one_by_one else timeout,
         batch_size=batch_size // world,
         sampler=sampler,
         collate_fn=collate,
@@ -274,10 +186,10 @@ def _check_choice(name: str, value: Any, choices: Collection[str]) -> None:
         raise ConfigError(f"{name} is '{value}'; accepted are {' and '.join(choices)}.{hint}")
 
 
-def _check_timeout(timeout: Any, num_workers: int) -> None:
+def _check_timeout(timeout: Any, can_be_kept: int | bool) -> None:
     if isinstance(timeout, bool) or not isinstance(timeout, (int, float)) or not 0 <= timeout < float("inf"):
         raise ConfigError(f"timeout is {timeout!r}; it must be a number of seconds, or 0 to wait for ever.")
-    if timeout and not num_workers:
+    if timeout and not can_be_kept:
         raise ConfigError(
             f"timeout={timeout:g} needs num_workers of 1 or more: without workers the run itself would hang in the "
             "read, and nothing would be left to tell the time."

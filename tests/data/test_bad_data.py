@@ -12,7 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
-from bissl_zoo.data import ImageFolder, loaders
+from bissl_zoo.data import ImageFolder, samples
 from bissl_zoo.data.loaders import TrainingSampler, build_test_loader, build_train_loader
 from bissl_zoo.data.workers import lost_worker
 from bissl_zoo.errors import ConfigError, DatasetError
@@ -37,7 +37,7 @@ class Images(ImageFolder):
 @pytest.fixture
 def images(tmp_path, monkeypatch):
     """Forty JPEG files, each of its own grey."""
-    monkeypatch.setattr(loaders, "PAUSE", 0.0)
+    monkeypatch.setattr(samples, "PAUSE", 0.0)
     for number in range(SIZE):
         Image.new("RGB", (16, 16), (number * 6,) * 3).save(tmp_path / f"{number:02d}.jpg", quality=95)
     return Images(str(tmp_path), labelled=False)
@@ -112,11 +112,11 @@ def test_a_bad_file_is_named_once_however_often_it_is_drawn(images, caplog):
 def test_each_worker_names_a_bad_file(images, tmp_path):
     remove(images, ORDER[1])
     handler = logging.FileHandler(tmp_path / "said")
-    loaders.logger.addHandler(handler)
+    samples.logger.addHandler(handler)
     try:
         numbers(loader_of(images, workers=2, on_bad="skip"), 60)
     finally:
-        loaders.logger.removeHandler(handler)
+        samples.logger.removeHandler(handler)
         handler.close()
     line = f"Image {images.source(ORDER[1])} does not exist. Other samples take its place (1 bad so far)."
     assert (tmp_path / "said").read_text().splitlines() == [line] * 2
@@ -125,14 +125,14 @@ def test_each_worker_names_a_bad_file(images, tmp_path):
 def test_a_read_that_fails_for_a_moment_only_is_done_again(images, monkeypatch, caplog):
     away = images.source(ORDER[2])
     os.rename(away, away + ".away")
-    monkeypatch.setattr(loaders, "PAUSE", 0.25)
+    monkeypatch.setattr(samples, "PAUSE", 0.25)
     pauses = []
 
     def come_back(seconds):
         pauses.append(seconds)
         os.rename(away + ".away", away)
 
-    monkeypatch.setattr(loaders.time, "sleep", come_back)
+    monkeypatch.setattr(samples.time, "sleep", come_back)
     assert numbers(loader_of(images, on_bad="skip"), 10) == ORDER
     assert pauses == [0.25] and not caplog.records
 
@@ -203,6 +203,41 @@ def test_so_does_an_evaluation(images):
         build_test_loader(images, BATCH, number_and_draw, timeout=1)
 
 
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_read_that_hangs_is_given_up_twice_and_another_sample_takes_its_place(images, workers, caplog):
+    hang(images, ORDER[9])
+    remove(images, ORDER[14])
+    found = numbers(loader_of(images, workers, on_bad="skip", timeout=0.4), 10)
+    assert [place for place in range(SIZE) if found[place] != ORDER[place]] == [9, 14]
+    whole = loader_of(images, on_bad="skip", timeout=0.4)
+    if not workers:  # whose warnings are their processes' own
+        told = [record.getMessage() for record in caplog.records]
+        number = ORDER[9]
+        assert any(
+            f"Sample {number} ({images.source(number)}) was not read within timeout=0.4 seconds" in one for one in told
+        )
+    assert numbers(whole, 10) == found
+
+
+def test_what_is_drawn_is_the_same_with_and_without_a_timeout(images):
+    with_one, without = (islice(loader_of(images, on_bad="skip", timeout=t), 5) for t in (30, 0))
+    assert all(
+        torch.equal(a, b) for one, other in zip(with_one, without, strict=True) for a, b in zip(one, other, strict=True)
+    )
+
+
+def test_an_error_of_the_reader_is_that_of_the_sample(images):
+    def broken(self, index):
+        raise ValueError("of the reader")
+
+    type(images).__getitem__, kept = broken, type(images).__getitem__
+    try:
+        with pytest.raises(ValueError, match="of the reader"):
+            next(iter(loader_of(images, on_bad="skip", timeout=5)))
+    finally:
+        type(images).__getitem__ = kept
+
+
 def test_reading_that_only_takes_its_time_is_left_alone(images):
     assert numbers(loader_of(images, 2, timeout=60), 10) == ORDER
 
@@ -252,7 +287,7 @@ def test_a_worker_that_is_killed_is_told_of_with_its_batch(hanging, killed, batc
 
 
 def test_of_a_stream_the_batch_alone_is_told(tmp_path, monkeypatch):
-    monkeypatch.setattr(loaders.DrawnStream, "__iter__", lambda stream: iter([time.sleep(60)]))
+    monkeypatch.setattr(samples.DrawnStream, "__iter__", lambda stream: iter([time.sleep(60)]))
     dataset = SimpleNamespace(stream=lambda *arguments: None)
     loader = loader_of(dataset, 1, start_step=7, timeout=1)
     with pytest.raises(DatasetError, match="to deliver batch 7 of a stream, whose samples have no numbers"):

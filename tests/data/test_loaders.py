@@ -7,7 +7,8 @@ import torch
 from torch.utils.data import Dataset
 
 from bissl_zoo.data import loaders
-from bissl_zoo.data.loaders import TrainingSampler, TransformedDataset, build_test_loader, build_train_loader
+from bissl_zoo.data.loaders import TrainingSampler, build_test_loader, build_train_loader
+from bissl_zoo.data.samples import TransformedDataset
 from bissl_zoo.errors import ConfigError
 
 
