@@ -13,14 +13,27 @@ import tempfile
 import pytest
 import safetensors.torch
 import torch
-from hostile_grammars import CONFIG, annotation_files, image_files, overrides, readable_images, yaml_files
+from faulty_server import Answer, FaultyServer
+from hostile_grammars import (
+    COCO_IMAGES,
+    CONFIG,
+    annotation_files,
+    coco_files,
+    http_answers,
+    image_files,
+    overrides,
+    readable_images,
+    yaml_files,
+)
 from hostile_input import NAMES, as_json, damaged, json_files, safetensors_files, watched
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
+from PIL import Image
 from tiny_entries import publish_tiny
 
 from bissl_zoo.config import LazyConfig
+from bissl_zoo.data import COCODetection
 from bissl_zoo.data.catalog import load_image
 from bissl_zoo.data.voc import read_annotation
 from bissl_zoo.engine.checkpoint import Checkpointer, load_checkpoint
@@ -28,13 +41,14 @@ from bissl_zoo.engine.facts import add_wall_time, read_facts
 from bissl_zoo.engine.log_files import drop_lines_after
 from bissl_zoo.engine.publishing import published
 from bissl_zoo.errors import BisslZooError
-from bissl_zoo.zoo import get_config, load_entry_weights
+from bissl_zoo.zoo import get_config, list_backbones, load_entry_weights
 from bissl_zoo.zoo.backbone_file import read_backbone
+from bissl_zoo.zoo.cache import Cache
 from bissl_zoo.zoo.hub import Zoo
 from bissl_zoo.zoo.index import parse_index
 from bissl_zoo.zoo.names import check_name, is_name, split_version
 
-TARGETS = 11
+TARGETS = 13
 fuzzing = settings(
     max_examples=int(os.environ.get("BISSL_ZOO_FUZZ", "1000")) // TARGETS,
     derandomize=True,
@@ -54,9 +68,9 @@ def place(tmp_path_factory):
         yield folder
 
 
-def read(place, call, *arguments, longest=20_000):
+def read(place, call, *arguments, longest=20_000, port=None):
     """What a call returns, None where it ends in an error of ours that a person can read."""
-    with watched(place):
+    with watched(place, port):
         try:
             return call(*arguments)
         except BisslZooError as error:
@@ -73,6 +87,30 @@ def test_any_annotation_is_read_or_refused(place, content):
     if annotation:
         assert annotation.width >= 1 and annotation.height >= 1
         assert len(annotation.names) == len(annotation.boxes) == len(annotation.difficult)
+
+
+@pytest.fixture(scope="module")
+def pictures(place):
+    for name, size in COCO_IMAGES.items():
+        path = place / "pictures" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", size).save(path)
+    return place / "pictures"
+
+
+@fuzzing
+@given(content=coco_files, way=st.sampled_from(["error", "skip", "skip"]), labelled=st.integers(0, 4).map(bool))
+def test_any_coco_file_is_read_or_refused(place, pictures, content, way, labelled):
+    path = place / "coco.json"
+    path.write_bytes(content)
+    dataset = read(place, COCODetection, str(place), path.name, pictures.name, None, way, labelled)
+    for index in range(len(dataset) if dataset else 0):
+        name = os.path.relpath(dataset.source(index), pictures)
+        sample = read(place, dataset.__getitem__, index)
+        if sample and labelled:
+            boxes, size = sample[1]["boxes"], torch.tensor(COCO_IMAGES[name])
+            assert (boxes[:, :2] >= 0).all() and (boxes[:, :2] < boxes[:, 2:]).all() and (boxes[:, 2:] <= size).all()
+            assert all(0 <= label < len(dataset.classes) for label in sample[1]["labels"].tolist())
 
 
 @fuzzing
@@ -193,6 +231,43 @@ def test_any_file_of_an_entry_is_read_or_refused(place, zoo, data, file):
     finally:
         path.write_bytes(kept)
         (zoo / "index.json").write_bytes(index)
+
+
+SERVED = ("index.json", "tiny/entry.json", "tiny/train_config.yaml", "tiny/pretext_head.safetensors")
+
+
+@pytest.fixture(scope="module")
+def server(zoo):
+    with FaultyServer() as server, pytest.MonkeyPatch.context() as patch:
+        patch.setenv("NO_PROXY", "127.0.0.1")
+        server.files = {f"/{file.relative_to(zoo)}": file.read_bytes() for file in zoo.rglob("*") if file.is_file()}
+        yield server
+
+
+@fuzzing
+@given(data=st.data(), file=st.sampled_from(SERVED), lied=st.booleans())
+def test_any_web_server_is_a_zoo_or_is_refused(place, zoo, server, data, file, lied):
+    content = (zoo / file).read_bytes()
+    if file == "index.json" and lied:
+        content = data.draw(json_files(json.loads(content)))
+    answer = Answer(raw=data.draw(http_answers(content)))
+    server.requests.clear()
+    server.plans = {f"/{file}": [answer] * 300}
+    cache, before = place / "cache", set(os.listdir(place))
+    shutil.rmtree(cache, ignore_errors=True)
+    remote = Zoo(server.address, cache=Cache(cache, sleep=lambda seconds: None))
+    for use in (
+        lambda: list_backbones(zoo=remote),
+        lambda: remote.find("tiny").facts(),
+        lambda: get_config("tiny", remote),
+        lambda: read_backbone("tiny", zoo=remote),
+        lambda: load_entry_weights("tiny", "pretext_head.safetensors", remote),
+    ):
+        read(place, use, port=server.server_port)
+    assert set(os.listdir(place)) <= before | {"cache"}
+    assert not cache.exists() or set(os.listdir(cache)) <= {"blobs", "partial", "locks", "indexes"}
+    for blob in cache.glob("blobs/*/*"):
+        assert hashlib.sha256(blob.read_bytes()).hexdigest() == blob.name
 
 
 FACTS = {"architecture": "test_resnet", "model_args": {"in_chans": 3}, "pixels": {"mean": [0.5], "std": [0.5]}}

@@ -1,6 +1,12 @@
-"""Data sets by name; importing this package registers `voc_detection`, `image_folder`, `shards` and `digit_scenes`."""
+"""Data sets by name.
+
+Importing this package registers `voc_detection`, `coco_detection`, `image_folder`, `shards`, `digit_scenes` and the
+classification sets of `classification_sets.py`.
+"""
 
 from bissl_zoo.data.catalog import datasets_root, load_image, require_folder
+from bissl_zoo.data.classification_sets import ClassificationSet, register_classification_set
+from bissl_zoo.data.coco import COCODetection
 from bissl_zoo.data.digit_scenes import DigitScenes
 from bissl_zoo.data.folder import ImageFolder
 from bissl_zoo.data.shards import ShardDataset
@@ -8,11 +14,14 @@ from bissl_zoo.data.voc import VOC_CLASSES, VOCDetection
 
 __all__ = [
     "VOC_CLASSES",
+    "COCODetection",
+    "ClassificationSet",
     "DigitScenes",
     "ImageFolder",
     "ShardDataset",
     "VOCDetection",
     "datasets_root",
     "load_image",
+    "register_classification_set",
     "require_folder",
 ]

@@ -4,10 +4,12 @@ import contextlib
 import hashlib
 import io
 import os
+import stat
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
+import numpy as np
 import torch
 from PIL import Image, ImageOps
 from torch import Tensor
@@ -51,6 +53,22 @@ def require_folder(path: str | os.PathLike, what: str, fetch: str = "") -> Path:
     )
 
 
+def require_plain(path: str | os.PathLike, what: str) -> os.stat_result:
+    """Raise where `path` is a pipe, a device or a folder: opening a pipe waits for ever, and a device may never end.
+
+    Args:
+        what: the file in words; the message begins with it.
+
+    Raises:
+        DatasetError: it is not a plain file, nor a link to one.
+        OSError: it does not exist, or cannot be looked at.
+    """
+    found = os.stat(path)
+    if not stat.S_ISREG(found.st_mode):
+        raise DatasetError(f"{what} {path} is not a plain file but a folder, pipe or device, so it is not read.")
+    return found
+
+
 def sample_digest(dataset: Any) -> str | None:
     """The sha256 of a data set's list of samples: its own `digest()`, or their files below the data sets root, sorted.
 
@@ -69,6 +87,8 @@ def sample_digest(dataset: Any) -> str | None:
 def load_image(path: str | os.PathLike | IO[bytes], upright: bool = True, name: str = "") -> Image.Image:
     """Read and fully decode one image file as RGB.
 
+    Of 16 bits the upper 8 are kept, of transparent pixels the colour that they have, and CMYK comes as viewers show it.
+
     Args:
         path: the file, or what is open for reading.
         upright: turn the picture as its EXIF orientation says, as every viewer does. Detection sets pass False, because
@@ -76,14 +96,18 @@ def load_image(path: str | os.PathLike | IO[bytes], upright: bool = True, name: 
         name: the image in messages, where it is no file of its own.
 
     Raises:
-        DatasetError: naming the file, where it is missing, truncated, no image, or one of more pixels than are decoded.
+        DatasetError: naming the file, where it is missing, truncated, no image, no plain file, one of more pixels than
+            are decoded, or of 32-bit pixels, which have no range.
     """
     with _telling(name or path):
+        if not hasattr(path, "read"):
+            require_plain(path, "Image")
         with Image.open(path, formats=IMAGE_FORMATS) as image:
             image.load()
+            kind = image.format
             if upright:
                 image = ImageOps.exif_transpose(image)
-            return image.convert("RGB")
+            return _as_rgb(image, kind)
 
 
 def load_pixels(path: str | os.PathLike | IO[bytes], name: str = "") -> Tensor:
@@ -95,6 +119,8 @@ def load_pixels(path: str | os.PathLike | IO[bytes], name: str = "") -> Tensor:
         DatasetError: as there.
     """
     with _telling(name or path):
+        if not hasattr(path, "read"):
+            require_plain(path, "Image")
         content = path.read() if hasattr(path, "read") else Path(path).read_bytes()
         if content.startswith(JPEG):
             Image.open(io.BytesIO(content), formats=IMAGE_FORMATS)  # the header only, which a bomb's size is in
@@ -103,11 +129,22 @@ def load_pixels(path: str | os.PathLike | IO[bytes], name: str = "") -> Tensor:
     return pil_to_tensor(load_image(io.BytesIO(content), name=name or str(path)))
 
 
+def _as_rgb(image: Image.Image, kind: str | None) -> Image.Image:
+    # Pillow's own conversion makes white of all beyond 255; in its older releases a PNG of 16 bits has the mode I
+    if image.mode.startswith("I;16") or (image.mode == "I" and kind == "PNG"):
+        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    elif image.mode in ("I", "F"):
+        raise ValueError(f"pixels of 32 bits, mode {image.mode}, have no range of their own: save it with 8 or 16")
+    return image.convert("RGB")
+
+
 @contextlib.contextmanager
 def _telling(image: str | os.PathLike | IO[bytes]) -> Iterator[None]:
     """Turn what goes wrong with an image into an error that names it."""
     try:
         yield
+    except DatasetError:
+        raise
     except FileNotFoundError as error:
         raise DatasetError(f"Image {image} does not exist.") from error
     except Image.DecompressionBombError as error:

@@ -1,26 +1,19 @@
 """Detection sets in the layout of the Pascal VOC devkit (Everingham et al., IJCV 2010)."""
 
-import logging
 import math
 import os
 import re
-from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
-import torch
 from defusedxml import DefusedXmlException
 from defusedxml import ElementTree as SafeXML
-from PIL import Image
-from torch.utils.data import Dataset
 
-from bissl_zoo.data.catalog import IMAGE_EXTENSIONS, datasets_root, load_image, require_folder
+from bissl_zoo.data.boxes import SIDE_LIMIT, Box, DetectionSet, distinct_classes, first_repeated, has_area
+from bissl_zoo.data.catalog import IMAGE_EXTENSIONS, datasets_root, require_folder, require_plain
 from bissl_zoo.errors import DatasetError, did_you_mean
 from bissl_zoo.registry import DATASETS
-
-logger = logging.getLogger(__name__)
 
 VOC_CLASSES = (
     "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow", "diningtable", "dog",
@@ -29,10 +22,8 @@ VOC_CLASSES = (
 
 _SIDES = ("xmin", "ymin", "xmax", "ymax")
 _OFFICIAL = ("train", "val", "trainval")
-#: bytes of an annotation file, far above any of VOC, and pixels of a side, up to which float32 has every number
-_BYTES_LIMIT, _SIDE_LIMIT = 10_000_000, 1 << 24
-_SKIP_OBJECT = 'Fix the file, or pass on_bad_annotation="skip" to leave such objects out (they are counted in the log).'
-_SKIP_IMAGE = 'Fix the file, or pass on_bad_annotation="skip" to leave such images out (they are counted in the log).'
+#: bytes of an annotation file, far above any of VOC
+_BYTES_LIMIT = 10_000_000
 
 
 class Annotation(NamedTuple):
@@ -42,20 +33,17 @@ class Annotation(NamedTuple):
     width: int
     height: int
     names: list[str]
-    boxes: list[tuple[float, ...]]
+    boxes: list[Box]
     difficult: list[bool]
 
 
 @DATASETS.register("voc_detection")
-class VOCDetection(Dataset):
+class VOCDetection(DetectionSet):
     """Images with boxes, from a folder that holds `VOCdevkit/VOC<year>/{JPEGImages,Annotations,ImageSets/Main}`.
 
-    A sample is `(image, target)`: the image in RGB with its pixels as stored (EXIF orientation is not applied, because
-    boxes count stored pixels), the target a dict with `boxes` float32 (N, 4) as x0, y0, x1, y1 in pixels, `labels`
-    int64 (N,) in 0..K-1, `difficult` bool (N,) and `image_id`, the sample's index.
-
-    VOC writes 1-based coordinates with both ends inside the box, so x0 = xmin - 1, y0 = ymin - 1, x1 = xmax, y1 = ymax:
-    0-based, the far edge outside, width x1 - x0. Devkits written 0-based load as well: a minimum of 0 stays 0.
+    Samples are those of :class:`bissl_zoo.data.boxes.DetectionSet`. VOC writes 1-based coordinates with both ends
+    inside the box, so x0 = xmin - 1, y0 = ymin - 1, x1 = xmax, y1 = ymax: 0-based, the far edge outside, width x1 - x0.
+    Devkits written 0-based load as well: a minimum of 0 stays 0.
 
     All annotations of the splits are read and checked at construction; images are decoded when asked for.
 
@@ -72,6 +60,8 @@ class VOCDetection(Dataset):
         DatasetError: a missing folder, list or image, an empty split, or an annotation that is wrong.
     """
 
+    layout = "VOC"
+
     def __init__(
         self,
         root: str = "",
@@ -80,21 +70,14 @@ class VOCDetection(Dataset):
         on_bad_annotation: str = "error",
         labelled: bool = True,
     ):
-        if on_bad_annotation not in ("error", "skip"):
-            raise DatasetError(f'on_bad_annotation is "{on_bad_annotation}"; accepted are "error" and "skip".')
+        super().__init__(on_bad_annotation)
         self.splits = [splits] if isinstance(splits, str) else list(splits)
         if not self.splits:
             raise DatasetError("VOCDetection: no split is given. splits holds names like '2007_trainval'.")
-        self._skip = on_bad_annotation == "skip"
-        self._left_out: Counter[str] = Counter()
         folders = {split: _year_folder(root, split) for split in self.splits}
-        self._files = [
-            file for split in self.splits for file in self._images_of(folders[split], split.split("_", 1)[1])
-        ]
-        if len(set(self._files)) < len(self._files):
-            raise DatasetError(
-                f"The splits {', '.join(self.splits)} list {_first_repeated(self._files)} more than once."
-            )
+        files = [file for split in self.splits for file in self._images_of(folders[split], split.split("_", 1)[1])]
+        if (repeated := first_repeated(files)) is not None:
+            raise DatasetError(f"The splits {', '.join(self.splits)} list {repeated} more than once.")
         parsed: dict[Path, Annotation] = {}
         if not labelled:
             self.classes = None
@@ -103,18 +86,16 @@ class VOCDetection(Dataset):
             parsed = {file: found for file in every if (found := self._read(file, count=False)) is not None}
             self.classes = sorted({name for annotation in parsed.values() for name in annotation.names if name})
         else:
-            self.classes = list(VOC_CLASSES) if classes == "voc" else [str(name) for name in classes]
             if isinstance(classes, str) and classes != "voc":
                 raise DatasetError(f'classes is "{classes}"; give a list of names, "voc" or None.')
-            if len(set(self.classes)) < len(self.classes):
-                raise DatasetError(f"classes names {_first_repeated(self.classes)} more than once.")
-        if self.classes is not None:
-            self._index(parsed)
-        if not self._files:
+            self.classes = distinct_classes(VOC_CLASSES if classes == "voc" else classes)
+        if self.classes is None:
+            self._hold(files)
+        else:
+            self._index(files, parsed)
+        if not len(self):
             raise DatasetError(f"The splits {', '.join(self.splits)} hold no usable image.")
-        if self._left_out:
-            counts = ", ".join(f"{count} {reason}" for reason, count in sorted(self._left_out.items()))
-            logger.warning("VOC %s: left out %s", ", ".join(self.splits), counts)
+        self._tell_left_out(", ".join(self.splits))
 
     def _images_of(self, folder: Path, name: str) -> list[str]:
         """The image files that ImageSets/Main/<name>.txt lists."""
@@ -130,17 +111,20 @@ class VOCDetection(Dataset):
         if not ids:
             raise DatasetError(f"VOC split list {file} is empty.")
         pictures = require_folder(folder / "JPEGImages", f"VOC images of {folder.name}")
-        by_id = {os.path.splitext(entry)[0]: entry for entry in sorted(os.listdir(pictures)) if _is_image(entry)}
+        by_id: dict[str, list[str]] = {}
+        for entry in filter(_is_image, os.listdir(pictures)):
+            by_id.setdefault(os.path.splitext(entry)[0], []).append(entry)
         found = []
         for image_id in ids:
-            if image_id in by_id:
-                found.append(str(pictures / by_id[image_id]))
-            elif self._skip:
-                self._left_out["images without a file"] += 1
+            named = sorted(by_id.get(image_id, []))
+            if len(named) == 1:
+                found.append(str(pictures / named[0]))
+            elif named:
+                problem = f"VOC image '{image_id}', listed in {file}, may be {' or '.join(named)} in {pictures}."
+                self._leave_out("images", "of several files", problem)
             else:
-                raise DatasetError(
-                    f"VOC image {pictures / image_id}.jpg, listed in {file}, does not exist. {_SKIP_IMAGE}"
-                )
+                problem = f"VOC image {pictures / image_id}.jpg, listed in {file}, does not exist."
+                self._leave_out("images", "without a file", problem)
         return found
 
     def _read(self, path: Path, count: bool = True) -> Annotation | None:
@@ -148,77 +132,37 @@ class VOCDetection(Dataset):
         try:
             return read_annotation(path)
         except DatasetError as error:
-            if not self._skip:
-                raise DatasetError(f"{error} {_SKIP_IMAGE}") from error
-            self._left_out["images with an unreadable annotation"] += count
+            if count or not self._skip:
+                self._leave_out("images", "with an unreadable annotation", str(error))
             return None
 
-    def _index(self, parsed: dict[Path, Annotation]) -> None:
-        """Fill the arrays that targets are cut from; drops the images whose annotation cannot be read."""
+    def _index(self, listed: list[str], parsed: dict[Path, Annotation]) -> None:
+        """Take in the images that are listed, without those whose annotation cannot be read."""
         label_of = {name: label for label, name in enumerate(self.classes)}
-        files, sizes, counts, boxes, labels, difficult = [], [], [], [], [], []
-        for file in self._files:
+        files, sizes, image_of, boxes, labels, difficult = [], [], [], [], [], []
+        for file in listed:
             path = _annotation_of(file)
             annotation = parsed.get(path) or self._read(path)
             if annotation is None:
                 continue
-            before = len(labels)
             for number, (name, box) in enumerate(zip(annotation.names, annotation.boxes, strict=True)):
-                problem = _box_problem(box, annotation) or self._class_problem(name, label_of)
-                if problem and not self._skip:
-                    raise DatasetError(f"VOC annotation {path}, object {number + 1}: {problem}. {_SKIP_OBJECT}")
-                if problem:
-                    self._left_out["objects with an impossible box or an unknown class"] += 1
+                if problem := _box_problem(box, annotation) or self._class_problem(name, label_of):
+                    problem = f"VOC annotation {path}, object {number + 1}: {problem}."
+                    self._leave_out("objects", "with an impossible box or an unknown class", problem)
                     continue
-                xmin, ymin, xmax, ymax = box
-                boxes.append((max(xmin - 1, 0), max(ymin - 1, 0), xmax, ymax))
+                image_of.append(len(files))
+                boxes.append(_zero_based(box))
                 labels.append(label_of[name])
                 difficult.append(annotation.difficult[number])
             files.append(file)
             sizes.append((annotation.width, annotation.height))
-            counts.append(len(labels) - before)
-        self._files, self._sizes = files, sizes
-        self._starts = np.concatenate([[0], np.cumsum(counts, dtype=np.int64)])
-        self._boxes = np.array(boxes, dtype=np.float32).reshape(-1, 4)
-        self._labels = np.array(labels, dtype=np.int64)
-        self._difficult = np.array(difficult, dtype=bool)
+        self._hold(files, sizes, image_of, boxes, labels, difficult)
 
     @staticmethod
     def _class_problem(name: str, label_of: dict[str, int]) -> str:
         if name in label_of:
             return ""
-        return f"unknown class '{name}'.{did_you_mean(name, label_of)} The classes are {', '.join(label_of)}"
-
-    def __len__(self) -> int:
-        return len(self._files)
-
-    def __getitem__(self, index: int) -> tuple[Image.Image, dict[str, Any] | None]:
-        image = load_image(self._files[index], upright=False)
-        if self.classes is None:
-            return image, None
-        if image.size != self._sizes[index]:
-            raise DatasetError(
-                f"VOC image {self._files[index]} has {image.width} x {image.height} pixels, but its annotation says "
-                f"{self._sizes[index][0]} x {self._sizes[index][1]}: the boxes belong to another version of the image."
-            )
-        return image, self.target(index)
-
-    def target(self, index: int) -> dict[str, Any] | None:
-        """The target of sample `index`, without decoding its image."""
-        if self.classes is None:
-            return None
-        index = range(len(self))[index]
-        objects = slice(self._starts[index], self._starts[index + 1])
-        return {
-            "boxes": torch.from_numpy(self._boxes[objects].copy()),
-            "labels": torch.from_numpy(self._labels[objects].copy()),
-            "difficult": torch.from_numpy(self._difficult[objects].copy()),
-            "image_id": index,
-        }
-
-    def source(self, index: int) -> str:
-        """The image file that sample `index` comes from."""
-        return self._files[index]
+        return f"unknown class {name!r:.100}.{did_you_mean(name, label_of)} The classes are {', '.join(label_of)}"
 
 
 def read_annotation(path: Path) -> Annotation:
@@ -227,9 +171,10 @@ def read_annotation(path: Path) -> Annotation:
     Coordinates that are missing or no number come back as NaN, a missing name as "": the caller names the object.
 
     Raises:
-        DatasetError: where the file is missing, too large, does not parse, or gives no image size.
+        DatasetError: where the file is missing, no plain file, too large, does not parse, or gives no image size.
     """
     try:
+        require_plain(path, "VOC annotation")
         with open(path, "rb") as file:
             if len(content := file.read(_BYTES_LIMIT + 1)) > _BYTES_LIMIT:
                 raise DatasetError(f"VOC annotation {path} has more than {_BYTES_LIMIT:,} bytes, so it is not read.")
@@ -241,7 +186,7 @@ def read_annotation(path: Path) -> Annotation:
     except (SafeXML.ParseError, ValueError, LookupError, OSError) as error:
         raise DatasetError(f"VOC annotation {path} does not parse: {error}.") from error
     width, height = _number(root, "size/width"), _number(root, "size/height")
-    if not (1 <= width <= _SIDE_LIMIT and 1 <= height <= _SIDE_LIMIT):
+    if not (1 <= width <= SIDE_LIMIT and 1 <= height <= SIDE_LIMIT):
         raise DatasetError(f"VOC annotation {path} gives no image size (a positive size/width and size/height).")
     objects = root.findall("object")
     return Annotation(
@@ -262,7 +207,7 @@ def _number(element: Any, path: str) -> float:
     return value if math.isfinite(value) else math.nan
 
 
-def _box_problem(box: tuple[float, ...], annotation: Annotation) -> str:
+def _box_problem(box: Box, annotation: Annotation) -> str:
     """What is wrong with a box as written, or an empty string."""
     for side, value in zip(_SIDES, box, strict=True):
         size, limit = ("width", annotation.width) if side[0] == "x" else ("height", annotation.height)
@@ -271,9 +216,14 @@ def _box_problem(box: tuple[float, ...], annotation: Annotation) -> str:
         if not 0 <= value <= limit:
             return f"{side} {value:g} lies outside the image ({size} {limit})"
     xmin, ymin, xmax, ymax = box
-    if xmax <= xmin or ymax <= ymin:
+    if xmax <= xmin or ymax <= ymin or not has_area(_zero_based(box)):
         return f"the box has no area (xmin {xmin:g}, ymin {ymin:g}, xmax {xmax:g}, ymax {ymax:g})"
     return ""
+
+
+def _zero_based(box: Box) -> Box:
+    xmin, ymin, xmax, ymax = box
+    return max(xmin - 1, 0), max(ymin - 1, 0), xmax, ymax
 
 
 def _year_folder(root: str, split: str) -> Path:
@@ -294,7 +244,3 @@ def _annotation_of(file: str) -> Path:
 
 def _is_image(name: str) -> bool:
     return os.path.splitext(name)[1].lower() in IMAGE_EXTENSIONS
-
-
-def _first_repeated(values: list[str]) -> str:
-    return next(value for value, count in Counter(values).items() if count > 1)

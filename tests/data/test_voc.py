@@ -148,6 +148,13 @@ def test_impossible_object_is_named_with_file_and_number(devkit, objects, proble
     assert message.endswith('on_bad_annotation="skip" to leave such objects out (they are counted in the log).')
 
 
+def test_class_name_of_a_stranger_is_told_short_and_without_what_steers_a_terminal(devkit):
+    damage(devkit, [thing("\x9b31m" + "x" * 100_000, (1, 1, 9, 9))])
+    with pytest.raises(DatasetError, match=r"object 1: unknown class '\\x9b31mxxx") as caught:
+        VOCDetection(splits=["2007_train"], classes=["cat", "dog"])
+    assert len(str(caught.value)) < 1000
+
+
 def test_skip_leaves_bad_objects_out_and_counts_them(devkit, caplog):
     damage(devkit, [thing("dog", (1, 1, 512, 9)), thing("cat", (2, 2, 9, 9)), thing("cow", (2, 2, 9, 9))])
     with caplog.at_level(logging.WARNING):

@@ -1,9 +1,9 @@
-"""Files in the grammars of annotations, images and configs, with what a stranger may put into them."""
+"""Files in the grammars of annotations, images, configs and web answers, with what a stranger may put into them."""
 
 import io
 from typing import Any
 
-from hostile_input import TEXTS, damaged, json_files, png_of
+from hostile_input import TEXTS, VALUES, as_json, changed, damaged, json_files, png_of
 from hypothesis import strategies as st
 from PIL import Image
 
@@ -36,6 +36,39 @@ def _annotations(draw: Any) -> bytes:
 
 
 annotation_files = _annotations() | damaged([_XML.encode()]) | st.binary(max_size=60)
+
+#: the images that COCO's grammar names: files that are there, with their sizes
+COCO_IMAGES = {"a.png": (16, 12), "b.png": (7, 9), "below/c.png": (1, 1)}
+_coco_keys = st.integers(0, 4)
+_coco_sides = st.sampled_from([0, 1, 7, 9, 12, 16, 15.99, 16.01, 17.5, -0.5, -2, 1e-9, 1e300]) | VALUES
+_coco_names = st.sampled_from([*COCO_IMAGES, *TEXTS, "below", ".", "./a.png", "below/../a.png", "below/../../a.png"])
+
+
+@st.composite
+def _coco(draw: Any) -> bytes:
+    """Up to four images, categories and objects that mostly belong together, and then up to three changes."""
+    images, objects = [], []
+    for key in draw(st.lists(_coco_keys, max_size=4, unique=draw(st.integers(0, 9)) < 9)):
+        name = draw(_coco_names) if draw(st.integers(0, 9)) == 9 else list(COCO_IMAGES)[key % len(COCO_IMAGES)]
+        width, height = COCO_IMAGES.get(name, (16, 12))
+        images.append({"id": key, "file_name": name, "width": width, "height": height})
+    for key in draw(st.lists(_coco_keys, max_size=4)):
+        sides = [draw(_coco_sides) if draw(st.integers(0, 9)) == 9 else number for number in (0.5, 0, 0.5, 1)]
+        crowd = draw(VALUES) if draw(st.integers(0, 9)) == 9 else 0
+        record = {"id": len(objects), "image_id": key, "category_id": draw(_coco_keys)}
+        objects.append({**record, "bbox": sides, "iscrowd": crowd, "segmentation": [[1, 2, 3, 4]]})
+    keys = draw(st.permutations(range(5))) if draw(st.booleans()) else draw(st.lists(_coco_keys, unique=True))
+    categories = [{"id": key, "name": f"class {key}"} for key in keys]
+    content = {"images": images, "annotations": objects, "categories": categories}
+    return as_json(draw(changed(content)))
+
+
+_COCO = {
+    "images": [{"id": 1, "file_name": "a.png", "width": 16, "height": 12}],
+    "annotations": [{"id": 1, "image_id": 1, "category_id": 2, "bbox": [1.5, 2, 3, 4], "iscrowd": 0}],
+    "categories": [{"id": 2, "name": "dog"}],
+}
+coco_files = _coco() | json_files(_COCO)
 
 
 def _image(kind: str) -> bytes:
@@ -105,3 +138,40 @@ _keys = st.sampled_from(
 )
 _signs, _ends = st.sampled_from(["", "+", "~"]), st.sampled_from(["=", "", ".x="])
 overrides = st.builds("{}{}{}{}".format, _signs, _keys, _ends, _fragments) | _fragments | st.text(max_size=30)
+
+_STATUSES = "200 200 200 206 100 103 204 301 302 307 304 308 401 403 404 410 416 429 500 503 999 99 -1 x".split()
+_LOCATIONS = (
+    *("file:///etc/passwd", "ftp://127.0.0.1/x", "javascript:x", "data:,x", "//[", "http://[::1", "//", "http:///x"),
+    *("", " ", "/again", "?x", "#x", "..", "../" * 40 + "etc/passwd", "/\xff\xfe", "http://127.0.0.1:99999/", "/%00"),
+)
+_HEADERS = {
+    "Content-Length": ["0", "3", "-1", "1e3", "x", "9" * 30, "3, 3", "+3", "\u0663", "10737418240"],
+    "Content-Range": ["bytes 0-2/3", "bytes 1-2/3", "bytes */0", "bytes */*", "bytes -1-2/x", "x" * 999, "bytes 9-1/1"],
+    "Content-Encoding": ["gzip", "identity", "br, gzip", "", "\x1b[2J"],
+    "Transfer-Encoding": ["chunked", "identity", "gzip, chunked", "x"],
+    "Location": list(_LOCATIONS),
+    "Retry-After": ["0", "999999", "-1", "9" * 30, "Wed, 21 Oct 2015 07:28:00 GMT"],
+    "Connection": ["keep-alive", "close", "upgrade"],
+    "Set-Cookie": ["a=b; Path=/; Domain=example.org"],
+}
+_header = st.sampled_from([(name, value) for name, values in _HEADERS.items() for value in values])
+_STARTS = ("HTTP/1.1", "HTTP/1.0", "HTTP/0.9", "HTTP/9.9", "ICY", "http/1.1", "")
+
+
+def _answer(start: str, status: str, headers: list[tuple[str, str]], tail: bytes, body: bytes) -> bytes:
+    head = f"{start} {status} told\r\n" + "".join(f"{name}: {value}\r\n" for name, value in headers)
+    return head.encode("utf-8", "surrogatepass") + tail + b"\r\n" + body
+
+
+def http_answers(body: bytes) -> st.SearchStrategy[bytes]:
+    """All that a web server sends on a request for `body`: as it should, with other headers, damaged, or anything."""
+    length = ("Content-Length", str(len(body)))
+    chunks = b"%x\r\n%s\r\n0\r\n\r\n" % (len(body), body)
+    good = _answer("HTTP/1.1", "200", [length], b"", body)
+    chunked = _answer("HTTP/1.1", "200", [("Transfer-Encoding", "chunked")], b"", chunks)
+    starts = st.sampled_from(["HTTP/1.1"] * 9 + list(_STARTS))
+    headers = st.lists(_header | st.just(length), max_size=4)
+    tails = st.sampled_from([b""] * 9 + [b"no colon\r\n", b" folded\r\n", b"a: b\0c\r\n", b"x: y\r\n" * 200])
+    bodies = st.sampled_from([body, chunks, body[:-1], body + b"more", b""])
+    made = st.builds(_answer, starts, st.sampled_from(_STATUSES), headers, tails, bodies)
+    return st.just(good) | made | damaged([good, chunked]) | st.binary(max_size=60)

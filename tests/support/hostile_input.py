@@ -110,7 +110,7 @@ def _places(node: Any) -> Iterator[tuple[Any, Any]]:
 
 _RUNS = {"os.system", "os.exec", "os.posix_spawn", "os.fork", "subprocess.Popen", "socket.connect", "pickle.find_class"}
 _MOVES = {"os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.link", "os.symlink", "os.chmod", "os.truncate"}
-_watch: dict[str, Any] = {"folder": None, "seen": []}
+_watch: dict[str, Any] = {"folder": None, "port": None, "seen": []}
 
 
 def _notice(event: str, arguments: tuple[Any, ...]) -> None:
@@ -125,6 +125,8 @@ def _notice(event: str, arguments: tuple[Any, ...]) -> None:
         else []
     )
     paths += [arguments[0]] if writes and not isinstance(arguments[0], int) else []
+    if event == "socket.connect" and arguments[1] == ("127.0.0.1", _watch["port"]):
+        return
     outside = [path for path in paths if not os.path.abspath(os.fsdecode(path)).startswith(folder)]
     if event in _RUNS or outside:
         _watch["seen"].append((event, arguments))
@@ -134,9 +136,12 @@ sys.addaudithook(_notice)  # there is no taking it off again, hence the switch
 
 
 @contextlib.contextmanager
-def watched(folder: Path) -> Iterator[None]:
-    """Fails where the block starts a program, connects, unpickles a name, or writes outside of `folder`."""
-    _watch.update(folder=os.path.abspath(folder), seen=[])
+def watched(folder: Path, port: int | None = None) -> Iterator[None]:
+    """Fails where the block starts a program, unpickles a name, writes outside of `folder`, or connects.
+
+    It may connect to `port` of this machine, where there is one.
+    """
+    _watch.update(folder=os.path.abspath(folder), port=port, seen=[])
     try:
         yield
     finally:
