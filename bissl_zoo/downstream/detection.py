@@ -20,7 +20,7 @@ from torchvision.transforms.v2 import functional as tv
 from bissl_zoo.backbones import Backbone
 from bissl_zoo.data.views import IMAGENET_MEAN, IMAGENET_STD
 from bissl_zoo.downstream.task import Batch, DownstreamTask
-from bissl_zoo.errors import ConfigError
+from bissl_zoo.errors import ConfigError, DatasetError
 from bissl_zoo.evaluation.detection import DetectionEvaluator
 from bissl_zoo.registry import DOWNSTREAM_TASKS
 
@@ -119,7 +119,9 @@ class FasterRCNN(DownstreamTask):
 
     def transform(self, train: bool) -> Callable[[Any, Target], Batch]:
         """Float images in [0, 1] at their own size; flipped left to right at random to train."""
-        return _DetectionTransform(self.flip_probability if train else 0.0)
+        return _DetectionTransform(
+            self.flip_probability if train else 0.0, self.resize.min_size[0], self.resize.max_size
+        )
 
     def collate(self, samples: list[Batch]) -> Batch:
         """A list of images `(3, H, W)` and a list of targets."""
@@ -213,10 +215,17 @@ class _RPNHead(RPNHead):
 class _DetectionTransform:
     """To float, and a flip with the boxes; a class, so that loader workers can be spawned."""
 
-    def __init__(self, flip_probability: float) -> None:
+    def __init__(self, flip_probability: float, min_size: int, max_size: int) -> None:
         self.flip_probability = flip_probability
+        self.min_size, self.max_size = min_size, max_size
 
     def __call__(self, image: Any, target: Target) -> Batch:
+        short, long = sorted(image.size)
+        if short * min(self.min_size / short, self.max_size / long) < 1:
+            raise DatasetError(
+                f"Image {target['image_id']} has {image.width} x {image.height} pixels, of which no row or column is "
+                f"left when its longer side becomes task.max_size={self.max_size}."
+            )
         pixels = tv.to_dtype(tv.pil_to_tensor(image), torch.float32, scale=True)
         if torch.rand(()) < self.flip_probability:
             width = pixels.shape[-1]

@@ -14,7 +14,7 @@ from bissl_zoo.engine.bissl import build_bissl
 from bissl_zoo.engine.build import Weights, build_downstream
 from bissl_zoo.engine.evaluate import evaluate
 from bissl_zoo.engine.run import open_context
-from bissl_zoo.errors import BisslZooError, ConfigError
+from bissl_zoo.errors import BisslZooError, ConfigError, DatasetError
 from bissl_zoo.registry import build_backbone, build_task
 
 CLASSES = ["cat", "dog"]
@@ -378,3 +378,13 @@ def test_the_common_configs_build_on_a_resnet50(name, stage, maps):
     task = instantiate(load_config(f"common/downstream/{name}.py").task, backbone=trunk, classes=CLASSES)
     assert (task.resize.min_size, task.resize.max_size) == ((196,), 320)
     assert tuple(task.maps) == (maps or (stage,)) and (task.fpn is None) == (not maps)
+
+
+def test_an_image_of_which_nothing_would_be_left_is_refused_and_not_a_crash():
+    _, task = build(min_size=196, max_size=320)
+    objects = target([[0.0, 0.0, 9.0, 9.0]], [0], image_id=7)
+    for train in (True, False):
+        transform = task.transform(train)
+        with pytest.raises(DatasetError, match="Image 7 has 20000 x 10 pixels, of which no row or column is left"):
+            transform(Image.new("RGB", (20_000, 10)), objects)
+        assert transform(Image.new("RGB", (3_200, 10)), objects)[0].shape == (3, 10, 3_200)  # a row is

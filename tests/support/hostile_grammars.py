@@ -158,8 +158,10 @@ _header = st.sampled_from([(name, value) for name, values in _HEADERS.items() fo
 _STARTS = ("HTTP/1.1", "HTTP/1.0", "HTTP/0.9", "HTTP/9.9", "ICY", "http/1.1", "")
 
 
-def _answer(start: str, status: str, headers: list[tuple[str, str]], tail: bytes, body: bytes) -> bytes:
-    head = f"{start} {status} told\r\n" + "".join(f"{name}: {value}\r\n" for name, value in headers)
+def _answer(
+    start: str, status: str, headers: list[tuple[str, str]], tail: bytes, body: bytes, told: str = "told"
+) -> bytes:
+    head = f"{start} {status} {told}\r\n" + "".join(f"{name}: {value}\r\n" for name, value in headers)
     return head.encode("utf-8", "surrogatepass") + tail + b"\r\n" + body
 
 
@@ -173,5 +175,6 @@ def http_answers(body: bytes) -> st.SearchStrategy[bytes]:
     headers = st.lists(_header | st.just(length), max_size=4)
     tails = st.sampled_from([b""] * 9 + [b"no colon\r\n", b" folded\r\n", b"a: b\0c\r\n", b"x: y\r\n" * 200])
     bodies = st.sampled_from([body, chunks, body[:-1], body + b"more", b""])
-    made = st.builds(_answer, starts, st.sampled_from(_STATUSES), headers, tails, bodies)
+    words = st.sampled_from(["told", "", "\x1b[2J\u202e", "x" * 60_000])
+    made = st.builds(_answer, starts, st.sampled_from(_STATUSES), headers, tails, bodies, words)
     return st.just(good) | made | damaged([good, chunked]) | st.binary(max_size=60)

@@ -223,6 +223,13 @@ def redirect(server, path, target, status=302):
     server.plans[path] = [Answer(status=status, headers={"Location": target}) for _ in range(20)]
 
 
+@pytest.mark.parametrize("line", [b"HTTP/1.1 403 \x1b[2J" + b"x" * 50_000, b"\x1b[2J" * 1000])
+def test_what_a_server_says_is_cut_and_a_terminal_may_show_it(server, store, line):
+    plan(server, Answer(raw=line + b"\r\nContent-Length: 0\r\n\r\n"))
+    told = refused(store.read, FILE, 100)
+    assert "\x1b" not in told and "\\u001b[2J" in told and len(told) < 1000
+
+
 @pytest.mark.parametrize("status", [301, 302, 303, 307, 308])
 def test_a_redirect_is_followed_with_the_range(server, store, status):
     redirect(server, f"/zoo/{FILE}", "../files/it%20is?signature=a/b", status)

@@ -14,6 +14,7 @@ import urllib.request
 from collections.abc import Iterator, Mapping
 from urllib.parse import SplitResult, quote, unquote, urljoin, urlsplit, urlunsplit
 
+from bissl_zoo.console import printable
 from bissl_zoo.errors import ZooError
 from bissl_zoo.zoo.stores.store import Body, Content, Store, Transient
 
@@ -234,7 +235,7 @@ def _blocks(response: http.client.HTTPResponse, address: str) -> Iterator[bytes]
 
 def _refusal(response: http.client.HTTPResponse, address: str) -> ZooError:
     """The error for a status that brings no file."""
-    answer = f"{address} answered {response.status} {response.reason}".rstrip()
+    answer = f"{address} answered {response.status} {_told(response.reason)}".rstrip()
     if response.status in _LATER or response.status >= 500:
         seconds = response.headers.get("Retry-After", "")
         return Busy(f"{answer}.", float(seconds) if re.fullmatch(r"\d{1,6}", seconds, re.ASCII) else 0.0)
@@ -251,6 +252,7 @@ def _failure(error: Exception, address: str) -> ZooError:
     """The error for a connection that failed: transient where the next attempt may not."""
     cause = getattr(error, "reason", error)
     cause = cause if isinstance(cause, Exception) else error
+    told = _told(str(cause)) or type(cause).__name__
     if isinstance(cause, ssl.SSLCertVerificationError):
         return ZooError(
             f"{address}: the certificate is not accepted ({cause.verify_message}). Check the host's name and this "
@@ -260,5 +262,10 @@ def _failure(error: Exception, address: str) -> ZooError:
         return ZooError(f"{address}: no host has this name ({cause.strerror}). Check the address and the network.")
     passing = (TimeoutError, ConnectionError, http.client.IncompleteRead, socket.gaierror, ssl.SSLEOFError)
     if isinstance(cause, passing) or getattr(cause, "errno", None) in _UNREACHABLE:
-        return Transient(f"{address}: {cause or type(cause).__name__}.")
-    return ZooError(f"{address} cannot be read: {cause or type(cause).__name__}. Check the address and the proxy.")
+        return Transient(f"{address}: {told}.")
+    return ZooError(f"{address} cannot be read: {told}. Check the address and the proxy.")
+
+
+def _told(text: str) -> str:
+    """What a server says, for a message: its first words, and nothing that a terminal would obey."""
+    return printable(text[:100]) + (" ..." if len(text) > 100 else "")
