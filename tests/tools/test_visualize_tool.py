@@ -1,0 +1,183 @@
+"""tools/visualize.py: every command, where its pictures go, and what it refuses."""
+
+import csv
+
+import pytest
+from command_line import load_tool
+from PIL import Image
+from safetensors.torch import save_file
+
+from bissl_zoo.config import LazyConfig
+from bissl_zoo.engine.run import run
+from bissl_zoo.engine.run_dir import load_run_config
+from bissl_zoo.registry import build_backbone
+from bissl_zoo.zoo.backbone_file import StoredBackbone, save_backbone
+
+
+@pytest.fixture(scope="module")
+def visualizer():
+    """The module tools/visualize.py."""
+    return load_tool("visualize")
+
+
+@pytest.fixture
+def visualize(visualizer, capsys, at_scenes, tmp_path, monkeypatch):
+    """Call the command line in a folder of its own: status, standard output and standard error."""
+    monkeypatch.chdir(tmp_path)
+
+    def call(*arguments):
+        status = visualizer.cli([*map(str, arguments)])
+        said = capsys.readouterr()
+        return status, said.out, said.err
+
+    return call
+
+
+@pytest.fixture
+def config(tiny_config, tmp_path):
+    """The tiny config as a file."""
+    LazyConfig.save(tiny_config(), tmp_path / "tiny.yaml")
+    return tmp_path / "tiny.yaml"
+
+
+def size(path):
+    with Image.open(path) as image:
+        image.load()
+        return image.size
+
+
+def test_data_of_each_split_is_drawn_to_a_file_of_its_own(visualize, config, tmp_path):
+    for split in ("train", "test", "pretext"):
+        status, out, err = visualize("data", "--config-file", config, "--split", split, "--images", 3)
+        assert status == 0, err
+        assert out == f"picture pictures/data_{split}.png\n"
+        assert min(size(tmp_path / "pictures" / f"data_{split}.png")) > 300
+    assert size(tmp_path / "pictures" / "data_train.png") != size(tmp_path / "pictures" / "data_pretext.png")
+    status, _, err = visualize("data", "--config-file", config)
+    assert status == 0, err
+    assert size(tmp_path / "pictures" / "data_train.png")[1] > 1000  # 16 images, in four rows
+
+
+def test_views_take_overrides_before_and_after_options(visualize, config, tmp_path):
+    small = ["pretext.augmentation.size=16", "--images", 2, "--output", "a=b.png", "+pretext.augmentation.mean=[0,0,0]"]
+    status, out, err = visualize("views", *small, "--config-file", config)
+    assert (status, out) == (0, "picture a=b.png\n"), err
+    assert size(tmp_path / "a=b.png")
+
+
+def test_predictions_of_a_run_go_to_its_own_folder(visualize, run_copy, tmp_path):
+    run_copy = run_copy.rename(tmp_path / "lr=0.1")  # a name that is no override
+    status, out, err = visualize("predictions", run_copy, "--images", 2)
+    assert status == 0, err
+    default = run_copy / "pictures" / "predictions.png"
+    assert out == f"picture {default}\n" and size(default)
+    first = default.read_bytes()
+    config = ["--config-file", run_copy / "config.yaml", f"train.init='{run_copy}'"]
+    status, _, err = visualize("predictions", *config, "--random", "--images", 2)
+    assert status == 0 and default.read_bytes() == first, err  # the same figure, the same bytes
+    for choice in (["--seed", 5], ["--worst"], ["--threshold", 0.9]):
+        status, _, err = visualize("predictions", run_copy, "--images", 2, *choice, "--output", "other.png")
+        assert status == 0 and (tmp_path / "other.png").read_bytes() != first, err
+
+
+def test_embeddings_of_a_run_an_entry_and_a_file_lie_side_by_side(visualize, run_copy, config, tmp_path):
+    model = build_backbone(name="test_resnet")
+    save_file(model.state_dict(), tmp_path / "plain.safetensors")
+    save_backbone(StoredBackbone(model.state_dict(), "test_resnet"), tmp_path / "ours.safetensors")
+    status, out, err = visualize("embeddings", run_copy, "--images", 12, "--csv")
+    assert status == 0, err
+    two = size(run_copy / "pictures" / "embeddings.png")
+    assert f"coordinates {run_copy / 'pictures' / 'embeddings.csv'}" in out
+    with open(run_copy / "pictures" / "embeddings.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["backbone"] for row in rows] == ["run: pretrained"] * 12 + ["run: BiSSL"] * 12
+    assert all(".jpg#" in row["image"] and row["class"] in "0123456789" for row in rows)
+    sources = [run_copy, "plain.safetensors", "--architecture", "test_resnet", "ours.safetensors"]
+    status, out, err = visualize("embeddings", *sources, "--config-file", config, "--images", 12)
+    assert status == 0, err
+    four = size(run_copy / "pictures" / "embeddings.png")
+    assert four[0] > 1.9 * two[0]
+    status, out, err = visualize("embeddings", "ours.safetensors", "--config-file", config, "--images", 12)
+    assert (status, out) == (0, "picture pictures/embeddings.png\n"), err
+
+
+def test_an_entry_of_the_zoo_is_embedded_by_its_name(visualize, finished, config, tmp_path, monkeypatch):
+    published = load_run_config(finished).train.publish
+    monkeypatch.setenv("BISSL_ZOO", str(published.zoo))
+    source = f"zoo:{published.name}"
+    status, _, err = visualize("embeddings", source, "--config-file", config, "--images", 12, "--csv")
+    assert status == 0, err
+    with open(tmp_path / "pictures" / "embeddings.csv", newline="") as file:
+        assert {row["backbone"] for row in csv.DictReader(file)} == {source}
+
+
+def test_pictures_come_in_other_formats(visualize, config, tmp_path):
+    for ending, begin in (("pdf", b"%PDF"), ("svg", b"<?xml")):
+        output = tmp_path / f"data.{ending}"
+        status, _, err = visualize("data", "--config-file", config, "--images", 2, "--output", output)
+        assert status == 0 and output.read_bytes().startswith(begin), err
+
+
+def test_what_cannot_be_drawn_is_one_message(
+    visualize, config, tiny_config, tmp_path, scenes_copy, monkeypatch, capsys
+):
+    cfg = tiny_config(train__output_dir=tmp_path / "run", train__stages="[pretrain]", train__publish__name="null")
+    run(cfg, "test")
+    capsys.readouterr()
+    unlabelled = "dataloader.test.dataset.split=unlabeled"
+    named = ["--config-file", config]
+    cases = [
+        (["data"], "Give --config-file, or the directory of a run."),
+        (["data", "nowhere"], "Give --config-file, or the directory of a run: nowhere is none."),
+        (["data", *named, "--split", "test", unlabelled], "reads an unlabelled data set"),
+        (["data", *named, "--output", "a.gif"], "a picture's name ends in .png, .pdf, .svg"),
+        (["data", *named, "train.sed=1"], "Nearest: train.seed"),
+        (["data", *named, "--split", "val"], "no usable 'dataloader.val'"),
+        (["predictions", *named], "Predictions need a fine-tuned model"),
+        (["predictions", tmp_path / "run"], "holds no checkpoint of finetune"),
+        (["embeddings", tmp_path / "run", "--images", 2], "needs 3 or more"),
+        (["embeddings", "nothing.safetensors", *named], "There is no file nothing.safetensors"),
+        (["embeddings", "zoo:nothing", *named], "nothing"),
+    ]
+    for arguments, told in cases:
+        status, out, err = visualize(*arguments)
+        assert (status, out) == (1, "") and told in err and err.count("error: ") == 1, (arguments, err)
+    assert not (tmp_path / "pictures").exists()
+    root, folder = scenes_copy
+    monkeypatch.setenv("BISSL_ZOO_DATASETS", str(root))
+    for image in (folder / "JPEGImages").glob("test_*"):
+        image.write_bytes(image.read_bytes()[:200])
+    status, _, err = visualize("data", *named, "--split", "test")
+    assert status == 1 and "JPEGImages/test_" in err and "Replace the file" in err and "Traceback" not in err
+    workers = "dataloader.test.num_workers=1"
+    status, _, err = visualize("embeddings", tmp_path / "run", workers)
+    assert status == 1 and "JPEGImages/test_" in err and "Traceback" not in err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        ([], "the following arguments are required: COMMAND"),
+        (["draw"], "invalid choice: 'draw'"),
+        (["embeddings", "--config-file", "a"], "give a SOURCE"),
+        (["data", "a", "--config-file", "b"], "give --config-file, or one run directory"),
+        (["views", "a", "b"], "give --config-file, or one run directory"),
+        (["views", "--config-file", "a", "--images", "0"], "--images must be 1 or more"),
+        (["views", "--config-file", "a", "--csv"], "unrecognized arguments: --csv"),
+        (["predictions", "a", "--worst", "--random"], "not allowed with argument"),
+    ],
+)
+def test_a_command_line_that_cannot_be_meant_is_refused(visualizer, capsys, arguments, told):
+    with pytest.raises(SystemExit) as ended:
+        visualizer.cli(arguments)
+    assert ended.value.code == 2 and told in capsys.readouterr().err
+
+
+def test_the_command_line_shows_its_help(process, visualizer, capsys):
+    with process("tools/visualize.py", "--help") as running:
+        out, _ = running.communicate(timeout=60)
+    assert running.returncode == 0 and "embeddings" in out and "COMMAND --help" in out
+    with pytest.raises(SystemExit) as ended:
+        visualizer.cli(["predictions", "--help"])
+    own = capsys.readouterr().out
+    assert ended.value.code == 0 and "--worst" in own and "--csv" not in own
