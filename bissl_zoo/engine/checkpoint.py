@@ -122,8 +122,7 @@ class Checkpointer:
                 "Earlier checkpoints are untouched; once that is mended, --resume goes on from "
                 f"{f'the beginning of {stage}' if last is None else f'step {last} of {stage}'}.",
             ) from error
-        for old in self._to_drop(stage):
-            _remove(old)
+        self._drop(stage)
         return target
 
     def newest(self, stage: str) -> Path | None:
@@ -139,12 +138,14 @@ class Checkpointer:
     def newest_intact(self, stage: str) -> tuple[Path | None, list[str]]:
         """The stage's newest checkpoint that verifies, or None, and what was wrong with those that do not.
 
-        These are renamed to `damaged_...`, for someone to look at, and never looked at again.
+        These are renamed to `damaged_...`, for someone to look at, and never looked at again. What need not stay goes,
+        as it does after saving: a process may have been killed between the two.
         """
         damaged = []
         for path in reversed(self._complete(stage)):
             try:
                 verify(path)
+                self._drop(stage)
                 return path, damaged
             except CheckpointError as error:
                 aside = path.with_name(f"{DAMAGED}{path.name}-{uuid.uuid4().hex[:8]}")
@@ -156,6 +157,10 @@ class Checkpointer:
         complete = (path.parent for path in (self.folder / stage).glob(f"step_*/{MANIFEST_FILE}"))
         own = (path for path in complete if path.name.partition("_")[2].isdecimal())  # and not "step_000003 (copy)"
         return sorted(own, key=_step_of)
+
+    def _drop(self, stage: str) -> None:
+        for old in self._to_drop(stage):
+            _remove(old)
 
     def _to_drop(self, stage: str) -> list[Path]:
         complete = self._complete(stage)

@@ -103,6 +103,14 @@ def test_of_several_checkpoints_the_newest_that_verifies_is_taken_and_damaged_on
     assert names(tmp_path) == [*aside, "step_000003"]  # they do not count, and stay
 
 
+def test_what_a_process_that_was_killed_had_no_time_to_drop_goes_at_the_resume(tmp_path):
+    for step in (1, 2, 3):
+        Checkpointer(tmp_path, keep=5).save("bissl", step, 3, "resnet18", {"step": step})
+    newest, damaged = Checkpointer(tmp_path, keep=2).newest_intact("bissl")
+    assert (newest.name, damaged) == ("step_000003", [])
+    assert sorted(path.name for path in (tmp_path / "bissl").iterdir()) == ["step_000002", "step_000003"]
+
+
 def test_milestones_and_the_best_by_a_metric_stay_also_after_a_restart(tmp_path):
     for step, value in enumerate((0.1, 0.5, 0.2, None, 0.3, 0.4, 0.45), start=1):
         metrics = {} if value is None else {"test/AP50": value}
