@@ -230,8 +230,9 @@ def _stage(run: RunState, name: str, cfg: DictConfig, metrics: dict[str, Any], v
     run.problems += [saved.problem for saved in stage.checkpoints if saved.problem]
     info = next((saved.info for saved in reversed(stage.checkpoints) if saved.info), None)
     stage.total = _value(cfg, STEPS.get(name, ""), int) or (info.total_steps if info else None)
-    saved_step = stage.checkpoints[-1].step if stage.checkpoints and stage.checkpoints[-1].info else 0
-    stage.done = stage.total is not None and saved_step >= stage.total
+    newest = stage.checkpoints[-1].info if stage.checkpoints else None
+    saved_step = stage.checkpoints[-1].step if newest else 0
+    stage.done = bool(newest and newest.ended) or (stage.total is not None and saved_step >= stage.total)
     stage.step = max(stage.step, saved_step)
     return stage
 

@@ -22,6 +22,7 @@ from bissl_zoo.engine.early_stopping import EarlyStopping
 from bissl_zoo.engine.finetune import build_finetune
 from bissl_zoo.engine.hooks import PeriodicEvaluation
 from bissl_zoo.engine.run import evaluate_only, open_context, run
+from bissl_zoo.engine.run_listing import FINISHED, look_at
 from bissl_zoo.engine.trainer import SingleLevelTrainer
 from bissl_zoo.errors import BisslZooError, ConfigError, DatasetError
 from bissl_zoo.registry import build_backbone, build_dataset, build_task
@@ -194,6 +195,7 @@ def test_a_run_that_is_killed_stops_as_early_and_tests_the_same_weights_as_one_t
     weights = whole["states"][last]["best"]["weights"]["backbone"]
     assert changed(weights, whole["states"][last]["levels"]["level"]["backbone"])
     assert run(config("whole", **STOPPING), "test", resume=True)["results"] == whole["results"]
+    assert look_at(tmp_path / "whole").state == FINISHED
 
 
 def test_evaluations_on_the_way_are_on_validation_data_where_there_is_some(config, tmp_path):
