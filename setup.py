@@ -47,11 +47,13 @@ setup(
         "hub": ["huggingface_hub>=1.0"],
         "gs": ["fsspec", "gcsfs"],
         "shards": ["fsspec", "s3fs"],  # for shards on s3://; local ones and http need nothing
+        "search": ["ray>=2.9"],  # for tools/search.py --engine ray
         "onnx": ["onnx>=1.16", "onnxscript>=0.2"],
         "test": [
             *("pytest>=8", "pytest-xdist>=3.5", "hypothesis>=6", "ruff>=0.9"),
             *("boto3>=1.35.69", "moto[server]>=5.1.5"),
             *("onnx>=1.16", "onnxscript>=0.2", "onnxruntime>=1.18"),
+            "optuna>=4",  # whose rule for giving up trials ours is compared with
             *("lightly>=1.6", "webdataset>=1.0", "torchmetrics>=1.4"),  # references for losses, shards and figures
         ],
     },

@@ -152,7 +152,8 @@ def _fill(run: RunState, whole: bool, verified: bool) -> None:
     run.problems += problems
     run.results, run.facts, run.entry = _told(run, read_results), _told(run, read_facts), _told(run, _receipt)
     run.writer = writer_of(folder / LOCK_FILE)
-    has_ended = bool(names and run.results) and all(stage.done for stage in run.stages if stage.name in names)
+    written = os.path.isfile(folder / RESULTS_FILE)  # with nothing in it where nothing was fine-tuned
+    has_ended = bool(names) and written and all(stage.done for stage in run.stages if stage.name in names)
     if run.writer:
         run.state = RUNNING
     elif run.newest:

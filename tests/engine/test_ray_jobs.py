@@ -1,0 +1,91 @@
+"""Jobs on a Ray cluster of this machine's own."""
+
+import os
+import signal
+import sys
+
+import pytest
+
+from bissl_zoo.engine import ray_jobs
+from bissl_zoo.engine.interruption import Interrupted
+from bissl_zoo.engine.jobs import Job, run_jobs
+from bissl_zoo.errors import ConfigError
+
+
+@pytest.fixture(scope="module")
+def cluster():
+    """Ray with two cores."""
+    ray = pytest.importorskip("ray", reason="Ray is not installed")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+        ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
+        yield ray
+        ray.shutdown()
+
+
+@pytest.fixture
+def short(tiny_config, at_scenes):
+    def build(**changed):
+        return tiny_config(**dict(train__stages="[finetune]", train__publish__name="null") | changed)
+
+    return build
+
+
+def test_jobs_are_the_tasks_of_a_cluster_and_leave_the_same_folders(cluster, short, tmp_path):
+    diverging = short(optimizer__finetune="{_target_: torch.optim.SGD, lr: 1.0e+30}")
+    long = short(finetune__steps=100000)
+
+    def stop_if(job):
+        return "seen enough" if (tmp_path / "runs" / "long" / "metrics.jsonl").exists() and job.name == "long" else None
+
+    jobs = [Job("good", short()), Job("diverging", diverging), Job("long", long)]
+    good, bad, stopped = run_jobs(jobs, tmp_path, engine="ray", stop_if=stop_if)
+    assert good.status == "finished" and "AP50" in good.results["init"]
+    assert (tmp_path / "runs" / "good" / "results.json").exists() and (tmp_path / "logs" / "good.log").exists()
+    assert bad.status == "failed" and "finetune" in bad.message
+    assert (stopped.status, stopped.message) == ("stopped", "seen enough")
+    assert (tmp_path / "runs" / "long" / "checkpoints" / "latest").exists()  # it has saved
+    assert cluster.is_initialized()  # whose it is not, it is left as it was
+
+    [again] = run_jobs(jobs[:1], tmp_path, engine="ray")
+    assert again.status == "finished" and not again.ran
+
+
+def test_a_request_to_stop_reaches_the_jobs_of_the_cluster(cluster, short, tmp_path):
+    def ask(job):
+        if (tmp_path / "runs" / "long" / "metrics.jsonl").exists():
+            os.kill(os.getpid(), signal.SIGUSR1)
+
+    with pytest.raises(Interrupted) as stopped:
+        run_jobs([Job("long", short(finetune__steps=100000))], tmp_path, stop_if=ask, engine="ray")
+    assert stopped.value.status == 138
+    assert "stopped as asked" in (tmp_path / "logs" / "long.log").read_text()
+
+
+def test_without_ray_the_extra_is_named(short, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with pytest.raises(ConfigError, match=r'pip install "bissl_zoo\[search\]"'):
+        run_jobs([Job("a", short())], tmp_path, engine="ray")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_unknown_engine_is_refused(short, tmp_path):
+    with pytest.raises(ConfigError, match="no engine 'slurm'"):
+        run_jobs([Job("a", short())], tmp_path, engine="slurm")
+
+
+def test_a_cluster_that_is_not_there_is_told_of(tmp_path, monkeypatch):
+    class Elsewhere:
+        is_initialized = staticmethod(lambda: False)
+
+        @staticmethod
+        def init(**_):
+            raise ConnectionError("nobody answers")
+
+    monkeypatch.setitem(sys.modules, "ray", Elsewhere)
+    monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
+    with (
+        pytest.raises(ConfigError, match="no Ray cluster at RAY_ADDRESS=10.0.0.1:6379"),
+        ray_jobs.ray_pool(tmp_path, 1),
+    ):
+        pass
