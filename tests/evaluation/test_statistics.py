@@ -1,0 +1,135 @@
+"""Means, intervals and tests over seeds, against values worked out by hand and against scipy's own."""
+
+import math
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from bissl_zoo.errors import BisslZooError
+from bissl_zoo.evaluation.statistics import compare_paired, summarize
+
+#: of Student's t, two-sided, 95 %, from a printed table
+T_TABLE = {1: 12.706, 2: 4.303, 4: 2.776, 9: 2.262}
+
+
+def draws(count=10, seed=0):
+    generator = np.random.default_rng(seed)
+    shared = generator.normal(0.5, 0.05, count)
+    return shared + generator.normal(0.01, 0.01, count), shared
+
+
+def test_mean_spread_and_interval_of_five_values_are_those_worked_out_by_hand():
+    summary = summarize([1.0, 2.0, 3.0, 4.0, 5.0])
+    assert (summary.count, summary.mean) == (5, 3.0)
+    assert summary.std == pytest.approx(math.sqrt(10 / 4), abs=1e-12)
+    half = T_TABLE[4] * math.sqrt(2.5) / math.sqrt(5)
+    assert (summary.low, summary.high) == pytest.approx((3 - half, 3 + half), abs=1e-3)
+
+
+def test_the_paired_interval_is_its_closed_form():
+    values, reference = [0.52, 0.55, 0.49], [0.50, 0.51, 0.48]  # differences 0.02, 0.04, 0.01
+    difference = compare_paired(values, reference)
+    mean = 0.07 / 3
+    std = math.sqrt(((0.02 - mean) ** 2 + (0.04 - mean) ** 2 + (0.01 - mean) ** 2) / 2)
+    assert difference.mean == pytest.approx(mean, abs=1e-12) and difference.std == pytest.approx(std, abs=1e-12)
+    half = T_TABLE[2] * std / math.sqrt(3)
+    assert (difference.low, difference.high) == pytest.approx((mean - half, mean + half), abs=2e-5)
+    assert difference.half_width == pytest.approx(half, abs=2e-5)
+
+
+@pytest.mark.parametrize("confidence", [0.9, 0.95, 0.99])
+def test_intervals_and_p_values_are_scipys(confidence):
+    values, reference = draws()
+    difference = compare_paired(values, reference, confidence)
+    paired = stats.ttest_rel(values, reference)
+    interval = paired.confidence_interval(confidence)
+    assert (difference.low, difference.high) == pytest.approx((interval.low, interval.high), rel=1e-9)
+    assert difference.paired_p == pytest.approx(paired.pvalue, rel=1e-9)
+    welch = stats.ttest_ind(values, reference, equal_var=False).pvalue
+    assert difference.welch_p == pytest.approx(welch, rel=1e-9)
+
+
+def test_welch_is_its_formula():
+    values, reference = draws(6, seed=1)
+    variances = values.var(ddof=1) / 6, reference.var(ddof=1) / 6
+    statistic = (values.mean() - reference.mean()) / math.sqrt(sum(variances))
+    freedom = sum(variances) ** 2 / sum(v**2 / 5 for v in variances)
+    expected = 2 * stats.t.sf(abs(statistic), freedom)
+    assert compare_paired(values, reference).welch_p == pytest.approx(expected, rel=1e-9)
+
+
+def test_pairing_finds_what_the_spread_of_the_seeds_hides():
+    difference = compare_paired(*draws(10, seed=3))
+    assert difference.paired_p < 0.05 < difference.welch_p
+
+
+def test_the_interval_excludes_zero_where_the_paired_test_rejects():
+    seen = set()
+    for seed in range(40):
+        difference = compare_paired(*draws(5, seed))
+        outside = not difference.low <= 0 <= difference.high
+        assert outside == (difference.paired_p < 0.05)
+        seen.add(outside)
+    assert seen == {True, False}
+
+
+def test_turning_the_sides_round_turns_the_signs():
+    values, reference = draws(7)
+    one, other = compare_paired(values, reference), compare_paired(reference, values)
+    assert (one.mean, one.low, one.high) == pytest.approx((-other.mean, -other.high, -other.low))
+    assert (one.paired_p, one.welch_p) == pytest.approx((other.paired_p, other.welch_p))
+
+
+def test_one_seed_has_a_mean_and_nothing_else():
+    summary = summarize([0.4])
+    assert (summary.count, summary.mean, summary.std, summary.low, summary.high) == (1, 0.4, None, None, None)
+    difference = compare_paired([0.4], [0.3])
+    assert difference.mean == pytest.approx(0.1)
+    assert (difference.std, difference.low, difference.paired_p, difference.welch_p) == (None, None, None, None)
+    assert difference.half_width is None
+
+
+def test_two_seeds_have_an_interval_of_thirteen_standard_errors():
+    difference = compare_paired([0.52, 0.56], [0.50, 0.50])  # differences 0.02, 0.06: standard error 0.02
+    assert difference.half_width == pytest.approx(T_TABLE[1] * 0.02, abs=1e-4)
+    assert difference.paired_p == pytest.approx(1 - 2 * math.atan(2) / math.pi)  # t = 2 of a Cauchy
+
+
+def test_without_spread_there_is_no_test_and_no_interval():
+    same = compare_paired([0.5, 0.5, 0.5], [0.5, 0.5, 0.5])
+    assert (same.mean, same.std, same.low, same.paired_p, same.welch_p) == (0.0, 0.0, None, None, None)
+    assert summarize([0.5, 0.5]).low is None
+
+
+def test_differences_that_are_equal_but_for_rounding_are_no_certainty():
+    values, reference = [0.3, 0.4, 0.8], [0.2, 0.3, 0.7]
+    assert len({a - b for a, b in zip(values, reference, strict=True)}) > 1
+    with pytest.warns(RuntimeWarning, match="nearly identical"):
+        assert stats.ttest_rel(values, reference).pvalue < 1e-20
+    difference = compare_paired(values, reference)
+    assert difference.mean == pytest.approx(0.1)
+    assert (difference.std, difference.low, difference.paired_p) == (0.0, None, None)
+    assert difference.welch_p == pytest.approx(stats.ttest_ind(values, reference, equal_var=False).pvalue)
+
+
+def test_a_spread_of_a_single_test_image_is_a_spread():
+    difference = compare_paired([0.501, 0.5, 0.5], [0.5, 0.5, 0.5])
+    assert difference.std > 0 and difference.paired_p is not None
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_values_that_are_not_finite_are_refused(bad):
+    with pytest.raises(BisslZooError, match="finite"):
+        summarize([0.5, bad])
+    with pytest.raises(BisslZooError, match="finite"):
+        compare_paired([0.5, 0.6], [0.5, bad])
+
+
+def test_what_cannot_be_paired_is_refused():
+    with pytest.raises(BisslZooError, match="pairs: there are 2 of the one and 1"):
+        compare_paired([0.5, 0.6], [0.5])
+    with pytest.raises(BisslZooError, match="no values"):
+        summarize([])
+    with pytest.raises(BisslZooError, match="between 0 and 1"):
+        summarize([0.5, 0.6], confidence=95)

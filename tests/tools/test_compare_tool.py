@@ -1,0 +1,98 @@
+"""The command line of tools/compare.py: what it shows, refuses, and hands on."""
+
+import contextlib
+import io
+import shutil
+
+import pytest
+from command_line import load_tool
+
+from bissl_zoo.engine import compare_runs
+from bissl_zoo.engine.interruption import Interrupted
+
+CONFIG = "compare/digit_scenes.py"
+
+
+@pytest.fixture(scope="module")
+def compare_tool():
+    return load_tool("compare")
+
+
+@pytest.fixture
+def call(compare_tool, at_scenes, tiny, tmp_path):
+    """`call("--dry-run", "a.b=c")` -> status, what it said, what it complained of; the config made tiny."""
+    sizes = {f"dataloader.{role}.dataset.image_size": 64 for role in ("pretext", "train", "test")}
+    # the shipped config names an image size already, so that it is changed and not added
+    overrides = [text for text in tiny() if ".dataset.image_size" not in text and not text.startswith("backbone.name")]
+    overrides += [f"{key}={value}" for key, value in sizes.items()] + [f"train.output_dir={tmp_path / 'c'}"]
+
+    def run(*arguments):
+        out, err = io.StringIO(), io.StringIO()
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            status = compare_tool.cli(["--config-file", CONFIG, *overrides, *arguments])
+        return status, out.getvalue(), err.getvalue()
+
+    return run
+
+
+def test_a_dry_run_lists_every_run_and_leaves_nothing(call, tmp_path):
+    status, out, err = call("--dry-run", "--seeds", "3,5", "--arms", "pretrained,longer_pretraining")
+    assert status == 0, err
+    rows = {line.split()[0]: line for line in out.splitlines() if line.strip()}
+    runs = [name for name in rows if "-seed" in name]
+    assert runs == [f"{arm}-seed{seed}" for seed in (3, 5) for arm in ("pretrained", "longer_pretraining")]
+    assert "pretrain, finetune" in rows["longer_pretraining-seed5"] and " 5 " in rows["longer_pretraining-seed5"]
+    assert "pretrain.steps=4" in out and "optimizer.pretrain=" in out and "5 runs" in out
+    assert not (tmp_path / "c").exists()
+
+
+def test_the_coupling_of_the_levels_is_looked_at_first(call):
+    status, out, err = call("--dry-run", "--seeds", "1", "bilevel.lambda=0.0001")
+    assert status == 0 and "below 0.3" in out and "nothing to compare" in out
+    status, out, err = call("--dry-run", "--seeds", "1", "bilevel.lambda=1.0")
+    assert status == 0 and "warning" not in out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--arms", "pretrained,bisl"], "Did you mean 'bissl'"),
+        (["--datasets", "food101"], "compare.datasets has no 'food101'. There: none"),
+        (["--report"], "no comparison in"),
+        (["optimizer.finetune.lr=-1"], "optimizer"),
+        (["task.min_sise=3"], "Nearest: task.min_size"),
+        (["train.stages=[bissl,finetune]"], "no pretrained backbone"),
+    ],
+)
+def test_what_cannot_be_compared_is_refused_in_one_message(call, tmp_path, arguments, words):
+    status, _, err = call(*arguments)
+    assert status == 1 and err.startswith("error: ") and words in err and "Traceback" not in err
+    assert not (tmp_path / "c").exists()
+
+
+def test_a_comparison_that_is_stopped_says_so_and_can_be_reported_of(call, finished, tmp_path, monkeypatch):
+    def stopped(*arguments):
+        raise Interrupted("stopped as asked: 0 of 4 runs are finished", 130)
+
+    monkeypatch.setattr(compare_runs, "run_jobs", stopped)
+    status, _, err = call("--seeds", "2", "--arms", "pretrained,bissl")
+    assert status == 130 and err.strip().endswith("stopped as asked: 0 of 4 runs are finished")
+    for seed in (0, 1):  # as if they had been run by then
+        shutil.copytree(finished, tmp_path / "c" / "runs" / f"pretrained-seed{seed}")
+    status, out, err = call("--report", "--seeds", "2", "--arms", "pretrained,bissl")
+    assert status == 0, err
+    assert "warning: bissl-seed1 is left out: not begun yet" in out
+    assert "not compared with fine-tuning alone: no seed has both" in out
+    assert "comparison.png" in out and (tmp_path / "c" / "comparison.md").is_file()
+
+
+@pytest.mark.parametrize("text", ["ten", "1,b", ""])
+def test_seeds_that_are_no_numbers_are_refused_by_the_parser(compare_tool, capsys, text):
+    with pytest.raises(SystemExit) as ended:
+        compare_tool.parse_args(["--config-file", CONFIG, "--seeds", text])
+    assert ended.value.code == 2 and "--seeds" in capsys.readouterr().err
+
+
+def test_seeds_are_a_number_of_them_or_a_list(compare_tool):
+    parsed = [compare_tool.parse_args(["--config-file", CONFIG, "--seeds", text]).seeds for text in ("10", "4,", "1,5")]
+    assert parsed == [10, [4], [1, 5]]
