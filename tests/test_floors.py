@@ -13,13 +13,16 @@ FLOORS = [
     {"bilevel"},
     {"zoo"},
     {"engine"},
+    {"studies"},
+    {"doctor"},
+    {"__main__"},
 ]
 #: files that are parts of a module too long for one file
 PARTS = {"config_files": "config", "lazy": "config", "level": "bilevel"}
 #: folders that depend on none of ours
 INDEPENDENT = {"hypergradient"}
 #: who may know of the configuration of a run: who makes it, and who runs it
-SEES_CFG = {"config", "engine"}
+SEES_CFG = {"config", "engine", "studies"}
 
 
 def unit_of(parts):

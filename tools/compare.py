@@ -21,12 +21,12 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # read once, when torch is 
 
 # ruff: noqa: E402
 from bissl_zoo.console import printable
-from bissl_zoo.engine.compare import compare, compare_datasets, describe
-from bissl_zoo.engine.compare_arms import override
-from bissl_zoo.engine.compare_report import datasets_table, table
 from bissl_zoo.engine.configuration import open_config
 from bissl_zoo.engine.hooks import say
 from bissl_zoo.engine.launch import launch
+from bissl_zoo.studies.compare import compare, compare_datasets, describe
+from bissl_zoo.studies.compare_arms import override
+from bissl_zoo.studies.compare_report import datasets_table, table
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:

@@ -19,7 +19,7 @@ from pathlib import Path
 from bissl_zoo.engine.configuration import open_config
 from bissl_zoo.engine.hooks import say
 from bissl_zoo.engine.launch import launch
-from bissl_zoo.engine.search import BEST_FILE, PICTURE_FILE, TABLE_FILE, search
+from bissl_zoo.studies.search import BEST_FILE, PICTURE_FILE, TABLE_FILE, search
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:

@@ -6,7 +6,7 @@ import pytest
 from command_line import load_tool
 
 from bissl_zoo.config import LazyConfig, load_config
-from bissl_zoo.engine.search_space import read_search
+from bissl_zoo.studies.search_space import read_search
 
 SPACE = "{optimizer.finetune.lr: {choices: [0.01, 1.0e+30]}, optimizer.finetune.weight_decay: [1e-6, 1e-2]}"
 

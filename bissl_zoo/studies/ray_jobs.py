@@ -7,8 +7,8 @@ from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
 
-from bissl_zoo.engine.job_process import FAILED, HIDDEN, STOPPED, Job, JobOutcome, JobProcess
 from bissl_zoo.errors import ConfigError
+from bissl_zoo.studies.job_process import FAILED, HIDDEN, STOPPED, Job, JobOutcome, JobProcess
 
 #: seconds between looks at whether a job is to be stopped
 TICK = 0.5

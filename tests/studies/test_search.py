@@ -8,13 +8,13 @@ import pytest
 from scipy import stats
 
 from bissl_zoo.config import LazyConfig, load_config
-from bissl_zoo.engine import search as search_module
-from bissl_zoo.engine.jobs import JobOutcome
-from bissl_zoo.engine.search import search
-from bissl_zoo.engine.search_pruning import MedianPruner
-from bissl_zoo.engine.search_report import Trial, draw
-from bissl_zoo.engine.search_space import Choice, LogUniform, SearchSettings, best_config, read_search, trial_config
 from bissl_zoo.errors import BisslZooError, ConfigError
+from bissl_zoo.studies import search as search_module
+from bissl_zoo.studies.jobs import JobOutcome
+from bissl_zoo.studies.search import search
+from bissl_zoo.studies.search_pruning import MedianPruner
+from bissl_zoo.studies.search_report import Trial, draw
+from bissl_zoo.studies.search_space import Choice, LogUniform, SearchSettings, best_config, read_search, trial_config
 
 LR, DECAY = "optimizer.finetune.lr", "optimizer.finetune.weight_decay"
 SPACE = {LR: LogUniform(1e-4, 1.0), DECAY: LogUniform(1e-6, 1e-2)}

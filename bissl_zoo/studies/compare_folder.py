@@ -8,9 +8,9 @@ from omegaconf import DictConfig, OmegaConf
 from tabulate import tabulate
 
 from bissl_zoo.config import LazyConfig
-from bissl_zoo.engine.compare_arms import ARMS, Settings
 from bissl_zoo.engine.run_dir import FREE_KEYS, LOADER_KEYS
 from bissl_zoo.errors import ConfigError
+from bissl_zoo.studies.compare_arms import ARMS, Settings
 
 RECORD_FILE = "comparison.yaml"
 

@@ -11,9 +11,9 @@ import pytest
 from bissl_zoo.config import LazyConfig
 from bissl_zoo.engine import job_process
 from bissl_zoo.engine.interruption import Interrupted
-from bissl_zoo.engine.jobs import Job, progress_line, run_jobs
 from bissl_zoo.engine.run_lock import run_lock
 from bissl_zoo.errors import CheckpointError, ConfigError
+from bissl_zoo.studies.jobs import Job, progress_line, run_jobs
 
 
 @pytest.fixture
@@ -98,7 +98,7 @@ def test_the_jobs_of_a_process_that_is_killed_save_and_end(process, short, tmp_p
     program.write_text(
         "from pathlib import Path\n"
         "from bissl_zoo.config import LazyConfig\n"
-        "from bissl_zoo.engine.jobs import Job, run_jobs\n"
+        "from bissl_zoo.studies.jobs import Job, run_jobs\n"
         "if __name__ == '__main__':\n"
         f"    folder = Path({str(tmp_path)!r})\n"
         "    run_jobs([Job('long', LazyConfig.load(folder / 'long.yaml'))], folder)\n"

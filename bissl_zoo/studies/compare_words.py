@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from bissl_zoo.engine.compare_arms import ARMS
+from bissl_zoo.studies.compare_arms import ARMS
 
 #: fewer seeds than these are called few
 FEW = 5

@@ -11,11 +11,12 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from bissl_zoo.config import LazyConfig, instantiate, load_config
-from bissl_zoo.engine import compare_runs, compare_search
-from bissl_zoo.engine.compare import compare, compare_datasets
-from bissl_zoo.engine.compare_arms import ARMS, Settings, arm_config, base_config, pretrain_config, read_settings
-from bissl_zoo.engine.compare_folder import leaves, take_folder
-from bissl_zoo.engine.compare_report import (
+from bissl_zoo.errors import BisslZooError, ConfigError
+from bissl_zoo.studies import compare_runs, compare_search
+from bissl_zoo.studies.compare import compare, compare_datasets
+from bissl_zoo.studies.compare_arms import ARMS, Settings, arm_config, base_config, pretrain_config, read_settings
+from bissl_zoo.studies.compare_folder import leaves, take_folder
+from bissl_zoo.studies.compare_report import (
     Figures,
     datasets_table,
     make_report,
@@ -24,10 +25,9 @@ from bissl_zoo.engine.compare_report import (
     save_report,
     table,
 )
-from bissl_zoo.engine.compare_runs import Comparison
-from bissl_zoo.engine.jobs import JobOutcome
-from bissl_zoo.engine.search import SearchResult
-from bissl_zoo.errors import BisslZooError, ConfigError
+from bissl_zoo.studies.compare_runs import Comparison
+from bissl_zoo.studies.jobs import JobOutcome
+from bissl_zoo.studies.search import SearchResult
 
 PAIR = ["pretrained", "bissl"]
 

@@ -18,7 +18,11 @@ from bissl_zoo.config import with_defaults
 from bissl_zoo.engine.checks import check_config
 from bissl_zoo.engine.hooks import say
 from bissl_zoo.engine.interruption import Interrupted, StopRequest, stop_request
-from bissl_zoo.engine.job_process import (
+from bissl_zoo.engine.launch import GRACE
+from bissl_zoo.engine.run_dir import check_run_dir, has_begun
+from bissl_zoo.engine.run_lock import run_lock
+from bissl_zoo.errors import CheckpointError, ConfigError
+from bissl_zoo.studies.job_process import (
     FAILED,
     FINISHED,
     HIDDEN,
@@ -30,10 +34,6 @@ from bissl_zoo.engine.job_process import (
     Running,
     found_finished,
 )
-from bissl_zoo.engine.launch import GRACE
-from bissl_zoo.engine.run_dir import check_run_dir, has_begun
-from bissl_zoo.engine.run_lock import run_lock
-from bissl_zoo.errors import CheckpointError, ConfigError
 
 __all__ = ["FAILED", "FINISHED", "STOPPED", "Job", "JobOutcome", "progress_line", "run_jobs"]
 
@@ -107,7 +107,7 @@ def _pool(engine: str, folder: Path, parallel: int | None) -> contextlib.Abstrac
     if engine == "local":
         return contextlib.nullcontext(LocalPool(folder, parallel))
     if engine == "ray":
-        from bissl_zoo.engine.ray_jobs import ray_pool  # an optional library
+        from bissl_zoo.studies.ray_jobs import ray_pool  # an optional library
 
         return ray_pool(folder, parallel)
     raise ConfigError(f"There is no engine '{engine}' for jobs; accepted are local and ray.")

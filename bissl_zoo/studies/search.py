@@ -13,15 +13,16 @@ from bissl_zoo.engine.checks import check_parts
 from bissl_zoo.engine.evaluate import figures_of
 from bissl_zoo.engine.hooks import say
 from bissl_zoo.engine.init import load_init
-from bissl_zoo.engine.job_process import HIDDEN
-from bissl_zoo.engine.jobs import FAILED, FINISHED, Job, JobOutcome, progress_line, run_jobs
 from bissl_zoo.engine.pictures import save_figure
 from bissl_zoo.engine.publishing import RESULTS_FILE
 from bissl_zoo.engine.run import open_context
 from bissl_zoo.engine.run_listing import is_run
-from bissl_zoo.engine.search_pruning import MedianPruner
-from bissl_zoo.engine.search_report import PRUNED, Trial, best_table, draw, ranked, write_csv
-from bissl_zoo.engine.search_space import (
+from bissl_zoo.errors import BisslZooError, ConfigError, DatasetError, did_you_mean
+from bissl_zoo.studies.job_process import HIDDEN
+from bissl_zoo.studies.jobs import FAILED, FINISHED, Job, JobOutcome, progress_line, run_jobs
+from bissl_zoo.studies.search_pruning import MedianPruner
+from bissl_zoo.studies.search_report import PRUNED, Trial, best_table, draw, ranked, write_csv
+from bissl_zoo.studies.search_space import (
     SearchSettings,
     as_overrides,
     best_config,
@@ -29,7 +30,6 @@ from bissl_zoo.engine.search_space import (
     trial_config,
     trial_name,
 )
-from bissl_zoo.errors import BisslZooError, ConfigError, DatasetError, did_you_mean
 
 TABLE_FILE, PICTURE_FILE, BEST_FILE = "trials.csv", "search.png", "best.yaml"
 

@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from tabulate import tabulate
 
 from bissl_zoo.engine.checkpoint import write_atomically
-from bissl_zoo.engine.search_space import LogUniform, SearchSettings, trial_name
+from bissl_zoo.studies.search_space import LogUniform, SearchSettings, trial_name
 
 FINISHED, FAILED, PRUNED = "finished", "failed", "pruned"
 #: of Okabe and Ito, told apart with any colour vision; each state also has a marker of its own
