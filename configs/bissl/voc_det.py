@@ -6,6 +6,7 @@ from ..common.data.voc0712 import test
 from ..common.data.voc0712 import train as train_loader
 from ..common.downstream.faster_rcnn import task
 from ..common.optim import lr_multiplier, optimizer
+from ..common.papers.detection import search
 from ..common.pretext.simclr import pretext
 from ..common.solvers.cg import solver
 from ..common.train import bilevel, clip_grad, finetune, pretrain, train

@@ -11,6 +11,7 @@ from .voc_det import (
     optimizer,
     pretext,
     pretrain,
+    search,
     task,
     train,
 )

@@ -14,7 +14,7 @@ classification = dict(
     overrides=[],  # of the trials only, such as dataloader.test.dataset.split=val
 )
 
-multilabel = dict(classification, metric="mAP")
+multilabel = dict(classification, metric="mAP11")
 
 detection = dict(
     classification,

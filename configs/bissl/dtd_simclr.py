@@ -1,0 +1,9 @@
+"""BiSSL for DTD from SimCLR, ResNet-50 on ImageNet (arXiv 2410.02387, versions 3 to 5)."""
+
+from ..common.data.classification import loaders
+from ..common.papers.classification import bilevel, clip_grad, finetune, optimizer, search, solver, task
+from ..common.papers.imagenet_simclr import backbone, dataloader, lr_multiplier, pretext, pretrain, train
+
+dataloader.update(loaders("dtd"))
+optimizer.upper.update(lr=0.03, weight_decay=0.001)
+train.output_dir = "runs/dtd_simclr"

@@ -1,0 +1,9 @@
+"""BiSSL for Food-101 from BYOL, ResNet-50 on ImageNet (arXiv 2410.02387, versions 3 to 5)."""
+
+from ..common.data.classification import loaders
+from ..common.papers.classification import bilevel, clip_grad, finetune, optimizer, search, solver, task
+from ..common.papers.imagenet_byol import backbone, dataloader, lr_multiplier, pretext, pretrain, train
+
+dataloader.update(loaders("food101"))
+optimizer.upper.update(lr=0.035, weight_decay=0.002)
+train.output_dir = "runs/food101_byol"

@@ -1,0 +1,11 @@
+"""BiSSL for VOC2007 classification from SimCLR, ResNet-50 on ImageNet (arXiv 2410.02387, versions 3 to 5)."""
+
+from ..common.data.classification import loaders
+from ..common.downstream.multilabel import task
+from ..common.papers.classification import bilevel, clip_grad, finetune, optimizer, search, solver
+from ..common.papers.imagenet_simclr import backbone, dataloader, lr_multiplier, pretext, pretrain, train
+
+dataloader.update(loaders("voc2007_classification"))
+optimizer.upper.update(lr=0.015, weight_decay=0.005)
+search.metric = "mAP11"
+train.output_dir = "runs/voc2007_classification_simclr"

@@ -1,0 +1,8 @@
+"""BiSSL for VOC07+12 detection from BYOL, ResNet-50 (arXiv 2410.02387, versions 3 to 5); the detector of voc_det.py."""
+
+from ..common.papers.detection import search
+from ..common.papers.imagenet_byol import backbone, lr_multiplier, pretext, pretrain, train
+from .voc_det import bilevel, clip_grad, dataloader, finetune, optimizer, solver, task
+
+optimizer.upper.update(lr=0.03, weight_decay=0.0002)
+train.output_dir = "runs/voc_det_byol"

@@ -1,0 +1,8 @@
+"""BiSSL for CIFAR-10 from SimCLR, ResNet-18 on STL-10 (arXiv 2410.02387, versions 1 and 2)."""
+
+from ..common.data.classification import loaders
+from ..common.papers.classification_v2 import bilevel, clip_grad, finetune, optimizer, search, solver, task
+from ..common.papers.stl10_simclr import backbone, dataloader, lr_multiplier, pretext, pretrain, train
+
+dataloader.update(loaders("cifar10"))
+train.output_dir = "runs/cifar10_v2"

@@ -1,0 +1,10 @@
+"""BiSSL for VOC2007 classification from SimCLR, ResNet-18 on STL-10 (arXiv 2410.02387, versions 1 and 2)."""
+
+from ..common.data.classification import loaders
+from ..common.downstream.multilabel import task
+from ..common.papers.classification_v2 import bilevel, clip_grad, finetune, optimizer, search, solver
+from ..common.papers.stl10_simclr import backbone, dataloader, lr_multiplier, pretext, pretrain, train
+
+dataloader.update(loaders("voc2007_classification"))
+search.metric = "mAP11"
+train.output_dir = "runs/voc2007_classification_v2"
