@@ -1,0 +1,147 @@
+"""What an analysis knows of a config's data sets, and batches of noise of the sizes that they would have."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from omegaconf import DictConfig, OmegaConf
+from PIL import Image
+from torch import Tensor, nn
+from torch.utils.data import Dataset, default_collate
+
+from bissl_zoo.data.batches import to_device
+from bissl_zoo.data.device_views import two_parts
+from bissl_zoo.data.preparation import catalog
+from bissl_zoo.engine.build import STAGE_DATA, Context, ViewsOnly, build_datasets
+from bissl_zoo.errors import ConfigError, DatasetError
+
+#: width and height of the images that augmentations start from, those of a photograph of VOC or ImageNet
+IMAGE_SIZE = (500, 375)
+#: images of a batch that differ; the others repeat them
+DISTINCT = 8
+#: images that a data set is taken to have where its number is unknown; nothing that is reported depends on it
+PLACEHOLDER = 1 << 16
+#: classes of a task where nothing says how many they are
+CLASSES = 20
+
+
+@dataclass
+class KnownData:
+    """What is known of the data sets of a run; plain values, so that it can be handed to another process.
+
+    Attributes:
+        lengths: images by role, None where the data set is not there.
+        classes: names of the downstream classes.
+        notes: sentences on what is not known.
+    """
+
+    lengths: dict[str, int | None]
+    classes: list[str]
+    notes: list[str] = field(default_factory=list)
+
+
+class Noise(Dataset):
+    """Images of noise with targets of the type that a task takes: boxes as dict, a label as int, several as Tensor.
+
+    Attributes:
+        target_type: of the targets; None for no targets.
+    """
+
+    def __init__(self, length: int, classes: list[str] | None = None) -> None:
+        self.length = length
+        self.classes = classes
+        self.target_type: type | None = None
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __getitem__(self, index: int) -> tuple[Image.Image, Any]:
+        draws = np.random.default_rng(index)
+        width, height = IMAGE_SIZE
+        image = Image.fromarray(draws.integers(0, 256, (height, width, 3), dtype=np.uint8))
+        return image, None if self.target_type is None else self._target(index)
+
+    def _target(self, index: int) -> Any:
+        label = index % len(self.classes)
+        if issubclass(self.target_type, dict):
+            # three objects, as an image of VOC has on average
+            boxes = torch.tensor([[20.0, 30, 220, 330], [240, 100, 480, 300], [150, 150, 210, 230]])
+            labels = torch.full((3,), label)
+            return {"boxes": boxes, "labels": labels, "difficult": torch.zeros(3, dtype=torch.bool), "image_id": index}
+        if issubclass(self.target_type, Tensor):
+            return nn.functional.one_hot(torch.tensor(label), len(self.classes)).float()
+        if issubclass(self.target_type, int):
+            return label
+        raise ConfigError(
+            f"There is no noise with targets of type {self.target_type.__name__}; an analysis knows tasks that take "
+            "boxes as dict, class labels as int, or several labels of an image as Tensor."
+        )
+
+
+def look_at_data(cfg: DictConfig) -> KnownData:
+    """Open the data sets that the config's stages train on, as far as they are there."""
+    roles = sorted({role for stage in cfg.train.stages for role in STAGE_DATA[stage]} - {"test"})
+    lengths: dict[str, int | None] = {}
+    classes: list[str] | None = None
+    notes = []
+    for role in roles:
+        try:
+            dataset = build_datasets(cfg, {role})[role]
+        except DatasetError as error:
+            lengths[role] = None
+            notes.append(f"The data set of dataloader.{role} is not there, so epochs of it are no steps: {error}")
+        else:
+            lengths[role] = len(dataset)
+            classes = list(dataset.classes) if role == "train" else classes
+    if "train" in roles and classes is None:
+        classes = _stated_classes(cfg)
+        if classes is None:
+            classes = _names(CLASSES)
+            notes.append(f"The classes of dataloader.train are unknown too; {CLASSES} were taken.")
+    return KnownData(lengths, classes or _names(1), notes)
+
+
+def _stated_classes(cfg: DictConfig) -> list[str] | None:
+    """The classes that the config names, or as many as the original of a data set has; None where nothing tells."""
+    described = cfg.dataloader.train.dataset
+    given = described.get("classes")
+    if OmegaConf.is_list(given):
+        return [str(name) for name in given]
+    known = catalog().get(described.get("name"))
+    return _names(known.classes) if known else None
+
+
+def _names(number: int) -> list[str]:
+    return [f"class {index}" for index in range(number)]
+
+
+def noise_context(cfg: DictConfig, known: KnownData, device: torch.device) -> Context:
+    """A run's context whose data sets are noise."""
+    data = {}
+    for role, length in known.lengths.items():
+        data[role] = Noise(PLACEHOLDER if length is None else length, known.classes if role == "train" else None)
+    return Context(cfg, data, device)
+
+
+def noise_batch(context: Context, role: str, head: nn.Module, size: int | None = None) -> Any:
+    """A batch of `role` as `head`, a pretext method or a task, would get it.
+
+    Args:
+        size: images in it; None for the config's batch.
+    """
+    settings: Mapping[str, Any] = context.cfg.dataloader[role]
+    size = settings["batch_size"] if size is None else size
+    finish = None
+    if role == "pretext":
+        views = head.views()
+        if settings.get("views_on") == "device":
+            views, finish = two_parts(views)
+        transform, collate = ViewsOnly(views), default_collate
+    else:
+        context.data[role].target_type = head.target_type
+        transform, collate = head.transform(train=True), head.collate
+    drawn = [transform(*context.data[role][index]) for index in range(min(size, DISTINCT))]
+    batch = to_device(collate([drawn[index % len(drawn)] for index in range(size)]), context.device)
+    return finish(batch) if finish else batch
