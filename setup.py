@@ -18,6 +18,7 @@ setup(
     python_requires=">=3.10,<3.14",
     packages=[*find_packages(include=["bissl_zoo", "bissl_zoo.*"]), "bissl_zoo.configs", *CONFIGS],
     package_dir={"bissl_zoo.configs": "configs"},
+    package_data={"bissl_zoo.engine": ["templates/*"]},
     install_requires=[
         "torch>=2.11",
         "torchvision>=0.26",  # the release that belongs to torch 2.11
@@ -37,6 +38,8 @@ setup(
         "tensorboard>=2.15",
         "matplotlib>=3.8",
         "tabulate>=0.9",
+        "rich>=13.7",
+        "jinja2>=3.1",
         "tqdm>=4.60",
         "platformdirs>=4",
         "portalocker>=2.7",
@@ -48,6 +51,8 @@ setup(
         "gs": ["fsspec", "gcsfs"],
         "shards": ["fsspec", "s3fs"],  # for shards on s3://; local ones and http need nothing
         "search": ["ray>=2.9"],  # for tools/search.py --engine ray
+        "wandb": ["wandb>=0.19"],  # train.writers=[json,tensorboard,wandb]
+        "docs": ["mkdocs>=1.6,<2", "mkdocs-material>=9.5", "mkdocstrings[python]>=0.25", "latex2mathml>=3.77"],
         "onnx": ["onnx>=1.16", "onnxscript>=0.2"],
         "test": [
             *("pytest>=8", "pytest-xdist>=3.5", "hypothesis>=6", "ruff>=0.9"),

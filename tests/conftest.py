@@ -113,6 +113,7 @@ def tiny(tmp_path_factory):
             "task.max_size": 64,
             "task.box_head": 16,
             "train.log_period": 1,
+            "train.report": False,  # it takes longer than such a run
             "train.device": "cpu",
             "train.publish.zoo": zoo,
             "train.checkpoint.period": 1,

@@ -7,6 +7,15 @@ python tools/train_net.py --config-file configs/bissl/voc_det.py --eval-only tra
 torchrun --nproc-per-node 2 tools/train_net.py --config-file configs/bissl/voc_det.py
 """
 
+EXIT_STATUSES = """exit status:
+  0    the run came to its end
+  1    an error in config, data, disk or numbers, told in one message
+  2    a command line that cannot be
+  130  Ctrl-C; 143 SIGTERM; 138 SIGUSR1: what there was is saved, go on with --resume
+  137  killed, as for want of memory; go on with --resume
+  141  nobody reads the output any more
+"""
+
 import argparse
 import logging
 import os
@@ -18,15 +27,17 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # read once, when torch is 
 
 # ruff: noqa: E402
 from bissl_zoo.engine.configuration import open_config
+from bissl_zoo.engine.display import choose_screen, on_screen, say
 from bissl_zoo.engine.dry_run import describe
-from bissl_zoo.engine.hooks import say
 from bissl_zoo.engine.launch import launch, restarted
 from bissl_zoo.engine.run import evaluate_only, results_table, run
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """The command line; what is no option is an override."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, epilog=EXIT_STATUSES, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument(
         "--config-file", required=True, metavar="FILE", help="a config of configs/, your own, or zoo:NAME"
     )
@@ -36,6 +47,9 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--eval-only", action="store_true", help="measure the fine-tuned model of the run train.init")
     parser.add_argument("--dry-run", action="store_true", help="show what would run, train nothing")
+    parser.add_argument("--plain", action="store_true", help="lines alone, as where the output is no terminal")
+    parser.add_argument("--quiet", action="store_true", help="warnings, errors and the final table alone")
+    parser.add_argument("--verbose", action="store_true", help="also a line of every step, and what the package logs")
     parser.add_argument("--num-gpus", type=int, default=1, metavar="N", help="processes to start on this machine")
     parser.add_argument(
         "overrides", nargs="*", metavar="KEY=VALUE", help="a.b=c changes a key, +a.b=c adds one, ~a.b removes one"
@@ -43,26 +57,30 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     args = parser.parse_intermixed_args(argv)
     if args.dry_run + args.eval_only + args.resume + args.auto_resume > 1:
         parser.error("--dry-run, --eval-only, --resume and --auto-resume exclude each other")
+    if args.quiet and args.verbose:
+        parser.error("--quiet and --verbose exclude each other")
     return args
 
 
 def main(args: argparse.Namespace) -> int:
     """What one process does."""
     logging.basicConfig(format="%(levelname)s: %(message)s")
-    cfg = open_config(args.config_file, args.overrides)
-    if args.dry_run:
-        say(describe(cfg, args.config_file))
-    elif args.eval_only:
-        say(results_table(evaluate_only(cfg, args.config_file)))
-    else:
-        report(run(cfg, args.config_file, "auto" if args.auto_resume or restarted() else args.resume))
+    logging.getLogger("bissl_zoo").setLevel(logging.INFO if args.verbose else logging.NOTSET)
+    with on_screen(choose_screen(args.plain, args.quiet, args.verbose)):
+        cfg = open_config(args.config_file, args.overrides)
+        if args.dry_run:
+            say(describe(cfg, args.config_file), "result")
+        elif args.eval_only:
+            say(results_table(evaluate_only(cfg, args.config_file)), "result")
+        else:
+            report(run(cfg, args.config_file, "auto" if args.auto_resume or restarted() else args.resume))
     return 0
 
 
 def report(outcome: dict) -> None:
     """Print the table and what was published."""
     if outcome["results"]:
-        say(f"\n{results_table(outcome['results'])}")
+        say(f"\n{results_table(outcome['results'])}", "result")
     entry = outcome["entry"]
     if entry is None:
         return

@@ -25,6 +25,7 @@ from bissl_zoo.engine.build import (
 from bissl_zoo.engine.evaluate import figures_of
 from bissl_zoo.engine.finetune import trained_parameters
 from bissl_zoo.engine.pretrain import check_accumulation
+from bissl_zoo.engine.writers import check_writers
 from bissl_zoo.errors import ConfigError, did_you_mean
 
 #: the keys of `optimizer`, `lr_multiplier` and `clip_grad` that a stage reads
@@ -98,6 +99,7 @@ def check_config(cfg: DictConfig, source: str) -> None:
             hint = did_you_mean(key, known)
             raise ConfigError(f"{source}: no key 'bilevel.adaptation.{key}'.{hint} Known: {', '.join(known)}.")
     _check_stages(list(cfg.train.stages), source)
+    check_writers(list(cfg.train.writers), source)
     _check_early_stopping(cfg, source)
 
 

@@ -7,7 +7,7 @@ import torch
 from bissl_zoo.backbones import Backbone, evaluating
 from bissl_zoo.data.batches import to_device
 from bissl_zoo.distributed import any_rank, broadcast_module
-from bissl_zoo.downstream import DownstreamTask
+from bissl_zoo.downstream import DownstreamTask, Evaluator
 from bissl_zoo.engine.build import Context, test_loader
 from bissl_zoo.errors import DatasetError
 
@@ -18,12 +18,14 @@ def evaluate(
     task: DownstreamTask,
     role: str = "test",
     asked: Callable[[], bool] = lambda: False,
+    look: Callable[[Evaluator], None] = lambda evaluator: None,
 ) -> dict[str, float] | None:
     """The task's figures over a whole data set, every rank's part included; modes of training are put back.
 
     Args:
         role: `test` or `val`.
         asked: after every batch, whether this process is to stop; where one is, the result is None on all of them.
+        look: shown the evaluator that has the whole set, on every process.
     """
     for module in (backbone, task):
         broadcast_module(module)  # ranks hold their own batch-norm statistics
@@ -38,7 +40,9 @@ def evaluate(
     if any_rank(asked(), context.device):
         return None
     evaluator.synchronize()
-    return evaluator.evaluate()
+    figures = evaluator.evaluate()
+    look(evaluator)
+    return figures
 
 
 def figures_of(context: Context, backbone: Backbone, task: DownstreamTask, role: str) -> list[str]:

@@ -79,7 +79,7 @@ class Probe(HookBase):
             return trainer.postpone()
         figures, line = measured
         trainer.metrics.update({f"probe/{name}": value for name, value in figures.items()})
-        say(f"[{trainer.name} {trainer.step}/{trainer.total_steps}] probe  {line}")
+        say(f"[{trainer.name} {trainer.step}/{trainer.total_steps}] probe  {line}", "figures")
 
     def _measure_unless_asked(self) -> tuple[dict[str, float], str] | None:
         try:

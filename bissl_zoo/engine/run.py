@@ -11,9 +11,9 @@ from bissl_zoo.distributed import on_main_process
 from bissl_zoo.engine.bissl import LEAST_COUPLING, coupling, pretext_head_is_new, pretext_warmup_steps
 from bissl_zoo.engine.build import STAGE_DATA, Context, Weights, build_datasets, build_downstream
 from bissl_zoo.engine.checks import check_config, check_parts
+from bissl_zoo.engine.display import end_display, log, logged, say, signals_aside
 from bissl_zoo.engine.evaluate import evaluate
 from bissl_zoo.engine.facts import write_facts
-from bissl_zoo.engine.hooks import say
 from bissl_zoo.engine.init import as_begun, load_init
 from bissl_zoo.engine.interruption import stop_request
 from bissl_zoo.engine.launch import choose_device
@@ -21,6 +21,7 @@ from bissl_zoo.engine.randomness import deterministic
 from bissl_zoo.engine.run_dir import check_run_dir, has_begun, prepare_run_dir
 from bissl_zoo.engine.run_lock import run_lock
 from bissl_zoo.engine.walk import Walk, phases_of
+from bissl_zoo.engine.writers import open_writers
 from bissl_zoo.errors import CheckpointError
 
 
@@ -55,6 +56,7 @@ def run(cfg: DictConfig, source: str, resume: bool | Literal["auto"] = False) ->
     folder = on_main_process(lambda: check_run_dir(cfg, resume))
     with contextlib.ExitStack() as stack:
         stop = stack.enter_context(stop_request())
+        stack.enter_context(signals_aside())
         stack.enter_context(deterministic(cfg.train.deterministic))
         on_main_process(lambda: stack.enter_context(run_lock(folder, say)))
         walk = Walk(context, phases, initial, folder, resume, stop)
@@ -63,9 +65,14 @@ def run(cfg: DictConfig, source: str, resume: bool | Literal["auto"] = False) ->
             say(f"the run in {folder} is finished; there is nothing to resume")
             return done
         on_main_process(lambda: prepare_run_dir(cfg, resume))
+        stack.enter_context(logged(folder))
+        stack.callback(end_display)
         on_main_process(lambda: write_facts(folder, cfg, context.data, ancestors))
         _announce(context, initial)
-        return walk.go()
+        outcome = walk.go(stack.enter_context(open_writers(cfg, folder)))
+        if outcome["results"]:
+            log(results_table(outcome["results"]))
+        return outcome
 
 
 def _announce(context: Context, initial: Weights) -> None:

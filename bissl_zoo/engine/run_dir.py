@@ -24,6 +24,8 @@ CONFIG_FILE = "config.yaml"
 FREE_KEYS = (
     "train.device",
     "train.log_period",
+    "train.writers",
+    "train.report",
     "train.checkpoint",
     "train.imports",
     "train.zoo",

@@ -3,13 +3,14 @@
 import gc
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
-from bissl_zoo.distributed import barrier, get_rank, get_world_size, on_main_process
+from bissl_zoo.distributed import barrier, get_rank, get_world_size, is_main_process, on_main_process
+from bissl_zoo.downstream import Evaluator
 from bissl_zoo.engine.bissl import (
     HEAD_WARMUP,
     PRETEXT_WARMUP,
@@ -23,9 +24,11 @@ from bissl_zoo.engine.bissl import (
 )
 from bissl_zoo.engine.build import Context, Weights
 from bissl_zoo.engine.checkpoint import Checkpointer, read_info, write_atomically
+from bissl_zoo.engine.display import doing, say, show
 from bissl_zoo.engine.early_stopping import EarlyStopping
 from bissl_zoo.engine.evaluate import evaluate
 from bissl_zoo.engine.facts import add_wall_time
+from bissl_zoo.engine.file_writers import Writer
 from bissl_zoo.engine.finetune import BASELINE, build_finetune, finetune_steps
 from bissl_zoo.engine.health import Health
 from bissl_zoo.engine.hooks import (
@@ -35,14 +38,16 @@ from bissl_zoo.engine.hooks import (
     PeriodicEvaluation,
     Progress,
     format_results,
-    say,
 )
 from bissl_zoo.engine.interruption import Interrupted, StopRequest
 from bissl_zoo.engine.pretrain import build_pretrain, pretrain_steps
 from bissl_zoo.engine.probe import build_probe
 from bissl_zoo.engine.publishing import RESULTS_FILE, publish_run, published, read_results
 from bissl_zoo.engine.randomness import restore_random_state
+from bissl_zoo.engine.report_details import Details, look_into, write_details
+from bissl_zoo.engine.report_end import pointing_to_report, report_after
 from bissl_zoo.engine.run_dir import CONFIG_FILE
+from bissl_zoo.engine.run_view import PlannedStage
 from bissl_zoo.engine.solver_watch import SolverWatch
 from bissl_zoo.engine.state_files import read_state
 from bissl_zoo.engine.trainer import Trainer
@@ -109,17 +114,29 @@ class Walk:
         settings = context.cfg.train.checkpoint
         self.checkpointer = Checkpointer(folder / "checkpoints", settings.keep, settings.every, settings.best)
         self.results: dict[str, dict[str, float]] = {}
+        self.details: dict[str, Details] = {}
+        self.writers: Sequence[Writer] = ()
         self.began = time.monotonic()
 
-    def go(self) -> dict[str, Any]:
+    def go(self, writers: Sequence[Writer]) -> dict[str, Any]:
         """Train, evaluate, publish; see :func:`run`.
 
+        Args:
+            writers: of the figures.
         Raises:
             Interrupted: asked to stop, after what there is has been saved.
         """
+        self.writers = writers
+        with pointing_to_report(self.folder):
+            return self._go()
+
+    def _go(self) -> dict[str, Any]:
+        plan = [PlannedStage(phase.name, phase.steps, phase.steps(self.context)) for phase in self.phases]
+        show(folder=str(self.folder), device=self.context.device, stages=plan)
         pretrained = weights = self.initial
         for number, phase in enumerate(self.phases, start=1):
-            say(f"stage {number} of {len(self.phases)}: {phase.name}")
+            show(number=number, source=None)
+            say(f"stage {number} of {len(self.phases)}: {phase.name}", "stage")
             if phase.name == HEAD_WARMUP:
                 pretrained = weights
             trainer = self._train(phase, pretrained if phase.name == BASELINE else weights)
@@ -127,18 +144,27 @@ class Walk:
             if phase.finetunes:
                 trainer.take_best()
                 level = trainer.level
-                figures = evaluate(self.context, level.backbone, level.head, asked=self.stop.asked)
+                with doing("evaluating on test"):
+                    look = partial(self._keep_details, phase.finetunes)
+                    figures = evaluate(self.context, level.backbone, level.head, asked=self.stop.asked, look=look)
                 if figures is None:
                     self._end(phase, trainer)
                 self.results[phase.finetunes] = figures
-                say(f"[{phase.name}] test  {format_results(figures)}")
+                say(f"[{phase.name}] test  {format_results(figures)}", "figures")
             else:
                 weights = trainer.result()
             trainer.close()
             self._end_if_asked(phase, trainer)
             del trainer
             gc.collect()  # trainer and hooks refer to each other, and hold the networks
-        return {"results": self.results, "entry": on_main_process(self._finish)}
+        entry = on_main_process(self._finish)
+        if self.context.cfg.train.report:
+            on_main_process(lambda: report_after(self.folder))
+        return {"results": self.results, "entry": entry}
+
+    def _keep_details(self, start: str, evaluator: Evaluator) -> None:
+        if is_main_process():
+            self.details[start] = look_into(evaluator)
 
     def outcome(self) -> dict[str, Any] | None:
         """What :func:`run` returned when it came to its end here; None where it has not."""
@@ -162,6 +188,7 @@ class Walk:
 
     def _finish(self) -> Any:
         """Leave the figures of a run, and publish it where its config names an entry and this was not done before."""
+        write_details(self.folder, self.details)
         write_atomically(self.folder / RESULTS_FILE, json.dumps(self.results, indent=2) + "\n")
         add_wall_time(self.folder, time.monotonic() - self.began)
         if not self._publishes():
@@ -251,7 +278,7 @@ class Walk:
         if probe:
             hooks.append(probe)
         hooks.append(Health(cfg))
-        hooks.append(MetricsWriter(self.folder, cfg.train.log_period))
+        hooks.append(MetricsWriter(self.folder, cfg.train.log_period, self.writers))
         period = cfg.train.checkpoint.period
         hooks.append(PeriodicCheckpoint(self.checkpointer, period, cfg.backbone.name, context.device))
         return hooks

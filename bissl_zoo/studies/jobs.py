@@ -150,6 +150,7 @@ def _check_names(jobs: Sequence[Job]) -> None:
 def _prepared(job: Job, folder: Path) -> DictConfig:
     cfg = with_defaults(job.cfg)
     cfg.train.output_dir = str(folder / "runs" / job.name)
+    cfg.train.report = False  # of one run among many nobody reads it; tools/report.py makes it
     return cfg
 
 

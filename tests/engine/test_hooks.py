@@ -10,6 +10,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from bissl_zoo.engine import log_files
 from bissl_zoo.engine.checkpoint import Checkpointer
+from bissl_zoo.engine.display import PlainScreen, on_screen
 from bissl_zoo.engine.hooks import MetricsWriter, PeriodicCheckpoint, PeriodicEvaluation, Progress
 from bissl_zoo.engine.trainer import HookBase, Trainer, load_state
 from bissl_zoo.errors import CheckpointError
@@ -70,6 +71,33 @@ def test_the_progress_line_of_a_resumed_run_counts_its_own_steps(capsys):
         "[stage 5/6",
         "[stage 6/6",
     ]
+
+
+def test_a_stage_can_be_looked_at_in_the_middle_of_a_step():
+    seen, progress = [], Progress(period=100)
+    trainer = Counter("stage", 4)
+    take = trainer.run_step
+    trainer.run_step = lambda: (seen.append(progress.view()), take())[1]
+    trainer.train([progress])
+    seen.append(progress.view())
+    assert [(view.step, view.total_steps, view.fraction) for view in seen] == [(n, 4, n / 4) for n in range(5)]
+    assert seen[0].seconds is None and seen[0].left is None and seen[0].figures == {}
+    assert seen[2].figures["total_loss"] == 0.5 and 0 <= seen[2].left <= 2 * seen[2].seconds
+    assert seen[4].left == 0.0
+
+
+def test_what_holds_up_the_steps_is_shown_and_the_checkpoint_that_was_written(tmp_path):
+    shown = []
+
+    class Listening(PlainScreen):
+        def show(self, **facts):
+            shown.extend(facts.items())
+
+    checkpoints = PeriodicCheckpoint(Checkpointer(tmp_path, keep=1), 3, "resnet18", CPU)
+    with on_screen(Listening()):
+        Counter("stage", 3).train([PeriodicEvaluation(lambda: {"AP50": 0.25}, period=2), checkpoints])
+    assert [value for name, value in shown if name == "doing"] == ["evaluating on test", "", "writing a checkpoint", ""]
+    assert [value[0] for name, value in shown if name == "checkpoint"] == ["stage step 3"]
 
 
 def test_metrics_are_written_every_period_and_at_the_last_step(tmp_path):

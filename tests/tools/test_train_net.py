@@ -4,6 +4,7 @@ import hashlib
 import json
 import re
 import shutil
+from pathlib import Path
 
 import pytest
 import timm
@@ -11,6 +12,8 @@ import torch
 from safetensors.torch import save_file
 
 from bissl_zoo.config import LazyConfig, load_config
+
+REPOSITORY = Path(__file__).resolve().parents[2]
 
 
 def digests(folder):
@@ -276,6 +279,37 @@ def test_eval_only_needs_a_fine_tuned_model(train_net, tiny, tmp_path):
     for init in (run, tmp_path / "weights.safetensors", "null"):
         message = train_net("--eval-only", *tiny(), f"train.init={init}").message()
         assert "finetune" in message
+
+
+def test_the_help_names_every_exit_status_that_the_documentation_has(tool, capsys):
+    with pytest.raises(SystemExit):
+        tool.parse_args(["--help"])
+    told = capsys.readouterr().out.partition("exit status:")[2]
+    rows = re.findall(r"^\|.*\| ([\d, ]+) \|$", (REPOSITORY / "docs" / "runs.md").read_text(), re.MULTILINE)
+    statuses = {status for row in rows for status in row.split(", ")}
+    assert {"1", "130", "143", "138", "137", "141"} <= statuses == set(re.findall(r"\d+", told)) - {"0", "2"}
+
+
+def test_quiet_and_verbose_exclude_each_other(tool, capsys):
+    with pytest.raises(SystemExit):
+        tool.parse_args(["--config-file", "x", "--quiet", "--verbose"])
+    assert "exclude each other" in capsys.readouterr().err
+
+
+def test_a_quiet_run_prints_the_table_alone_and_logs_the_rest(train_net, tiny, tmp_path):
+    run = tmp_path / "run"
+    outcome = train_net("--quiet", *tiny(), "train.stages=[finetune]", f"train.output_dir={run}")
+    assert outcome.status == 0 and [line[:10] for line in outcome.out.split("\n")] == [
+        *("", "fine-tuned", "----------", "init      ", "")
+    ]
+    assert "[finetune 2/2] total_loss" in (run / "log.txt").read_text()
+
+
+def test_a_verbose_run_has_a_line_of_every_step(train_net, tiny, tmp_path):
+    settings = tiny(train__log_period=100, finetune__steps=4)
+    outcome = train_net("--verbose", *settings, "train.stages=[finetune]", f"train.output_dir={tmp_path / 'run'}")
+    assert re.findall(r"\[finetune (\d)/4\] total_loss", outcome.out) == ["1", "2", "3", "4"]
+    assert len((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()) == 1  # the period is that of the records
 
 
 def test_no_processes_are_refused(train_net):

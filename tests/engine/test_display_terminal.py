@@ -1,0 +1,79 @@
+"""The command line in a real terminal: what stays on it when the run ends, fails, or is asked to stop."""
+
+import logging
+import os
+import re
+import time
+
+import pytest
+from terminal import Terminal, shown
+
+
+@pytest.fixture
+def arguments(tiny, at_scenes, tmp_path):
+    def build(**changed):
+        return [
+            *("--config-file", "quickstart/digit_scenes_det.py"),
+            *tiny(**changed),
+            f"train.output_dir={tmp_path / 'run'}",
+        ]
+
+    return build
+
+
+def test_a_run_in_a_terminal_ends_with_its_last_state_and_the_table_below_it(tool, arguments):
+    def noisy():
+        from bissl_zoo.engine.bissl import Bissl
+
+        step = Bissl.run_step
+
+        def run_step(self):
+            print("a library speaks")
+            logging.getLogger("somebody").warning("a library warns")
+            time.sleep(0.6)  # longer than the display waits
+            return step(self)
+
+        Bissl.run_step = run_step
+
+    status, output = Terminal(tool, arguments(), noisy).end()
+    plain, last = shown(output)
+    assert status == 0 and "Traceback" not in plain
+    for line in ("stage 3 of 5: bissl", "a library speaks", "a library warns"):
+        assert re.search(rf"^{line}$", plain, re.MULTILINE), line
+    assert "alternation 1/2  lower step 1/2" in plain and "[bissl 1/2]" not in plain
+    state, _, table = last.partition("fine-tuned from")
+    assert "5 of 5: finetune  step 2/2" in state and "100%" in state and "stage 0:00:00  run 0:00:00" in state
+    assert re.search(r"evaluation +\[finetune\] test  AP ", state) and "published" in table
+
+
+def test_ctrl_c_is_answered_below_the_lines_and_the_run_says_how_to_go_on(tool, arguments):
+    terminal = Terminal(tool, arguments(pretrain__steps=4000, train__checkpoint__period=10000))
+    terminal.wait_for(r"step [1-9]\d*/4000")
+    os.write(terminal.handle, b"\x03")
+    status, output = terminal.end()
+    plain, last = shown(output)
+    assert status == 130 and "Traceback" not in plain
+    assert re.search(r"^SIGINT: saving after this step; again to stop now$", plain, re.MULTILINE)
+    # the display was taken away first: nothing is drawn between that and the message but the echo of the key
+    assert re.search(r"\x1b\[\?25h[^─]*\r?\n?SIGINT: saving", output)
+    assert last.rstrip().endswith("of pretrain, which is saved; go on with --resume")
+
+
+def test_an_error_is_told_below_the_display(tool, arguments):
+    def sick():
+        from bissl_zoo.engine.pretrain import Pretrain
+        from bissl_zoo.errors import NonFiniteLoss
+
+        def run_step(self):
+            raise NonFiniteLoss("the loss is not finite")
+
+        Pretrain.run_step = run_step
+
+    status, output = Terminal(tool, arguments(), sick).end()
+    _, last = shown(output)
+    assert status == 1 and last.endswith("\nerror: the loss is not finite\n") and "pretrain  step 0/2" in last
+
+
+def test_a_plain_run_in_a_terminal_has_no_escape_codes(tool, arguments):
+    status, output = Terminal(tool, ["--plain", *arguments(train__stages="[finetune]")]).end()
+    assert status == 0 and "\x1b" not in output and "[finetune 2/2]" in output

@@ -1,0 +1,69 @@
+"""The command line in a terminal of its own."""
+
+import fcntl
+import logging
+import os
+import pty
+import re
+import signal
+import struct
+import sys
+import termios
+import time
+
+import torch
+
+ESCAPES = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
+
+
+class Terminal:
+    """The command line in a fork of this process, in a terminal of its own."""
+
+    def __init__(self, tool, arguments, before=None, columns=100):
+        self.output = ""
+        self.pid, self.handle = pty.fork()
+        if self.pid:
+            fcntl.ioctl(self.handle, termios.TIOCSWINSZ, struct.pack("HHHH", 40, columns, 0, 0))
+            return
+        status = 1
+        try:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+            torch.set_num_threads(1)
+            os.environ.update(TERM="xterm-256color")
+            os.environ.pop("COLUMNS", None)
+            sys.stdout, sys.stderr = (open(descriptor, "w", buffering=1, closefd=False) for descriptor in (1, 2))
+            logging.getLogger().handlers = [logging.StreamHandler()]
+            if before:
+                before()
+            status = tool.cli([*map(str, arguments)])
+        finally:
+            os._exit(status)
+
+    def wait_for(self, pattern, seconds=100):
+        """Read until there is something in the output."""
+        deadline = time.monotonic() + seconds
+        while not re.search(pattern, self.output):
+            assert time.monotonic() < deadline and self._read(), self.output
+
+    def _read(self):
+        try:
+            self.output += os.read(self.handle, 65536).decode()
+            return True
+        except OSError:  # which is how a terminal ends
+            return False
+
+    def end(self):
+        """The exit status, and what was written."""
+        while self._read():
+            pass
+        os.close(self.handle)
+        return os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1]), self.output
+
+
+def shown(output):
+    """What the last display left, and what came after it."""
+    assert output.rindex("\x1b[?25h") > output.rindex("\x1b[?25l")
+    # an erased line is a new one
+    plain = ESCAPES.sub(lambda code: "\n" if code[0] == "\x1b[2K" else "", output).replace("\r", "")
+    _, _, last = plain.rpartition("─ /")
+    return plain, last

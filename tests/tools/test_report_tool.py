@@ -1,0 +1,83 @@
+"""tools/report.py: what it writes where, and what it refuses."""
+
+import pytest
+from command_line import load_tool
+from tiny_entries import publish_tiny
+
+
+@pytest.fixture
+def report(capsys):
+    """Call the command line: status, standard output and standard error."""
+    tool = load_tool("report")
+
+    def call(*arguments):
+        try:
+            status = tool.cli([str(argument) for argument in arguments])
+        except SystemExit as refused:
+            status = refused.code
+        said = capsys.readouterr()
+        return status, said.out, said.err
+
+    return call
+
+
+def test_a_run_gets_its_report_in_its_directory_and_is_left_as_it_was(report, run_copy):
+    (run_copy / "report.html").unlink(missing_ok=True)
+    before = {path: path.stat().st_mtime_ns for path in run_copy.rglob("*") if path.is_file()}
+    status, out, err = report(run_copy, "--files-only")
+    assert (status, out, err) == (0, f"report {run_copy / 'report.html'}\n", "")
+    page = (run_copy / "report.html").read_text()
+    assert page.startswith("<!DOCTYPE html>") and "only the files of the run were to be read" in page
+    after = {path: path.stat().st_mtime_ns for path in run_copy.rglob("*") if path.is_file()}
+    assert after.pop(run_copy / "report.html") and after == before
+
+
+def test_reading_files_alone_imports_and_builds_nothing_of_the_config(report, run_copy):
+    marker = run_copy.parent / "ran"
+    module = run_copy.parent / "mine.py"
+    module.write_text(f"open({str(marker)!r}, 'w').close()\n")
+    text = (run_copy / "config.yaml").read_text()
+    text = text.replace("imports: null", f"imports: ['{module}']")
+    assert str(module) in text
+    (run_copy / "config.yaml").write_text(text.replace("_target_: bissl_zoo.registry.build_task", "_target_: os.abort"))
+    assert report(run_copy, "--files-only")[0] == 0
+    assert not marker.exists()
+
+
+def test_several_runs_go_into_one_file(report, finished, run_copy, tmp_path):
+    status, out, _ = report(finished, run_copy, "--files-only", "--output", tmp_path / "both.html")
+    assert status == 0 and out == f"report {tmp_path / 'both.html'}\n"
+    assert "2 runs side by side" in (tmp_path / "both.html").read_text()
+
+
+def test_the_pictures_look_at_as_many_images_as_are_asked_for(report, finished, tmp_path, at_scenes):
+    status, out, err = report(finished, "--images", 4, "--output", tmp_path / "report.html")
+    assert (status, err) == (0, "") and "warning" not in out
+    assert "among 4 of 8 test images" in (tmp_path / "report.html").read_text()
+
+
+def test_a_zoo_becomes_a_page_with_its_data_sets(report, tmp_path):
+    publish_tiny(tmp_path / "zoo", name="one", metrics={"AP50": 0.5}, seeds=[0], datasets={"test": "my_cells"})
+    status, out, _ = report("--html", "zoo", "--zoo", tmp_path / "zoo", "--output", tmp_path / "zoo.html")
+    page = (tmp_path / "zoo.html").read_text()
+    assert (status, out) == (0, f"report {tmp_path / 'zoo.html'}\n")
+    assert "my_cells" in page and "test_resnet" in page and ">0.5<" in page
+
+
+def test_what_is_no_run_is_refused(report, tmp_path):
+    status, _, err = report(tmp_path)
+    assert status == 1 and err.startswith(f"error: There is no run in {tmp_path}")
+
+
+def test_a_file_that_cannot_be_written_is_an_error(report, finished, tmp_path):
+    (tmp_path / "file").touch()
+    status, _, err = report(finished, "--files-only", "--output", tmp_path / "file" / "report.html")
+    assert status == 1 and "cannot be written" in err and "Traceback" not in err
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [[], ["a", "--html", "zoo"], ["a", "--zoo", "x"], ["a", "--images", "0"], ["a", "--images", "5", "--files-only"]],
+)
+def test_arguments_that_do_not_go_together_are_refused(report, arguments):
+    assert report(*arguments)[0] == 2
