@@ -52,7 +52,7 @@ setup(
         "shards": ["fsspec", "s3fs"],  # for shards on s3://; local ones and http need nothing
         "search": ["ray>=2.9"],  # for tools/search.py --engine ray
         "wandb": ["wandb>=0.19"],  # train.writers=[json,tensorboard,wandb]
-        "docs": ["mkdocs>=1.6,<2", "mkdocs-material>=9.5", "mkdocstrings[python]>=0.25", "latex2mathml>=3.77"],
+        "docs": ["mkdocs-material>=9.5,<10", "mkdocstrings[python]>=0.27", "latex2mathml>=3.77"],
         "onnx": ["onnx>=1.16", "onnxscript>=0.2"],
         "test": [
             *("pytest>=8", "pytest-xdist>=3.5", "hypothesis>=6", "ruff>=0.9"),

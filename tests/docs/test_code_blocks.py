@@ -1,0 +1,299 @@
+"""Every Python and bash block of README.md, docs/ and examples/ does what it says, with small data and short runs.
+
+What needs a GPU, the network or a cluster is marked in the page by `<!-- test: needs network -->` above the block; of
+such a block the syntax is checked, and that scripts, options, configs and keys exist.
+"""
+
+import contextlib
+import io
+import re
+import runpy
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from command_line import load_tool
+from doc_blocks import REPOSITORY, Block, blocks, check_options, commands, is_config, pages, tool_of
+from PIL import Image
+
+import bissl_zoo.registry as registry
+from bissl_zoo.config import load_config
+from bissl_zoo.data.voc import VOC_CLASSES
+
+PAGES = pages()
+BLOCKS = {page.relative_to(REPOSITORY).as_posix(): blocks(page) for page in PAGES}
+#: where a page's Python begins: names that its text has introduced
+QUICKSTART = "from .configs.quickstart.digit_scenes_det import *\nfrom .configs.common.compare import compare\n"
+FRAGMENT = (
+    "from bissl_zoo.config import LazyCall as L\n"
+    "from bissl_zoo.data.loaders import build_test_loader, build_train_loader\n"
+    "from bissl_zoo.registry import build_dataset\n"
+)
+#: tools that have no short run; the test that runs them, instead of the page's line
+RUN_ELSEWHERE = {
+    "search": "tests/tools/test_search_tool.py",
+    "check_hypergradient": "tests/tools/test_check_hypergradient.py",
+    "analyze_model": "tests/tools/test_analyze_model.py",
+}
+#: commands that only change where a reader stands, or that would not come back
+UNTESTED = {"tensorboard": "serves until it is stopped"}
+#: arguments of the digit scenes that are there
+SCENES = {"image_size": 64, "unlabeled": 24, "train": 16, "val": 1, "test": 8}
+RUNS = ("quickstart", "a", "b", "digits", "mine")
+#: entries that the commands of the pages have published
+ENTRIES = {"resnet18.rotation_bissl_digit_scenes", "resnet18.simclr_bissl_digits", "resnet18.simclr_bissl_mine"}
+
+
+def scenes_as_voc(scenes: Path, folder: Path, years=("VOC2007",), classes=None) -> None:
+    """The tiny digit scenes as a devkit of one's own, with digits called by VOC's names where `classes` are VOC's."""
+    source = next(scenes.glob("*/VOCdevkit/VOC2007"))
+    for year in years:
+        target = folder / "VOCdevkit" / year
+        shutil.copytree(source, target, dirs_exist_ok=True)
+        shutil.copy(target / "ImageSets/Main/train.txt", target / "ImageSets/Main/trainval.txt")
+        for file in target.glob("Annotations/*.xml") if classes else ():
+            text = re.sub(
+                r"<name>(\d)</name>", lambda found: f"<name>{classes[int(found[1])]}</name>", file.read_text()
+            )
+            file.write_text(text)
+
+
+@pytest.fixture(scope="module")
+def data(scenes, tmp_path_factory):
+    """A root with a little of every data set that the pages name."""
+    root = tmp_path_factory.mktemp("data")
+    for folder in scenes.iterdir():
+        (root / folder.name).symlink_to(folder)
+    scenes_as_voc(scenes, root, ("VOC2007", "VOC2012"), VOC_CLASSES)
+    for name in ("cells", "mine", "bccd_voc"):
+        scenes_as_voc(scenes, root / name)
+    pile = root / "mine" / "unlabelled"
+    pile.mkdir()
+    for name in (
+        "imagenet/train/n01",
+        "clothes/train/shirt",
+        "clothes/train/shoe",
+        "clothes/test/shirt",
+        "clothes/test/shoe",
+    ):
+        (root / name).mkdir(parents=True)
+        for number in range(2):
+            Image.new("RGB", (64, 64), (90 * number, 80, 30)).save(root / name / f"{number}.jpg")
+            shutil.copy(root / name / f"{number}.jpg", pile)
+    pack = ["--to-shards", str(root / "imagenet"), "--out", str(root / "imagenet-shards"), "--samples-per-shard", "1"]
+    assert load_tool("prepare_data").cli(pack) == 0
+    return root
+
+
+@pytest.fixture(scope="module")
+def checkout(finished, tiny, data, tmp_path_factory):
+    """A copy of the checkout as a reader has it after the quickstart: its run, its zoo, and configs of the pages."""
+    root = tmp_path_factory.mktemp("checkout")
+    for name in ("configs", "tools", "benchmarks", "bissl_zoo"):
+        (root / name).symlink_to(REPOSITORY / name)
+    shutil.copytree(REPOSITORY / "examples", root / "examples")
+    published = next(Path(o.split("=")[1]) for o in tiny() if o.startswith("train.publish.zoo="))
+    shutil.copytree(published, root / "model_zoo")
+    shutil.copytree(published, root / "zoo")
+    for run in RUNS:
+        shutil.copytree(finished, root / "runs" / run)
+        # as the page's own command would have left it
+        saved = root / "runs" / run / "config.yaml"
+        saved.write_text(saved.read_text().replace(str(finished), f"runs/{run}"))
+    for name in ENTRIES:
+        run_tool("zoo", ["publish", str(finished), "--zoo", str(root / "model_zoo"), "--name", name])
+    (root / "my.py").write_text(QUICKSTART)
+    for block in (block for found in BLOCKS.values() for block in found):
+        name = re.match(r"# (\w+\.py)\n", block.code) if block.language == "python" else None
+        if name:
+            (root / name.group(1)).write_text(block.code)
+    return root
+
+
+@pytest.fixture
+def reader(checkout, data, monkeypatch):
+    """The working directory and the environment of a reader."""
+    monkeypatch.chdir(checkout)
+    monkeypatch.setenv("BISSL_ZOO_DATASETS", str(data))
+    monkeypatch.setenv("BISSL_ZOO", str(checkout / "model_zoo"))
+    monkeypatch.syspath_prepend(str(checkout))
+    return checkout
+
+
+@contextlib.contextmanager
+def forgetting():
+    """What is registered and imported in here is forgotten, as by the end of a process."""
+    held = {one: dict(one._obj_map) for one in vars(registry).values() if isinstance(one, registry.Registry)}
+    modules = set(sys.modules)
+    try:
+        yield
+    finally:
+        for one, names in held.items():
+            for name in set(one._obj_map) - set(names):
+                if not one._obj_map[name].__module__.startswith("bissl_zoo."):
+                    del one._obj_map[name]
+        for name in set(sys.modules) - modules:
+            if name.split(".")[0] in ("examples", "rotation", "counting", "minimal_residual"):
+                del sys.modules[name]
+
+
+def run_tool(name: str, arguments: list[str]) -> str:
+    """What a script of tools/ prints; it must end well."""
+    module, out, err = load_tool(name), io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        status = (module.cli if hasattr(module, "cli") else module.main)(arguments)
+    assert status == 0, f"{name} {arguments}: {out.getvalue()}{err.getvalue()}"
+    return out.getvalue()
+
+
+def small(config: str) -> list[str]:
+    """Overrides that make the data of a config little, and their loaders without workers."""
+    found = []
+    for role, loader in load_config(config).get("dataloader", {}).items():
+        found.append(f"dataloader.{role}.num_workers=0")
+        if loader.dataset.name == "digit_scenes":
+            added = {key: "" if key in loader.dataset else "+" for key in SCENES}
+            found += [f"{plus}dataloader.{role}.dataset.{key}={SCENES[key]}" for key, plus in added.items()]
+    return found
+
+
+def train_net(arguments: list[str], root: Path) -> None:
+    """Dry, unless the run is there already: then it is resumed, or measured again."""
+    config = arguments[arguments.index("--config-file") + 1]
+    if "--eval-only" in arguments:
+        run = next(a.split("=")[1] for a in arguments if a.startswith("train.init="))
+        run_tool("train_net", ["--config-file", f"{run}/config.yaml", "--eval-only", f"train.init={run}"])
+    elif "--resume" in arguments and (root / config).is_file():
+        run_tool("train_net", arguments)
+    else:
+        dry = [a for a in arguments if a not in ("--auto-resume", "--resume", "--dry-run")]
+        dry = re.sub(r"--num-gpus \d+", "", "\0".join(dry).replace("--num-gpus\0", "--num-gpus ")).split("\0")
+        made = [] if config.startswith(("zoo:", "runs/")) else small(config)
+        shown = run_tool("train_net", [*filter(None, dry), "--dry-run", *made])
+        assert "stages" in shown and "parameters" in shown
+
+
+def compare(arguments: list[str]) -> list[str]:
+    config = arguments[arguments.index("--config-file") + 1]
+    return [*(a for a in arguments if a != "--dry-run"), "--dry-run", *small(config)]
+
+
+def visualize(arguments: list[str]) -> list[str]:
+    config = arguments[arguments.index("--config-file") + 1] if "--config-file" in arguments else None
+    return [*arguments, "--images", "4", *(small(config) if config else [])]
+
+
+def report(arguments: list[str]) -> list[str]:
+    return [*arguments, "--files-only"]
+
+
+SHORT = {"compare": compare, "visualize": visualize, "report": report}
+
+
+def run_command(words: list[str], root: Path, data: Path) -> None:
+    words = [re.sub(r"(?<![\w:/.])/data\b", str(data), word) for word in words]
+    found = tool_of(words)
+    if found:
+        name, arguments = found
+        if name in RUN_ELSEWHERE:
+            assert (REPOSITORY / RUN_ELSEWHERE[name]).is_file()
+            check_options(load_tool(name), arguments)
+        elif name == "train_net":
+            train_net(arguments, root)
+        elif name == "zoo" and arguments[0] == "serve":
+            check_options(load_tool(name), arguments)
+        else:
+            run_tool(name, SHORT.get(name, list)(arguments))
+    elif words[0] == "python" and (root / words[1]).is_file():
+        runpy.run_path(str(root / words[1]), run_name="__main__")
+    elif words[0] == "make":
+        assert subprocess.run(["make", "-n", "-C", REPOSITORY, *words[1:]], capture_output=True).returncode == 0
+    else:
+        assert words[0] in UNTESTED, f"neither run nor marked: {' '.join(words)}"
+
+
+def check_config(code: str, root: Path, name: str) -> None:
+    """A config of a page, or a part of one that goes on from the quickstart, loads and would run."""
+    levels = [len(dots) for dots in re.findall(r"^from (\.+)\w*", code, re.MULTILINE)]
+    folder = {1: root, 2: root / "examples", 3: root / "examples" / "page"}[max(levels, default=1)]
+    folder.mkdir(exist_ok=True)
+    if "import *" not in code and "import (" not in code:
+        start = QUICKSTART if not levels or max(levels) == 1 else QUICKSTART.replace("from .", "from ..")
+        code = start + FRAGMENT + code
+    if max(levels, default=1) == 2:  # a file in a folder of configs
+        code = re.sub(r"from \.\.(?!configs)", "from ..configs.", code)
+    file = folder / f"{name}.py"
+    file.write_text(code)
+    run_tool("train_net", ["--config-file", str(file), "--dry-run", *small(str(file))])
+
+
+def check_shown_file(source: str, root: Path) -> None:
+    """A block that shows a file of the checkout: the file compiles, and one of a run's config loads."""
+    code = (REPOSITORY / source).read_text(encoding="utf-8")
+    compile(code, source, "exec")
+    if source.startswith("configs/"):
+        load_config(str(root / source))
+    elif is_config(code):
+        train_net(["--config-file", source], root)
+
+
+def run_python(block: Block, namespace: dict, root: Path) -> None:
+    named = re.match(r"# (\w+)\.py\n", block.code)
+    if block.source:
+        check_shown_file(block.source, root)
+    elif block.needs:
+        compile(block.code, block.where, "exec")
+    elif is_config(block.code):
+        check_config(block.code, root, named.group(1) if named else f"block_{block.line}")
+    else:
+        with contextlib.redirect_stdout(io.StringIO()):
+            exec(compile(FRAGMENT, "fragment", "exec"), namespace)
+            exec(compile(block.code, block.where, "exec"), namespace)
+
+
+def run_bash(block: Block, root: Path, data: Path) -> None:
+    checked = subprocess.run(["bash", "-n"], input=block.code, text=True, capture_output=True)
+    assert checked.returncode == 0, f"{block.where}: {checked.stderr}"
+    for words in commands(block.code):
+        if not block.needs:
+            run_command(words, root, data)
+        elif found := tool_of(words):
+            check_options(load_tool(found[0]), found[1])
+
+
+@pytest.mark.parametrize("page", [page for page, found in BLOCKS.items() if found])
+def test_the_blocks_of_a_page_run_one_after_the_other_or_are_marked(page, reader, data):
+    namespace: dict = {}
+    for block in BLOCKS[page]:
+        with forgetting():
+            if block.language == "python":
+                run_python(block, namespace, reader)
+            else:
+                run_bash(block, reader, data)
+
+
+def test_every_extra_that_is_named_can_be_installed():
+    extras = set(re.findall(r'^        "(\w+)": \[', (REPOSITORY / "setup.py").read_text(), re.MULTILINE))
+    named = {
+        extra
+        for page in PAGES
+        for found in re.findall(r'(?:bissl_zoo|")\.?\[(\w+(?:,\w+)*)\]"', page.read_text(encoding="utf-8"))
+        for extra in found.split(",")
+    }
+    assert {"s3", "shards"} <= named <= extras
+
+
+def test_a_block_that_is_neither_run_nor_marked_is_found(tmp_path):
+    with pytest.raises(AssertionError, match="neither run nor marked: curl"):
+        run_command(commands("curl https://host/zoo  # all of it")[0], tmp_path, tmp_path)
+
+
+def test_what_a_marked_block_names_must_exist():
+    with pytest.raises(SystemExit):
+        check_options(load_tool("train_net"), ["--config-file", "configs/bissl/voc_det.py", "--no-such-option"])
+    with pytest.raises(Exception, match=r"no key 'solver\.iteration'"):
+        check_options(load_tool("train_net"), ["--config-file", "configs/bissl/voc_det.py", "solver.iteration=3"])
+    with pytest.raises(AssertionError, match="there is no tools/trane_net.py"):
+        tool_of(commands("torchrun --nproc-per-node 2 \\\n    tools/trane_net.py")[0])

@@ -1,0 +1,45 @@
+"""The solver of the guide, on a matrix and in a run."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from bissl_zoo.hypergradient import DenseOperator
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+CONFIG = "examples/my_solver/digit_scenes.py"
+
+
+@pytest.fixture
+def solver(monkeypatch):
+    """The example's class, which is registered for this test alone."""
+    from bissl_zoo.registry import HYPERGRADIENT_SOLVERS
+
+    monkeypatch.syspath_prepend(str(REPOSITORY / "examples" / "my_solver"))
+    import minimal_residual
+
+    yield minimal_residual.MinimalResidual
+    del HYPERGRADIENT_SOLVERS._obj_map["minimal_residual"], sys.modules["minimal_residual"]
+
+
+@pytest.mark.parametrize("sign", [1.0, -1.0])
+def test_its_residual_is_the_true_one_and_never_above_one(solver, sign):
+    generator = torch.Generator().manual_seed(0)
+    root = torch.randn(30, 30, generator=generator, dtype=torch.float64)
+    operator = DenseOperator(sign * root @ root.T / 30, strength=0.5)
+    v = torch.randn(30, generator=generator, dtype=torch.float64)
+    solution = solver(iterations=10, tolerance=1e-3)(operator, v)
+    a = torch.eye(30, dtype=torch.float64) + operator.hessian / 0.5
+    assert solution.residual == pytest.approx(float((v - a @ solution.x).norm() / v.norm()), rel=1e-9)
+    assert solution.residual <= 1.0 and solution.products == operator.products
+
+
+def test_a_run_is_made_with_it(train_net_process, tiny, tmp_path):
+    outcome = train_net_process(*tiny(), f"train.output_dir={tmp_path / 'run'}", config=CONFIG)
+    assert outcome.status == 0, outcome.err
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    residuals = [line["solver/residual"] for line in lines if "solver/residual" in line]
+    assert residuals and all(0 < residual <= 1 for residual in residuals)
