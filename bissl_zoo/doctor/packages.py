@@ -22,9 +22,10 @@ EXTRAS = {
     "gs": ("checkpoints and zoos on gs://", ["fsspec", "gcsfs"]),
     "shards": ("shards on s3://", ["fsspec", "s3fs"]),
     "onnx": ("export to ONNX", ["onnx", "onnxscript"]),
+    "wandb": ("metrics to Weights & Biases", ["wandb"]),
     "search": ("searches over hyper-parameters", ["ray"]),
     "test": ("the tests", ["pytest", "hypothesis", "ruff"]),
-    "docs": ("building the documentation", ["sphinx"]),
+    "docs": ("building the documentation", ["mkdocs-material", "mkdocstrings", "latex2mathml"]),
 }
 _SHOWN = ("torch", "torchvision", "timm", *PINS, "numpy")
 _COMPILERS = ("c++", "g++", "clang++")

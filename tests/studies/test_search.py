@@ -68,7 +68,7 @@ def test_of_classification_they_are_wider(tiny_config):
     found = read_search(cfg, "test")
     assert (found.metric, found.trials) == ("top1", 100)
     assert found.space == {LR: LogUniform(1e-4, 1.0), DECAY: LogUniform(1e-5, 1e-2)}
-    assert read_search(tiny_config(task__name="multilabel_classification"), "test").metric == "mAP"
+    assert read_search(tiny_config(task__name="multilabel_classification"), "test").metric == "mAP11"
 
 
 def test_what_a_section_leaves_out_is_the_usual_of_the_task(tiny_config):
