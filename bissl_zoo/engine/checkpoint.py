@@ -159,10 +159,6 @@ class Checkpointer:
         return sorted(own, key=_step_of)
 
     def _drop(self, stage: str) -> None:
-        for old in self._to_drop(stage):
-            _remove(old)
-
-    def _to_drop(self, stage: str) -> list[Path]:
         complete = self._complete(stage)
         stay = set(complete[-self.keep :])
         if self.every:
@@ -178,7 +174,9 @@ class Checkpointer:
                 values[path] = value
         if values:
             stay.add(max(values, key=lambda path: (values[path], path.name)))
-        return [path for path in complete if path not in stay]
+        for path in complete:
+            if path not in stay:
+                _remove(path)
 
 
 def read_info(path: Path) -> CheckpointInfo:
