@@ -26,7 +26,7 @@ with warnings.catch_warnings():
 IMAGES = 2
 _NUMBERS = ("parameters", "trained", "flops", "activations")
 #: what tracing foreign code is known to raise
-_TRACE_ERRORS = (RuntimeError, TypeError, ValueError, AttributeError, KeyError, IndexError, NotImplementedError)
+_TRACE_ERRORS = (RuntimeError, TypeError, ValueError, AttributeError, LookupError)
 
 
 @dataclass
