@@ -1,9 +1,11 @@
 """How the tools speak: text from strangers made safe for a terminal, errors as one message, and exit statuses."""
 
+import datetime
 import os
 import re
 import sys
 from collections.abc import Callable
+from typing import Any
 
 from bissl_zoo.errors import BisslZooError
 
@@ -17,6 +19,16 @@ _CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u20
 def printable(text: str) -> str:
     """Text from elsewhere for a terminal: what would move the cursor, colour or reorder it is shown as `\\u001b`."""
     return _CONTROL.sub(lambda found: f"\\u{ord(found[0]):04x}", text)
+
+
+def clock(seconds: float | None) -> str:
+    """A duration as hours, minutes and seconds, such as `0:41:10`; `?` for one that is not known."""
+    return "?" if seconds is None else str(datetime.timedelta(seconds=max(0, round(seconds))))
+
+
+def short(value: Any) -> str:
+    """A figure in four digits; what is no float as it is."""
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def exit_status(command: Callable[[], int | None]) -> int:

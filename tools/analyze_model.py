@@ -20,7 +20,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as of train_net.py; read 
 
 # ruff: noqa: E402
 from bissl_zoo.engine.analysis import analyse, report
-from bissl_zoo.engine.hooks import say
+from bissl_zoo.engine.display import say
 from bissl_zoo.engine.launch import launch
 
 

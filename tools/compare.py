@@ -22,7 +22,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # read once, when torch is 
 # ruff: noqa: E402
 from bissl_zoo.console import printable
 from bissl_zoo.engine.configuration import open_config
-from bissl_zoo.engine.hooks import say
+from bissl_zoo.engine.display import say
 from bissl_zoo.engine.launch import launch
 from bissl_zoo.studies.compare import compare, compare_datasets, describe
 from bissl_zoo.studies.compare_arms import override

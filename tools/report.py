@@ -19,7 +19,7 @@ from pathlib import Path
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # read once, when torch is imported
 
 # ruff: noqa: E402
-from bissl_zoo.engine.hooks import say
+from bissl_zoo.engine.display import say
 from bissl_zoo.engine.launch import launch
 from bissl_zoo.engine.report import IMAGES, write_report
 from bissl_zoo.engine.report_end import REPORT_FILE

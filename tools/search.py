@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from bissl_zoo.engine.configuration import open_config
-from bissl_zoo.engine.hooks import say
+from bissl_zoo.engine.display import say
 from bissl_zoo.engine.launch import launch
 from bissl_zoo.studies.search import BEST_FILE, PICTURE_FILE, TABLE_FILE, search
 

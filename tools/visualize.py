@@ -25,7 +25,7 @@ from omegaconf import DictConfig
 from bissl_zoo.engine.build import ROLES
 from bissl_zoo.engine.checks import check_config
 from bissl_zoo.engine.configuration import open_config
-from bissl_zoo.engine.hooks import say
+from bissl_zoo.engine.display import say
 from bissl_zoo.engine.launch import launch
 from bissl_zoo.engine.pictures import check_format, save_figure
 from bissl_zoo.engine.pictures_embeddings import write_csv

@@ -1,6 +1,5 @@
 """Hooks: progress, metrics, checkpoints, evaluation."""
 
-import datetime
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -9,24 +8,15 @@ from typing import Any
 
 import torch
 
+from bissl_zoo.console import clock, short
 from bissl_zoo.distributed import all_gather_objects, is_main_process, on_main_process
 from bissl_zoo.engine.checkpoint import Checkpointer
 from bissl_zoo.engine.disk import DiskError, retried
 from bissl_zoo.engine.display import doing, every_step, say, show
-from bissl_zoo.engine.file_writers import METRICS_FILE, JsonWriter, Record, TensorBoardWriter, Writer
+from bissl_zoo.engine.file_writers import JsonWriter, Record, TensorBoardWriter, Writer
 from bissl_zoo.engine.randomness import random_state
 from bissl_zoo.engine.run_view import StageView, place_within
 from bissl_zoo.engine.trainer import HookBase
-
-__all__ = [
-    "METRICS_FILE",
-    "MetricsWriter",
-    "PeriodicCheckpoint",
-    "PeriodicEvaluation",
-    "Progress",
-    "format_results",
-    "say",
-]
 
 #: how the names of figures begin that are measured now and then, after a step
 MEASURED = ("val/", "test/", "probe/")
@@ -66,8 +56,8 @@ class Progress(HookBase):
             return
         self.speed = speed = self._speed(now)
         trainer.metrics.update({f"speed/{name}": value for name, value in speed.items()})
-        eta = datetime.timedelta(seconds=round(self.seconds * (trainer.total_steps - trainer.step)))
-        shown = "  ".join(f"{key} {_short(trainer.metrics[key])}" for key in trainer.headline if key in trainer.metrics)
+        eta = clock(self.seconds * (trainer.total_steps - trainer.step))
+        shown = "  ".join(f"{key} {short(trainer.metrics[key])}" for key in trainer.headline if key in trainer.metrics)
         width = len(str(trainer.total_steps))
         rate = "  {images_per_second:.0f} images/s  {waiting:.0%} waiting for data".format(**speed) if speed else ""
         head = f"[{trainer.name} {trainer.step:{width}d}/{trainer.total_steps}]"
@@ -242,7 +232,3 @@ class PeriodicEvaluation(HookBase):
 def format_results(results: dict[str, Any]) -> str:
     """Figures on one line, those of single classes left out."""
     return "  ".join(f"{name} {value:.4f}" for name, value in results.items() if "/" not in name)
-
-
-def _short(value: Any) -> str:
-    return f"{value:.4g}" if isinstance(value, float) else str(value)

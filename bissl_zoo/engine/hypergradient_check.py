@@ -14,7 +14,8 @@ from bissl_zoo.bilevel import BiLevel
 from bissl_zoo.engine.bissl import build_bissl, build_head_warmup
 from bissl_zoo.engine.build import Context, Weights, build_part
 from bissl_zoo.engine.checks import check_parts
-from bissl_zoo.engine.hooks import Progress, say
+from bissl_zoo.engine.display import say
+from bissl_zoo.engine.hooks import Progress
 from bissl_zoo.engine.init import load_init
 from bissl_zoo.engine.reduced_checks import check_reduced, right_hand_side
 from bissl_zoo.engine.reduced_problem import ReducedProblem

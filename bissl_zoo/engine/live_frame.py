@@ -1,6 +1,5 @@
 """The lines of the live display, for any width."""
 
-import datetime
 import resource
 import sys
 from collections.abc import Sequence
@@ -12,7 +11,7 @@ import torch
 from rich.cells import cell_len
 from rich.text import Text
 
-from bissl_zoo.console import printable
+from bissl_zoo.console import clock, printable, short
 from bissl_zoo.engine.disk import in_words
 from bissl_zoo.engine.run_view import RunView, StageView
 
@@ -37,11 +36,11 @@ def frame(run: RunView, now: float, width: int, ascii_only: bool = False) -> lis
         lines += [_bar(view.fraction, width, ascii_only), *_figures(view, width)]
     lines += _row("memory", [_memory(run.device)], width)
     left = view.left if view else None
-    lines += _row("time left", [f"stage {_clock(left)}", f"run {_clock(run.left(view))}"], width)
+    lines += _row("time left", [f"stage {clock(left)}", f"run {clock(run.left(view))}"], width)
     lines += _row("evaluation", run.evaluation.split("  "), width)
     if run.checkpoint:
         place, written = run.checkpoint
-        lines += _row("checkpoint", [place, f"{_clock(now - written)} ago"], width)
+        lines += _row("checkpoint", [place, f"{clock(now - written)} ago"], width)
     return lines
 
 
@@ -61,7 +60,7 @@ def _figures(view: StageView, width: int) -> list[Text]:
 
 def _head(run: RunView, now: float, width: int, ascii_only: bool) -> Text:
     """The run directory, its end where there is no room for all of it, and the time since the start."""
-    line, elapsed = "-" if ascii_only else "─", _clock(now - run.began)
+    line, elapsed = "-" if ascii_only else "─", clock(now - run.began)
     room = width - len(elapsed) - 6
     folder = printable(run.folder)
     if cell_len(folder) > room:
@@ -101,15 +100,7 @@ def _cropped(line: Text, width: int) -> Text:
 
 def _named(figures: dict[str, Any], prefix: str, names: Sequence[str]) -> list[str]:
     found = {name: figures[f"{prefix}{name}"] for name in names if f"{prefix}{name}" in figures}
-    return [f"{name} {_short(value)}" for name, value in found.items()]
-
-
-def _short(value: Any) -> str:
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
-
-
-def _clock(seconds: float | None) -> str:
-    return "?" if seconds is None else str(datetime.timedelta(seconds=max(0, int(seconds))))
+    return [f"{name} {short(value)}" for name, value in found.items()]
 
 
 def _memory(device: torch.device | None) -> str:

@@ -10,6 +10,7 @@ from torch.utils.data import Dataset
 from bissl_zoo.backbones import evaluating
 from bissl_zoo.distributed import get_world_size, on_main_process
 from bissl_zoo.engine.build import Context, build_datasets
+from bissl_zoo.engine.display import say
 from bissl_zoo.engine.features import (
     CentralCrops,
     FixedViews,
@@ -18,7 +19,6 @@ from bissl_zoo.engine.features import (
     own_randomness,
     pretext_pixels,
 )
-from bissl_zoo.engine.hooks import say
 from bissl_zoo.engine.trainer import HookBase, Trainer
 from bissl_zoo.errors import DatasetError
 from bissl_zoo.evaluation import collapse_figures, knn_accuracy, linear_probe

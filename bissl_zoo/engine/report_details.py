@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from bissl_zoo.downstream import Evaluator
@@ -16,8 +15,6 @@ from bissl_zoo.engine.checkpoint import write_atomically
 from bissl_zoo.engine.display import say
 from bissl_zoo.engine.facts import read_json
 from bissl_zoo.errors import CheckpointError
-from bissl_zoo.evaluation import DetectionEvaluator, MultilabelEvaluator
-from bissl_zoo.evaluation.detection import _match
 
 DETAILS_FILE = "per_class.json"
 #: classes up to which there is a confusion matrix, whose size is their square, and curves
@@ -48,7 +45,7 @@ class Details:
 
 def details_of(evaluator: Evaluator) -> Details:
     """What an evaluator that has evaluated knows; one of the user's own may know none of it."""
-    per_class, confusion = getattr(evaluator, "per_class", None), getattr(evaluator, "confusion", None)
+    per_class, confusion, rankings = (getattr(evaluator, name, None) for name in ("per_class", "confusion", "rankings"))
     classes = list(getattr(evaluator, "classes", ()))
     few = len(classes) <= MOST_CONFUSED
     told = confusion().tolist() if confusion and few else []
@@ -56,7 +53,7 @@ def details_of(evaluator: Evaluator) -> Details:
         figures=_finite(per_class()) if per_class else {},
         classes=classes if told else [],
         confusion=told,
-        curves=_curves(evaluator) if few else {},
+        curves={name: precision_at_recalls(*one) for name, one in rankings().items()} if rankings and few else {},
     )
 
 
@@ -64,22 +61,6 @@ def _finite(figures: dict[str, dict[str, float]]) -> dict[str, dict[str, float]]
     return {
         name: {key: float(value) for key, value in one.items() if math.isfinite(value)} for name, one in figures.items()
     }
-
-
-def _curves(evaluator: Evaluator) -> dict[str, list[float]]:
-    """Precision over recall by class, of those with something to find."""
-    ranked: list[tuple[NDArray[np.bool_], int]] = []
-    if isinstance(evaluator, DetectionEvaluator):
-        found, truth = zip(*(evaluator._records[key] for key in sorted(evaluator._records)), strict=True)
-        ranked = _match(found, truth, len(evaluator.classes), iou_threshold=0.5)
-    elif isinstance(evaluator, MultilabelEvaluator):
-        columns = torch.cat(evaluator._scores).T, torch.cat(evaluator._targets).T
-        for scores, targets in zip(*columns, strict=True):
-            right = targets[targets >= 0] == 1
-            order = scores[targets >= 0].argsort(descending=True, stable=True)
-            ranked.append((right[order].numpy(), int(right.sum())))
-    named = zip(evaluator.classes, ranked, strict=True) if ranked else ()
-    return {name: precision_at_recalls(*one) for name, one in named if one[1]}
 
 
 def precision_at_recalls(right: NDArray[np.bool_], positives: int) -> list[float]:

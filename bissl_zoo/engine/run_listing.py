@@ -14,8 +14,8 @@ from bissl_zoo.config import LazyConfig
 from bissl_zoo.engine.bissl import HEAD_WARMUP, PRETEXT_WARMUP
 from bissl_zoo.engine.checkpoint import DAMAGED, CheckpointInfo, read_info, verify
 from bissl_zoo.engine.facts import read_facts, read_json
+from bissl_zoo.engine.file_writers import METRICS_FILE
 from bissl_zoo.engine.finetune import BASELINE
-from bissl_zoo.engine.hooks import METRICS_FILE
 from bissl_zoo.engine.publishing import RECEIPT_FILE, RESULTS_FILE, read_results
 from bissl_zoo.engine.run_dir import CONFIG_FILE
 from bissl_zoo.engine.run_files import last_figures, modified, size_of, writer_of

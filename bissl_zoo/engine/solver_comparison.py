@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bissl_zoo.engine.hooks import say
+from bissl_zoo.engine.display import say
 from bissl_zoo.hypergradient import SOLVERS, CurvatureOperator
 from bissl_zoo.hypergradient.diagnosis import Remembering, budget_key, budgets_up_to, convergence, refuses
 

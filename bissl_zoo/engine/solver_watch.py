@@ -5,7 +5,7 @@ from collections import Counter, deque
 from pathlib import Path
 from typing import Any
 
-from bissl_zoo.engine.hooks import say
+from bissl_zoo.engine.display import say
 from bissl_zoo.engine.trainer import HookBase
 
 #: how a solve may end without a word: solved, or by a solver that solves nothing

@@ -87,28 +87,44 @@ class DetectionEvaluator:
         Raises:
             DatasetError: where there were no images, or no objects that count in them.
         """
-        if not self._records:
-            raise DatasetError("Detection evaluation: no image was processed. Is the test set empty?")
-        # In the order of the numbers, so that ties do not depend on how images were shared out to ranks.
-        found, truth = zip(*(self._records[image_id] for image_id in sorted(self._records)), strict=True)
-        if all(one["difficult"].all() for one in truth):
-            raise DatasetError(
-                f"Detection evaluation: the {len(truth)} images hold no objects, or only difficult ones; "
-                "average precision is not defined."
-            )
-        precision = _coco_precision(found, truth, len(self.classes)).mean(axis=1)  # (10 IoUs, K)
-        curves = _match(found, truth, len(self.classes), iou_threshold=0.5)
+        rankings = self.rankings()
+        precision = _coco_precision(*self._images(), len(self.classes)).mean(axis=1)  # (10 IoUs, K)
         return {
             name: {
                 "AP": float(by_iou.mean()),
                 "AP50": float(by_iou[0]),
                 "AP75": float(by_iou[5]),
-                "voc_AP50": average_precision(*curve),
-                "voc07_AP50": average_precision(*curve, eleven_point=True),
+                "voc_AP50": average_precision(*rankings[name]),
+                "voc07_AP50": average_precision(*rankings[name], eleven_point=True),
             }
-            for name, by_iou, curve in zip(self.classes, precision.T, curves, strict=True)
-            if curve[1]
+            for name, by_iou in zip(self.classes, precision.T, strict=True)
+            if name in rankings
         }
+
+    def rankings(self) -> dict[str, tuple[np.ndarray, int]]:
+        """By class, of those with objects that count: its detections, bool (M,), and the number of its objects.
+
+        Whether each detection that counts is right at an IoU of 0.5, the best score first, as
+        :func:`average_precision` takes it.
+
+        Raises:
+            DatasetError: where there were no images, or no objects that count in them.
+        """
+        found, truth = self._images()
+        if all(one["difficult"].all() for one in truth):
+            raise DatasetError(
+                f"Detection evaluation: the {len(truth)} images hold no objects, or only difficult ones; "
+                "average precision is not defined."
+            )
+        curves = _match(found, truth, len(self.classes), iou_threshold=0.5)
+        return {name: curve for name, curve in zip(self.classes, curves, strict=True) if curve[1]}
+
+    def _images(self) -> tuple[tuple[dict[str, np.ndarray], ...], tuple[dict[str, np.ndarray], ...]]:
+        """Predictions and targets by image number, so that ties do not depend on how images were shared out."""
+        if not self._records:
+            raise DatasetError("Detection evaluation: no image was processed. Is the test set empty?")
+        found, truth = zip(*(self._records[image_id] for image_id in sorted(self._records)), strict=True)
+        return found, truth
 
 
 def voc_average_precision(

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from statistics import fmean
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -74,16 +75,29 @@ class MultilabelEvaluator:
         from sklearn.metrics import average_precision_score  # most of a second to import
 
         figures = {}
-        columns = torch.cat(self._scores).T, torch.cat(self._targets).T
-        for name, scores, targets in zip(self.classes, *columns, strict=True):
-            counts = targets >= 0
-            scores, right = scores[counts], targets[counts] == 1
-            if not right.any():
-                continue
-            ranking = scores.argsort(descending=True, stable=True)
-            eleven = average_precision(right[ranking].numpy(), int(right.sum()), eleven_point=True)
+        for name, (scores, right) in self._columns().items():
+            eleven = average_precision(*_ranking(scores, right), eleven_point=True)
             figures[name] = {"AP11": eleven, "AP": float(average_precision_score(right.numpy(), scores.numpy()))}
         return figures
+
+    def rankings(self) -> dict[str, tuple[np.ndarray, int]]:
+        """By class, of those with positives: its images as ranked, bool (M,), and the number of its positives.
+
+        Whether each image that counts has the class, the best score first, as
+        :func:`bissl_zoo.evaluation.detection.average_precision` takes it.
+        """
+        return {name: _ranking(*column) for name, column in self._columns().items()}
+
+    def _columns(self) -> dict[str, tuple[Tensor, Tensor]]:
+        """Scores and whether they are of positives, by class, of what counts, where there are positives."""
+        columns = {}
+        for name, scores, targets in zip(
+            self.classes, torch.cat(self._scores).T, torch.cat(self._targets).T, strict=True
+        ):
+            counts = targets >= 0
+            if (targets == 1).any():
+                columns[name] = scores[counts], targets[counts] == 1
+        return columns
 
     def evaluate(self) -> dict[str, float]:
         """The metrics of what was processed since `reset`.
@@ -100,6 +114,10 @@ class MultilabelEvaluator:
                 f"Multi-label evaluation: none of the {samples} samples has a class; average precision is not defined."
             )
         return {f"m{name}": fmean(one[name] for one in figures.values()) for name in ("AP11", "AP")}
+
+
+def _ranking(scores: Tensor, right: Tensor) -> tuple[np.ndarray, int]:
+    return right[scores.argsort(descending=True, stable=True)].numpy(), int(right.sum())
 
 
 def are_multilabel(targets: Tensor) -> bool:

@@ -12,7 +12,7 @@ from bissl_zoo.config import LazyConfig
 from bissl_zoo.engine.bissl import LEAST_COUPLING, coupling, pretext_head_is_new
 from bissl_zoo.engine.build import STAGE_DATA, Context, build_datasets
 from bissl_zoo.engine.checks import check_config, check_parts
-from bissl_zoo.engine.hooks import say
+from bissl_zoo.engine.display import say
 from bissl_zoo.engine.init import ZOO_PREFIX, load_init
 from bissl_zoo.engine.run_listing import FINISHED as RUN_FINISHED
 from bissl_zoo.engine.run_listing import is_run, look_at

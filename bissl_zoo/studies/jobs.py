@@ -1,7 +1,6 @@
 """Many runs on one machine: each in a process and a run directory of its own, and all of them resumable."""
 
 import contextlib
-import datetime
 import os
 import re
 import signal
@@ -15,8 +14,9 @@ from typing import Literal
 from omegaconf import DictConfig
 
 from bissl_zoo.config import with_defaults
+from bissl_zoo.console import clock
 from bissl_zoo.engine.checks import check_config
-from bissl_zoo.engine.hooks import say
+from bissl_zoo.engine.display import say
 from bissl_zoo.engine.interruption import Interrupted, StopRequest, stop_request
 from bissl_zoo.engine.launch import GRACE
 from bissl_zoo.engine.run_dir import check_run_dir, has_begun
@@ -48,15 +48,11 @@ def progress_line(outcome: JobOutcome, figures: str = "") -> str:
     parts = [
         f"[{outcome.done:{width}d}/{outcome.total}] {outcome.name} {outcome.status}",
         told,
-        _clock(outcome.seconds),
+        clock(outcome.seconds),
     ]
     if outcome.eta is not None and outcome.done < outcome.total:
-        parts.append(f"ETA {_clock(outcome.eta)}")
+        parts.append(f"ETA {clock(outcome.eta)}")
     return "  ".join(part for part in parts if part)
-
-
-def _clock(seconds: float) -> str:
-    return str(datetime.timedelta(seconds=round(seconds)))
 
 
 def run_jobs(

@@ -10,8 +10,8 @@ from bissl_zoo.config import LazyConfig
 from bissl_zoo.engine.build import Weights, build_downstream
 from bissl_zoo.engine.checkpoint import write_atomically
 from bissl_zoo.engine.checks import check_parts
+from bissl_zoo.engine.display import say
 from bissl_zoo.engine.evaluate import figures_of
-from bissl_zoo.engine.hooks import say
 from bissl_zoo.engine.init import load_init
 from bissl_zoo.engine.pictures import save_figure
 from bissl_zoo.engine.publishing import RESULTS_FILE

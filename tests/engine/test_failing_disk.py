@@ -15,7 +15,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from bissl_zoo.engine import disk, hooks, log_files
 from bissl_zoo.engine.checkpoint import Checkpointer, load_checkpoint, write_atomically
 from bissl_zoo.engine.disk import DiskError
-from bissl_zoo.engine.hooks import MetricsWriter, PeriodicCheckpoint, say
+from bissl_zoo.engine.display import say
+from bissl_zoo.engine.hooks import MetricsWriter, PeriodicCheckpoint
 from bissl_zoo.engine.log_files import AppendedFile
 from bissl_zoo.engine.trainer import HookBase, Trainer
 from bissl_zoo.errors import CheckpointError
