@@ -18,7 +18,7 @@ setup(
     python_requires=">=3.10,<3.14",
     packages=[*find_packages(include=["bissl_zoo", "bissl_zoo.*"]), "bissl_zoo.configs", *CONFIGS],
     package_dir={"bissl_zoo.configs": "configs"},
-    package_data={"bissl_zoo.engine": ["templates/*"]},
+    package_data={"bissl_zoo.report": ["templates/*"]},
     install_requires=[
         "torch>=2.11",
         "torchvision>=0.26",  # the release that belongs to torch 2.11

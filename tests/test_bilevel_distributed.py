@@ -21,11 +21,11 @@ from timm.layers import PatchEmbed
 from torch import nn
 from torch.optim import SGD
 
+from bissl_zoo.analysis.reduced_problem import narrow_widths
 from bissl_zoo.backbones import FeatureInfo
 from bissl_zoo.bilevel import BiLevel
 from bissl_zoo.data.batches import map_tensors
 from bissl_zoo.distributed import all_reduce_mean, average_gradients, barrier, flatten, gather_with_gradient
-from bissl_zoo.engine.reduced_problem import narrow_widths
 from bissl_zoo.errors import BadHypergradient, NonFiniteLoss
 from bissl_zoo.hypergradient import ConjugateGradient
 from bissl_zoo.level import Level

@@ -13,7 +13,8 @@ FLOORS = [
     {"bilevel"},
     {"zoo"},
     {"engine"},
-    {"studies"},
+    {"pictures", "analysis"},
+    {"report", "studies"},
     {"doctor"},
     {"__main__"},
 ]
@@ -22,7 +23,7 @@ PARTS = {"config_files": "config", "lazy": "config", "level": "bilevel"}
 #: folders that depend on none of ours
 INDEPENDENT = {"hypergradient"}
 #: who may know of the configuration of a run: who makes it, and who runs it
-SEES_CFG = {"config", "engine", "studies"}
+SEES_CFG = {"config", "engine", "pictures", "analysis", "report", "studies"}
 
 
 def unit_of(parts):
@@ -72,7 +73,7 @@ def violations(root):
                 other = unit_of(target)
                 if other == unit:
                     continue
-                if other == "__version__" and (unit == "engine" or (unit == "zoo" and in_function)):
+                if other == "__version__" and (unit in ("engine", "report") or (unit == "zoo" and in_function)):
                     continue
                 reached = floor_of(other)
                 if unit in INDEPENDENT or reached is None or reached >= floor:

@@ -41,8 +41,8 @@ def test_the_wheel_carries_every_module_and_every_config(wheel):
     for folder, prefix in (("bissl_zoo", "bissl_zoo"), ("configs", "bissl_zoo/configs")):
         for path in (REPOSITORY / folder).rglob("*.py"):
             assert f"{prefix}/{path.relative_to(REPOSITORY / folder).as_posix()}" in inside
-    for path in (REPOSITORY / "bissl_zoo" / "engine" / "templates").iterdir():
-        assert f"bissl_zoo/engine/templates/{path.name}" in inside
+    for path in (REPOSITORY / "bissl_zoo" / "report" / "templates").iterdir():
+        assert f"bissl_zoo/report/templates/{path.name}" in inside
     assert not [name for name in inside if name.startswith(("tests", "tools", "model_zoo"))]
 
 

@@ -19,7 +19,7 @@ from dataclasses import asdict
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as of train_net.py; read once, when torch is imported
 
 # ruff: noqa: E402
-from bissl_zoo.engine.analysis import analyse, report
+from bissl_zoo.analysis.model import analyse, report
 from bissl_zoo.engine.display import say
 from bissl_zoo.engine.launch import launch
 

@@ -22,11 +22,11 @@ from pathlib import Path
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # read once, when torch is imported
 
 # ruff: noqa: E402
+from bissl_zoo.analysis.hypergradient_check import Effort, check_hypergradient, open_check
+from bissl_zoo.analysis.hypergradient_report import save, table
 from bissl_zoo.distributed import on_main_process
 from bissl_zoo.engine.configuration import open_config
 from bissl_zoo.engine.display import say
-from bissl_zoo.engine.hypergradient_check import Effort, check_hypergradient, open_check
-from bissl_zoo.engine.hypergradient_report import save, table
 from bissl_zoo.engine.launch import launch
 from bissl_zoo.errors import BisslZooError, ConfigError
 

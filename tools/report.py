@@ -21,9 +21,9 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # read once, when torch is 
 # ruff: noqa: E402
 from bissl_zoo.engine.display import say
 from bissl_zoo.engine.launch import launch
-from bissl_zoo.engine.report import IMAGES, write_report
-from bissl_zoo.engine.report_end import REPORT_FILE
-from bissl_zoo.engine.report_zoo import write_zoo_page
+from bissl_zoo.engine.run_dir import REPORT_FILE
+from bissl_zoo.report.write import IMAGES, write_report
+from bissl_zoo.report.zoo import write_zoo_page
 from bissl_zoo.zoo import Zoo, default_zoo
 
 

@@ -31,6 +31,7 @@ from bissl_zoo.engine.display import choose_screen, on_screen, say
 from bissl_zoo.engine.dry_run import describe
 from bissl_zoo.engine.launch import launch, restarted
 from bissl_zoo.engine.run import evaluate_only, results_table, run
+from bissl_zoo.report.ending import report_after
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -73,7 +74,8 @@ def main(args: argparse.Namespace) -> int:
         elif args.eval_only:
             say(results_table(evaluate_only(cfg, args.config_file)), "result")
         else:
-            report(run(cfg, args.config_file, "auto" if args.auto_resume or restarted() else args.resume))
+            resume = "auto" if args.auto_resume or restarted() else args.resume
+            report(run(cfg, args.config_file, resume, write_report=report_after))
     return 0
 
 

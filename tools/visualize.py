@@ -27,11 +27,11 @@ from bissl_zoo.engine.checks import check_config
 from bissl_zoo.engine.configuration import open_config
 from bissl_zoo.engine.display import say
 from bissl_zoo.engine.launch import launch
-from bissl_zoo.engine.pictures import check_format, save_figure
-from bissl_zoo.engine.pictures_embeddings import write_csv
 from bissl_zoo.engine.run_dir import CONFIG_FILE
-from bissl_zoo.engine.visualize import picture_data, picture_embeddings, picture_predictions, picture_views
 from bissl_zoo.errors import ConfigError
+from bissl_zoo.pictures.drawing import check_format, save_figure
+from bissl_zoo.pictures.embeddings import write_csv
+from bissl_zoo.pictures.visualize import picture_data, picture_embeddings, picture_predictions, picture_views
 
 #: what each is for, images by default, and words beside overrides
 COMMANDS = {

@@ -1,6 +1,7 @@
 """A run from its config to its results: what is checked first, what is said, and the walk."""
 
 import contextlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
@@ -35,12 +36,18 @@ def open_context(cfg: DictConfig, source: str, roles: set[str] | None = None) ->
     return Context(cfg, build_datasets(cfg, roles), device)
 
 
-def run(cfg: DictConfig, source: str, resume: bool | Literal["auto"] = False) -> dict[str, Any]:
+def run(
+    cfg: DictConfig,
+    source: str,
+    resume: bool | Literal["auto"] = False,
+    write_report: Callable[[Path], None] | None = None,
+) -> dict[str, Any]:
     """Go through the stages of `cfg`, evaluate, publish.
 
     Args:
         source: the config's name, for messages.
         resume: continue the run in `train.output_dir` at its newest checkpoint; "auto": where there is one.
+        write_report: of the run directory, at the end, where `train.report` asks for it.
     Returns:
         `results`, the figures by what was fine-tuned, and `entry`, what was published or None.
     """
@@ -72,6 +79,8 @@ def run(cfg: DictConfig, source: str, resume: bool | Literal["auto"] = False) ->
         outcome = walk.go(stack.enter_context(open_writers(cfg, folder)))
         if outcome["results"]:
             log(results_table(outcome["results"]))
+        if write_report and cfg.train.report:
+            on_main_process(lambda: write_report(folder))
         return outcome
 
 

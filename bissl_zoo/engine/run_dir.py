@@ -1,8 +1,10 @@
 """The run directory: what is refused before a run starts, and what describes it."""
 
+import contextlib
 import platform
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +17,14 @@ from tabulate import tabulate
 
 from bissl_zoo import __version__
 from bissl_zoo.config import LazyConfig, with_defaults
+from bissl_zoo.distributed import is_main_process
 from bissl_zoo.engine.checkpoint import write_atomically
+from bissl_zoo.engine.display import say
 from bissl_zoo.engine.run_lock import LOCK_FILE
 from bissl_zoo.errors import ConfigError
 
 CONFIG_FILE = "config.yaml"
+REPORT_FILE = "report.html"
 #: keys a resumed run may change: where and how it runs, not what it computes as long as its numbers are sound
 FREE_KEYS = (
     "train.device",
@@ -155,3 +160,19 @@ def describe_environment() -> str:
         "gpus": ", ".join(gpus) or "none",
     }
     return "".join(f"{key}: {value}\n" for key, value in facts.items())
+
+
+def report_command(folder: Path) -> str:
+    """What writes the report of the run in `folder`."""
+    return f"python tools/report.py {folder}"
+
+
+@contextlib.contextmanager
+def pointing_to_report(folder: Path) -> Iterator[None]:
+    """Where the block ends before its time, say how to look at what there is of the run."""
+    try:
+        yield
+    except Exception:
+        if is_main_process():
+            say(f"look at it with {report_command(folder)}")
+        raise

@@ -24,6 +24,7 @@ from bissl_zoo.engine.bissl import (
 )
 from bissl_zoo.engine.build import Context, Weights
 from bissl_zoo.engine.checkpoint import Checkpointer, read_info, write_atomically
+from bissl_zoo.engine.details import Details, look_into, write_details
 from bissl_zoo.engine.display import doing, say, show
 from bissl_zoo.engine.early_stopping import EarlyStopping
 from bissl_zoo.engine.evaluate import evaluate
@@ -44,9 +45,7 @@ from bissl_zoo.engine.pretrain import build_pretrain, pretrain_steps
 from bissl_zoo.engine.probe import build_probe
 from bissl_zoo.engine.publishing import RESULTS_FILE, publish_run, published, read_results
 from bissl_zoo.engine.randomness import restore_random_state
-from bissl_zoo.engine.report_details import Details, look_into, write_details
-from bissl_zoo.engine.report_end import pointing_to_report, report_after
-from bissl_zoo.engine.run_dir import CONFIG_FILE
+from bissl_zoo.engine.run_dir import CONFIG_FILE, pointing_to_report
 from bissl_zoo.engine.run_view import PlannedStage
 from bissl_zoo.engine.solver_watch import SolverWatch
 from bissl_zoo.engine.state_files import read_state
@@ -158,8 +157,6 @@ class Walk:
             del trainer
             gc.collect()  # trainer and hooks refer to each other, and hold the networks
         entry = on_main_process(self._finish)
-        if self.context.cfg.train.report:
-            on_main_process(lambda: report_after(self.folder))
         return {"results": self.results, "entry": entry}
 
     def _keep_details(self, start: str, evaluator: Evaluator) -> None:

@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import nn
 
-from bissl_zoo.engine.reduced_problem import narrow_widths
+from bissl_zoo.analysis.reduced_problem import narrow_widths
 from bissl_zoo.hypergradient import CurvatureOperator, frozen_state
 from bissl_zoo.registry import PRETEXT_METHODS, build_backbone, build_pretext
 

@@ -2,8 +2,8 @@ import pytest
 import torch
 from PIL import Image
 
+from bissl_zoo.analysis.reduced_problem import narrow_widths
 from bissl_zoo.data.views import masked_view, multi_crop, two_views
-from bissl_zoo.engine.reduced_problem import narrow_widths
 from bissl_zoo.pretext import PretextMethod
 from bissl_zoo.registry import PRETEXT_METHODS, build_backbone, build_pretext
 

@@ -7,8 +7,8 @@ import pytest
 import torch
 from PIL import Image
 
+from bissl_zoo.analysis.reduced_problem import narrow_widths
 from bissl_zoo.config import LazyConfig, config_root, instantiate
-from bissl_zoo.engine.reduced_problem import narrow_widths
 from bissl_zoo.registry import PRETEXT_METHODS, build_backbone, build_pretext
 
 CONFIGS = sorted((config_root() / "common" / "pretext").glob("*.py"))

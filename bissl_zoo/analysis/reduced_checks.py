@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from bissl_zoo.analysis.reduced_problem import ReducedProblem, place
 from bissl_zoo.bilevel import BiLevel
 from bissl_zoo.distributed import all_reduce_mean, flatten
-from bissl_zoo.engine.reduced_problem import ReducedProblem, place
 from bissl_zoo.hypergradient import Exact
 
 #: relative error allowed: fourth-order differences in float64 leave about 1e-10, a wrong term 1e-3 and more

@@ -10,21 +10,21 @@ from matplotlib.figure import Figure
 from omegaconf import DictConfig, OmegaConf
 
 from bissl_zoo.config import LazyConfig
+from bissl_zoo.engine.details import DETAILS_FILE, Details, read_details
 from bissl_zoo.engine.facts import read_facts
 from bissl_zoo.engine.file_writers import METRICS_FILE
-from bissl_zoo.engine.report_charts import Curves, draw_curves, draw_losses, draw_timing, in_time
-from bissl_zoo.engine.report_config import differences, parts_of, read_text
-from bissl_zoo.engine.report_details import DETAILS_FILE, Details, read_details
-from bissl_zoo.engine.report_evaluation import detail_blocks
-from bissl_zoo.engine.report_history import MOST_FIGURES, Axis, History, Series, make_axis, read_history
-from bissl_zoo.engine.report_page import Block, Chapters, Fold, Note, Picture, Section, Table, Text, reason_of
-from bissl_zoo.engine.report_pictures import RunPictures
-from bissl_zoo.engine.report_svg import to_svg
-from bissl_zoo.engine.report_timing import time_of
 from bissl_zoo.engine.run_dir import load_run_config
 from bissl_zoo.engine.run_listing import FINISHED, RunState, look_at
 from bissl_zoo.engine.run_log import LOG_FILE
 from bissl_zoo.errors import CheckpointError
+from bissl_zoo.report.charts import Curves, draw_curves, draw_losses, draw_timing, in_time
+from bissl_zoo.report.config import differences, parts_of, read_text
+from bissl_zoo.report.evaluation import detail_blocks
+from bissl_zoo.report.history import MOST_FIGURES, Axis, History, Series, make_axis, read_history
+from bissl_zoo.report.page import Block, Chapters, Fold, Note, Picture, Section, Table, Text, reason_of
+from bissl_zoo.report.pictures import RunPictures
+from bissl_zoo.report.svg import to_svg
+from bissl_zoo.report.timing import time_of
 
 FILES_ONLY = "Left out, since only the files of the run were to be read (--files-only)."
 

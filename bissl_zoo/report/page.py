@@ -1,6 +1,6 @@
 """Pages as blocks: what a report is made of, and the templates that turn it into one HTML file.
 
-Jinja2 escapes all text of a block; what is markup already is made by :mod:`bissl_zoo.engine.report_svg` alone.
+Jinja2 escapes all text of a block; what is markup already is made by :mod:`bissl_zoo.report.svg` alone.
 """
 
 import re
@@ -17,8 +17,8 @@ from markupsafe import Markup
 from bissl_zoo import __version__
 from bissl_zoo.console import printable
 from bissl_zoo.engine.display import say
-from bissl_zoo.engine.pictures import written
 from bissl_zoo.errors import BisslZooError
+from bissl_zoo.pictures.drawing import written
 
 #: characters of a cell or sentence, above what any is meant to have
 _LONGEST = 2000
@@ -132,7 +132,7 @@ def anchor(text: str) -> str:
 
 @cache
 def _environment() -> Environment:
-    loader = PackageLoader("bissl_zoo.engine", "templates")
+    loader = PackageLoader("bissl_zoo.report", "templates")
     made = Environment(loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     made.filters.update(shown=shown, anchor=anchor)
     return made

@@ -19,8 +19,8 @@ import torch
 from fvcore.common.param_scheduler import ConstantParamScheduler
 from omegaconf import DictConfig
 
+from bissl_zoo.analysis.data import KnownData, noise_batch, noise_context
 from bissl_zoo.bilevel import BiLevel
-from bissl_zoo.engine.analysis_data import KnownData, noise_batch, noise_context
 from bissl_zoo.engine.bissl import Bissl
 from bissl_zoo.engine.build import Context, Weights
 from bissl_zoo.engine.configuration import open_config

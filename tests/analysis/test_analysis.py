@@ -8,12 +8,12 @@ import pytest
 import torch
 from torch import nn
 
+from bissl_zoo.analysis import costs as module
+from bissl_zoo.analysis.costs import KILLED, OUT_OF_MEMORY, Cost, Gauge, measure_in_a_process
+from bissl_zoo.analysis.counts import count_losses, count_module, count_stages
+from bissl_zoo.analysis.data import KnownData, Noise, look_at_data, noise_batch, noise_context
+from bissl_zoo.analysis.model import analyse, report
 from bissl_zoo.config import LazyConfig, load_config
-from bissl_zoo.engine import analysis_costs
-from bissl_zoo.engine.analysis import analyse, report
-from bissl_zoo.engine.analysis_costs import KILLED, OUT_OF_MEMORY, Cost, Gauge, measure_in_a_process
-from bissl_zoo.engine.analysis_counts import count_losses, count_module, count_stages
-from bissl_zoo.engine.analysis_data import KnownData, Noise, look_at_data, noise_batch, noise_context
 from bissl_zoo.engine.build import Weights, build_downstream, build_pretext, build_split_backbone
 from bissl_zoo.errors import ConfigError
 from bissl_zoo.registry import build_backbone
@@ -249,11 +249,11 @@ def test_the_peak_is_that_of_the_step_alone():
 
 
 def test_asking_for_more_memory_than_is_free_raises_rather_than_kills():
-    free = analysis_costs._status_bytes("/proc/meminfo", "MemAvailable")
+    free = module._status_bytes("/proc/meminfo", "MemAvailable")
     if free is None:
         pytest.skip("this system does not tell how much memory is free")
     before, cost = resource.getrlimit(resource.RLIMIT_DATA), Cost("pretrain", "step", 8)
-    analysis_costs._limit_memory()
+    module._limit_memory()
     try:
         assert not Gauge(CPU).median(cost, lambda: torch.empty(free, dtype=torch.uint8))
     finally:
@@ -271,7 +271,7 @@ def test_a_measurement_that_is_killed_is_said_so(tiny, at_scenes, tmp_path):
 
 def test_what_memory_does_not_suffice_for_is_in_the_report(tiny, at_scenes, monkeypatch):
     costs = [Cost("pretrain", "step", 8, problem=OUT_OF_MEMORY)]
-    monkeypatch.setattr("bissl_zoo.engine.analysis.measure_in_a_process", lambda *args: costs)
+    monkeypatch.setattr("bissl_zoo.analysis.model.measure_in_a_process", lambda *args: costs)
     found = analyse(QUICKSTART, [*tiny(), "train.stages=[pretrain]"])
     assert found.durations[0].seconds is None
     assert OUT_OF_MEMORY in report(found) and "--batch-scale" in report(found)
@@ -279,7 +279,7 @@ def test_what_memory_does_not_suffice_for_is_in_the_report(tiny, at_scenes, monk
 
 def test_batches_that_are_scaled_stretch_the_run(tiny, at_scenes, monkeypatch):
     costs = [Cost("pretrain", "step", 4, seconds=0.5)]
-    monkeypatch.setattr("bissl_zoo.engine.analysis.measure_in_a_process", lambda *args: costs)
+    monkeypatch.setattr("bissl_zoo.analysis.model.measure_in_a_process", lambda *args: costs)
     found = analyse(QUICKSTART, [*tiny(), "train.stages=[pretrain]"], scale=0.5)
     assert found.durations[0].seconds == pytest.approx(2 * 0.5 / 0.5)
     assert "Measured with 0.5 of each batch" in report(found)
@@ -292,7 +292,7 @@ def test_each_part_of_an_alternation_is_stretched_to_its_own_batch(tiny, at_scen
         Cost("bissl", "product", 2, seconds=3.0),
         Cost("bissl", "upper step", 2, seconds=16.0, products=2.0),
     ]
-    monkeypatch.setattr("bissl_zoo.engine.analysis.measure_in_a_process", lambda *args: costs)
+    monkeypatch.setattr("bissl_zoo.analysis.model.measure_in_a_process", lambda *args: costs)
     found = analyse(QUICKSTART, [*tiny(), "train.stages=[bissl]", "bilevel.curvature_batch_size=6"], scale=0.25)
     alternation = {one.phase: one for one in found.durations}["bissl"].seconds_per_step
     # 2 lower steps on 8 images, a graph and 2 products on 6, and what else an upper step does on 4

@@ -17,27 +17,27 @@ from sklearn.metrics import silhouette_samples
 from torch.utils.data import Dataset
 from torchvision.transforms import v2
 
+from bissl_zoo.analysis.reduced_problem import narrow_widths
 from bissl_zoo.backbones import merge_split_states
 from bissl_zoo.config import LazyCall as L
 from bissl_zoo.config import LazyConfig, load_config
 from bissl_zoo.data.views import MaskedView, Views
 from bissl_zoo.downstream import Classification
 from bissl_zoo.engine.bissl import build_bissl, build_pretext_warmup
-from bissl_zoo.engine.box_crops import BoxCrops, square_around
 from bissl_zoo.engine.build import Weights, build_datasets, build_downstream
 from bissl_zoo.engine.checkpoint import Checkpointer, load_checkpoint
 from bissl_zoo.engine.init import load_init
-from bissl_zoo.engine.pictures import DPI, fitted, save_figure, text_width
-from bissl_zoo.engine.pictures_data import Sample, draw_samples, draw_views, samples_of
-from bissl_zoo.engine.pictures_embeddings import draw_embeddings, embedding, project, silhouette, write_csv
-from bissl_zoo.engine.pictures_predictions import Prediction, draw_predictions, predict, quality_of
-from bissl_zoo.engine.reduced_problem import narrow_widths
 from bissl_zoo.engine.run import open_context, run
-from bissl_zoo.engine.run_backbones import load_stages
 from bissl_zoo.engine.run_dir import load_run_config
-from bissl_zoo.engine.visualize import picture_data, picture_embeddings, picture_predictions, picture_views
 from bissl_zoo.errors import CheckpointError, ConfigError, DatasetError
 from bissl_zoo.evaluation import DetectionEvaluator, knn_accuracy
+from bissl_zoo.pictures.box_crops import BoxCrops, square_around
+from bissl_zoo.pictures.data import Sample, draw_samples, draw_views, samples_of
+from bissl_zoo.pictures.drawing import DPI, fitted, save_figure, text_width
+from bissl_zoo.pictures.embeddings import draw_embeddings, embedding, project, silhouette, write_csv
+from bissl_zoo.pictures.predictions import Prediction, draw_predictions, predict, quality_of
+from bissl_zoo.pictures.run_backbones import load_stages
+from bissl_zoo.pictures.visualize import picture_data, picture_embeddings, picture_predictions, picture_views
 from bissl_zoo.registry import PRETEXT_METHODS, build_backbone, build_dataset
 
 CPU = torch.device("cpu")

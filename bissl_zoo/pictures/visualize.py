@@ -13,17 +13,17 @@ from omegaconf import DictConfig
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from bissl_zoo.engine.box_crops import BoxCrops
 from bissl_zoo.engine.build import Context, Weights, build_datasets, build_downstream, build_pretext
 from bissl_zoo.engine.features import CentralCrops, drawn, extract_features, own_randomness, pretext_pixels
 from bissl_zoo.engine.frozen import FrozenBackbone
 from bissl_zoo.engine.init import load_init
 from bissl_zoo.engine.launch import choose_device
-from bissl_zoo.engine.pictures_data import draw_samples, draw_views, samples_of
-from bissl_zoo.engine.pictures_embeddings import LEAST_POINTS, Embedding, draw_embeddings, embedding
-from bissl_zoo.engine.pictures_predictions import draw_predictions, predict
-from bissl_zoo.engine.run_backbones import load_stages
 from bissl_zoo.errors import CheckpointError, DatasetError
+from bissl_zoo.pictures.box_crops import BoxCrops
+from bissl_zoo.pictures.data import draw_samples, draw_views, samples_of
+from bissl_zoo.pictures.embeddings import LEAST_POINTS, Embedding, draw_embeddings, embedding
+from bissl_zoo.pictures.predictions import draw_predictions, predict
+from bissl_zoo.pictures.run_backbones import load_stages
 
 #: images at a time that a frozen backbone embeds
 BATCH = 64
@@ -117,7 +117,7 @@ def picture_embeddings(
     backbone's own were; where a file does not say how, as the config's pretext images are.
 
     Args:
-        sources: see :func:`bissl_zoo.engine.run_backbones.load_stages`.
+        sources: see :func:`bissl_zoo.pictures.run_backbones.load_stages`.
         images: most of either set, drawn with `seed`.
         architecture: timm's name, of files that do not say it.
     Raises:

@@ -15,9 +15,19 @@ from sklearn.metrics import silhouette_score
 from torch import Tensor
 from torch.nn import functional
 
-from bissl_zoo.engine.pictures import COLOURS, DPI, TEXT, TITLE, add_legend, fitted, legend_height, line_height, written
 from bissl_zoo.errors import DatasetError
 from bissl_zoo.evaluation import knn_accuracy
+from bissl_zoo.pictures.drawing import (
+    COLOURS,
+    DPI,
+    TEXT,
+    TITLE,
+    add_legend,
+    fitted,
+    legend_height,
+    line_height,
+    written,
+)
 
 #: shapes of points; with the colours they tell 72 classes apart
 MARKERS = "o^sDvP*X<"

@@ -12,9 +12,9 @@ import torch
 from omegaconf import DictConfig
 from torch import Tensor, nn
 
+from bissl_zoo.analysis.data import noise_batch
 from bissl_zoo.backbones import Backbone
 from bissl_zoo.config import instantiate
-from bissl_zoo.engine.analysis_data import noise_batch
 from bissl_zoo.engine.build import Context, Weights, build_downstream, build_pretext
 
 with warnings.catch_warnings():

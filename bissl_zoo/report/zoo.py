@@ -11,8 +11,8 @@ from markupsafe import Markup
 
 from bissl_zoo.console import printable
 from bissl_zoo.engine.display import say
-from bissl_zoo.engine.report_page import footer, render, save_page
 from bissl_zoo.errors import ZooError
+from bissl_zoo.report.page import footer, render, save_page
 from bissl_zoo.zoo import Zoo
 from bissl_zoo.zoo.hub import Entry
 from bissl_zoo.zoo.names import split_version
@@ -46,7 +46,7 @@ def zoo_page(records: Mapping[str, Mapping[str, Any]], location: str, datasets: 
     header = ["entry", *_TEXTS, "data", *metrics, "size (MB)", "published"]
     rows = [_row(name, records[name], metrics, datasets) for name in sorted(records, key=split_version)]
     first = 2 + len(_TEXTS)
-    script = resources.files("bissl_zoo.engine").joinpath("templates/zoo.js").read_text(encoding="utf-8")
+    script = resources.files("bissl_zoo.report").joinpath("templates/zoo.js").read_text(encoding="utf-8")
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     return render(
         "zoo.html",

@@ -6,11 +6,11 @@ import pytest
 import torch
 from torch import nn
 
+from bissl_zoo.analysis.reduced_checks import check_reduced, differences, right_hand_side
+from bissl_zoo.analysis.reduced_problem import ReducedProblem, make_smooth, place
 from bissl_zoo.config import LazyCall as L
 from bissl_zoo.config import load_config
 from bissl_zoo.distributed import flatten
-from bissl_zoo.engine.reduced_checks import check_reduced, differences, right_hand_side
-from bissl_zoo.engine.reduced_problem import ReducedProblem, make_smooth, place
 from bissl_zoo.errors import BisslZooError
 from bissl_zoo.hypergradient import SOLVERS, CurvatureOperator, MinRes
 from bissl_zoo.pretext import PretextMethod

@@ -14,9 +14,9 @@ from bissl_zoo.backbones import Backbone, evaluating
 from bissl_zoo.data.batches import to_device
 from bissl_zoo.data.samples import TransformedDataset
 from bissl_zoo.downstream import DownstreamTask
-from bissl_zoo.engine.pictures_data import Sample, draw_truth, label_text, require_samples
-from bissl_zoo.engine.pictures_sheet import Sheet, cell_height, class_legend, dashed_line, draw_boxes
 from bissl_zoo.evaluation import voc_average_precision
+from bissl_zoo.pictures.data import Sample, draw_truth, label_text, require_samples
+from bissl_zoo.pictures.sheet import Sheet, cell_height, class_legend, dashed_line, draw_boxes
 
 #: inches of an image
 _SIDE = 1.9

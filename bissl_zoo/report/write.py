@@ -6,14 +6,14 @@ from typing import Any
 
 from omegaconf import DictConfig
 
-from bissl_zoo.engine.report_charts import draw_curves
-from bissl_zoo.engine.report_config import differing
-from bissl_zoo.engine.report_history import Series
-from bissl_zoo.engine.report_page import Block, Chapters, Note, Picture, Table, footer, render, save_page
-from bissl_zoo.engine.report_run import RunReport
-from bissl_zoo.engine.report_svg import to_svg
 from bissl_zoo.engine.run_listing import is_run
 from bissl_zoo.errors import CheckpointError
+from bissl_zoo.report.charts import draw_curves
+from bissl_zoo.report.config import differing
+from bissl_zoo.report.history import Series
+from bissl_zoo.report.page import Block, Chapters, Note, Picture, Table, footer, render, save_page
+from bissl_zoo.report.run import RunReport
+from bissl_zoo.report.svg import to_svg
 
 #: images of a data set that a report on demand looks at
 IMAGES = 500

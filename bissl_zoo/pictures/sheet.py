@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch, Rectangle
 
-from bissl_zoo.engine.pictures import (
+from bissl_zoo.pictures.drawing import (
     DPI,
     TEXT,
     TITLE,

@@ -9,7 +9,7 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 from tabulate import tabulate
 
-from bissl_zoo.engine.analysis_costs import (
+from bissl_zoo.analysis.costs import (
     CURVATURE,
     KILLED,
     LOWER,
@@ -20,8 +20,8 @@ from bissl_zoo.engine.analysis_costs import (
     Cost,
     measure_in_a_process,
 )
-from bissl_zoo.engine.analysis_counts import IMAGES, Count, LossCount, StageCount, count_losses, count_stages
-from bissl_zoo.engine.analysis_data import KnownData, look_at_data, noise_context
+from bissl_zoo.analysis.counts import IMAGES, Count, LossCount, StageCount, count_losses, count_stages
+from bissl_zoo.analysis.data import KnownData, look_at_data, noise_context
 from bissl_zoo.engine.bissl import PRETEXT_WARMUP
 from bissl_zoo.engine.build import Context, Weights
 from bissl_zoo.engine.checks import check_config

@@ -5,11 +5,11 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from matplotlib.figure import Figure
 
-from bissl_zoo.engine.pictures import COLOURS, fitted
-from bissl_zoo.engine.report_charts import HEIGHT, WIDTH, plain_label
-from bissl_zoo.engine.report_details import Details, worst_confusions
-from bissl_zoo.engine.report_page import Block, Fold, Note, Picture, Table
-from bissl_zoo.engine.report_svg import TEXT, chart_style, to_svg
+from bissl_zoo.engine.details import Details, worst_confusions
+from bissl_zoo.pictures.drawing import COLOURS, fitted
+from bissl_zoo.report.charts import HEIGHT, WIDTH, plain_label
+from bissl_zoo.report.page import Block, Fold, Note, Picture, Table
+from bissl_zoo.report.svg import TEXT, chart_style, to_svg
 
 #: the figure of a class that is drawn, the first that is there
 DRAWN = ("AP50", "AP", "top1", "AP11")

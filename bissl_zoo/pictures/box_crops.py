@@ -6,7 +6,7 @@ from PIL import Image
 from torch.utils.data import Dataset
 
 from bissl_zoo.engine.features import CROP
-from bissl_zoo.engine.pictures import as_pixels
+from bissl_zoo.pictures.drawing import as_pixels
 
 
 class BoxCrops(Dataset):

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from bissl_zoo.engine.report_history import Entry, History
+from bissl_zoo.report.history import Entry, History
 
 
 @dataclass(frozen=True)

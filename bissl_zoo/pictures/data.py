@@ -12,9 +12,9 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from bissl_zoo.data.draws import drawn_for
-from bissl_zoo.engine.pictures import DPI, unnormalized
-from bissl_zoo.engine.pictures_sheet import Sheet, cell_height, class_legend, dashed_line, draw_boxes
 from bissl_zoo.errors import ConfigError, DatasetError
+from bissl_zoo.pictures.drawing import DPI, unnormalized
+from bissl_zoo.pictures.sheet import Sheet, cell_height, class_legend, dashed_line, draw_boxes
 
 #: inches of an image among samples, of the largest view, and of the narrowest column of views
 _SAMPLE, _VIEW, _COLUMN = 1.9, 1.3, 0.62

@@ -18,20 +18,20 @@ from bissl_zoo.downstream import DownstreamTask, Evaluator
 from bissl_zoo.engine.build import Context, build_datasets, build_downstream
 from bissl_zoo.engine.checks import check_config
 from bissl_zoo.engine.configuration import open_config
+from bissl_zoo.engine.details import Details, details_of
 from bissl_zoo.engine.evaluate import evaluate
 from bissl_zoo.engine.features import drawn, own_randomness
 from bissl_zoo.engine.init import load_init
 from bissl_zoo.engine.launch import choose_device
-from bissl_zoo.engine.pictures_data import draw_samples, samples_of
-from bissl_zoo.engine.pictures_embeddings import draw_embeddings
-from bissl_zoo.engine.pictures_predictions import Prediction, draw_predictions, predict
-from bissl_zoo.engine.report_details import Details, details_of
-from bissl_zoo.engine.report_page import Block, Note, Picture
-from bissl_zoo.engine.report_svg import to_png, to_svg
 from bissl_zoo.engine.run_dir import CONFIG_FILE
-from bissl_zoo.engine.visualize import NEIGHBOURS, picture_embeddings, picture_views
 from bissl_zoo.errors import CheckpointError, DatasetError
+from bissl_zoo.pictures.data import draw_samples, samples_of
+from bissl_zoo.pictures.embeddings import draw_embeddings
+from bissl_zoo.pictures.predictions import Prediction, draw_predictions, predict
+from bissl_zoo.pictures.visualize import NEIGHBOURS, picture_embeddings, picture_views
 from bissl_zoo.registry import DOWNSTREAM_TASKS
+from bissl_zoo.report.page import Block, Note, Picture
+from bissl_zoo.report.svg import to_png, to_svg
 
 #: images that are shown of the data, of its views, and of the best and the worst predictions
 SAMPLES, VIEWED, PREDICTED = 8, 3, 4

@@ -10,11 +10,11 @@ from matplotlib.ticker import MaxNLocator, NullFormatter
 
 from bissl_zoo.engine.bissl import HEAD_WARMUP, PRETEXT_WARMUP
 from bissl_zoo.engine.finetune import BASELINE
-from bissl_zoo.engine.pictures import COLOURS
-from bissl_zoo.engine.report_history import MOST_FIGURES, Axis, History, Series
-from bissl_zoo.engine.report_page import shown
-from bissl_zoo.engine.report_svg import TEXT, chart_style
-from bissl_zoo.engine.report_timing import Timing
+from bissl_zoo.pictures.drawing import COLOURS
+from bissl_zoo.report.history import MOST_FIGURES, Axis, History, Series
+from bissl_zoo.report.page import shown
+from bissl_zoo.report.svg import TEXT, chart_style
+from bissl_zoo.report.timing import Timing
 
 #: inches; a chart is as wide as a phone at its natural size
 WIDTH, HEIGHT = 5.0, 2.9

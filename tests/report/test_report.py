@@ -11,9 +11,7 @@ import torch
 from browser import browser, find_browser
 
 from bissl_zoo.config import LazyConfig
-from bissl_zoo.engine.report import write_report
-from bissl_zoo.engine.report_config import differences, leaves, shipped_config
-from bissl_zoo.engine.report_details import (
+from bissl_zoo.engine.details import (
     DETAILS_FILE,
     Details,
     details_of,
@@ -21,13 +19,15 @@ from bissl_zoo.engine.report_details import (
     read_details,
     write_details,
 )
-from bissl_zoo.engine.report_end import report_after
-from bissl_zoo.engine.report_history import Series, make_axis, read_history
-from bissl_zoo.engine.report_timing import time_of
-from bissl_zoo.engine.report_zoo import zoo_page
 from bissl_zoo.engine.run_dir import load_run_config
 from bissl_zoo.errors import CheckpointError
 from bissl_zoo.evaluation import DetectionEvaluator, MultilabelEvaluator, TopKEvaluator
+from bissl_zoo.report.config import differences, leaves, shipped_config
+from bissl_zoo.report.ending import report_after
+from bissl_zoo.report.history import Series, make_axis, read_history
+from bissl_zoo.report.timing import time_of
+from bissl_zoo.report.write import write_report
+from bissl_zoo.report.zoo import zoo_page
 
 HOSTILE = '<script>alert("x")</script><img src=x onerror=alert(1)>\'"&{{7*7}}$x_1^2$'
 needs_browser = pytest.mark.skipif(find_browser() is None, reason="needs Chromium: apt-get install chromium")
@@ -383,7 +383,7 @@ def test_the_end_of_a_run_writes_its_report_and_a_failure_is_a_warning(train_net
     parsed = harmless((tmp_path / "run" / "report.html").read_text())
     assert parsed.problems == [] and "finished" in parsed.text and "running" not in parsed.text
     assert len([tag for tag, attrs in parsed.elements if tag == "img"]) >= 2
-    monkeypatch.setattr("bissl_zoo.engine.report.render", lambda *args, **kwargs: 1 / 0)
+    monkeypatch.setattr("bissl_zoo.report.write.render", lambda *args, **kwargs: 1 / 0)
     state = torch.get_rng_state()
     report_after(tmp_path / "run")
     assert torch.equal(torch.get_rng_state(), state) and before.shape == state.shape
@@ -402,7 +402,7 @@ def test_a_report_that_fails_is_a_warning(finished, tmp_path, capsys, monkeypatc
     def fail(*arguments, **options):
         raise RuntimeError("no ink")
 
-    monkeypatch.setattr("bissl_zoo.engine.report.write_report", fail)
+    monkeypatch.setattr("bissl_zoo.report.write.write_report", fail)
     report_after(finished)
     assert f"warning: there is no report: RuntimeError: no ink. Try python tools/report.py {finished}" in (
         capsys.readouterr().out

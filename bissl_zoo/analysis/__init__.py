@@ -1,0 +1,1 @@
+"""What a config will cost, and whether its hypergradient is right, before a run."""

@@ -1,0 +1,1 @@
+"""Pictures of data, views, predictions and features."""
