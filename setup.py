@@ -7,6 +7,7 @@ from setuptools import find_namespace_packages, find_packages, setup
 
 ROOT = Path(__file__).parent
 CONFIGS = [f"bissl_zoo.configs.{name}" for name in find_namespace_packages(str(ROOT / "configs"))]
+DOCS = ["mkdocs-material>=9.5,<10", "mkdocstrings[python]>=0.27", "latex2mathml>=3.77"]
 
 setup(
     name="bissl_zoo",
@@ -52,7 +53,7 @@ setup(
         "shards": ["fsspec", "s3fs"],  # for shards on s3://; local ones and http need nothing
         "search": ["ray>=2.9"],  # for tools/search.py --engine ray
         "wandb": ["wandb>=0.19"],  # train.writers=[json,tensorboard,wandb]
-        "docs": ["mkdocs-material>=9.5,<10", "mkdocstrings[python]>=0.27", "latex2mathml>=3.77"],
+        "docs": DOCS,
         "onnx": ["onnx>=1.16", "onnxscript>=0.2"],
         "test": [
             *("pytest>=8", "pytest-xdist>=3.5", "hypothesis>=6", "ruff>=0.9"),
@@ -60,6 +61,8 @@ setup(
             *("onnx>=1.16", "onnxscript>=0.2", "onnxruntime>=1.18"),
             "optuna>=4",  # whose rule for giving up trials ours is compared with
             *("lightly>=1.6", "webdataset>=1.0", "torchmetrics>=1.4"),  # references for losses, shards and figures
+            "wandb>=0.19",
+            *DOCS,
         ],
     },
     classifiers=[f"Programming Language :: Python :: 3.{minor}" for minor in (10, 11, 12, 13)],
