@@ -28,6 +28,7 @@ PAGES = {
     "bissl_zoo/downstream/": "reference/downstream.md",
     "bissl_zoo/evaluation/": "reference/evaluation.md",
     "bissl_zoo/engine/": "reference/engine.md",
+    "bissl_zoo/report/": "reference/reports.md",
     "bissl_zoo/bilevel.py": "reference/bilevel.md",
     "bissl_zoo/backbones.py": "reference/backbones.md",
 }
@@ -35,6 +36,8 @@ ROOT = Path(__file__).resolve().parents[1]
 SHOWN = re.compile(r"^# file: (\S+)$", re.MULTILINE)
 LINK = re.compile(r"(?<!!)\[([^\]\n]+)\]\((?!https?:|#|mailto:)([^)\s#]+)(#[^)\s]*)?\)")
 FENCED = re.compile(r"^(```|~~~).*?^\1\s*$", re.MULTILINE | re.DOTALL)
+NAME = re.compile(r"(?<!<pre>)(?<!<span></span>)<code>([^<\n]+)</code>")
+BREAK = re.compile(r"(?<=\w[_./=,(])(?=\w)")
 EQUATION = re.compile(r'<(span|div) class="arithmatex">\\[(\[](.*?)\\[)\]]</\1>', re.DOTALL)
 
 
@@ -60,7 +63,8 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
 
 
 def on_page_content(html: str, **_: Any) -> str:
-    """Write equations as MathML, which browsers draw by themselves."""
+    """Write equations as MathML, which browsers draw by themselves, and mark where a long name may break."""
+    html = NAME.sub(lambda name: f"<code>{BREAK.sub('<wbr>', name.group(1))}</code>", html)
     return EQUATION.sub(_mathml, html)
 
 
@@ -73,4 +77,5 @@ def _mathml(equation: re.Match) -> str:
     for name, character in (("&lt;", "<"), ("&gt;", ">"), ("&amp;", "&")):
         latex = latex.replace(name, character)
     display = "block" if tag == "div" else "inline"
-    return f'<{tag} class="equation">{convert(latex.strip(), display=display)}</{tag}>'
+    drawn = convert(latex.strip(), display=display).replace("<mo>&#x02016;", '<mo stretchy="false">&#x02016;')
+    return f'<{tag} class="equation">{drawn}</{tag}>'

@@ -1,10 +1,11 @@
-"""Every Python and bash block of README.md, docs/ and examples/ does what it says, with small data and short runs.
+"""Every Python and bash block of the READMEs, docs/ and examples/ does what it says, with small data and short runs.
 
 What needs a GPU, the network or a cluster is marked in the page by `<!-- test: needs network -->` above the block; of
 such a block the syntax is checked, and that scripts, options, configs and keys exist.
 """
 
 import contextlib
+import functools
 import io
 import re
 import runpy
@@ -16,6 +17,7 @@ from pathlib import Path
 import pytest
 from command_line import load_tool
 from doc_blocks import REPOSITORY, Block, blocks, check_options, commands, is_config, pages, tool_of
+from page_data import scenes_as_coco, scenes_as_voc
 from PIL import Image
 
 import bissl_zoo.registry as registry
@@ -46,20 +48,6 @@ RUNS = ("quickstart", "a", "b", "digits", "mine")
 ENTRIES = {"resnet18.rotation_bissl_digit_scenes", "resnet18.simclr_bissl_digits", "resnet18.simclr_bissl_mine"}
 
 
-def scenes_as_voc(scenes: Path, folder: Path, years=("VOC2007",), classes=None) -> None:
-    """The tiny digit scenes as a devkit of one's own, with digits called by VOC's names where `classes` are VOC's."""
-    source = next(scenes.glob("*/VOCdevkit/VOC2007"))
-    for year in years:
-        target = folder / "VOCdevkit" / year
-        shutil.copytree(source, target, dirs_exist_ok=True)
-        shutil.copy(target / "ImageSets/Main/train.txt", target / "ImageSets/Main/trainval.txt")
-        for file in target.glob("Annotations/*.xml") if classes else ():
-            text = re.sub(
-                r"<name>(\d)</name>", lambda found: f"<name>{classes[int(found[1])]}</name>", file.read_text()
-            )
-            file.write_text(text)
-
-
 @pytest.fixture(scope="module")
 def data(scenes, tmp_path_factory):
     """A root with a little of every data set that the pages name."""
@@ -69,6 +57,7 @@ def data(scenes, tmp_path_factory):
     scenes_as_voc(scenes, root, ("VOC2007", "VOC2012"), VOC_CLASSES)
     for name in ("cells", "mine", "bccd_voc"):
         scenes_as_voc(scenes, root / name)
+    scenes_as_coco(scenes, root / "street")
     pile = root / "mine" / "unlabelled"
     pile.mkdir()
     for name in (
@@ -170,9 +159,14 @@ def train_net(arguments: list[str], root: Path) -> None:
     else:
         dry = [a for a in arguments if a not in ("--auto-resume", "--resume", "--dry-run")]
         dry = re.sub(r"--num-gpus \d+", "", "\0".join(dry).replace("--num-gpus\0", "--num-gpus ")).split("\0")
-        made = [] if config.startswith(("zoo:", "runs/")) else small(config)
-        shown = run_tool("train_net", [*filter(None, dry), "--dry-run", *made])
-        assert "stages" in shown and "parameters" in shown
+        dry_run(root, config, *filter(None, dry))
+
+
+@functools.cache  # pages repeat themselves
+def dry_run(root: Path, config: str, *arguments: str) -> None:
+    made = [] if config.startswith(("zoo:", "runs/")) else small(config)
+    shown = run_tool("train_net", [*arguments, "--dry-run", *made])
+    assert "stages" in shown and "parameters" in shown
 
 
 def compare(arguments: list[str]) -> list[str]:

@@ -8,9 +8,21 @@ import sys
 from pathlib import Path
 
 import pytest
+from browser import browser, find_browser
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 NEEDED = ("mkdocs", "material", "mkdocstrings", "latex2mathml")
+
+#: types a word into the search, and waits for what it finds
+SEARCH = """(async () => {
+  const field = document.querySelector(".md-search__input")
+  field.focus()
+  field.value = "damping"
+  field.dispatchEvent(new KeyboardEvent("keyup", { bubbles: true }))
+  const found = () => document.querySelectorAll(".md-search-result__item").length
+  for (let tries = 0; tries < 200 && !found(); tries++) await new Promise(done => setTimeout(done, 50))
+  return found()
+})()"""
 
 
 @pytest.fixture(scope="module")
@@ -52,6 +64,24 @@ def test_equations_are_mathml_and_files_are_filled_in(site):
     config = (site / "config.html").read_text(encoding="utf-8")
     assert "pretext_warmup" in config and "# file:" not in config
     assert "Benchmarks" in (site / "measured.html").read_text(encoding="utf-8")
+
+
+def test_sections_of_docstrings_are_found_and_roles_are_not_shown(site):
+    for page in site.glob("reference/*.html"):
+        text = page.read_text(encoding="utf-8")
+        assert not re.search(r"(?m)^(?:<p>)?(?:Returns|Raises|Yields): ", text), page.name
+        assert not re.search(r":(?:class|func|data|meth):", text), page.name
+
+
+@pytest.mark.skipif(find_browser() is None, reason="there is no Chromium here")
+def test_pages_opened_from_a_folder_search_and_fit_a_phone(site):
+    with browser() as page:
+        for file in sorted(set(site.rglob("*.html")) - {site / "404.html"}):  # which a server shows
+            page.open(file, width=390)
+            assert page.value("document.documentElement.scrollWidth") <= 390, file.name
+        page.open(site / "index.html", width=1440)
+        found = page.value(SEARCH)
+        assert found > 3 and not page.complaints
 
 
 def test_links_of_the_readme_and_the_pages_lead_to_files():

@@ -39,9 +39,10 @@ class Block(NamedTuple):
 
 
 def pages() -> list[Path]:
-    """README.md, and the pages of docs/ and examples/."""
+    """README.md, those of folders, and the pages of docs/ and examples/."""
     return [
         REPOSITORY / "README.md",
+        *sorted(REPOSITORY.glob("*/README.md")),
         *sorted(REPOSITORY.glob("docs/**/*.md")),
         *sorted(REPOSITORY.glob("examples/*/*.md")),
     ]
