@@ -61,13 +61,13 @@ def test_a_torchvision_of_another_build_is_told_with_the_remedy_and_the_others_a
     stub = tmp_path / "stubs" / "torchvision"
     stub.mkdir(parents=True)
     (stub / "__init__.py").write_text(BROKEN_TORCHVISION)
-    ran = doctor("python", "torchvision", "timm", "zoo", "cpu", stubs=stub.parent)
+    ran = doctor("python", "torchvision", "timm", "known_datasets", "cpu", stubs=stub.parent)
     assert ran.returncode == 1
     lines = ran.stdout.splitlines()
     assert "operator torchvision::nms does not exist" in ran.stdout
     assert "-> torch and torchvision must be builds of one kind" in ran.stdout
     assert any(line.startswith("ok") and " cpu " in line for line in lines)
-    assert any(line.startswith("problem  zoo") and "torchvision::nms" in line for line in lines)
+    assert any(line.startswith("problem  known_datasets") and "torchvision::nms" in line for line in lines)
 
 
 def test_a_library_that_takes_the_process_with_it_does_not_take_the_other_checks(doctor, tmp_path):

@@ -17,11 +17,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as of train_net.py; read once, when torch is imported
-
-# ruff: noqa: E402
-from bissl_zoo.analysis.model import analyse, report
-from bissl_zoo.engine.display import say
-from bissl_zoo.engine.launch import launch
+# what takes seconds to import is imported in the functions: --help and wrong options are answered at once
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -41,6 +37,9 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 def main(args: argparse.Namespace) -> int:
     """What one process does."""
+    from bissl_zoo.analysis.model import analyse, report
+    from bissl_zoo.engine.display import say
+
     found = analyse(args.config_file, args.overrides, not args.no_timing, args.batch_scale)
     if args.json:
         durations = [{**asdict(one), "seconds": one.seconds} for one in found.durations]
@@ -52,7 +51,10 @@ def main(args: argparse.Namespace) -> int:
 
 def cli(argv: Sequence[str] | None = None) -> int:
     """Run the command line `argv` (`sys.argv` by default) and return the exit status."""
-    return launch(main, 1, parse_args(argv))
+    args = parse_args(argv)
+    from bissl_zoo.engine.launch import launch
+
+    return launch(main, 1, args)
 
 
 if __name__ == "__main__":

@@ -19,16 +19,10 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # read once, when torch is imported
-
-# ruff: noqa: E402
-from bissl_zoo.analysis.hypergradient_check import Effort, check_hypergradient, open_check
-from bissl_zoo.analysis.hypergradient_report import save, table
-from bissl_zoo.distributed import on_main_process
-from bissl_zoo.engine.configuration import open_config
-from bissl_zoo.engine.display import say
-from bissl_zoo.engine.launch import launch
 from bissl_zoo.errors import BisslZooError, ConfigError
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # read once, when torch is imported
+# what takes seconds to import is imported in the functions: --help and wrong options are answered at once
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -48,6 +42,12 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 def main(args: argparse.Namespace) -> int:
     """What one process does."""
+    from bissl_zoo.analysis.hypergradient_check import Effort, check_hypergradient, open_check
+    from bissl_zoo.analysis.hypergradient_report import save, table
+    from bissl_zoo.distributed import on_main_process
+    from bissl_zoo.engine.configuration import open_config
+    from bissl_zoo.engine.display import say
+
     overrides = [*args.overrides, *([f"train.init={json.dumps(args.run)}"] if args.run else [])]
     cfg = open_config(args.config_file, overrides)
     effort = Effort(args.max_products, args.lanczos_steps, args.warmup_steps)
@@ -77,7 +77,10 @@ def make_folder(folder: Path) -> None:
 
 def cli(argv: Sequence[str] | None = None) -> int:
     """Run the command line `argv` (`sys.argv` by default) and return the exit status."""
-    return launch(main, 1, parse_args(argv))
+    args = parse_args(argv)
+    from bissl_zoo.engine.launch import launch
+
+    return launch(main, 1, args)
 
 
 if __name__ == "__main__":

@@ -17,16 +17,10 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # read once, when torch is imported
-
-# ruff: noqa: E402
 from bissl_zoo.console import printable
-from bissl_zoo.engine.configuration import open_config
-from bissl_zoo.engine.display import say
-from bissl_zoo.engine.launch import launch
-from bissl_zoo.studies.compare import compare, compare_datasets, describe
-from bissl_zoo.studies.compare_arms import override
-from bissl_zoo.studies.compare_report import datasets_table, table
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # read once, when torch is imported
+# what takes seconds to import is imported in the functions: --help and wrong options are answered at once
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -58,6 +52,12 @@ def names(text: str) -> list[str]:
 
 def main(args: argparse.Namespace) -> int:
     """Compare, and say what came out."""
+    from bissl_zoo.engine.configuration import open_config
+    from bissl_zoo.engine.display import say
+    from bissl_zoo.studies.compare import compare, compare_datasets, describe
+    from bissl_zoo.studies.compare_arms import override
+    from bissl_zoo.studies.compare_report import datasets_table
+
     logging.basicConfig(format="%(levelname)s: %(message)s")
     chosen = {"compare.seeds": args.seeds, "compare.arms": args.arms}
     overrides = [override(key, value) for key, value in chosen.items() if value is not None]
@@ -75,6 +75,9 @@ def main(args: argparse.Namespace) -> int:
 
 def tell(report: dict, folder: Path) -> None:
     """The table, the sentences, and what was left out."""
+    from bissl_zoo.engine.display import say
+    from bissl_zoo.studies.compare_report import table
+
     say(f"\n{table(report)}\n")
     for name, message in report["failures"].items():
         say(f"warning: {name} is left out: {printable(message)}")
@@ -85,7 +88,10 @@ def tell(report: dict, folder: Path) -> None:
 
 def cli(argv: Sequence[str] | None = None) -> int:
     """Run the command line `argv` (`sys.argv` by default) and return the exit status."""
-    return launch(main, 1, parse_args(argv))
+    args = parse_args(argv)
+    from bissl_zoo.engine.launch import launch
+
+    return launch(main, 1, args)
 
 
 if __name__ == "__main__":

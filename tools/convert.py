@@ -15,15 +15,17 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # read once, when torch is imported
-
-# ruff: noqa: E402
 from bissl_zoo.console import exit_status
 from bissl_zoo.errors import ZooError
-from bissl_zoo.zoo.backbone_file import StoredBackbone, read_backbone, save_backbone, save_tensors
-from bissl_zoo.zoo.export import TARGETS, export_backbone
-from bissl_zoo.zoo.weights import ForeignBackbone, read_foreign
+from bissl_zoo.zoo import TARGETS
+
+if TYPE_CHECKING:
+    from bissl_zoo.zoo.weights import ForeignBackbone
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # read once, when torch is imported
+# what takes seconds to import is imported in the functions: --help and wrong options are answered at once
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -40,7 +42,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     into.add_argument("--head-output", type=Path, metavar="FILE", help="write the head's tensors here (.safetensors)")
     out = commands.add_parser("out", help="write a backbone for another library")
     out.add_argument("source", metavar="BACKBONE", help="a zoo entry, or a .safetensors under timm's names")
-    out.add_argument("--to", required=True, choices=list(TARGETS))
+    out.add_argument("--to", required=True, choices=TARGETS)
     out.add_argument("--architecture", metavar="NAME", help="of a .safetensors that does not say it")
     for statistic in ("mean", "std"):
         out.add_argument(f"--{statistic}", type=float, nargs=3, metavar="X", help="of RGB in [0, 1], where not stated")
@@ -55,6 +57,9 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 def bring_in(args: argparse.Namespace) -> None:
     """Read the checkpoint, write the backbone, say what became of every tensor."""
+    from bissl_zoo.zoo.backbone_file import StoredBackbone, save_backbone, save_tensors
+    from bissl_zoo.zoo.weights import read_foreign
+
     options = {key: getattr(args, key) for key in ("allow_partial", "channel_order", "skip_objects")}
     read = read_foreign(args.source, args.architecture, head_path=args.head, **options)
     if args.head_output and not read.head:
@@ -68,7 +73,7 @@ def bring_in(args: argparse.Namespace) -> None:
         print(f"wrote      {args.head_output}")
 
 
-def report(read: ForeignBackbone) -> str:
+def report(read: "ForeignBackbone") -> str:
     """What was recognised, matched, missing and left, in lines."""
     whole = len(read.matched) + len(read.missing)
     lines = [
@@ -83,7 +88,7 @@ def report(read: ForeignBackbone) -> str:
     return "\n".join(lines + [f"note       {note}" for note in read.notes])
 
 
-def _images(read: ForeignBackbone) -> str:
+def _images(read: "ForeignBackbone") -> str:
     if read.pixels is None:
         return "RGB in [0, 1]; the source does not say the mean and standard deviation"
     mean, std = (", ".join(f"{value:.4g}" for value in read.pixels[key]) for key in ("mean", "std"))
@@ -92,6 +97,9 @@ def _images(read: ForeignBackbone) -> str:
 
 def take_out(args: argparse.Namespace) -> None:
     """Read the backbone, write it for the other library, say what a user must know there."""
+    from bissl_zoo.zoo.backbone_file import read_backbone
+    from bissl_zoo.zoo.export import export_backbone
+
     backbone = read_backbone(args.source, args.architecture)
     pixels = {"mean": args.mean, "std": args.std} if args.mean else backbone.pixels
     written = export_backbone(

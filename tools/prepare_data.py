@@ -19,12 +19,10 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # read once, when torch is imported
-
-# ruff: noqa: E402
 from bissl_zoo.console import exit_status
-from bissl_zoo.data.preparation import Survey, datasets_in, folder_of, is_known, listing, prepare, survey
-from bissl_zoo.data.shards_packing import check_shards, index_shards, pack_folder
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # read once, when torch is imported
+# what takes seconds to import is imported in the functions: --help and wrong options are answered at once
 
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "KI": 2**10, "MI": 2**20, "GI": 2**30}
 
@@ -39,9 +37,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     what.add_argument("--index-shards", nargs="+", metavar="URL", help="write index.json of these shards")
     what.add_argument("--check", metavar="NAME|DIR", help="every image of a set, or of the shards in DIR")
     parser.add_argument("--root", type=Path, metavar="DIR", help="where sets by name lie; default: $BISSL_ZOO_DATASETS")
-    parser.add_argument(
-        "--out", type=Path, metavar="DIR", help="where shards or index go; the index: beside the shards"
-    )
+    parser.add_argument("--out", type=Path, metavar="DIR", help="where shards or index go; index: beside the shards")
     size = parser.add_mutually_exclusive_group()
     size.add_argument("--samples-per-shard", type=int, metavar="N", help="images of one shard (10000)")
     size.add_argument("--shard-size", type=byte_size, metavar="SIZE", help="or most bytes of one shard, such as 1GB")
@@ -71,18 +67,12 @@ def byte_size(text: str) -> int:
 
 def pack(args: argparse.Namespace) -> int:
     """Pack a folder; say what came of it, and what was left out."""
+    from bissl_zoo.data.shards_packing import pack_folder
+
     default = re.sub(r"[^A-Za-z0-9_-]+", "-", Path(args.to_shards).absolute().name)
     samples = args.samples_per_shard or (None if args.shard_size else 10_000)
-    packed = pack_folder(
-        args.to_shards,
-        args.out,
-        args.name or default,
-        samples,
-        args.shard_size,
-        args.seed,
-        args.on_bad,
-        args.num_workers,
-    )
+    settings = (samples, args.shard_size, args.seed, args.on_bad, args.num_workers)
+    packed = pack_folder(args.to_shards, args.out, args.name or default, *settings)
     print("\n".join(f"skipped    {problem}" for problem in packed.skipped[:20]), end="\n" if packed.skipped else "")
     images, size = (sum(getattr(shard, what) for shard in packed.shards) for what in ("samples", "bytes"))
     print(f"wrote      {args.out}: {len(packed.shards)} shards, {images} images, {size:,} bytes")
@@ -92,35 +82,47 @@ def pack(args: argparse.Namespace) -> int:
 
 def index(args: argparse.Namespace) -> int:
     """Index shards; say where."""
+    from bissl_zoo.data.shards_packing import index_shards
+
     print(f"wrote      {index_shards(args.index_shards, args.out, args.num_workers)}")
     return 0
 
 
 def prepare_set(args: argparse.Namespace) -> int:
     """Fetch a set that is known by name where it is not there; say what is."""
+    from bissl_zoo.data.preparation import prepare
+
     fetched, found = prepare(args.dataset)
     print("".join(f"fetched    {folder}\n" for folder in fetched), end="")
-    return tell(args.dataset, found)
+    return tell(args.dataset, found.table(), found.problems)
 
 
 def list_sets(args: argparse.Namespace) -> int:
     """Print the sets that are known by name."""
+    from bissl_zoo.data.preparation import listing
+
     print(listing())
     return 0
 
 
-def tell(name: str, found: Survey) -> int:
+def tell(name: str, table: str, problems: list[str]) -> int:
     """Print what is there of a set and what is wrong with it; the exit status is 1 where anything is."""
-    print(found.table())
-    print("".join(f"wrong      {problem}\n" for problem in found.problems), end="")
-    print(f"checked    {folder_of(name)}: {len(found.problems)} problems")
-    return 1 if found.problems else 0
+    from bissl_zoo.data.preparation import folder_of
+
+    print(table)
+    print("".join(f"wrong      {problem}\n" for problem in problems), end="")
+    print(f"checked    {folder_of(name)}: {len(problems)} problems")
+    return 1 if problems else 0
 
 
 def check(args: argparse.Namespace) -> int:
     """Check a set that is known by name, or the shards of a folder; the exit status is 1 where anything is wrong."""
+    from bissl_zoo.data.preparation import is_known, survey
+    from bissl_zoo.data.shards_packing import check_shards
+
     if is_known(args.check) or not (os.sep in args.check or Path(args.check).exists()):
-        return tell(args.check, survey(args.check, open_files=True, num_workers=args.num_workers))
+        found = survey(args.check, open_files=True, num_workers=args.num_workers)
+        return tell(args.check, found.table(), found.problems)
     shards, problems = check_shards(args.check, args.num_workers)
     print("\n".join(f"wrong      {problem}" for problem in problems), end="\n" if problems else "")
     print(f"checked    {len(shards)} shards, {sum(shard.samples for shard in shards)} images: {len(problems)} problems")
@@ -136,6 +138,8 @@ def task_of(args: argparse.Namespace) -> Callable[[argparse.Namespace], int]:
 def cli(argv: Sequence[str] | None = None) -> int:
     """Run the command line `argv` (`sys.argv` by default) and return the exit status."""
     args = parse_args(argv)
+    from bissl_zoo.data.preparation import datasets_in
+
     with datasets_in(args.root):
         return exit_status(lambda: task_of(args)(args))
 

@@ -16,24 +16,20 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+from tabulate import tabulate
+
+from bissl_zoo.errors import DatasetError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from torch.utils.data import Dataset
+
+    from bissl_zoo.engine.frozen import FrozenBackbone
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # read once, when torch is imported
-
-# ruff: noqa: E402
-import torch
-from tabulate import tabulate
-from torch import Tensor
-from torch.utils.data import Dataset
-
-from bissl_zoo.data import ImageFolder
-from bissl_zoo.engine.build import build_datasets
-from bissl_zoo.engine.configuration import open_config
-from bissl_zoo.engine.features import CentralCrops, drawn, extract_features
-from bissl_zoo.engine.frozen import FrozenBackbone, load_frozen
-from bissl_zoo.engine.launch import choose_device, launch
-from bissl_zoo.errors import BisslZooError, DatasetError
-from bissl_zoo.evaluation import knn_accuracy, linear_probe
+# what takes seconds to import is imported in the functions: --help and wrong options are answered at once
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -75,34 +71,40 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 def main(args: argparse.Namespace) -> int:
     """Load, extract, measure, print."""
-    backbone, device = load_frozen(args.backbone, args.architecture), choose_device(args.device)
+    from bissl_zoo.engine.frozen import load_frozen
+    from bissl_zoo.engine.launch import choose_device
+    from bissl_zoo.evaluation import knn_accuracy, linear_probe
+
+    backbone = load_frozen(args.backbone, args.architecture)
+    backbone.model.to(choose_device(args.device))
     sets = open_sets(args)
     size = args.size or backbone.pixels.get("input_size", [224])[-1]
     width = backbone.width(size)
-    (train, labels), (test, truth) = (
-        features(backbone, sets[role], role, size, args, device) for role in ("train", "test")
-    )
+    parts = embed(backbone, sets, size, args)
     facts = {"backbone": backbone.source, "architecture": backbone.architecture, "features": width, "size": size}
-    facts |= {"train_images": len(labels), "test_images": len(truth), "classes": len(sets["train"].classes)}
-    figures = knn_accuracy(train, labels, test, truth, args.k, args.temperature)
+    facts |= {"train_images": len(parts[1]), "test_images": len(parts[3]), "classes": len(sets["train"].classes)}
+    figures = knn_accuracy(*parts, args.k, args.temperature)
     probes: dict[str, Any] = {"knn": {"k": args.k, "temperature": args.temperature, **figures}}
     if args.linear:
-        found = linear_probe(train, labels, test, truth, epochs=args.epochs, seed=args.seed)
+        found = linear_probe(*parts, epochs=args.epochs, seed=args.seed)
         probes["linear"] = {"learning_rate": found.learning_rate, "epochs": args.epochs, **found.metrics}
     print(json.dumps({**facts, **probes}) if args.json else report(facts, probes))
     return 0
 
 
-def open_sets(args: argparse.Namespace) -> dict[str, Dataset]:
-    """The data sets `train` and `test`, of the same classes."""
+def open_sets(args: argparse.Namespace) -> "dict[str, Dataset]":
+    """The data sets `train` and `test`, in this order, of the same classes."""
+    from bissl_zoo.data import ImageFolder
+    from bissl_zoo.engine.build import build_datasets
+    from bissl_zoo.engine.configuration import open_config
+
     if args.config_file:
         sets = build_datasets(open_config(args.config_file, args.overrides), {"train", "test"})
     else:
         train = ImageFolder(str(args.train_folder.absolute()))
         sets = {"train": train, "test": ImageFolder(str(args.test_folder.absolute()), classes=train.classes)}
     for role, dataset in sets.items():
-        target = dataset[0][1]
-        if not isinstance(target, int):
+        if not isinstance(target := dataset[0][1], int):
             raise DatasetError(
                 f"The {role} set of {args.config_file} has targets of type {type(target).__name__}; probes need class "
                 "labels. Give a config of a classification, or folders of images (--train-folder, --test-folder)."
@@ -110,20 +112,16 @@ def open_sets(args: argparse.Namespace) -> dict[str, Dataset]:
     return sets
 
 
-def features(
-    backbone: FrozenBackbone, dataset: Dataset, role: str, size: int, args: argparse.Namespace, device: torch.device
-) -> tuple[Tensor, Tensor]:
-    """Embeddings and labels of a data set, on `device`."""
-    pixels = {"mean": args.mean, "std": args.std} if args.mean else backbone.pixels
-    if "mean" not in pixels or "std" not in pixels:
-        raise BisslZooError(
-            f"{args.backbone} does not say how its images were normalised. Give --mean and --std, of RGB in [0, 1]; "
-            "ImageNet's are --mean 0.485 0.456 0.406 --std 0.229 0.224 0.225."
-        )
-    chosen = drawn(len(dataset), args.images or len(dataset), args.seed)
-    crops = CentralCrops(dataset, chosen, size, pixels["mean"], pixels["std"])
-    found = extract_features(backbone.model.to(device), crops, device, args.batch_size, args.num_workers, title=role)
-    return tuple(part.to(device) for part in found)
+def embed(frozen: "FrozenBackbone", sets: "dict[str, Dataset]", size: int, args: argparse.Namespace) -> "list[Tensor]":
+    """Embeddings and labels of each set in turn, on the device of the network."""
+    from bissl_zoo.engine.features import drawn, extract_features
+
+    device, found = next(frozen.model.parameters()).device, []
+    for role, dataset in sets.items():
+        chosen = drawn(len(dataset), args.images or len(dataset), args.seed)
+        crops = frozen.central_crops(dataset, chosen, size, args.mean, args.std)
+        found += extract_features(frozen.model, crops, device, args.batch_size, args.num_workers, role)
+    return [part.to(device) for part in found]
 
 
 def report(facts: dict[str, Any], probes: dict[str, dict[str, Any]]) -> str:
@@ -141,7 +139,10 @@ def report(facts: dict[str, Any], probes: dict[str, dict[str, Any]]) -> str:
 
 def cli(argv: Sequence[str] | None = None) -> int:
     """Run the command line `argv` (`sys.argv` by default) and return the exit status."""
-    return launch(main, 1, parse_args(argv))
+    args = parse_args(argv)
+    from bissl_zoo.engine.launch import launch
+
+    return launch(main, 1, args)
 
 
 if __name__ == "__main__":

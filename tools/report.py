@@ -16,15 +16,10 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # read once, when torch is imported
+from bissl_zoo.report import IMAGES, REPORT_FILE
 
-# ruff: noqa: E402
-from bissl_zoo.engine.display import say
-from bissl_zoo.engine.launch import launch
-from bissl_zoo.engine.run_dir import REPORT_FILE
-from bissl_zoo.report.write import IMAGES, write_report
-from bissl_zoo.report.zoo import write_zoo_page
-from bissl_zoo.zoo import Zoo, default_zoo
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # read once, when torch is imported
+# what takes seconds to import is imported in the functions: --help and wrong options are answered at once
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -53,6 +48,11 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 def main(args: argparse.Namespace) -> int:
     """Write the page, say where."""
+    from bissl_zoo.engine.display import say
+    from bissl_zoo.report.write import write_report
+    from bissl_zoo.report.zoo import write_zoo_page
+    from bissl_zoo.zoo import Zoo, default_zoo
+
     if args.html:
         output = args.output or Path("zoo.html")
         write_zoo_page(Zoo(*args.zoo) if args.zoo else default_zoo(), output)
@@ -65,7 +65,10 @@ def main(args: argparse.Namespace) -> int:
 
 def cli(argv: Sequence[str] | None = None) -> int:
     """Run the command line `argv` (`sys.argv` by default) and return the exit status."""
-    return launch(main, 1, parse_args(argv))
+    args = parse_args(argv)
+    from bissl_zoo.engine.launch import launch
+
+    return launch(main, 1, args)
 
 
 if __name__ == "__main__":

@@ -18,10 +18,9 @@ from pathlib import Path
 from typing import Any
 
 from bissl_zoo.console import exit_status, printable
-from bissl_zoo.engine.run_listing import find_runs, is_run, look_at
-from bissl_zoo.engine.run_pruning import plan, prune
-from bissl_zoo.engine.run_report import pruning_page, resume_command, run_page, runs_table
 from bissl_zoo.errors import CheckpointError
+
+# what takes seconds to import is imported in the functions: --help and wrong options are answered at once
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -53,6 +52,9 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 def list_runs(args: argparse.Namespace) -> None:
     """A line per run."""
+    from bissl_zoo.engine.run_listing import find_runs, look_at
+    from bissl_zoo.engine.run_report import resume_command, runs_table
+
     runs = [look_at(folder) for folder in find_runs(args.folder)]
     if args.json:
         print_json([{**asdict(run), "resume": resume_command(run)} for run in runs])
@@ -62,6 +64,9 @@ def list_runs(args: argparse.Namespace) -> None:
 
 def show(args: argparse.Namespace) -> None:
     """What a run holds."""
+    from bissl_zoo.engine.run_listing import is_run, look_at
+    from bissl_zoo.engine.run_report import resume_command, run_page
+
     if not is_run(args.run):
         raise CheckpointError(f"There is no run in {args.run} (no config.yaml). Give the directory of a run.")
     run = look_at(args.run, whole=True, verified=args.verify)
@@ -73,6 +78,9 @@ def show(args: argparse.Namespace) -> None:
 
 def prune_run(args: argparse.Namespace) -> None:
     """Say what would go, or remove it."""
+    from bissl_zoo.engine.run_pruning import plan, prune
+    from bissl_zoo.engine.run_report import pruning_page
+
     print(pruning_page((prune if args.yes else plan)(args.run, args.keep, args.damaged), removed=args.yes))
 
 

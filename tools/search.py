@@ -16,10 +16,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from bissl_zoo.engine.configuration import open_config
-from bissl_zoo.engine.display import say
-from bissl_zoo.engine.launch import launch
-from bissl_zoo.studies.search import BEST_FILE, PICTURE_FILE, TABLE_FILE, search
+# what takes seconds to import is imported in the functions: --help and wrong options are answered at once
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -43,6 +40,10 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 def main(args: argparse.Namespace) -> int:
     """Search, and tell what was found."""
+    from bissl_zoo.engine.configuration import open_config
+    from bissl_zoo.engine.display import say
+    from bissl_zoo.studies.search import BEST_FILE, PICTURE_FILE, TABLE_FILE, search
+
     cfg = open_config(args.config_file, args.overrides)
     name = re.sub(r"[^\w.-]", "_", Path(args.config_file).stem)
     folder = args.output or Path("runs") / f"search_{name}"
@@ -55,7 +56,10 @@ def main(args: argparse.Namespace) -> int:
 
 def cli(argv: Sequence[str] | None = None) -> int:
     """Run the command line `argv` (`sys.argv` by default) and return the exit status."""
-    return launch(main, 1, parse_args(argv))
+    args = parse_args(argv)
+    from bissl_zoo.engine.launch import launch
+
+    return launch(main, 1, args)
 
 
 if __name__ == "__main__":

@@ -7,15 +7,6 @@ python tools/train_net.py --config-file configs/bissl/voc_det.py --eval-only tra
 torchrun --nproc-per-node 2 tools/train_net.py --config-file configs/bissl/voc_det.py
 """
 
-EXIT_STATUSES = """exit status:
-  0    the run came to its end
-  1    an error in config, data, disk or numbers, told in one message
-  2    a command line that cannot be
-  130  Ctrl-C; 143 SIGTERM; 138 SIGUSR1: what there was is saved, go on with --resume
-  137  killed, as for want of memory; go on with --resume
-  141  nobody reads the output any more
-"""
-
 import argparse
 import logging
 import os
@@ -24,14 +15,16 @@ from collections.abc import Sequence
 
 # loader workers share the cores with OpenMP threads, which spin where they wait unless told: ten times slower
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # read once, when torch is imported
+# what takes seconds to import is imported in the functions: --help and wrong options are answered at once
 
-# ruff: noqa: E402
-from bissl_zoo.engine.configuration import open_config
-from bissl_zoo.engine.display import choose_screen, on_screen, say
-from bissl_zoo.engine.dry_run import describe
-from bissl_zoo.engine.launch import launch, restarted
-from bissl_zoo.engine.run import evaluate_only, results_table, run
-from bissl_zoo.report.ending import report_after
+EXIT_STATUSES = """exit status:
+  0    the run came to its end
+  1    an error in config, data, disk or numbers, told in one message
+  2    a command line that cannot be
+  130  Ctrl-C; 143 SIGTERM; 138 SIGUSR1: what there was is saved, go on with --resume
+  137  killed, as for want of memory; go on with --resume
+  141  nobody reads the output any more
+"""
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -65,6 +58,13 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 def main(args: argparse.Namespace) -> int:
     """What one process does."""
+    from bissl_zoo.engine.configuration import open_config
+    from bissl_zoo.engine.display import choose_screen, on_screen, say
+    from bissl_zoo.engine.dry_run import describe
+    from bissl_zoo.engine.launch import restarted
+    from bissl_zoo.engine.run import evaluate_only, results_table, run
+    from bissl_zoo.report.ending import report_after
+
     logging.basicConfig(format="%(levelname)s: %(message)s")
     logging.getLogger("bissl_zoo").setLevel(logging.INFO if args.verbose else logging.NOTSET)
     with on_screen(choose_screen(args.plain, args.quiet, args.verbose)):
@@ -81,6 +81,9 @@ def main(args: argparse.Namespace) -> int:
 
 def report(outcome: dict) -> None:
     """Print the table and what was published."""
+    from bissl_zoo.engine.display import say
+    from bissl_zoo.engine.run import results_table
+
     if outcome["results"]:
         say(f"\n{results_table(outcome['results'])}", "result")
     entry = outcome["entry"]
@@ -95,6 +98,8 @@ def report(outcome: dict) -> None:
 def cli(argv: Sequence[str] | None = None) -> int:
     """Run the command line `argv` (`sys.argv` by default) and return the exit status."""
     args = parse_args(argv)
+    from bissl_zoo.engine.launch import launch
+
     return launch(main, args.num_gpus, args)
 
 

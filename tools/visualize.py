@@ -17,21 +17,13 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # read once, when torch is imported
-
-# ruff: noqa: E402
 from omegaconf import DictConfig
 
-from bissl_zoo.engine.build import ROLES
-from bissl_zoo.engine.checks import check_config
-from bissl_zoo.engine.configuration import open_config
-from bissl_zoo.engine.display import say
-from bissl_zoo.engine.launch import launch
-from bissl_zoo.engine.run_dir import CONFIG_FILE
+from bissl_zoo.engine import ROLES
 from bissl_zoo.errors import ConfigError
-from bissl_zoo.pictures.drawing import check_format, save_figure
-from bissl_zoo.pictures.embeddings import write_csv
-from bissl_zoo.pictures.visualize import picture_data, picture_embeddings, picture_predictions, picture_views
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # read once, when torch is imported
+# what takes seconds to import is imported in the functions: --help and wrong options are answered at once
 
 #: what each is for, images by default, and words beside overrides
 COMMANDS = {
@@ -87,6 +79,11 @@ def command_parser(name: str) -> argparse.ArgumentParser:
 
 def main(args: argparse.Namespace) -> int:
     """Draw, save, say where."""
+    from bissl_zoo.engine.display import say
+    from bissl_zoo.pictures.drawing import check_format, save_figure
+    from bissl_zoo.pictures.embeddings import write_csv
+    from bissl_zoo.pictures.visualize import picture_data, picture_embeddings, picture_predictions, picture_views
+
     if args.output:
         check_format(args.output)
     cfg = config(args)
@@ -110,6 +107,10 @@ def main(args: argparse.Namespace) -> int:
 
 def config(args: argparse.Namespace) -> DictConfig:
     """The config, of the file or of the first run among the sources."""
+    from bissl_zoo.engine.checks import check_config
+    from bissl_zoo.engine.configuration import open_config
+    from bissl_zoo.engine.run_dir import CONFIG_FILE
+
     name, overrides, run = args.config_file, args.overrides, first_run(args)
     if name is None and run is None:
         none = f": {', '.join(args.sources)} is none" if args.sources else ""
@@ -124,6 +125,8 @@ def config(args: argparse.Namespace) -> DictConfig:
 
 def first_run(args: argparse.Namespace) -> Path | None:
     """The first run directory among the sources."""
+    from bissl_zoo.engine.run_dir import CONFIG_FILE
+
     return next((Path(source) for source in args.sources if (Path(source) / CONFIG_FILE).is_file()), None)
 
 
@@ -136,7 +139,10 @@ def default_output(args: argparse.Namespace, cfg: DictConfig) -> Path:
 
 def cli(argv: Sequence[str] | None = None) -> int:
     """Run the command line `argv` (`sys.argv` by default) and return the exit status."""
-    return launch(main, 1, parse_args(argv))
+    args = parse_args(argv)
+    from bissl_zoo.engine.launch import launch
+
+    return launch(main, 1, args)
 
 
 if __name__ == "__main__":

@@ -16,8 +16,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from bissl_zoo.console import exit_status
-from bissl_zoo.engine.publishing import publish_run
-from bissl_zoo.zoo import Zoo, commands, default_zoo
+
+# what takes seconds to import is imported in the functions: --help and wrong options are answered at once
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -57,23 +57,25 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def publish(args: argparse.Namespace, zoo: Zoo) -> int:
+def run(args: argparse.Namespace) -> int:
+    """Do what the command line asks for."""
+    from bissl_zoo.zoo import Zoo, default_zoo
+    from bissl_zoo.zoo.commands import COMMANDS
+
+    if args.command == "publish":
+        return publish(args)
+    return COMMANDS[args.command](args, Zoo(*args.zoo) if args.zoo else default_zoo())
+
+
+def publish(args: argparse.Namespace) -> int:
     """Publish what a finished run left."""
-    entry = publish_run(args.run, name=args.name, zoo=zoo if args.zoo else None)
+    from bissl_zoo.engine.publishing import publish_run
+    from bissl_zoo.zoo import Zoo
+    from bissl_zoo.zoo.commands import print_json
+
+    entry = publish_run(args.run, name=args.name, zoo=Zoo(*args.zoo) if args.zoo else None)
     told = {"name": entry.name, "location": entry.location, "sha256": entry.sha256}
-    return commands.print_json(told) if args.json else print(f"published {entry.name} at {entry.location}") or 0
-
-
-COMMANDS = {
-    "list": commands.list_entries,
-    "show": commands.show,
-    "card": commands.card,
-    "fetch": commands.fetch,
-    "verify": commands.verify_entries,
-    "publish": publish,
-    "remove": commands.remove,
-    "serve": commands.serve_folder,
-}
+    return print_json(told) if args.json else print(f"published {entry.name} at {entry.location}") or 0
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -81,7 +83,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parse_args(argv)
     logging.basicConfig(format="%(message)s")
     logging.getLogger("bissl_zoo").setLevel(logging.INFO)
-    return exit_status(lambda: COMMANDS[args.command](args, Zoo(*args.zoo) if args.zoo else default_zoo()))
+    return exit_status(lambda: run(args))
 
 
 if __name__ == "__main__":

@@ -17,14 +17,13 @@ from bissl_zoo.config import instantiate
 from bissl_zoo.data.device_views import two_parts
 from bissl_zoo.distributed import broadcast_module, get_rank
 from bissl_zoo.downstream import DownstreamTask
+from bissl_zoo.engine import ROLES
 from bissl_zoo.engine.batches import Batches
 from bissl_zoo.engine.trainer import load_state
 from bissl_zoo.errors import ConfigError, DatasetError
 from bissl_zoo.level import Level
 from bissl_zoo.pretext import PretextMethod
 
-#: what data sets are for, in the order in which they are opened
-ROLES = ("pretext", "train", "val", "test")
 #: which data sets a stage reads; fine-tuning also `val`, where the config has it
 STAGE_DATA = {"pretrain": ("pretext",), "bissl": ("pretext", "train"), "finetune": ("train", "test")}
 

@@ -1,16 +1,17 @@
 """A backbone to be measured as it is: from the zoo, a file or a run."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.data import Dataset
 
 from bissl_zoo.backbones import Backbone, merge_split_states
 from bissl_zoo.config import instantiate
-from bissl_zoo.engine.features import pretext_pixels
+from bissl_zoo.engine.features import CentralCrops, pretext_pixels
 from bissl_zoo.engine.init import ZOO_PREFIX, load_init
 from bissl_zoo.engine.run_dir import CONFIG_FILE, load_run_config
 from bissl_zoo.engine.trainer import load_state
@@ -48,6 +49,27 @@ class FrozenBackbone:
                 f"{self.source}: this {self.architecture} does not take images of {size} pixels ({error}). "
                 "Give the size that it was built for, as in --size 224."
             ) from error
+
+    def central_crops(
+        self,
+        dataset: Dataset,
+        indices: Sequence[int],
+        size: int,
+        mean: Sequence[float] | None = None,
+        std: Sequence[float] | None = None,
+    ) -> CentralCrops:
+        """Images of a labelled data set, normalised by `mean` and `std`, or else as the backbone's own were.
+
+        Raises:
+            CheckpointError: how they were is not known.
+        """
+        pixels = {"mean": mean, "std": std} if mean else self.pixels
+        if "mean" not in pixels or "std" not in pixels:
+            raise CheckpointError(
+                f"{self.source} does not say how its images were normalised. Give --mean and --std, of RGB in [0, 1]; "
+                "ImageNet's are --mean 0.485 0.456 0.406 --std 0.229 0.224 0.225."
+            )
+        return CentralCrops(dataset, indices, size, pixels["mean"], pixels["std"])
 
 
 def load_frozen(source: str, architecture: str | None = None) -> FrozenBackbone:

@@ -24,7 +24,6 @@ from bissl_zoo.engine.run_lock import LOCK_FILE
 from bissl_zoo.errors import ConfigError
 
 CONFIG_FILE = "config.yaml"
-REPORT_FILE = "report.html"
 #: keys a resumed run may change: where and how it runs, not what it computes as long as its numbers are sound
 FREE_KEYS = (
     "train.device",

@@ -3,7 +3,8 @@
 from pathlib import Path
 
 from bissl_zoo.engine.display import doing, say
-from bissl_zoo.engine.run_dir import REPORT_FILE, report_command
+from bissl_zoo.engine.run_dir import report_command
+from bissl_zoo.report import REPORT_FILE
 
 #: images that a report may look at when a run ends, few enough for a CPU
 IMAGES = 200

@@ -8,6 +8,7 @@ from omegaconf import DictConfig
 
 from bissl_zoo.engine.run_listing import is_run
 from bissl_zoo.errors import CheckpointError
+from bissl_zoo.report import IMAGES
 from bissl_zoo.report.charts import draw_curves
 from bissl_zoo.report.config import differing
 from bissl_zoo.report.history import Series
@@ -15,8 +16,6 @@ from bissl_zoo.report.page import Block, Chapters, Note, Picture, Table, footer,
 from bissl_zoo.report.run import RunReport
 from bissl_zoo.report.svg import to_svg
 
-#: images of a data set that a report on demand looks at
-IMAGES = 500
 #: curves laid over each other: a figure by its key in the stages, and the title of its chart
 _LAID_OVER = {
     "Pretext loss": ("total_loss", "pretrain"),

@@ -167,3 +167,15 @@ def print_json(content: Any) -> int:
     """For programs."""
     print(printable(json.dumps(content, indent=2, ensure_ascii=False)))
     return 0
+
+
+#: what each command does; `publish` is the tool's own, since runs are not known here
+COMMANDS = {
+    "list": list_entries,
+    "show": show,
+    "card": card,
+    "fetch": fetch,
+    "verify": verify_entries,
+    "remove": remove,
+    "serve": serve_folder,
+}

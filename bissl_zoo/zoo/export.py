@@ -19,6 +19,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from bissl_zoo.errors import ZooError, did_you_mean
+from bissl_zoo.zoo import TARGETS
 from bissl_zoo.zoo.index import to_json
 from bissl_zoo.zoo.names import shorten
 from bissl_zoo.zoo.plain_resnets import check_plain_resnet, check_same_features, detectron2_state, example_images
@@ -63,7 +64,7 @@ def export_backbone(
     output = Path(output)
     facts = {"architecture": architecture, **_pixel_facts(pixels)}
     try:
-        facts |= TARGETS[target](model, architecture, output, dict(model_args or {}), pixels, image_size)
+        facts |= _WRITERS[target](model, architecture, output, dict(model_args or {}), pixels, image_size)
     except (OSError, SafetensorError) as error:
         raise ZooError(f"{output} could not be written: {error}.") from error
     return Exported(output, facts)
@@ -223,8 +224,8 @@ def _to_export(
     }
 
 
-#: what a backbone can be exported to
-TARGETS: dict[str, Callable[..., dict[str, str]]] = {
+#: how each is written
+_WRITERS: dict[str, Callable[..., dict[str, str]]] = {
     "timm": _to_timm,
     "torchvision": _to_torchvision,
     "detectron2": _to_detectron2,

@@ -2,9 +2,6 @@
 
 import argparse
 import pickle
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import timm
@@ -17,7 +14,6 @@ from torch import nn
 from bissl_zoo.zoo import publish_entry
 from bissl_zoo.zoo.backbone_file import read_backbone
 
-REPOSITORY = Path(__file__).resolve().parents[2]
 PIXELS = {"mean": (0.4, 0.5, 0.6), "std": (0.2, 0.25, 0.3), "input_size": (3, 64, 64)}
 IMAGES = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
 
@@ -176,8 +172,7 @@ def test_an_output_of_another_ending_and_metadata_that_disagrees_are_refused(con
     assert status == 1 and "is a resnet18, not a resnet34" in err
 
 
-def test_the_command_line_shows_its_help():
-    done = subprocess.run(
-        [sys.executable, REPOSITORY / "tools" / "convert.py", "out", "--help"], capture_output=True, text=True
-    )
-    assert done.returncode == 0 and "{timm,torchvision,detectron2,onnx,export}" in done.stdout
+def test_the_help_names_what_a_backbone_can_go_out_to(tool, capsys):
+    with pytest.raises(SystemExit) as ended:
+        tool.cli(["out", "--help"])
+    assert ended.value.code == 0 and "{timm,torchvision,detectron2,onnx,export}" in capsys.readouterr().out

@@ -1,9 +1,6 @@
 """tools/probe.py: backbones from everywhere, measured on folders and on a config's data sets."""
 
 import json
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -27,7 +24,6 @@ from bissl_zoo.registry import build_dataset
 from bissl_zoo.zoo import publish_entry
 from bissl_zoo.zoo.backbone_file import StoredBackbone, save_backbone
 
-REPOSITORY = Path(__file__).resolve().parents[2]
 PIXELS = {"mean": (0.4, 0.5, 0.6), "std": (0.2, 0.25, 0.3)}
 STATISTICS = ["--mean", 0.4, 0.5, 0.6, "--std", 0.2, 0.25, 0.3]
 
@@ -202,10 +198,3 @@ def test_a_command_line_that_cannot_be_meant_is_refused(tool, capsys, arguments,
     with pytest.raises(SystemExit) as ended:
         tool.cli(["zoo:tiny", *map(str, arguments)])
     assert ended.value.code == 2 and told in capsys.readouterr().err
-
-
-def test_the_command_line_shows_its_help():
-    done = subprocess.run(
-        [sys.executable, REPOSITORY / "tools" / "probe.py", "--help"], capture_output=True, text=True, check=True
-    )
-    assert "BACKBONE" in done.stdout and "--temperature" in done.stdout
