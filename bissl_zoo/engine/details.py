@@ -15,10 +15,9 @@ from bissl_zoo.engine.checkpoint import write_atomically
 from bissl_zoo.engine.display import say
 from bissl_zoo.engine.facts import read_json
 from bissl_zoo.errors import CheckpointError
+from bissl_zoo.evaluation.ranking import MOST_RANKED
 
 DETAILS_FILE = "per_class.json"
-#: classes up to which there is a confusion matrix, whose size is their square, and curves
-MOST_CONFUSED = 200
 #: points of a curve, at recalls 0, 0.01, ... 1
 _POINTS = 101
 
@@ -30,13 +29,16 @@ class Details:
     Attributes:
         figures: by class, then by name, fractions.
         classes, confusion: how many samples of class i were taken for class j; empty where it does not apply.
-        curves: by class, the best precision at each recall of 0, 0.01, ... 1 or above; of detections at IoU 0.5.
+        curves: by class, the best precision at each recall of 0, 0.01, ... 1 or above; of detections at IoU 0.5, of
+            single labels each class against the rest.
+        seconds: that the evaluation took; 0 where nobody took the time.
     """
 
     figures: dict[str, dict[str, float]] = field(default_factory=dict)
     classes: list[str] = field(default_factory=list)
     confusion: list[list[int]] = field(default_factory=list)
     curves: dict[str, list[float]] = field(default_factory=dict)
+    seconds: float = 0.0
 
     def plain(self) -> dict[str, Any]:
         """As it is written; what is empty is left out."""
@@ -47,7 +49,7 @@ def details_of(evaluator: Evaluator) -> Details:
     """What an evaluator that has evaluated knows; one of the user's own may know none of it."""
     per_class, confusion, rankings = (getattr(evaluator, name, None) for name in ("per_class", "confusion", "rankings"))
     classes = list(getattr(evaluator, "classes", ()))
-    few = len(classes) <= MOST_CONFUSED
+    few = len(classes) <= MOST_RANKED
     told = confusion().tolist() if confusion and few else []
     return Details(
         figures=_finite(per_class()) if per_class else {},
@@ -74,8 +76,8 @@ def precision_at_recalls(right: NDArray[np.bool_], positives: int) -> list[float
     precision = hits / np.arange(1, len(hits) + 1)
     envelope = np.append(np.maximum.accumulate(precision[::-1])[::-1], 0.0)
     # recalls as whole numbers, so that 3 of 10 does reach 0.3
-    places = [int(np.searchsorted((_POINTS - 1) * hits, point * positives)) for point in range(_POINTS)]
-    return [round(float(envelope[place]), 5) for place in places]
+    places = np.searchsorted((_POINTS - 1) * hits, positives * np.arange(_POINTS))
+    return [round(value, 5) for value in envelope[places].tolist()]
 
 
 def read_details(folder: Path) -> dict[str, Details]:
@@ -96,17 +98,18 @@ def _checked(plain: dict[str, Any]) -> Details:
         [_text(name) for name in plain.get("classes", [])],
         [[_count(value) for value in row] for row in plain.get("confusion", [])],
         {name: [_number(value) for value in curve] for name, curve in plain.get("curves", {}).items()},
+        _number(plain.get("seconds", 0.0), 1e12),
     )
     sides = {len(details.confusion), *map(len, details.confusion)}
     curves = {len(curve) for curve in details.curves.values()}
-    if sides != {len(details.classes)} or len(details.classes) > MOST_CONFUSED or not curves <= {_POINTS}:
+    if sides != {len(details.classes)} or len(details.classes) > MOST_RANKED or not curves <= {_POINTS}:
         raise ValueError("a matrix or curve of another size")
     return details
 
 
-def _number(value: object) -> float:
-    if type(value) not in (int, float) or not 0 <= value <= 1:
-        raise ValueError(f"{value!r:.40} is no fraction")
+def _number(value: object, most: float = 1.0) -> float:
+    if type(value) not in (int, float) or not 0 <= value <= most:
+        raise ValueError(f"{value!r:.40} is not a number from 0 to {most:g}")
     return float(value)
 
 

@@ -29,7 +29,8 @@ class Progress(HookBase):
     """A line with losses, speed and ETA: every `period` steps, the first, the last, and after `silence` seconds.
 
     Images per second over all processes, and the share of the time that this one waited for data, are those since the
-    line before; they join the metrics as `speed/...`. A live display asks for the same at any time.
+    line before; with the seconds per step since the start they join the metrics as `speed/...`. A live display asks
+    for the same at any time.
     """
 
     def __init__(self, period: int, silence: float = 20.0) -> None:
@@ -55,7 +56,8 @@ class Progress(HookBase):
         if not due and now - self.spoke < self.silence:
             return
         self.speed = speed = self._speed(now)
-        trainer.metrics.update({f"speed/{name}": value for name, value in speed.items()})
+        told = {"seconds_per_step": self.seconds, **speed}
+        trainer.metrics.update({f"speed/{name}": value for name, value in told.items()})
         eta = clock(self.seconds * (trainer.total_steps - trainer.step))
         shown = "  ".join(f"{key} {short(trainer.metrics[key])}" for key in trainer.headline if key in trainer.metrics)
         width = len(str(trainer.total_steps))
@@ -205,7 +207,7 @@ class PeriodicCheckpoint(HookBase):
 
 
 class PeriodicEvaluation(HookBase):
-    """Evaluate every `period` steps; the figures join the metrics as `<role>/...`.
+    """Evaluate every `period` steps; the figures join the metrics as `<role>/...`, its seconds as `time/evaluation`.
 
     Args:
         evaluate: gives None where the run was asked to stop meanwhile.
@@ -221,11 +223,13 @@ class PeriodicEvaluation(HookBase):
         last = trainer.step == trainer.total_steps
         if not (self.role == "val" if last else trainer.step % self.period == 0):
             return
+        start = time.perf_counter()
         with doing(f"evaluating on {self.role}"):
             results = self.evaluate()
         if results is None:
             return trainer.postpone()
         trainer.metrics.update({f"{self.role}/{name}": value for name, value in results.items()})
+        trainer.metrics["time/evaluation"] = time.perf_counter() - start
         say(f"[{trainer.name} {trainer.step}/{trainer.total_steps}] {self.role}  {format_results(results)}", "figures")
 
 

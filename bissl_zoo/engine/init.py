@@ -73,8 +73,10 @@ def as_begun(init: str | None, folder: Path) -> str | None:
 
 
 def zoo_of(cfg: DictConfig) -> Zoo:
-    """The zoo that a config reads from and publishes to."""
-    return Zoo(*cfg.train.zoo) if cfg.train.zoo else default_zoo()
+    """The zoo that a config reads from and publishes to; `train.zoo` is one location or a list of them."""
+    told = cfg.train.zoo
+    locations = [told] if isinstance(told, str) else told
+    return Zoo(*locations) if locations else default_zoo()
 
 
 def _from_run(folder: Path, cfg: DictConfig, evaluate: bool) -> tuple[Weights, list[dict[str, str]]]:

@@ -1,6 +1,7 @@
 """The hook that measures, while a pretext method learns, what its embedding is worth and whether it collapses."""
 
 import math
+import time
 from collections.abc import Callable
 
 import torch
@@ -39,6 +40,8 @@ class _Asked(Exception):
 class Probe(HookBase):
     """Every `period` steps and after the last, figures of the pretext embedding; they join the metrics as `probe/...`.
 
+    The seconds that this takes join them as `time/probe`.
+
     The embedding is the whole backbone's, trunk and tail, as the pretext method embeds, in eval mode and float32.
     Collapse monitors compare two fixed views of pretext images. Where there are labelled sets, a kNN classifier has
     images of `train` as neighbours and is asked about images of `test`; so is a linear one, which is trained on them.
@@ -74,11 +77,13 @@ class Probe(HookBase):
         trainer = self.trainer
         if trainer.step % self.period and not trainer.done:
             return
+        start = time.perf_counter()
         measured = on_main_process(self._measure_unless_asked)
         if measured is None:
             return trainer.postpone()
         figures, line = measured
         trainer.metrics.update({f"probe/{name}": value for name, value in figures.items()})
+        trainer.metrics["time/probe"] = time.perf_counter() - start
         say(f"[{trainer.name} {trainer.step}/{trainer.total_steps}] probe  {line}", "figures")
 
     def _measure_unless_asked(self) -> tuple[dict[str, float], str] | None:

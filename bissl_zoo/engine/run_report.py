@@ -74,7 +74,7 @@ def _stages(run: RunState) -> list[list[str]]:
 
 
 def _last_figures(stage: StageProgress) -> str:
-    shown = {name: value for name, value in stage.metrics.items() if name != "time" and not name.startswith("speed/")}
+    shown = {name: value for name, value in stage.metrics.items() if not name.startswith(("time", "speed/"))}
     telling = [name for name in shown if name.startswith((*TELLING, "upper/total_loss", "solver/residual"))]
     names = [name for name in telling if name.count("/") < 2] or list(shown)[:4]
     return "  ".join(f"{name} {_short(shown[name])}" for name in names) or "-"

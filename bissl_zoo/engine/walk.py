@@ -4,7 +4,7 @@ import gc
 import json
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
@@ -144,7 +144,7 @@ class Walk:
                 trainer.take_best()
                 level = trainer.level
                 with doing("evaluating on test"):
-                    look = partial(self._keep_details, phase.finetunes)
+                    look = partial(self._keep_details, phase.finetunes, time.monotonic())
                     figures = evaluate(self.context, level.backbone, level.head, asked=self.stop.asked, look=look)
                 if figures is None:
                     self._end(phase, trainer)
@@ -159,9 +159,10 @@ class Walk:
         entry = on_main_process(self._finish)
         return {"results": self.results, "entry": entry}
 
-    def _keep_details(self, start: str, evaluator: Evaluator) -> None:
+    def _keep_details(self, start: str, began: float, evaluator: Evaluator) -> None:
+        seconds = round(time.monotonic() - began, 3)
         if is_main_process():
-            self.details[start] = look_into(evaluator)
+            self.details[start] = replace(look_into(evaluator), seconds=seconds)
 
     def outcome(self) -> dict[str, Any] | None:
         """What :func:`run` returned when it came to its end here; None where it has not."""
@@ -275,7 +276,8 @@ class Walk:
         if probe:
             hooks.append(probe)
         hooks.append(Health(cfg))
-        hooks.append(MetricsWriter(self.folder, cfg.train.log_period, self.writers))
+        # an alternation is many optimizer steps, and there are few of them
+        hooks.append(MetricsWriter(self.folder, 1 if trainer.name == "bissl" else cfg.train.log_period, self.writers))
         period = cfg.train.checkpoint.period
         hooks.append(PeriodicCheckpoint(self.checkpointer, period, cfg.backbone.name, context.device))
         return hooks

@@ -2,11 +2,13 @@
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from bissl_zoo.distributed import all_gather_objects
 from bissl_zoo.errors import BisslZooError, DatasetError
+from bissl_zoo.evaluation.ranking import MOST_RANKED, order_of_set, ranking
 
 
 class TopKEvaluator:
@@ -32,6 +34,8 @@ class TopKEvaluator:
         self._places = torch.zeros(len(self.classes), max((1, *self.topk)) + 1, dtype=torch.int64)
         # per sample K * label + prediction, from which a matrix of K * K is made only for those who ask
         self._pairs = [torch.zeros(0, dtype=torch.int64)]
+        # per sample, for rankings; with more than MOST_RANKED classes of no column
+        self._scores = [torch.zeros(0, len(self.classes) if self._ranks else 0)]
 
     def process(self, predictions: Tensor, targets: Tensor) -> None:
         """Count one batch.
@@ -65,11 +69,22 @@ class TopKEvaluator:
         place = place.clamp(max=self._places.shape[1] - 1)
         self._places.index_put_((labels, place), torch.ones_like(labels), accumulate=True)
         self._pairs.append(classes * labels + scores.argmax(dim=1))  # of equal scores the first, as above
+        self._scores.append(scores if self._ranks else scores[:, :0])
+
+    @property
+    def _ranks(self) -> bool:
+        return len(self.classes) <= MOST_RANKED
 
     def synchronize(self) -> None:
-        """Bring together the counts of all ranks; call it once, on every rank, before `evaluate`."""
-        places, pairs = zip(*all_gather_objects((self._places, torch.cat(self._pairs))), strict=True)
-        self._places, self._pairs = torch.stack(places).sum(dim=0), list(pairs)
+        """Bring together the samples of all ranks; call it once, on every rank, before `evaluate`.
+
+        Rank r of W has read the samples r, r + W, ... of the test set; equal scores rank in the order of that set.
+        """
+        mine = self._places, torch.cat(self._pairs), torch.cat(self._scores)
+        places, pairs, scores = zip(*all_gather_objects(mine), strict=True)
+        order = order_of_set([len(part) for part in pairs])
+        self._places = torch.stack(places).sum(dim=0)
+        self._pairs, self._scores = [torch.cat(pairs)[order]], [torch.cat(scores)[order]]
 
     def evaluate(self) -> dict[str, float]:
         """The metrics of what was processed since `reset`.
@@ -100,3 +115,21 @@ class TopKEvaluator:
         """How many samples of class i were taken for class j, int64 `(K, K)`."""
         classes = len(self.classes)
         return torch.cat(self._pairs).bincount(minlength=classes**2).view(classes, classes)
+
+    def rankings(self) -> dict[str, tuple[np.ndarray, int]]:
+        """By class, of those with samples: all samples as ranked against the rest, bool (M,), and how many are its own.
+
+        Whether each sample is of the class, the highest softmax of its scores, taken as logits, first; as
+        :func:`bissl_zoo.evaluation.detection.average_precision` takes it. Empty with more than 200 classes, of which
+        no scores are kept.
+        """
+        if not self._ranks:
+            return {}
+        # in float64 and as logarithms, where confident scores are not equal yet
+        shares = torch.cat(self._scores).double().log_softmax(dim=1)
+        labels = torch.cat(self._pairs) // len(self.classes)
+        return {
+            name: ranking(share, labels == label)
+            for label, (name, share) in enumerate(zip(self.classes, shares.T, strict=True))
+            if (labels == label).any()
+        }

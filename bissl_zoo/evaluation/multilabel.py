@@ -10,6 +10,7 @@ from torch import Tensor
 from bissl_zoo.distributed import all_gather_objects
 from bissl_zoo.errors import BisslZooError, DatasetError
 from bissl_zoo.evaluation.detection import average_precision
+from bissl_zoo.evaluation.ranking import order_of_set, ranking
 
 
 class MultilabelEvaluator:
@@ -66,8 +67,7 @@ class MultilabelEvaluator:
         Rank r of W has read the samples r, r + W, ... of the test set; equal scores rank in the order of that set.
         """
         parts = all_gather_objects((torch.cat(self._scores), torch.cat(self._targets)))
-        places = [rank + len(parts) * torch.arange(len(scores)) for rank, (scores, _) in enumerate(parts)]
-        order = torch.cat(places).argsort()
+        order = order_of_set([len(scores) for scores, _ in parts])
         self._scores, self._targets = ([torch.cat(column)[order]] for column in zip(*parts, strict=True))
 
     def per_class(self) -> dict[str, dict[str, float]]:
@@ -76,7 +76,7 @@ class MultilabelEvaluator:
 
         figures = {}
         for name, (scores, right) in self._columns().items():
-            eleven = average_precision(*_ranking(scores, right), eleven_point=True)
+            eleven = average_precision(*ranking(scores, right), eleven_point=True)
             figures[name] = {"AP11": eleven, "AP": float(average_precision_score(right.numpy(), scores.numpy()))}
         return figures
 
@@ -86,7 +86,7 @@ class MultilabelEvaluator:
         Whether each image that counts has the class, the best score first, as
         :func:`bissl_zoo.evaluation.detection.average_precision` takes it.
         """
-        return {name: _ranking(*column) for name, column in self._columns().items()}
+        return {name: ranking(*column) for name, column in self._columns().items()}
 
     def _columns(self) -> dict[str, tuple[Tensor, Tensor]]:
         """Scores and whether they are of positives, by class, of what counts, where there are positives."""
@@ -114,10 +114,6 @@ class MultilabelEvaluator:
                 f"Multi-label evaluation: none of the {samples} samples has a class; average precision is not defined."
             )
         return {f"m{name}": fmean(one[name] for one in figures.values()) for name in ("AP11", "AP")}
-
-
-def _ranking(scores: Tensor, right: Tensor) -> tuple[np.ndarray, int]:
-    return right[scores.argsort(descending=True, stable=True)].numpy(), int(right.sum())
 
 
 def are_multilabel(targets: Tensor) -> bool:

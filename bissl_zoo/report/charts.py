@@ -28,11 +28,7 @@ Curves = Mapping[str, Series]
 
 def draw_losses(history: History, axis: Axis) -> Figure | None:
     """The pretext loss above and the downstream loss below, over the steps of all stages, which are shaded."""
-    levels = {
-        "pretext loss": _level(history, axis, "lower", ("pretrain", PRETEXT_WARMUP)),
-        "downstream loss": _level(history, axis, "upper", (HEAD_WARMUP, BASELINE, "finetune")),
-    }
-    levels = {name: parts for name, parts in levels.items() if parts}
+    levels = loss_parts(history, axis)
     if not levels:
         return None
     with chart_style():
@@ -52,6 +48,15 @@ def draw_losses(history: History, axis: Axis) -> Figure | None:
         ]
         figure.legend(handles=patches, loc="outside lower center", ncols=2)
     return figure
+
+
+def loss_parts(history: History, axis: Axis) -> dict[str, list[Series]]:
+    """The losses of both levels, of which there are any, each as its parts on the common axis."""
+    levels = {
+        "pretext loss": _level(history, axis, "lower", ("pretrain", PRETEXT_WARMUP)),
+        "downstream loss": _level(history, axis, "upper", (HEAD_WARMUP, BASELINE, "finetune")),
+    }
+    return {name: parts for name, parts in levels.items() if parts}
 
 
 def _level(history: History, axis: Axis, level: str, stages: Sequence[str]) -> list[Series]:
@@ -101,6 +106,9 @@ def draw_curves(curves: Curves, x_label: str, y_label: str, log: bool = False, l
         if level is not None:
             panel.axhline(level, color="0.55", linewidth=1, dashes=(4, 2), label=f"tolerance {level:g}")
         panel.set(xlabel=x_label, ylabel=y_label)
+        places = {x for series in curves.values() for x in series.x}
+        if len(places) == 1:  # or the axis would have fractions of a step
+            panel.set_xlim(min(places) - 1, max(places) + 1)
         panel.xaxis.set_major_locator(MaxNLocator(6, integer=True))
         if all(value == int(value) for series in curves.values() for value in series.y):
             panel.yaxis.set_major_locator(MaxNLocator(6, integer=True))
@@ -120,7 +128,7 @@ def plain_label(name: str) -> str:
 
 
 def draw_timing(timing: Timing) -> Figure:
-    """A bar per stage, what it waited for data in another colour, and what lies outside of the records."""
+    """A bar per stage in colours of what took the time, and one of what lies outside of the records."""
     names = [stage.name for stage in timing.stages]
     with chart_style():
         figure = Figure(figsize=(WIDTH, 0.9 + 0.36 * len(names)), layout="constrained")
@@ -128,12 +136,14 @@ def draw_timing(timing: Timing) -> Figure:
         rows = range(len(names))
         left = [0.0] * len(names)
         parts = {
-            "computing, evaluating": [stage.seconds - stage.waiting - stage.saving for stage in timing.stages],
+            "computing": [stage.computing for stage in timing.stages],
+            "evaluating": [stage.evaluating for stage in timing.stages],
             "waiting for data": [stage.waiting for stage in timing.stages],
             "writing checkpoints": [stage.saving for stage in timing.stages],
         }
-        for (label, values), colour in zip(parts.items(), (COLOURS[0], COLOURS[1], COLOURS[3]), strict=True):
-            panel.barh(rows, values, left=left, color=colour, height=0.62, label=label)
+        for (label, values), colour in zip(parts.items(), COLOURS, strict=False):
+            if any(values):
+                panel.barh(rows, values, left=left, color=colour, height=0.62, label=label)
             left = [before + value for before, value in zip(left, values, strict=True)]
         for row, stage in zip(rows, timing.stages, strict=True):
             place = {"xytext": (3, 0), "textcoords": "offset points", "va": "center", "fontsize": TEXT - 1}

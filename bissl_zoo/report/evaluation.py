@@ -6,6 +6,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from bissl_zoo.engine.details import Details, worst_confusions
+from bissl_zoo.evaluation.ranking import MOST_RANKED
 from bissl_zoo.pictures.drawing import COLOURS, fitted
 from bissl_zoo.report.charts import HEIGHT, WIDTH, plain_label
 from bissl_zoo.report.page import Block, Fold, Note, Picture, Table
@@ -41,6 +42,10 @@ def detail_blocks(details: Mapping[str, Details], prefix: str) -> list[Block]:
             chart = to_svg(draw_precision(one.curves), f"{prefix}-pr{number}", "precision over recall")
             few = f" The {MOST_CURVES} classes that differ most in area." if len(one.curves) > MOST_CURVES else ""
             blocks.append(Picture(chart, f"Precision over recall{aside}: the best at each recall or above.{few}"))
+        elif len(one.figures) > MOST_RANKED:
+            blocks.append(Note(f"Precision over recall and confusion{aside} are not kept above {MOST_RANKED} classes."))
+        elif one.figures:
+            blocks.append(Note(f"Precision over recall{aside} was not recorded."))
         if one.confusion and len(one.classes) <= _DRAWN:
             chart = to_svg(draw_confusion(one), f"{prefix}-confusion{number}", "confusion matrix")
             blocks.append(Picture(chart, f"Confusion{aside}: images by true and predicted class; shares of a row."))

@@ -246,19 +246,29 @@ class RunReport:
 
     def timing(self) -> list[Block]:
         """Where the time went."""
-        timing = time_of(self.history, self.state.facts, read_text(self.folder / LOG_FILE))
+        timing = time_of(self.history, self.state.facts, read_text(self.folder / LOG_FILE), self._tested())
         notes: list[Block] = [Note(note) for note in timing.notes]
         if not timing.stages:
             return [Note("No record with a time has been written yet.")]
-        told = any(one.saving for one in timing.stages)
+        parts = {"evaluating": "evaluating", "waiting for data": "waiting", "checkpoints": "saving"}
+        told = {part: any(getattr(one, part) for one in timing.stages) for part in parts.values()}
         rows = [
-            [one.name, in_time(one.seconds), in_time(one.waiting), in_time(one.saving) if told else None]
+            [one.name, in_time(one.seconds)]
+            + [in_time(getattr(one, part)) if told[part] else None for part in parts.values()]
             + [one.speed if one.speed > 0 else None]
             for one in timing.stages
         ]
-        header = ["stage", "time", "waiting for data", "checkpoints", "images/s, last"]
+        header = ["stage", "time", *parts, "images/s, last"]
         chart = self.chart(draw_timing(timing), "time", "Where the time went, by stage.")
-        return [chart, Table(header, rows, "", range(1, 5), wide=True), *notes]
+        return [chart, Table(header, rows, "", range(1, 6), wide=True), *notes]
+
+    def _tested(self) -> dict[str, float]:
+        """Seconds of every evaluation on the test set that the results are of, by start; 0 where none were recorded."""
+        try:
+            details = read_details(self.folder)
+        except CheckpointError:  # the chapter on the test set tells why
+            details = {}
+        return {start: details.get(start, Details()).seconds for start in self.state.results}
 
     def environment(self) -> list[Block]:
         """Versions and hardware."""

@@ -57,6 +57,14 @@ def test_the_progress_line_has_losses_speed_and_eta(capsys):
     assert "hidden" not in lines[1]
 
 
+def test_the_length_of_a_step_is_with_the_metrics_of_every_line(tmp_path):
+    Counter("stage", 5).train([Progress(period=2), MetricsWriter(tmp_path, period=1)])
+    records = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    told = {record["step"]: record.get("speed/seconds_per_step") for record in records}
+    assert [step for step, seconds in told.items() if seconds] == [1, 2, 4, 5]
+    assert all(0 < seconds < 60 for seconds in told.values() if seconds)
+
+
 def test_a_slow_stage_is_not_silent_between_its_lines(capsys):
     Counter("bissl", 5).train([Progress(period=100, silence=0.0)])
     assert len(capsys.readouterr().out.splitlines()) == 5
@@ -191,6 +199,8 @@ def test_evaluation_joins_the_metrics_of_its_step_but_not_at_the_last(tmp_path, 
     records = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [record["step"] for record in records if record.get("test/AP50") == 0.25] == [2, 4]
     assert records[1]["test/AP50/cat"] == 0.1
+    timed = {record["step"]: record["time/evaluation"] for record in records if "time/evaluation" in record}
+    assert timed.keys() == {2, 4} and all(0 < seconds < 60 for seconds in timed.values())
     assert "[finetune 2/6] test  AP50 0.2500\n" in capsys.readouterr().out
 
 

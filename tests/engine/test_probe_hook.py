@@ -62,7 +62,7 @@ def records(folder):
 
 
 def untimed(record):
-    return {key: value for key, value in record.items() if key != "time" and not key.startswith("speed/")}
+    return {key: value for key, value in record.items() if key != "time" and not key.startswith(("speed/", "time/"))}
 
 
 def states(folder):
@@ -99,8 +99,10 @@ def test_a_run_with_and_without_the_probe_ends_bit_equal(labelled_config, tmp_pa
     plain, probed = (records(folders[period]) for period in (0, 1))
     for record, other in zip(plain, probed, strict=True):
         assert untimed(record) == {key: value for key, value in untimed(other).items() if "probe/" not in key}
-    measured = [(record["stage"], record["step"]) for record in probed if "probe/knn_top1" in record]
-    assert measured == [("pretrain", 1), ("pretrain", 2), ("bissl", 1), ("bissl", 2)]
+    for key in ("probe/knn_top1", "time/probe"):
+        measured = [(record["stage"], record["step"]) for record in probed if key in record]
+        assert measured == [("pretrain", 1), ("pretrain", 2), ("bissl", 1), ("bissl", 2)]
+    assert all(record.get("time/probe", 1) > 0 for record in probed)
 
 
 def test_the_figures_are_those_of_the_embedding_as_scikit_learn_and_the_formulas_have_them(labelled_config, capsys):

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import shutil
 from html.parser import HTMLParser
 
@@ -22,6 +23,8 @@ from bissl_zoo.engine.details import (
 from bissl_zoo.engine.run_dir import load_run_config
 from bissl_zoo.errors import CheckpointError
 from bissl_zoo.evaluation import DetectionEvaluator, MultilabelEvaluator, TopKEvaluator
+from bissl_zoo.evaluation.ranking import MOST_RANKED
+from bissl_zoo.report.charts import loss_parts
 from bissl_zoo.report.config import differences, leaves, shipped_config
 from bissl_zoo.report.ending import report_after
 from bissl_zoo.report.history import Series, make_axis, read_history
@@ -31,6 +34,7 @@ from bissl_zoo.report.zoo import zoo_page
 
 HOSTILE = '<script>alert("x")</script><img src=x onerror=alert(1)>\'"&{{7*7}}$x_1^2$'
 needs_browser = pytest.mark.skipif(find_browser() is None, reason="needs Chromium: apt-get install chromium")
+LOG = "x [finetune] checkpoints: 2, 1.5 s, 3%\nx [finetune] checkpoints: 1, 0.5 s, 1%\n"
 VOID = {"meta", "link", "img", "br", "input"}
 
 
@@ -240,7 +244,8 @@ def test_a_hostile_run_gives_a_page_of_plain_text(run_copy, tmp_path):
     "content",
     ["[]", '{"a": 1}', '{"a": {"figures": {"x": 1}}}', '{"a": {"figures": {"x": {"AP": 2}}}}',
      '{"a": {"classes": ["x"], "confusion": [[1, 2]]}}', '{"a": {"classes": ["x"], "confusion": [["1"]]}}',
-     '{"a": {"classes": [1], "confusion": [[1]]}}', '{"a": {"curves": {"x": [0.5]}}}', "{", "[" * 9999],
+     '{"a": {"classes": [1], "confusion": [[1]]}}', '{"a": {"curves": {"x": [0.5]}}}', "{", "[" * 9999,
+     '{"a": {"seconds": -1}}', '{"a": {"seconds": "1"}}', '{"a": {"seconds": NaN}}', '{"a": {"seconds": 1e300}}'],
 )  # fmt: skip
 def test_figures_by_class_that_no_run_leaves_are_refused(tmp_path, content):
     (tmp_path / DETAILS_FILE).write_text(content)
@@ -255,7 +260,9 @@ def test_details_are_those_of_the_evaluator():
     evaluator.process(scores, targets)
     details = details_of(evaluator)
     assert details.confusion == evaluator.confusion().tolist() and sum(map(sum, details.confusion)) == 40
-    assert details.figures == evaluator.per_class() and details.curves == {}
+    assert details.figures == evaluator.per_class() and details.seconds == 0
+    assert details.curves == {name: precision_at_recalls(*one) for name, one in evaluator.rankings().items()}
+    assert list(details.curves) == ["a", "b", "c"]
 
 
 def test_precision_over_recall_is_scikit_learns():
@@ -284,7 +291,7 @@ def test_curves_of_detections_and_of_several_labels():
 
 
 def test_details_are_read_as_they_were_written(tmp_path):
-    one = Details({"a": {"top1": 0.5}}, ["a", "b"], [[1, 2], [3, 4]], {"a": [0.25] * 101})
+    one = Details({"a": {"top1": 0.5}}, ["a", "b"], [[1, 2], [3, 4]], {"a": [0.25] * 101}, 2.5)
     details = {"bissl": one, "x": Details()}
     write_details(tmp_path, details)
     assert read_details(tmp_path) == details
@@ -324,16 +331,131 @@ def test_long_curves_are_means_of_their_parts():
     assert len(series.x) == 250 and (series.x[0], series.y[0]) == (1.5, 3.0)
 
 
+def timing_of(run, tested=(), wall=50.0, log=LOG):
+    return time_of(read_history(run / "metrics.jsonl"), {"wall_time_s": wall} if wall else {}, log, dict(tested))
+
+
 def test_time_is_split_as_the_records_and_the_log_tell(tmp_path):
     run = small_run(tmp_path / "run")
     write_records(run, {"speed/waiting": 0.5}, {"speed/waiting": 0.5, "speed/images_per_second": 7.0}, {})
-    log = "x [finetune] checkpoints: 2, 1.5 s, 3%\nx [finetune] checkpoints: 1, 0.5 s, 1%\n"
-    timing = time_of(read_history(run / "metrics.jsonl"), {"wall_time_s": 50.0}, log)
+    timing = timing_of(run, {"bissl": 4.0})
     (stage, rest) = timing.stages
-    assert (stage.seconds, stage.waiting, stage.saving, stage.speed) == (20.0, 5.0, 2.0, 7.0)
-    assert (rest.name, rest.seconds) == ("outside of the records", 30.0)
-    paused = time_of(read_history(run / "metrics.jsonl"), {"wall_time_s": 5.0}, log)
+    # 20 s from the first record to the last, and 4 s of the test set after it
+    assert (stage.seconds, stage.waiting, stage.saving, stage.speed) == (24.0, 5.0, 2.0, 7.0)
+    assert (stage.evaluating, stage.computing) == (4.0, 13.0)
+    assert (rest.name, rest.seconds, rest.computing) == ("outside of the records", 26.0, 26.0)
+    assert timing.notes == [
+        "Of finetune, the time before its first record (step 1) is not counted.",
+        "Outside of the records: the start, publishing, what came before the first record.",
+    ]
+    paused = timing_of(run, {"bissl": 4.0}, wall=5.0)
     assert len(paused.stages) == 1 and any("paused" in note for note in paused.notes)
+
+
+def test_the_share_of_waiting_is_of_the_time_since_the_last_that_was_told(tmp_path):
+    run = small_run(tmp_path / "run")
+    write_records(run, {"speed/waiting": 1.0}, {}, {}, {"speed/waiting": 0.5}, {})
+    assert timing_of(run).stages[0].waiting == 15.0  # half of the 30 s to the fourth
+
+
+def test_the_first_stage_begins_as_long_before_its_first_record_as_its_steps_took(tmp_path):
+    run = small_run(tmp_path / "run")
+    write_records(run, {"speed/seconds_per_step": 6.0, "test/AP50": 0.5, "time/evaluation": 2.0}, {})
+    timing = timing_of(run, {"bissl": 1.0})
+    assert (timing.stages[0].seconds, timing.stages[0].evaluating) == (6.0 + 2.0 + 10.0 + 1.0, 3.0)
+    assert timing.notes == ["Outside of the records: the start, publishing."]
+    # that of an evaluation may be there before a line was due
+    write_records(run, {"test/AP50": 0.5, "time/evaluation": 2.0}, {"speed/seconds_per_step": 8.0})
+    assert timing_of(run, {"bissl": 1.0}).stages[0].seconds == 2 * 8.0 + 1.0
+
+
+def test_evaluations_and_probes_are_a_part_of_the_stage_that_they_interrupt(tmp_path):
+    run = small_run(tmp_path / "run")
+    lines = [
+        {"stage": "bissl", "step": 1, "time": 100, "speed/seconds_per_step": 10.0},
+        {"stage": "bissl", "step": 2, "time": 140, "probe/std": 0.5, "time/probe": 15.0},
+        {"stage": "finetune_pretrained", "step": 9, "time": 170, "val/AP50": 0.5, "time/evaluation": 5.0},
+        {"stage": "finetune", "step": 9, "time": 200, "val/AP50": 0.5, "time/evaluation": 6.0},
+    ]
+    (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    timing = timing_of(run, {"pretrained": 7.0, "bissl": 8.0}, wall=120.0)
+    assert [(one.name, one.seconds, one.evaluating) for one in timing.stages] == [
+        ("bissl", 50.0, 15.0), ("finetune_pretrained", 37.0, 12.0), ("finetune", 31.0, 14.0),
+        ("outside of the records", 2.0, 0.0),
+    ]  # fmt: skip
+    assert not any("evaluations took" in note for note in timing.notes)
+
+
+@pytest.mark.parametrize("tested", [{"pretrained": 7.0, "bissl": 0.0}, {"bissl": 8.0}])
+def test_a_run_that_kept_no_time_of_its_evaluations_says_so(tmp_path, tested):
+    run = small_run(tmp_path / "run")
+    write_records(run, {}, {"test/AP50": 0.5} if len(tested) == 1 else {}, {})
+    note = "How long evaluations took was not recorded, or not of all; it is in the bars."
+    assert note in timing_of(run, tested).notes
+
+
+def test_of_a_run_that_goes_on_the_test_set_is_told_later(tmp_path):
+    run = small_run(tmp_path / "run")
+    write_records(run, {}, {})
+    notes = timing_of(run, wall=None, log="").notes
+    assert "How long the test set took is told when the run has ended; until then it is in the bars." in notes
+
+
+@pytest.mark.parametrize("value", [-5.0, 1e300, math.nan, "x", True])
+def test_times_that_cannot_be_leave_parts_that_are_within_the_whole(tmp_path, value):
+    run = small_run(tmp_path / "run")
+    keys = ("time/evaluation", "time/probe", "speed/waiting", "speed/seconds_per_step")
+    write_records(run, *[dict.fromkeys(keys, value)] * 3)
+    for stage in timing_of(run).stages:
+        assert min(stage.computing, stage.evaluating, stage.waiting, stage.saving) >= 0
+        assert stage.computing + stage.evaluating + stage.waiting + stage.saving == pytest.approx(stage.seconds)
+    harmless(report_of(run))
+
+
+def test_a_run_tells_how_long_every_evaluation_took(whole, finished):
+    details = read_details(finished)
+    assert details.keys() == {"pretrained", "bissl"} and all(one.seconds > 0 for one in details.values())
+    parsed = Parsed(whole[0].read_text(encoding="utf-8"))
+    header = ("stage", "time", "evaluating", "waiting for data", "checkpoints", "images/s, last")
+    rows = {row[0]: row[1:] for row in parsed.table(*header)}
+    for stage, start in (("finetune_pretrained", "pretrained"), ("finetune", "bissl")):
+        assert rows[stage][1] == f"{details[start].seconds:.1f} s"
+    assert {"computing", "evaluating", "writing checkpoints"} <= set(parsed.drawn)
+    assert "not recorded" not in " ".join(parsed.text)
+
+
+def test_a_run_from_before_evaluations_were_timed_has_its_report(run_copy):
+    content = json.loads((run_copy / DETAILS_FILE).read_text())
+    for one in content.values():
+        del one["seconds"]
+    (run_copy / DETAILS_FILE).write_text(json.dumps(content))
+    said = " ".join(harmless(report_of(run_copy)).text)
+    assert "How long evaluations took was not recorded" in said
+
+
+def test_where_there_are_no_curves_the_page_says_why(tmp_path):
+    run = small_run(tmp_path / "run")
+    few = Details({"a": {"top1": 0.5}}, ["a", "b"], [[1, 1], [0, 2]])
+    many = Details({str(n): {"top1": 0.5} for n in range(MOST_RANKED + 1)})
+    write_details(run, {"pretrained": few, "bissl": many})
+    said = " ".join(harmless(report_of(run)).text)
+    assert "Precision over recall, fine-tuned from pretrained was not recorded." in said
+    assert "Precision over recall and confusion, fine-tuned from bissl are not kept above 200 classes." in said
+
+
+def test_every_alternation_of_a_run_is_in_its_chart_whatever_the_period(train_net, tiny, tmp_path):
+    run = tmp_path / "run"
+    changed = {"train__stages": "[bissl]", "train__publish__name": "null", "bilevel__pretext_warmup__steps": 1}
+    settings = tiny(train__log_period=100, bilevel__alternations=4, **changed)
+    outcome = train_net(*settings, f"train.output_dir={run}")
+    assert outcome.status == 0 and len(re.findall(r"\[bissl \d/4\]", outcome.out)) == 2  # the first and the last
+    history = read_history(run / "metrics.jsonl")
+    assert history.series("lower/total_loss", "bissl").x == [1, 2, 3, 4]
+    assert history.series("upper/total_loss", "bissl", upper=True).x == [1, 2, 3, 4]
+    axis = make_axis(history, lower_steps=2, upper_steps=1)
+    start = axis.spans[-1].start
+    drawn = {name: [x - start for x in parts[-1].x] for name, parts in loss_parts(history, axis).items()}
+    assert drawn == {"pretext loss": [2, 5, 8, 11], "downstream loss": [3, 6, 9, 12]}
 
 
 def test_the_shipped_config_of_a_run_is_its_base(finished):

@@ -6,11 +6,14 @@ import torch
 
 from bissl_zoo.engine.checkpoint import load_checkpoint
 
+#: how the names of figures begin that no two runs have in common
+TIMES = ("time", "speed/")
+
 
 def outcome(folder, zoo=None):
     """All that a run leaves, but for times; with `zoo`, also what it published there."""
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    metrics = [{k: v for k, v in line.items() if k != "time" and not k.startswith("speed/")} for line in lines]
+    metrics = [{k: v for k, v in line.items() if not k.startswith(TIMES)} for line in lines]
     states = {}
     for path in sorted((folder / "checkpoints").glob("*/step_*")):
         states[f"{path.parent.name}/{path.name}"] = load_checkpoint(path)[1]

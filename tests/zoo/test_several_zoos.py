@@ -124,6 +124,7 @@ def test_a_run_starts_from_an_entry_of_any_zoo_that_its_config_names(zoos, web, 
         assert all(torch.equal(found[key], value) for key, value in expected.items())
     with pytest.raises(ZooError, match="Unknown zoo entry 'nothing'"):
         load_init("zoo:nothing", cfg)
+    assert str(zoo_of(tiny_config(train__zoo=zoos / "first"))) == str(zoos / "first")  # one needs no brackets
 
 
 @pytest.mark.parametrize(
