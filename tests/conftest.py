@@ -115,6 +115,7 @@ def tiny(tmp_path_factory):
             "train.log_period": 1,
             "train.report": False,  # it takes longer than such a run
             "train.device": "cpu",
+            "train.publish.name": "tiny.simclr_bissl_digit_scenes",
             "train.publish.zoo": zoo,
             "train.checkpoint.period": 1,
             "pretrain.steps": 2,

@@ -1,12 +1,14 @@
 #!/usr/bin/env python
-"""Prepare image data: fetch the sets that are known by name, check them, pack and index WebDataset shards.
+"""Prepare image data: check your own, fetch and check the sets that are known by name, pack and index shards.
+
+python tools/prepare_data.py --check /data/mine                    # class folders, images, VOC, COCO or shards
+python tools/prepare_data.py --check mine/train.json --images mine/images
 
 python tools/prepare_data.py --list
 python tools/prepare_data.py food101
 python tools/prepare_data.py --check food101
 python tools/prepare_data.py --to-shards /data/imagenet/train --out /data/shards --name imagenet
 python tools/prepare_data.py --index-shards 'https://host/laion-{000000..000146}.tar' --out indexes/laion
-python tools/prepare_data.py --check /data/shards
 
 A config then reads them: L(build_dataset)(name="food101", split="train"), or (name="shards", urls="/data/shards").
 Sets by name lie in $BISSL_ZOO_DATASETS. See docs/data.md.
@@ -18,6 +20,7 @@ import re
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from bissl_zoo.console import exit_status
 
@@ -35,7 +38,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     what.add_argument("--list", action="store_true", help="the sets that are known by name, and what is there of them")
     what.add_argument("--to-shards", metavar="FOLDER", help="pack the images at any depth of this folder")
     what.add_argument("--index-shards", nargs="+", metavar="URL", help="write index.json of these shards")
-    what.add_argument("--check", metavar="NAME|DIR", help="every image of a set, or of the shards in DIR")
+    what.add_argument("--check", metavar="PATH|NAME", help="every file of your own data, or of a set by name")
+    parser.add_argument("--images", metavar="DIR", help="where the images of a JSON file to --check lie (around it)")
     parser.add_argument("--root", type=Path, metavar="DIR", help="where sets by name lie; default: $BISSL_ZOO_DATASETS")
     parser.add_argument("--out", type=Path, metavar="DIR", help="where shards or index go; index: beside the shards")
     size = parser.add_mutually_exclusive_group()
@@ -94,7 +98,7 @@ def prepare_set(args: argparse.Namespace) -> int:
 
     fetched, found = prepare(args.dataset)
     print("".join(f"fetched    {folder}\n" for folder in fetched), end="")
-    return tell(args.dataset, found.table(), found.problems)
+    return tell(found)
 
 
 def list_sets(args: argparse.Namespace) -> int:
@@ -105,28 +109,23 @@ def list_sets(args: argparse.Namespace) -> int:
     return 0
 
 
-def tell(name: str, table: str, problems: list[str]) -> int:
+def tell(survey: Any) -> int:
     """Print what is there of a set and what is wrong with it; the exit status is 1 where anything is."""
-    from bissl_zoo.data.preparation import folder_of
-
-    print(table)
-    print("".join(f"wrong      {problem}\n" for problem in problems), end="")
-    print(f"checked    {folder_of(name)}: {len(problems)} problems")
-    return 1 if problems else 0
+    print("\n\n".join(filter(None, [survey.table(), survey.shapes])), end="\n" if survey.found else "")
+    print("".join(f"note       {note}\n" for note in survey.notes), end="")
+    print("".join(f"wrong      {problem}\n" for problem in survey.problems), end="")
+    print(f"checked    {survey.where}: {len(survey.problems)} problems")
+    return 1 if survey.problems else 0
 
 
 def check(args: argparse.Namespace) -> int:
-    """Check a set that is known by name, or the shards of a folder; the exit status is 1 where anything is wrong."""
+    """Check a set that is known by name, or what lies at a path; the exit status is 1 where anything is wrong."""
+    from bissl_zoo.data.own_data import survey_path
     from bissl_zoo.data.preparation import is_known, survey
-    from bissl_zoo.data.shards_packing import check_shards
 
     if is_known(args.check) or not (os.sep in args.check or Path(args.check).exists()):
-        found = survey(args.check, open_files=True, num_workers=args.num_workers)
-        return tell(args.check, found.table(), found.problems)
-    shards, problems = check_shards(args.check, args.num_workers)
-    print("\n".join(f"wrong      {problem}" for problem in problems), end="\n" if problems else "")
-    print(f"checked    {len(shards)} shards, {sum(shard.samples for shard in shards)} images: {len(problems)} problems")
-    return 1 if problems else 0
+        return tell(survey(args.check, open_files=True, num_workers=args.num_workers))
+    return tell(survey_path(args.check, args.images, args.num_workers))
 
 
 def task_of(args: argparse.Namespace) -> Callable[[argparse.Namespace], int]:

@@ -20,6 +20,8 @@ logger = logging.getLogger(__name__)
 SIDE_LIMIT = 1 << 24
 #: pixels of a side of a box: tools write hundredths, and the logarithm of what rounding leaves is no target
 _LEAST_SIDE = 1e-3
+#: names of classes in one message
+_MAX_LISTED = 20
 
 Box = tuple[float, float, float, float]
 
@@ -47,6 +49,7 @@ class DetectionSet(Dataset):
             raise DatasetError(f'on_bad_annotation is "{on_bad_annotation}"; accepted are "error" and "skip".')
         self._skip = on_bad_annotation == "skip"
         self._left_out: Counter[str] = Counter()
+        self._first_left_out: dict[str, str] = {}
 
     def __len__(self) -> int:
         return len(self._files)
@@ -111,11 +114,32 @@ class DetectionSet(Dataset):
                 "(they are counted in the log)."
             )
         self._left_out[f"{kind} {why}"] += 1
+        self._first_left_out.setdefault(f"{kind} {why}", problem)
+
+    @property
+    def boxes(self) -> np.ndarray:
+        """The boxes of all objects, float32 (M, 4)."""
+        return self._boxes
+
+    @property
+    def difficult(self) -> np.ndarray:
+        """Which of them are left out of training, bool (M,)."""
+        return self._difficult
+
+    @property
+    def sizes(self) -> np.ndarray:
+        """Width and height of the images as annotated, int32 (N, 2)."""
+        return self._sizes
+
+    @property
+    def left_out(self) -> list[tuple[str, str]]:
+        """What was left out, as "2 objects with an impossible box", each with the first of it in words or nothing."""
+        reasons = sorted(self._left_out.items())
+        return [(f"{count:,} {reason}", self._first_left_out.get(reason, "")) for reason, count in reasons]
 
     def _tell_left_out(self, what: str) -> None:
         if self._left_out:
-            counts = ", ".join(f"{count} {reason}" for reason, count in sorted(self._left_out.items()))
-            logger.warning("%s %s: left out %s", self.layout, what, counts)
+            logger.warning("%s %s: left out %s", self.layout, what, ", ".join(count for count, _ in self.left_out))
 
 
 def has_area(box: Box) -> bool:
@@ -127,6 +151,11 @@ def has_area(box: Box) -> bool:
 def first_repeated(values: Sequence[Any]) -> Any:
     """The first of `values` that is there more than once, None where all differ."""
     return next((value for value, count in Counter(values).items() if count > 1), None)
+
+
+def shown_names(names: Sequence[str]) -> str:
+    """Names for a message, the first `_MAX_LISTED` of them."""
+    return ", ".join(names[:_MAX_LISTED]) + (f", ... ({len(names)} in all)" if len(names) > _MAX_LISTED else "")
 
 
 def distinct_classes(classes: Sequence[str]) -> list[str]:

@@ -70,17 +70,22 @@ def require_plain(path: str | os.PathLike, what: str) -> os.stat_result:
 
 
 def sample_digest(dataset: Any) -> str | None:
-    """The sha256 of a data set's list of samples: its own `digest()`, or their files below the data sets root, sorted.
+    """The sha256 of a data set's list of samples: its own `digest()`, or their files' names, sorted.
 
-    Two runs with the same digest have read the same split. None for a data set that does not know its files (it has no
-    `source(index)` either).
+    Names begin below the data sets root; those of a set that lies elsewhere begin below its own folder (`root`, or else
+    the nearest that holds all of it), so that a copy has the same. Two runs with the same digest have read the same
+    split. None for a data set that does not know its files (it has no `source(index)` either).
     """
     if hasattr(dataset, "digest"):
         return dataset.digest()
     if not hasattr(dataset, "source"):
         return None
-    root = datasets_root().absolute()
-    names = sorted(os.path.relpath(os.path.abspath(dataset.source(i)), root) for i in range(len(dataset)))
+    files = [os.path.abspath(dataset.source(i)) for i in range(len(dataset))]
+    root = os.path.abspath(datasets_root())
+    if os.path.commonpath([root, *files]) != root:
+        own = getattr(dataset, "root", None)
+        root = os.path.abspath(own) if own else os.path.commonpath([os.path.dirname(file) for file in files])
+    names = sorted(os.path.relpath(file, root) for file in files)
     return hashlib.sha256("\n".join(names).encode("utf-8", "surrogateescape")).hexdigest()
 
 

@@ -1,19 +1,20 @@
 """Detection sets whose annotations are one JSON file in COCO's format (Lin et al., arXiv 1405.0312)."""
 
-import json
+import logging
 import math
 import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from bissl_zoo.data.boxes import SIDE_LIMIT, Box, DetectionSet, distinct_classes, has_area
-from bissl_zoo.data.catalog import datasets_root, require_folder, require_plain
+from bissl_zoo.data.boxes import SIDE_LIMIT, Box, DetectionSet, distinct_classes, has_area, shown_names
+from bissl_zoo.data.catalog import datasets_root, require_folder
+from bissl_zoo.data.coco_files import names_in, read_annotations
 from bissl_zoo.errors import DatasetError, did_you_mean
 from bissl_zoo.registry import DATASETS
 
-#: bytes of an annotation file; COCO's largest has 470 MB, and Objects365's 5 GB
-_BYTES_LIMIT = 8 << 30
+logger = logging.getLogger(__name__)
+
 #: pixels that a box may exceed its image by: COCO rounds corner and width apart from each other, to hundredths, and
 #: tools that count the last pixel twice are one off; what is further out belongs to another image
 _TOLERANCE = 1.0
@@ -41,7 +42,8 @@ class COCODetection(DetectionSet):
         annotations: the JSON file, below `root` or absolute.
         images: the folder that the file names of the images count from, below `root` or absolute.
         classes: the names of the categories to read, in the order of the labels; objects of others are left out, and
-            counted in the log. None: all of the file, in the order of their ids.
+            counted in the log. One that the file does not have is a class without objects, and is named in a warning,
+            but refused where it looks like a misspelt category. None: all of the file, in the order of their ids.
         on_bad_annotation: "error", or "skip": objects with an impossible box, of an unknown image or category, and
             images whose file is missing or whose record is wrong are left out, and counted in the log.
         labelled: False reads the list of images alone, which may then have no sizes: targets and `classes` are None.
@@ -95,11 +97,25 @@ class COCODetection(DetectionSet):
         self.classes = in_order if chosen is None else distinct_classes(chosen)
         if not self.classes:
             raise DatasetError(f"COCO annotations {self._path}: there is no category, or none is chosen in classes.")
-        if unknown := next((name for name in self.classes if name not in names), None):
-            hint = did_you_mean(unknown, in_order)
-            raise DatasetError(f"COCO annotations {self._path} have no category {_shown(unknown)}.{hint}")
+        self._check_absent([name for name in in_order if name not in self.classes], names)
         label_of_name = {name: label for label, name in enumerate(self.classes)}
         return {key: label_of_name.get(name) for key, name in name_of.items()}
+
+    def _check_absent(self, others: list[str], names: set[str]) -> None:
+        """Name the chosen classes that the file does not have; raise where one may be misspelt, or where all are.
+
+        Args:
+            others: the file's categories that are not chosen.
+        """
+        absent = [name for name in self.classes if name not in names]
+        misspelt = next((name for name in absent if did_you_mean(name, others)), None)
+        if len(absent) == len(self.classes) or misspelt:
+            wrong = misspelt or absent[0]
+            add = f" If {_shown(wrong)} is right, add it to the file's list 'categories'." if misspelt else ""
+            hint = did_you_mean(wrong, others)
+            raise DatasetError(f"COCO annotations {self._path} have no category {_shown(wrong)}.{hint}{add}")
+        if absent:
+            logger.warning("COCO %s has no category %s; no image has such objects", self._path, shown_names(absent))
 
     def _images_of(
         self, records: list[Any], labelled: bool
@@ -138,7 +154,7 @@ class COCODetection(DetectionSet):
         if path.anchor or ".." in path.parts:
             raise _Wrong(f"its file_name leads out of {self._pictures}, and is not followed")
         if path.parent not in folders:
-            folders[path.parent] = _names_in(self._pictures / path.parent)
+            folders[path.parent] = names_in(self._pictures / path.parent)
         if path.name not in folders[path.parent]:
             raise _Wrong(f"there is no such file in {self._pictures}")
         return str(self._pictures / path)
@@ -186,39 +202,6 @@ class COCODetection(DetectionSet):
 
 class _Wrong(ValueError):
     """What is wrong with one record."""
-
-
-def read_annotations(path: Path, keys: Sequence[str]) -> dict[str, list[Any]]:
-    """The lists `keys` of a JSON file, without the masks in them.
-
-    Raises:
-        DatasetError: where the file is missing, no plain file, too large, no JSON, or does not hold these lists.
-    """
-    try:
-        if require_plain(path, "COCO annotations").st_size > _BYTES_LIMIT:
-            raise DatasetError(f"COCO annotations {path} have more than {_BYTES_LIMIT:,} bytes, so they are not read.")
-        content = json.loads(path.read_bytes(), object_hook=_without_mask)
-    except FileNotFoundError as error:
-        present = sorted(name for name in _names_in(path.parent) if name.endswith(".json"))
-        raise DatasetError(
-            f"COCO annotations {path} do not exist.{did_you_mean(path.name, present)} "
-            f"There: {', '.join(present[:20]) or 'none'}{', ...' if len(present) > 20 else ''}."
-        ) from error
-    except (ValueError, RecursionError, OSError) as error:
-        raise DatasetError(f"COCO annotations {path} cannot be read as JSON: {error}.") from error
-    for key in keys:
-        if not isinstance(content, dict) or not isinstance(content.get(key), list):
-            raise DatasetError(
-                f"COCO annotations {path} have no list '{key}', so they are not in COCO's format. It is a JSON object "
-                "with the lists 'images', 'annotations' and 'categories'."
-            )
-    return {key: content[key] for key in keys}
-
-
-def _without_mask(record: Record) -> Record:
-    # nine tenths of COCO's file; dropped while it is read, so that it is never in the memory as a whole
-    record.pop("segmentation", None)
-    return record
 
 
 def _id(record: Any, key: str) -> Id:
@@ -273,13 +256,6 @@ def _is_number(value: Any) -> bool:
 
 def _shown(value: Any) -> str:
     return f"{value!r:.100}" if isinstance(value, (str, int, float)) else type(value).__name__
-
-
-def _names_in(folder: Path) -> frozenset[str]:
-    try:
-        return frozenset(os.listdir(folder))
-    except OSError:
-        return frozenset()
 
 
 def _fetch(folder: Path, root: str, images: str) -> str:

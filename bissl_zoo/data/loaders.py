@@ -6,9 +6,9 @@ from itertools import islice
 from typing import Any
 
 import torch
-from torch.utils.data import Dataset, Sampler
+from torch.utils.data import Dataset, Sampler, default_collate
 
-from bissl_zoo.data.samples import DrawnSamples, DrawnStream, TransformedDataset
+from bissl_zoo.data.samples import Collate, DrawnSamples, DrawnStream, OrderedSamples
 from bissl_zoo.data.workers import Loader
 from bissl_zoo.distributed import STOP_SIGNALS, get_rank, get_world_size
 from bissl_zoo.errors import ConfigError, did_you_mean
@@ -92,7 +92,7 @@ def build_train_loader(
     start_step: int = 0,
     pin_memory: bool = False,
     views_on: str = "workers",
-    on_bad: str = "error",
+    on_bad: str = "skip",
     timeout: float = 0,
 ) -> Loader:
     """Endless loader of training batches.
@@ -105,30 +105,32 @@ def build_train_loader(
         start_step: number of batches already taken by an earlier part of the run.
         views_on: of pretext data, who makes the views: `workers`, or `device`, where the workers only cut the crops and
             :func:`bissl_zoo.engine.build.pretext_batches` does the rest in batch. The loader itself is the same.
-        on_bad: `error`, or `skip` for another sample in the place of one that raises DatasetError, also when it is read
-            once more a moment later. Which one is a function of the seed and the place, so a resumed run takes the same
-            ones as long as the same files are bad. Each worker names a bad one once. Data sets with a `stream` have an
-            `on_bad` of their own.
-        timeout: seconds without a batch after which the run ends with the names of the samples, more than the workers'
-            start or any batch takes; 0 waits for ever. It needs workers: nothing ends a read from within its process.
-            The worker that hangs is killed; the kernel lets some reads (of disks that fail, for one) outlast even that,
-            and then the process itself ends only when they do. With `on_bad="skip"` it is of a single sample: one that
-            is not read in that time, twice, is a bad one, and it needs no workers.
+        on_bad: `skip` takes another sample in the place of one that raises DatasetError, also when it is read once more
+            a moment later. Which one is a function of the seed and the place, so a resumed run takes the same ones as
+            long as the same files are bad. Each bad one is named once, and counted (`Loader.bad`). `error` ends the run
+            there. Data sets with a `stream` have an `on_bad` of their own.
+        timeout: seconds after which a sample that is still being read is a bad one, if that happens twice; 0 waits for
+            ever. With `on_bad="error"` it is of a batch: after so long without one the run ends with the names of its
+            samples, so let it be more than the workers' start or any batch takes. That needs workers, as nothing ends
+            a read from within its process. The worker that hangs is killed; the kernel lets some reads (of disks that
+            fail, for one) outlast even that, and then the process itself ends only when they do. Of data sets with a
+            `stream` it is of a batch as well.
     Raises:
         ConfigError: the batch does not divide among the ranks; `views_on`, `on_bad` or `timeout` is something else or
             not for this data set or these workers; or there are fewer shards than processes that read them.
     """
     _check_choice("views_on", views_on, VIEWS_ON)
     _check_choice("on_bad", on_bad, ON_BAD)
-    one_by_one = on_bad == "skip"
+    streamed = hasattr(dataset, "stream")
+    one_by_one = on_bad == "skip" and not streamed
     _check_timeout(timeout, num_workers or one_by_one)
     world = get_world_size()
     if batch_size % world or batch_size < 1:
         raise ConfigError(
             f"batch_size={batch_size} is the batch over all ranks and must be a multiple of the {world} ranks."
         )
-    if hasattr(dataset, "stream"):
-        if on_bad != "error":
+    if streamed:
+        if on_bad != "skip":
             raise ConfigError(
                 f"on_bad={on_bad}: data that is read in a stream has its own. Set it there, as in "
                 f"dataloader.pretext.dataset.on_bad={on_bad}."
@@ -141,10 +143,11 @@ def build_train_loader(
     return Loader(
         samples,
         start_step=start_step,
+        instead="Other samples take its place",
         timeout=0 if one_by_one else timeout,
         batch_size=batch_size // world,
         sampler=sampler,
-        collate_fn=collate,
+        collate_fn=Collate(collate or default_collate),
         num_workers=num_workers,
         pin_memory=pin_memory,
         persistent_workers=num_workers > 0,
@@ -160,20 +163,29 @@ def build_test_loader(
     collate: Callable[[list[Any]], Any] | None = None,
     num_workers: int = 0,
     pin_memory: bool = False,
+    on_bad: str = "error",
     timeout: float = 0,
 ) -> Loader:
     """One pass over `dataset` in order, `batch_size` samples per rank at a time; rank r reads samples r, r + W, ...
 
     Args:
+        on_bad: `error`, since figures of fewer images are other figures; or `skip`, which leaves out samples that raise
+            DatasetError, also when they are read once more a moment later. They are named and counted (`Loader.bad`),
+            and an evaluation gives their number beside its figures.
         timeout: as of :func:`build_train_loader`.
+    Raises:
+        ConfigError: `on_bad` or `timeout` is something else, or not for these workers.
     """
-    _check_timeout(timeout, num_workers)
+    _check_choice("on_bad", on_bad, ON_BAD)
+    one_by_one = on_bad == "skip"
+    _check_timeout(timeout, num_workers or one_by_one)
     return Loader(
-        TransformedDataset(dataset, transform),
+        OrderedSamples(dataset, transform, on_bad, timeout if one_by_one else 0),
+        instead="It is left out",
         batch_size=batch_size,
         sampler=EvaluationSampler(len(dataset), batch_size),
-        timeout=timeout,
-        collate_fn=collate,
+        timeout=0 if one_by_one else timeout,
+        collate_fn=Collate(collate or default_collate),
         num_workers=num_workers,
         pin_memory=pin_memory,
         worker_init_fn=leave_stopping_to_the_run,

@@ -3,7 +3,7 @@
 import contextlib
 import os
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,7 +12,8 @@ from tabulate import tabulate
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from bissl_zoo.data import coco, voc  # noqa: F401 (they register their sets)
+from bissl_zoo.data import coco, folder, voc  # noqa: F401 (they register their sets)
+from bissl_zoo.data.boxes import DetectionSet
 from bissl_zoo.data.catalog import DATASETS_VARIABLE, datasets_root
 from bissl_zoo.data.classification_samples import MissingImages
 from bissl_zoo.data.classification_sets import CLASSIFICATION_SETS, find_folder
@@ -51,15 +52,26 @@ class Found(NamedTuple):
 
 
 class Survey(NamedTuple):
-    """What is there of a set, and everything that is wrong with it."""
+    """What is there of a set, and everything that is wrong with it.
+
+    Attributes:
+        where: the folder or file that was looked at.
+        notes: what is as it should be, and worth knowing.
+        shapes: what boxes are like, a table; empty where nothing was measured.
+    """
 
     found: list[Found]
     problems: list[str]
+    where: str
+    notes: Sequence[str] = ()
+    shapes: str = ""
 
     def table(self) -> str:
-        """The splits, a line each."""
+        """The splits, a line each; empty where there are none."""
+        if not self.found:
+            return ""
         headers = Found._fields if any(one.boxes is not None for one in self.found) else Found._fields[:-1]
-        return tabulate([one[: len(headers)] for one in self.found], headers, intfmt=",")
+        return tabulate([one[: len(headers)] for one in self.found], headers, intfmt=",", missingval="none")
 
 
 def catalog() -> dict[str, Entry]:
@@ -75,6 +87,7 @@ def catalog() -> dict[str, Entry]:
     entries["voc_detection"] = Entry("VOC07+12, boxes", "VOCdevkit", splits, images, tuple(splits), 20)
     images = {"train2017": 118_287, "val2017": 5_000}
     splits = {split: {"images": split, "annotations": f"annotations/instances_{split}.json"} for split in images}
+    splits["train2017"]["on_bad_annotation"] = "skip"  # as its config does: two of its boxes have no height
     entries["coco_detection"] = Entry("COCO 2017, boxes", "coco", splits, images, tuple(splits), 80)
     return entries
 
@@ -121,7 +134,7 @@ def survey(name: str, open_files: bool = False, num_workers: int = 4) -> Survey:
     Raises:
         DatasetError: an unknown name.
     """
-    entry, found, problems = known(name), [], []
+    entry, found, problems, notes = known(name), [], [], []
     split_of: dict[str, str] = {}
     for split, arguments in entry.splits.items():
         try:
@@ -130,17 +143,21 @@ def survey(name: str, open_files: bool = False, num_workers: int = 4) -> Survey:
             missing = error.__cause__.files if open_files and isinstance(error.__cause__, MissingImages) else []
             problems += [f"Image {file} does not exist." for file in missing] or [str(error)]
             continue
-        found.append(_count(dataset, split, boxes=name not in CLASSIFICATION_SETS))
+        found.append(count(dataset, split))
         problems += _differences(name, entry, found[-1])
+        for what, first in getattr(dataset, "left_out", ()):
+            told = notes if what.split()[1] == "objects" else problems
+            told.append(f"{name}, split {split}: left out {what}. {first}")
         if open_files and split in entry.whole:
-            problems += _shared(dataset, name, split, split_of) + _bad_files(dataset, f"{name} {split}", num_workers)
-    return Survey(found, list(dict.fromkeys(problems)))  # splits share images
+            problems += _shared(dataset, name, split, split_of) + bad_files(dataset, f"{name} {split}", num_workers)
+    return Survey(found, list(dict.fromkeys(problems)), str(folder_of(name)), notes)  # splits share images
 
 
-def _count(dataset: Any, split: str, boxes: bool) -> Found:
+def count(dataset: Any, split: str) -> Found:
+    """What a data set holds."""
     classes = None if dataset.classes is None else len(dataset.classes)
-    objects = sum(len(dataset.target(index)["boxes"]) for index in range(len(dataset))) if boxes else None
-    return Found(split, len(dataset), classes, objects)
+    boxed = isinstance(dataset, DetectionSet) and classes is not None
+    return Found(split, len(dataset), classes, len(dataset.boxes) if boxed else None)
 
 
 def _differences(name: str, entry: Entry, found: Found) -> list[str]:
@@ -164,13 +181,33 @@ def listing() -> str:
     """A table of every set that is known by name, and what is there of it."""
     rows = []
     for name, entry in catalog().items():
-        there = "not there"
-        if folder_of(name).is_dir():
-            found, problems = survey(name)
-            there = ", ".join(f"{one.split} {one.images:,}" for one in found if one.split in entry.whole)
-            there += f" ({len(problems)} problems)" if problems else ""
+        there = _present(name, entry) if folder_of(name).is_dir() else "not there"
         rows.append([name, entry.what, there])
     return tabulate(rows, ["name", "what it is", "images"])
+
+
+def _present(name: str, entry: Entry) -> str:
+    """What is there of a set, in a line, without the annotations of boxes, which take minutes to read."""
+    found, problems = [], 0
+    for split, arguments in entry.splits.items():
+        try:
+            found.append(count(_images_alone(name, arguments), split))
+            problems += len(_differences(name, entry, found[-1]))
+        except DatasetError:
+            problems += 1
+    there = ", ".join(f"{one.split} {one.images:,}" for one in found if one.split in entry.whole)
+    return there + (f" ({problems} problems)" if problems else "")
+
+
+def _images_alone(name: str, arguments: Mapping[str, Any]) -> Dataset:
+    """The images of a split; of classification sets with their labels, which are in the same lists."""
+    if name == "coco_detection":
+        if not (datasets_root() / "coco" / arguments["annotations"]).is_file():
+            raise DatasetError(f"The annotations {arguments['annotations']} are not there.")
+        return DATASETS.build("image_folder", root=f"coco/{arguments['images']}", labelled=False)
+    if name == "voc_detection":
+        arguments = {"splits": arguments["splits"], "labelled": False}
+    return DATASETS.build(name, **arguments)
 
 
 @contextlib.contextmanager
@@ -205,7 +242,8 @@ class _Opened(Dataset):
         return ""
 
 
-def _bad_files(dataset: Dataset, what: str, num_workers: int) -> list[str]:
+def bad_files(dataset: Dataset, what: str, num_workers: int) -> list[str]:
+    """What is wrong with the samples of a set that cannot be read, in `num_workers` processes."""
     # a loader without a generator of its own draws from the global one
     loader = DataLoader(_Opened(dataset), batch_size=None, num_workers=num_workers, generator=torch.Generator())
     return [problem for problem in tqdm(loader, desc=what, unit="image") if problem]

@@ -49,9 +49,13 @@ class ShardDataset(Dataset):
             a handler of iopath opens.
         index: an `index.json` that counts their samples; None for the one beside each shard. Local shards that it does
             not list are counted and entered there.
-        on_bad: "error", or "skip" for another sample in the place of one that is missing or does not decode.
+        on_bad: "skip" for another sample in the place of one that is missing or does not decode, or "error".
         shuffle_buffer: samples, as files, that each worker holds to draw from.
         as_tensor: images are `(3, H, W)` uint8 rather than PIL's, see :class:`bissl_zoo.data.folder.ImageFolder`.
+
+    Attributes:
+        bad: what was broken so far, members and shards, and what is wrong with each; tells: whether to warn of it. A
+            stream begins anew with it, and leaves the warning to its loader.
 
     Raises:
         DatasetError: no shards, no index of remote ones, or an index that cannot be read.
@@ -63,7 +67,7 @@ class ShardDataset(Dataset):
         self,
         urls: str | Sequence[str],
         index: str | None = None,
-        on_bad: str = "error",
+        on_bad: str = "skip",
         shuffle_buffer: int = 1000,
         as_tensor: bool = False,
     ):
@@ -77,7 +81,8 @@ class ShardDataset(Dataset):
         self._load = load_pixels if as_tensor else load_image
         self._ends = self.samples.cumsum()
         self._offsets: dict[int, np.ndarray] = {}
-        self._told: set[str] = set()
+        self.bad: dict[str, str] = {}
+        self.tells = True
 
     def __len__(self) -> int:
         return int(self._ends[-1])
@@ -136,9 +141,10 @@ class ShardDataset(Dataset):
     def _broken(self, error: DatasetError, what: str) -> None:
         if self.on_bad == "error":
             raise DatasetError(f"{error} {_SKIP}") from error
-        if what not in self._told:
-            self._told.add(what)
-            logger.warning("%s Other samples take its place (%d broken so far).", error, len(self._told))
+        if what not in self.bad:
+            self.bad[what] = str(error)
+            if self.tells:
+                logger.warning("%s Other samples take its place (%d bad so far).", error, len(self.bad))
 
     def stream(
         self, batch_size: int, seed: int, start_step: int = 0, num_workers: int = 0, rank: int = 0, world: int = 1
@@ -174,12 +180,14 @@ class ShardStream(IterableDataset):
     ) -> None:
         self.dataset, self.batch_size, self.seed, self.start_step = dataset, batch_size, seed, start_step
         self.rank, self.world = rank, world
+        self.bad: dict[str, str] = {}
 
     def __iter__(self) -> Iterator[tuple[tuple[int, int], tuple[Image.Image | Tensor, None]]]:
         info = get_worker_info()
         worker, workers = (info.id, info.num_workers) if info else (0, 1)
         # a loader always begins with its first worker, which so takes the part of the one whose turn it is
         part = (self.start_step + worker) % workers
+        self.dataset.bad, self.dataset.tells = self.bad, False
         delivered = len(range(part, self.start_step, workers)) * self.batch_size
         consumer = self.rank * workers + part
         samples = self._samples(consumer, self.world * workers, delivered)

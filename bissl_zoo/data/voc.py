@@ -41,6 +41,8 @@ class Annotation(NamedTuple):
 class VOCDetection(DetectionSet):
     """Images with boxes, from a folder that holds `VOCdevkit/VOC<year>/{JPEGImages,Annotations,ImageSets/Main}`.
 
+    A folder that holds these three itself is read too: its splits have no year.
+
     Samples are those of :class:`bissl_zoo.data.boxes.DetectionSet`. VOC writes 1-based coordinates with both ends
     inside the box, so x0 = xmin - 1, y0 = ymin - 1, x1 = xmax, y1 = ymax: 0-based, the far edge outside, width x1 - x0.
     Devkits written 0-based load as well: a minimum of 0 stays 0.
@@ -48,8 +50,9 @@ class VOCDetection(DetectionSet):
     All annotations of the splits are read and checked at construction; images are decoded when asked for.
 
     Args:
-        root: the folder that holds `VOCdevkit`, below the datasets root, or an absolute path.
-        splits: names like "2007_trainval": the year, and a list in that year's ImageSets/Main; they are concatenated.
+        root: the folder that holds `VOCdevkit`, or the three folders, below the datasets root, or an absolute path.
+        splits: names like "2007_trainval": the year, and a list in that year's ImageSets/Main; "trainval" where the
+            three folders lie in `root`; they are concatenated.
         classes: the class names in the order of the labels; "voc": the twenty of VOC; None: every name that occurs in
             the annotations of the splits' years, sorted, so that train and test agree.
         on_bad_annotation: "error", or "skip": objects with an impossible box or an unknown class are left out, as are
@@ -75,7 +78,7 @@ class VOCDetection(DetectionSet):
         if not self.splits:
             raise DatasetError("VOCDetection: no split is given. splits holds names like '2007_trainval'.")
         folders = {split: _year_folder(root, split) for split in self.splits}
-        files = [file for split in self.splits for file in self._images_of(folders[split], split.split("_", 1)[1])]
+        files = [file for split in self.splits for file in self._images_of(folders[split], _list_of(split))]
         if (repeated := first_repeated(files)) is not None:
             raise DatasetError(f"The splits {', '.join(self.splits)} list {repeated} more than once.")
         parsed: dict[Path, Annotation] = {}
@@ -226,9 +229,19 @@ def _zero_based(box: Box) -> Box:
     return max(xmin - 1, 0), max(ymin - 1, 0), xmax, ymax
 
 
+def _list_of(split: str) -> str:
+    """The list in ImageSets/Main that a split is."""
+    return re.sub(r"^\d{4}_(?=.)", "", split)
+
+
 def _year_folder(root: str, split: str) -> Path:
-    if not re.fullmatch(r"\d{4}_.+", split):
-        raise DatasetError(f"VOC split '{split}' is not '<year>_<list in ImageSets/Main>', like '2007_trainval'.")
+    if _list_of(split) == split:
+        if (datasets_root() / root / "ImageSets" / "Main").is_dir():
+            return datasets_root() / root
+        raise DatasetError(
+            f"VOC split '{split}' is not '<year>_<list in ImageSets/Main>', like '2007_trainval', and "
+            f"{datasets_root() / root} holds no ImageSets/Main itself."
+        )
     year, name = split.split("_", 1)
     folder = datasets_root() / root / "VOCdevkit" / f"VOC{year}"
     arguments = f"'{datasets_root().absolute()}', year='{year}', image_set='{name}', download=True"

@@ -1,6 +1,7 @@
 """The workers of loaders: they never keep a process from ending, and what becomes of them is told."""
 
 import contextlib
+import logging
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import count
@@ -12,6 +13,8 @@ from torch.utils.data import DataLoader
 
 from bissl_zoo.errors import DatasetError
 
+logger = logging.getLogger(__name__)
+
 #: samples named in a message
 NAMED = 5
 #: seconds to wait for a worker that was killed; one that the kernel holds in a read dies when that ends
@@ -21,21 +24,27 @@ _LOST = re.compile(r"DataLoader worker \(pid.*\) (is killed|exited)")
 
 
 class Loader(DataLoader):
-    """A loader whose workers end with its iterator or with this process, and which tells what they were reading.
+    """A loader of `(batch, bad samples)` whose workers end with its iterator or this process; it tells of both.
 
     They ignore the signals that ask a run to stop. So would they ignore the one by which a process ends its children,
     and it would wait for them without end after an error that leaves the iterator alive.
 
     Args:
         start_step: the number of its first batch.
+        instead: what becomes of a bad sample, as a sentence of the warning that names it.
+
+    Attributes:
+        bad: the samples that could not be used so far: what names each, and what is wrong with it. They arrive with the
+            batches that they were drawn for, so that which are known after a batch does not depend on the workers.
     """
 
-    def __init__(self, *args: Any, start_step: int = 0, **options: Any) -> None:
-        self.start_step = start_step
+    def __init__(self, *args: Any, start_step: int = 0, instead: str = "", **options: Any) -> None:
+        self.start_step, self.instead = start_step, instead
+        self.bad: dict[str, str] = {}
         super().__init__(*args, **options)
 
     def __iter__(self) -> Iterator[Any]:
-        """The batches.
+        """The batches, but for those of which nothing is left.
 
         Raises:
             DatasetError: `timeout` has passed without a batch, or a worker was lost.
@@ -45,7 +54,7 @@ class Loader(DataLoader):
             Finalize(batches, kill, (batches._workers,), exitpriority=0)
         for step in count(self.start_step):
             try:
-                batch = next(batches)
+                batch, bad = next(batches)
             except StopIteration:
                 return
             except (RuntimeError, KeyboardInterrupt) as error:
@@ -55,7 +64,15 @@ class Loader(DataLoader):
                 if told is None:
                     raise
                 raise told from error
-            yield batch
+            self._tell(bad)
+            if batch is not None:
+                yield batch
+
+    def _tell(self, bad: Iterable[Sequence[str]]) -> None:
+        for name, problem in bad:
+            if name not in self.bad:
+                self.bad[name] = problem
+                logger.warning("%s %s (%d bad so far).", problem, self.instead, len(self.bad))
 
     def _late(self, error: BaseException, step: int) -> DatasetError | None:
         if not _LATE.match(str(error)):

@@ -20,7 +20,7 @@ from torchvision.transforms.v2 import functional as tv
 from bissl_zoo.backbones import Backbone
 from bissl_zoo.data.views import IMAGENET_MEAN, IMAGENET_STD
 from bissl_zoo.downstream.task import Batch, DownstreamTask
-from bissl_zoo.errors import ConfigError, DatasetError
+from bissl_zoo.errors import ConfigError
 from bissl_zoo.evaluation.detection import DetectionEvaluator
 from bissl_zoo.registry import DOWNSTREAM_TASKS
 
@@ -119,9 +119,7 @@ class FasterRCNN(DownstreamTask):
 
     def transform(self, train: bool) -> Callable[[Any, Target], Batch]:
         """Float images in [0, 1] at their own size; flipped left to right at random to train."""
-        return _DetectionTransform(
-            self.flip_probability if train else 0.0, self.resize.min_size[0], self.resize.max_size
-        )
+        return _DetectionTransform(self.flip_probability if train else 0.0, self.resize.max_size)
 
     def collate(self, samples: list[Batch]) -> Batch:
         """A list of images `(3, H, W)` and a list of targets."""
@@ -213,23 +211,27 @@ class _RPNHead(RPNHead):
 
 
 class _DetectionTransform:
-    """To float, and a flip with the boxes; a class, so that loader workers can be spawned."""
+    """To float, and a flip with the boxes; a class, so that loader workers can be spawned.
 
-    def __init__(self, flip_probability: float, min_size: int, max_size: int) -> None:
-        self.flip_probability = flip_probability
-        self.min_size, self.max_size = min_size, max_size
+    An image so thin that not a row or column of it would be left when its longer side becomes `max_size` (torchvision
+    fails there) is first padded, below or at its right, by the least number of black ones that leaves one.
+    """
+
+    def __init__(self, flip_probability: float, max_size: int) -> None:
+        self.flip_probability, self.max_size = flip_probability, max_size
 
     def __call__(self, image: Any, target: Target) -> Batch:
-        short, long = sorted(image.size)
-        if short * min(self.min_size / short, self.max_size / long) < 1:
-            raise DatasetError(
-                f"Image {target['image_id']} has {image.width} x {image.height} pixels, of which no row or column is "
-                f"left when its longer side becomes task.max_size={self.max_size}."
-            )
         pixels = tv.to_dtype(tv.pil_to_tensor(image), torch.float32, scale=True)
+        if min(image.size) * self.max_size <= max(image.size):
+            pixels = self._thickened(pixels)
         if torch.rand(()) < self.flip_probability:
             width = pixels.shape[-1]
             x0, y0, x1, y1 = target["boxes"].unbind(1)
             pixels = tv.horizontal_flip(pixels)
             target = {**target, "boxes": torch.stack([width - x1, y0, width - x0, y1], dim=1)}
         return pixels, target
+
+    def _thickened(self, pixels: Tensor) -> Tensor:
+        height, width = pixels.shape[-2:]
+        least = max(height, width) // self.max_size + 1
+        return tv.pad(pixels, [0, 0, max(0, least - width), max(0, least - height)])

@@ -22,6 +22,7 @@ class Batches:
 
     Attributes:
         taken: batches taken since the beginning of the stage.
+        bad: the samples that this process could not use so far: what names each, and what is wrong with it.
     """
 
     def __init__(
@@ -32,6 +33,7 @@ class Batches:
         on_device: Callable[[Any], Any] | None = None,
     ) -> None:
         self.taken = start_step
+        self.bad: dict[str, str] = getattr(loader, "bad", {})
         self.dataset = getattr(loader.dataset, "dataset", None)
         self._sampler = loader.sampler if isinstance(loader.sampler, PlacedSampler) else None
         self._stream = _moved(loader, device, on_device)  # alone holds the loader, and with it the workers

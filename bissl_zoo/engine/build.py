@@ -1,6 +1,7 @@
 """From a config to the objects of a stage: data sets, networks, loaders, levels."""
 
 import math
+import os
 import random
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ from bissl_zoo.distributed import broadcast_module, get_rank
 from bissl_zoo.downstream import DownstreamTask
 from bissl_zoo.engine import ROLES
 from bissl_zoo.engine.batches import Batches
+from bissl_zoo.engine.class_lists import unequal_classes
 from bissl_zoo.engine.trainer import load_state
 from bissl_zoo.errors import ConfigError, DatasetError
 from bissl_zoo.level import Level
@@ -80,6 +82,7 @@ def build_datasets(cfg: DictConfig, roles: set[str]) -> dict[str, Dataset]:
     Raises:
         DatasetError: missing, empty, damaged, unlabelled where labels are needed, or of other classes than the training
             set.
+        ConfigError: `val` and `test` are the same samples.
     """
     data = {role: instantiate(cfg.dataloader[role].dataset) for role in ROLES if role in roles}
     labelled = [role for role in data if role != "pretext"]
@@ -88,11 +91,23 @@ def build_datasets(cfg: DictConfig, roles: set[str]) -> dict[str, Dataset]:
             raise DatasetError(f"dataloader.{role} reads an unlabelled data set; the downstream task needs labels.")
     for role in labelled[1:]:
         if data[role].classes != data[labelled[0]].classes:
-            raise DatasetError(
-                f"dataloader.{labelled[0]} has the classes {data[labelled[0]].classes} and dataloader.{role} "
-                f"{data[role].classes}. Give both data sets the same `classes`."
-            )
+            raise DatasetError(unequal_classes(cfg, labelled[0], data[labelled[0]].classes, role, data[role].classes))
+    if {"val", "test"} <= data.keys() and same_samples(data["val"], data["test"]):
+        raise ConfigError(
+            "dataloader.val and dataloader.test are the same samples: weights that are chosen by them would have test "
+            "figures that are too good. Let dataloader.val read images that are kept back from the training set, such "
+            "as another split, or part=val of an image_folder."
+        )
     return data
+
+
+def same_samples(one: Dataset, other: Dataset) -> bool:
+    """Whether two data sets read the same files; of sets that do not know theirs, it is not known and False."""
+    if len(one) != len(other) or not all(hasattr(dataset, "source") for dataset in (one, other)):
+        return False
+    # not their digests: those of folders that lie elsewhere count names from the folder itself
+    first, second = ({os.path.abspath(each.source(index)) for index in range(len(each))} for each in (one, other))
+    return first == second
 
 
 def build_split_backbone(cfg: DictConfig) -> tuple[Backbone, Tail]:

@@ -12,6 +12,7 @@ from bissl_zoo.bilevel import Adaptation
 from bissl_zoo.config import instantiate, load_config
 from bissl_zoo.distributed import get_world_size
 from bissl_zoo.downstream import DownstreamTask
+from bissl_zoo.engine.bad_images import Readable
 from bissl_zoo.engine.build import (
     AMP_DTYPES,
     STAGE_DATA,
@@ -25,6 +26,7 @@ from bissl_zoo.engine.build import (
 from bissl_zoo.engine.evaluate import figures_of
 from bissl_zoo.engine.finetune import trained_parameters
 from bissl_zoo.engine.pretrain import check_accumulation
+from bissl_zoo.engine.publishing import check_entry_name
 from bissl_zoo.engine.writers import check_writers
 from bissl_zoo.errors import ConfigError, did_you_mean
 
@@ -101,6 +103,7 @@ def check_config(cfg: DictConfig, source: str) -> None:
     _check_stages(list(cfg.train.stages), source)
     check_writers(list(cfg.train.writers), source)
     _check_early_stopping(cfg, source)
+    check_entry_name(cfg, source)
 
 
 def _check_early_stopping(cfg: DictConfig, source: str) -> None:
@@ -191,7 +194,7 @@ def check_parts(context: Context, initial: Weights) -> None:
             check_accumulation(cfg, pretext)
     if "train" in context.data:
         trunk, task = build_downstream(context, Weights(initial.backbone))
-        target = context.data["train"][0][1]
+        target = Readable(context.data["train"], cfg, "train")[0][1]
         if not isinstance(target, task.target_type):
             raise ConfigError(
                 f"The task '{cfg.task.name}' needs targets of type {task.target_type.__name__}; the data set "

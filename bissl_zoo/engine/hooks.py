@@ -235,4 +235,5 @@ class PeriodicEvaluation(HookBase):
 
 def format_results(results: dict[str, Any]) -> str:
     """Figures on one line, those of single classes left out."""
-    return "  ".join(f"{name} {value:.4f}" for name, value in results.items() if "/" not in name)
+    shown = {name: value if isinstance(value, int) else f"{value:.4f}" for name, value in results.items()}
+    return "  ".join(f"{name} {value}" for name, value in shown.items() if "/" not in name)

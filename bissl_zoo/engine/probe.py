@@ -10,6 +10,7 @@ from torch.utils.data import Dataset
 
 from bissl_zoo.backbones import evaluating
 from bissl_zoo.distributed import get_world_size, on_main_process
+from bissl_zoo.engine.bad_images import Readable
 from bissl_zoo.engine.build import Context, build_datasets
 from bissl_zoo.engine.display import say
 from bissl_zoo.engine.features import (
@@ -51,7 +52,7 @@ class Probe(HookBase):
     checkpoints hold, and no collective runs within.
 
     Args:
-        images: most images of each set, drawn with `seed`.
+        images: most images of each set, drawn with `seed`; see :class:`Readable` for those that cannot be read.
         labelled: `train` and `test`; None for the monitors alone.
         asked: after every batch, whether this process is to stop, and to measure when it goes on.
     """
@@ -96,7 +97,7 @@ class Probe(HookBase):
         """The figures, and the line that tells of them."""
         level = self.level
         with own_randomness(self.context.device), evaluating(level.backbone, level.head):
-            samples = FixedViews(*self._drawn(self.context.data["pretext"]), level.head.views(), self.seed)
+            samples = FixedViews(*self._drawn(self.context.data["pretext"], "pretext"), level.head.views(), self.seed)
             size = samples[0][0].shape[-1]
             first, second = self._features(samples, "pretext")
             if not (torch.isfinite(first).all() and torch.isfinite(second).all()):
@@ -117,12 +118,12 @@ class Probe(HookBase):
         pixels = pretext_pixels(self.context.cfg)
         parts = []
         for role, dataset in self.labelled.items():
-            samples = CentralCrops(*self._drawn(dataset), size, pixels["mean"], pixels["std"])
+            samples = CentralCrops(*self._drawn(dataset, role), size, pixels["mean"], pixels["std"])
             parts += self._features(samples, role)
         return parts
 
-    def _drawn(self, dataset: Dataset) -> tuple[Dataset, list[int]]:
-        return dataset, drawn(len(dataset), self.images, self.seed)
+    def _drawn(self, dataset: Dataset, role: str) -> tuple[Dataset, list[int]]:
+        return Readable(dataset, self.context.cfg, role), drawn(len(dataset), self.images, self.seed)
 
     def _features(self, samples: Dataset, role: str) -> tuple[torch.Tensor, ...]:
         def embed(images: Tensor) -> Tensor:
@@ -167,6 +168,6 @@ def _labelled(context: Context) -> dict[str, Dataset] | None:
         raise DatasetError(
             f"{error}\nIt is train.probe that asks for it, to measure kNN; train.probe.k=0 leaves that out."
         ) from error
-    if not all(isinstance(data[role][0][1], int) for role in roles):
+    if not all(isinstance(Readable(data[role], cfg, role)[0][1], int) for role in roles):
         return None
     return {role: data[role] for role in roles}

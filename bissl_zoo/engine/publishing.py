@@ -3,6 +3,9 @@
 import json
 from pathlib import Path
 
+import timm
+from omegaconf import DictConfig
+
 from bissl_zoo.backbones import merge_split_states
 from bissl_zoo.engine.build import Weights
 from bissl_zoo.engine.checkpoint import Checkpointer, load_checkpoint, write_atomically
@@ -10,7 +13,8 @@ from bissl_zoo.engine.facts import arguments_of, read_facts, read_json
 from bissl_zoo.engine.features import pretext_pixels
 from bissl_zoo.engine.init import weights_of, zoo_of
 from bissl_zoo.engine.run_dir import CONFIG_FILE, load_run_config
-from bissl_zoo.errors import CheckpointError
+from bissl_zoo.errors import CheckpointError, ConfigError
+from bissl_zoo.registry import BACKBONES
 from bissl_zoo.zoo import PublishedEntry, Zoo, publish_entry
 
 RESULTS_FILE, RECEIPT_FILE = "results.json", "zoo_entry.json"
@@ -24,6 +28,27 @@ def published(folder: Path) -> PublishedEntry | None:
         return PublishedEntry(**receipt) if receipt and texts else None
     except (CheckpointError, TypeError):
         return None
+
+
+def check_entry_name(cfg: DictConfig, source: str) -> None:
+    """Raise where the entry that a run will end in is named after another network than the config's backbone.
+
+    Entries are named as timm's are, the architecture before the first dot.
+
+    Raises:
+        ConfigError: with the name that would be right.
+    """
+    name, architecture = cfg.train.publish.name, cfg.backbone.get("name")
+    if not isinstance(name, str) or not isinstance(architecture, str) or list(cfg.train.stages) == ["finetune"]:
+        return
+    said, dot, rest = name.partition(".")
+    own = architecture.partition(".")[0]
+    # of an unknown backbone its builder tells, with the nearest name
+    if said != own and timm.is_model(said) and architecture in BACKBONES:
+        raise ConfigError(
+            f"{source}: train.publish.name is '{name}', and the backbone is no {said} but {architecture}. Set "
+            f"train.publish.name={own}{dot}{rest}, another name, or null to publish nothing."
+        )
 
 
 def read_results(folder: Path) -> dict[str, dict[str, float]]:

@@ -13,7 +13,7 @@ from bissl_zoo.engine.bissl import LEAST_COUPLING, coupling, pretext_head_is_new
 from bissl_zoo.engine.build import STAGE_DATA, Context, Weights, build_datasets, build_downstream
 from bissl_zoo.engine.checks import check_config, check_parts
 from bissl_zoo.engine.display import end_display, log, logged, say, signals_aside
-from bissl_zoo.engine.evaluate import evaluate
+from bissl_zoo.engine.evaluate import LEFT_OUT, evaluate
 from bissl_zoo.engine.facts import write_facts
 from bissl_zoo.engine.init import as_begun, load_init
 from bissl_zoo.engine.interruption import stop_request
@@ -92,7 +92,7 @@ def _announce(context: Context, initial: Weights) -> None:
     if "bissl" not in cfg.train.stages:
         return
     value = coupling(context)
-    if value < LEAST_COUPLING:
+    if value is not None and value < LEAST_COUPLING:
         say(
             f"warning: lambda * lr_eff * lower steps = {value:.2g}, below {LEAST_COUPLING}: the lower level has no "
             "time to follow the upper one, and the stage will do next to nothing. Raise bilevel.lambda."
@@ -126,5 +126,9 @@ def evaluate_only(cfg: DictConfig, source: str) -> dict[str, dict[str, float]]:
 def results_table(results: dict[str, dict[str, float]]) -> str:
     """The figures of one or more fine-tunings side by side, the rows named by what they started from."""
     metrics = [m for m in dict.fromkeys(m for figures in results.values() for m in figures) if "/" not in m]
-    rows = [[start, *(figures.get(metric, float("nan")) for metric in metrics)] for start, figures in results.items()]
+    absent = {LEFT_OUT: 0}
+    rows = [
+        [start, *(figures.get(metric, absent.get(metric, float("nan"))) for metric in metrics)]
+        for start, figures in results.items()
+    ]
     return tabulate(rows, headers=["fine-tuned from", *metrics], floatfmt=".4f")

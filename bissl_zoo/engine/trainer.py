@@ -38,6 +38,7 @@ class Trainer(ABC):
         metrics: what the last step returned.
         records: of finer grain than a step, for the writer: those of the last step, numbered under `record_key`.
         skipped: steps, of any level, that were undone because of numbers that are not finite.
+        bad: names of the samples that could not be used, of all processes, by level as `levels` names it.
         ended: whether a hook has ended the stage before its last step.
         stopping: whether the run was asked to stop, so that this step is its last for now.
         owed: whether a hook was cut short by that: what is left of the step, its hooks from the first on, is saved with
@@ -56,6 +57,7 @@ class Trainer(ABC):
         self.metrics: dict[str, Any] = {}
         self.records: list[dict[str, Any]] = []
         self.skipped = 0
+        self.bad: dict[str, list[str]] = {}
         self.ended = self.stopping = self.owed = False
         self.hooks: list[HookBase] = []
 
@@ -116,6 +118,7 @@ class Trainer(ABC):
             "step": self.step,
             "skipped": self.skipped,
             "ended": self.ended,
+            **({"bad": self.bad} if self.bad else {}),
             **owed,
             "levels": {
                 name: {
@@ -137,6 +140,7 @@ class Trainer(ABC):
         self.step = state["step"]
         self.skipped = state.get("skipped", 0)  # of a checkpoint from before steps could be
         self.ended = state.get("ended", False)  # likewise
+        self.bad = state.get("bad", {})
         self.owed = "owed" in state
         if self.owed:
             self.metrics, self.records = state["owed"]["metrics"], state["owed"]["records"]

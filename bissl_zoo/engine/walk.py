@@ -11,6 +11,7 @@ from typing import Any, NoReturn
 
 from bissl_zoo.distributed import barrier, get_rank, get_world_size, is_main_process, on_main_process
 from bissl_zoo.downstream import Evaluator
+from bissl_zoo.engine.bad_images import BadImages
 from bissl_zoo.engine.bissl import (
     HEAD_WARMUP,
     PRETEXT_WARMUP,
@@ -275,7 +276,7 @@ class Walk:
         probe = build_probe(context, trainer, asked)
         if probe:
             hooks.append(probe)
-        hooks.append(Health(cfg))
+        hooks += [Health(cfg), BadImages(context)]
         # an alternation is many optimizer steps, and there are few of them
         hooks.append(MetricsWriter(self.folder, 1 if trainer.name == "bissl" else cfg.train.log_period, self.writers))
         period = cfg.train.checkpoint.period

@@ -10,6 +10,7 @@ from matplotlib.figure import Figure
 from omegaconf import DictConfig, OmegaConf
 
 from bissl_zoo.config import LazyConfig
+from bissl_zoo.engine.bad_images import SKIPPED
 from bissl_zoo.engine.details import DETAILS_FILE, Details, read_details
 from bissl_zoo.engine.facts import read_facts
 from bissl_zoo.engine.file_writers import METRICS_FILE
@@ -158,7 +159,14 @@ class RunReport:
             for role, one in datasets.items()
         ]
         header = ["role", "data set", "root", "split", "images"]
-        return [Table(header, rows, "Data sets, as the run found them.", [4])] if rows else []
+        table = [Table(header, rows, "Data sets, as the run found them.", [4])] if rows else []
+        return [*self._bad_images(), *table]
+
+    def _bad_images(self) -> list[Block]:
+        counts = {stage: self.history.series(SKIPPED, stage).y for stage in self.history.stages()}
+        told = ", ".join(f"{counts[stage][-1]:.0f} in {stage}" for stage in counts if counts[stage])
+        text = f"Images that could not be read, and were replaced by others: {told}. {LOG_FILE} names them."
+        return [Note(text, problem=True)] if told else []
 
     def losses(self) -> list[Block]:
         """Both levels over the whole run."""

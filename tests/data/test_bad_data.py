@@ -97,29 +97,32 @@ def test_a_resumed_run_skips_to_the_same_samples_and_draws_the_same_for_them(ima
     assert numbers(other, 25) != whole[:, 0].flatten().tolist()
 
 
-def test_a_bad_file_is_named_once_however_often_it_is_drawn(images, caplog):
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_bad_file_is_named_once_however_often_it_is_drawn_and_whichever_worker_draws_it(images, workers, caplog):
     bad = [ORDER[1], ORDER[6]]
     for number in bad:
         remove(images, number)
+    loader = loader_of(images, workers)
     with caplog.at_level(logging.WARNING):
-        numbers(loader_of(images, on_bad="skip"), 30)
+        numbers(loader, 60)
     said = [record.getMessage() for record in caplog.records]
-    assert len(said) == 2
-    assert said[0] == f"Image {images.source(bad[0])} does not exist. Other samples take its place (1 bad so far)."
-    assert images.source(bad[1]) in said[1] and said[1].endswith("(2 bad so far).")
+    assert said == [
+        f"Image {images.source(number)} does not exist. Other samples take its place ({count} bad so far)."
+        for count, number in enumerate(bad, start=1)
+    ]
+    assert list(loader.bad) == [images.source(number) for number in bad]
 
 
-def test_each_worker_names_a_bad_file(images, tmp_path):
-    remove(images, ORDER[1])
-    handler = logging.FileHandler(tmp_path / "said")
-    samples.logger.addHandler(handler)
-    try:
-        numbers(loader_of(images, workers=2, on_bad="skip"), 60)
-    finally:
-        samples.logger.removeHandler(handler)
-        handler.close()
-    line = f"Image {images.source(ORDER[1])} does not exist. Other samples take its place (1 bad so far)."
-    assert (tmp_path / "said").read_text().splitlines() == [line] * 2
+@pytest.mark.parametrize("workers", [0, 1, 3])
+def test_which_bad_files_are_known_after_a_batch_does_not_depend_on_the_workers(images, workers):
+    for number in range(0, SIZE, 3):
+        remove(images, number)
+    loader, counts = loader_of(images, workers), []
+    for _ in islice(loader, 6):
+        counts.append(len(loader.bad))
+    alone = loader_of(images)
+    assert counts == [len(alone.bad) for _ in islice(alone, 6)]
+    assert counts == sorted(counts) and 0 < counts[0] < counts[-1]
 
 
 def test_a_read_that_fails_for_a_moment_only_is_done_again(images, monkeypatch, caplog):
@@ -140,14 +143,14 @@ def test_a_read_that_fails_for_a_moment_only_is_done_again(images, monkeypatch, 
 def test_a_bad_file_ends_the_run_where_it_is_not_to_be_skipped(images):
     remove(images, ORDER[2])
     with pytest.raises(DatasetError, match=rf"{images.source(ORDER[2])} does not exist\. Or set on_bad=skip"):
-        numbers(loader_of(images), 1)
+        numbers(loader_of(images, on_bad="error"), 1)
 
 
 @pytest.mark.parametrize("workers", [0, 1])
 def test_where_all_files_are_gone_the_run_ends(images, workers):
     for number in range(SIZE):
         remove(images, number)
-    with pytest.raises(DatasetError, match="1,000 samples in a row cannot be used; they were named"):
+    with pytest.raises(DatasetError, match=r"1,000 samples in a row cannot be used; the first of them: Image .*\.jpg"):
         numbers(loader_of(images, workers, on_bad="skip"), 1)
 
 
@@ -159,13 +162,35 @@ def test_what_is_no_fault_of_the_data_is_not_skipped(images):
         next(iter(build_train_loader(images, BATCH, broken, on_bad="skip")))
 
 
-def test_the_evaluation_never_skips(images):
+def test_a_bad_file_ends_an_evaluation_unless_it_is_to_be_left_out(images):
     remove(images, 3)
-    loader = build_test_loader(images, BATCH, number_and_draw)
-    with pytest.raises(DatasetError, match="does not exist"):
-        list(loader)
-    with pytest.raises(TypeError, match="on_bad"):
-        build_test_loader(images, BATCH, number_and_draw, on_bad="skip")
+    with pytest.raises(DatasetError, match=r"does not exist\. Or set on_bad=skip of this loader, to leave it out"):
+        list(build_test_loader(images, BATCH, number_and_draw))
+    with pytest.raises(ConfigError, match="on_bad is 'drop'; accepted are error and skip"):
+        build_test_loader(images, BATCH, number_and_draw, on_bad="drop")
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_an_evaluation_leaves_out_what_it_may_and_all_of_a_batch_if_need_be(images, workers, caplog):
+    bad = [3, 8, 9, 10, 11]
+    for number in bad:
+        remove(images, number)
+    loader = build_test_loader(images, BATCH, number_and_draw, num_workers=workers, on_bad="skip")
+    with caplog.at_level(logging.WARNING):
+        batches = [batch.tolist() for batch, _ in loader]
+    left = [[number for number in range(start, start + BATCH) if number not in bad] for start in range(0, SIZE, BATCH)]
+    assert batches == [batch for batch in left if batch] and len(batches) == len(left) - 1
+    said = [record.getMessage() for record in caplog.records]
+    assert said[0] == f"Image {images.source(3)} does not exist. It is left out (1 bad so far)." and len(said) == 5
+    assert list(loader.bad) == [images.source(number) for number in bad]
+
+
+def test_an_evaluation_reads_once_more_what_failed_for_a_moment(images, monkeypatch):
+    away = images.source(7)
+    os.rename(away, away + ".away")
+    monkeypatch.setattr(samples.time, "sleep", lambda seconds: os.rename(away + ".away", away))
+    loader = build_test_loader(images, BATCH, number_and_draw, on_bad="skip")
+    assert [number for batch, _ in loader for number in batch.tolist()] == list(range(SIZE)) and not loader.bad
 
 
 @pytest.fixture
@@ -182,7 +207,7 @@ def described(images, batch):
 
 @pytest.mark.parametrize("pin_memory", [False, pytest.param(True, marks=GPU)])
 def test_a_read_that_hangs_ends_with_the_names_of_the_samples(hanging, pin_memory):
-    loader = loader_of(hanging, 2, timeout=2, pin_memory=pin_memory)
+    loader = loader_of(hanging, 2, on_bad="error", timeout=2, pin_memory=pin_memory)
     stream = iter(loader)
     assert numbers(stream, 2) == ORDER[:8]
     with pytest.raises(DatasetError) as caught:
@@ -210,12 +235,10 @@ def test_a_read_that_hangs_is_given_up_twice_and_another_sample_takes_its_place(
     found = numbers(loader_of(images, workers, on_bad="skip", timeout=0.4), 10)
     assert [place for place in range(SIZE) if found[place] != ORDER[place]] == [9, 14]
     whole = loader_of(images, on_bad="skip", timeout=0.4)
-    if not workers:  # whose warnings are their processes' own
-        told = [record.getMessage() for record in caplog.records]
-        number = ORDER[9]
-        assert any(
-            f"Sample {number} ({images.source(number)}) was not read within timeout=0.4 seconds" in one for one in told
-        )
+    told, number = [record.getMessage() for record in caplog.records], ORDER[9]
+    assert any(
+        f"Sample {number} ({images.source(number)}) was not read within timeout=0.4 seconds" in one for one in told
+    )
     assert numbers(whole, 10) == found
 
 
@@ -244,7 +267,7 @@ def test_reading_that_only_takes_its_time_is_left_alone(images):
 
 def test_of_many_samples_the_first_are_named(images):
     hang(images, ORDER[0])
-    loader = build_train_loader(images, 12, number_and_draw, num_workers=1, seed=SEED, timeout=1)
+    loader = build_train_loader(images, 12, number_and_draw, num_workers=1, seed=SEED, on_bad="error", timeout=1)
     with pytest.raises(DatasetError, match=rf"batch 0, which has 12 samples: {ORDER[0]} .*\.jpg\) and 7 more\."):
         next(iter(loader))
 
@@ -351,22 +374,14 @@ def test_values_that_nothing_stands_for_are_refused(images):
         with pytest.raises(ConfigError, match=rf"timeout is {timeout!r}; it must be a number of seconds"):
             loader_of(images, 2, timeout=timeout)
     with pytest.raises(ConfigError, match="timeout=2.5 needs num_workers of 1 or more: without workers the run itself"):
-        loader_of(images, timeout=2.5)
+        loader_of(images, on_bad="error", timeout=2.5)
     with pytest.raises(
-        ConfigError, match=r"has its own\. Set it there, as in dataloader\.pretext\.dataset\.on_bad=skip"
+        ConfigError, match=r"has its own\. Set it there, as in dataloader\.pretext\.dataset\.on_bad=error"
     ):
-        loader_of(SimpleNamespace(stream=None), on_bad="skip")
+        loader_of(SimpleNamespace(stream=None), on_bad="error")
 
 
-def test_a_run_skips_and_a_check_refuses_what_it_does_not_know(scenes_copy, tiny, train_net, tmp_path):
-    root, folder = scenes_copy
-    said = train_net("--dry-run", *tiny(), "+dataloader.train.on_bad=drop", datasets=root).message()
-    assert "on_bad is 'drop'; accepted are error and skip." in said
-    said = train_net("--dry-run", *tiny(), "+dataloader.test.on_bad=skip", datasets=root).message()
-    assert "on_bad" in said
-    overrides = tiny(train__stages="[pretrain]", train__output_dir=tmp_path / "run")
-    for picture in sorted((folder / "JPEGImages").iterdir())[::4]:
-        os.truncate(picture, 100)
-    assert "does not decode" in train_net(*overrides, datasets=root).message()
-    overrides = [one.replace("/run", "/another") for one in overrides]
-    assert train_net(*overrides, "+dataloader.pretext.on_bad=skip", datasets=root).status == 0
+def test_a_check_refuses_what_it_does_not_know(tiny, train_net):
+    for role in ("train", "test"):
+        said = train_net("--dry-run", *tiny(), f"+dataloader.{role}.on_bad=drop").message()
+        assert "on_bad is 'drop'; accepted are error and skip." in said

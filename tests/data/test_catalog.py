@@ -1,5 +1,7 @@
 import contextlib
+import hashlib
 import io
+import os
 import struct
 from pathlib import Path
 
@@ -10,7 +12,7 @@ from PIL import EpsImagePlugin, Image
 from sklearn.datasets import load_sample_image
 from torchvision.transforms.v2.functional import pil_to_tensor
 
-from bissl_zoo.data.catalog import datasets_root, load_image, load_pixels, require_folder
+from bissl_zoo.data.catalog import datasets_root, load_image, load_pixels, require_folder, sample_digest
 from bissl_zoo.data.folder import ImageFolder
 from bissl_zoo.data.views import two_views
 from bissl_zoo.errors import DatasetError
@@ -39,6 +41,40 @@ def test_missing_folder_says_where_the_variable_points(tmp_path, monkeypatch):
     monkeypatch.setenv("BISSL_ZOO_DATASETS", str(tmp_path))
     with pytest.raises(DatasetError, match=f"it is '{tmp_path}'"):
         require_folder(datasets_root() / "birds", "Birds")
+
+
+class Files:
+    """A data set that knows its files alone, and its folder where it has one."""
+
+    def __init__(self, folder, names, root=None):
+        self.folder, self.names = folder, names
+        if root:
+            self.root = root
+
+    def __len__(self):
+        return len(self.names)
+
+    def source(self, index):
+        return str(self.folder / self.names[index])
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_copies_of_a_set_that_lie_anywhere_have_one_digest(tmp_path, monkeypatch, known):
+    monkeypatch.setenv("BISSL_ZOO_DATASETS", str(tmp_path / "datasets"))
+    names = ["a/1.jpg", "b/1.jpg"]
+    copies = [tmp_path / "one", tmp_path / "another" / "deeper", Path(os.path.relpath(tmp_path / "third"))]
+    digests = {sample_digest(Files(copy, names, copy if known else None)) for copy in copies}
+    assert digests == {hashlib.sha256(b"a/1.jpg\nb/1.jpg").hexdigest()}
+    assert sample_digest(Files(copies[0], names[:1], copies[0])) not in digests
+
+
+def test_a_set_below_the_data_sets_root_is_named_from_there(tmp_path, monkeypatch):
+    digests = set()
+    for place in ("here", "there"):
+        monkeypatch.setenv("BISSL_ZOO_DATASETS", str(tmp_path / place))
+        folder = tmp_path / place / "birds" / "train"
+        digests.add(sample_digest(Files(folder, ["b.jpg", "a.jpg"], folder)))
+    assert digests == {hashlib.sha256(b"birds/train/a.jpg\nbirds/train/b.jpg").hexdigest()}
 
 
 def test_folder_that_exists_is_returned(tmp_path):

@@ -158,6 +158,23 @@ def test_classes_that_are_not_there_are_refused(folder, classes, problem):
     assert re.search(problem, refusal(classes=classes))
 
 
+def test_classes_may_be_absent_from_the_file_and_are_named_then(folder, caplog):
+    dataset = COCODetection(classes=["zebra", "person", "boat", "dog", "toothbrush"])
+    assert dataset.classes == ["zebra", "person", "boat", "dog", "toothbrush"]
+    assert dataset.target(0)["labels"].tolist() == [3, 1]
+    assert "has no category zebra, boat; no image has such objects" in caplog.text
+    caplog.clear()
+    COCODetection(classes=["dog", "person"])
+    assert "has no category" not in caplog.text
+
+
+def test_absent_classes_that_look_misspelt_or_are_all_there_is_are_refused(folder):
+    message = refusal(classes=["zebra", "person", "dogs"])
+    assert "have no category 'dogs'. Did you mean 'dog'? If 'dogs' is right, add it to the file's" in message
+    assert len(COCODetection(classes=["dog", "dogs"])) == 4  # dog is chosen, so dogs is another
+    assert refusal(classes=["zebra"]).endswith("have no category 'zebra'.")
+
+
 def test_unlabelled_reads_the_list_of_images_alone(folder, content):
     bare = [{"id": one["id"], "file_name": one["file_name"]} for one in content["images"]]
     write(folder, {"images": bare, "annotations": "none"})

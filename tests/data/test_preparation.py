@@ -10,13 +10,14 @@ import numpy as np
 import pytest
 import torchvision.datasets as tv
 from faulty_server import Answer, FaultyServer
-from original_layouts import CALTECH, WRITERS, picture, sizes_of
+from original_layouts import CALTECH, WRITERS, sizes_of, write_coco_detection
 from scipy.io import savemat
 
+from bissl_zoo.config import LazyConfig, config_root
 from bissl_zoo.data import preparation
 from bissl_zoo.data.classification_sets import CLASSIFICATION_SETS
 from bissl_zoo.data.downloads import SOURCES, from_archive
-from bissl_zoo.data.preparation import catalog, prepare, survey
+from bissl_zoo.data.preparation import catalog, listing, prepare, survey
 from bissl_zoo.errors import DatasetError
 from bissl_zoo.registry import DATASETS
 
@@ -55,7 +56,7 @@ def test_a_whole_set_is_found_whole(name, small):
     fetched, found = prepare(name)
     sizes = sizes_of(name)
     trainval = sizes.get("trainval") or sizes["train"] + sizes["val"]
-    assert fetched == [] and found.problems == []
+    assert fetched == [] and found.problems == [] and found.notes == []
     assert counts(found).items() >= {**sizes, "trainval": trainval}.items()
     assert counts(found)["train"] + counts(found)["val"] == trainval
     assert {one.classes for one in found.found if one.split != "unlabeled"} == {CLASSES.get(name, 3)}
@@ -114,23 +115,11 @@ def test_what_is_not_known_is_told_with_the_nearest():
 # detection sets
 
 
-def write_coco(root):
-    for split, count in (("train2017", 3), ("val2017", 2)):
-        for number in range(count):
-            picture(root / "coco" / split / f"{number:012d}.jpg", 0, number, (20, 16))
-        images = [{"id": n, "file_name": f"{n:012d}.jpg", "width": 20, "height": 16} for n in range(count)]
-        box = {"bbox": [1, 2, 8, 9], "category_id": 1, "iscrowd": 0, "area": 72}
-        boxes = [{"id": n, "image_id": n // 2, **box} for n in range(count)]
-        (root / "coco" / "annotations").mkdir(exist_ok=True, parents=True)
-        content = {"images": images, "annotations": boxes, "categories": [{"id": 1, "name": "cat"}]}
-        (root / "coco" / "annotations" / f"instances_{split}.json").write_text(json.dumps(content))
-
-
 def test_detection_sets_are_counted_with_their_boxes(small, monkeypatch):
     WRITERS["voc2007_classification"](small)
     WRITERS["voc2007_classification"](small, "VOCdevkit/VOC2012")
-    write_coco(small)
-    found, problems = survey("voc_detection", open_files=True, num_workers=0)
+    write_coco_detection(small)
+    found, problems = survey("voc_detection", open_files=True, num_workers=0)[:2]
     assert [(one.split, one.images) for one in found] == [
         ("2007_trainval", 30),
         ("2007_test", 15),
@@ -139,13 +128,60 @@ def test_detection_sets_are_counted_with_their_boxes(small, monkeypatch):
     assert all(one.boxes > one.images and one.classes == 20 for one in found)
     assert len(problems) == 3 and all("but the original has" in problem for problem in problems)
     assert "boxes" in survey("voc_detection").table()
-    found, problems = survey("coco_detection", open_files=True, num_workers=0)
-    assert [tuple(one) for one in found] == [("train2017", 3, 1, 3), ("val2017", 2, 1, 2)]
-    assert "coco_detection, split train2017: 3 images, but the original has 118,287." in problems
-    assert "coco_detection, split train2017: 1 classes, but the original has 80." in problems
-    (small / "coco" / "val2017" / "000000000001.jpg").write_bytes(b"")
+    assert survey("voc_detection").notes == []
+
+
+@pytest.fixture
+def coco(small, monkeypatch):
+    """A small COCO that counts as the original."""
+    write_coco_detection(small)
+    entry = catalog()["coco_detection"]._replace(images={"train2017": 3, "val2017": 2}, classes=1)
+    monkeypatch.setattr(preparation, "catalog", lambda: {"coco_detection": entry})
+    return small / "coco"
+
+
+def test_whole_coco_is_found_whole_for_all_its_boxes_without_height(coco):
+    for looked in (survey("coco_detection", open_files=True, num_workers=0), prepare("coco_detection")[1]):
+        assert looked.problems == []
+        assert [tuple(one) for one in looked.found] == [("train2017", 3, 1, 3), ("val2017", 2, 1, 2)]
+        (note,) = looked.notes
+        assert note.startswith("coco_detection, split train2017: left out 1 objects with an impossible box")
+        assert "annotation 4 (id 918): the box has no area" in note
+
+
+def test_what_is_wrong_with_coco_is_still_found(coco):
+    (coco / "val2017" / "000000000001.jpg").write_bytes(b"")
+    (coco / "train2017" / "000000000000.jpg").unlink()
     problems = survey("coco_detection", open_files=True, num_workers=0).problems
     assert sum("000000000001.jpg does not decode" in problem for problem in problems) == 1
+    assert "coco_detection, split train2017: 2 images, but the original has 3." in problems
+    assert any("left out 1 images" in problem and "000000000000.jpg" in problem for problem in problems)
+    path = coco / "annotations" / "instances_val2017.json"
+    content = json.loads(path.read_text())
+    content["annotations"][0]["bbox"][3] = 0
+    path.write_text(json.dumps(content))
+    assert any("the box has no area" in problem for problem in survey("coco_detection").problems)
+
+
+def test_coco_is_opened_as_its_config_opens_it():
+    cfg = LazyConfig.load(config_root() / "common" / "data" / "coco.py")
+    for arguments, role in zip(catalog()["coco_detection"].splits.values(), ("train", "test"), strict=True):
+        own = {key: value for key, value in cfg[role].dataset.items() if key not in ("_target_", "name", "root")}
+        assert arguments == own
+
+
+def test_the_list_reads_no_annotations_of_boxes(coco, monkeypatch):
+    (coco / "annotations" / "instances_train2017.json").write_text("a list of what is there need not read this")
+    assert "train2017 3, val2017 2" in listing() and "problems" not in listing()
+    (coco / "annotations" / "instances_train2017.json").unlink()
+    assert "val2017 2 (1 problems)" in listing()
+    WRITERS["voc2007_classification"](coco.parent)
+    monkeypatch.undo()
+    monkeypatch.setenv("BISSL_ZOO_DATASETS", str(coco.parent))
+    for file in (coco.parent / "VOCdevkit" / "VOC2007" / "Annotations").iterdir():
+        file.write_text("")
+    row = next(line for line in listing().splitlines() if line.startswith("voc_detection"))
+    assert "2007_trainval 30, 2007_test 15" in row
 
 
 # downloads, of the small sets in archives, by torchvision from a server here

@@ -159,7 +159,7 @@ def test_the_buffer_shuffles_within_its_reach():
 
 
 def test_going_on_reads_only_the_shards_that_are_still_wanted(folder):
-    dataset = shards(folder, shuffle_buffer=1)
+    dataset = shards(folder, shuffle_buffer=1, on_bad="error")
     whole = stream(dataset, 12)
     gone = next(
         k for k, size in enumerate(SIZES) if set(range(sum(SIZES[:k]), sum(SIZES[: k + 1]))) <= set(flat(whole[:6]))
@@ -192,7 +192,7 @@ def damaged(folder, shard=2, sample=3):
 def test_a_member_that_does_not_decode_is_named(folder):
     number = damaged(folder)
     with pytest.raises(DatasetError) as caught:
-        stream(shards(folder), 12)
+        stream(shards(folder, on_bad="error"), 12)
     message = str(caught.value)
     assert f"'{number:04d}.jpg' in shard {folder}/s-000002.tar does not decode" in message
     assert re.search(r"\(UnidentifiedImageError: cannot identify image file of \d+ bytes\)", message)
@@ -210,13 +210,24 @@ def test_skipping_fills_the_place_of_a_broken_member_and_moves_no_other(original
         assert stream(dataset, 26 - start, 4, workers, start) == filled[start:]
 
 
-def test_a_broken_member_is_told_of_once_and_counted(folder, caplog):
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_broken_member_is_replaced_unless_asked_told_of_once_and_counted_over_all_workers(folder, workers, caplog):
     damaged(folder, 2, 3), damaged(folder, 4, 0)
     with caplog.at_level(logging.WARNING):
-        stream(shards(folder, on_bad="skip"), 36)
+        stream(shards(folder), 60, num_workers=workers)
     told = [record.getMessage() for record in caplog.records]
     assert len(told) == 2 and all("does not decode" in line for line in told)
-    assert "(2 broken so far)" in told[1]
+    assert "(1 bad so far)" in told[0] and "(2 bad so far)" in told[1]
+
+
+def test_a_stream_begins_anew_with_what_it_met(folder):
+    damaged(folder, 2, 3)
+    dataset, found = shards(folder), []
+    for _ in range(2):
+        loader = build_train_loader(dataset, 4, number_of)
+        list(islice(loader, 12))
+        found.append(list(loader.bad))
+    assert found[0] == found[1] and len(found[0]) == 1 and "s-000002.tar" in found[0][0]
 
 
 @pytest.mark.parametrize("how", ["missing", "truncated", "no tar"])
@@ -229,7 +240,7 @@ def test_a_broken_shard_is_named_or_others_stand_in(original, folder, how, caplo
         path.write_bytes(content[: len(content) // 2] if how == "truncated" else b"x" * len(content))
     reason = {"missing": "does not exist", "truncated": "index says", "no tar": "cannot be read: ReadError"}[how]
     with pytest.raises(DatasetError, match=rf'Shard {path} .*{reason}.*on_bad="skip"'):
-        stream(shards(folder), 12)
+        stream(shards(folder, on_bad="error"), 12)
     dataset, lost = shards(folder, on_bad="skip"), range(14, 26)
     good, filled = flat(stream(shards(original), 24)), flat(stream(dataset, 24))
     stand_ins = [after for before, after in zip(good, filled, strict=True) if before in lost]
@@ -266,7 +277,7 @@ def test_an_index_reads_one_sample(original, folder):
     assert number_of(*skipping[number]) == number + 1
     assert number_of(*skipping[9]) == 14  # the first of the shard that follows
     with pytest.raises(DatasetError, match=f"'{number:04d}.jpg' in shard"):
-        shards(folder)[number]
+        shards(folder, on_bad="error")[number]
 
 
 def test_pictures_are_upright(tmp_path):
@@ -415,7 +426,7 @@ def test_a_remote_shard_that_is_missing_or_short_is_named_or_replaced(original, 
         if content:
             server.files[path] = content
         with pytest.raises(DatasetError, match=f"Shard {server.address}{path} "):
-            stream(shards(f"{server.address}/set"), 12)
+            stream(shards(f"{server.address}/set", on_bad="error"), 12)
         dataset = shards(f"{server.address}/set", on_bad="skip")
         filled = flat(stream(dataset, 24))
         assert [a for b, a in zip(good, filled, strict=True) if b not in range(14, 26)] == [

@@ -234,6 +234,17 @@ def test_set_in_which_everything_is_skipped_is_refused(devkit):
         VOCDetection(splits=["2007_test"], on_bad_annotation="skip")
 
 
+def test_the_three_folders_are_read_themselves_by_splits_without_a_year(devkit, tmp_path, monkeypatch):
+    whole = VOCDetection(splits=["2007_train"])
+    devkit.rename(tmp_path / "cells")
+    for root in ("cells", str(tmp_path / "cells")):
+        own = VOCDetection(root=root, splits=["train"])
+        assert len(own) == len(whole) and own.classes == whole.classes
+        assert own.source(0) == str(tmp_path / "cells" / "JPEGImages" / "000001.jpg")
+    with pytest.raises(DatasetError, match=r"trian.txt does not exist. Did you mean 'train'"):
+        VOCDetection(root="cells", splits=["trian"])
+
+
 def test_empty_split_missing_split_and_malformed_split_are_refused(devkit):
     (devkit / "ImageSets" / "Main" / "val.txt").write_text("\n")
     with pytest.raises(DatasetError, match=r"val.txt is empty"):

@@ -14,7 +14,7 @@ from bissl_zoo.engine.bissl import build_bissl
 from bissl_zoo.engine.build import Weights, build_downstream
 from bissl_zoo.engine.evaluate import evaluate
 from bissl_zoo.engine.run import open_context
-from bissl_zoo.errors import BisslZooError, ConfigError, DatasetError
+from bissl_zoo.errors import BisslZooError, ConfigError
 from bissl_zoo.registry import build_backbone, build_task
 
 CLASSES = ["cat", "dog"]
@@ -380,11 +380,20 @@ def test_the_common_configs_build_on_a_resnet50(name, stage, maps):
     assert tuple(task.maps) == (maps or (stage,)) and (task.fpn is None) == (not maps)
 
 
-def test_an_image_of_which_nothing_would_be_left_is_refused_and_not_a_crash():
-    _, task = build(min_size=196, max_size=320)
-    objects = target([[0.0, 0.0, 9.0, 9.0]], [0], image_id=7)
-    for train in (True, False):
-        transform = task.transform(train)
-        with pytest.raises(DatasetError, match="Image 7 has 20000 x 10 pixels, of which no row or column is left"):
-            transform(Image.new("RGB", (20_000, 10)), objects)
-        assert transform(Image.new("RGB", (3_200, 10)), objects)[0].shape == (3, 10, 3_200)  # a row is
+@pytest.mark.parametrize("size", [(20_000, 10), (10, 20_000), (3_201, 10), (3_200, 10), (3_199, 10), (640, 1)])
+def test_an_image_of_which_nothing_would_be_left_is_padded_until_a_row_is(size):
+    trunk, task = build(min_size=196, max_size=320)
+    given = target([[0.0, 0.0, 1.0, 1.0]], [0])
+    image, kept = task.transform(train=False)(Image.new("RGB", size, (255, 255, 255)), given)
+    width, height = size
+    assert torch.equal(image[:, :height, :width], torch.ones(3, height, width)) and kept is given
+    padded = 3 * (image[0].numel() - width * height)
+    assert (image == 0).sum() == padded and (padded > 0) == (max(size) >= 320 * min(size))
+    trunk.eval(), task.eval()
+    resized, _ = task.resize([image])
+    assert min(resized.image_sizes[0]) >= 1 and max(resized.image_sizes[0]) <= 320
+    (found,) = task.predict(trunk, [image])
+    assert found["boxes"].shape[1] == 4
+    trunk.train(), task.train()
+    losses = task.losses(trunk, task.collate([task.transform(train=True)(Image.new("RGB", size), given)] * 2))
+    assert all(torch.isfinite(loss) for loss in losses.values())

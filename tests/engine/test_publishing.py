@@ -7,10 +7,11 @@ from pathlib import Path
 import pytest
 
 from bissl_zoo.config import LazyConfig
+from bissl_zoo.engine.checks import check_config
 from bissl_zoo.engine.facts import read_facts
 from bissl_zoo.engine.publishing import publish_run, published, read_results
 from bissl_zoo.engine.run import run
-from bissl_zoo.errors import BisslZooError, CheckpointError
+from bissl_zoo.errors import BisslZooError, CheckpointError, ConfigError
 from bissl_zoo.zoo import Zoo, get_config, get_entry, list_backbones
 
 
@@ -47,6 +48,29 @@ def test_a_finished_run_that_is_resumed_is_not_published_twice(finished, tiny_co
     before = list_backbones(zoo=zoo)
     assert run(cfg, "test", resume=True)["entry"] == published(finished)
     assert list_backbones(zoo=zoo) == before
+
+
+@pytest.mark.parametrize(
+    ("name", "backbone", "right"),
+    [
+        ("resnet18.mine", "resnet50", "train.publish.name=resnet50.mine"),
+        ("resnet18.mine", "test_resnet", "train.publish.name=test_resnet.mine"),
+        ("resnet18", "resnet50", "train.publish.name=resnet50,"),
+    ],
+)
+def test_an_entry_that_is_named_after_another_network_is_refused(tiny_config, name, backbone, right):
+    cfg = tiny_config(train__publish__name=name, backbone__name=backbone)
+    with pytest.raises(ConfigError, match=f"no resnet18 but {backbone}. Set {right}"):
+        check_config(cfg, "test")
+    cfg.train.stages = ["finetune"]  # publishes nothing
+    check_config(cfg, "test")
+
+
+@pytest.mark.parametrize("name", ["resnet50.mine", "cells.resnet18", "mine", None])
+def test_an_entry_may_be_named_after_its_network_or_after_none(tiny_config, name):
+    cfg = tiny_config(backbone__name="resnet50")
+    cfg.train.publish.name = name
+    check_config(cfg, "test")
 
 
 def test_a_run_that_only_fine_tunes_publishes_nothing(finished, tiny_config, at_scenes, tmp_path):

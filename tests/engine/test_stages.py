@@ -267,6 +267,13 @@ def test_coupling_is_lambda_times_the_rate_summed_over_the_steps(tiny_config, at
     assert coupling(Context(cfg, {}, torch.device("cpu"))) == pytest.approx(0.25 * (0.2 / 0.2) * 0.5 * 21)
 
 
+@pytest.mark.parametrize("kind", ["timm.optim.Lars", "timm.optim.Lamb", "torch.optim.AdamW"])
+def test_nothing_is_said_of_the_coupling_where_steps_are_not_the_rate_times_the_gradient(tiny_config, kind):
+    cfg = tiny_config(bilevel__lambda=1e-9)
+    cfg.optimizer.lower = {"_target_": kind, "lr": 0.1}
+    assert coupling(Context(cfg, {}, torch.device("cpu"))) is None
+
+
 def test_epochs_count_the_samples_and_steps_count_themselves():
     images = range(10)
     assert count_steps(OmegaConf.create({"steps": None, "epochs": 3}), "finetune", images, 4) == 8  # of 7.5

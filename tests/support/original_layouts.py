@@ -265,9 +265,24 @@ def write_imagenet(root):
             picture(root / "imagenet" / name / wnid / file, label, number)
 
 
+def write_coco_detection(root):
+    """Three images to train on and two to test on, of 20 x 16; as in the original, a box of train2017 has no height."""
+    folder, box = root / "coco", {"category_id": 1, "iscrowd": 0, "area": 72}
+    (folder / "annotations").mkdir(parents=True, exist_ok=True)
+    for split, count in (("train2017", 3), ("val2017", 2)):
+        boxes = [{"id": n, "image_id": n // 2, "bbox": [1, 2, 8, 4 + n], **box} for n in range(count)]
+        if split == "train2017":
+            boxes.append({"id": 918, "image_id": 2, "bbox": [9.65, 8.33, 1.03, 0.0], **box})
+        for number in range(count):
+            picture(folder / split / f"{number:012d}.jpg", 0, number, (20, 16))
+        images = [{"id": n, "file_name": f"{n:012d}.jpg", "width": 20, "height": 16} for n in range(count)]
+        content = {"images": images, "annotations": boxes, "categories": [{"id": 1, "name": "cat"}]}
+        (folder / "annotations" / f"instances_{split}.json").write_text(json.dumps(content))
+
+
 #: the writers by the names of the sets
 WRITERS = {name.removeprefix("write_"): write for name, write in globals().items() if name.startswith("write_")}
-del WRITERS["lines"], WRITERS["cifar"]
+del WRITERS["lines"], WRITERS["cifar"], WRITERS["coco_detection"]  # the last is no classification set
 
 
 def sizes_of(name):

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from command_line import load_tool
 from faulty_server import FaultyServer
-from original_layouts import WRITERS, sizes_of
+from original_layouts import WRITERS, sizes_of, write_coco_detection
 from PIL import Image
 
 from bissl_zoo.data import ShardDataset
@@ -167,7 +167,7 @@ def packed(prepare, images, tmp_path):
 
 def test_check_finds_what_is_wrong_and_only_that(prepare, packed):
     status, said = prepare("--check", packed)
-    assert status == 0 and "checked    3 shards, 14 images: 0 problems" in said
+    assert status == 0 and f"\nchecked    {packed}: 3 shards, 14 images: 0 problems" in said and "split" not in said
     path = packed / "s-000001.tar"
     with tarfile.open(path) as tar:
         member = tar.getmembers()[2]
@@ -288,3 +288,30 @@ def test_without_a_network_the_page_and_the_files_are_told(prepare, tmp_path, mo
     assert status == 1 and "dtd is not downloaded (URLError" in said
     assert "https://www.robots.ox.ac.uk/~vgg/data/dtd/" in said and "dtd-r1.0.1.tar.gz unpacks" in said
     assert os.listdir(tmp_path / "new") == []
+
+
+def test_data_of_ones_own_are_counted_and_every_file_is_opened(prepare, tmp_path):
+    for name in ("cat/1.jpg", "cat/2.jpg", "dog/1.jpg"):
+        (tmp_path / "mine" / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (8, 8)).save(tmp_path / "mine" / name)
+    status, said = prepare("--check", tmp_path / "mine")
+    assert status == 0 and ["images", "3", "2"] in [line.split() for line in said.splitlines()]
+    assert f'note       images is read by L(build_dataset)(name="image_folder", root="{tmp_path}/mine")' in said
+    assert said.endswith(f"checked    {tmp_path}/mine: 0 problems\n")
+    (tmp_path / "mine" / "dog" / "1.jpg").write_bytes(b"")
+    status, said = prepare("--check", tmp_path / "mine")
+    assert status == 1 and "wrong      Image" in said and "dog/1.jpg does not decode" in said
+
+
+def test_boxes_of_ones_own_are_measured_and_those_of_coco_found_by_file_and_folder(prepare, tmp_path, monkeypatch):
+    write_coco_detection(tmp_path)
+    file = tmp_path / "coco" / "annotations" / "instances_val2017.json"
+    (tmp_path / "coco" / "val2017").rename(tmp_path / "far away")
+    monkeypatch.chdir(tmp_path)
+    status, said = prepare("--check", file, "--images", "far away")
+    assert status == 0 and "0 problems" in said
+    (line,) = [line for line in said.splitlines() if "height / width" in line]
+    expected = np.percentile([4 / 8, 5 / 8], [5, 25, 50, 75, 95])
+    assert [float(number) for number in line.split()[-5:]] == pytest.approx(expected, rel=1e-3)
+    status, said = prepare("--check", "coco_detection", "--root", tmp_path)
+    assert status == 1 and "note       coco_detection, split train2017: left out 1 objects" in said

@@ -1,16 +1,30 @@
-"""The classification sets of the papers by name: `dataloader = dict(pretext=..., **loaders("food101"))`."""
+"""The classification sets of the papers by name: `dataloader = dict(pretext=..., **loaders("food101"))`.
+
+An image that does not decode is replaced in training and counted, or ends it by `+dataloader.train.on_bad=error`; it
+ends an evaluation, or is left out of it by `+dataloader.test.on_bad=skip`.
+"""
 
 from bissl_zoo.config import LazyCall as L
 from bissl_zoo.data.loaders import build_test_loader, build_train_loader
 from bissl_zoo.registry import build_dataset
 
 
-def loaders(name, train="trainval", test="test", batch_size=256, num_workers=8, **arguments):
-    """The loaders `train` and `test` of a set, each of one of its splits.
+def loaders(name, train=None, test="test", batch_size=256, num_workers=8, val=None, **arguments):
+    """The loaders `train` and `test` of a set, each of one of its splits, and `val` where a split is named for it.
 
-    To tune on images that the test never sees: `train="train", test="val"`. Further arguments are those of the set:
-    `val_fraction`, `seed`, `root`, `partition`, `fold`, `difficult`.
+    `val="val"` is what `finetune.early_stopping` chooses weights by; training images are then the split "train", which
+    shares none with it, and otherwise "trainval". To tune on images that the test never sees: `train="train",
+    test="val"`. Further arguments are those of the set: `val_fraction`, `seed`, `root`, `partition`, `fold`,
+    `difficult`.
     """
+    train = train or ("train" if val else "trainval")
+    validation = dict(
+        val=L(build_test_loader)(
+            dataset=L(build_dataset)(name=name, split=val, **arguments),
+            batch_size=batch_size,
+            num_workers=num_workers,
+        )
+    )
     return dict(
         train=L(build_train_loader)(
             dataset=L(build_dataset)(name=name, split=train, **arguments),
@@ -22,6 +36,7 @@ def loaders(name, train="trainval", test="test", batch_size=256, num_workers=8, 
             batch_size=batch_size,
             num_workers=num_workers,
         ),
+        **(validation if val else {}),
     )
 
 

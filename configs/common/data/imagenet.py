@@ -1,4 +1,7 @@
-"""ImageNet-1k's training images without their labels, the pretext data of the papers."""
+"""ImageNet-1k's training images without their labels, the pretext data of the papers.
+
+An image that does not decode is replaced by another and counted; `+dataloader.pretext.on_bad=error` ends the run there.
+"""
 
 from bissl_zoo.config import LazyCall as L
 from bissl_zoo.data.loaders import build_train_loader

@@ -1,4 +1,8 @@
-"""VOC07+12 detection: VOC2007 trainval and VOC2012 trainval to train, VOC2007 test to test."""
+"""VOC07+12 detection: VOC2007 trainval and VOC2012 trainval to train, VOC2007 test to test.
+
+An image that does not decode is replaced in training and counted, or ends it by `+dataloader.train.on_bad=error`; it
+ends an evaluation, or is left out of it by `+dataloader.test.on_bad=skip`.
+"""
 
 from bissl_zoo.config import LazyCall as L
 from bissl_zoo.data.loaders import build_test_loader, build_train_loader

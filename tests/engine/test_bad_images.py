@@ -1,0 +1,188 @@
+"""One bad image among many: a run goes on, says so, counts it, and evaluates without it only where it is asked to."""
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+from forked_runs import exit_status, start_run
+
+from bissl_zoo.data import samples
+from bissl_zoo.engine import bad_images
+from bissl_zoo.engine.bad_images import SKIPPED, Readable, skips
+from bissl_zoo.engine.build import Weights
+from bissl_zoo.engine.checks import check_parts
+from bissl_zoo.engine.evaluate import figures_of
+from bissl_zoo.engine.finetune import build_finetune
+from bissl_zoo.engine.pretrain import build_pretrain
+from bissl_zoo.engine.probe import build_probe
+from bissl_zoo.engine.run import open_context, results_table
+from bissl_zoo.errors import DatasetError
+from bissl_zoo.report.run import RunReport
+
+
+@pytest.fixture(autouse=True)
+def at_once(monkeypatch):
+    monkeypatch.setattr(samples, "PAUSE", 0.0)
+
+
+@pytest.fixture
+def open_run(tiny_config, scenes_copy, monkeypatch, tmp_path):
+    """`open_run(train__stages=...)` -> the context of a run on a copy of the scenes that may be damaged."""
+    monkeypatch.setenv("BISSL_ZOO_DATASETS", str(scenes_copy[0]))
+
+    def build(name="run", skip_test=False, **changed):
+        cfg = tiny_config(train__output_dir=tmp_path / name, train__publish__name="null", **changed)
+        if skip_test:
+            cfg.dataloader.test.on_bad = "skip"
+        return open_context(cfg, "test")
+
+    return build
+
+
+def spoil(context, role, *numbers):
+    """Truncate the files of these samples."""
+    files = [context.data[role].source(number) for number in numbers]
+    for file in files:
+        os.truncate(file, 300)
+    return files
+
+
+def go(cfg, processes=1, meeting=None):
+    pids = [start_run(cfg, rank, processes, meeting) for rank in range(processes)]
+    assert [exit_status(pid) for pid in pids] == [0] * processes
+    folder = Path(cfg.train.output_dir)
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return lines, (folder / "log.txt").read_text()
+
+
+def counts(lines, stage):
+    return [line.get(SKIPPED, 0) for line in lines if line["stage"] == stage]
+
+
+def test_a_run_goes_on_counts_and_names_what_it_could_not_read(open_run):
+    context = open_run(skip_test=True, bilevel__alternations=4)
+    bad = {"pretext": spoil(context, "pretext", *range(0, 24, 4)), "train": spoil(context, "train", 0, 5)}
+    (left_out,) = spoil(context, "test", 2)
+    lines, log = go(context.cfg)
+    found = counts(lines, "pretrain")
+    assert found == sorted(found) and 0 < found[-1] <= 6
+    total = len(bad["pretext"]) + len(bad["train"])
+    assert counts(lines, "bissl")[-1] == total  # of both levels
+    for role, (all_of_it, stage) in {"pretext": (24, "bissl"), "train": (16, "bissl")}.items():
+        (line,) = [one for one in log.splitlines() if f"[{stage}] data: " in one and f"images of {role}" in one]
+        assert f"{len(bad[role])} of {all_of_it} images of {role} could not be read and were replaced: " in line
+        assert sum(file in line for file in bad[role]) == min(5, len(bad[role]))
+        assert ("and 1 more" in line) == (role == "pretext")
+    results = json.loads((Path(context.cfg.train.output_dir) / "results.json").read_text())
+    assert [figures["left_out"] for figures in results.values()] == [1] * len(results) and "AP50" in results["bissl"]
+    assert f"{left_out} does not decode" in log and "It is left out (1 bad so far)." in log and "left_out 1\n" in log
+    (note,) = RunReport(Path(context.cfg.train.output_dir), images=0)._bad_images()
+    assert note.problem and f"{total} in bissl" in note.text
+
+
+def test_a_run_without_bad_images_says_nothing_of_them(open_run):
+    context = open_run(train__stages="[pretrain, finetune]", skip_test=True)
+    lines, log = go(context.cfg)
+    assert not any(SKIPPED in line for line in lines) and "could not be read" not in log
+    results = json.loads((Path(context.cfg.train.output_dir) / "results.json").read_text())
+    assert "left_out" not in results["pretrained"]
+    assert RunReport(Path(context.cfg.train.output_dir), images=0)._bad_images() == []
+
+
+def test_a_resumed_run_and_one_of_two_processes_count_the_same(open_run, tmp_path):
+    whole = open_run("whole", train__stages="[pretrain]", pretrain__steps=8)
+    spoil(whole, "pretext", *range(0, 24, 3))
+    lines, log = go(whole.cfg)
+    unbroken = counts(lines, "pretrain")
+    assert 0 < unbroken[0] < unbroken[-1] == 8
+    parts = [open_run("parts", train__stages="[pretrain]", pretrain__steps=steps).cfg for steps in (2, 8)]
+    for cfg in parts:
+        lines, resumed = go(cfg)
+    assert counts(lines, "pretrain") == unbroken
+    (end,) = [one.partition("warning: ")[2] for one in log.splitlines() if "images of pretext could not be" in one]
+    assert resumed.count(end) == 1
+    two = open_run("two", train__stages="[pretrain]", pretrain__steps=8)
+    lines, _ = go(two.cfg, processes=2, meeting=tmp_path / "meeting")
+    assert counts(lines, "pretrain") == unbroken
+
+
+def test_two_processes_leave_out_the_same_test_images_as_one(open_run, tmp_path):
+    results = {}
+    for processes in (1, 2):
+        context = open_run(f"of {processes}", skip_test=True, train__stages="[finetune]", finetune__steps=1)
+        # of the second process, all but one
+        spoil(context, "test", 1, 3, 5)
+        go(context.cfg, processes, tmp_path / "meeting")
+        results[processes] = json.loads((Path(context.cfg.train.output_dir) / "results.json").read_text())["init"]
+    assert results[1]["left_out"] == results[2]["left_out"] == 3
+
+
+def test_a_test_set_of_which_nothing_can_be_used_has_no_figures(open_run):
+    context = open_run(skip_test=True, train__stages="[finetune]", finetune__steps=1)
+    spoil(context, "test", *range(8))
+    assert exit_status(start_run(context.cfg, errors=context.cfg.train.output_dir + ".err")) == 1
+    said = Path(context.cfg.train.output_dir + ".err").read_text()
+    assert "None of the 8 images of dataloader.test can be used; they were named." in said
+
+
+def test_results_show_how_many_images_were_left_out_of_which():
+    table = results_table({"init": {"AP50": 0.5, "left_out": 3}, "bissl": {"AP50": 0.25}}).splitlines()
+    assert [line.split() for line in (table[0], *table[2:])] == [
+        ["fine-tuned", "from", "AP50", "left_out"],
+        ["init", "0.5000", "3"],
+        ["bissl", "0.2500", "0"],
+    ]
+
+
+def test_what_is_looked_at_before_a_run_may_be_bad_where_its_loader_skips(open_run, caplog):
+    context = open_run(train__stages="[finetune]")
+    first, second = spoil(context, "train", 0, 1)
+    check_parts(context, Weights())
+    said = [record.getMessage() for record in caplog.records]
+    assert len(said) == 2 and first in said[0] and second in said[1]
+    assert said[0].endswith("The one that follows is looked at in its place.")
+    spoil(context, "train", *range(2, bad_images.TRIES + 1))
+    with pytest.raises(DatasetError, match="does not decode"):
+        check_parts(context, Weights())
+
+
+def test_what_is_looked_at_before_a_run_ends_it_where_its_loader_does_not_skip(open_run):
+    context = open_run(train__stages="[finetune]")
+    (first,) = spoil(context, "train", 0)
+    context.cfg.dataloader.train.on_bad = "error"
+    with pytest.raises(DatasetError, match=f"{first} does not decode"):
+        check_parts(context, Weights())
+
+
+def test_the_names_of_figures_are_had_without_a_bad_image_where_the_test_skips(open_run):
+    context = open_run(train__stages="[finetune]")
+    level = build_finetune(context, Weights()).level
+    spoil(context, "test", 0)
+    with pytest.raises(DatasetError, match="does not decode"):
+        figures_of(context, level.backbone, level.head, "test")
+    context.cfg.dataloader.test.on_bad = "skip"
+    assert "AP50" in figures_of(context, level.backbone, level.head, "test")
+
+
+@pytest.mark.parametrize("on_bad", ["skip", "error"])
+def test_a_probe_takes_the_image_that_follows_a_bad_one(open_run, on_bad):
+    context = open_run(train__stages="[pretrain]", train__probe__period=1, train__probe__k=0)
+    context.cfg.dataloader.pretext.on_bad = on_bad
+    spoil(context, "pretext", 3, 4)
+    probe = build_probe(context, build_pretrain(context, Weights()))
+    if on_bad == "error":
+        with pytest.raises(DatasetError, match="does not decode"):
+            probe._measure()
+    else:
+        assert probe._measure()[0]["effective_rank"] > 0
+
+
+def test_neighbours_stand_in_and_loaders_of_training_skip_unless_told(open_run):
+    context = open_run()
+    assert [skips(context.cfg, role) for role in ("pretext", "train", "test")] == [True, True, False]
+    spoil(context, "pretext", 22, 23)
+    stand_in = Readable(context.data["pretext"], context.cfg, "pretext")
+    assert stand_in[22][0].tobytes() == context.data["pretext"][0][0].tobytes()  # after the last comes the first
+    context.cfg.dataloader.test.on_bad = "skip"
+    assert skips(context.cfg, "test")
