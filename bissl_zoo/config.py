@@ -16,7 +16,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from bissl_zoo.config_files import dump_yaml, parse_yaml, read, run_python, shown
-from bissl_zoo.errors import ConfigError, did_you_mean
+from bissl_zoo.errors import ConfigError
 from bissl_zoo.lazy import LazyCall, instantiate, locate, to_code, to_plain
 
 __all__ = ["LazyCall", "LazyConfig", "config_root", "instantiate", "load_config", "locate", "with_defaults"]
@@ -123,8 +123,10 @@ def load_config(name: str | os.PathLike[str]) -> DictConfig:
             return LazyConfig.load(path)
     shipped = sorted(path.relative_to(root).as_posix() for path in root.rglob("*.py"))
     shipped = [path for path in shipped if not path.startswith("common/")]
-    listed = ", ".join(shipped) or f"none (looked in {root})"
-    raise ConfigError(f"There is no config '{name}'.{did_you_mean(str(name), shipped)} Shipped configs: {listed}.")
+    near = difflib.get_close_matches(str(name), shipped, n=4, cutoff=0.5)
+    near += [path for path in shipped if Path(path).stem == Path(name).stem and path not in near]
+    nearest = f" Nearest: {', '.join(near)}." if near else ""
+    raise ConfigError(f"There is no config '{name}'.{nearest} The shipped ones are the {len(shipped)} files in {root}.")
 
 
 def with_defaults(cfg: DictConfig) -> DictConfig:

@@ -142,10 +142,21 @@ def test_load_config_takes_paths_and_shipped_names(tmp_path, monkeypatch):
     with pytest.raises(ConfigError) as error:
         load_config("bissl/voc_dte.py")
     assert str(error.value) == (
-        "There is no config 'bissl/voc_dte.py'. Did you mean 'bissl/voc_det.py'? Shipped configs: bissl/voc_det.py."
+        "There is no config 'bissl/voc_dte.py'. Nearest: bissl/voc_det.py. The shipped ones are the 1 files in "
+        f"{tmp_path / 'site' / 'configs'}."
     )
     write("site/bissl_zoo/configs/installed.py", "train = dict(seed=5)\n")  # a wheel carries them inside the package
     assert load_config("installed.py").train.seed == 5
+
+
+def test_a_wrong_config_name_is_told_the_few_nearest_and_where_the_rest_are():
+    with pytest.raises(ConfigError) as error:
+        load_config("runs/food101_simclr")
+    message = str(error.value)
+    assert "Nearest: bissl/food101_simclr.py" in message and message.endswith(f"files in {config_root()}.")
+    assert message.count(".py") <= 5 and "pretrain/" not in message
+    with pytest.raises(ConfigError, match="There is no config 'zzz'. The shipped ones"):
+        load_config("zzz")
 
 
 def test_a_number_that_no_list_has_is_no_key():

@@ -1,12 +1,16 @@
 """The configs of the BiSSL paper (arXiv 2410.02387): its tables, written out here, and that each data set trains."""
 
+import contextlib
 import inspect
+import io
 import json
 
 import pytest
+from command_line import load_tool
 from original_layouts import WRITERS, write_imagenet, write_voc2007_classification
 
-from bissl_zoo.config import config_root, instantiate, load_config, locate
+from bissl_zoo.config import LazyConfig, config_root, instantiate, load_config, locate
+from bissl_zoo.studies.compare_arms import base_config, read_settings
 from bissl_zoo.studies.search_space import read_search, trial_config
 
 # learning rate and weight decay of the upper level from SimCLR, from BYOL, and the figure that is compared
@@ -31,6 +35,11 @@ RESNET50 = {f"bissl/{name}_{method}.py": (name, method) for name in TABLE for me
 RESNET18 = {f"bissl_v2/{name}.py": name for name in SETS_V2}
 CLASSIFICATION = {config: name for config, (name, _) in RESNET50.items()} | RESNET18
 EVERY = [*CLASSIFICATION, *DETECTION]
+TABLES = {
+    "papers_simclr": {**{name: f"bissl/{name}_simclr.py" for name in TABLE}, "voc_det": "bissl/voc_det.py"},
+    "papers_byol": {**{name: f"bissl/{name}_byol.py" for name in TABLE}, "voc_det": "bissl/voc_det_byol.py"},
+    "papers_v2": {name: f"bissl_v2/{name}.py" for name in SETS_V2},
+}
 
 TINY = """train.device=cpu train.init=null train.log_period=1 backbone.name=test_resnet pretext.augmentation.size=32
 bilevel.alternations=2 bilevel.lower_steps=2 bilevel.upper_steps=1 bilevel.pretext_warmup.steps=1
@@ -232,7 +241,51 @@ def test_every_data_set_dry_runs(config, train_net, originals, tmp_path):
     cfg = load_config(config)
     for role in ("train", "test"):
         assert rows[role][1] == cfg.dataloader[role].dataset.name
+    assert "not known for Lars" in outcome.out and "wanted" not in outcome.out
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(("table", "name"), [(table, name) for table, sets in TABLES.items() for name in sets])
+def test_a_set_of_a_comparison_is_the_experiment_of_its_own_config(table, name):
+    cfg = load_config(f"compare/{table}.py")
+    one = LazyConfig.apply_overrides(cfg, cfg.compare.datasets[name])
+    settings, own = read_settings(one, table), load_config(TABLES[table][name])
+    # where the backbone comes from in the shipped detection config is its own pretraining
+    base, expected = (LazyConfig.apply_overrides(of, ["train={}"]) for of in (base_config(one), base_config(own)))
+    assert base == expected
+    search = read_search(one, table)
+    assert search == read_search(own, name) and settings.search_trials == search.trials
+    assert settings.metric == search.metric and settings.vary == "finetune" and len(settings.seeds) == 10
+    assert list(settings.arms) == ["pretrained", "bissl"]
+
+
+@pytest.mark.parametrize("table", TABLES)
+def test_a_table_of_the_papers_has_every_set_and_starts_from_the_shared_pretraining(table):
+    cfg = load_config(f"compare/{table}.py")
+    assert list(cfg.compare.datasets) == list(TABLES[table])
+    assert cfg.train.init == load_config(TABLES[table]["food101"]).train.init
+    assert cfg.train.stages == ["bissl", "finetune"] and cfg.train.output_dir == f"runs/{table}"
+
+
+@pytest.mark.parametrize("table", TABLES)
+def test_a_comparison_of_every_set_dry_runs(table, originals, tmp_path):
+    folder, out, err = tmp_path / "c", io.StringIO(), io.StringIO()
+    changed = [*TINY, "task.image_size=32", "train.stages=[pretrain,bissl,finetune]", f"train.output_dir={folder}"]
+    arguments = ["--config-file", f"compare/{table}.py", "--datasets", ",".join(TABLES[table]), "--seeds", "2"]
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        patch.setenv("BISSL_ZOO_DATASETS", str(originals))
+        status = load_tool("compare").cli([*arguments, "--dry-run", *changed])
+    assert status == 0, err.getvalue()
+    told = out.getvalue().split("data set ")[1:]
+    assert [one.split()[0] for one in told] == list(TABLES[table])
+    for one in told:
+        name = one.split()[0]
+        metric, trials = ("AP50", 50) if name == "voc_det" else (METRICS[name], 100)
+        assert f"folder {folder / name}   figure {metric}   " in one and f"a search of {trials} trials per arm" in one
+        assert {"pretrain", "bissl", "bissl-search", "bissl-seed1"} <= {
+            line.split()[0] for line in one.splitlines() if line
+        }
+    assert not folder.exists()
 
 
 @pytest.mark.parametrize(

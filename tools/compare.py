@@ -3,7 +3,7 @@
 
 python tools/compare.py --config-file configs/compare/digit_scenes.py --seeds 10
 python tools/compare.py --config-file configs/compare/cells.py --parallel 2 train.output_dir=runs/cells
-python tools/compare.py --config-file my_table.py --datasets food101,pets
+python tools/compare.py --config-file configs/compare/papers_simclr.py --datasets food101,dtd,voc_det
 
 Arms: fine-tuning from the pretrained backbone; BiSSL, then fine-tuning; as many more pretext steps, then fine-tuning;
 the BiSSL stage without curvature, then fine-tuning. The same command goes on where an earlier one was stopped or
@@ -31,6 +31,9 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--arms", type=names, metavar="A,B", help="which arms; of the config")
     parser.add_argument("--datasets", type=names, metavar="A,B", help="one comparison each, of compare.datasets")
     parser.add_argument("--parallel", type=int, metavar="N", help="runs at a time; one per GPU, or one")
+    parser.add_argument(
+        "--engine", choices=("local", "ray"), default="local", help="this machine, or a Ray cluster's machines"
+    )
     parser.add_argument("--report", action="store_true", help="report of what has finished by now, and run nothing")
     parser.add_argument("--dry-run", action="store_true", help="show what would run, and run nothing")
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="as of train_net.py, the same in every arm")
@@ -66,10 +69,11 @@ def main(args: argparse.Namespace) -> int:
     if args.dry_run:
         say(describe(cfg, args.config_file, folder, args.datasets))
     elif args.datasets:
-        reports = compare_datasets(cfg, args.config_file, folder, args.datasets, args.parallel, args.report)
+        settings = (args.parallel, args.report, args.engine)
+        reports = compare_datasets(cfg, args.config_file, folder, args.datasets, *settings)
         say(f"\n{datasets_table(reports)}\n\nreport {folder / 'datasets.md'}")
     else:
-        tell(compare(cfg, args.config_file, folder, args.parallel, args.report), folder)
+        tell(compare(cfg, args.config_file, folder, args.parallel, args.report, args.engine), folder)
     return 0
 
 

@@ -105,8 +105,14 @@ def change(model: DictConfig, values: Mapping[str, Any]) -> None:
     """Set values by their dotted keys, arguments that the description does not mention included.
 
     Raises:
-        ConfigError: there is no such section, or what it describes takes no such argument; with the nearest name.
+        ConfigError: there is no such section, or what it describes takes no such argument; with the nearest name; or
+            images would be other than RGB.
     """
+    if values.get("input_format", "RGB") != "RGB":
+        raise ConfigError(
+            f"task.overrides: input_format is {values['input_format']!r}; images are RGB here, whatever the backbone. "
+            "For weights that were trained on BGR, tools/convert.py --channel-order BGR turns the first layer."
+        )
     for key, value in values.items():
         place, _, name = key.rpartition(".")
         section = OmegaConf.select(model, place) if place else model

@@ -195,12 +195,16 @@ def build_bissl(context: Context, weights: Weights, start_step: int = 0) -> Biss
     return Bissl(problem)
 
 
-def coupling(context: Context) -> float:
+def coupling(context: Context) -> float | None:
     """`lambda * lr_eff * lower steps`: how many time constants the lower level has to follow the upper one.
 
-    `lr_eff = lr / (1 - momentum)`, summed over the schedule. Of the order of 1 to 10 is wanted.
+    `lr_eff = lr / (1 - momentum)`, summed over the schedule. Of the order of 1 to 10 is wanted. None where the lower
+    optimizer is not SGD: steps of LARS, LAMB and Adam are not the rate times the gradient but scaled anew each time,
+    so that the pull `lambda * (theta_P - theta_D)` has no rate of its own.
     """
     cfg = context.cfg
     optimizer = build_part(cfg.optimizer.lower, params=[torch.zeros(1, requires_grad=True)])
+    if not isinstance(optimizer, torch.optim.SGD):
+        return None
     steps = cfg.bilevel.lower_steps * cfg.bilevel.alternations
     return cfg.bilevel["lambda"] * effective_learning_rate(optimizer) * build_part(cfg.lr_multiplier.lower).total(steps)

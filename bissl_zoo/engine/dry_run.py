@@ -35,8 +35,7 @@ def describe(cfg: DictConfig, source: str) -> str:
     parts.append(f"parameters\n{tabulate([[name, f'{_count(m):,}'] for name, m in modules.items()])}")
     parts.append(f"shapes\n{_shapes(cfg, trunk, tail)}")
     if "bissl" in cfg.train.stages:
-        value = coupling(context)
-        parts.append(f"lambda * lr_eff * lower steps = {value:.3g} (wanted: of the order of 1 to 10)")
+        parts.append(_coupling(context))
     return "\n\n".join(parts)
 
 
@@ -73,6 +72,14 @@ def _shapes(cfg: DictConfig, trunk: nn.Module, tail: nn.Module) -> str:
         rows += [[f"shared map {name}", tuple(value.shape[1:])] for name, value in features.items()]
         rows.append(["embedding", tuple(tail.eval()(features[trunk.out_features[-1]]).shape[1:])])
     return tabulate(rows)
+
+
+def _coupling(context: Context) -> str:
+    value, product = coupling(context), "lambda * lr_eff * lower steps"
+    if value is None:
+        kind = context.cfg.optimizer.lower["_target_"].rpartition(".")[2]
+        return f"{product}: not known for {kind}, whose steps are not the learning rate times the gradient"
+    return f"{product} = {value:.3g} (wanted: of the order of 1 to 10)"
 
 
 def _count(module: nn.Module) -> int:

@@ -44,7 +44,7 @@ class Embedding:
 
     Attributes:
         points: `(N, 2)`, see :func:`project`; labels: `(N,)`.
-        knn: top-1 accuracy from the training features to these.
+        knn: top-1 accuracy from the training features to these; NaN where there are none.
         silhouette: see :func:`silhouette`.
     """
 
@@ -63,18 +63,27 @@ def embedding(
     test_labels: Tensor,
     k: int = 20,
     seed: int = 0,
+    classes: int | None = None,
 ) -> Embedding:
     """Measure and project the features `(N, D)` of a backbone; labels are `(N,)`.
 
+    Args:
+        classes: images with a label from this number on are on the map, and not in the figures; None counts them all.
     Raises:
         BisslZooError: features that are not finite.
         DatasetError: fewer than 3 images.
     """
     if len(test_labels) < LEAST_POINTS:
         raise DatasetError(f"{name}: {len(test_labels)} images; a map of embeddings needs {LEAST_POINTS} or more.")
+    points, drawn = project(test_features, seed), test_labels.numpy()
+    if classes is not None:
+        train, test = train_labels < classes, test_labels < classes
+        train_features, train_labels = train_features[train], train_labels[train]
+        test_features, test_labels = test_features[test], test_labels[test]
+    if not len(train_labels) or not len(test_labels):
+        return Embedding(name, points, drawn, math.nan, math.nan)
     knn = knn_accuracy(train_features, train_labels, test_features, test_labels, k=k)["top1"]
-    points = project(test_features, seed)
-    return Embedding(name, points, test_labels.numpy(), knn, silhouette(test_features, test_labels))
+    return Embedding(name, points, drawn, knn, silhouette(test_features, test_labels))
 
 
 def project(features: Tensor, seed: int = 0) -> np.ndarray:
@@ -150,11 +159,10 @@ def draw_embeddings(
 
 def _draw_map(axes: Axes, one: Embedding, side: float) -> None:
     measured = "silhouette undefined" if math.isnan(one.silhouette) else f"silhouette {one.silhouette:.3f}"
+    knn = "undefined" if math.isnan(one.knn) else f"{one.knn:.3f}"
     if not np.ptp(one.points):
         measured = "all features are alike"
-    axes.set_title(
-        f"{fitted(one.name, side, TITLE)}\nkNN {one.knn:.3f}   {measured}", fontsize=TITLE, pad=4, parse_math=False
-    )
+    axes.set_title(f"{fitted(one.name, side, TITLE)}\nkNN {knn}   {measured}", fontsize=TITLE, pad=4, parse_math=False)
     look = [_look(label) for label in one.labels.tolist()]
     size = min(40.0, max(12.0, 9000 / len(look)))
     # in an order of their own, so that no class lies on top of the others

@@ -22,6 +22,7 @@ from bissl_zoo.errors import CheckpointError, DatasetError
 from bissl_zoo.pictures.box_crops import BoxCrops
 from bissl_zoo.pictures.data import draw_samples, draw_views, samples_of
 from bissl_zoo.pictures.embeddings import LEAST_POINTS, Embedding, draw_embeddings, embedding
+from bissl_zoo.pictures.one_class import MIXED, OneClass
 from bissl_zoo.pictures.predictions import draw_predictions, predict
 from bissl_zoo.pictures.run_backbones import load_stages
 
@@ -113,22 +114,23 @@ def picture_embeddings(
 ) -> EmbeddingsPicture:
     """The test features of several backbones as maps side by side, with kNN from the training set and silhouettes.
 
-    Of a detection set the objects are embedded, each a square crop around its box. Images are normalised as a
-    backbone's own were; where a file does not say how, as the config's pretext images are.
+    Of a detection set the objects are embedded, each a square crop around its box. Of a multi-label set images of one
+    class have its colour and are in the figures, the others are on the map as having several classes or none. Images
+    are normalised as a backbone's own were; where a file does not say how, as the config's pretext images are.
 
     Args:
         sources: see :func:`bissl_zoo.pictures.run_backbones.load_stages`.
         images: most of either set, drawn with `seed`.
         architecture: timm's name, of files that do not say it.
     Raises:
-        DatasetError: a set is missing or damaged, has targets of several classes, or fewer than 3 images.
+        DatasetError: a set is missing or damaged, has targets of another kind, or fewer than 3 images.
         CheckpointError: a source without a whole backbone.
         ZooError: there is no such entry or file.
     """
     device = choose_device(cfg.train.device)
     data = build_datasets(cfg, {"train", "test"})
-    classes = data["test"].classes
-    crops = isinstance(data["test"][0][1], dict)
+    classes, target = data["test"].classes, data["test"][0][1]
+    crops, several = isinstance(target, dict), isinstance(target, Tensor)
     sets = {role: _single_labels(data[role], role) for role in ("train", "test")}
     chosen = {role: drawn(len(dataset), images, seed) for role, dataset in sets.items()}
     if len(chosen["test"]) < LEAST_POINTS:
@@ -136,7 +138,7 @@ def picture_embeddings(
         raise DatasetError(
             f"dataloader.test gives {len(chosen['test'])} {what}; a map of embeddings needs {LEAST_POINTS} or more."
         )
-    embeddings = []
+    embeddings, counts = [], [0, 0]
     with own_randomness(device):
         for source in sources:
             for name, backbone in load_stages(source, architecture):
@@ -144,26 +146,32 @@ def picture_embeddings(
                 for role, dataset in sets.items():
                     workers = cfg.dataloader[role].get("num_workers", 0)
                     parts += _features(backbone, dataset, chosen[role], cfg, device, workers)
-                embeddings.append(embedding(name, *parts, k=NEIGHBOURS, seed=seed))
+                embeddings.append(embedding(name, *parts, k=NEIGHBOURS, seed=seed, classes=len(classes)))
+                counts = [int((labels < len(classes)).sum()) for labels in parts[1::2]]
     what = "crops of the true boxes" if crops else "images"
     title = f"t-SNE of {len(chosen['test'])} {what}, {_described(cfg, 'test')}"
     notes = [
-        f"kNN: top-1 with k = {NEIGHBOURS}, from {len(chosen['train'])} {what} of dataloader.train",
+        f"kNN: top-1 with k = {NEIGHBOURS}, from {counts[0]} {what} of dataloader.train",
         "silhouette: of the features, by cosine distance",
     ]
+    if several:
+        notes += [f"both of images of one class only, here {counts[1]} of {len(chosen['test'])}"]
+        classes = [*classes, *MIXED]
     names = [_name(sets["test"], index) for index in chosen["test"]]
     return EmbeddingsPicture(draw_embeddings(embeddings, classes, title, notes), embeddings, classes, names)
 
 
 def _single_labels(dataset: Dataset, role: str) -> Dataset:
-    """The set itself where its targets are classes, its objects where they are boxes."""
+    """The set itself where its targets are classes, else its objects, or its images by their only class."""
     target = dataset[0][1]
     if isinstance(target, dict):
         return BoxCrops(dataset)
+    if isinstance(target, Tensor) and target.shape == (len(dataset.classes),):
+        return OneClass(dataset)
     if not isinstance(target, int):
         raise DatasetError(
             f"dataloader.{role} has targets of type {type(target).__name__}; a map of embeddings colours images by "
-            "their one class, or objects by that of their box. Give the config of a classification or a detection."
+            "their classes, or objects by that of their box. Give the config of a classification or a detection."
         )
     return dataset
 

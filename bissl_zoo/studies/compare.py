@@ -1,7 +1,7 @@
 """Does BiSSL help? A comparison on one data set or several, from its config to its report."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from omegaconf import DictConfig
 from tabulate import tabulate
@@ -15,33 +15,45 @@ from bissl_zoo.studies.compare_runs import Comparison
 
 
 def compare(
-    cfg: DictConfig, source: str, folder: Path, parallel: int | None = None, only_report: bool = False
+    cfg: DictConfig,
+    source: str,
+    folder: Path,
+    parallel: int | None = None,
+    only_report: bool = False,
+    engine: Literal["local", "ray"] = "local",
 ) -> dict[str, Any]:
     """Run a comparison, or the rest of it, and write its report to `folder`.
 
     Args:
         source: the config's name, for messages.
+        parallel, engine: see `run_jobs`.
         only_report: of what has finished by now, and run nothing.
     Returns:
         The report, as `comparison.json` has it.
     Raises:
         BisslZooError: as `Comparison.check` and `Comparison.run` do, and where there is nothing to report of.
     """
-    comparison = Comparison(cfg, source, folder, parallel)
+    comparison = Comparison(cfg, source, folder, parallel, engine)
     if not only_report:
         comparison.check()
     return _reported(comparison, only_report)
 
 
 def compare_datasets(
-    cfg: DictConfig, source: str, folder: Path, names: list[str], parallel: int | None = None, only_report: bool = False
+    cfg: DictConfig,
+    source: str,
+    folder: Path,
+    names: list[str],
+    parallel: int | None = None,
+    only_report: bool = False,
+    engine: Literal["local", "ray"] = "local",
 ) -> dict[str, dict[str, Any]]:
     """A comparison per data set, in `folder/NAME`, and the table of all, which grows with each of them.
 
     Raises:
         BisslZooError: as :func:`compare`; all data sets are checked before the first run.
     """
-    comparisons = _comparisons(cfg, source, folder, names, parallel)
+    comparisons = _comparisons(cfg, source, folder, names, parallel, engine)
     if not only_report:
         for comparison in comparisons.values():
             comparison.check()
@@ -60,13 +72,18 @@ def describe(cfg: DictConfig, source: str, folder: Path, names: list[str] | None
         BisslZooError: as `Comparison.check` does.
     """
     if names:
-        comparisons = _comparisons(cfg, source, folder, names, None)
+        comparisons = _comparisons(cfg, source, folder, names)
         return "\n\n".join(f"data set {name}\n\n{_description(one)}" for name, one in comparisons.items())
     return _description(Comparison(cfg, source, folder))
 
 
 def _comparisons(
-    cfg: DictConfig, source: str, folder: Path, names: list[str], parallel: int | None
+    cfg: DictConfig,
+    source: str,
+    folder: Path,
+    names: list[str],
+    parallel: int | None = None,
+    engine: Literal["local", "ray"] = "local",
 ) -> dict[str, Comparison]:
     known, found = read_settings(cfg, source).datasets, {}
     for name in names:
@@ -74,7 +91,8 @@ def _comparisons(
             there = ", ".join(known) or "none"
             raise ConfigError(f"{source}: compare.datasets has no '{name}'.{did_you_mean(name, known)} There: {there}.")
         where = f"{source}, data set {name}"
-        found[name] = Comparison(LazyConfig.apply_overrides(cfg, known[name], where), where, folder / name, parallel)
+        one = LazyConfig.apply_overrides(cfg, known[name], where)
+        found[name] = Comparison(one, where, folder / name, parallel, engine)
     return found
 
 

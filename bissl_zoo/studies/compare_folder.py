@@ -6,8 +6,10 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 from tabulate import tabulate
+from torch.utils.data import Dataset
 
 from bissl_zoo.config import LazyConfig
+from bissl_zoo.data.catalog import sample_digest
 from bissl_zoo.engine.run_dir import FREE_KEYS, LOADER_KEYS
 from bissl_zoo.errors import ConfigError
 from bissl_zoo.studies.compare_arms import ARMS, Settings
@@ -16,7 +18,11 @@ RECORD_FILE = "comparison.yaml"
 
 
 def record_of(
-    base: DictConfig, search: DictConfig | None, settings: Settings, origin: list[dict[str, str]]
+    base: DictConfig,
+    search: DictConfig | None,
+    settings: Settings,
+    origin: list[dict[str, str]],
+    samples: dict[str, dict[str, str]],
 ) -> dict[str, Any]:
     """All that decides what a comparison's runs compute.
 
@@ -24,6 +30,7 @@ def record_of(
         base: the config that all arms derive from.
         search: the section, where there are searches.
         origin: name and sha256 of what `train.init` names; empty where it names nothing.
+        samples: see :func:`samples_of`.
     """
     return {
         "config": OmegaConf.to_container(base),
@@ -32,7 +39,18 @@ def record_of(
         "search_trials": settings.search_trials,
         "search": OmegaConf.to_container(search, resolve=True) if search is not None else None,
         "init": origin,
+        "samples": samples,
         "seeds": list(settings.seeds),
+    }
+
+
+def samples_of(cfg: DictConfig, data: dict[str, Dataset], prefix: str = "") -> dict[str, dict[str, str]]:
+    """Name and digest of the samples of the data sets that know them, by their roles, with `prefix` before each."""
+    digests = {role: sample_digest(dataset) for role, dataset in data.items()}
+    return {
+        f"{prefix}{role}": {"name": cfg.dataloader[role].dataset.name, "sample_list_sha256": digest}
+        for role, digest in digests.items()
+        if digest
     }
 
 
@@ -40,14 +58,15 @@ def take_folder(folder: Path, record: dict[str, Any]) -> None:
     """Make `folder` that of this comparison, or see that it is; seeds and arms may have been added.
 
     Raises:
-        ConfigError: it is another comparison's, with the keys that differ; it holds something else; it cannot be
-            written.
+        ConfigError: it is another comparison's, with the keys that differ, or one of other images; it holds something
+            else; it cannot be written.
     """
     file = folder / RECORD_FILE
     if file.is_file():
         before = OmegaConf.to_container(LazyConfig.load(file))
         _refuse_fewer_seeds(folder, before["seeds"], record["seeds"])
         _refuse_another(folder, before, record)
+        _refuse_other_samples(folder, before.get("samples", {}), record["samples"])
         record = {**record, "arms": {**before["arms"], **record["arms"]}}
     elif folder.is_dir() and any(folder.iterdir()):
         raise ConfigError(
@@ -87,7 +106,7 @@ def _refuse_fewer_seeds(folder: Path, before: list[int], now: list[int]) -> None
 def _refuse_another(folder: Path, before: dict[str, Any], now: dict[str, Any], but: tuple[str, ...] = ()) -> None:
     both = before["arms"].keys() & now["arms"].keys()
     old, new = (
-        leaves({**record, "seeds": None, "arms": {name: record["arms"][name] for name in both}})
+        leaves({**record, "seeds": None, "samples": None, "arms": {name: record["arms"][name] for name in both}})
         for record in (before, now)
     )
     rows = [
@@ -100,6 +119,18 @@ def _refuse_another(folder: Path, before: dict[str, Any], now: dict[str, Any], b
             f"{folder} holds a comparison with another configuration:\n"
             f"{tabulate(rows, headers=['key', 'was', 'is'], disable_numparse=True)}\n"
             "Go on with the same one, or give another folder, as in train.output_dir=runs/another."
+        )
+
+
+def _refuse_other_samples(folder: Path, before: dict[str, Any], now: dict[str, Any]) -> None:
+    """Refuse data sets that have other samples; folders from before there were digests say nothing of them."""
+    changed = [role for role in before.keys() & now.keys() if before[role] != now[role]]
+    if changed:
+        named = " and ".join(f"{role} ('{now[role]['name']}')" for role in sorted(changed))
+        raise ConfigError(
+            f"{folder} holds figures of other images: the data set of {named} has not the samples that it had when the "
+            "comparison began. Put its files back as they were, or give another folder, as in "
+            "train.output_dir=runs/another."
         )
 
 

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from omegaconf import DictConfig
@@ -18,7 +18,7 @@ from bissl_zoo.engine.run_listing import FINISHED as RUN_FINISHED
 from bissl_zoo.engine.run_listing import is_run, look_at
 from bissl_zoo.errors import BisslZooError, ConfigError, did_you_mean
 from bissl_zoo.studies.compare_arms import ARMS, arm_config, base_config, pretrain_config, read_settings
-from bissl_zoo.studies.compare_folder import record_of, see_folder, take_folder
+from bissl_zoo.studies.compare_folder import record_of, samples_of, see_folder, take_folder
 from bissl_zoo.studies.compare_report import Figures
 from bissl_zoo.studies.compare_search import ArmSearch, found_before
 from bissl_zoo.studies.jobs import FINISHED, Job, JobOutcome, progress_line, run_jobs
@@ -30,11 +30,18 @@ class Comparison:
     Args:
         source: the config's name, for messages.
         folder: where the comparison is kept, each run in `folder/runs/NAME`.
-        parallel: runs at a time; None for one per GPU, or one.
+        parallel, engine: see `run_jobs`.
     """
 
-    def __init__(self, cfg: DictConfig, source: str, folder: Path, parallel: int | None = None) -> None:
-        self.cfg, self.source, self.folder, self.parallel = cfg, source, folder, parallel
+    def __init__(
+        self,
+        cfg: DictConfig,
+        source: str,
+        folder: Path,
+        parallel: int | None = None,
+        engine: Literal["local", "ray"] = "local",
+    ) -> None:
+        self.cfg, self.source, self.folder, self.parallel, self.engine = cfg, source, folder, parallel, engine
         self.settings, self.base = read_settings(cfg, source), base_config(cfg)
         self.pretrains = "pretrain" in self.base.train.stages
         self.search = None
@@ -42,6 +49,7 @@ class Comparison:
             self.search = ArmSearch(self.base, cfg.search, self.settings, source, folder)
         self.failed: dict[str, str] = {}
         self.origin: list[dict[str, str]] = []
+        self.samples: dict[str, dict[str, str]] = {}
 
     def check(self) -> None:
         """See to what can be known to be wrong before the first of many runs: configs, data, weights, networks.
@@ -62,6 +70,10 @@ class Comparison:
             self.base.train.init = f"{ZOO_PREFIX}{ancestors[0]['name']}"
         measured = ({"val"} if "val" in base.dataloader else set()) | {"test"}
         data = build_datasets(base, {"pretext", "train", *measured})
+        self.samples = samples_of(base, data)
+        if self.search:
+            searched = self.search.searched
+            self.samples |= samples_of(searched, build_datasets(searched, {"train", *measured}), "search ")
         for cfg in configs.values():
             roles = {role for stage in cfg.train.stages for role in STAGE_DATA[stage]}
             roles |= measured if "finetune" in cfg.train.stages else set()
@@ -70,8 +82,8 @@ class Comparison:
             value = coupling(Context(configs["bissl"], data, torch.device("cpu")))
             self._warn(value, not self.pretrains and pretext_head_is_new(configs["bissl"], initial))
 
-    def _warn(self, value: float, head_is_new: bool) -> None:
-        if value < LEAST_COUPLING:
+    def _warn(self, value: float | None, head_is_new: bool) -> None:
+        if value is not None and value < LEAST_COUPLING:
             say(
                 f"warning: lambda * lr_eff * lower steps = {value:.2g}, below {LEAST_COUPLING}: the BiSSL stage will "
                 "do next to nothing, and there is nothing to compare. Raise bilevel.lambda."
@@ -150,7 +162,8 @@ class Comparison:
 
     def record(self) -> dict[str, Any]:
         """What the folder's figures depend on."""
-        return record_of(self.base, self.cfg.search if self.search else None, self.settings, self.origin)
+        search = self.cfg.search if self.search else None
+        return record_of(self.base, search, self.settings, self.origin, self.samples)
 
     def _cells(self) -> Iterable[tuple[str, int]]:
         return ((arm, seed) for seed in self.settings.seeds for arm in self.settings.arms)
@@ -188,7 +201,7 @@ class Comparison:
         for outcome in self._run(self.search_jobs()):
             if outcome.status != FINISHED:
                 raise BisslZooError(f"What a search starts from failed. {outcome.name}: {outcome.message}")
-        return self.search.find(init, self._run_dir, self.parallel)
+        return self.search.find(init, self._run_dir, self.parallel, self.engine)
 
     def _run(self, jobs: list[Job], told: Callable[[JobOutcome], str] = lambda outcome: "") -> list[JobOutcome]:
         def tell(outcome: JobOutcome) -> None:
@@ -196,7 +209,7 @@ class Comparison:
             if outcome.ran:
                 say(progress_line(outcome, figure))
 
-        return run_jobs(jobs, self.folder, self.parallel, tell) if jobs else []
+        return run_jobs(jobs, self.folder, self.parallel, tell, engine=self.engine) if jobs else []
 
     def _told(self, outcome: JobOutcome) -> str:
         """The figure, looked up with the first run that has it, so that a wrong name does not cost all of them."""

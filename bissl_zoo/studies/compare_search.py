@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Literal
 
 from omegaconf import DictConfig
 
@@ -51,14 +52,20 @@ class ArmSearch:
         arms = [arm for arm in self.settings.arms if ARMS[arm].stage]
         return [Job(f"{arm}-search", arm_config(base, arm, seed, init, [ARMS[arm].stage])) for arm in arms]
 
-    def find(self, init: str | None, run_dir: Callable[[str], Path], parallel: int | None) -> dict[str, list[str]]:
+    def find(
+        self,
+        init: str | None,
+        run_dir: Callable[[str], Path],
+        parallel: int | None,
+        engine: Literal["local", "ray"] = "local",
+    ) -> dict[str, list[str]]:
         """The best draw of each arm, as overrides; `jobs` have been run in `run_dir(name)`."""
         found = {}
         for arm in self.settings.arms:
             start = str(run_dir(f"{arm}-search")) if ARMS[arm].stage else init
             cfg = self._with_section(arm_config(self.base, arm, self.base.train.seed, start, ["finetune"]))
             source, folder = f"{self.source}, arm {arm}", self.folder / "search" / arm
-            result = search(cfg, source, folder, self.settings.search_trials, parallel)
+            result = search(cfg, source, folder, self.settings.search_trials, parallel, engine=engine)
             say(f"{result.table}\nbest of {ARMS[arm].words}: {' '.join(result.best_overrides)}")
             found[arm] = result.best_overrides
         write_atomically(self.folder / FOUND_FILE, json.dumps(found, indent=2) + "\n")

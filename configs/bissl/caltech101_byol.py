@@ -3,7 +3,8 @@
 from ..common.data.classification import loaders
 from ..common.papers.classification import bilevel, clip_grad, finetune, optimizer, search, solver, task
 from ..common.papers.imagenet_byol import backbone, dataloader, lr_multiplier, pretext, pretrain, train
+from ..common.papers.sets import upper
 
 dataloader.update(loaders("caltech101"))
-optimizer.upper.update(lr=0.015, weight_decay=0.0002)
+optimizer.upper.update(upper("caltech101", "byol"))
 train.output_dir = "runs/caltech101_byol"

@@ -3,7 +3,8 @@
 from ..common.data.classification import loaders
 from ..common.papers.classification import bilevel, clip_grad, finetune, optimizer, search, solver, task
 from ..common.papers.imagenet_simclr import backbone, dataloader, lr_multiplier, pretext, pretrain, train
+from ..common.papers.sets import upper
 
 dataloader.update(loaders("flowers102"))
-optimizer.upper.update(lr=0.05, weight_decay=0.0005)
+optimizer.upper.update(upper("flowers102", "simclr"))
 train.output_dir = "runs/flowers102_simclr"

@@ -3,7 +3,8 @@
 from ..common.data.classification import loaders
 from ..common.papers.classification import bilevel, clip_grad, finetune, optimizer, search, solver, task
 from ..common.papers.imagenet_simclr import backbone, dataloader, lr_multiplier, pretext, pretrain, train
+from ..common.papers.sets import upper
 
 dataloader.update(loaders("food101"))
-optimizer.upper.update(lr=0.03, weight_decay=0.001)
+optimizer.upper.update(upper("food101", "simclr"))
 train.output_dir = "runs/food101_simclr"

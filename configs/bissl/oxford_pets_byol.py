@@ -3,7 +3,8 @@
 from ..common.data.classification import loaders
 from ..common.papers.classification import bilevel, clip_grad, finetune, optimizer, search, solver, task
 from ..common.papers.imagenet_byol import backbone, dataloader, lr_multiplier, pretext, pretrain, train
+from ..common.papers.sets import upper
 
 dataloader.update(loaders("oxford_pets"))
-optimizer.upper.update(lr=0.02, weight_decay=0.002)
+optimizer.upper.update(upper("oxford_pets", "byol"))
 train.output_dir = "runs/oxford_pets_byol"

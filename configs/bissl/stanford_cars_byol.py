@@ -3,7 +3,8 @@
 from ..common.data.classification import loaders
 from ..common.papers.classification import bilevel, clip_grad, finetune, optimizer, search, solver, task
 from ..common.papers.imagenet_byol import backbone, dataloader, lr_multiplier, pretext, pretrain, train
+from ..common.papers.sets import upper
 
 dataloader.update(loaders("stanford_cars"))
-optimizer.upper.update(lr=0.04, weight_decay=0.002)
+optimizer.upper.update(upper("stanford_cars", "byol"))
 train.output_dir = "runs/stanford_cars_byol"

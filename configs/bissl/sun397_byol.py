@@ -3,7 +3,8 @@
 from ..common.data.classification import loaders
 from ..common.papers.classification import bilevel, clip_grad, finetune, optimizer, search, solver, task
 from ..common.papers.imagenet_byol import backbone, dataloader, lr_multiplier, pretext, pretrain, train
+from ..common.papers.sets import upper
 
 dataloader.update(loaders("sun397"))
-optimizer.upper.update(lr=0.01, weight_decay=0.00005)
+optimizer.upper.update(upper("sun397", "byol"))
 train.output_dir = "runs/sun397_byol"

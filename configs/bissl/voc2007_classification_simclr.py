@@ -4,8 +4,9 @@ from ..common.data.classification import loaders
 from ..common.downstream.multilabel import task
 from ..common.papers.classification import bilevel, clip_grad, finetune, optimizer, search, solver
 from ..common.papers.imagenet_simclr import backbone, dataloader, lr_multiplier, pretext, pretrain, train
+from ..common.papers.sets import figure, upper
 
 dataloader.update(loaders("voc2007_classification"))
-optimizer.upper.update(lr=0.015, weight_decay=0.005)
-search.metric = "mAP11"
+optimizer.upper.update(upper("voc2007_classification", "simclr"))
+search.metric = figure("voc2007_classification")
 train.output_dir = "runs/voc2007_classification_simclr"

@@ -7,6 +7,7 @@ from ..common.data.voc0712 import train as train_loader
 from ..common.downstream.faster_rcnn import task
 from ..common.optim import lr_multiplier, optimizer
 from ..common.papers.detection import search
+from ..common.papers.sets import upper
 from ..common.pretext.simclr import pretext
 from ..common.solvers.cg import solver
 from ..common.train import bilevel, clip_grad, finetune, pretrain, train
@@ -23,8 +24,7 @@ train.stages = [
 
 bilevel.shared_stage = "c4"
 bilevel.head_warmup.epochs = 5
-optimizer.upper.lr = 0.015
-optimizer.upper.weight_decay = 0.0
+optimizer.upper.update(upper("voc_det", "simclr"))
 
 finetune.epochs = 50
 finetune.baseline = True

@@ -2,7 +2,8 @@
 
 from ..common.papers.detection import search
 from ..common.papers.imagenet_byol import backbone, lr_multiplier, pretext, pretrain, train
+from ..common.papers.sets import upper
 from .voc_det import bilevel, clip_grad, dataloader, finetune, optimizer, solver, task
 
-optimizer.upper.update(lr=0.03, weight_decay=0.0002)
+optimizer.upper.update(upper("voc_det", "byol"))
 train.output_dir = "runs/voc_det_byol"

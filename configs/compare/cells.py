@@ -39,6 +39,7 @@ pretext.augmentation.update(size=48, crop_scale=[0.05, 0.3], flip_probability=0.
 task.update(min_size=144, max_size=192, anchor_sizes=[12, 24, 48, 96], flip_probability=0.5)
 
 train.output_dir = "runs/compare_cells"
+train.publish.name = None  # not that of the quickstart
 
 pretrain.steps = 300
 bilevel.alternations = 25  # lambda * lr_eff * lower steps is 2.8

@@ -40,6 +40,7 @@ pretext.augmentation.update(size=48, crop_scale=[0.2, 1.0], flip_probability=0.5
 task.image_size = 64
 
 train.output_dir = "runs/compare_clothes"
+train.publish.name = None  # not that of the quickstart
 
 bilevel.shared_stage = None  # the whole backbone
 bilevel.alternations = 25  # lambda * lr_eff * lower steps is 2.8

@@ -45,7 +45,12 @@ UNTESTED = {"tensorboard": "serves until it is stopped"}
 SCENES = {"image_size": 64, "unlabeled": 24, "train": 16, "val": 1, "test": 8}
 RUNS = ("quickstart", "a", "b", "digits", "mine")
 #: entries that the commands of the pages have published
-ENTRIES = {"resnet18.rotation_bissl_digit_scenes", "resnet18.simclr_bissl_digits", "resnet18.simclr_bissl_mine"}
+ENTRIES = {
+    "resnet18.simclr_bissl_digit_scenes",
+    "resnet18.rotation_bissl_digit_scenes",
+    "resnet18.simclr_bissl_digits",
+    "resnet18.simclr_bissl_mine",
+}
 
 
 @pytest.fixture(scope="module")

@@ -68,6 +68,7 @@ def test_unknown_kinds_are_refused(given, message):
         ("res5", dict(config="FPN"), "backbone.out_features="),
         ("res5", dict(overrides={"proposal_generator.nms_tresh": 0.5}), "Did you mean 'nms_thresh'"),
         ("res5", dict(overrides={"roi_head.positive_fraction": 0.5}), "Did you mean 'roi_heads'"),
+        ("res5", dict(overrides={"input_format": "BGR"}), "images are RGB here.*tools/convert.py --channel-order BGR"),
     ],
 )
 def test_what_detectron2_does_not_know_is_refused(kind, given, message):

@@ -11,6 +11,7 @@ import torch
 from digit_images import write_digit_folder
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.patches import Rectangle
+from original_layouts import write_voc2007_classification
 from PIL import Image
 from safetensors.torch import save_file
 from sklearn.metrics import silhouette_samples
@@ -500,6 +501,42 @@ def test_objects_of_a_detection_set_are_embedded_by_their_crops(finished, at_sce
     assert any("crops of the true boxes" in word for word in words(picture.figure))
     with pytest.raises(DatasetError, match="dataloader.test gives 2 objects; a map of embeddings needs 3 or more"):
         picture_embeddings(cfg, [str(finished)], images=2)
+
+
+def test_images_of_several_classes_are_on_the_map_and_not_in_the_figures(finished, labelled, tmp_path, monkeypatch):
+    write_voc2007_classification(tmp_path)
+    monkeypatch.setenv("BISSL_ZOO_DATASETS", str(tmp_path))
+    cfg = labelled()
+    for role, split in {"train": "trainval", "test": "test"}.items():
+        cfg.dataloader[role].dataset = L(build_dataset)(name="voc2007_classification", split=split)
+    picture = picture_embeddings(cfg, [str(finished)])
+    data = build_datasets(cfg, {"train", "test"})
+    counts = {role: [int((target == 1).sum()) for _, target in found] for role, found in data.items()}
+    assert set(counts["test"]) == {1, 2} and len(picture.classes) == 22
+    first = picture.embeddings[0]
+    for label, count in zip(first.labels, counts["test"], strict=True):
+        assert picture.classes[label] == "several classes" if count > 1 else label < 20
+    alone = {role: [place for place, count in enumerate(found) if count == 1] for role, found in counts.items()}
+    only = [[(data[role][place][0], int(data[role][place][1].argmax())) for place in alone[role]]
+            for role in ("train", "test")]  # fmt: skip
+    state = stage_state(finished, "pretrain")
+    parts = [part for one in only for part in features_by_hand(state, "test_resnet", one)]
+    assert first.knn == knn_accuracy(*parts, k=20)["top1"]
+    assert first.silhouette == pytest.approx(silhouette(*parts[2:]), abs=1e-6)
+    said = words(picture.figure)
+    assert "several classes" in said and "no class" not in said
+    assert f"both of images of one class only, here {len(alone['test'])} of 15" in said
+    assert any(f"from {len(alone['train'])} images of dataloader.train" in word for word in said)
+
+
+def test_where_no_image_has_one_class_there_is_a_map_without_figures():
+    features, _ = clusters(5.0, count=2)
+    labels = torch.tensor([3, 3, 4, 4, 3, 3])
+    one = embedding("mixed", features, labels, features, labels, classes=3)
+    assert math.isnan(one.knn) and len(one.points) == 6
+    figure = draw_embeddings([one], [*CLASSES, "several classes", "no class"], "")
+    assert "mixed\nkNN undefined   silhouette undefined" in words(figure)
+    assert embedding("all", features, labels, features, labels).knn == 1.0
 
 
 @pytest.mark.parametrize(("ending", "begin"), [("png", b"\x89PNG"), ("pdf", b"%PDF"), ("svg", b"<?xml")])

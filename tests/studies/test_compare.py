@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from omegaconf import OmegaConf
+from original_layouts import picture
 from PIL import Image
 from safetensors.torch import save_file
 
@@ -15,7 +16,7 @@ from bissl_zoo.errors import BisslZooError, ConfigError
 from bissl_zoo.studies import compare_runs, compare_search
 from bissl_zoo.studies.compare import compare, compare_datasets
 from bissl_zoo.studies.compare_arms import ARMS, Settings, arm_config, base_config, pretrain_config, read_settings
-from bissl_zoo.studies.compare_folder import leaves, take_folder
+from bissl_zoo.studies.compare_folder import leaves, see_folder, take_folder
 from bissl_zoo.studies.compare_report import (
     Figures,
     datasets_table,
@@ -28,6 +29,7 @@ from bissl_zoo.studies.compare_report import (
 from bissl_zoo.studies.compare_runs import Comparison
 from bissl_zoo.studies.jobs import JobOutcome
 from bissl_zoo.studies.search import SearchResult
+from bissl_zoo.zoo.names import is_sha256
 
 PAIR = ["pretrained", "bissl"]
 
@@ -241,6 +243,43 @@ def test_weights_that_have_changed_under_their_name_are_refused(config, at_scene
         check_and_take()
 
 
+def test_images_that_have_changed_under_their_name_are_refused(config, tmp_path, monkeypatch):
+    monkeypatch.setenv("BISSL_ZOO_DATASETS", str(tmp_path / "data"))
+    for split, colours in {"train": 3, "val": 2, "test": 2}.items():
+        for number in range(2 * colours):
+            picture(tmp_path / "data" / split / f"{number % 2}" / f"{number}.jpg", number % 2, number, (40, 40))
+    cfg = config(seeds=1, arms=PAIR, search_trials=2, search={"overrides": ["dataloader.test.dataset.root=val"]})
+    cfg.task = {"_target_": "bissl_zoo.registry.build_task", "name": "classification", "image_size": 32}
+    for role, split in {"pretext": "train", "train": "train", "test": "test"}.items():
+        cfg.dataloader[role].dataset = {
+            "_target_": "bissl_zoo.registry.build_dataset",
+            "name": "image_folder",
+            "root": split,
+            "labelled": role != "pretext",
+        }
+    folder = tmp_path / "c"
+
+    def check_and_take():
+        comparison = Comparison(cfg, "test", folder)
+        comparison.check()
+        take_folder(folder, comparison.record())
+        see_folder(folder, Comparison(cfg, "test", folder).record())  # a report does not look at the data
+        return LazyConfig.load(folder / "comparison.yaml")
+
+    kept = check_and_take()
+    assert list(kept.samples) == ["pretext", "train", "test", "search train", "search test"]
+    assert all(is_sha256(one.sample_list_sha256) for one in kept.samples.values())
+    assert check_and_take() == kept
+    (tmp_path / "data" / "val" / "0" / "0.jpg").unlink()
+    with pytest.raises(ConfigError, match=r"the data set of search test \('image_folder'\) has not the samples"):
+        check_and_take()
+    LazyConfig.save(OmegaConf.create({k: v for k, v in kept.items() if k != "samples"}), folder / "comparison.yaml")
+    assert check_and_take().samples.keys() == kept.samples.keys()  # one from before there were digests goes on
+    picture(tmp_path / "data" / "test" / "1" / "new.jpg", 1)
+    with pytest.raises(ConfigError, match=r"the data set of test \('image_folder'\)"):
+        check_and_take()
+
+
 def test_an_arm_that_has_come_to_mean_something_else_is_refused(config, tmp_path, monkeypatch):
     taken(tmp_path, config(arms=[*PAIR, "joint"]))
     monkeypatch.setitem(ARMS, "joint", ARMS["bissl"])
@@ -392,7 +431,8 @@ class FakeJobs:
         monkeypatch.setattr(compare_runs, "run_jobs", self)
         monkeypatch.setattr(Comparison, "check", lambda self: None)
 
-    def __call__(self, jobs, folder, parallel, on_done):
+    def __call__(self, jobs, folder, parallel, on_done, engine):
+        self.engine = engine
         self.asked += [job.name for job in jobs]
         outcomes = [self.outcome(job.name, folder, number) for number, job in enumerate(jobs)]
         for outcome in outcomes:
@@ -450,8 +490,8 @@ def test_data_sets_are_compared_each_in_its_folder_and_with_its_overrides(config
     jobs = FakeJobs(monkeypatch)
     known = {"small": ["finetune.steps=1"], "large": ["finetune.steps=9"]}
     cfg = config(seeds=2, arms=PAIR, datasets=known)
-    reports = compare_datasets(cfg, "test", tmp_path, ["large", "small"])
-    assert list(reports) == ["large", "small"] and len(jobs.asked) == 2 * 5
+    reports = compare_datasets(cfg, "test", tmp_path, ["large", "small"], engine="ray")
+    assert jobs.engine == "ray" and list(reports) == ["large", "small"] and len(jobs.asked) == 2 * 5
     assert LazyConfig.load(tmp_path / "large" / "comparison.yaml").config.finetune.steps == 9
     assert (tmp_path / "datasets.md").is_file() and (tmp_path / "small" / "comparison.md").is_file()
     with pytest.raises(ConfigError, match="no 'lage'. Did you mean 'large'"):
@@ -467,14 +507,15 @@ SEARCH = {
 def test_every_arm_has_the_same_search_and_its_seeds_run_at_what_it_found(config, tmp_path, monkeypatch):
     jobs, searched = FakeJobs(monkeypatch), {}
 
-    def fake_search(cfg, source, folder, trials, parallel):
+    def fake_search(cfg, source, folder, trials, parallel, engine):
         searched[folder.name] = (cfg, trials)
+        assert engine == "ray"
         return SearchResult([f"optimizer.finetune.lr=0.{len(searched)}"], "the best trials", [])
 
     monkeypatch.setattr(compare_search, "search", fake_search)
     cfg = config(seeds=2, arms=PAIR, search_trials=4, search=SEARCH)
-    report = compare(cfg, "test", tmp_path / "c")
-    assert jobs.asked[:2] == ["pretrain", "bissl-search"] and list(searched) == PAIR
+    report = compare(cfg, "test", tmp_path / "c", engine="ray")
+    assert jobs.engine == "ray" and jobs.asked[:2] == ["pretrain", "bissl-search"] and list(searched) == PAIR
     (pretrained, trials), (bissl, others) = searched.values()
     assert trials == others == 4 and pretrained.search == bissl.search
     assert differing(pretrained, bissl) == {"train.init"}
@@ -537,6 +578,7 @@ def test_the_shipped_comparisons_tie_their_levels(at_scenes):
     for name in ("digit_scenes", "cells", "clothes"):
         cfg = load_config(f"compare/{name}.py")
         read_settings(cfg, name)
+        assert cfg.train.publish.name is None
         optimizer = cfg.optimizer.lower
         steps = cfg.bilevel.lower_steps * cfg.bilevel.alternations
         upper = cfg.bilevel["lambda"] * optimizer.lr / (1 - optimizer.momentum) * steps

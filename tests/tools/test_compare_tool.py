@@ -71,11 +71,12 @@ def test_what_cannot_be_compared_is_refused_in_one_message(call, tmp_path, argum
 
 
 def test_a_comparison_that_is_stopped_says_so_and_can_be_reported_of(call, finished, tmp_path, monkeypatch):
-    def stopped(*arguments):
+    def stopped(*arguments, engine):
+        assert engine == "ray"
         raise Interrupted("stopped as asked: 0 of 4 runs are finished", 130)
 
     monkeypatch.setattr(compare_runs, "run_jobs", stopped)
-    status, _, err = call("--seeds", "2", "--arms", "pretrained,bissl")
+    status, _, err = call("--seeds", "2", "--arms", "pretrained,bissl", "--engine", "ray")
     assert status == 130 and err.strip().endswith("stopped as asked: 0 of 4 runs are finished")
     for seed in (0, 1):  # as if they had been run by then
         shutil.copytree(finished, tmp_path / "c" / "runs" / f"pretrained-seed{seed}")
