@@ -37,6 +37,7 @@ class Outcome(NamedTuple):
 
 if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)  # the tests of the other processes want the other cores
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # in the processes that tests start, too
 
 
 @pytest.fixture(scope="session", autouse=True)

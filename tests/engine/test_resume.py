@@ -20,7 +20,7 @@ from bissl_zoo.hypergradient import CurvatureOperator
 from bissl_zoo.level import Level
 from bissl_zoo.zoo import stores, transactions
 
-KILLS = int(os.environ.get("BISSL_ZOO_KILLS", 3))
+KILLS = int(os.environ.get("BISSL_ZOO_KILLS", 2))
 #: workers of the loaders, and processes
 RUNS = {"with workers": (2, 1), "two processes": (0, 2), "at any moment": (2, 1)}
 
