@@ -13,7 +13,7 @@ import torchvision
 from torch import nn
 
 from bissl_zoo.errors import ZooError
-from bissl_zoo.zoo import export
+from bissl_zoo.zoo import TARGETS, export
 from bissl_zoo.zoo.export import export_backbone
 from bissl_zoo.zoo.plain_resnets import TORCHVISION_RESNETS, detectron2_state
 from bissl_zoo.zoo.weights import read_foreign
@@ -232,6 +232,10 @@ def test_images_that_the_network_does_not_take_are_refused(tmp_path):
     model, arguments = trained("test_vit", **model_args), {"model_args": model_args, "image_size": (32, 32)}
     with pytest.raises(ZooError, match="test_vit does not take images of 32 x 32"):
         export_backbone(model.state_dict(), "test_vit", "export", tmp_path / "a.pt2", **arguments)
+
+
+def test_every_target_that_is_offered_has_its_writer():
+    assert set(export._WRITERS) == set(TARGETS)
 
 
 def test_an_incomplete_state_an_unknown_target_and_a_wrong_ending_are_refused(tmp_path):
