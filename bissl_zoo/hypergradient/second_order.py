@@ -201,7 +201,7 @@ class _BatchNormBackward(Function):
         needs_x: bool,
     ) -> tuple[Tensor | None, Tensor, Tensor]:
         x_grad, weight_grad, bias_grad = aten.native_batch_norm_backward(
-            grad, x, weight, None, None, mean, invstd, True, eps, (needs_x, True, True)
+            grad, x, _or_ones(weight, mean), None, None, mean, invstd, True, eps, (needs_x, True, True)
         )
         ctx.save_for_backward(grad, x, weight, mean, invstd, weight_grad, bias_grad)
         return x_grad, weight_grad, bias_grad
@@ -241,9 +241,14 @@ class _BatchNormBackward(Function):
 def _channel_sums(a: Tensor, b: Tensor, center: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
     """`sum(a (b - center) scale)` and `sum(a)` per channel, in one pass over both."""
     _, product, total = aten.native_batch_norm_backward(
-        a, b, None, None, None, center, scale, True, 0.0, (False, True, True)
+        a, b, _or_ones(None, scale), None, None, center, scale, True, 0.0, (False, True, True)
     )
     return product, total
+
+
+def _or_ones(weight: Tensor | None, like: Tensor) -> Tensor:
+    """`weight`, or ones: CUDA's kernel takes the options of the gradients in weight and bias from the weight."""
+    return torch.ones_like(like) if weight is None else weight
 
 
 def _affine(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:

@@ -6,6 +6,7 @@ from timm.layers import ScaledStdConv2dSame, StdConv2d
 from torch import nn
 from torch.autograd import gradcheck, gradgradcheck
 from torch.nn import functional
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from bissl_zoo.hypergradient import frozen_state
 from bissl_zoo.hypergradient.second_order import fast_second_order
@@ -169,6 +170,32 @@ def test_hessian_products_of_networks_are_the_ordinary_ones(network, dtype, tole
     assert all_equal(gradient, ordinary_gradient)
     # the terms add up in another order: rounding, through some twenty layers
     assert (product - ordinary_product).norm() < tolerance * ordinary_product.norm()
+
+
+class RefuseBatchNormThatCudaRefuses(TorchDispatchMode):
+    """Raise where CUDA's batch-norm kernels would: gradients in weight or bias are allocated like the weight."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func is torch.ops.aten.native_batch_norm_backward.default:
+            self.calls += 1
+            weight, (_, needs_weight, needs_bias) = args[2], args[9]
+            if weight is None and (needs_weight or needs_bias):
+                raise RuntimeError("tensor does not have a device")
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("case", BATCH_NORMS)
+def test_batch_norm_products_call_kernels_as_cuda_accepts_them(case):
+    function, inputs = batch_norm(case, **DOUBLE)
+    with RefuseBatchNormThatCudaRefuses() as mode:
+        value = fast(function)(*inputs).square().sum()
+        gradients = torch.autograd.grad(value, inputs, create_graph=True)
+        torch.autograd.grad(gradients, inputs, gradients)
+    assert mode.calls > 1
 
 
 def test_standardised_convolutions_have_the_ordinary_second_derivatives():
