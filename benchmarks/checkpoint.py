@@ -23,10 +23,10 @@ from pathlib import Path
 import torch
 from tabulate import tabulate
 
-from bissl_zoo.engine.checkpoint import Checkpointer, verify
 from bissl_zoo.engine.randomness import random_state
-from bissl_zoo.engine.state_files import read_state
 from bissl_zoo.registry import build_backbone, build_pretext
+from bissl_zoo.runs.checkpoint import Checkpointer, verify
+from bissl_zoo.runs.state_files import read_state
 
 PERIOD = 300.0
 

@@ -23,10 +23,10 @@ from torch.nn import functional
 from torch.optim import SGD, AdamW
 
 from bissl_zoo.bilevel import BiLevel
+from bissl_zoo.bilevel.level import Level
 from bissl_zoo.distributed import flatten
 from bissl_zoo.hypergradient import ConjugateGradient, MinRes
 from bissl_zoo.hypergradient.solver import relative_residual
-from bissl_zoo.level import Level
 from bissl_zoo.optim import LRMultiplier
 from bissl_zoo.pretext.simclr import nt_xent
 

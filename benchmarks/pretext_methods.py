@@ -35,7 +35,7 @@ from torch.utils.data import DataLoader
 
 from bissl_zoo.config import LazyCall as L
 from bissl_zoo.config import load_config
-from bissl_zoo.data.catalog import datasets_root
+from bissl_zoo.data.datasets.catalog import datasets_root
 from bissl_zoo.engine.build import seed_everything
 from bissl_zoo.engine.features import CentralCrops, drawn, extract_features
 from bissl_zoo.engine.frozen import load_frozen

@@ -33,14 +33,14 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
+from bissl_zoo.bilevel.level import Level
 from bissl_zoo.data.batches import to_device
-from bissl_zoo.data.folder import ImageFolder
+from bissl_zoo.data.datasets.folder import ImageFolder
 from bissl_zoo.data.loaders import build_train_loader
 from bissl_zoo.data.samples import TransformedDataset
 from bissl_zoo.data.views import two_views
 from bissl_zoo.engine.build import ViewsOnly
 from bissl_zoo.engine.pretrain import Pretrain, compile_backbones
-from bissl_zoo.level import Level
 from bissl_zoo.optim import LRMultiplier
 from bissl_zoo.registry import build_backbone, build_pretext
 

@@ -35,12 +35,12 @@ from torch.optim import SGD, AdamW
 from tqdm import tqdm
 
 from bissl_zoo.bilevel import BiLevel
+from bissl_zoo.bilevel.level import Level
 from bissl_zoo.data.batches import to_device
-from bissl_zoo.data.digit_scenes import DigitScenes
+from bissl_zoo.data.datasets.digit_scenes import DigitScenes
 from bissl_zoo.data.views import two_views
 from bissl_zoo.distributed import flatten
 from bissl_zoo.hypergradient import ConjugateGradient, Identity, MinRes
-from bissl_zoo.level import Level
 from bissl_zoo.optim import LRMultiplier
 from bissl_zoo.registry import build_backbone, build_pretext, build_task
 

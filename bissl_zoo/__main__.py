@@ -6,8 +6,8 @@ import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 
-from bissl_zoo.console import exit_status, printable
 from bissl_zoo.doctor import CHECKS, PROBLEM, examine, page, worst
+from bissl_zoo.progress.console import exit_status, printable
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:

@@ -29,8 +29,8 @@ PAGES = {
     "bissl_zoo/evaluation/": "reference/evaluation.md",
     "bissl_zoo/engine/": "reference/engine.md",
     "bissl_zoo/report/": "reference/reports.md",
-    "bissl_zoo/bilevel.py": "reference/bilevel.md",
-    "bissl_zoo/backbones.py": "reference/backbones.md",
+    "bissl_zoo/bilevel/algorithm.py": "reference/bilevel.md",
+    "bissl_zoo/backbones/backbone.py": "reference/backbones.md",
 }
 ROOT = Path(__file__).resolve().parents[1]
 SHOWN = re.compile(r"^# file: (\S+)$", re.MULTILINE)

@@ -14,7 +14,7 @@ import torch
 from command_line import load_tool
 
 from bissl_zoo.config import LazyConfig, load_config
-from bissl_zoo.data.digit_scenes import write_digit_scenes
+from bissl_zoo.data.datasets.digit_scenes import write_digit_scenes
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 QUICKSTART = "quickstart/digit_scenes_det.py"

@@ -10,7 +10,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 import bissl_zoo
 from bissl_zoo.config import LazyConfig
-from bissl_zoo.engine.checkpoint import load_checkpoint
+from bissl_zoo.runs.checkpoint import load_checkpoint
 
 COUNTS = {"unlabeled": 48, "train": 24, "val": 1, "test": 12}
 OVERRIDES = [

@@ -34,15 +34,15 @@ from tiny_entries import publish_tiny
 
 from bissl_zoo.config import LazyConfig
 from bissl_zoo.data import COCODetection
-from bissl_zoo.data.catalog import load_image
-from bissl_zoo.data.voc import read_annotation
-from bissl_zoo.engine.checkpoint import Checkpointer, load_checkpoint
-from bissl_zoo.engine.facts import add_wall_time, read_facts
-from bissl_zoo.engine.log_files import drop_lines_after
+from bissl_zoo.data.datasets.catalog import load_image
+from bissl_zoo.data.datasets.voc import read_annotation
 from bissl_zoo.engine.publishing import published
 from bissl_zoo.errors import BisslZooError
+from bissl_zoo.progress.log_files import drop_lines_after
+from bissl_zoo.runs.checkpoint import Checkpointer, load_checkpoint
+from bissl_zoo.runs.metadata import add_wall_time, read_facts
+from bissl_zoo.weights.backbone_file import read_backbone
 from bissl_zoo.zoo import get_config, list_backbones, load_entry_weights
-from bissl_zoo.zoo.backbone_file import read_backbone
 from bissl_zoo.zoo.cache import Cache
 from bissl_zoo.zoo.hub import Zoo
 from bissl_zoo.zoo.index import parse_index

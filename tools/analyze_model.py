@@ -38,7 +38,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 def main(args: argparse.Namespace) -> int:
     """What one process does."""
     from bissl_zoo.analysis.model import analyse, report
-    from bissl_zoo.engine.display import say
+    from bissl_zoo.progress.display import say
 
     found = analyse(args.config_file, args.overrides, not args.no_timing, args.batch_scale)
     if args.json:

@@ -46,7 +46,7 @@ def main(args: argparse.Namespace) -> int:
     from bissl_zoo.analysis.hypergradient_report import save, table
     from bissl_zoo.distributed import on_main_process
     from bissl_zoo.engine.configuration import open_config
-    from bissl_zoo.engine.display import say
+    from bissl_zoo.progress.display import say
 
     overrides = [*args.overrides, *([f"train.init={json.dumps(args.run)}"] if args.run else [])]
     cfg = open_config(args.config_file, overrides)

@@ -17,7 +17,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from bissl_zoo.console import printable
+from bissl_zoo.progress.console import printable
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # read once, when torch is imported
 # what takes seconds to import is imported in the functions: --help and wrong options are answered at once
@@ -56,7 +56,7 @@ def names(text: str) -> list[str]:
 def main(args: argparse.Namespace) -> int:
     """Compare, and say what came out."""
     from bissl_zoo.engine.configuration import open_config
-    from bissl_zoo.engine.display import say
+    from bissl_zoo.progress.display import say
     from bissl_zoo.studies.compare import compare, compare_datasets, describe
     from bissl_zoo.studies.compare_arms import override
     from bissl_zoo.studies.compare_report import datasets_table
@@ -79,7 +79,7 @@ def main(args: argparse.Namespace) -> int:
 
 def tell(report: dict, folder: Path) -> None:
     """The table, the sentences, and what was left out."""
-    from bissl_zoo.engine.display import say
+    from bissl_zoo.progress.display import say
     from bissl_zoo.studies.compare_report import table
 
     say(f"\n{table(report)}\n")

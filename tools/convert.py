@@ -17,12 +17,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from bissl_zoo.console import exit_status
 from bissl_zoo.errors import ZooError
+from bissl_zoo.progress.console import exit_status
 from bissl_zoo.zoo import TARGETS
 
 if TYPE_CHECKING:
-    from bissl_zoo.zoo.weights import ForeignBackbone
+    from bissl_zoo.weights.load import ForeignBackbone
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # read once, when torch is imported
 # what takes seconds to import is imported in the functions: --help and wrong options are answered at once
@@ -57,8 +57,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 def bring_in(args: argparse.Namespace) -> None:
     """Read the checkpoint, write the backbone, say what became of every tensor."""
-    from bissl_zoo.zoo.backbone_file import StoredBackbone, save_backbone, save_tensors
-    from bissl_zoo.zoo.weights import read_foreign
+    from bissl_zoo.weights.backbone_file import StoredBackbone, save_backbone, save_tensors
+    from bissl_zoo.weights.load import read_foreign
 
     options = {key: getattr(args, key) for key in ("allow_partial", "channel_order", "skip_objects")}
     read = read_foreign(args.source, args.architecture, head_path=args.head, **options)
@@ -97,8 +97,8 @@ def _images(read: "ForeignBackbone") -> str:
 
 def take_out(args: argparse.Namespace) -> None:
     """Read the backbone, write it for the other library, say what a user must know there."""
-    from bissl_zoo.zoo.backbone_file import read_backbone
-    from bissl_zoo.zoo.export import export_backbone
+    from bissl_zoo.weights.backbone_file import read_backbone
+    from bissl_zoo.weights.export import export_backbone
 
     backbone = read_backbone(args.source, args.architecture)
     pixels = {"mean": args.mean, "std": args.std} if args.mean else backbone.pixels

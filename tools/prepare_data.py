@@ -22,7 +22,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from bissl_zoo.console import exit_status
+from bissl_zoo.progress.console import exit_status
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # read once, when torch is imported
 # what takes seconds to import is imported in the functions: --help and wrong options are answered at once
@@ -71,7 +71,7 @@ def byte_size(text: str) -> int:
 
 def pack(args: argparse.Namespace) -> int:
     """Pack a folder; say what came of it, and what was left out."""
-    from bissl_zoo.data.shards_packing import pack_folder
+    from bissl_zoo.data.prepare.pack import pack_folder
 
     default = re.sub(r"[^A-Za-z0-9_-]+", "-", Path(args.to_shards).absolute().name)
     samples = args.samples_per_shard or (None if args.shard_size else 10_000)
@@ -86,7 +86,7 @@ def pack(args: argparse.Namespace) -> int:
 
 def index(args: argparse.Namespace) -> int:
     """Index shards; say where."""
-    from bissl_zoo.data.shards_packing import index_shards
+    from bissl_zoo.data.prepare.pack import index_shards
 
     print(f"wrote      {index_shards(args.index_shards, args.out, args.num_workers)}")
     return 0
@@ -94,7 +94,7 @@ def index(args: argparse.Namespace) -> int:
 
 def prepare_set(args: argparse.Namespace) -> int:
     """Fetch a set that is known by name where it is not there; say what is."""
-    from bissl_zoo.data.preparation import prepare
+    from bissl_zoo.data.prepare.known import prepare
 
     fetched, found = prepare(args.dataset)
     print("".join(f"fetched    {folder}\n" for folder in fetched), end="")
@@ -103,7 +103,7 @@ def prepare_set(args: argparse.Namespace) -> int:
 
 def list_sets(args: argparse.Namespace) -> int:
     """Print the sets that are known by name."""
-    from bissl_zoo.data.preparation import listing
+    from bissl_zoo.data.prepare.known import listing
 
     print(listing())
     return 0
@@ -120,8 +120,8 @@ def tell(survey: Any) -> int:
 
 def check(args: argparse.Namespace) -> int:
     """Check a set that is known by name, or what lies at a path; the exit status is 1 where anything is wrong."""
-    from bissl_zoo.data.own_data import survey_path
-    from bissl_zoo.data.preparation import is_known, survey
+    from bissl_zoo.data.prepare.known import is_known, survey
+    from bissl_zoo.data.prepare.own import survey_path
 
     if is_known(args.check) or not (os.sep in args.check or Path(args.check).exists()):
         return tell(survey(args.check, open_files=True, num_workers=args.num_workers))
@@ -137,7 +137,7 @@ def task_of(args: argparse.Namespace) -> Callable[[argparse.Namespace], int]:
 def cli(argv: Sequence[str] | None = None) -> int:
     """Run the command line `argv` (`sys.argv` by default) and return the exit status."""
     args = parse_args(argv)
-    from bissl_zoo.data.preparation import datasets_in
+    from bissl_zoo.data.prepare.known import datasets_in
 
     with datasets_in(args.root):
         return exit_status(lambda: task_of(args)(args))

@@ -48,7 +48,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 def main(args: argparse.Namespace) -> int:
     """Write the page, say where."""
-    from bissl_zoo.engine.display import say
+    from bissl_zoo.progress.display import say
     from bissl_zoo.report.write import write_report
     from bissl_zoo.report.zoo import write_zoo_page
     from bissl_zoo.zoo import Zoo, default_zoo

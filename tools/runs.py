@@ -17,8 +17,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from bissl_zoo.console import exit_status, printable
 from bissl_zoo.errors import CheckpointError
+from bissl_zoo.progress.console import exit_status, printable
 
 # what takes seconds to import is imported in the functions: --help and wrong options are answered at once
 
@@ -52,8 +52,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 def list_runs(args: argparse.Namespace) -> None:
     """A line per run."""
-    from bissl_zoo.engine.run_listing import find_runs, look_at
-    from bissl_zoo.engine.run_report import resume_command, runs_table
+    from bissl_zoo.runs.commands import resume_command, runs_table
+    from bissl_zoo.runs.listing import find_runs, look_at
 
     runs = [look_at(folder) for folder in find_runs(args.folder)]
     if args.json:
@@ -64,8 +64,8 @@ def list_runs(args: argparse.Namespace) -> None:
 
 def show(args: argparse.Namespace) -> None:
     """What a run holds."""
-    from bissl_zoo.engine.run_listing import is_run, look_at
-    from bissl_zoo.engine.run_report import resume_command, run_page
+    from bissl_zoo.runs.commands import resume_command, run_page
+    from bissl_zoo.runs.listing import is_run, look_at
 
     if not is_run(args.run):
         raise CheckpointError(f"There is no run in {args.run} (no config.yaml). Give the directory of a run.")
@@ -78,8 +78,8 @@ def show(args: argparse.Namespace) -> None:
 
 def prune_run(args: argparse.Namespace) -> None:
     """Say what would go, or remove it."""
-    from bissl_zoo.engine.run_pruning import plan, prune
-    from bissl_zoo.engine.run_report import pruning_page
+    from bissl_zoo.runs.commands import pruning_page
+    from bissl_zoo.runs.pruning import plan, prune
 
     print(pruning_page((prune if args.yes else plan)(args.run, args.keep, args.damaged), removed=args.yes))
 

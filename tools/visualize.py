@@ -79,10 +79,10 @@ def command_parser(name: str) -> argparse.ArgumentParser:
 
 def main(args: argparse.Namespace) -> int:
     """Draw, save, say where."""
-    from bissl_zoo.engine.display import say
-    from bissl_zoo.pictures.drawing import check_format, save_figure
-    from bissl_zoo.pictures.embeddings import write_csv
-    from bissl_zoo.pictures.visualize import picture_data, picture_embeddings, picture_predictions, picture_views
+    from bissl_zoo.progress.display import say
+    from bissl_zoo.report.images.drawing import check_format, save_figure
+    from bissl_zoo.report.images.embeddings import write_csv
+    from bissl_zoo.report.images.visualize import picture_data, picture_embeddings, picture_predictions, picture_views
 
     if args.output:
         check_format(args.output)
@@ -109,7 +109,7 @@ def config(args: argparse.Namespace) -> DictConfig:
     """The config, of the file or of the first run among the sources."""
     from bissl_zoo.engine.checks import check_config
     from bissl_zoo.engine.configuration import open_config
-    from bissl_zoo.engine.run_dir import CONFIG_FILE
+    from bissl_zoo.runs.directory import CONFIG_FILE
 
     name, overrides, run = args.config_file, args.overrides, first_run(args)
     if name is None and run is None:
@@ -125,7 +125,7 @@ def config(args: argparse.Namespace) -> DictConfig:
 
 def first_run(args: argparse.Namespace) -> Path | None:
     """The first run directory among the sources."""
-    from bissl_zoo.engine.run_dir import CONFIG_FILE
+    from bissl_zoo.runs.directory import CONFIG_FILE
 
     return next((Path(source) for source in args.sources if (Path(source) / CONFIG_FILE).is_file()), None)
 

@@ -15,7 +15,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from bissl_zoo.console import exit_status
+from bissl_zoo.progress.console import exit_status
 
 # what takes seconds to import is imported in the functions: --help and wrong options are answered at once
 

@@ -13,7 +13,7 @@ from torch.utils.data import Dataset, default_collate
 
 from bissl_zoo.data.batches import to_device
 from bissl_zoo.data.device_views import two_parts
-from bissl_zoo.data.preparation import catalog
+from bissl_zoo.data.prepare.known import catalog
 from bissl_zoo.engine.build import STAGE_DATA, Context, ViewsOnly, build_datasets
 from bissl_zoo.errors import ConfigError, DatasetError
 

@@ -10,26 +10,26 @@ import torch
 from omegaconf import DictConfig
 from torch import Tensor
 
+from bissl_zoo.analysis.advice import Advice, advise
 from bissl_zoo.analysis.reduced_checks import check_reduced, right_hand_side
 from bissl_zoo.analysis.reduced_problem import ReducedProblem
 from bissl_zoo.analysis.solver_comparison import Clock, compare_solvers
-from bissl_zoo.bilevel import BiLevel
-from bissl_zoo.engine.bissl import build_bissl, build_head_warmup
-from bissl_zoo.engine.build import Context, Weights, build_part
-from bissl_zoo.engine.checks import check_parts
-from bissl_zoo.engine.display import say
-from bissl_zoo.engine.hooks import Progress
-from bissl_zoo.engine.init import load_init
-from bissl_zoo.engine.run import open_context
-from bissl_zoo.errors import BisslZooError, ConfigError
-from bissl_zoo.hypergradient import SOLVERS, CurvatureOperator
-from bissl_zoo.hypergradient.advice import Advice, advise
-from bissl_zoo.hypergradient.diagnosis import (
+from bissl_zoo.analysis.solver_diagnosis import (
     automatic_strength,
     budget_key,
     spectrum,
     symmetry_error,
 )
+from bissl_zoo.bilevel import BiLevel
+from bissl_zoo.engine.bissl import build_bissl, build_head_warmup
+from bissl_zoo.engine.build import Context, Weights, build_part
+from bissl_zoo.engine.checks import check_parts
+from bissl_zoo.engine.hooks import Progress
+from bissl_zoo.engine.init import load_init
+from bissl_zoo.engine.run import open_context
+from bissl_zoo.errors import BisslZooError, ConfigError
+from bissl_zoo.hypergradient import SOLVERS, CurvatureOperator
+from bissl_zoo.progress.display import say
 from bissl_zoo.registry import HYPERGRADIENT_SOLVERS
 
 

@@ -17,12 +17,12 @@ from torch.overrides import TorchFunctionMode
 
 from bissl_zoo.backbones import FeatureInfo
 from bissl_zoo.bilevel import BiLevel
+from bissl_zoo.bilevel.level import Level
 from bissl_zoo.distributed import all_reduce_mean, flatten, get_rank, unflatten_like
 from bissl_zoo.downstream.classification import Classification
 from bissl_zoo.engine.build import build_part
 from bissl_zoo.errors import BisslZooError
 from bissl_zoo.hypergradient import CurvatureOperator, Exact
-from bissl_zoo.level import Level
 from bissl_zoo.optim import LRMultiplier
 from bissl_zoo.pretext import PretextMethod
 from bissl_zoo.registry import PRETEXT_METHODS

@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bissl_zoo.engine.display import say
+from bissl_zoo.analysis.solver_diagnosis import Remembering, budget_key, budgets_up_to, convergence, refuses
 from bissl_zoo.hypergradient import SOLVERS, CurvatureOperator
-from bissl_zoo.hypergradient.diagnosis import Remembering, budget_key, budgets_up_to, convergence, refuses
+from bissl_zoo.progress.display import say
 
 
 class Clock:

@@ -4,13 +4,13 @@ Importing this package registers `voc_detection`, `coco_detection`, `image_folde
 classification sets of `classification_sets.py`.
 """
 
-from bissl_zoo.data.catalog import datasets_root, load_image, require_folder
-from bissl_zoo.data.classification_sets import ClassificationSet, register_classification_set
-from bissl_zoo.data.coco import COCODetection
-from bissl_zoo.data.digit_scenes import DigitScenes
-from bissl_zoo.data.folder import ImageFolder
+from bissl_zoo.data.datasets.catalog import datasets_root, load_image, require_folder
+from bissl_zoo.data.datasets.classification_sets import ClassificationSet, register_classification_set
+from bissl_zoo.data.datasets.coco import COCODetection
+from bissl_zoo.data.datasets.digit_scenes import DigitScenes
+from bissl_zoo.data.datasets.folder import ImageFolder
+from bissl_zoo.data.datasets.voc import VOC_CLASSES, VOCDetection
 from bissl_zoo.data.shards import ShardDataset
-from bissl_zoo.data.voc import VOC_CLASSES, VOCDetection
 
 __all__ = [
     "VOC_CLASSES",

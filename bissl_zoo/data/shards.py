@@ -11,7 +11,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset, get_worker_info
 
-from bissl_zoo.data.catalog import load_image, load_pixels
+from bissl_zoo.data.datasets.catalog import load_image, load_pixels
 from bissl_zoo.data.remote_files import is_remote
 from bissl_zoo.data.shards_index import find_shards
 from bissl_zoo.data.shards_reading import (
@@ -51,7 +51,7 @@ class ShardDataset(Dataset):
             not list are counted and entered there.
         on_bad: "skip" for another sample in the place of one that is missing or does not decode, or "error".
         shuffle_buffer: samples, as files, that each worker holds to draw from.
-        as_tensor: images are `(3, H, W)` uint8 rather than PIL's, see :class:`bissl_zoo.data.folder.ImageFolder`.
+        as_tensor: images are `(3, H, W)` uint8 rather than PIL's, see `ImageFolder`.
 
     Attributes:
         bad: what was broken so far, members and shards, and what is wrong with each; tells: whether to warn of it. A

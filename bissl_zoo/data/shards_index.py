@@ -15,7 +15,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
-from bissl_zoo.data.catalog import IMAGE_EXTENSIONS, datasets_root
+from bissl_zoo.data.datasets.catalog import IMAGE_EXTENSIONS, datasets_root
 from bissl_zoo.data.remote_files import is_remote, local_path, open_file
 from bissl_zoo.errors import BisslZooError, DatasetError
 

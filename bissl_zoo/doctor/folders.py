@@ -91,7 +91,7 @@ def check_datasets() -> list[Finding]:
 
 def check_known_datasets() -> list[Finding]:
     """Which of the data sets that are known by name are there; whether they are whole, tools/prepare_data.py tells."""
-    from bissl_zoo.data.preparation import catalog, folder_of
+    from bissl_zoo.data.prepare.known import catalog, folder_of
 
     there = [name for name in catalog() if folder_of(name).is_dir()]
     missing = len(catalog()) - len(there)

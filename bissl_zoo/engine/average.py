@@ -5,7 +5,7 @@ import copy
 import torch
 from torch import nn
 
-from bissl_zoo.level import Level
+from bissl_zoo.bilevel.level import Level
 
 
 class WeightAverage(nn.Module):

@@ -9,9 +9,9 @@ from torch.utils.data import Dataset
 from bissl_zoo.data.workers import NAMED
 from bissl_zoo.distributed import all_gather_objects, any_rank
 from bissl_zoo.engine.build import Context
-from bissl_zoo.engine.display import say
 from bissl_zoo.engine.trainer import HookBase
 from bissl_zoo.errors import DatasetError
+from bissl_zoo.progress.display import say
 
 logger = logging.getLogger(__name__)
 

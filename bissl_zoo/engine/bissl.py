@@ -9,6 +9,7 @@ from omegaconf import DictConfig
 
 from bissl_zoo.backbones import Backbone, Tail
 from bissl_zoo.bilevel import Adaptation, BiLevel
+from bissl_zoo.bilevel.level import Level
 from bissl_zoo.engine.build import (
     Context,
     Weights,
@@ -24,7 +25,6 @@ from bissl_zoo.engine.build import (
 )
 from bissl_zoo.engine.pretrain import Pretrain
 from bissl_zoo.engine.trainer import SingleLevelTrainer, Trainer
-from bissl_zoo.level import Level
 from bissl_zoo.optim import LRMultiplier, effective_learning_rate
 from bissl_zoo.pretext import PretextMethod
 

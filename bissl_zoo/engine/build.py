@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from bissl_zoo.backbones import Backbone, Tail
+from bissl_zoo.bilevel.level import Level
 from bissl_zoo.config import instantiate
 from bissl_zoo.data.device_views import two_parts
 from bissl_zoo.distributed import broadcast_module, get_rank
@@ -23,7 +24,6 @@ from bissl_zoo.engine.batches import Batches
 from bissl_zoo.engine.class_lists import unequal_classes
 from bissl_zoo.engine.trainer import load_state
 from bissl_zoo.errors import ConfigError, DatasetError
-from bissl_zoo.level import Level
 from bissl_zoo.pretext import PretextMethod
 
 #: which data sets a stage reads; fine-tuning also `val`, where the config has it

@@ -27,8 +27,8 @@ from bissl_zoo.engine.evaluate import figures_of
 from bissl_zoo.engine.finetune import trained_parameters
 from bissl_zoo.engine.pretrain import check_accumulation
 from bissl_zoo.engine.publishing import check_entry_name
-from bissl_zoo.engine.writers import check_writers
 from bissl_zoo.errors import ConfigError, did_you_mean
+from bissl_zoo.progress.writers import check_writers
 
 #: the keys of `optimizer`, `lr_multiplier` and `clip_grad` that a stage reads
 STAGE_ROLES = {"pretrain": ("pretrain",), "bissl": ("head_warmup", "lower", "upper"), "finetune": ("finetune",)}

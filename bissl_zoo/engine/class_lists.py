@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from omegaconf import DictConfig
 
-from bissl_zoo.data.boxes import shown_names
+from bissl_zoo.data.datasets.boxes import shown_names
 from bissl_zoo.registry import DATASETS
 
 #: classes that an override can be expected to name

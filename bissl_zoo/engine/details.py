@@ -11,11 +11,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bissl_zoo.downstream import Evaluator
-from bissl_zoo.engine.checkpoint import write_atomically
-from bissl_zoo.engine.display import say
-from bissl_zoo.engine.facts import read_json
 from bissl_zoo.errors import CheckpointError
 from bissl_zoo.evaluation.ranking import MOST_RANKED
+from bissl_zoo.progress.display import say
+from bissl_zoo.runs.checkpoint import write_atomically
+from bissl_zoo.runs.metadata import read_json
 
 DETAILS_FILE = "per_class.json"
 #: points of a curve, at recalls 0, 0.01, ... 1

@@ -1,7 +1,7 @@
 """The hook that remembers the best weights of a fine-tuning and ends it when they have not become better for long."""
 
-from bissl_zoo.engine.display import say
 from bissl_zoo.engine.trainer import HookBase
+from bissl_zoo.progress.display import say
 
 
 class EarlyStopping(HookBase):

@@ -7,6 +7,7 @@ from timm.models import group_parameters
 from torch import Tensor, nn
 
 from bissl_zoo.backbones import Backbone
+from bissl_zoo.bilevel.level import Level
 from bissl_zoo.downstream import DownstreamTask
 from bissl_zoo.engine.build import (
     Context,
@@ -20,7 +21,6 @@ from bissl_zoo.engine.build import (
 )
 from bissl_zoo.engine.trainer import SingleLevelTrainer, load_state
 from bissl_zoo.errors import ConfigError
-from bissl_zoo.level import Level
 
 #: the fine-tuning from the backbone that entered the BiSSL stage
 BASELINE = "finetune_pretrained"

@@ -13,11 +13,11 @@ from bissl_zoo.backbones import Backbone, merge_split_states
 from bissl_zoo.config import instantiate
 from bissl_zoo.engine.features import CentralCrops, pretext_pixels
 from bissl_zoo.engine.init import ZOO_PREFIX, load_init
-from bissl_zoo.engine.run_dir import CONFIG_FILE, load_run_config
 from bissl_zoo.engine.trainer import load_state
 from bissl_zoo.errors import CheckpointError
 from bissl_zoo.registry import build_backbone
-from bissl_zoo.zoo.backbone_file import read_backbone
+from bissl_zoo.runs.directory import CONFIG_FILE, load_run_config
+from bissl_zoo.weights.backbone_file import read_backbone
 
 
 @dataclass(frozen=True)

@@ -11,13 +11,13 @@ from omegaconf import DictConfig
 from torch import Tensor, nn
 from torch.nn.utils import get_total_norm
 
+from bissl_zoo.bilevel.level import Level
 from bissl_zoo.data.workers import name_samples
 from bissl_zoo.distributed import all_gather_objects, any_rank
 from bissl_zoo.engine.batches import Batches
-from bissl_zoo.engine.display import say
 from bissl_zoo.engine.trainer import HookBase, Trainer
 from bissl_zoo.errors import BadHypergradient, NonFiniteLoss
-from bissl_zoo.level import Level
+from bissl_zoo.progress.display import say
 
 #: a gradient norm that is so many times the median of the last WINDOW, of which there are LEAST, has exploded
 EXPLOSION, WINDOW, LEAST = 1e4, 50, 10

@@ -8,15 +8,15 @@ from typing import Any
 
 import torch
 
-from bissl_zoo.console import clock, short
 from bissl_zoo.distributed import all_gather_objects, is_main_process, on_main_process
-from bissl_zoo.engine.checkpoint import Checkpointer
-from bissl_zoo.engine.disk import DiskError, retried
-from bissl_zoo.engine.display import doing, every_step, say, show
-from bissl_zoo.engine.file_writers import JsonWriter, Record, TensorBoardWriter, Writer
 from bissl_zoo.engine.randomness import random_state
-from bissl_zoo.engine.run_view import StageView, place_within
 from bissl_zoo.engine.trainer import HookBase
+from bissl_zoo.progress.console import clock, short
+from bissl_zoo.progress.display import doing, every_step, say, show
+from bissl_zoo.progress.file_writers import JsonWriter, Record, TensorBoardWriter, Writer
+from bissl_zoo.progress.run_view import StageView, place_within
+from bissl_zoo.runs.checkpoint import Checkpointer
+from bissl_zoo.runs.disk import DiskError, retried
 
 #: how the names of figures begin that are measured now and then, after a step
 MEASURED = ("val/", "test/", "probe/")

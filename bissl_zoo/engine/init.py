@@ -11,11 +11,11 @@ from torch import Tensor
 from bissl_zoo.backbones import Backbone, Tail, merge_split_states
 from bissl_zoo.config import instantiate
 from bissl_zoo.engine.build import Weights, build_split_backbone
-from bissl_zoo.engine.checkpoint import Checkpointer, load_checkpoint, sha256_of
-from bissl_zoo.engine.facts import read_facts
-from bissl_zoo.engine.run_dir import load_run_config
 from bissl_zoo.engine.trainer import load_state
 from bissl_zoo.errors import CheckpointError, did_you_mean
+from bissl_zoo.runs.checkpoint import Checkpointer, load_checkpoint, sha256_of
+from bissl_zoo.runs.directory import load_run_config
+from bissl_zoo.runs.metadata import read_facts
 from bissl_zoo.zoo import Zoo, default_zoo
 from bissl_zoo.zoo.hub import WEIGHTS_FILE
 from bissl_zoo.zoo.names import pin, split_version

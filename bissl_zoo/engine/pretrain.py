@@ -7,6 +7,7 @@ from omegaconf import DictConfig
 from torch import nn
 
 from bissl_zoo.backbones import Backbone, Tail
+from bissl_zoo.bilevel.level import Level
 from bissl_zoo.distributed import get_world_size
 from bissl_zoo.engine.average import WeightAverage
 from bissl_zoo.engine.build import (
@@ -21,7 +22,6 @@ from bissl_zoo.engine.build import (
 )
 from bissl_zoo.engine.trainer import SingleLevelTrainer, load_state
 from bissl_zoo.errors import CheckpointError, ConfigError
-from bissl_zoo.level import Level
 from bissl_zoo.pretext import PretextMethod
 from bissl_zoo.registry import PRETEXT_METHODS
 

@@ -9,10 +9,10 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from bissl_zoo.backbones import evaluating
+from bissl_zoo.bilevel.level import Level
 from bissl_zoo.distributed import get_world_size, on_main_process
 from bissl_zoo.engine.bad_images import Readable
 from bissl_zoo.engine.build import Context, build_datasets
-from bissl_zoo.engine.display import say
 from bissl_zoo.engine.features import (
     CentralCrops,
     FixedViews,
@@ -24,7 +24,7 @@ from bissl_zoo.engine.features import (
 from bissl_zoo.engine.trainer import HookBase, Trainer
 from bissl_zoo.errors import DatasetError
 from bissl_zoo.evaluation import collapse_figures, knn_accuracy, linear_probe
-from bissl_zoo.level import Level
+from bissl_zoo.progress.display import say
 from bissl_zoo.registry import DOWNSTREAM_TASKS
 
 #: the stages that train a pretext method, and which of their levels does

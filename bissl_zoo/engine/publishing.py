@@ -8,13 +8,13 @@ from omegaconf import DictConfig
 
 from bissl_zoo.backbones import merge_split_states
 from bissl_zoo.engine.build import Weights
-from bissl_zoo.engine.checkpoint import Checkpointer, load_checkpoint, write_atomically
-from bissl_zoo.engine.facts import arguments_of, read_facts, read_json
 from bissl_zoo.engine.features import pretext_pixels
 from bissl_zoo.engine.init import weights_of, zoo_of
-from bissl_zoo.engine.run_dir import CONFIG_FILE, load_run_config
 from bissl_zoo.errors import CheckpointError, ConfigError
 from bissl_zoo.registry import BACKBONES
+from bissl_zoo.runs.checkpoint import Checkpointer, load_checkpoint, write_atomically
+from bissl_zoo.runs.directory import CONFIG_FILE, load_run_config
+from bissl_zoo.runs.metadata import arguments_of, read_facts, read_json
 from bissl_zoo.zoo import PublishedEntry, Zoo, publish_entry
 
 RESULTS_FILE, RECEIPT_FILE = "results.json", "zoo_entry.json"

@@ -12,18 +12,18 @@ from bissl_zoo.distributed import on_main_process
 from bissl_zoo.engine.bissl import LEAST_COUPLING, coupling, pretext_head_is_new, pretext_warmup_steps
 from bissl_zoo.engine.build import STAGE_DATA, Context, Weights, build_datasets, build_downstream
 from bissl_zoo.engine.checks import check_config, check_parts
-from bissl_zoo.engine.display import end_display, log, logged, say, signals_aside
 from bissl_zoo.engine.evaluate import LEFT_OUT, evaluate
-from bissl_zoo.engine.facts import write_facts
 from bissl_zoo.engine.init import as_begun, load_init
-from bissl_zoo.engine.interruption import stop_request
 from bissl_zoo.engine.launch import choose_device
 from bissl_zoo.engine.randomness import deterministic
-from bissl_zoo.engine.run_dir import check_run_dir, has_begun, prepare_run_dir
-from bissl_zoo.engine.run_lock import run_lock
 from bissl_zoo.engine.walk import Walk, phases_of
-from bissl_zoo.engine.writers import open_writers
 from bissl_zoo.errors import CheckpointError
+from bissl_zoo.interruption import stop_request
+from bissl_zoo.progress.display import end_display, log, logged, say, signals_aside
+from bissl_zoo.progress.writers import open_writers
+from bissl_zoo.runs.directory import check_run_dir, has_begun, prepare_run_dir
+from bissl_zoo.runs.lock import run_lock
+from bissl_zoo.runs.metadata import write_facts
 
 
 def open_context(cfg: DictConfig, source: str, roles: set[str] | None = None) -> Context:

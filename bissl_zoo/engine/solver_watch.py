@@ -5,8 +5,8 @@ from collections import Counter, deque
 from pathlib import Path
 from typing import Any
 
-from bissl_zoo.engine.display import say
 from bissl_zoo.engine.trainer import HookBase
+from bissl_zoo.progress.display import say
 
 #: how a solve may end without a word: solved, or by a solver that solves nothing
 FINE = ("converged", "not_solved")

@@ -7,10 +7,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from bissl_zoo.bilevel.level import Level
 from bissl_zoo.data.batches import split_samples
 from bissl_zoo.distributed import average_gradients
 from bissl_zoo.errors import CheckpointError
-from bissl_zoo.level import Level
 from bissl_zoo.zoo.create import state_difference
 
 

@@ -24,13 +24,9 @@ from bissl_zoo.engine.bissl import (
     warmup_steps,
 )
 from bissl_zoo.engine.build import Context, Weights
-from bissl_zoo.engine.checkpoint import Checkpointer, read_info, write_atomically
 from bissl_zoo.engine.details import Details, look_into, write_details
-from bissl_zoo.engine.display import doing, say, show
 from bissl_zoo.engine.early_stopping import EarlyStopping
 from bissl_zoo.engine.evaluate import evaluate
-from bissl_zoo.engine.facts import add_wall_time
-from bissl_zoo.engine.file_writers import Writer
 from bissl_zoo.engine.finetune import BASELINE, build_finetune, finetune_steps
 from bissl_zoo.engine.health import Health
 from bissl_zoo.engine.hooks import (
@@ -41,17 +37,21 @@ from bissl_zoo.engine.hooks import (
     Progress,
     format_results,
 )
-from bissl_zoo.engine.interruption import Interrupted, StopRequest
 from bissl_zoo.engine.pretrain import build_pretrain, pretrain_steps
 from bissl_zoo.engine.probe import build_probe
 from bissl_zoo.engine.publishing import RESULTS_FILE, publish_run, published, read_results
 from bissl_zoo.engine.randomness import restore_random_state
-from bissl_zoo.engine.run_dir import CONFIG_FILE, pointing_to_report
-from bissl_zoo.engine.run_view import PlannedStage
 from bissl_zoo.engine.solver_watch import SolverWatch
-from bissl_zoo.engine.state_files import read_state
 from bissl_zoo.engine.trainer import Trainer
 from bissl_zoo.errors import CheckpointError, ZooError
+from bissl_zoo.interruption import Interrupted, StopRequest
+from bissl_zoo.progress.display import doing, say, show
+from bissl_zoo.progress.file_writers import Writer
+from bissl_zoo.progress.run_view import PlannedStage
+from bissl_zoo.runs.checkpoint import Checkpointer, read_info, write_atomically
+from bissl_zoo.runs.directory import CONFIG_FILE, pointing_to_report
+from bissl_zoo.runs.metadata import add_wall_time
+from bissl_zoo.runs.state_files import read_state
 
 
 @dataclass(frozen=True)

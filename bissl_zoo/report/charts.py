@@ -10,8 +10,8 @@ from matplotlib.ticker import MaxNLocator, NullFormatter
 
 from bissl_zoo.engine.bissl import HEAD_WARMUP, PRETEXT_WARMUP
 from bissl_zoo.engine.finetune import BASELINE
-from bissl_zoo.pictures.drawing import COLOURS
 from bissl_zoo.report.history import MOST_FIGURES, Axis, History, Series
+from bissl_zoo.report.images.drawing import COLOURS
 from bissl_zoo.report.page import shown
 from bissl_zoo.report.svg import TEXT, chart_style
 from bissl_zoo.report.timing import Timing

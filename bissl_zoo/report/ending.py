@@ -2,9 +2,9 @@
 
 from pathlib import Path
 
-from bissl_zoo.engine.display import doing, say
-from bissl_zoo.engine.run_dir import report_command
+from bissl_zoo.progress.display import doing, say
 from bissl_zoo.report import REPORT_FILE
+from bissl_zoo.runs.directory import report_command
 
 #: images that a report may look at when a run ends, few enough for a CPU
 IMAGES = 200

@@ -7,8 +7,8 @@ from matplotlib.figure import Figure
 
 from bissl_zoo.engine.details import Details, worst_confusions
 from bissl_zoo.evaluation.ranking import MOST_RANKED
-from bissl_zoo.pictures.drawing import COLOURS, fitted
 from bissl_zoo.report.charts import HEIGHT, WIDTH, plain_label
+from bissl_zoo.report.images.drawing import COLOURS, fitted
 from bissl_zoo.report.page import Block, Fold, Note, Picture, Table
 from bissl_zoo.report.svg import TEXT, chart_style, to_svg
 

@@ -15,10 +15,10 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from bissl_zoo import __version__
-from bissl_zoo.console import printable
-from bissl_zoo.engine.display import say
 from bissl_zoo.errors import BisslZooError
-from bissl_zoo.pictures.drawing import written
+from bissl_zoo.progress.console import printable
+from bissl_zoo.progress.display import say
+from bissl_zoo.report.images.drawing import written
 
 #: characters of a cell or sentence, above what any is meant to have
 _LONGEST = 2000

@@ -23,15 +23,15 @@ from bissl_zoo.engine.evaluate import evaluate
 from bissl_zoo.engine.features import drawn, own_randomness
 from bissl_zoo.engine.init import load_init
 from bissl_zoo.engine.launch import choose_device
-from bissl_zoo.engine.run_dir import CONFIG_FILE
 from bissl_zoo.errors import CheckpointError, DatasetError
-from bissl_zoo.pictures.data import draw_samples, samples_of
-from bissl_zoo.pictures.embeddings import draw_embeddings
-from bissl_zoo.pictures.predictions import Prediction, draw_predictions, predict
-from bissl_zoo.pictures.visualize import NEIGHBOURS, picture_embeddings, picture_views
 from bissl_zoo.registry import DOWNSTREAM_TASKS
+from bissl_zoo.report.images.data import draw_samples, samples_of
+from bissl_zoo.report.images.embeddings import draw_embeddings
+from bissl_zoo.report.images.predictions import Prediction, draw_predictions, predict
+from bissl_zoo.report.images.visualize import NEIGHBOURS, picture_embeddings, picture_views
 from bissl_zoo.report.page import Block, Note, Picture
 from bissl_zoo.report.svg import to_png, to_svg
+from bissl_zoo.runs.directory import CONFIG_FILE
 
 #: images that are shown of the data, of its views, and of the best and the worst predictions
 SAMPLES, VIEWED, PREDICTED = 8, 3, 4

@@ -12,12 +12,9 @@ from omegaconf import DictConfig, OmegaConf
 from bissl_zoo.config import LazyConfig
 from bissl_zoo.engine.bad_images import SKIPPED
 from bissl_zoo.engine.details import DETAILS_FILE, Details, read_details
-from bissl_zoo.engine.facts import read_facts
-from bissl_zoo.engine.file_writers import METRICS_FILE
-from bissl_zoo.engine.run_dir import load_run_config
-from bissl_zoo.engine.run_listing import FINISHED, RunState, look_at
-from bissl_zoo.engine.run_log import LOG_FILE
 from bissl_zoo.errors import CheckpointError
+from bissl_zoo.progress.file_writers import METRICS_FILE
+from bissl_zoo.progress.run_log import LOG_FILE
 from bissl_zoo.report.charts import Curves, draw_curves, draw_losses, draw_timing, in_time
 from bissl_zoo.report.config import differences, parts_of, read_text
 from bissl_zoo.report.evaluation import detail_blocks
@@ -26,6 +23,9 @@ from bissl_zoo.report.page import Block, Chapters, Fold, Note, Picture, Section,
 from bissl_zoo.report.pictures import RunPictures
 from bissl_zoo.report.svg import to_svg
 from bissl_zoo.report.timing import time_of
+from bissl_zoo.runs.directory import load_run_config
+from bissl_zoo.runs.listing import FINISHED, RunState, look_at
+from bissl_zoo.runs.metadata import read_facts
 
 FILES_ONLY = "Left out, since only the files of the run were to be read (--files-only)."
 

@@ -6,7 +6,6 @@ from typing import Any
 
 from omegaconf import DictConfig
 
-from bissl_zoo.engine.run_listing import is_run
 from bissl_zoo.errors import CheckpointError
 from bissl_zoo.report import IMAGES
 from bissl_zoo.report.charts import draw_curves
@@ -15,6 +14,7 @@ from bissl_zoo.report.history import Series
 from bissl_zoo.report.page import Block, Chapters, Note, Picture, Table, footer, render, save_page
 from bissl_zoo.report.run import RunReport
 from bissl_zoo.report.svg import to_svg
+from bissl_zoo.runs.listing import is_run
 
 #: curves laid over each other: a figure by its key in the stages, and the title of its chart
 _LAID_OVER = {

@@ -9,9 +9,9 @@ from typing import Any, NamedTuple
 
 from markupsafe import Markup
 
-from bissl_zoo.console import printable
-from bissl_zoo.engine.display import say
 from bissl_zoo.errors import ZooError
+from bissl_zoo.progress.console import printable
+from bissl_zoo.progress.display import say
 from bissl_zoo.report.page import footer, render, save_page
 from bissl_zoo.zoo import Zoo
 from bissl_zoo.zoo.hub import Entry

@@ -7,8 +7,8 @@ from omegaconf import DictConfig
 from tabulate import tabulate
 
 from bissl_zoo.config import LazyConfig
-from bissl_zoo.engine.display import say
 from bissl_zoo.errors import BisslZooError, ConfigError, did_you_mean
+from bissl_zoo.progress.display import say
 from bissl_zoo.studies.compare_arms import ARMS, read_settings
 from bissl_zoo.studies.compare_report import make_report, save_datasets, save_report
 from bissl_zoo.studies.compare_runs import Comparison

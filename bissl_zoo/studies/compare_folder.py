@@ -9,9 +9,9 @@ from tabulate import tabulate
 from torch.utils.data import Dataset
 
 from bissl_zoo.config import LazyConfig
-from bissl_zoo.data.catalog import sample_digest
-from bissl_zoo.engine.run_dir import FREE_KEYS, LOADER_KEYS
+from bissl_zoo.data.datasets.catalog import sample_digest
 from bissl_zoo.errors import ConfigError
+from bissl_zoo.runs.directory import FREE_KEYS, LOADER_KEYS
 from bissl_zoo.studies.compare_arms import ARMS, Settings
 
 RECORD_FILE = "comparison.yaml"

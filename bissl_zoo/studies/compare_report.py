@@ -10,8 +10,8 @@ from typing import Any
 
 from tabulate import tabulate
 
-from bissl_zoo.engine.checkpoint import write_atomically
 from bissl_zoo.evaluation.statistics import compare_paired, summarize
+from bissl_zoo.runs.checkpoint import write_atomically
 from bissl_zoo.studies.compare_arms import ARMS, Settings
 from bissl_zoo.studies.compare_figure import draw
 from bissl_zoo.studies.compare_words import conclusion, notes, sentence, verdict

@@ -12,11 +12,11 @@ from bissl_zoo.config import LazyConfig
 from bissl_zoo.engine.bissl import LEAST_COUPLING, coupling, pretext_head_is_new
 from bissl_zoo.engine.build import STAGE_DATA, Context, build_datasets
 from bissl_zoo.engine.checks import check_config, check_parts
-from bissl_zoo.engine.display import say
 from bissl_zoo.engine.init import ZOO_PREFIX, load_init
-from bissl_zoo.engine.run_listing import FINISHED as RUN_FINISHED
-from bissl_zoo.engine.run_listing import is_run, look_at
 from bissl_zoo.errors import BisslZooError, ConfigError, did_you_mean
+from bissl_zoo.progress.display import say
+from bissl_zoo.runs.listing import FINISHED as RUN_FINISHED
+from bissl_zoo.runs.listing import is_run, look_at
 from bissl_zoo.studies.compare_arms import ARMS, arm_config, base_config, pretrain_config, read_settings
 from bissl_zoo.studies.compare_folder import record_of, samples_of, see_folder, take_folder
 from bissl_zoo.studies.compare_report import Figures

@@ -8,9 +8,9 @@ from typing import Literal
 from omegaconf import DictConfig
 
 from bissl_zoo.config import LazyConfig
-from bissl_zoo.engine.checkpoint import write_atomically
-from bissl_zoo.engine.display import say
-from bissl_zoo.engine.facts import read_json
+from bissl_zoo.progress.display import say
+from bissl_zoo.runs.checkpoint import write_atomically
+from bissl_zoo.runs.metadata import read_json
 from bissl_zoo.studies.compare_arms import ARMS, Settings, arm_config
 from bissl_zoo.studies.jobs import Job
 from bissl_zoo.studies.search import search

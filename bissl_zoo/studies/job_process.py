@@ -20,14 +20,14 @@ from omegaconf import DictConfig, OmegaConf
 
 from bissl_zoo.config import LazyConfig
 from bissl_zoo.engine.configuration import open_config
-from bissl_zoo.engine.facts import read_facts
 from bissl_zoo.engine.launch import launch
 from bissl_zoo.engine.publishing import published, read_results
 from bissl_zoo.engine.run import run
-from bissl_zoo.engine.run_dir import LENGTHS, has_begun, load_run_config
-from bissl_zoo.engine.run_listing import FINISHED as RUN_FINISHED
-from bissl_zoo.engine.run_listing import look_at
 from bissl_zoo.errors import CheckpointError
+from bissl_zoo.runs.directory import LENGTHS, has_begun, load_run_config
+from bissl_zoo.runs.listing import FINISHED as RUN_FINISHED
+from bissl_zoo.runs.listing import look_at
+from bissl_zoo.runs.metadata import read_facts
 
 #: what a job comes to; stopped: `stop_if` gave a reason
 FINISHED, FAILED, STOPPED = "finished", "failed", "stopped"

@@ -14,14 +14,14 @@ from typing import Literal
 from omegaconf import DictConfig
 
 from bissl_zoo.config import with_defaults
-from bissl_zoo.console import clock
 from bissl_zoo.engine.checks import check_config
-from bissl_zoo.engine.display import say
-from bissl_zoo.engine.interruption import Interrupted, StopRequest, stop_request
 from bissl_zoo.engine.launch import GRACE
-from bissl_zoo.engine.run_dir import check_run_dir, has_begun
-from bissl_zoo.engine.run_lock import run_lock
 from bissl_zoo.errors import CheckpointError, ConfigError
+from bissl_zoo.interruption import Interrupted, StopRequest, stop_request
+from bissl_zoo.progress.console import clock
+from bissl_zoo.progress.display import say
+from bissl_zoo.runs.directory import check_run_dir, has_begun
+from bissl_zoo.runs.lock import run_lock
 from bissl_zoo.studies.job_process import (
     FAILED,
     FINISHED,

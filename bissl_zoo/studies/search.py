@@ -8,16 +8,16 @@ from omegaconf import DictConfig, OmegaConf
 
 from bissl_zoo.config import LazyConfig
 from bissl_zoo.engine.build import Weights, build_downstream
-from bissl_zoo.engine.checkpoint import write_atomically
 from bissl_zoo.engine.checks import check_parts
-from bissl_zoo.engine.display import say
 from bissl_zoo.engine.evaluate import figures_of
 from bissl_zoo.engine.init import load_init
 from bissl_zoo.engine.publishing import RESULTS_FILE
 from bissl_zoo.engine.run import open_context
-from bissl_zoo.engine.run_listing import is_run
 from bissl_zoo.errors import BisslZooError, ConfigError, DatasetError, did_you_mean
-from bissl_zoo.pictures.drawing import save_figure
+from bissl_zoo.progress.display import say
+from bissl_zoo.report.images.drawing import save_figure
+from bissl_zoo.runs.checkpoint import write_atomically
+from bissl_zoo.runs.listing import is_run
 from bissl_zoo.studies.job_process import HIDDEN
 from bissl_zoo.studies.jobs import FAILED, FINISHED, Job, JobOutcome, progress_line, run_jobs
 from bissl_zoo.studies.search_pruning import MedianPruner

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from statistics import median
 
-from bissl_zoo.engine.file_writers import METRICS_FILE
+from bissl_zoo.progress.file_writers import METRICS_FILE
 
 #: finished trials before any is given up, as in Optuna's MedianPruner (Akiba et al., arXiv 1907.10902)
 STARTUP = 5

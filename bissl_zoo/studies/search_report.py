@@ -11,7 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from tabulate import tabulate
 
-from bissl_zoo.engine.checkpoint import write_atomically
+from bissl_zoo.runs.checkpoint import write_atomically
 from bissl_zoo.studies.search_space import LogUniform, SearchSettings, trial_name
 
 FINISHED, FAILED, PRUNED = "finished", "failed", "pruned"

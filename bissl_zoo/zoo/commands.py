@@ -11,8 +11,8 @@ from typing import Any
 import yaml
 from tabulate import tabulate
 
-from bissl_zoo.console import printable
 from bissl_zoo.errors import ZooError
+from bissl_zoo.progress.console import printable
 from bissl_zoo.zoo.hub import Entry, Zoo, list_backbones
 from bissl_zoo.zoo.maintenance import Finding, verify
 from bissl_zoo.zoo.names import pin

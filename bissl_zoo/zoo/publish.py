@@ -12,6 +12,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from bissl_zoo.errors import ZooError
+from bissl_zoo.weights.timm_format import PIXEL_KEYS, check_loads_in_timm, timm_config
 from bissl_zoo.zoo.card import EntryMetadata, entry_facts, render_card
 from bissl_zoo.zoo.create import state_difference
 from bissl_zoo.zoo.figure import FIGURE_FILE, draw_metrics
@@ -19,7 +20,6 @@ from bissl_zoo.zoo.hub import WEIGHTS_FILE, ZooLike, as_zoo
 from bissl_zoo.zoo.index import ENTRY_FORMAT, Index, to_json
 from bissl_zoo.zoo.names import check_name, sha256_of, split_version
 from bissl_zoo.zoo.stores import writable
-from bissl_zoo.zoo.timm_format import PIXEL_KEYS, check_loads_in_timm, timm_config
 from bissl_zoo.zoo.transactions import add_entry, read_index
 
 #: of an entry.json, what the index repeats

@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from bissl_zoo.bilevel import BiLevel
+from bissl_zoo.bilevel.level import Level
 from bissl_zoo.hypergradient import MinRes
-from bissl_zoo.level import Level
 from bissl_zoo.optim import LRMultiplier
 
 PADDING, UNKNOWN, MASK = 0, 1, 2

@@ -16,7 +16,7 @@ from sklearn.datasets import load_sample_image
 from torchvision.transforms.v2.functional import pil_to_tensor
 
 from bissl_zoo.data import COCODetection, VOCDetection
-from bissl_zoo.data.catalog import load_image, load_pixels
+from bissl_zoo.data.datasets.catalog import load_image, load_pixels
 from bissl_zoo.errors import DatasetError
 
 SIZE = (48, 32)

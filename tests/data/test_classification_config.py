@@ -2,7 +2,7 @@ import pytest
 from original_layouts import WRITERS
 
 from bissl_zoo.config import LazyConfig, config_root, instantiate
-from bissl_zoo.data.classification_sets import CLASSIFICATION_SETS
+from bissl_zoo.data.datasets.classification_sets import CLASSIFICATION_SETS
 from bissl_zoo.engine.build import build_datasets
 from bissl_zoo.errors import ConfigError
 from bissl_zoo.registry import build_dataset

@@ -12,7 +12,7 @@ from PIL import Image
 
 from bissl_zoo.config import LazyCall, instantiate
 from bissl_zoo.data import ShardDataset, loaders, shards_reading
-from bissl_zoo.data.catalog import sample_digest
+from bissl_zoo.data.datasets.catalog import sample_digest
 from bissl_zoo.data.loaders import build_test_loader, build_train_loader
 from bissl_zoo.data.shards_index import digest_shard, expand, find_shards, scan_shard, write_index
 from bissl_zoo.data.shards_reading import buffered_order

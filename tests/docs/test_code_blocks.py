@@ -22,7 +22,7 @@ from PIL import Image
 
 import bissl_zoo.registry as registry
 from bissl_zoo.config import load_config
-from bissl_zoo.data.voc import VOC_CLASSES
+from bissl_zoo.data.datasets.voc import VOC_CLASSES
 
 PAGES = pages()
 BLOCKS = {page.relative_to(REPOSITORY).as_posix(): blocks(page) for page in PAGES}

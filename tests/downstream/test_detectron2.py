@@ -9,10 +9,10 @@ import pytest
 import torch
 from detectron2_tasks import KINDS, batch_of, build, losses, needs_detectron2, samples, target
 
+from bissl_zoo.bilevel.level import Level
 from bissl_zoo.config import load_config
-from bissl_zoo.data.digit_scenes import DigitScenes
+from bissl_zoo.data.datasets.digit_scenes import DigitScenes
 from bissl_zoo.errors import ConfigError, NonFiniteLoss
-from bissl_zoo.level import Level
 from bissl_zoo.registry import DOWNSTREAM_TASKS, build_backbone, build_task
 
 

@@ -5,10 +5,10 @@ from detectron2_tasks import needs_detectron2
 from run_outcomes import assert_same, outcome
 from safetensors.torch import load_file
 
+from bissl_zoo.bilevel.level import Level
 from bissl_zoo.config import LazyConfig, load_config
-from bissl_zoo.engine.checkpoint import load_checkpoint
 from bissl_zoo.engine.run import run
-from bissl_zoo.level import Level
+from bissl_zoo.runs.checkpoint import load_checkpoint
 from bissl_zoo.zoo import get_config, get_entry
 
 pytestmark = needs_detectron2

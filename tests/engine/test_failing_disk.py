@@ -12,14 +12,16 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from bissl_zoo.engine import disk, hooks, log_files
-from bissl_zoo.engine.checkpoint import Checkpointer, load_checkpoint, write_atomically
-from bissl_zoo.engine.disk import DiskError
-from bissl_zoo.engine.display import say
+from bissl_zoo.engine import hooks
 from bissl_zoo.engine.hooks import MetricsWriter, PeriodicCheckpoint
-from bissl_zoo.engine.log_files import AppendedFile
 from bissl_zoo.engine.trainer import HookBase, Trainer
 from bissl_zoo.errors import CheckpointError
+from bissl_zoo.progress import log_files
+from bissl_zoo.progress.display import say
+from bissl_zoo.progress.log_files import AppendedFile
+from bissl_zoo.runs import disk
+from bissl_zoo.runs.checkpoint import Checkpointer, load_checkpoint, write_atomically
+from bissl_zoo.runs.disk import DiskError
 
 CPU = torch.device("cpu")
 MIB = 1 << 20

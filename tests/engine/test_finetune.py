@@ -22,10 +22,10 @@ from bissl_zoo.engine.early_stopping import EarlyStopping
 from bissl_zoo.engine.finetune import build_finetune
 from bissl_zoo.engine.hooks import PeriodicEvaluation
 from bissl_zoo.engine.run import evaluate_only, open_context, run
-from bissl_zoo.engine.run_listing import FINISHED, look_at
 from bissl_zoo.engine.trainer import SingleLevelTrainer
 from bissl_zoo.errors import BisslZooError, ConfigError, DatasetError
 from bissl_zoo.registry import build_backbone, build_dataset, build_task
+from bissl_zoo.runs.listing import FINISHED, look_at
 
 
 @pytest.fixture

@@ -10,13 +10,13 @@ import torch
 from sick_stages import batches, drawn, fine, health, level_of, same, stage, state_of, value_at
 
 from bissl_zoo.bilevel import BiLevel
+from bissl_zoo.bilevel.level import Level
 from bissl_zoo.engine.average import WeightAverage
 from bissl_zoo.engine.bissl import Bissl
 from bissl_zoo.engine.checks import check_config
 from bissl_zoo.engine.pretrain import Pretrain
 from bissl_zoo.errors import BadHypergradient, ConfigError, NonFiniteLoss
 from bissl_zoo.hypergradient import MinRes, Solution
-from bissl_zoo.level import Level
 from bissl_zoo.pretext.simclr import SimCLR
 from bissl_zoo.registry import build_backbone, build_pretext
 

@@ -8,12 +8,12 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from bissl_zoo.engine import log_files
-from bissl_zoo.engine.checkpoint import Checkpointer
-from bissl_zoo.engine.display import PlainScreen, on_screen
 from bissl_zoo.engine.hooks import MetricsWriter, PeriodicCheckpoint, PeriodicEvaluation, Progress
 from bissl_zoo.engine.trainer import HookBase, Trainer, load_state
 from bissl_zoo.errors import CheckpointError
+from bissl_zoo.progress import log_files
+from bissl_zoo.progress.display import PlainScreen, on_screen
+from bissl_zoo.runs.checkpoint import Checkpointer
 
 CPU = torch.device("cpu")
 

@@ -12,9 +12,9 @@ from run_outcomes import assert_same, outcome
 
 from bissl_zoo.downstream import FasterRCNN
 from bissl_zoo.engine import probe
-from bissl_zoo.engine.checkpoint import Checkpointer, load_checkpoint
-from bissl_zoo.engine.interruption import stop_request
+from bissl_zoo.interruption import stop_request
 from bissl_zoo.pretext.simclr import SimCLR
+from bissl_zoo.runs.checkpoint import Checkpointer, load_checkpoint
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="the system cannot fork")
 

@@ -10,10 +10,10 @@ from safetensors.torch import save_file
 
 from bissl_zoo.config import LazyConfig
 from bissl_zoo.engine.bissl import build_bissl, build_pretext_warmup
-from bissl_zoo.engine.checkpoint import load_checkpoint
 from bissl_zoo.engine.dry_run import describe
 from bissl_zoo.engine.init import load_init
 from bissl_zoo.engine.run import open_context, phases_of, run
+from bissl_zoo.runs.checkpoint import load_checkpoint
 
 # two views of an image that no chance enters: the whole of it, once sharp and once blurred
 FIXED_VIEWS = dict(

@@ -20,7 +20,6 @@ from bissl_zoo.config import LazyCall as L
 from bissl_zoo.config import LazyConfig
 from bissl_zoo.engine.bissl import build_bissl
 from bissl_zoo.engine.build import Weights
-from bissl_zoo.engine.checkpoint import load_checkpoint
 from bissl_zoo.engine.checks import check_config
 from bissl_zoo.engine.features import CentralCrops, FixedViews, extract_features, own_randomness
 from bissl_zoo.engine.hooks import MetricsWriter
@@ -30,6 +29,7 @@ from bissl_zoo.engine.run import open_context, run
 from bissl_zoo.errors import ConfigError, DatasetError
 from bissl_zoo.evaluation import effective_rank, normalized_std
 from bissl_zoo.registry import build_dataset, build_task
+from bissl_zoo.runs.checkpoint import load_checkpoint
 
 CPU = torch.device("cpu")
 

@@ -15,9 +15,10 @@ import pytest
 from forked_runs import start_run
 from run_outcomes import assert_same, outcome
 
-from bissl_zoo.engine import checkpoint, hooks, publishing, state_files, walk
+from bissl_zoo.bilevel.level import Level
+from bissl_zoo.engine import hooks, publishing, walk
 from bissl_zoo.hypergradient import CurvatureOperator
-from bissl_zoo.level import Level
+from bissl_zoo.runs import checkpoint, state_files
 from bissl_zoo.zoo import stores, transactions
 
 KILLS = int(os.environ.get("BISSL_ZOO_KILLS", 2))

@@ -10,7 +10,6 @@ from omegaconf import OmegaConf
 from bissl_zoo.config import LazyConfig
 from bissl_zoo.engine.bissl import build_bissl, build_head_warmup, coupling
 from bissl_zoo.engine.build import Context, Weights, build_split_backbone, count_steps, seed_everything
-from bissl_zoo.engine.checkpoint import Checkpointer, load_checkpoint
 from bissl_zoo.engine.checks import check_parts
 from bissl_zoo.engine.evaluate import evaluate
 from bissl_zoo.engine.finetune import build_finetune
@@ -19,6 +18,7 @@ from bissl_zoo.engine.launch import choose_device, launch
 from bissl_zoo.engine.pretrain import build_pretrain
 from bissl_zoo.engine.run import open_context
 from bissl_zoo.errors import BisslZooError, ConfigError, DatasetError
+from bissl_zoo.runs.checkpoint import Checkpointer, load_checkpoint
 
 
 @pytest.fixture

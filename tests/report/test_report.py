@@ -20,7 +20,6 @@ from bissl_zoo.engine.details import (
     read_details,
     write_details,
 )
-from bissl_zoo.engine.run_dir import load_run_config
 from bissl_zoo.errors import CheckpointError
 from bissl_zoo.evaluation import DetectionEvaluator, MultilabelEvaluator, TopKEvaluator
 from bissl_zoo.evaluation.ranking import MOST_RANKED
@@ -31,6 +30,7 @@ from bissl_zoo.report.history import Series, make_axis, read_history
 from bissl_zoo.report.timing import time_of
 from bissl_zoo.report.write import write_report
 from bissl_zoo.report.zoo import zoo_page
+from bissl_zoo.runs.directory import load_run_config
 
 HOSTILE = '<script>alert("x")</script><img src=x onerror=alert(1)>\'"&{{7*7}}$x_1^2$'
 needs_browser = pytest.mark.skipif(find_browser() is None, reason="needs Chromium: apt-get install chromium")

@@ -9,7 +9,7 @@ from PIL import Image
 
 import bissl_zoo.downstream.detectron2  # noqa: F401  # registers the task, without Detectron2
 from bissl_zoo.registry import build_backbone, build_task
-from bissl_zoo.zoo.export import export_backbone
+from bissl_zoo.weights.export import export_backbone
 
 needs_detectron2 = pytest.mark.skipif(
     importlib.util.find_spec("detectron2") is None,

@@ -13,7 +13,7 @@ import numpy as np
 from PIL import Image
 from scipy.io import savemat
 
-from bissl_zoo.data.voc import VOC_CLASSES
+from bissl_zoo.data.datasets.voc import VOC_CLASSES
 
 #: images per class of a part, and classes
 SIZES = {"trainval": 10, "train": 6, "val": 4, "test": 5}

@@ -5,7 +5,7 @@ import re
 import shutil
 from pathlib import Path
 
-from bissl_zoo.data.voc import read_annotation
+from bissl_zoo.data.datasets.voc import read_annotation
 
 
 def scenes_as_voc(scenes: Path, folder: Path, years=("VOC2007",), classes=None) -> None:

@@ -4,7 +4,7 @@ import json
 
 import torch
 
-from bissl_zoo.engine.checkpoint import load_checkpoint
+from bissl_zoo.runs.checkpoint import load_checkpoint
 
 #: how the names of figures begin that no two runs have in common
 TIMES = ("time", "speed/")

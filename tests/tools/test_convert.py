@@ -11,8 +11,8 @@ from command_line import load_tool
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from bissl_zoo.weights.backbone_file import read_backbone
 from bissl_zoo.zoo import publish_entry
-from bissl_zoo.zoo.backbone_file import read_backbone
 
 PIXELS = {"mean": (0.4, 0.5, 0.6), "std": (0.2, 0.25, 0.3), "input_size": (3, 64, 64)}
 IMAGES = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))

@@ -15,7 +15,7 @@ from original_layouts import WRITERS, sizes_of, write_coco_detection
 from PIL import Image
 
 from bissl_zoo.data import ShardDataset
-from bissl_zoo.data.classification_sets import CLASSIFICATION_SETS
+from bissl_zoo.data.datasets.classification_sets import CLASSIFICATION_SETS
 
 
 @pytest.fixture(scope="module")

@@ -16,13 +16,13 @@ from bissl_zoo.backbones import merge_split_states
 from bissl_zoo.config import LazyCall as L
 from bissl_zoo.config import LazyConfig
 from bissl_zoo.data import ImageFolder
-from bissl_zoo.engine.checkpoint import load_checkpoint
 from bissl_zoo.engine.frozen import load_frozen
 from bissl_zoo.engine.run import run
 from bissl_zoo.errors import CheckpointError
 from bissl_zoo.registry import build_dataset
+from bissl_zoo.runs.checkpoint import load_checkpoint
+from bissl_zoo.weights.backbone_file import StoredBackbone, save_backbone
 from bissl_zoo.zoo import publish_entry
-from bissl_zoo.zoo.backbone_file import StoredBackbone, save_backbone
 
 PIXELS = {"mean": (0.4, 0.5, 0.6), "std": (0.2, 0.25, 0.3)}
 STATISTICS = ["--mean", 0.4, 0.5, 0.6, "--std", 0.2, 0.25, 0.3]

@@ -10,10 +10,10 @@ import time
 import pytest
 from command_line import load_tool
 
-from bissl_zoo.engine.checkpoint import MANIFEST_FILE
 from bissl_zoo.engine.init import load_init
-from bissl_zoo.engine.run_listing import find_runs, look_at
-from bissl_zoo.engine.run_lock import LOCK_FILE, run_lock
+from bissl_zoo.runs.checkpoint import MANIFEST_FILE
+from bissl_zoo.runs.listing import find_runs, look_at
+from bissl_zoo.runs.lock import LOCK_FILE, run_lock
 
 STAGES = ["pretrain", "head_warmup", "bissl", "finetune_pretrained", "finetune"]
 
@@ -185,7 +185,7 @@ def test_a_line_of_metrics_that_was_cut_short_is_counted_unless_it_is_the_last(r
 
 
 def test_of_long_metrics_a_list_reads_the_end(run_copy, monkeypatch):
-    monkeypatch.setattr("bissl_zoo.engine.run_files.TAIL", 1500)
+    monkeypatch.setattr("bissl_zoo.runs.run_files.TAIL", 1500)
     short, whole = look_at(run_copy), look_at(run_copy, whole=True)
     assert short.current.metrics == whole.current.metrics and short.problems == []
     assert not short.stages[0].metrics and whole.stages[0].metrics["total_loss"]

@@ -12,8 +12,8 @@ import pytest
 import torch
 from tiny_entries import publish_tiny
 
-from bissl_zoo.console import printable
 from bissl_zoo.errors import BisslZooError, ZooError
+from bissl_zoo.progress.console import printable
 from bissl_zoo.zoo import commands, create_backbone, get_config, get_entry, list_backbones
 from bissl_zoo.zoo.cache import Cache
 from bissl_zoo.zoo.hub import Zoo
@@ -356,7 +356,7 @@ def test_facts_that_lie_are_one_error(zoo, folder, content):
 
 CONFIGS = {
     "a call": "train: {_target_: os.system, command: touch CANARY}\n",
-    "a call by way of ours": "train: {_target_: bissl_zoo.data.catalog.os.system, command: touch CANARY}\n",
+    "a call by way of ours": "train: {_target_: bissl_zoo.data.datasets.catalog.os.system, command: touch CANARY}\n",
     "a call below a list": "a: [{b: {_target_: builtins.exec, _args_: ['1']}}]\n",
     "a call made of text": "a: '${oc.decode:\"{_target_: os.system, command: touch CANARY}\"}'\n",
     "a call created": "a: '${oc.create:{_target_: os.system}}'\n",

@@ -14,8 +14,8 @@ import urllib.request
 from collections.abc import Iterator, Mapping
 from urllib.parse import SplitResult, quote, unquote, urljoin, urlsplit, urlunsplit
 
-from bissl_zoo.console import printable
 from bissl_zoo.errors import ZooError
+from bissl_zoo.progress.console import printable
 from bissl_zoo.zoo.stores.store import Body, Content, Store, Transient
 
 TIMEOUT_S = 20.0

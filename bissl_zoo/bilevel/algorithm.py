@@ -1,0 +1,300 @@
+"""The BiSSL algorithm (arXiv 2410.02387, section 3): lower steps, one curvature operator, upper steps, and again.
+
+This file knows levels, not networks: a head has `losses(backbone, batch)`, a level has parameters and an optimizer.
+"""
+
+import contextlib
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from bissl_zoo.bilevel.level import Level
+from bissl_zoo.data.batches import first_samples
+from bissl_zoo.distributed import (
+    all_gather_objects,
+    all_reduce_mean,
+    any_rank,
+    average_gradients,
+    flatten,
+    get_world_size,
+    unflatten_like,
+)
+from bissl_zoo.errors import BadHypergradient, ConfigError
+from bissl_zoo.hypergradient import (
+    SOLVERS,
+    CurvatureOperator,
+    LinearOperator,
+    Solution,
+    choose_strength,
+    definite_strength,
+    frozen_state,
+)
+from bissl_zoo.registry import HYPERGRADIENT_SOLVERS
+
+#: a relative residual, or a norm of `x` relative to that of `v`, beyond which the solver's answer means nothing
+FAR = 1e3
+
+for _name, _solver in SOLVERS.items():
+    HYPERGRADIENT_SOLVERS.register(_name)(_solver)
+
+
+class UpperGradients(NamedTuple):
+    """What one upper step follows, averaged over ranks.
+
+    Attributes:
+        backbone: `(P,)`, the curvature term plus gamma times the plain one.
+        head: `(Q,)`, likewise.
+        solution: the solver's answer for the curvature term.
+        metrics: losses, norms and the cosine between the two terms.
+    """
+
+    backbone: Tensor
+    head: Tensor
+    solution: Solution
+    metrics: dict[str, float]
+
+
+@dataclass(frozen=True)
+class Adaptation:
+    """`theta_D <- (1 - alpha) theta_D + alpha theta_P` every `every` alternations (versions 1 and 2 of the paper)."""
+
+    every: int = 100
+    alpha: float = 0.1
+
+
+class BiLevel:
+    """The two levels and the alternation between them.
+
+    Args:
+        lower: pretext level, `theta_P` and `phi_P`; its backbone is what leaves the stage.
+        upper: downstream level, `theta_D` and `phi_D`.
+        solver: takes `(operator, v)`, returns a `Solution`; has `damping`, and where that is "auto" also the
+            `iterations` and the `tolerance` that it is chosen for.
+        lam: lambda, strength of the pull of `theta_P` towards `theta_D`.
+        gamma: weight of the plain downstream loss; 0 leaves it out.
+        lower_steps, upper_steps: per alternation.
+        alternations: T, of the whole stage.
+        adaptation: of versions 1 and 2 of the paper, or None.
+        curvature_batch_size: samples of the pretext batch that defines `H`, over all ranks; None for a whole batch.
+        move_statistics: whether the downstream images that give `v` move the lower backbone's batch-norm statistics.
+        products: "graph" or "rebuild", see :class:`CurvatureOperator`.
+        on_bad_hypergradient: where the answer is not finite or beyond :data:`FAR`, "stop", or "plain": `v` for `x`.
+
+    Attributes:
+        strength: lambda plus the automatic damping of the last alternation, which the next one starts from; None before
+            there is one.
+        fallbacks: upper steps that took `v` instead of `x`.
+        diagnostics: metrics of each upper step of the last alternation; empty where a level's guard undid the step.
+    """
+
+    def __init__(
+        self,
+        lower: Level,
+        upper: Level,
+        solver: Callable[[LinearOperator, Tensor], Solution],
+        lam: float = 0.001,
+        gamma: float = 1.0,
+        lower_steps: int = 20,
+        upper_steps: int = 8,
+        alternations: int = 500,
+        adaptation: Adaptation | None = None,
+        curvature_batch_size: int | None = None,
+        move_statistics: bool = True,
+        products: Literal["graph", "rebuild"] = "graph",
+        on_bad_hypergradient: Literal["stop", "plain"] = "stop",
+    ) -> None:
+        if not lam > 0:
+            raise ConfigError(f"bilevel.lambda is {lam}; it must be positive, or nothing ties the two levels.")
+        if curvature_batch_size is not None and curvature_batch_size < get_world_size():
+            raise ConfigError(
+                f"bilevel.curvature_batch_size is {curvature_batch_size}; each rank needs a sample of it."
+            )
+        refuse_sync_batch_norm(lower.backbone, lower.head)
+        self.lower, self.upper, self.solver = lower, upper, solver
+        self.lam, self.gamma = lam, gamma
+        self.lower_steps, self.upper_steps, self.alternations = lower_steps, upper_steps, alternations
+        self.adaptation = adaptation
+        self.curvature_batch_size = curvature_batch_size
+        self.move_statistics = move_statistics
+        self.products = products
+        self.on_bad_hypergradient = on_bad_hypergradient
+        self.strength: float | None = None
+        self.fallbacks = 0
+        self.curvature_losses: dict[str, float] = {}
+        self.diagnostics: list[dict[str, Any]] = []
+
+    def alternate(self, alternation: int) -> dict[str, float]:
+        """Alternation number `alternation`, from 0; returns the metrics of its last lower and its last upper step."""
+        metrics: dict[str, float] = {}
+        for _ in range(self.lower_steps):
+            metrics.update(self.lower.attempt(self.lower_step))
+        operator = self.curvature(self.lower.next_batch()).prepare()
+        try:
+            self.diagnostics = [self.upper.attempt(lambda: self.upper_step(operator)) for _ in range(self.upper_steps)]
+        finally:
+            operator.release()
+        for step in self.diagnostics:
+            metrics.update(step)
+        adapts = self.adaptation and (alternation + 1) % self.adaptation.every == 0
+        if adapts and alternation + 1 < self.alternations:
+            self.adapt(self.adaptation.alpha)
+        return metrics
+
+    def lower_step(self) -> dict[str, float]:
+        """One step on `L_P + lambda/2 ||theta_P - theta_D||^2` with `theta_D` held constant."""
+        lower = self.lower
+        total, losses = lower.loss(lower.backbone, lower.next_batch())
+        total.backward()
+        average_gradients(lower.parameters)
+        pull = 0.0
+        for theta_p, theta_d in zip(lower.backbone_parameters, self.upper.backbone_parameters, strict=True):
+            gap = theta_p.detach() - theta_d.detach()
+            theta_p.grad = gap * self.lam if theta_p.grad is None else theta_p.grad.add_(gap, alpha=self.lam)
+            pull = pull + gap.square().sum()
+        step = lower.optimize()
+        lower.head.after_step(lower.backbone)
+        return {
+            "lower/total_loss": sum(losses.values()),
+            **{f"lower/{name}": loss for name, loss in losses.items()},
+            "lower/pull": float(pull) * self.lam / 2,
+            **{f"lower/{name}": value for name, value in step.items()},
+        }
+
+    def curvature(self, batch: Any) -> CurvatureOperator:
+        """`I + H / (lambda + damping)` at the present `theta_P` and `phi_P` for one pretext batch.
+
+        Automatic damping needs a right-hand side: the first upper step chooses it. A loss that is not finite here shows
+        in the solver's answer.
+        """
+        lower = self.lower
+        if self.curvature_batch_size is not None:
+            batch = first_samples(batch, self.curvature_batch_size // get_world_size())
+
+        def loss() -> Tensor:
+            total, self.curvature_losses = lower.loss(lower.backbone, batch, amp=False, check=False)
+            return total
+
+        return CurvatureOperator(
+            loss=loss,
+            parameters=lower.backbone_parameters,
+            strength=None if self.solver.damping == "auto" else self.lam + self.solver.damping,
+            modules=(lower.backbone, lower.head),
+            reduce=all_reduce_mean,
+            products=self.products,
+        )
+
+    def upper_step(self, operator: LinearOperator) -> dict[str, float]:
+        """One step on `(theta_D, phi_D)` along the hypergradient."""
+        upper = self.upper
+        gradients = self.upper_gradients(upper.next_batch(), operator)
+        for parameters, flat in (
+            (upper.backbone_parameters, gradients.backbone),
+            (upper.head_parameters, gradients.head),
+        ):
+            for parameter, grad in zip(parameters, unflatten_like(flat, parameters), strict=True):
+                parameter.grad = grad.clone()
+        step = upper.optimize()
+        return {**gradients.metrics, **{f"upper/{name}": value for name, value in step.items()}}
+
+    def upper_gradients(self, batch: Any, operator: LinearOperator) -> UpperGradients:
+        """The hypergradient of the upper objective on one downstream batch (arXiv 2410.02387, section 3.2).
+
+        Args:
+            batch: as the task's loader yields it.
+            operator: the damped curvature of this alternation; takes and returns flat `(P,)` vectors.
+        Raises:
+            NonFiniteLoss: from either pass, or of the gradient `v` that is to be solved for.
+            BadHypergradient: see `on_bad_hypergradient`.
+        """
+        lower, upper = self.lower, self.upper
+        with contextlib.nullcontext() if self.move_statistics else frozen_state([lower.backbone]):
+            v, head, losses = self._downstream_gradients(lower.backbone, batch)
+        v_norm = upper.check_gradient(float(v.norm()))
+        products = self._choose_damping(operator, v) if operator.automatic else 0
+        solution, x_norm = self._solve(operator, v, v_norm)
+        backbone = solution.x
+        metrics = {
+            "upper/total_loss": sum(losses.values()),
+            **{f"upper/{name}": loss for name, loss in losses.items()},
+            "solver/products": products + solution.products,
+            "solver/status": solution.status,
+            "solver/damping": operator.strength - self.lam,
+            "solver/v_norm": v_norm,
+            "solver/x_norm": x_norm,
+            "solver/fallbacks": self.fallbacks,
+        }
+        if solution.residual is not None:
+            metrics["solver/residual"] = solution.residual
+        if operator.subspace.explored:
+            metrics["solver/least_ritz_value"] = 1.0 + float(operator.subspace.ritz_values()[0][0]) / operator.strength
+        if self.gamma:
+            plain, plain_head, losses = self._downstream_gradients(upper.backbone, batch)
+            backbone = backbone + self.gamma * plain
+            head = head + self.gamma * plain_head
+            metrics.update({f"upper/plain_{name}": loss for name, loss in losses.items()})
+            metrics["solver/plain_norm"] = float(plain.norm())
+            metrics["solver/cosine"] = float(nn.functional.cosine_similarity(solution.x, plain, dim=0))
+        return UpperGradients(backbone, head, solution, metrics)
+
+    def _solve(self, operator: LinearOperator, v: Tensor, v_norm: float) -> tuple[Solution, float]:
+        """The solver's answer, or `v` in the place of a bad one, and its norm."""
+        solution = self.solver(operator, v)
+        x_norm = float(solution.x.norm())
+        solves = (solution.residual or 0.0) <= FAR or torch.equal(solution.x, v)  # which no residual makes a danger
+        bad = solution.status == "non_finite" or not (solves and x_norm <= FAR * v_norm)
+        if not any_rank(bad, v.device):
+            self.strength = operator.strength if operator.automatic else None  # a solver may have raised it
+            return solution, x_norm
+        if self.on_bad_hypergradient == "stop":
+            raise BadHypergradient(
+                f"{self.upper.name} level, step {self.upper.step}: {type(self.solver).__name__} gave no usable "
+                f"hypergradient: status {solution.status}, residual {solution.residual}, |x| {x_norm:.3g}, |v| "
+                f"{v_norm:.3g}, losses of the pretext batch on each rank {all_gather_objects(self.curvature_losses)}. "
+                "Raise solver.damping, or set it to auto; bilevel.on_bad_hypergradient=plain follows v at such steps."
+            )
+        self.fallbacks += 1
+        return replace(solution, x=v), v_norm
+
+    def _choose_damping(self, operator: LinearOperator, v: Tensor) -> int:
+        """Set the operator's strength; returns the products spent, which the solve finds in its subspace.
+
+        What this matrix needs is met at once, also when later products of the alternation show more of it; from one
+        alternation to the next the strength falls no faster than to the geometric mean of the two.
+        """
+        if operator.strength is not None:
+            if operator.subspace.explored:
+                operator.strength = max(operator.strength, definite_strength(operator.subspace, bounded=False))
+            return 0
+        needed, products = choose_strength(operator, v, self.solver.iterations, self.solver.tolerance, self.lam)
+        operator.strength = needed if self.strength is None else max(needed, (needed * self.strength) ** 0.5)
+        return products
+
+    def _downstream_gradients(self, backbone: nn.Module, batch: Any) -> tuple[Tensor, Tensor, dict[str, float]]:
+        total, losses = self.upper.loss(backbone, batch)
+        shared, head = list(backbone.parameters()), self.upper.head_parameters
+        grads = torch.autograd.grad(total, [*shared, *head], materialize_grads=True)
+        flat = all_reduce_mean(flatten(grads))
+        sizes = [sum(p.numel() for p in parameters) for parameters in (shared, head)]
+        return (*flat.split(sizes), losses)
+
+    @torch.no_grad()
+    def adapt(self, alpha: float) -> None:
+        """Move `theta_D`, parameters and buffers, by `alpha` towards `theta_P`; the optimizers keep their state."""
+        lower = self.lower.backbone.state_dict(keep_vars=True)
+        for name, tensor in self.upper.backbone.state_dict(keep_vars=True).items():
+            if tensor.is_floating_point():
+                tensor.lerp_(lower[name], alpha)
+
+
+def refuse_sync_batch_norm(*modules: nn.Module) -> None:
+    """Raise `ConfigError` where a module of the lower level is a SyncBatchNorm, which has no second derivative."""
+    for module in modules:
+        for name, child in module.named_modules():
+            if isinstance(child, nn.SyncBatchNorm):
+                raise ConfigError(
+                    f"The lower level holds a SyncBatchNorm ('{name}'), which cannot be differentiated twice "
+                    "(pytorch/pytorch#61222). Use plain batch norm: each rank normalises its own part of the batch."
+                )

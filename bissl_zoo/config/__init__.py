@@ -1,0 +1,6 @@
+"""Configs: described calls (`LazyCall`), config files, overrides."""
+
+from bissl_zoo.config.lazy import LazyCall, instantiate, locate
+from bissl_zoo.config.load import LazyConfig, config_root, load_config, with_defaults
+
+__all__ = ["LazyCall", "LazyConfig", "config_root", "instantiate", "load_config", "locate", "with_defaults"]

@@ -1,0 +1,270 @@
+"""Detection sets whose annotations are one JSON file in COCO's format (Lin et al., arXiv 1405.0312)."""
+
+import logging
+import math
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from bissl_zoo.data.datasets.boxes import SIDE_LIMIT, Box, DetectionSet, distinct_classes, has_area, shown_names
+from bissl_zoo.data.datasets.catalog import datasets_root, require_folder
+from bissl_zoo.data.datasets.coco_files import names_in, read_annotations
+from bissl_zoo.errors import DatasetError, did_you_mean
+from bissl_zoo.registry import DATASETS
+
+logger = logging.getLogger(__name__)
+
+#: pixels that a box may exceed its image by: COCO rounds corner and width apart from each other, to hundredths, and
+#: tools that count the last pixel twice are one off; what is further out belongs to another image
+_TOLERANCE = 1.0
+
+Record = dict[str, Any]
+Id = int | str
+
+
+@DATASETS.register("coco_detection")
+class COCODetection(DetectionSet):
+    """Images with boxes, from a folder of images and a JSON file that says what is in them.
+
+    Samples are those of `DetectionSet`, in the order of the file's images, with or without
+    objects. COCO writes a box as its corner, width and height, 0-based, so x1 = x + width; what exceeds the image by up
+    to a pixel is cut off. Category ids may have gaps. Of an object only box, category and `iscrowd` are read.
+
+    A crowd, which stands for many objects under one box, is marked `difficult`: left out of training and ignored in
+    evaluation. The evaluation finds it by IoU, like any object, where COCO's takes any detection inside for found, so
+    that figures are a little below COCO's own.
+
+    The file is read and checked at construction. Images are decoded when asked for, and their sizes compared then.
+
+    Args:
+        root: the folder that the two others are in, below the datasets root, or an absolute path.
+        annotations: the JSON file, below `root` or absolute.
+        images: the folder that the file names of the images count from, below `root` or absolute.
+        classes: the names of the categories to read, in the order of the labels; objects of others are left out, and
+            counted in the log. One that the file does not have is a class without objects, and is named in a warning,
+            but refused where it looks like a misspelt category. None: all of the file, in the order of their ids.
+        on_bad_annotation: "error", or "skip": objects with an impossible box, of an unknown image or category, and
+            images whose file is missing or whose record is wrong are left out, and counted in the log.
+        labelled: False reads the list of images alone, which may then have no sizes: targets and `classes` are None.
+
+    Raises:
+        DatasetError: a missing file or folder, a file that is not in this format, or an annotation that is wrong.
+    """
+
+    layout = "COCO"
+
+    def __init__(
+        self,
+        root: str = "coco",
+        annotations: str = "annotations/instances_train2017.json",
+        images: str = "train2017",
+        classes: Sequence[str] | None = None,
+        on_bad_annotation: str = "error",
+        labelled: bool = True,
+    ):
+        super().__init__(on_bad_annotation)
+        folder = datasets_root() / root
+        self._pictures = require_folder(folder / images, f"COCO set '{root}'", _fetch(folder, root, images))
+        self._path = folder / annotations
+        content = read_annotations(self._path, ("images", "annotations", "categories") if labelled else ("images",))
+        label_of = self._labels_by_category(content["categories"], classes) if labelled else {}
+        files, sizes, place_of = self._images_of(content["images"], labelled)
+        if not files:
+            raise DatasetError(f"COCO annotations {self._path} hold no usable image.")
+        if labelled:
+            self._hold(files, sizes, *self._objects_of(content["annotations"], sizes, place_of, label_of))
+        else:
+            self._hold(files)
+        self._tell_left_out(str(self._path))
+
+    def _labels_by_category(self, categories: list[Any], chosen: Sequence[str] | None) -> dict[Id, int | None]:
+        """Set `classes`; returns the label of each category id, None for a category that is not chosen."""
+        name_of: dict[Id, str] = {}
+        names: set[str] = set()
+        for number, record in enumerate(categories, start=1):
+            try:
+                key, name = _id(record, "id"), record.get("name")
+                if not isinstance(name, str) or not name:
+                    raise _Wrong("it has no name")
+                if key in name_of or name in names:
+                    raise _Wrong(f"its id or its name, {_shown(name)}, was there before")
+            except _Wrong as error:
+                raise DatasetError(f"{self._at('category', number, record)}: {error}. Fix the file.") from error
+            name_of[key] = name
+            names.add(name)
+        in_order = [name_of[key] for key in sorted(name_of, key=lambda key: (isinstance(key, str), key))]
+        self.classes = in_order if chosen is None else distinct_classes(chosen)
+        if not self.classes:
+            raise DatasetError(f"COCO annotations {self._path}: there is no category, or none is chosen in classes.")
+        self._check_absent([name for name in in_order if name not in self.classes], names)
+        label_of_name = {name: label for label, name in enumerate(self.classes)}
+        return {key: label_of_name.get(name) for key, name in name_of.items()}
+
+    def _check_absent(self, others: list[str], names: set[str]) -> None:
+        """Name the chosen classes that the file does not have; raise where one may be misspelt, or where all are.
+
+        Args:
+            others: the file's categories that are not chosen.
+        """
+        absent = [name for name in self.classes if name not in names]
+        misspelt = next((name for name in absent if did_you_mean(name, others)), None)
+        if len(absent) == len(self.classes) or misspelt:
+            wrong = misspelt or absent[0]
+            add = f" If {_shown(wrong)} is right, add it to the file's list 'categories'." if misspelt else ""
+            hint = did_you_mean(wrong, others)
+            raise DatasetError(f"COCO annotations {self._path} have no category {_shown(wrong)}.{hint}{add}")
+        if absent:
+            logger.warning("COCO %s has no category %s; no image has such objects", self._path, shown_names(absent))
+
+    def _images_of(
+        self, records: list[Any], labelled: bool
+    ) -> tuple[list[str], list[tuple[int, int]], dict[Id, int | None]]:
+        """Files and sizes of the images, and the place of each image id in them, None for one that is left out."""
+        files: dict[str, tuple[int, int]] = {}
+        place_of: dict[Id, int | None] = {}
+        folders: dict[Path, frozenset[str]] = {}
+        for number, record in enumerate(records, start=1):
+            try:
+                key = _id(record, "id")
+                if key in place_of:  # also where bad ones are skipped: which annotations belong to which is not known
+                    raise DatasetError(f"{self._at('image', number, record)}: its id was there before. Fix the file.")
+                place_of[key] = None
+                file, size = self._file_of(record, folders), _size(record) if labelled else (0, 0)
+                if file in files:
+                    raise _Wrong("another image is the same file")
+            except _Wrong as error:
+                problem = f"{self._at('image', number, record)}: {error}."
+                self._leave_out("images", "without a usable file or record", problem)
+                continue
+            place_of[key] = len(files)
+            files[file] = size
+        return list(files), list(files.values()), place_of
+
+    def _file_of(self, record: Record, folders: dict[Path, frozenset[str]]) -> str:
+        """The file of an image; `folders` keeps what is in each folder."""
+        name = record.get("file_name")
+        try:
+            usable = isinstance(name, str) and b"\0" not in os.fsencode(name)
+        except UnicodeEncodeError:
+            usable = False
+        if not usable:
+            raise _Wrong("its file_name is missing or no name of a file")
+        path = Path(name)
+        if path.anchor or ".." in path.parts:
+            raise _Wrong(f"its file_name leads out of {self._pictures}, and is not followed")
+        if path.parent not in folders:
+            folders[path.parent] = names_in(self._pictures / path.parent)
+        if path.name not in folders[path.parent]:
+            raise _Wrong(f"there is no such file in {self._pictures}")
+        return str(self._pictures / path)
+
+    def _objects_of(
+        self,
+        records: list[Any],
+        sizes: list[tuple[int, int]],
+        place_of: dict[Id, int | None],
+        label_of: dict[Id, int | None],
+    ) -> tuple[list[int], list[Box], list[int], list[bool]]:
+        """Of each object the place of its image, its box, its label, and whether it is a crowd."""
+        places, boxes, labels, crowds = [], [], [], []
+        seen: set[Id] = set()
+        for number, record in enumerate(records, start=1):
+            try:
+                key = _id(record, "id")
+                if key in seen:
+                    raise _Wrong("its id was there before")
+                seen.add(key)
+                place = _known(_id(record, "image_id"), place_of, "image")
+                label = _known(_id(record, "category_id"), label_of, "category")
+                if place is None:
+                    continue
+                box, crowd = _box(record.get("bbox"), *sizes[place]), _crowd(record)
+            except _Wrong as error:
+                problem = f"{self._at('annotation', number, record)}: {error}."
+                self._leave_out("objects", "with an impossible box, id, image or category", problem)
+                continue
+            if label is None:
+                self._left_out["objects of other classes"] += 1
+                continue
+            places.append(place)
+            boxes.append(box)
+            labels.append(label)
+            crowds.append(crowd)
+        return places, boxes, labels, crowds
+
+    def _at(self, what: str, number: int, record: Any) -> str:
+        """Where a record is, for a message: its number and what names it."""
+        names = {key: record.get(key) for key in ("id", "file_name")} if isinstance(record, dict) else {}
+        told = ", ".join(f"{key} {_shown(value)}" for key, value in names.items() if value is not None)
+        return f"COCO annotations {self._path}, {what} {number}{f' ({told})' if told else ''}"
+
+
+class _Wrong(ValueError):
+    """What is wrong with one record."""
+
+
+def _id(record: Any, key: str) -> Id:
+    """An id; COCO's are whole numbers, other tools' may be text."""
+    if not isinstance(record, dict):
+        raise _Wrong("it is no JSON object")
+    if type(record.get(key)) not in (int, str):
+        raise _Wrong(f"{key} is missing, or neither a whole number nor text")
+    return record[key]
+
+
+def _known(key: Id, known: dict[Id, int | None], what: str) -> int | None:
+    if key not in known:
+        raise _Wrong(f"{what}_id {_shown(key)} is no {what} of the file")
+    return known[key]
+
+
+def _size(record: Record) -> tuple[int, int]:
+    width, height = record.get("width"), record.get("height")
+    if not all(_is_number(side) and side == int(side) and 1 <= side <= SIDE_LIMIT for side in (width, height)):
+        raise _Wrong("it has no size (a positive whole width and height)")
+    return int(width), int(height)
+
+
+def _box(written: Any, width: int, height: int) -> Box:
+    """x0, y0, x1, y1 of a bbox within its image."""
+    if not isinstance(written, list) or len(written) != 4 or not all(map(_is_number, written)):
+        raise _Wrong("bbox is missing, or not four numbers")
+    x, y, w, h = written
+    told = f"(x {x:g}, y {y:g}, width {w:g}, height {h:g})"
+    if w <= 0 or h <= 0:
+        raise _Wrong(f"the box has no area {told}")
+    if min(x, y, width - (x + w), height - (y + h)) < -_TOLERANCE:
+        raise _Wrong(f"the box {told} lies outside the image ({width} x {height})")
+    box = (max(x, 0), max(y, 0), min(x + w, width), min(y + h, height))
+    if not has_area(box):
+        raise _Wrong(f"the box has no area {told} in the image ({width} x {height})")
+    return box
+
+
+def _crowd(record: Record) -> bool:
+    crowd = record.get("iscrowd", 0)
+    if crowd not in (0, 1):
+        raise _Wrong(f"iscrowd is {_shown(crowd)}; accepted are 0 and 1")
+    return bool(crowd)
+
+
+def _is_number(value: Any) -> bool:
+    # whole numbers of hundreds of digits fit into no float
+    return type(value) in (int, float) and abs(value) < 1e9 and not math.isnan(value)
+
+
+def _shown(value: Any) -> str:
+    return f"{value!r:.100}" if isinstance(value, (str, int, float)) else type(value).__name__
+
+
+def _fetch(folder: Path, root: str, images: str) -> str:
+    """The command that brings COCO 2017 itself."""
+    if root != "coco" or images not in ("train2017", "val2017", "test2017"):
+        return ""
+    site, boxes = (
+        "http://images.cocodataset.org",
+        "image_info_test2017" if images == "test2017" else "annotations_trainval2017",
+    )
+    urls = f"-O {site}/zips/{images}.zip -O {site}/annotations/{boxes}.zip"
+    return f"mkdir -p '{folder.absolute()}' && cd '{folder.absolute()}' && curl {urls} && unzip '*.zip'"

@@ -1,1 +1,0 @@
-"""Pictures of data, views, predictions and features."""

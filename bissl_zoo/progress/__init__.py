@@ -1,0 +1,1 @@
+"""Console output: log lines, the live display and metric writers."""

@@ -1,0 +1,1 @@
+"""Images of data, views, predictions and features."""

@@ -1,0 +1,423 @@
+import itertools
+import resource
+from pathlib import Path
+
+import pytest
+import torch
+from fvcore.common.param_scheduler import ConstantParamScheduler
+from torch import nn
+from torch.optim import SGD
+
+from bissl_zoo.bilevel import Adaptation, BiLevel
+from bissl_zoo.bilevel.level import Level
+from bissl_zoo.distributed import flatten
+from bissl_zoo.errors import BadHypergradient, ConfigError, NonFiniteLoss
+from bissl_zoo.hypergradient import ConjugateGradient, Exact, Identity, MinRes, Solution
+from bissl_zoo.hypergradient.damping import MARGIN
+from bissl_zoo.optim import LRMultiplier
+from bissl_zoo.registry import HYPERGRADIENT_SOLVERS, build_solver
+
+CONSTANT = LRMultiplier(ConstantParamScheduler(1.0))
+
+
+class Vector(nn.Module):
+    """A backbone that is its parameters."""
+
+    def __init__(self, values):
+        super().__init__()
+        self.theta = nn.Parameter(torch.as_tensor(values, dtype=torch.float64).clone())
+        self.register_buffer("seen", torch.zeros((), dtype=torch.float64))
+
+    def forward(self):
+        return self.theta
+
+
+class Loss(nn.Module):
+    """A head whose loss is a function of the backbone's vector, its own and the batch."""
+
+    def __init__(self, function, phi=(0.0,)):
+        super().__init__()
+        self.function = function
+        self.phi = nn.Parameter(torch.as_tensor(phi, dtype=torch.float64).clone())
+        self.after = []
+
+    def losses(self, backbone, batch):
+        return {"first": self.function(backbone(), self.phi, batch), "second": 0.0 * self.phi.sum()}
+
+    def after_step(self, backbone):
+        self.after.append(backbone.theta.detach().clone())
+
+
+def level(name, backbone, head, lr=0.1, clip_norm=None, batches=None):
+    optimizer = SGD([*backbone.parameters(), *head.parameters()], lr=lr)
+    batches = itertools.count() if batches is None else iter(batches)
+    return Level(name, backbone, head, optimizer, batches, CONSTANT, 1000, clip_norm)
+
+
+def quadratic(lam=0.5, gamma=0.0, solver=None, theta_d=(0.3, -1.0, 2.0), **options):
+    """Lower loss (theta-a)'H(theta-a)/2 and upper loss |M theta - phi|^2/2, with theta_P at its optimum."""
+    generator = torch.Generator().manual_seed(0)
+    q, _ = torch.linalg.qr(torch.randn(3, 3, generator=generator, dtype=torch.float64))
+    hessian = q @ torch.diag(torch.tensor([0.2, 1.0, 4.0], dtype=torch.float64)) @ q.T
+    a = torch.randn(3, generator=generator, dtype=torch.float64)
+    m = torch.randn(2, 3, generator=generator, dtype=torch.float64)
+    eye = torch.eye(3, dtype=torch.float64)
+    theta_d = torch.as_tensor(theta_d, dtype=torch.float64)
+
+    def response(theta_d):
+        return torch.linalg.solve(hessian + lam * eye, hessian @ a + lam * theta_d)
+
+    lower = Loss(lambda theta, phi, _: (theta - a) @ hessian @ (theta - a) / 2)
+    upper = Loss(lambda theta, phi, _: (m @ theta - phi).square().sum() / 2, phi=(1.0, -2.0))
+    problem = BiLevel(
+        level("lower", Vector(response(theta_d)), lower),
+        level("upper", Vector(theta_d), upper),
+        solver=solver or Exact(damping=0.0),
+        lam=lam,
+        gamma=gamma,
+        **options,
+    )
+    return problem, response, upper.function
+
+
+@pytest.mark.parametrize("lam", [0.01, 0.5, 10.0])
+@pytest.mark.parametrize("gamma", [0.0, 0.01, 1.0])
+def test_the_hypergradient_is_the_derivative_of_the_bilevel_objective(lam, gamma):
+    problem, response, upper_loss = quadratic(lam, gamma)
+    theta_d = problem.upper.backbone.theta.detach().clone().requires_grad_()
+    phi = problem.upper.head.phi.detach().clone().requires_grad_()
+    # the objective with the lower optimum written out, differentiated through the closed form
+    objective = upper_loss(response(theta_d), phi, None) + gamma * upper_loss(theta_d, phi, None)
+    expected = torch.autograd.grad(objective, [theta_d, phi])
+    gradients = problem.upper_gradients(None, problem.curvature(None).prepare())
+    torch.testing.assert_close(gradients.backbone, expected[0], rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(gradients.head, expected[1], rtol=1e-9, atol=1e-12)
+    assert gradients.solution.status == "converged"
+
+
+def test_lower_steps_go_to_the_pulled_optimum():
+    problem, response, _ = quadratic(lam=0.5, lower_steps=200)
+    theta_d = problem.upper.backbone.theta.detach()
+    with torch.no_grad():
+        problem.lower.backbone.theta.copy_(theta_d)
+    for _ in range(300):
+        problem.lower_step()
+    torch.testing.assert_close(problem.lower.backbone.theta.detach(), response(theta_d), rtol=1e-6, atol=1e-6)
+    assert torch.equal(problem.upper.backbone.theta, theta_d) and problem.upper.backbone.theta.grad is None
+
+
+def test_alternating_finds_the_bilevel_optimum():
+    problem, response, upper_loss = quadratic(lam=0.5, gamma=0.0, lower_steps=20, upper_steps=1, alternations=200)
+    for one, lr in ((problem.lower, 0.3), (problem.upper, 1.0)):
+        for group in one.optimizer.param_groups:
+            group["lr"] = lr
+    start = upper_loss(response(problem.upper.backbone.theta), problem.upper.head.phi, None).item()
+    for alternation in range(200):
+        problem.alternate(alternation)
+    reached = upper_loss(response(problem.upper.backbone.theta), problem.upper.head.phi, None).item()
+    assert reached < 1e-4 * start  # two equations, five unknowns: the optimum is zero
+
+
+def test_an_alternation_takes_its_steps_and_one_batch_for_the_curvature():
+    problem, _, _ = quadratic(lower_steps=3, upper_steps=2, alternations=5)
+    seen = []
+    for one in (problem.lower, problem.upper):
+        losses = one.head.losses
+        one.head.losses = lambda backbone, batch, losses=losses, name=one.name: (
+            seen.append((name, batch)) or losses(backbone, batch)
+        )
+    metrics = problem.alternate(0)
+    # gamma = 0: one downstream pass per upper step
+    assert seen == [("lower", 0), ("lower", 1), ("lower", 2), ("lower", 3), ("upper", 0), ("upper", 1)]
+    assert len(problem.lower.head.after) == 3  # never for the curvature batch
+    assert problem.lower.step == 3 and problem.upper.step == 2
+    expected = {"lower/total_loss", "lower/pull", "lower/lr", "upper/total_loss", "upper/lr", "solver/residual"}
+    assert expected <= set(metrics) and metrics["solver/status"] == "converged"
+
+
+def test_the_teacher_sees_the_parameters_after_the_step():
+    problem, _, _ = quadratic()
+    problem.lower_step()
+    assert torch.equal(problem.lower.head.after[0], problem.lower.backbone.theta)
+
+
+def test_the_graph_is_freed_when_an_upper_step_fails():
+    problem, _, _ = quadratic(lower_steps=1)
+    operators = []
+
+    def failing(operator, v):
+        operators.append(operator)
+        raise ZeroDivisionError
+
+    failing.damping = 0.0
+    problem.solver = failing
+    with pytest.raises(ZeroDivisionError):
+        problem.alternate(0)
+    with pytest.raises(RuntimeError, match="after release"):
+        operators[0](torch.zeros(3, dtype=torch.float64))
+
+
+def test_damping_acts_in_the_solver_alone():
+    strengths, solver = [], ConjugateGradient(damping=7.0)
+    problem, _, _ = quadratic(lam=0.5, solver=solver)
+    strengths.append(problem.curvature(None).strength)
+    assert strengths == [7.5]
+    before, theta_d = problem.lower.backbone.theta.detach().clone(), problem.upper.backbone.theta.detach()
+    problem.lower_step()  # at the optimum of the undamped problem, which is where it stays
+    torch.testing.assert_close(problem.lower.backbone.theta.detach(), before, rtol=1e-9, atol=1e-12)
+    assert not torch.allclose(before, theta_d)
+
+
+def test_identity_adds_the_lower_gradient_itself():
+    problem, _, upper_loss = quadratic(gamma=1.0, solver=Identity())
+    theta_p = problem.lower.backbone.theta.detach().clone().requires_grad_()
+    theta_d = problem.upper.backbone.theta.detach().clone().requires_grad_()
+    phi = problem.upper.head.phi.detach()
+    expected = sum(torch.autograd.grad(upper_loss(t, phi, None), t)[0] for t in (theta_p, theta_d))
+    gradients = problem.upper_gradients(None, problem.curvature(None).prepare())
+    torch.testing.assert_close(gradients.backbone, expected, rtol=1e-12, atol=0)
+    assert "solver/residual" not in gradients.metrics
+
+
+def test_adaptation_comes_every_so_often_but_not_at_the_end():
+    problem, _, _ = quadratic(lower_steps=1, upper_steps=1, alternations=6, adaptation=Adaptation(2, 0.25))
+    moved = []
+    for alternation in range(6):
+        adapt, problem.adapt = problem.adapt, lambda alpha: moved.append((alternation, alpha))  # noqa: B023
+        problem.alternate(alternation)
+        problem.adapt = adapt
+    assert moved == [(1, 0.25), (3, 0.25)]
+
+
+def test_gradients_are_clipped_by_their_global_norm():
+    problem, _, _ = quadratic()
+    problem.upper.clip_norm = 1e-3
+    before = [p.detach().clone() for p in problem.upper.parameters]
+    metrics = problem.upper_step(problem.curvature(None).prepare())
+    change = flatten(p.detach() - b for p, b in zip(problem.upper.parameters, before, strict=True))
+    assert metrics["upper/grad_norm"] > 1e-2
+    assert float(change.norm()) == pytest.approx(0.1 * 1e-3, rel=1e-3)
+
+
+@pytest.mark.parametrize("name", ["lower", "upper"])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_loss_that_is_not_finite_names_level_step_and_losses(name, bad):
+    problem, _, _ = quadratic()
+    one = getattr(problem, name)
+    one.step = 41
+    function = one.head.function
+    one.head.function = lambda theta, phi, batch: function(theta, phi, batch) + bad
+    with pytest.raises(NonFiniteLoss, match=rf"{name} level, step 41.*first={bad}, second=-?0\)"):
+        if name == "lower":
+            problem.lower_step()
+        else:
+            problem.upper_gradients(None, problem.curvature(None).prepare())
+
+
+def test_a_gradient_that_is_not_finite_stops_before_the_parameters_are_spoilt():
+    problem, _, _ = quadratic()
+    lower = problem.lower
+    function = lower.head.function
+    # sqrt has an infinite slope at zero, and a finite value
+    lower.head.function = lambda theta, phi, batch: (
+        function(theta, phi, batch) + (phi - phi.detach()).abs().sqrt().sum()
+    )
+    before = lower.backbone.theta.detach().clone()
+    with pytest.raises(NonFiniteLoss, match="lower level, step 0.*gradient"):
+        problem.lower_step()
+    assert torch.equal(lower.backbone.theta, before)
+
+
+def answering(answer, status="converged", residual=0.0):
+    """A solver that answers as told, whatever it is asked."""
+
+    def solver(operator, v):
+        return Solution(answer(v), residual, 1, status)
+
+    solver.damping = 0.0
+    return solver
+
+
+BAD = {
+    "NaN": answering(lambda v: v * float("nan")),
+    "infinite": answering(lambda v: v / 0.0),
+    "long": answering(lambda v: 1e4 * v),
+    "far from a solution": answering(lambda v: -v, "diverged", 5e3),
+    "residual NaN": answering(lambda v: -v, "max_iterations", float("nan")),
+    "non_finite on the way": answering(lambda v: 0.5 * v, "non_finite", 0.5),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+@pytest.mark.parametrize("gamma", [0.0, 1.0])
+def test_a_bad_hypergradient_stops_the_run_or_gives_way_to_the_plain_gradient(case, gamma):
+    problem, _, _ = quadratic(gamma=gamma, solver=BAD[case])
+    problem.upper.step = 7
+    before = [p.detach().clone() for p in problem.upper.parameters]
+    with pytest.raises(BadHypergradient, match=r"upper level, step 7: .* \|x\| .*on_bad_hypergradient=plain"):
+        problem.upper_step(problem.curvature(None).prepare())
+    assert all(torch.equal(p, b) for p, b in zip(problem.upper.parameters, before, strict=True))
+    problem, _, _ = quadratic(gamma=gamma, solver=BAD[case], on_bad_hypergradient="plain")
+    plain = quadratic(gamma=gamma, solver=Identity())[0]
+    given, expected = (p.upper_gradients(None, p.curvature(None).prepare()) for p in (problem, plain))
+    assert torch.equal(given.backbone, expected.backbone) and torch.equal(given.head, expected.head)
+    assert given.metrics["solver/fallbacks"] == problem.fallbacks == 1
+    assert given.metrics["solver/status"] == BAD[case](None, torch.ones(1)).status  # what was, not what was made of it
+
+
+@pytest.mark.parametrize(
+    "solver",
+    [
+        answering(lambda v: v, "diverged", 5e3),  # as a guarded solver says that v is the best it has
+        answering(lambda v: 900 * v, "converged", 1e-3),
+        answering(lambda v: 0.1 * v, "negative_curvature", 10.0),
+        answering(lambda v: v, "not_solved", None),
+    ],
+)
+def test_an_answer_that_is_poor_but_no_danger_is_followed(solver):
+    problem, _, _ = quadratic(solver=solver)
+    gradients = problem.upper_gradients(None, problem.curvature(None).prepare())
+    assert torch.equal(gradients.backbone, gradients.solution.x) and problem.fallbacks == 0
+
+
+def test_a_gradient_to_be_solved_for_that_is_not_finite_is_no_matter_of_the_solver():
+    problem, _, _ = quadratic(on_bad_hypergradient="plain")
+    problem.upper.head.function = lambda theta, phi, batch: (theta - theta.detach()).abs().sqrt().sum()
+    with pytest.raises(NonFiniteLoss, match="upper level, step 0: .*norm of its gradient is nan"):
+        problem.upper_gradients(None, problem.curvature(None).prepare())
+
+
+@pytest.mark.parametrize("products", ["graph", "rebuild"])
+@pytest.mark.parametrize("solver", [Exact(damping=0.0), ConjugateGradient(), MinRes(), MinRes(damping=1.0)])
+def test_a_curvature_batch_that_is_not_finite_shows_in_the_answer_and_leaves_no_trace_in_the_damping(solver, products):
+    def spoilt(**options):
+        problem, _, _ = quadratic(solver=solver, products=products, lower_steps=1, upper_steps=2, **options)
+        function, problem.strength = problem.lower.head.function, 3.0
+        # batch 1 is the one that defines the curvature of the first alternation
+        problem.lower.head.function = lambda theta, phi, batch: (
+            function(theta, phi, batch) * (float("nan") if batch == 1 else 1.0)
+        )
+        return problem
+
+    with pytest.raises(BadHypergradient, match="losses of the pretext batch on each rank .*'first': nan"):
+        spoilt().alternate(0)
+    problem = spoilt(on_bad_hypergradient="plain")
+    assert problem.alternate(0)["solver/fallbacks"] == 2 and problem.strength == 3.0
+    assert problem.alternate(1)["solver/fallbacks"] == 2  # the next alternation solves again
+
+
+@pytest.mark.parametrize("lam", [0.0, -1.0, float("nan")])
+def test_lambda_must_be_positive(lam):
+    problem, _, _ = quadratic()
+    with pytest.raises(ConfigError, match="bilevel.lambda"):
+        BiLevel(problem.lower, problem.upper, Identity(), lam=lam)
+
+
+def test_every_solver_is_registered_and_answers_in_kind():
+    problem, _, _ = quadratic()
+    for name in HYPERGRADIENT_SOLVERS.list():
+        solver = build_solver(name=name)
+        operator = problem.curvature(None).prepare()
+        operator.strength = 1.0
+        solution = solver(operator, torch.ones(3, dtype=torch.float64))
+        assert isinstance(solution, Solution) and solution.x.shape == (3,)
+        assert solver.damping == "auto" or solver.damping >= 0
+
+
+def test_automatic_damping_is_chosen_once_for_the_upper_steps_of_an_alternation():
+    solver = MinRes(iterations=3, tolerance=1e-6, damping="auto")
+    problem, _, _ = quadratic(lam=0.5, solver=solver, lower_steps=1, upper_steps=4)
+    operators = []
+    step = problem.upper_step
+    problem.upper_step = lambda operator: (operators.append(operator), step(operator))[1]
+    metrics = problem.alternate(0)
+    assert len({id(operator) for operator in operators}) == 1
+    # three Lanczos steps know all of a 3 x 3 matrix, which is definite: the least damping is none
+    assert [record["solver/damping"] for record in problem.diagnostics] == [0.0] * 4
+    assert [record["solver/products"] for record in problem.diagnostics] == [3, 0, 0, 0]
+    assert all(record["solver/status"] == "converged" for record in problem.diagnostics)
+    assert all(record["solver/least_ritz_value"] == pytest.approx(1 + 0.2 / 0.5) for record in problem.diagnostics)
+    assert metrics["solver/damping"] == 0.0 and problem.strength == 0.5
+
+
+def test_automatic_damping_rises_at_once_and_falls_slowly():
+    problem, _, _ = quadratic(lam=0.5, solver=MinRes(iterations=3, tolerance=1e-6, damping="auto"))
+    used = []
+    for curvature in (1.0, -8.0, 1.0, 1.0):  # indefinite at the second alternation
+        problem.lower.head.function = lambda theta, phi, _, c=curvature: c / 2 * theta.square().sum()
+        operator = problem.curvature(None).prepare()
+        assert operator.strength is None
+        problem.upper_step(operator)
+        used.append(operator.strength)
+    needed = 8.0 / (1 - MARGIN)  # A = I - 8/s has the eigenvalue MARGIN there
+    expected = [0.5, needed, (0.5 * needed) ** 0.5, (0.5 * (0.5 * needed) ** 0.5) ** 0.5]
+    assert used == pytest.approx(expected, rel=0.02)
+
+
+def test_automatic_damping_rises_when_a_later_right_hand_side_shows_negative_curvature():
+    problem, _, _ = quadratic(lam=0.5, solver=MinRes(iterations=3, tolerance=1e-6, damping="auto"))
+    diagonal = torch.tensor([1.0, 2.0, -8.0], dtype=torch.float64)
+    problem.lower.head.function = lambda theta, phi, _: (diagonal * theta.square()).sum() / 2
+    problem.upper.head.function = lambda theta, phi, batch: (batch * theta).sum()
+    operator = problem.curvature(None).prepare()
+    first, second = torch.eye(3, dtype=torch.float64)[[0, 2]]
+    problem.upper_gradients(first, operator)
+    assert operator.strength == 0.5  # as if definite
+    problem.upper_gradients(second, operator)  # meets the eigenvalue -8
+    problem.upper_gradients(second, operator)
+    assert operator.strength == problem.strength == pytest.approx(8.0 / (1 - MARGIN))
+
+
+def test_damping_that_the_solver_raised_is_where_the_next_alternation_starts_from():
+    problem, _, _ = quadratic(lam=0.5, solver=MinRes(iterations=1, tolerance=0.1, recycled_iterations=1))
+    diagonal = torch.tensor([0.0, 9.0, -9.0], dtype=torch.float64)
+    problem.lower.head.function = lambda theta, phi, _: (diagonal * theta.square()).sum() / 2
+    problem.upper.head.function = lambda theta, phi, batch: (batch * theta).sum()
+    operator = problem.curvature(None).prepare()
+    problem.upper_gradients(torch.tensor([1.0, 0.0, 0.0], dtype=torch.float64), operator)
+    assert problem.strength == 0.5
+    metrics = problem.upper_gradients(torch.tensor([0.0, 1.0, 1.0], dtype=torch.float64), operator).metrics
+    # the residual after one product is 9/s of v: 0.1 of it at s = 90
+    assert operator.strength == problem.strength == pytest.approx(90.0, rel=0.02)
+    assert metrics["solver/damping"] == operator.strength - 0.5 and metrics["solver/status"] == "converged"
+
+
+def test_every_upper_step_leaves_its_diagnostics():
+    problem, _, _ = quadratic(gamma=1.0, lower_steps=1, upper_steps=3)
+    metrics = problem.alternate(0)
+    assert len(problem.diagnostics) == 3
+    keys = {"solver/residual", "solver/products", "solver/status", "solver/damping", "solver/cosine", "solver/v_norm"}
+    assert all(keys | {"solver/x_norm", "solver/plain_norm"} <= set(record) for record in problem.diagnostics)
+    assert metrics["solver/cosine"] == problem.diagnostics[-1]["solver/cosine"]
+    losses = [record["upper/total_loss"] for record in problem.diagnostics]
+    assert losses == sorted(losses, reverse=True) and losses[0] > losses[-1]
+
+
+def resident_bytes():
+    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="needs Linux's /proc")
+@pytest.mark.parametrize("products", ["graph", "rebuild"])
+def test_thirty_alternations_need_no_more_memory_than_ten(products):
+    torch.manual_seed(0)
+
+    class Wide(nn.Linear):
+        def losses(self, backbone, batch):
+            return {"loss": self(backbone(batch)).square().mean()}
+
+        def after_step(self, backbone):
+            pass
+
+    levels = []
+    for name in ("lower", "upper"):
+        backbone = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Tanh(), nn.Flatten(), nn.Linear(2592, 16))
+        levels.append(level(name, backbone, Wide(16, 4), lr=1e-3, batches=itertools.repeat(torch.randn(64, 3, 20, 20))))
+    problem = BiLevel(*levels, MinRes(damping=1.0), lam=1.0, lower_steps=1, upper_steps=2, products=products)
+    for alternation in range(10):
+        problem.alternate(alternation)
+    before = resident_bytes()
+    for alternation in range(20):
+        problem.alternate(alternation)
+    # one graph that is not freed holds about 5 MiB of activations, twenty 100 MiB
+    assert resident_bytes() - before < 30 * 2**20

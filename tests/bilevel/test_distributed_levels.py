@@ -1,0 +1,443 @@
+"""The bilevel core on 1, 2 and 4 processes over gloo; this file is also their program (`python FILE FOLDER`).
+
+Each world cuts the same batches into as many parts as it has ranks and must compute what one process does.
+"""
+
+import datetime
+import hashlib
+import itertools
+import os
+import subprocess
+import sys
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from fvcore.common.param_scheduler import ConstantParamScheduler
+from timm.layers import PatchEmbed
+from torch import nn
+from torch.optim import SGD
+
+from bissl_zoo.analysis.reduced_problem import narrow_widths
+from bissl_zoo.backbones import FeatureInfo
+from bissl_zoo.bilevel import BiLevel
+from bissl_zoo.bilevel.level import Level
+from bissl_zoo.data.batches import map_tensors
+from bissl_zoo.distributed import all_reduce_mean, average_gradients, barrier, flatten, gather_with_gradient
+from bissl_zoo.errors import BadHypergradient, NonFiniteLoss
+from bissl_zoo.hypergradient import ConjugateGradient
+from bissl_zoo.optim import LRMultiplier
+from bissl_zoo.pretext import simclr
+from bissl_zoo.registry import HYPERGRADIENT_SOLVERS, PRETEXT_METHODS, build_pretext, build_solver, build_task
+
+WORLDS = (2, 4)
+METHODS = PRETEXT_METHODS.list()
+SOLVERS = HYPERGRADIENT_SOLVERS.list()
+SIZES = {"moco_v2": {"queue_length": 20}}  # shorter than a run, so that it wraps, and no multiple of the batch
+BATCH = 8
+PATIENCE = datetime.timedelta(seconds=60)  # for ranks that no longer do the same
+CONSTANT = LRMultiplier(ConstantParamScheduler(1.0))
+
+
+def shards(seed, rank, world, make):
+    """This rank's part of an endless stream of batches `make(generator)` that is the same in every world."""
+    generator, share = torch.Generator().manual_seed(seed), BATCH // world
+    while True:
+        yield map_tensors(lambda tensor: tensor[rank * share : (rank + 1) * share], make(generator))
+
+
+def views(method, generator):
+    images = tuple(torch.randn(2, BATCH, 3, 8, 8, dtype=torch.float64, generator=generator))
+    if method == "dino":
+        return *images, torch.randn(BATCH, 3, 4, 4, dtype=torch.float64, generator=generator)
+    if method == "simmim":  # two of four cells are hidden
+        return images[0], (torch.rand(BATCH, 4, generator=generator).argsort(dim=1) < 2).view(BATCH, 2, 2)
+    return images
+
+
+def labelled(generator):
+    images = torch.randn(BATCH, 3, 8, 8, dtype=torch.float64, generator=generator)
+    return images, torch.randint(0, 3, (BATCH,), generator=generator)
+
+
+def level(name, backbone, head, batches):
+    optimizer = SGD([p for m in (backbone, head) for p in m.parameters() if p.requires_grad], lr=0.1, momentum=0.9)
+    return Level(name, backbone, head, optimizer, batches, CONSTANT, 100)
+
+
+class Trunk(nn.Module):
+    """3x8x8 images -> a map of 6 channels."""
+
+    out_features = ("out",)
+    feature_info = {"out": FeatureInfo(6, 4, "norm")}
+
+    def __init__(self):
+        super().__init__()
+        self.stem = nn.Conv2d(3, 4, 3, padding=1, stride=2, bias=False)
+        self.norm = nn.BatchNorm2d(4)
+        self.last = nn.Conv2d(4, 6, 3, padding=1, stride=2)
+
+    def forward(self, images):
+        return {"out": self.last(self.norm(self.stem(images)).relu())}
+
+
+class PatchTrunk(nn.Module):
+    """3x8x8 images -> a map of 6 channels, by an embedding of patches that is found where timm's ViTs have it."""
+
+    out_features = ("out",)
+    feature_info = {"out": FeatureInfo(6, 2, "last")}
+
+    def __init__(self):
+        super().__init__()
+        self.model = nn.Module()
+        self.model.patch_embed = PatchEmbed(8, patch_size=2, embed_dim=4, output_fmt="NHWC")
+        self.norm = nn.BatchNorm2d(4)
+        self.last = nn.Conv2d(4, 6, 3, padding=1)
+
+    def forward(self, images):
+        patches = self.model.patch_embed(images).permute(0, 3, 1, 2)
+        return {"out": self.last(self.norm(patches).relu())}
+
+
+class Pool(nn.Module):
+    num_features = 6
+
+    def forward(self, features):
+        return features.mean(dim=(2, 3))
+
+
+TRUNKS = {"simmim": PatchTrunk}
+
+
+def problem(method, rank, world):
+    """A pretext method below, classification above, in float64; batch norm uses its running statistics."""
+    torch.manual_seed(0)
+    trunk, upper = (TRUNKS.get(method, Trunk)() for _ in range(2))
+    sizes = narrow_widths({"name": method}) | SIZES.get(method, {})
+    pretext = build_pretext(name=method, backbone=trunk, tail=Pool(), **sizes)
+    task = build_task(name="classification", backbone=upper, classes=["a", "b", "c"])
+    for module in (trunk, pretext, upper, task):
+        module.double().eval()
+    return BiLevel(
+        level("lower", trunk, pretext, shards(1, rank, world, partial(views, method))),
+        level("upper", upper, task, shards(2, rank, world, labelled)),
+        solver=ConjugateGradient(iterations=4, tolerance=1e-6, damping=1.0),
+        lam=0.1,
+        lower_steps=2,
+        upper_steps=2,
+        alternations=3,
+    )
+
+
+def modules(bilevel):
+    return nn.ModuleList([bilevel.lower.backbone, bilevel.lower.head, bilevel.upper.backbone, bilevel.upper.head])
+
+
+def digest(bilevel):
+    """Of the bits of both levels, teachers and queues among them; batch-norm statistics are each rank's own."""
+    sha256 = hashlib.sha256()
+    for name, tensor in modules(bilevel).state_dict().items():
+        if not name.endswith(("running_mean", "running_var", "num_batches_tracked")):
+            sha256.update(tensor.numpy().tobytes())
+    return sha256.hexdigest()
+
+
+def with_digest(step, bilevel, digests):
+    def call(*arguments):
+        metrics = step(*arguments)
+        digests.append(digest(bilevel))
+        return metrics
+
+    return call
+
+
+def keep_digests(bilevel):
+    """A list that grows by the digest after each lower and each upper step."""
+    digests = []
+    bilevel.lower_step = with_digest(bilevel.lower_step, bilevel, digests)
+    bilevel.upper_step = with_digest(bilevel.upper_step, bilevel, digests)
+    return digests
+
+
+def derivatives(method, rank, world):
+    """What one batch gives, from the loss to the hypergradient."""
+    bilevel = problem(method, rank, world)
+    lower, batch = bilevel.lower, next(bilevel.lower.batches)
+    operator = bilevel.curvature(batch).prepare()
+    generator = torch.Generator().manual_seed(3)
+    u = torch.randn(sum(operator.block_sizes), dtype=torch.float64, generator=generator)
+    total, _ = lower.loss(lower.backbone, batch)
+    total.backward()
+    average_gradients(lower.parameters)
+    gradients = bilevel.upper_gradients(next(bilevel.upper.batches), operator)
+    return {
+        "loss": all_reduce_mean(total.detach().view(1)),
+        "gradient": flatten(p.grad for p in lower.parameters),
+        "product": operator.hessian_product(u),
+        "solution": gradients.solution.x,
+        "upper backbone": gradients.backbone,
+        "upper head": gradients.head,
+    }
+
+
+def alternations(method, rank, world):
+    """How far three alternations move everything, what the solver reached, and the digest after each step."""
+    bilevel = problem(method, rank, world)
+    start = {name: tensor.clone() for name, tensor in modules(bilevel).state_dict().items()}
+    digests = keep_digests(bilevel)
+    residuals = torch.tensor([bilevel.alternate(number)["solver/residual"] for number in range(3)])
+    moved = {name: tensor - start[name] for name, tensor in modules(bilevel).state_dict().items()}
+    return {"moved": moved, "residuals": residuals, "digests": digests}
+
+
+def batch_statistics(method, rank, world):
+    """The digests of an alternation with batch norm as it is trained: over each rank's own part of the batch."""
+    bilevel = problem(method, rank, world)
+    modules(bilevel).train()
+    digests = keep_digests(bilevel)
+    bilevel.alternate(0)
+    return {"digests": digests, "mean": bilevel.lower.backbone.norm.running_mean}
+
+
+class InPlaceAllReduce(torch.autograd.Function):
+    """The gather of much published code: its backward is right, and invisible to a second differentiation."""
+
+    @staticmethod
+    def forward(ctx, x):
+        parts = [torch.empty_like(x) for _ in range(dist.get_world_size())]
+        dist.all_gather(parts, x.contiguous())
+        return torch.cat(parts)
+
+    @staticmethod
+    def backward(ctx, grad):
+        total = grad.clone()
+        dist.all_reduce(total.detach())
+        return total.chunk(dist.get_world_size())[dist.get_rank()]
+
+
+def with_faulty_gather(rank, world):
+    simclr.gather_with_gradient = InPlaceAllReduce.apply
+    try:
+        return derivatives("simclr", rank, world)
+    finally:
+        simclr.gather_with_gradient = gather_with_gradient
+
+
+def gathered_product(gather):
+    """A Hessian product of a loss that sees this rank's rows through the gather alone."""
+    x = torch.linspace(0.1, 1.0, 6, dtype=torch.float64).view(3, 2).requires_grad_()
+    gradient = torch.autograd.grad(gather(x).sin().sum(), x, create_graph=True)
+    return torch.autograd.grad(gradient, x, torch.ones_like(x))[0]
+
+
+class Head(nn.Linear):
+    """Regression to zero and a term of the backbone's weight that may be spoilt."""
+
+    def __init__(self, term):
+        super().__init__(4, 1, dtype=torch.float64)
+        self.term = term
+
+    def losses(self, backbone, batch):
+        return {"square": self(backbone(batch)).square().mean(), "term": self.term(backbone.weight)}
+
+    def after_step(self, backbone):
+        pass
+
+
+#: terms of a weight; each leaves everything finite up to its own order of differentiation
+TERMS = {
+    "nothing": lambda w: 0.0 * w.sum(),
+    "loss": lambda w: float("nan") * w.sum(),
+    "gradient": lambda w: (w - w.detach()).abs().sqrt().sum(),
+    "product": lambda w: (w - w.detach()).abs().pow(1.5).sum(),
+}
+#: level and what is not finite there on the last rank alone -> what every rank must say
+SPOILT = {
+    "lower loss": "lower level, step 0, rank {last}: the loss is not finite (square=",
+    "upper loss": "upper level, step 0, rank {last}: the loss is not finite (square=",
+    "lower gradient": "lower level, step 0: the loss is finite but the norm of its gradient is nan",
+    "upper gradient": "upper level, step 0: the loss is finite but the norm of its gradient is nan",
+    "lower product": "upper level, step 0: ConjugateGradient gave no usable hypergradient: status non_finite",
+}
+
+
+def small_problem(rank, terms, solver, gamma):
+    """Regression above and below, on batches that differ from rank to rank; `terms` of the lower and upper level."""
+    levels = []
+    for seed, (name, term) in enumerate(zip(("lower", "upper"), terms, strict=True)):
+        torch.manual_seed(seed)
+        backbone, head = nn.Linear(5, 4, dtype=torch.float64), Head(TERMS[term])
+        torch.manual_seed(2 + rank)
+        levels.append(level(name, backbone, head, itertools.repeat(torch.randn(3, 5, dtype=torch.float64))))
+    return BiLevel(*levels, solver=solver, lam=0.5, gamma=gamma, lower_steps=1, upper_steps=2)
+
+
+def spoilt(case, rank, world):
+    """An alternation in which only the last rank has a number that is not finite: what it says, and the digests."""
+    terms = [case.removeprefix(f"{name} ") if case.startswith(name) else "nothing" for name in ("lower", "upper")]
+    terms = terms if rank == world - 1 else ["nothing"] * 2
+    bilevel = small_problem(rank, terms, ConjugateGradient(damping=1.0), gamma=0.0)
+    digests = keep_digests(bilevel)
+    try:
+        said = bilevel.alternate(0)["solver/status"]
+    except (BadHypergradient, NonFiniteLoss) as error:
+        said = str(error)
+    return {"said": said, "digests": [*digests, digest(bilevel)]}
+
+
+def solved(name, rank):
+    """What a solver made of its defaults says and leaves; each rank has a random state of its own, as in training."""
+    bilevel = small_problem(rank, ["nothing"] * 2, build_solver(name=name), gamma=1.0)
+    digests = keep_digests(bilevel)
+    metrics = bilevel.alternate(0)
+    return {"said": [metrics["solver/status"], metrics["solver/products"]], "digests": digests}
+
+
+def work(rank, world):
+    """Everything the tests look at, as one rank sees it."""
+    seen = {"derivatives": {}, "alternations": {}, "batch statistics": {}, "spoilt": {}}
+    for method in METHODS:
+        seen["derivatives"][method] = derivatives(method, rank, world)
+        seen["alternations"][method] = alternations(method, rank, world)
+        if world > 1:
+            seen["batch statistics"][method] = batch_statistics(method, rank, world)
+    if world > 1:
+        seen["faulty"] = with_faulty_gather(rank, world)
+        seen["gathered"] = [gathered_product(gather) for gather in (gather_with_gradient, InPlaceAllReduce.apply)]
+        seen["solved"] = {name: solved(name, rank) for name in SOLVERS}
+        seen["spoilt"] = {case: spoilt(case, rank, world) for case in SPOILT}
+    return seen
+
+
+def run_rank(rank, world, folder):
+    torch.set_num_threads(1)
+    if world > 1:
+        meeting = f"file://{folder}/meeting{world}"
+        dist.init_process_group("gloo", init_method=meeting, rank=rank, world_size=world, timeout=PATIENCE)
+    torch.save(work(rank, world), folder / f"{world}_{rank}.pt")
+    if world > 1:
+        barrier()
+        dist.destroy_process_group()
+
+
+def main(folder):
+    """All worlds side by side; forked, so that the imports are paid for once."""
+    worlds = [
+        mp.start_processes(run_rank, (world, folder), nprocs=world, join=False, start_method="fork")
+        for world in (1, *WORLDS)
+    ]
+    for world in worlds:
+        while not world.join():
+            pass
+
+
+@pytest.fixture(scope="module")
+def worlds(tmp_path_factory):
+    """What each rank of each world saw: `worlds[4][0]` is rank 0 of 4."""
+    folder = tmp_path_factory.mktemp("worlds")
+    paths = [str(Path(__file__).resolve().parents[2]), os.environ.get("PYTHONPATH", "")]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(filter(None, paths))}
+    program = subprocess.run(
+        [sys.executable, __file__, folder],
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=300,
+    )
+    assert program.returncode == 0, program.stdout
+    return {
+        world: [torch.load(folder / f"{world}_{rank}.pt", weights_only=True) for rank in range(world)]
+        for world in (1, *WORLDS)
+    }
+
+
+def distance(actual, expected):
+    """Relative to the norm of `expected`, which may be zero only where `actual` is."""
+    gap = float((actual - expected).double().norm())
+    return gap and gap / float(expected.double().norm())
+
+
+@pytest.mark.parametrize("world", WORLDS)
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("what", ["loss", "gradient", "product", "solution", "upper backbone", "upper head"])
+def test_ranks_compute_what_one_process_does_with_the_whole_batch(worlds, world, method, what):
+    [alone] = worlds[1]
+    expected = alone["derivatives"][method][what]
+    assert expected.any()
+    for seen in worlds[world]:
+        # other orders of summation in float64
+        assert distance(seen["derivatives"][method][what], expected) < 1e-6
+        assert torch.equal(seen["derivatives"][method][what], worlds[world][0]["derivatives"][method][what])
+
+
+@pytest.mark.parametrize("world", WORLDS)
+@pytest.mark.parametrize("method", METHODS)
+def test_three_alternations_over_ranks_end_where_one_process_does(worlds, world, method):
+    [alone] = worlds[1]
+    expected = alone["alternations"][method]
+    assert sum(bool(moved.any()) for moved in expected["moved"].values()) > len(expected["moved"]) / 2
+    for seen in worlds[world]:
+        for name, moved in expected["moved"].items():
+            assert distance(seen["alternations"][method]["moved"][name], moved) < 1e-6, name
+        assert distance(seen["alternations"][method]["residuals"], expected["residuals"]) < 1e-6
+
+
+@pytest.mark.parametrize("world", WORLDS)
+@pytest.mark.parametrize("method", METHODS)
+def test_all_ranks_hold_the_same_bits_after_each_step(worlds, world, method):
+    first = worlds[world][0]["alternations"][method]["digests"]
+    assert len(first) == len(set(first)) == 12  # three alternations of two steps and two
+    assert all(seen["alternations"][method]["digests"] == first for seen in worlds[world])
+
+
+@pytest.mark.parametrize("world", WORLDS)
+@pytest.mark.parametrize("method", METHODS)
+def test_all_ranks_hold_the_same_bits_where_each_has_its_own_batch_statistics(worlds, world, method):
+    ranks = [seen["batch statistics"][method] for seen in worlds[world]]
+    assert len(set(ranks[0]["digests"])) == 4
+    assert all(seen["digests"] == ranks[0]["digests"] for seen in ranks)
+    assert not torch.equal(ranks[0]["mean"], ranks[1]["mean"])
+
+
+def test_a_gather_that_can_be_differentiated_only_once_would_be_noticed(worlds):
+    expected, missing = worlds[1][0]["derivatives"]["simclr"], []
+    for world in WORLDS:
+        faulty = worlds[world][0]["faulty"]
+        assert distance(faulty["loss"], expected["loss"]) < 1e-6
+        assert distance(faulty["gradient"], expected["gradient"]) < 1e-6
+        assert distance(faulty["product"], expected["product"]) > 0.1
+        missing.append((expected["product"] - faulty["product"]) / (1 - 1 / world))
+    # what runs through the gathered rows is about divided by the number of ranks; which pairs of rows share a rank
+    # depends on how the batch is cut, hence "about"
+    assert distance(*missing) < 0.05
+
+
+@pytest.mark.parametrize("world", WORLDS)
+def test_a_product_through_the_rows_of_such_a_gather_alone_is_divided_by_the_number_of_ranks(worlds, world):
+    for seen in worlds[world]:
+        right, wrong = seen["gathered"]
+        torch.testing.assert_close(wrong, right / world, rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("world", WORLDS)
+@pytest.mark.parametrize("name", SOLVERS)
+def test_every_solver_takes_all_ranks_to_the_same_bits(worlds, world, name):
+    outcomes = [seen["solved"][name] for seen in worlds[world]]
+    assert len(set(outcomes[0]["digests"])) == 3
+    assert all(outcome == outcomes[0] for outcome in outcomes)
+
+
+@pytest.mark.parametrize("world", WORLDS)
+@pytest.mark.parametrize("case", SPOILT)
+def test_what_is_not_finite_on_one_rank_is_the_same_news_on_all(worlds, world, case):
+    outcomes = [seen["spoilt"][case] for seen in worlds[world]]
+    assert SPOILT[case].format(last=world - 1) in outcomes[0]["said"]
+    assert all(outcome == outcomes[0] for outcome in outcomes)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

@@ -1,0 +1,168 @@
+import hashlib
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from bissl_zoo.data import DigitScenes
+from bissl_zoo.data.datasets.digit_scenes import _sources
+from bissl_zoo.errors import DatasetError
+
+FEW = {"unlabeled": 4, "train": 12, "val": 3, "test": 5}
+
+
+@pytest.fixture(scope="module")
+def scenes(tmp_path_factory):
+    root = tmp_path_factory.mktemp("datasets")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("BISSL_ZOO_DATASETS", str(root))
+        yield {split: DigitScenes(split, **FEW) for split in FEW}
+
+
+def digest(folder):
+    """Of every file below the folder, names included."""
+    found = hashlib.sha256()
+    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+        found.update(str(path.relative_to(folder)).encode() + path.read_bytes())
+    return found.hexdigest()
+
+
+def write(root, monkeypatch, **arguments):
+    monkeypatch.setenv("BISSL_ZOO_DATASETS", str(root))
+    DigitScenes(**{**FEW, **arguments})
+    (folder,) = root.iterdir()
+    return folder
+
+
+def test_splits_have_their_sizes_and_the_ten_digits_as_string_classes(scenes):
+    assert {split: len(dataset) for split, dataset in scenes.items()} == FEW
+    assert scenes["train"].classes == scenes["test"].classes == list("0123456789")
+
+
+def test_scene_holds_one_to_three_digits_with_boxes_inside_it(scenes):
+    for split in ("train", "val", "test"):
+        for index in range(len(scenes[split])):
+            image, target = scenes[split][index]
+            boxes = target["boxes"].numpy()
+            assert image.size == (96, 96)
+            assert 1 <= len(boxes) <= 3 and not target["difficult"].any()
+            assert boxes.min() >= 0 and boxes.max() <= 96
+            heights = boxes[:, 3] - boxes[:, 1]
+            assert heights.min() >= 15 and heights.max() <= 52
+
+
+def test_box_is_tight_around_ink_that_stands_out(scenes):
+    # Ink lies in the box and not beside it: its outermost rows differ from the background more than those just outside.
+    inside, outside = [], []
+    for index in range(len(scenes["train"])):
+        image, target = scenes["train"][index]
+        gray = np.asarray(image.convert("L"), dtype=float)
+        for x0, y0, x1, y1 in target["boxes"].int().tolist():
+            if 4 < y0 and y1 < 92:
+                inside.append(np.ptp(gray[y0, x0:x1]))
+                outside.append(np.ptp(gray[y0 - 3, x0:x1]))
+    assert np.mean(inside) > 1.5 * np.mean(outside)
+
+
+def test_unlabeled_split_has_images_but_no_annotations(scenes):
+    image, target = scenes["unlabeled"][0]
+    assert image.size == (96, 96) and target is None and scenes["unlabeled"].classes is None
+    assert "unlabeled_000000" in scenes["unlabeled"].source(0)
+
+
+def test_no_handwriting_sample_serves_two_splits():
+    from sklearn.datasets import load_digits
+
+    ink = [sample.tobytes() for source in _sources(0).values() for sample in source.ink]
+    every = [(sample / 16.0).tobytes() for sample in load_digits().images]
+    assert sorted(ink) == sorted(every)
+
+
+def test_every_split_has_all_ten_digits():
+    assert all(set(source.labels) == set(range(10)) for source in _sources(0).values())
+
+
+def test_same_arguments_give_the_same_bytes_and_another_seed_gives_others(tmp_path, monkeypatch):
+    folders = []
+    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
+        (tmp_path / name).mkdir()
+        folders.append(write(tmp_path / name, monkeypatch, seed=seed))
+    assert folders[0].name == folders[1].name != folders[2].name
+    assert digest(folders[0]) == digest(folders[1]) != digest(folders[2])
+
+
+def test_more_images_begin_with_the_same_ones(tmp_path, monkeypatch):
+    few, more = write(tmp_path / "a", monkeypatch), write(tmp_path / "b", monkeypatch, train=14, val=4)
+    for name in ("train_000011", "val_000002", "test_000004"):
+        file = f"VOCdevkit/VOC2007/JPEGImages/{name}.jpg"
+        assert (few / file).read_bytes() == (more / file).read_bytes()
+
+
+def test_second_time_reads_what_the_first_wrote(tmp_path, monkeypatch):
+    folder = write(tmp_path, monkeypatch)
+    image = folder / "VOCdevkit/VOC2007/JPEGImages/train_000000.jpg"
+    written = os.stat(image)
+    DigitScenes("test", **FEW)
+    assert os.stat(image).st_mtime_ns == written.st_mtime_ns and os.stat(image).st_ino == written.st_ino
+    assert [path.name for path in tmp_path.iterdir()] == [folder.name]
+
+
+def test_scene_size_is_free(tmp_path, monkeypatch):
+    monkeypatch.setenv("BISSL_ZOO_DATASETS", str(tmp_path))
+    assert DigitScenes("val", image_size=64, **FEW)[0][0].size == (64, 64)
+
+
+def test_processes_that_write_at_once_leave_one_complete_set(tmp_path):
+    script = f"from bissl_zoo.data import DigitScenes; print(len(DigitScenes('train', **{FEW})))"
+    environment = {**os.environ, "BISSL_ZOO_DATASETS": str(tmp_path)}
+    command = [sys.executable, "-c", script]
+    running = [subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    for process in running:
+        assert process.communicate(timeout=120)[0].strip() == "12"
+        assert process.returncode == 0
+    assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_loser_of_a_race_takes_the_winners_set_and_leaves_nothing(tmp_path, monkeypatch):
+    from bissl_zoo.data.datasets import digit_scenes
+
+    draw = digit_scenes._write_devkit
+
+    def another_was_faster(folder, *arguments):
+        draw(folder, *arguments)
+        draw(tmp_path / folder.parent.name[1:].rsplit("-", 1)[0], *arguments)
+
+    monkeypatch.setattr(digit_scenes, "_write_devkit", another_was_faster)
+    folder = write(tmp_path, monkeypatch)
+    assert len(list((folder / "VOCdevkit/VOC2007/JPEGImages").iterdir())) == sum(FEW.values())
+
+
+def test_interrupted_writing_leaves_nothing(tmp_path, monkeypatch):
+    from bissl_zoo.data.datasets import digit_scenes
+
+    def interrupt(*arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(digit_scenes, "draw_scene", interrupt)
+    monkeypatch.setenv("BISSL_ZOO_DATASETS", str(tmp_path))
+    with pytest.raises(KeyboardInterrupt):
+        DigitScenes(**FEW)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_root_that_cannot_be_written_is_named(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("in the way")
+    monkeypatch.setenv("BISSL_ZOO_DATASETS", str(tmp_path / "file"))
+    with pytest.raises(DatasetError, match="cannot be written to .*BISSL_ZOO_DATASETS"):
+        DigitScenes(**FEW)
+
+
+def test_unknown_split_and_impossible_numbers_are_refused():
+    with pytest.raises(DatasetError, match=r"no split 'trian'. Did you mean 'train'\?"):
+        DigitScenes("trian")
+    with pytest.raises(DatasetError, match="image_size 8"):
+        DigitScenes(image_size=8)
+    with pytest.raises(DatasetError, match="at least one image"):
+        DigitScenes(val=0)

@@ -1,0 +1,211 @@
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from bissl_zoo.data import ImageFolder
+from bissl_zoo.data.datasets.catalog import sample_digest
+from bissl_zoo.errors import DatasetError
+
+SHARED = Path(__file__).resolve().parents[3].parent / "shared" / "data"
+
+
+def picture(path, shade=0):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", (4, 4), (shade, shade, shade)).save(path)
+
+
+@pytest.fixture
+def pets(tmp_path, monkeypatch):
+    """pets/train with two cats and three dogs, pets/test with one of each."""
+    monkeypatch.setenv("BISSL_ZOO_DATASETS", str(tmp_path))
+    for number, name in enumerate(["dog/b.PNG", "dog/a.jpeg", "dog/more/c.bmp", "cat/2.tif", "cat/1.WebP"]):
+        picture(tmp_path / "pets" / "train" / name, number * 10)
+    for name in ["dog/a.jpg", "cat/b.jpg"]:
+        picture(tmp_path / "pets" / "test" / name)
+    (tmp_path / "pets" / "train" / "dog" / "notes.txt").write_text("not an image")
+    (tmp_path / "pets" / "train" / "dog" / "._a.jpeg").write_text("left by a file manager")
+    (tmp_path / "pets" / "train" / ".cache").mkdir()
+    return tmp_path / "pets"
+
+
+def sources(dataset):
+    return [os.path.relpath(dataset.source(i), dataset.root) for i in range(len(dataset))]
+
+
+def test_class_folders_become_labels_in_sorted_order(pets):
+    dataset = ImageFolder("pets", split="train")
+    assert dataset.classes == ["cat", "dog"]
+    assert sources(dataset) == ["cat/1.WebP", "cat/2.tif", "dog/a.jpeg", "dog/b.PNG", "dog/more/c.bmp"]
+    image, label = dataset[3]
+    assert (image.mode, image.getpixel((0, 0)), label) == ("RGB", (0, 0, 0), 1)
+    assert [dataset[i][1] for i in range(5)] == [0, 0, 1, 1, 1]
+    assert type(label) is int
+
+
+def test_unlabelled_takes_every_image_at_any_depth(pets):
+    dataset = ImageFolder("pets", labelled=False)
+    assert len(dataset) == 7
+    assert dataset.classes is None and dataset[0][1] is None
+    assert sources(dataset) == sorted(sources(dataset))
+
+
+def test_absolute_root_needs_no_datasets_folder(pets, monkeypatch):
+    monkeypatch.setenv("BISSL_ZOO_DATASETS", "/nowhere")
+    assert len(ImageFolder(str(pets), split="test")) == 2
+
+
+def test_links_to_folders_are_followed_but_not_in_circles(pets):
+    (pets / "train" / "dog" / "again").symlink_to(pets, target_is_directory=True)
+    (pets / "test" / "dog" / "linked").symlink_to(pets / "train" / "cat", target_is_directory=True)
+    assert len(ImageFolder("pets", split="test", labelled=False)) == 4
+    # Three dogs; through the link the two test images, and the two cats twice: as train/cat and as test/dog/linked.
+    assert [label for _, label in ImageFolder("pets", split="train")].count(1) == 3 + 2 + 2 * 2
+
+
+def test_given_order_of_classes_is_the_order_of_labels(pets):
+    dataset = ImageFolder("pets", split="test", classes=["dog", "cat"])
+    assert dataset.classes == ["dog", "cat"]
+    assert sources(dataset) == ["dog/a.jpg", "cat/b.jpg"]
+    assert [dataset[i][1] for i in range(2)] == [0, 1]
+
+
+def test_class_folders_besides_the_classes_are_refused_with_the_nearest(pets):
+    with pytest.raises(DatasetError, match=r"pets/test has class folders that `classes` does not name: dog\. Add them"):
+        ImageFolder("pets", split="test", classes=["bird", "cat"])
+    with pytest.raises(DatasetError, match=r"does not name: dog\. Did you mean 'dogs'\?"):
+        ImageFolder("pets", split="test", classes=["cat", "dogs"])
+    with pytest.raises(DatasetError, match="classes names cat more than once"):
+        ImageFolder("pets", split="test", classes=["cat", "dog", "cat"])
+    with pytest.raises(DatasetError, match='classes is "cat"; give a list of names'):
+        ImageFolder("pets", split="test", classes="cat")
+
+
+def test_classes_may_have_no_images_and_are_named_then(pets, caplog):
+    (pets / "test" / "bird").mkdir()
+    dataset = ImageFolder("pets", split="test", classes=["ant", "bird", "cat", "dog"])
+    assert dataset.classes == ["ant", "bird", "cat", "dog"] and [label for _, label in dataset] == [2, 3]
+    assert f"{pets}/test has no images of 2 of the 4 classes: ant, bird" in caplog.text
+    caplog.clear()
+    ImageFolder("pets", split="train", classes=["dog", "cat"])
+    assert not caplog.records
+
+
+def test_a_class_is_a_folder_here_and_no_path_to_another(pets):
+    dataset = ImageFolder("pets", split="test", classes=["../train/cat", "cat", "dog", "dog/."])
+    assert [label for _, label in dataset] == [1, 2]
+
+
+def test_classes_without_any_image_are_refused(pets):
+    (pets / "val" / "cat").mkdir(parents=True)
+    with pytest.raises(DatasetError, match="no images below"):
+        ImageFolder("pets", split="val", classes=["cat", "dog"])
+
+
+def test_limit_keeps_an_evenly_spread_part(pets):
+    dataset = ImageFolder("pets", split="train", limit=3)
+    assert sources(dataset) == ["cat/1.WebP", "cat/2.tif", "dog/b.PNG"]
+    assert [dataset[i][1] for i in range(3)] == [0, 0, 1]
+    assert len(ImageFolder("pets", split="train", limit=99)) == 5
+    with pytest.raises(DatasetError, match="limit is 0"):
+        ImageFolder("pets", split="train", limit=0)
+
+
+def test_missing_folder_is_named_with_the_variable(pets):
+    with pytest.raises(DatasetError, match=r"no folder .*pets/trian.*BISSL_ZOO_DATASETS"):
+        ImageFolder("pets", split="trian")
+
+
+def test_empty_split_empty_class_and_folder_without_classes_are_refused(pets):
+    (pets / "val" / "cat").mkdir(parents=True)
+    with pytest.raises(DatasetError, match="Class folder .*cat holds no images. Accepted are bmp, jpeg"):
+        ImageFolder("pets", split="val")
+    with pytest.raises(DatasetError, match="no images below"):
+        ImageFolder("pets", split="val", labelled=False)
+    with pytest.raises(DatasetError, match="no class folders.*labelled=False"):
+        ImageFolder("pets", split="train/cat")
+
+
+def test_classes_of_an_unlabelled_set_are_refused(pets):
+    with pytest.raises(DatasetError, match="classes are given for an unlabelled set"):
+        ImageFolder("pets", labelled=False, classes=["cat", "dog"])
+
+
+def test_image_that_does_not_decode_is_named(pets):
+    (pets / "test" / "dog" / "a.jpg").write_bytes(b"\xff\xd8 no picture")
+    with pytest.raises(DatasetError, match="dog/a.jpg does not decode"):
+        ImageFolder("pets", split="test")[1]
+
+
+@pytest.mark.skipif(not (SHARED / "clothing10").is_dir(), reason="the clothing10 images are not beside the checkout")
+def test_real_classification_set_loads(monkeypatch):
+    monkeypatch.setenv("BISSL_ZOO_DATASETS", str(SHARED))
+    train = ImageFolder("clothing10", split="train")
+    test = ImageFolder("clothing10", split="test", classes=train.classes)
+    assert (len(train), len(test), len(train.classes)) == (3068, 372, 10)
+    assert np.asarray(test[0][0]).shape[2] == 3
+    assert len(ImageFolder("clothing10", labelled=False)) == 3781
+
+
+# a validation set that is drawn
+
+
+@pytest.fixture
+def drawn(tmp_path, monkeypatch):
+    """Folders of 10, 25, 1 and 2 images: `drawn("val", seed=1)` -> the part of it."""
+
+    def write(root):
+        for name, count in (("a", 10), ("b", 25), ("c", 1), ("d", 2)):
+            for number in range(count):
+                picture(root / "mine" / name / f"{number}.png", number)
+
+    write(tmp_path / "one")
+    write(tmp_path / "deep" / "other")
+    monkeypatch.setenv("BISSL_ZOO_DATASETS", str(tmp_path / "one"))
+    return lambda part=None, **arguments: ImageFolder("mine", part=part, **arguments)
+
+
+def labels(dataset):
+    return np.bincount([label for _, label in dataset], minlength=4).tolist()
+
+
+def test_parts_hold_every_image_once_and_the_same_share_of_each_class(drawn):
+    train, val, whole = drawn("train"), drawn("val"), drawn()
+    assert labels(val) == [2, 5, 0, 1] and labels(train) == [8, 20, 1, 1]
+    assert sorted(sources(train) + sources(val)) == sorted(sources(whole)) and len(whole) == 38
+    assert train.classes == val.classes == whole.classes == ["a", "b", "c", "d"]
+    names = dict(zip(sources(whole), (label for _, label in whole), strict=True))
+    assert all(names[name] == label for name, (_, label) in zip(sources(val), val, strict=True))
+    assert labels(drawn("val", val_fraction=0.5)) == [5, 12, 0, 1]
+
+
+def test_the_seed_decides_the_parts_on_every_machine(drawn, tmp_path, monkeypatch):
+    first, digests = sources(drawn("val")), {part: sample_digest(drawn(part)) for part in ("train", "val", None)}
+    assert first == sources(drawn("val", seed=0)) != sources(drawn("val", seed=1))
+    assert len(set(digests.values())) == 3 and digests["val"] != sample_digest(drawn("val", seed=1))
+    monkeypatch.setenv("BISSL_ZOO_DATASETS", str(tmp_path / "deep" / "other"))
+    assert sources(drawn("val")) == first
+    assert digests == {part: sample_digest(drawn(part)) for part in ("train", "val", None)}
+
+
+def test_the_parts_are_as_of_the_sets_by_name(drawn):
+    first = np.random.default_rng((0, 0)).permutation(10)[:2]
+    assert sources(drawn("val"))[:2] == [f"a/{number}.png" for number in sorted(first)]
+
+
+def test_a_limit_is_of_the_part(drawn):
+    assert len(drawn("val", limit=4)) == 4 and set(sources(drawn("val", limit=4))) < set(sources(drawn("val")))
+    assert sources(drawn("val", limit=99)) == sources(drawn("val"))
+
+
+def test_parts_that_cannot_be_drawn_are_refused(drawn):
+    with pytest.raises(DatasetError, match="part is 'test'; accepted are"):
+        drawn("test")
+    with pytest.raises(DatasetError, match='part="val" is drawn from each class alike, so it needs labels'):
+        drawn("val", labelled=False)
+    with pytest.raises(DatasetError, match="val_fraction is 1"):
+        drawn("val", val_fraction=1)
+    with pytest.raises(DatasetError, match="seed is -1"):
+        drawn("train", seed=-1)

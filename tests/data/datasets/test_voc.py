@@ -1,0 +1,315 @@
+import logging
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from bissl_zoo.data import VOC_CLASSES, VOCDetection
+from bissl_zoo.data.datasets.voc import read_annotation
+from bissl_zoo.errors import DatasetError
+
+SHARED = Path(__file__).resolve().parents[3].parent / "shared" / "data"
+
+
+def thing(name, box, difficult=None):
+    sides = "".join(
+        f"<{side}>{value}</{side}>" for side, value in zip(("xmin", "ymin", "xmax", "ymax"), box, strict=True)
+    )
+    flag = "" if difficult is None else f"<difficult>{difficult}</difficult>"
+    # VOC's "part" elements hold names and boxes of their own, which are not objects.
+    part = "<part><name>head</name><bndbox><xmin>1</xmin><ymin>1</ymin><xmax>2</xmax><ymax>2</ymax></bndbox></part>"
+    return f"<object><name>{name}</name>{flag}<bndbox>{sides}</bndbox>{part}</object>"
+
+
+def add(year, name, objects, size=(50, 40), splits=("train",)):
+    """One image with its annotation, in the split lists."""
+    for folder in ("JPEGImages", "Annotations", "ImageSets/Main"):
+        (year / folder).mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", size, (200, 10, 10)).save(year / "JPEGImages" / f"{name}.jpg")
+    xml = f"<size><width>{size[0]}</width><height>{size[1]}</height><depth>3</depth></size>{''.join(objects)}"
+    (year / "Annotations" / f"{name}.xml").write_text(f"<annotation>{xml}</annotation>")
+    for split in splits:
+        with open(year / "ImageSets" / "Main" / f"{split}.txt", "a") as file:
+            file.write(f"{name}\n")
+
+
+@pytest.fixture
+def devkit(tmp_path, monkeypatch):
+    """A set of two training images and a test image, in the years' own folders."""
+    monkeypatch.setenv("BISSL_ZOO_DATASETS", str(tmp_path))
+    year = tmp_path / "VOCdevkit" / "VOC2007"
+    add(year, "000001", [thing("dog", (1, 1, 50, 40), 0), thing("cat", (11, 5, 20, 10), 1)])
+    add(year, "000002", [])
+    add(year, "000003", [thing("bird", (2, 2, 9, 9))], splits=("test",))
+    return year
+
+
+def damage(devkit, objects, size=(50, 40)):
+    """Write image 000001's annotation anew; returns its path."""
+    path = devkit / "Annotations" / "000001.xml"
+    dimensions = f"<size><width>{size[0]}</width><height>{size[1]}</height></size>" if size else ""
+    path.write_text(f"<annotation>{dimensions}{''.join(objects)}</annotation>")
+    return path
+
+
+def test_target_holds_zero_based_boxes_with_the_far_edges_outside(devkit):
+    dataset = VOCDetection(splits=["2007_train"])
+    image, target = dataset[0]
+    assert (image.mode, image.size, len(dataset)) == ("RGB", (50, 40), 2)
+    assert target["boxes"].dtype == torch.float32
+    assert target["boxes"].tolist() == [[0, 0, 50, 40], [10, 4, 20, 10]]
+    assert target["labels"].dtype == torch.int64 and target["labels"].tolist() == [2, 1]
+    assert target["difficult"].tolist() == [False, True]
+    assert target["image_id"] == 0
+    assert dataset.source(0) == str(devkit / "JPEGImages" / "000001.jpg")
+
+
+def test_image_without_objects_has_empty_tensors_of_the_right_shape(devkit):
+    target = VOCDetection(splits=["2007_train"])[1][1]
+    assert (target["boxes"].shape, target["labels"].shape, target["difficult"].shape) == ((0, 4), (0,), (0,))
+    assert target["difficult"].dtype == torch.bool
+
+
+def test_changing_a_target_leaves_the_set_as_it_was(devkit):
+    dataset = VOCDetection(splits=["2007_train"])
+    dataset[0][1]["boxes"].zero_()
+    assert dataset[0][1]["boxes"].tolist()[0] == [0, 0, 50, 40]
+
+
+def test_classes_come_from_the_whole_year_so_that_train_and_test_agree(devkit):
+    train, test = VOCDetection(splits="2007_train"), VOCDetection(splits="2007_test")
+    assert train.classes == test.classes == ["bird", "cat", "dog"]
+    assert test.target(0)["labels"].tolist() == [0]
+
+
+def test_classes_may_be_given_or_be_those_of_voc(devkit):
+    assert VOCDetection(splits=["2007_train"], classes=["dog", "cat"]).target(0)["labels"].tolist() == [0, 1]
+    dataset = VOCDetection(splits=["2007_train"], classes="voc")
+    assert dataset.classes == list(VOC_CLASSES) and len(VOC_CLASSES) == 20
+    assert dataset.target(0)["labels"].tolist() == [VOC_CLASSES.index("dog"), VOC_CLASSES.index("cat")]
+    with pytest.raises(DatasetError, match="names dog more than once"):
+        VOCDetection(splits=["2007_train"], classes=["dog", "cat", "dog"])
+    with pytest.raises(DatasetError, match='classes is "coco"'):
+        VOCDetection(splits=["2007_train"], classes="coco")
+
+
+def test_splits_of_several_years_are_joined(devkit):
+    add(devkit.parent / "VOC2012", "2012_000001", [thing("sheep", ("1.5", "2", "10.25", "9"))], splits=["trainval"])
+    dataset = VOCDetection(splits=["2007_train", "2012_trainval"])
+    assert len(dataset) == 3 and dataset.classes == ["bird", "cat", "dog", "sheep"]
+    assert dataset[2][1]["boxes"].tolist() == [[0.5, 1, 10.25, 9]]
+    assert dataset[2][1]["image_id"] == 2
+
+
+def test_zero_as_minimum_stays_zero(devkit):
+    damage(devkit, [thing("dog", (0, 0, 50, 40))])
+    assert VOCDetection(splits=["2007_train"]).target(0)["boxes"].tolist() == [[0, 0, 50, 40]]
+
+
+def test_unlabelled_reads_no_annotations(devkit):
+    (devkit / "Annotations" / "000001.xml").write_text("no XML")
+    dataset = VOCDetection(splits=["2007_train"], labelled=False)
+    image, target = dataset[0]
+    assert image.size == (50, 40) and target is None and dataset.classes is None and dataset.target(0) is None
+
+
+def test_exif_orientation_does_not_turn_the_image_away_from_its_boxes(devkit):
+    image = Image.new("RGB", (50, 40))
+    exif = image.getexif()
+    exif[0x0112] = 6
+    image.save(devkit / "JPEGImages" / "000001.jpg", exif=exif)
+    assert VOCDetection(splits=["2007_train"])[0][0].size == (50, 40)
+
+
+@pytest.mark.parametrize(
+    ("objects", "problem"),
+    [
+        ([thing("dog", (1, 1, 9, 9))] * 2 + [thing("dog", (1, 1, 512, 9))],
+         "object 3: xmax 512 lies outside the image (width 50)"),
+        ([thing("dog", (1, 1, 9, 41))], "object 1: ymax 41 lies outside the image (height 40)"),
+        ([thing("dog", (-1, 1, 9, 9))], "object 1: xmin -1 lies outside the image (width 50)"),
+        ([thing("dog", (9, 1, 3, 9))], "object 1: the box has no area (xmin 9, ymin 1, xmax 3, ymax 9)"),
+        ([thing("dog", (9, 4, 12, 4))], "object 1: the box has no area"),
+        ([thing("dog", ("left", 4, 12, 4))], "object 1: xmin is missing or not a number"),
+        ([thing("dog", (1, "nan", 12, 4))], "object 1: ymin is missing or not a number"),
+        ([thing("dgo", (1, 1, 9, 9))], "object 1: unknown class 'dgo'. Did you mean 'dog'? The classes are cat, dog"),
+        (["<object></object>"], "object 1: xmin is missing"),
+    ],
+)  # fmt: skip
+def test_impossible_object_is_named_with_file_and_number(devkit, objects, problem):
+    path = damage(devkit, objects)
+    with pytest.raises(DatasetError) as caught:
+        VOCDetection(splits=["2007_train"], classes=["cat", "dog"])
+    message = str(caught.value)
+    assert message.startswith(f"VOC annotation {path}, ")
+    assert problem in message
+    assert message.endswith('on_bad_annotation="skip" to leave such objects out (they are counted in the log).')
+
+
+def test_class_name_of_a_stranger_is_told_short_and_without_what_steers_a_terminal(devkit):
+    damage(devkit, [thing("\x9b31m" + "x" * 100_000, (1, 1, 9, 9))])
+    with pytest.raises(DatasetError, match=r"object 1: unknown class '\\x9b31mxxx") as caught:
+        VOCDetection(splits=["2007_train"], classes=["cat", "dog"])
+    assert len(str(caught.value)) < 1000
+
+
+def test_skip_leaves_bad_objects_out_and_counts_them(devkit, caplog):
+    damage(devkit, [thing("dog", (1, 1, 512, 9)), thing("cat", (2, 2, 9, 9)), thing("cow", (2, 2, 9, 9))])
+    with caplog.at_level(logging.WARNING):
+        dataset = VOCDetection(splits=["2007_train"], classes=["cat", "dog"], on_bad_annotation="skip")
+    assert len(dataset) == 2
+    assert dataset.target(0)["boxes"].tolist() == [[1, 1, 9, 9]] and dataset.target(0)["labels"].tolist() == [0]
+    assert "left out 2 objects" in caplog.text
+
+
+BOMB = '<!DOCTYPE a [<!ENTITY x "x"><!ENTITY y "&x;&x;&x;">]><annotation>&y;</annotation>'
+EXTERNAL = '<!DOCTYPE a [<!ENTITY x SYSTEM "file:///etc/hostname">]><annotation>&x;</annotation>'
+
+
+@pytest.mark.parametrize(
+    ("content", "problem"),
+    [
+        ("<annotation><size>", "does not parse"),
+        (BOMB, "is refused: it defines XML entities"),
+        (EXTERNAL, "is refused: it defines XML entities"),
+        ("<annotation></annotation>", "gives no image size"),
+        ("<annotation><size><width>0</width><height>0</height></size></annotation>", "gives no image size"),
+        ("<annotation><size><width>1e300</width><height>9</height></size></annotation>", "gives no image size"),
+        (None, "does not exist"),
+    ],
+)
+def test_unreadable_annotation_is_named_or_its_image_skipped(devkit, caplog, content, problem):
+    path = devkit / "Annotations" / "000001.xml"
+    path.unlink()
+    if content is not None:
+        path.write_text(content)
+    for classes in (None, ["bird", "cat", "dog"]):
+        with pytest.raises(DatasetError, match=f"VOC annotation {path} {problem}.*skip"):
+            VOCDetection(splits=["2007_train"], classes=classes)
+        caplog.clear()
+        dataset = VOCDetection(splits=["2007_train"], classes=classes, on_bad_annotation="skip")
+        assert [dataset.source(i)[-10:] for i in range(len(dataset))] == ["000002.jpg"]
+        assert "left out 1 images with an unreadable annotation" in caplog.text
+
+
+def test_annotation_beyond_all_measure_is_refused_unread(devkit):
+    path = damage(devkit, [])
+    with open(path, "r+b") as file:
+        file.truncate(100 << 20)
+    with pytest.raises(DatasetError, match=rf"{path} has more than 10,000,000 bytes, so it is not read\. Fix the file"):
+        VOCDetection(splits=["2007_train"])
+
+
+def test_annotation_of_the_greatest_depth_that_is_read_is_read(devkit):
+    path = damage(devkit, ["<a>" * 100_000 + "</a>" * 100_000, thing("dog", (1, 1, 9, 9))])
+    assert read_annotation(path).names == ["dog"]
+
+
+def test_split_list_that_is_no_text_is_named(devkit):
+    (devkit / "ImageSets" / "Main" / "train.txt").write_bytes(b"000001\n\xff\xfe\n")
+    with pytest.raises(DatasetError, match="listed in .*train.txt, does not exist"):
+        VOCDetection(splits=["2007_train"])
+
+
+def test_split_list_cannot_name_images_elsewhere(devkit):
+    for name in ("../../secret", str(devkit / "JPEGImages" / "000001")):
+        (devkit / "ImageSets" / "Main" / "train.txt").write_text(f"{name}\n")
+        with pytest.raises(DatasetError, match="listed in .*train.txt, does not exist"):
+            VOCDetection(splits=["2007_train"])
+
+
+def test_missing_image_is_named_or_skipped(devkit, caplog):
+    (devkit / "JPEGImages" / "000001.jpg").unlink()
+    with pytest.raises(DatasetError, match=r"000001.jpg, listed in .*train.txt, does not exist"):
+        VOCDetection(splits=["2007_train"])
+    assert len(VOCDetection(splits=["2007_train"], on_bad_annotation="skip")) == 1
+    assert "left out 1 images without a file" in caplog.text
+
+
+def test_set_in_which_everything_is_skipped_is_refused(devkit):
+    (devkit / "JPEGImages" / "000003.jpg").unlink()
+    with pytest.raises(DatasetError, match="2007_test hold no usable image"):
+        VOCDetection(splits=["2007_test"], on_bad_annotation="skip")
+
+
+def test_the_three_folders_are_read_themselves_by_splits_without_a_year(devkit, tmp_path, monkeypatch):
+    whole = VOCDetection(splits=["2007_train"])
+    devkit.rename(tmp_path / "cells")
+    for root in ("cells", str(tmp_path / "cells")):
+        own = VOCDetection(root=root, splits=["train"])
+        assert len(own) == len(whole) and own.classes == whole.classes
+        assert own.source(0) == str(tmp_path / "cells" / "JPEGImages" / "000001.jpg")
+    with pytest.raises(DatasetError, match=r"trian.txt does not exist. Did you mean 'train'"):
+        VOCDetection(root="cells", splits=["trian"])
+
+
+def test_empty_split_missing_split_and_malformed_split_are_refused(devkit):
+    (devkit / "ImageSets" / "Main" / "val.txt").write_text("\n")
+    with pytest.raises(DatasetError, match=r"val.txt is empty"):
+        VOCDetection(splits=["2007_val"])
+    with pytest.raises(DatasetError, match=r"trian.txt does not exist. Did you mean 'train'\? There: test, train, val"):
+        VOCDetection(splits=["2007_trian"])
+    with pytest.raises(DatasetError, match="VOC split 'train' is not '<year>_"):
+        VOCDetection(splits=["train"])
+    with pytest.raises(DatasetError, match="list .*000001.jpg more than once"):
+        VOCDetection(splits=["2007_train", "2007_train"])
+    with pytest.raises(DatasetError, match="no split"):
+        VOCDetection(splits=[])
+
+
+def test_unknown_way_with_bad_annotations_is_refused(devkit):
+    with pytest.raises(DatasetError, match='accepted are "error" and "skip"'):
+        VOCDetection(splits=["2007_train"], on_bad_annotation="ignore")
+
+
+def test_missing_voc_names_the_folder_and_the_command_that_fetches_it(tmp_path, monkeypatch):
+    monkeypatch.setenv("BISSL_ZOO_DATASETS", str(tmp_path))
+    with pytest.raises(DatasetError) as caught:
+        VOCDetection(splits=["2012_trainval"])
+    message = str(caught.value)
+    assert str(tmp_path / "VOCdevkit" / "VOC2012") in message
+    assert f"VOC('{tmp_path}', year='2012', image_set='trainval', download=True)" in message
+    assert "BISSL_ZOO_DATASETS" in message
+
+
+def test_missing_set_of_ones_own_offers_no_download(tmp_path, monkeypatch):
+    monkeypatch.setenv("BISSL_ZOO_DATASETS", str(tmp_path))
+    with pytest.raises(DatasetError) as caught:
+        VOCDetection(root="cells", splits=["2007_train"])
+    assert str(tmp_path / "cells" / "VOCdevkit" / "VOC2007") in str(caught.value)
+    assert "download" not in str(caught.value)
+
+
+def test_image_of_another_size_than_annotated_is_refused_when_read(devkit):
+    damage(devkit, [], size=(64, 40))
+    dataset = VOCDetection(splits=["2007_train"])
+    with pytest.raises(DatasetError, match="000001.jpg has 50 x 40 pixels, but its annotation says 64 x 40"):
+        dataset[0]
+
+
+def test_truncated_image_is_named_when_read(devkit):
+    path = devkit / "JPEGImages" / "000001.jpg"
+    pixels = np.random.default_rng(0).integers(0, 256, (40, 50, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(path)
+    path.write_bytes(path.read_bytes()[:-600])
+    with pytest.raises(DatasetError, match="000001.jpg does not decode"):
+        VOCDetection(splits=["2007_train"])[0]
+
+
+def test_annotation_is_read_as_written(devkit):
+    annotation = read_annotation(devkit / "Annotations" / "000001.xml")
+    assert (annotation.width, annotation.height, annotation.names) == (50, 40, ["dog", "cat"])
+    assert annotation.boxes == [(1, 1, 50, 40), (11, 5, 20, 10)]
+
+
+@pytest.mark.skipif(not (SHARED / "bccd_voc").is_dir(), reason="the bccd_voc images are not beside the checkout")
+def test_real_devkit_loads(monkeypatch):
+    monkeypatch.setenv("BISSL_ZOO_DATASETS", str(SHARED))
+    sets = {name: VOCDetection("bccd_voc", [f"2007_{name}"]) for name in ("trainval", "test")}
+    assert [len(one) for one in sets.values()] == [292, 72]
+    assert sets["test"].classes == ["Platelets", "RBC", "WBC"]
+    # 4,886 boxes, as the set's own description counts them.
+    assert sum(len(one.target(i)["labels"]) for one in sets.values() for i in range(len(one))) == 4886
+    assert sets["test"][0][0].size == (640, 480)

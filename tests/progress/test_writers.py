@@ -1,0 +1,198 @@
+"""Where the figures go: what may be named, what each writer leaves, and that none of them ends a run."""
+
+import json
+import struct
+import sys
+import time
+
+import pytest
+from omegaconf import OmegaConf
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from bissl_zoo.config import LazyConfig, load_config
+from bissl_zoo.engine.checks import check_config
+from bissl_zoo.engine.hooks import MetricsWriter
+from bissl_zoo.engine.trainer import Trainer
+from bissl_zoo.errors import ConfigError
+from bissl_zoo.progress.file_writers import Record
+from bissl_zoo.progress.writers import open_writers
+from bissl_zoo.runs.directory import check_run_dir, prepare_run_dir
+
+
+class Counter(Trainer):
+    """A trainer whose steps hold a record of finer grain each."""
+
+    record_key = "part"
+
+    def run_step(self):
+        self.records = [{"part": 2 * self.step + 1, "residual": 0.5, "status": "fine"}]
+        return {"total_loss": 1.0 / (self.step + 1), "status": "fine"}
+
+    def levels(self):
+        return {}
+
+
+def settings(*names):
+    return OmegaConf.create({"train": {"writers": list(names), "log_period": 1}, "solver": {"iterations": 3}})
+
+
+def train(folder, *names, steps=2, start=0):
+    trainer = Counter("stage", steps)
+    trainer.step = start
+    with open_writers(settings(*names), folder) as writers:
+        trainer.train([MetricsWriter(folder, 1, writers)])
+
+
+def voc_det(writers, **options):
+    return LazyConfig.apply_overrides(load_config("bissl/voc_det.py"), [f"train.writers={writers}", *options])
+
+
+@pytest.mark.parametrize(
+    ("writers", "message"),
+    [
+        ("[json,tensorbord]", "train.writers has 'tensorbord'. Did you mean 'tensorboard'? Writers: json, tensorboard"),
+        ("[json,wanb]", "train.writers has 'wanb'. Did you mean 'wandb'?"),
+        ("[tensorboard]", "json cannot be left out, since a run that is resumed or shown is read from metrics.jsonl"),
+        ("[]", "Add it, as in train.writers=[json]."),
+        ("json", "'train.writers' is a list"),
+    ],
+)
+def test_writers_that_cannot_be_are_refused(writers, message):
+    with pytest.raises(ConfigError) as error:
+        check_config(voc_det(writers), "mine.py")
+    assert message in str(error.value)
+
+
+def test_a_missing_wandb_names_the_extra_before_the_run_starts(train_net, tiny, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)  # which is how Python remembers that there is none
+    folder = tmp_path / "run"
+    message = train_net(*tiny(train__writers="[json,wandb]"), f"train.output_dir={folder}").message()
+    assert 'pip install "bissl_zoo[wandb]"' in message and not folder.exists()
+
+
+def test_a_resumed_run_may_have_other_writers(tmp_path):
+    cfg = voc_det("[json]")
+    cfg.train.output_dir = str(tmp_path / "run")
+    prepare_run_dir(cfg, resume=False)
+    cfg.train.writers = ["json", "tensorboard", "wandb"]
+    assert check_run_dir(cfg, resume=True) == tmp_path / "run"
+
+
+def test_json_alone_leaves_nothing_but_its_file(tmp_path):
+    train(tmp_path, "json")
+    assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [(line["step"], line.get("part"), line.get("total_loss")) for line in lines] == [
+        *((1, 1, None), (1, None, 1.0)),
+        *((2, 3, None), (2, None, 0.5)),
+    ]
+
+
+def test_the_files_of_a_run_that_goes_on_hold_every_step_once(tmp_path):
+    train(tmp_path, "json", "tensorboard", steps=3)
+    train(tmp_path, "json", "tensorboard", steps=4, start=1)
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if "total_loss" in line] == [1, 2, 3, 4]
+    board = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert board.Tags()["scalars"] == ["stage/part/residual", "stage/total_loss"]
+
+
+@pytest.fixture
+def wandb(monkeypatch, tmp_path):
+    """The library, working offline and with nothing of the user's."""
+    library = pytest.importorskip("wandb", reason="wandb is an extra")
+    for name in ("WANDB_CONFIG_DIR", "WANDB_CACHE_DIR", "WANDB_DATA_DIR"):
+        monkeypatch.setenv(name, str(tmp_path / "of_wandb"))
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    return library
+
+
+def entries_of(path):
+    """The records of wandb's own protocol in a file of its, which is a log in LevelDB's format."""
+    from wandb.proto.wandb_internal_pb2 import Record as Entry
+
+    content, at, parts, entries = path.read_bytes(), 7, b"", []
+    while at + 7 <= len(content):
+        room = 32768 - at % 32768  # records are split at the ends of blocks
+        if room < 7:
+            at += room
+            continue
+        _, length, kind = struct.unpack_from("<IHB", content, at)
+        parts += content[at + 7 : at + 7 + length]
+        at += 7 + length
+        if kind in (1, 4):  # whole, or its last part
+            entries.append(Entry.FromString(parts))
+            parts = b""
+    return entries
+
+
+def offline_runs(folder, count):
+    """What wandb has kept of every start, in order; a process of its own writes it, and goes on after the run's end."""
+    deadline = time.monotonic() + 60
+    while True:
+        runs = [entries_of(path) for path in folder.glob("wandb/offline-run-*/*.wandb")]
+        if len(runs) == count and all(of_kind(entries, "exit") for entries in runs):
+            return sorted(runs, key=lambda entries: of_kind(entries, "run")[0].start_time.ToNanoseconds())
+        assert time.monotonic() < deadline, f"{len(runs)} starts, and not all of them ended"
+        time.sleep(0.05)
+
+
+def of_kind(entries, kind):
+    return [getattr(entry, kind) for entry in entries if entry.WhichOneof("record_type") == kind]
+
+
+def history(entries):
+    rows = [
+        {item.key or "/".join(item.nested_key): json.loads(item.value_json) for item in row.item}
+        for row in of_kind(entries, "history")
+    ]
+    return [{name: value for name, value in row.items() if not name.startswith("_")} for row in rows]
+
+
+def test_wandb_has_the_config_and_every_figure_and_a_resumed_run_is_the_same_one(wandb, tmp_path, capsys):
+    folder = tmp_path / "run"
+    folder.mkdir()
+    train(folder, "json", "wandb")
+    train(folder, "json", "wandb", steps=3, start=2)
+    assert capsys.readouterr().out.count(f"wandb: {folder}/wandb/offline-run-") == 2
+    first, second = offline_runs(folder, 2)
+    assert history(first) == [
+        {"stage_part/residual": 0.5, "stage_part/number": 1},
+        {"stage/total_loss": 1.0, "stage/step": 1},
+        {"stage_part/residual": 0.5, "stage_part/number": 3},
+        {"stage/total_loss": 0.5, "stage/step": 2},
+    ]
+    assert history(second)[-1] == {"stage/total_loss": 1 / 3, "stage/step": 3}
+    runs = [of_kind(entries, "run")[0] for entries in (first, second)]
+    kept = (folder / "wandb" / "run_id").read_text().strip()
+    assert [(run.run_id, run.display_name, run.project) for run in runs] == [(kept, "run", "bissl_zoo")] * 2
+    config = {item.key: json.loads(item.value_json) for item in runs[0].config.update}
+    assert config["solver"] == {"iterations": 3}
+    axes = {metric.glob_name or metric.name: metric.step_metric for metric in of_kind(first, "metric")}
+    assert (axes["stage/*"], axes["stage_part/*"]) == ("stage/step", "stage_part/number")
+
+
+def test_a_wandb_that_does_not_begin_is_a_warning(wandb, tmp_path, monkeypatch, capsys):
+    def refuse(**options):
+        raise wandb.errors.CommError("no network")
+
+    monkeypatch.setattr(wandb, "init", refuse)
+    train(tmp_path, "json", "wandb")
+    (line,) = capsys.readouterr().out.splitlines()
+    assert line.startswith("warning: wandb: CommError: no network") and str(tmp_path / "metrics.jsonl") in line
+    assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 4
+
+
+def test_a_wandb_that_fails_on_the_way_is_one_warning_and_the_run_goes_on(wandb, tmp_path, capsys):
+    with open_writers(settings("json", "wandb"), tmp_path) as writers:
+        *_, writer = writers
+
+        def refuse(figures):
+            raise ConnectionError("gone")
+
+        run, writer.run.log = writer.run, refuse
+        for step in (1, 2):
+            writer.write([Record("stage", step, {"loss": 1.0})], step)
+    run.finish()
+    warnings = [line for line in capsys.readouterr().out.splitlines() if line.startswith("warning")]
+    assert len(warnings) == 1 and "ConnectionError: gone The run goes on without it" in warnings[0]

@@ -1,0 +1,342 @@
+"""Foreign checkpoints, written here in their projects' layouts by renaming of our own, and read back by features."""
+
+import argparse
+
+import pytest
+import timm
+import torch
+import torchvision
+from safetensors.torch import save_file
+from torch import nn
+
+from bissl_zoo.errors import ZooError
+from bissl_zoo.weights.load import read_foreign
+
+IMAGENET_MEAN = [0.485, 0.456, 0.406]
+
+
+def trained(architecture="resnet18", seed=0, **model_args):
+    """A model whose every tensor is one that no fresh model has, batch-norm statistics included."""
+    torch.manual_seed(seed)
+    model = timm.create_model(architecture, num_classes=0, **model_args).eval()
+    with torch.no_grad():
+        for name, tensor in model.state_dict().items():
+            if name.endswith("running_var"):
+                tensor.uniform_(0.5, 1.5)
+            elif name.endswith("num_batches_tracked"):
+                tensor.fill_(7)
+            elif tensor.dim() == 1:
+                tensor.add_(0.1 * torch.randn_like(tensor))
+    return model
+
+
+RESNET = trained()
+STATE = RESNET.state_dict()
+OTHER = trained(seed=1).state_dict()  # a momentum encoder, a student: what must not be taken
+LINEAR = {"weight": torch.randn(8, 512), "bias": torch.randn(8)}
+MLP = {"0.weight": torch.randn(64, 512), "1.running_mean": torch.randn(64), "3.weight": torch.randn(8, 64)}
+IMAGES = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+
+
+def under(prefix, state):
+    return {f"{prefix}{name}": tensor for name, tensor in state.items()}
+
+
+def module_of(state):
+    """A network that computes with `state` as torchvision, not timm, builds it."""
+    model = torchvision.models.resnet18()
+    model.fc = nn.Identity()
+    model.load_state_dict(state)
+    return model.eval()
+
+
+def lightly_names(state):
+    """What `nn.Sequential(*list(torchvision.models.resnet18().children())[:-1])` calls the tensors."""
+    backbone = nn.Sequential(*list(module_of(state).children())[:-1])
+    return backbone.state_dict()
+
+
+#: content of the file by format, as each project's public training code saves it
+CHECKPOINTS = {
+    "torchvision": lambda: {**STATE, **under("fc.", LINEAR)},
+    "timm": lambda: {"state_dict": STATE, "epoch": 3},
+    "moco_v1": lambda: {
+        "epoch": 200,
+        "arch": "resnet18",
+        "state_dict": {
+            **under("module.encoder_q.", STATE),
+            **under("module.encoder_q.fc.", LINEAR),
+            **under("module.encoder_k.", OTHER),
+            "module.queue": torch.randn(8, 16),
+            "module.queue_ptr": torch.zeros(1, dtype=torch.long),
+        },
+        "optimizer": {"state": {0: {"momentum_buffer": torch.randn(3)}}},
+    },
+    "moco_v2": lambda: {
+        "state_dict": {
+            **under("module.encoder_k.", OTHER),
+            **under("module.encoder_q.", STATE),
+            **under("module.encoder_q.fc.", MLP),
+        }
+    },
+    "moco_v3": lambda: {
+        "state_dict": {
+            **under("module.base_encoder.", STATE),
+            **under("module.base_encoder.fc.", MLP),
+            **under("module.momentum_encoder.", OTHER),
+            **under("module.predictor.", MLP),
+        },
+        "scaler": {"scale": 1.0},
+    },
+    "simsiam": lambda: {
+        "state_dict": {
+            **under("module.encoder.", STATE),
+            **under("module.encoder.fc.", MLP),
+            **under("module.predictor.", MLP),
+        }
+    },
+    "dino": lambda: {
+        "student": {**under("module.backbone.", OTHER), **under("module.head.mlp.", MLP)},
+        "teacher": {**under("module.backbone.", STATE), **under("module.head.mlp.", MLP)},
+        "epoch": 10,
+        "dino_loss": {"center": torch.zeros(1, 8)},
+    },
+    "barlow_twins": lambda: {
+        "epoch": 1,
+        "model": {
+            **under("module.backbone.", STATE),
+            **under("module.projector.", MLP),
+            "module.bn.running_mean": torch.zeros(8),
+            "module.bn.running_var": torch.ones(8),
+        },
+    },
+    "vicreg": lambda: {"model": {**under("module.backbone.", STATE), **under("module.projector.", MLP)}},
+    "swav": lambda: under(
+        "module.", {**STATE, **under("projection_head.", MLP), "prototypes.weight": torch.randn(30, 8)}
+    ),
+    "solo-learn": lambda: {
+        "state_dict": {
+            **under("backbone.", STATE),
+            **under("classifier.", LINEAR),
+            **under("projector.", MLP),
+            **under("momentum_backbone.", OTHER),
+        },
+        "optimizer_states": [{"state": {0: {"mu": torch.randn(4)}}}],
+    },
+    "lightly": lambda: {
+        "state_dict": {
+            **under("backbone.", lightly_names(STATE)),
+            **under("projection_head.layers.", MLP),
+            **under("backbone_momentum.", lightly_names(OTHER)),
+        }
+    },
+    "vissl": lambda: {
+        "classy_state_dict": {
+            "base_model": {
+                "model": {
+                    "trunk": under("_feature_blocks.", STATE),
+                    "heads": under("0.clf.0.", LINEAR),
+                }
+            }
+        }
+    },
+    "byol-pytorch": lambda: {
+        **under("online_encoder.net.", STATE),
+        **under("online_encoder.projector.net.", MLP),
+        **under("target_encoder.net.", OTHER),
+    },
+    "bissl": lambda: {
+        **under("backbone.", STATE),
+        **under("head.projector.", MLP),
+        **under("head.predictor.", MLP),
+        **under("backbone_target.", OTHER),
+        **under("projector_target.", MLP),
+    },
+    "backbone": lambda: under("backbone.", STATE),
+}
+
+
+def written(tmp_path, content, name="checkpoint.pth"):
+    path = tmp_path / name
+    torch.save(content, path)
+    return path
+
+
+def features(read, images=IMAGES):
+    model = timm.create_model(read.architecture, num_classes=0, **read.model_args).eval()
+    model.load_state_dict(read.state)
+    with torch.no_grad():
+        return model(images)
+
+
+def expected_features(model=RESNET, images=IMAGES):
+    with torch.no_grad():
+        return model(images)
+
+
+@pytest.mark.parametrize("layout", CHECKPOINTS)
+def test_a_checkpoint_of_each_project_gives_back_the_features_of_its_network(tmp_path, layout):
+    read = read_foreign(written(tmp_path, CHECKPOINTS[layout]()), "resnet18")
+    assert read.format == layout
+    assert torch.equal(features(read), expected_features())
+    assert len(read.matched) == len(STATE) == 120 and read.missing == []
+    has_head = layout not in ("timm", "backbone")
+    assert bool(read.head) == has_head
+    if read.pixels:
+        assert read.pixels["mean"] == IMAGENET_MEAN and read.pixels["channel_order"] == "RGB"
+
+
+@pytest.mark.parametrize("layout", CHECKPOINTS)
+def test_the_architecture_of_a_resnet_is_read_from_its_blocks(tmp_path, layout):
+    assert read_foreign(written(tmp_path, CHECKPOINTS[layout]())).architecture == "resnet18"
+
+
+@pytest.mark.parametrize("architecture", ["resnet34", "resnet50", "resnet101", "resnet152"])
+def test_deeper_resnets_are_told_apart(tmp_path, architecture):
+    with torch.device("meta"):
+        state = timm.create_model(architecture, num_classes=0).state_dict()
+    state = {name: torch.zeros((), dtype=tensor.dtype).expand(tensor.shape) for name, tensor in state.items()}
+    assert read_foreign(written(tmp_path, state)).architecture == architecture
+
+
+@pytest.mark.parametrize("architecture", ["wide_resnet50_2", "resnext50_32x4d", "resnet50d", "test_vit"])
+def test_an_architecture_that_is_not_plain_from_the_tensors_is_asked_for(tmp_path, architecture):
+    with torch.device("meta"):
+        state = timm.create_model(architecture, num_classes=0).state_dict()
+    state = {name: torch.zeros((), dtype=tensor.dtype).expand(tensor.shape) for name, tensor in state.items()}
+    with pytest.raises(ZooError, match="Name it"):
+        read_foreign(written(tmp_path, state))
+
+
+def test_heads_keep_their_names_and_values(tmp_path):
+    read = read_foreign(written(tmp_path, CHECKPOINTS["bissl"]()), "resnet18")
+    assert read.head.keys() == {*under("head.projector.", MLP), *under("head.predictor.", MLP)}
+    assert torch.equal(read.head["head.projector.0.weight"], MLP["0.weight"])
+    assert any(name.startswith("backbone_target.conv1.weight (64, 3, 7, 7)") for name in read.unexpected)
+
+
+def test_the_bissl_authors_c4_form_is_whole_with_the_layer_in_its_head(tmp_path):
+    trunk = {name: tensor for name, tensor in STATE.items() if not name.startswith("layer4.")}
+    moved = {name: tensor for name, tensor in STATE.items() if name.startswith("layer4.")}
+    whole = {**under("backbone.", trunk), **under("head.", moved), **under("head.projector.", MLP)}
+    read = read_foreign(written(tmp_path, whole), "resnet18")
+    assert read.format == "bissl"
+    assert torch.equal(features(read), expected_features())
+    assert read.head.keys() == under("head.projector.", MLP).keys()
+
+    alone = written(tmp_path, trunk)
+    with pytest.raises(ZooError, match=r"90 of 120 tensors match.*ends at layer3, as a C4 backbone does"):
+        read_foreign(alone, "resnet18")
+    read = read_foreign(alone, "resnet18", allow_partial=True)
+    assert read.state.keys() == trunk.keys()
+    assert len(read.missing) == 30 and read.missing[0] == "layer4.0.conv1.weight (512, 256, 3, 3)"
+
+
+def test_the_bissl_authors_files_of_backbone_and_head_are_read_together(tmp_path):
+    backbone = written(tmp_path, STATE, "Pretext_byol_arch-resnet18_backbone_id-0.pth")
+    saved = {**under("projector.", MLP), **under("predictor.", MLP)}
+    head = written(tmp_path, saved, "Pretext_byol_arch-resnet18_head_id-0.pth")
+    read = read_foreign(backbone, head_path=head)
+    assert torch.equal(features(read), expected_features())
+    assert read.head.keys() == saved.keys() and torch.equal(read.head["projector.3.weight"], MLP["3.weight"])
+    with pytest.raises(ZooError, match="give the backbone's file, and this one as head_path"):
+        read_foreign(head, "resnet18")
+
+
+def test_safetensors_and_the_old_tar_form_of_torch_are_read(tmp_path):
+    save_file(STATE, tmp_path / "weights.safetensors")
+    assert torch.equal(features(read_foreign(tmp_path / "weights.safetensors", "resnet18")), expected_features())
+    torch.save(CHECKPOINTS["moco_v2"](), tmp_path / "old.pth.tar", _use_new_zipfile_serialization=False)
+    assert torch.equal(features(read_foreign(tmp_path / "old.pth.tar", "resnet18")), expected_features())
+
+
+def test_half_precision_comes_back_in_float32(tmp_path):
+    half = {name: t.half() if t.is_floating_point() else t for name, t in STATE.items()}
+    read = read_foreign(written(tmp_path, half), "resnet18")
+    assert {t.dtype for name, t in read.state.items() if not name.endswith("tracked")} == {torch.float32}
+    torch.testing.assert_close(features(read), expected_features(), rtol=0.02, atol=0.02)
+
+
+def test_files_from_before_batches_were_counted_are_whole(tmp_path):
+    read = read_foreign(
+        written(tmp_path, {n: t for n, t in STATE.items() if not n.endswith("num_batches_tracked")}), "resnet18"
+    )
+    assert torch.equal(features(read), expected_features())
+    assert any("num_batches_tracked for 20 batch norms" in note for note in read.notes)
+
+
+VIT_IMAGES = torch.randn(2, 3, 224, 224, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.mark.parametrize(("layout", "heads"), [("dino", 6), ("moco_v3", 12)])
+def test_vits_compute_what_their_projects_vits_do(tmp_path, layout, heads):
+    torch.manual_seed(2)
+    original = timm.create_model("vit_small_patch16_224", num_classes=0, num_heads=heads, depth=12).eval()
+    state = original.state_dict()
+    if layout == "dino":
+        content = {"teacher": {**under("backbone.", state), **under("head.mlp.", MLP)}}
+    else:
+        prefix = "module.base_encoder."
+        content = {"state_dict": {**under(prefix, state), **under(f"{prefix}head.", MLP)}}
+    read = read_foreign(written(tmp_path, content), "vit_small_patch16_224")
+    assert read.format == layout and read.missing == [] and read.head
+    torch.testing.assert_close(features(read, VIT_IMAGES), expected_features(original, VIT_IMAGES), rtol=0, atol=0)
+    assert read.model_args == ({"num_heads": 12} if heads == 12 else {})
+    assert read.pixels["mean"] == IMAGENET_MEAN  # not the 0.5 of timm's own ViTs
+
+
+def test_a_timm_name_is_read_through_timm(tmp_path):
+    from bissl_zoo.weights.export import export_backbone
+
+    pixels = {"mean": [0.4, 0.5, 0.6], "std": [0.2, 0.25, 0.3]}
+    export_backbone(STATE, "resnet18", "timm", tmp_path / "entry", pixels=pixels)
+    read = read_foreign(f"timm:local-dir:{tmp_path / 'entry'}", "resnet18")
+    assert torch.equal(features(read), expected_features())
+    assert read.pixels == {"channel_order": "RGB", **pixels}
+    with pytest.raises(ZooError, match="is a resnet18, not a resnet50"):
+        read_foreign(f"timm:local-dir:{tmp_path / 'entry'}", "resnet50")
+    with pytest.raises(ZooError, match="does not load 'timm:local-dir:"):
+        read_foreign(f"timm:local-dir:{tmp_path}")
+
+
+@pytest.mark.parametrize("name", ["cspresnet50d", "resnet50.no_such_tag", "resnet19"])
+def test_a_timm_name_without_weights_is_not_read_as_random_ones(name):
+    with pytest.raises(ZooError, match=f"has no weights '{name}'"):
+        read_foreign(f"timm:{name}")
+
+
+def test_a_file_of_another_architecture_is_refused_with_names_and_shapes(tmp_path):
+    path = written(tmp_path, CHECKPOINTS["moco_v2"]())
+    with pytest.raises(ZooError) as refused:
+        read_foreign(path, "resnet50")
+    message = str(refused.value)
+    assert "layout 'moco_v2'" in message and "of 318 tensors match" in message
+    assert "layer1.0.conv1.weight (64, 64, 1, 1), in the file (64, 64, 3, 3)" in message
+
+
+def test_tensors_within_the_backbone_that_the_architecture_lacks_are_refused(tmp_path):
+    state = {**STATE, "layer1.0.se.fc1.weight": torch.randn(4, 64, 1, 1)}
+    with pytest.raises(ZooError, match=r"resnet18 does not have: layer1.0.se.fc1.weight \(4, 64, 1, 1\)"):
+        read_foreign(written(tmp_path, state), "resnet18")
+
+
+def test_a_file_without_a_backbone_names_what_it_has(tmp_path):
+    with pytest.raises(ZooError, match="no backbone of this .* known layout. It has 3 tensors: projector.0"):
+        read_foreign(written(tmp_path, under("projector.", MLP)), "resnet18")
+
+
+def test_an_unknown_architecture_names_the_nearest(tmp_path):
+    with pytest.raises(ZooError, match="Did you mean 'resnet18'"):
+        read_foreign(written(tmp_path, STATE), "resnet81")
+
+
+def test_an_order_of_channels_that_is_none_is_refused(tmp_path):
+    with pytest.raises(ZooError, match="'RGB' or 'BGR', not 'GBR'"):
+        read_foreign(written(tmp_path, STATE), "resnet18", channel_order="GBR")
+
+
+def test_a_checkpoint_with_its_arguments_is_read_without_them(tmp_path):
+    path = written(tmp_path, {**CHECKPOINTS["dino"](), "args": argparse.Namespace(arch="resnet18")})
+    with pytest.raises(ZooError, match="argparse.Namespace"):
+        read_foreign(path, "resnet18")
+    assert torch.equal(features(read_foreign(path, "resnet18", skip_objects=True)), expected_features())
