@@ -121,7 +121,7 @@ def level(
 
 def train(one: Level, steps: int) -> None:
     for _ in range(steps):
-        one.loss(one.backbone, next(one.batches))[0].backward()
+        one.loss(one.backbone, next(one.data_iterator))[0].backward()
         one.optimize()
 
 

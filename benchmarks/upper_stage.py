@@ -83,7 +83,7 @@ class Setting:
         for name, module in self.modules.items():
             module.load_state_dict(state[name])
 
-    def problem(self, solver, number: int, products: str = "graph", curvature: int | None = None) -> BiLevel:
+    def problem(self, solver, number: int, hvp_mode: str = "retain_graph", curvature: int | None = None) -> BiLevel:
         """The bilevel problem from the start, at round `number`'s batches."""
         self.restore(self._start)
         levels = []
@@ -95,7 +95,7 @@ class Setting:
             first = number * UPPER_STEPS % BATCHES
             stream = itertools.islice(itertools.cycle(batches), first, None)
             levels.append(Level(name, net, head, optimizer, stream, LRMultiplier(ConstantParamScheduler(1.0)), 10**6))
-        return BiLevel(*levels, solver=solver, lam=LAM, products=products, curvature_batch_size=curvature)
+        return BiLevel(*levels, solver=solver, lam=LAM, hvp_mode=hvp_mode, curvature_batch_size=curvature)
 
     def _split(self):
         return build_backbone(name=self.args.architecture, zero_init_last=False).split("c5")
@@ -140,8 +140,8 @@ def _crops(scenes):
 class Textbook:
     """A hypergradient as the paper's pseudocode has it: lists of tensors, every product from a fresh pass."""
 
-    def __init__(self, bilevel: BiLevel, batch, strength: float, blockwise: bool) -> None:
-        self.bilevel, self.batch, self.strength, self.blockwise = bilevel, batch, strength, blockwise
+    def __init__(self, bilevel: BiLevel, batch, shift: float, blockwise: bool) -> None:
+        self.bilevel, self.batch, self.shift, self.blockwise = bilevel, batch, shift, blockwise
         self.parameters = list(bilevel.lower.backbone.parameters())
 
     def product(self, u: list[Tensor]) -> list[Tensor]:
@@ -149,7 +149,7 @@ class Textbook:
         loss = sum(lower.head.losses(lower.backbone, self.batch).values())
         gradient = torch.autograd.grad(loss, self.parameters, create_graph=True)
         hessian = torch.autograd.grad(gradient, self.parameters, grad_outputs=u)
-        return [a + b / self.strength for a, b in zip(u, hessian, strict=True)]
+        return [a + b / self.shift for a, b in zip(u, hessian, strict=True)]
 
     def dots(self, a: list[Tensor], b: list[Tensor]) -> list[Tensor]:
         """Inner products, per tensor or of all."""
@@ -174,7 +174,7 @@ class Textbook:
     def upper_step(self, iterations: int, tolerance: float = 0.0) -> tuple[Tensor, Tensor, int]:
         """One upper step; returns v, x and the number of products."""
         lower, upper = self.bilevel.lower, self.bilevel.upper
-        batch, head = next(upper.batches), list(upper.head.parameters())
+        batch, head = next(upper.data_iterator), list(upper.head.parameters())
         both = []
         for backbone in (lower.backbone, upper.backbone):
             shared = list(backbone.parameters())
@@ -232,11 +232,11 @@ class Round:
         return self._textbook(steps, LAM + AUTHORS_DAMPING, blockwise=True, iterations=5)
 
     def c(self, steps: int = 2):
-        return self._textbook(steps, self.strength, blockwise=False, iterations=50, tolerance=TOLERANCE)
+        return self._textbook(steps, self.shift, blockwise=False, iterations=50, tolerance=TOLERANCE)
 
-    def _textbook(self, steps: int, strength: float, blockwise: bool, **limits):
+    def _textbook(self, steps: int, shift: float, blockwise: bool, **limits):
         bilevel = self.setting.problem(Identity(), self.number)
-        scheme = Textbook(bilevel, self.batch, strength, blockwise)
+        scheme = Textbook(bilevel, self.batch, shift, blockwise)
         seconds, systems, products = 0.0, [], []
         for _ in range(steps):
             with Stopwatch(self.device) as watch:
@@ -249,13 +249,13 @@ class Round:
         return {
             "upper": seconds * share,
             "products": sum(products) * share,
-            "residual": self._true_residuals(bilevel, strength, systems),
+            "residual": self._true_residuals(bilevel, shift, systems),
             "first": systems[:1],
         }
 
-    def b(self, steps: int = 2, products: str = "graph"):
+    def b(self, steps: int = 2, hvp_mode: str = "retain_graph"):
         solver = ConjugateGradient(5, 0.0, AUTHORS_DAMPING, blockwise=True, check=False)
-        bilevel = self.setting.problem(solver, self.number, products)
+        bilevel = self.setting.problem(solver, self.number, hvp_mode)
         operator = bilevel.curvature(self.batch)
         with Stopwatch(self.device) as prepare:
             operator.prepare()
@@ -275,15 +275,15 @@ class Round:
         }
 
     def e(self):
-        return self._ours("graph", self.setting.args.batch // 2)
+        return self._ours("retain_graph", self.setting.args.batch // 2)
 
-    def d(self, products: str = "graph"):
-        figures = self._ours(products, None)
-        self.strength = figures["damping"] + LAM
+    def d(self, hvp_mode: str = "retain_graph"):
+        figures = self._ours(hvp_mode, None)
+        self.shift = figures["damping"] + LAM
         return figures
 
-    def _ours(self, products: str, curvature: int | None):
-        bilevel = self.setting.problem(MinRes(), self.number, products, curvature)
+    def _ours(self, hvp_mode: str, curvature: int | None):
+        bilevel = self.setting.problem(MinRes(), self.number, hvp_mode, curvature)
         operator = bilevel.curvature(self.batch)
         systems, seconds, spent = [], 0.0, 0
         for step in range(UPPER_STEPS):
@@ -295,21 +295,21 @@ class Round:
             spent += metrics["solver/products"]
             if self.checks_residuals:
                 systems.append((v, x))
-        strength = operator.strength
+        shift = operator.shift
         operator.release()
         return {
             "upper": seconds,
             "products": spent,
-            "damping": strength - LAM,
-            "residual": self._true_residuals(bilevel, strength, systems),
+            "damping": shift - LAM,
+            "residual": self._true_residuals(bilevel, shift, systems),
         }
 
-    def _true_residuals(self, bilevel: BiLevel, strength: float, systems) -> float:
+    def _true_residuals(self, bilevel: BiLevel, shift: float, systems) -> float:
         """The larger `||v - A x|| / ||v||` of the last two systems, from fresh products that are not timed."""
         if not self.checks_residuals:
             return float("nan")
         operator = bilevel.curvature(self.batch)
-        operator.strength = strength
+        operator.shift = shift
         operator.prepare()
         residuals = [float((v - operator(x)).norm() / v.norm()) for v, x in systems[-2:]]
         operator.release()
@@ -400,9 +400,9 @@ MEMORY = {
     "floor": lambda one: one.floor(),
     "a": lambda one: one.a(),
     "b graph": lambda one: one.b(),
-    "b rebuild": lambda one: one.b(products="rebuild"),
+    "b rebuild": lambda one: one.b(hvp_mode="recompute"),
     "d graph": lambda one: one.d(),
-    "d rebuild": lambda one: one.d(products="rebuild"),
+    "d rebuild": lambda one: one.d(hvp_mode="recompute"),
 }
 
 

@@ -14,7 +14,7 @@ from bissl_zoo.analysis.solver_diagnosis import (
     Remembering,
     Solver,
     Spectrum,
-    automatic_strength,
+    automatic_shift,
     budget_key,
     budgets_up_to,
     refuses,
@@ -43,7 +43,7 @@ def advise(
     v: Tensor,
     name: str,
     solver: Solver,
-    strength: float,
+    shift: float,
     lam: float,
     found: Spectrum,
     rivals: Mapping[str, Solver],
@@ -54,29 +54,29 @@ def advise(
 
     Args:
         name: of the solver, for the sentence.
-        strength: lambda plus the damping in use.
+        shift: lambda plus the damping in use.
         rivals: other solvers by name.
         most: products beyond which no larger limit is tried.
         tell: takes a line for each change that was tried, as it takes time.
     """
     trials = _Trials(operator, v, lam, tell)
-    state, least = found.definiteness(strength), found.least(strength)
+    state, least = found.definiteness(shift), found.least(shift)
     told = {"definite": "positive definite", "undecided": "not known to be definite"}.get(state, state)
-    matrix = f"at damping {strength - lam:.4g} the system is {told} (least Ritz value {least:.3g})"
+    matrix = f"at damping {shift - lam:.4g} the system is {told} (least Ritz value {least:.3g})"
     if refuses(solver, len(v)):
         verdict = f"{name} refuses {len(v)} parameters (max_size={solver.max_size})"
     else:
-        point, tolerance = trials.solve(solver, strength), _tolerance(solver)
+        point, tolerance = trials.solve(solver, shift), _tolerance(solver)
         reached = f"a residual of {point.residual:.2g} after {point.products} products ({point.status})"
         if point.residual <= tolerance:
             todo = "Nothing to change"
             if state == "indefinite":
-                enough = _round_up(found.definite_strength() - lam)
+                enough = _round_up(found.definite_shift() - lam)
                 todo = f"But the lower level is at no minimum; damping={enough:g} makes the system definite"
             sentence = f"{matrix}, and {name} converges: {reached}, tolerance {tolerance:g}. {todo}."
             return Advice(_capital(sentence), True, [])
         verdict = f"{name} does not converge within its limit: {reached}, tolerance {tolerance:g}"
-    remedies = _remedies(trials, solver, strength, rivals, most)
+    remedies = _remedies(trials, solver, shift, rivals, most)
     options = ", or ".join(_shown(remedy) for remedy in remedies)
     which = "This makes" if len(remedies) == 1 else "Each of these makes"
     todo = f"{which} it converge: {options}" if remedies else f"Nothing tried with up to {most} products does"
@@ -90,17 +90,17 @@ class _Trials:
         self.operator, self.v, self.lam, self.tell = operator, v, lam, tell
         self.seen: dict[bytes, Tensor] = {}
 
-    def solve(self, solver: Solver, strength: float) -> Point:
-        return solve_cold(Remembering(self.operator, strength, self.seen), self.v, solver, None)[0]
+    def solve(self, solver: Solver, shift: float) -> Point:
+        return solve_cold(Remembering(self.operator, shift, self.seen), self.v, solver, None)[0]
 
-    def solves(self, solver: Solver, strength: float, change: dict[str, Any]) -> bool:
-        residual = self.solve(solver, strength).residual
+    def solves(self, solver: Solver, shift: float, change: dict[str, Any]) -> bool:
+        residual = self.solve(solver, shift).residual
         self.tell(f"{_shown(change)}: residual {residual:.2g}")
         return residual <= _tolerance(solver)
 
-    def damping(self, solver: Solver, strength: float, change: dict[str, Any]) -> list[dict[str, Any]]:
+    def damping(self, solver: Solver, shift: float, change: dict[str, Any]) -> list[dict[str, Any]]:
         """The change with the first damping of two digits that is enough, from the automatic choice upwards."""
-        start = max(automatic_strength(self.operator, self.v, solver, self.lam), strength * 1.01) - self.lam
+        start = max(automatic_shift(self.operator, self.v, solver, self.lam), shift * 1.01) - self.lam
         # by half an octave near the automatic choice, by whole ones far above it
         for octaves in [*(n / 2 for n in range(8)), *range(4, 24)]:
             damping = _round_up(start * 2.0**octaves)
@@ -110,7 +110,7 @@ class _Trials:
 
 
 def _remedies(
-    trials: _Trials, solver: Solver, strength: float, rivals: Mapping[str, Solver], most: int
+    trials: _Trials, solver: Solver, shift: float, rivals: Mapping[str, Solver], most: int
 ) -> list[dict[str, Any]]:
     key = budget_key(solver)
     found: list[dict[str, Any]] = []
@@ -120,15 +120,15 @@ def _remedies(
             limits = {own: getattr(solver, key), "tolerance": _tolerance(solver)} if key else {}
             patient[name] = dataclasses.replace(rival, **limits)
     if key:
-        found += trials.damping(solver, strength, {})
+        found += trials.damping(solver, shift, {})
         for budget in (n for n in budgets_up_to(most) if n > getattr(solver, key)):
-            if trials.solves(dataclasses.replace(solver, **{key: budget}), strength, {key: budget}):
+            if trials.solves(dataclasses.replace(solver, **{key: budget}), shift, {key: budget}):
                 found.append({key: budget})
                 break
-    found += [{"name": name} for name, rival in patient.items() if trials.solves(rival, strength, {"name": name})]
+    found += [{"name": name} for name, rival in patient.items() if trials.solves(rival, shift, {"name": name})]
     if not found and patient:
         name, rival = next(iter(patient.items()))
-        found += trials.damping(rival, strength, {"name": name})
+        found += trials.damping(rival, shift, {"name": name})
     return found
 
 

@@ -140,8 +140,8 @@ def _costs(context: Context, trainer: Trainer, gauge: "Gauge") -> list[Cost]:
 def _feed(context: Context, level: Level) -> None:
     """Give a level the same batch for ever, and a learning rate of 0: at that of the run, noise might diverge."""
     role = "pretext" if isinstance(level.head, PretextMethod) else "train"
-    level.batches = itertools.repeat(noise_batch(context, role, level.head))
-    level.multiplier = LRMultiplier(ConstantParamScheduler(0.0))
+    level.data_iterator = itertools.repeat(noise_batch(context, role, level.head))
+    level.lr_scheduler = LRMultiplier(ConstantParamScheduler(0.0))
 
 
 def _alternation(problem: BiLevel, gauge: "Gauge") -> list[Cost]:
@@ -162,8 +162,8 @@ def _alternation(problem: BiLevel, gauge: "Gauge") -> list[Cost]:
         operator.prepare()
 
     def alternation() -> None:
-        operator.strength = None if problem.solver.damping == "auto" else problem.lam + problem.solver.damping
-        problem.strength = None
+        operator.shift = None if problem.solver.damping == "auto" else problem.lam + problem.solver.damping
+        problem.shift = None
         steps = [gauge.seconds(lambda: counts.append(upper_products())) for _ in range(problem.upper_steps)]
         upper_step.seconds = statistics.mean(steps)
         upper_step.products = statistics.mean(counts[-problem.upper_steps :])

@@ -136,7 +136,7 @@ def noise_batch(context: Context, role: str, head: nn.Module, size: int | None =
     finish = None
     if role == "pretext":
         views = head.views()
-        if settings.get("views_on") == "device":
+        if settings.get("augment_on") == "device":
             views, finish = two_parts(views)
         transform, collate = ViewsOnly(views), default_collate
     else:

@@ -15,7 +15,7 @@ from bissl_zoo.analysis.reduced_checks import check_reduced, right_hand_side
 from bissl_zoo.analysis.reduced_problem import ReducedProblem
 from bissl_zoo.analysis.solver_comparison import Clock, compare_solvers
 from bissl_zoo.analysis.solver_diagnosis import (
-    automatic_strength,
+    automatic_shift,
     budget_key,
     spectrum,
     symmetry_error,
@@ -104,7 +104,7 @@ def check_on_real(context: Context, initial: Weights, effort: Effort) -> dict[st
     trainer = build_bissl(context, weights)
     problem = trainer.problem
     try:
-        views, batch = next(problem.lower.batches), next(problem.upper.batches)
+        views, batch = next(problem.lower.data_iterator), next(problem.upper.data_iterator)
         v = right_hand_side(problem, batch)
         operator = problem.curvature(views).prepare()
         try:
@@ -148,13 +148,13 @@ def _measure(
         found = spectrum(operator, v, effort.lanczos_steps)
     except ValueError as error:
         raise BisslZooError(f"{error} Look at the weights and the first batches.") from error
-    automatic = automatic_strength(operator, v, solver, lam)
+    automatic = automatic_shift(operator, v, solver, lam)
     used = automatic if solver.damping == "auto" else lam + solver.damping
     low, high = (f"{found.values[i]:.4g} +- {found.bounds[i]:.2g}" for i in (0, -1))
     say(f"   H from {low} to {high}; automatic damping {automatic - lam:.4g}, configured {solver.damping}")
     say(f"   at damping {used - lam:.4g} the system is {found.definiteness(used)}")
-    strengths = [used] if abs(automatic - used) <= 0.01 * used else [used, automatic]
-    rows, skipped = compare_solvers(name, operator, v, solver, lam, strengths, effort.max_products, clock)
+    shifts = [used] if abs(automatic - used) <= 0.01 * used else [used, automatic]
+    rows, skipped = compare_solvers(name, operator, v, solver, lam, shifts, effort.max_products, clock)
     rivals = {other: entry() for other, entry in SOLVERS.items() if other != name}
     say("   what to advise")
     advice = advise(
@@ -168,7 +168,7 @@ def _measure(
             "symmetry": symmetry,
             "spectrum": {"values": found.values.tolist(), "bounds": found.bounds.tolist()},
             "damping": {"configured": solver.damping, "used": used - lam, "automatic": automatic - lam},
-            "definiteness": [{"damping": s - lam, "state": found.definiteness(s)} for s in strengths],
+            "definiteness": [{"damping": s - lam, "state": found.definiteness(s)} for s in shifts],
             "tolerance": getattr(solver, "tolerance", None),
             "solvers": rows,
             "skipped": skipped,

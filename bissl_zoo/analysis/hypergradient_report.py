@@ -77,9 +77,9 @@ def _draw_residuals(axes: Axes, real: dict[str, Any]) -> None:
 
 def _draw_spectrum(axes: Axes, real: dict[str, Any]) -> None:
     for number, entry in enumerate(real["definiteness"]):
-        strength = real["lambda"] + entry["damping"]
-        values = [1 + value / strength for value in real["spectrum"]["values"]]
-        errors = [bound / strength for bound in real["spectrum"]["bounds"]]
+        shift = real["lambda"] + entry["damping"]
+        values = [1 + value / shift for value in real["spectrum"]["values"]]
+        errors = [bound / shift for bound in real["spectrum"]["bounds"]]
         label = f"damping {entry['damping']:.4g}: {entry['state']}"
         look = {"fmt": MARKERS[number], "color": COLOURS[number], "markersize": 5, "capsize": 3}
         axes.errorbar(values, [number] * len(values), xerr=errors, label=label, **look)

@@ -89,7 +89,7 @@ def _solver(reduced: ReducedProblem, name: str, solver: Any) -> list[Check]:
     # ||x - A^-1 v|| <= ||v - A x|| / least singular value, and rounding
     limit = residual * float(v.norm() / expected.norm()) / least * (1 + LIMIT) + 1e-12
     detail = f"residual {residual:.2g}, {solution.status}; limit: residual / least singular value {least:.3g}"
-    checks = [Check(f"{name} at damping {operator.strength - problem.lam:.4g} against exact", error, limit, detail)]
+    checks = [Check(f"{name} at damping {operator.shift - problem.lam:.4g} against exact", error, limit, detail)]
     if solution.residual is not None:
         difference = abs(solution.residual - residual) / max(residual, 1e-9)
         checks.append(Check(f"residual that {name} reports", difference, LIMIT, f"{solution.residual:.2g}"))

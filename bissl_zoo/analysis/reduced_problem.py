@@ -185,7 +185,7 @@ class ReducedProblem:
 
     def operator(self, solver: Any) -> CurvatureOperator:
         """The curvature as the BiSSL stage builds it for this solver."""
-        self.problem.solver, self.problem.strength = solver, None
+        self.problem.solver, self.problem.shift = solver, None
         torch.manual_seed(0)
         return self.problem.curvature(self.views).prepare()
 

@@ -34,11 +34,11 @@ def compare_solvers(
     v: Tensor,
     solver: Any,
     lam: float,
-    strengths: Sequence[float],
+    shifts: Sequence[float],
     max_products: int,
     clock: Clock,
 ) -> tuple[list[dict[str, Any]], dict[str, str]]:
-    """Every solver at every strength, the configured one with its own settings, from nothing each time."""
+    """Every solver at every shift, the configured one with its own settings, from nothing each time."""
     candidates = {name: solver} | {other: entry() for other, entry in SOLVERS.items() if other != name}
     skipped = {
         other: f"{len(v)} parameters are more than its max_size of {candidate.max_size}"
@@ -48,14 +48,14 @@ def compare_solvers(
     candidates = {other: candidate for other, candidate in candidates.items() if other not in skipped}
     budgets = budgets_up_to(max_products)
     costs = {other: _cost(candidate, budgets, len(v)) for other, candidate in candidates.items()}
-    left = len(strengths) * sum(costs.values())
+    left = len(shifts) * sum(costs.values())
     found: list[tuple[dict[str, Any], Tensor]] = []
     for other, candidate in candidates.items():
         seen: dict[bytes, Tensor] = {}
-        for strength in strengths:
-            say(f"   {other} at damping {strength - lam:.4g} ... {clock.eta(left)} for this and the rest")
-            points, x = convergence(Remembering(operator, strength, seen), v, candidate, budgets)
-            row = {"solver": other, "damping": strength - lam, "points": [dataclasses.asdict(p) for p in points]}
+        for shift in shifts:
+            say(f"   {other} at damping {shift - lam:.4g} ... {clock.eta(left)} for this and the rest")
+            points, x = convergence(Remembering(operator, shift, seen), v, candidate, budgets)
+            row = {"solver": other, "damping": shift - lam, "points": [dataclasses.asdict(p) for p in points]}
             found.append((row, x))
             left -= costs[other]
     for row, x in found:

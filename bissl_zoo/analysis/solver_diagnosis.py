@@ -9,7 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from bissl_zoo.hypergradient.damping import MARGIN, choose_strength, lanczos
+from bissl_zoo.hypergradient.damping import MARGIN, choose_shift, lanczos
 from bissl_zoo.hypergradient.solver import LinearOperator, Solution, power_of_two
 
 #: relative residual that counts as solved where a solver has no tolerance of its own
@@ -25,18 +25,18 @@ class Spectrum:
     values: Tensor
     bounds: Tensor
 
-    def least(self, strength: float) -> float:
+    def least(self, shift: float) -> float:
         """The least Ritz value of `A`; its least eigenvalue is no larger."""
-        return 1.0 + float(self.values[0]) / strength
+        return 1.0 + float(self.values[0]) / shift
 
-    def definiteness(self, strength: float) -> Literal["definite", "indefinite", "undecided"]:
+    def definiteness(self, shift: float) -> Literal["definite", "indefinite", "undecided"]:
         """Of `A`: indefinite is certain; definite as far as these Ritz values and their bounds tell."""
-        if self.least(strength) <= 0:
+        if self.least(shift) <= 0:
             return "indefinite"
-        return "definite" if 1.0 + float((self.values - self.bounds).min()) / strength > 0 else "undecided"
+        return "definite" if 1.0 + float((self.values - self.bounds).min()) / shift > 0 else "undecided"
 
-    def definite_strength(self) -> float:
-        """The smallest strength with which `A` keeps :data:`MARGIN` of the identity; 0 where any does."""
+    def definite_shift(self) -> float:
+        """The smallest shift with which `A` keeps :data:`MARGIN` of the identity; 0 where any does."""
         return max(0.0, -float((self.values - self.bounds).min()) / (1.0 - MARGIN))
 
 
@@ -57,16 +57,16 @@ class Point:
 
 
 class Remembering(LinearOperator):
-    """The same matrix at a strength of its own; the product with a vector seen before is not computed again.
+    """The same matrix at a shift of its own; the product with a vector seen before is not computed again.
 
     Solvers that differ in their budget or damping alone ask for many products twice.
 
     Args:
-        seen: products by the digest of their vector, to be shared between strengths.
+        seen: products by the digest of their vector, to be shared between shifts.
     """
 
-    def __init__(self, operator: LinearOperator, strength: float, seen: dict[bytes, Tensor] | None = None) -> None:
-        super().__init__(operator.block_sizes, strength)
+    def __init__(self, operator: LinearOperator, shift: float, seen: dict[bytes, Tensor] | None = None) -> None:
+        super().__init__(operator.block_sizes, shift)
         self.operator = operator
         self.seen = {} if seen is None else seen
 
@@ -109,13 +109,13 @@ def spectrum(operator: LinearOperator, v: Tensor, steps: int, seed: int = 0) -> 
     return found
 
 
-def automatic_strength(operator: LinearOperator, v: Tensor, solver: Solver, lam: float) -> float:
+def automatic_shift(operator: LinearOperator, v: Tensor, solver: Solver, lam: float) -> float:
     """`lambda + delta` as "auto" chooses it in the first alternation for this solver's limit and tolerance."""
     operator.subspace.clear()
     limit, tolerance = getattr(solver, "iterations", 0), getattr(solver, "tolerance", 0)
-    strength, _ = choose_strength(operator, v, limit or 5, tolerance if tolerance > 0 else TOLERANCE, lam)
+    shift, _ = choose_shift(operator, v, limit or 5, tolerance if tolerance > 0 else TOLERANCE, lam)
     operator.subspace.clear()
-    return strength
+    return shift
 
 
 def budgets_up_to(limit: int) -> list[int]:
@@ -142,7 +142,7 @@ def solve_cold(operator: Remembering, v: Tensor, solver: Solver, budget: int | N
     operator.subspace.clear()
     solution = solver(operator, v)
     operator.subspace.clear()
-    product = solution.x + operator.operator.hessian_product(solution.x) / operator.strength
+    product = solution.x + operator.operator.hessian_product(solution.x) / operator.shift
     rest, size = (torch.linalg.vector_norm(vector, dtype=torch.float64) for vector in (v - product, v))
     return Point(budget, solution.products, float(rest / size), solution.status), solution.x
 

@@ -28,8 +28,8 @@ from bissl_zoo.hypergradient import (
     CurvatureOperator,
     LinearOperator,
     Solution,
-    choose_strength,
-    definite_strength,
+    choose_shift,
+    definite_shift,
     frozen_state,
 )
 from bissl_zoo.registry import HYPERGRADIENT_SOLVERS
@@ -73,18 +73,18 @@ class BiLevel:
         upper: downstream level, `theta_D` and `phi_D`.
         solver: takes `(operator, v)`, returns a `Solution`; has `damping`, and where that is "auto" also the
             `iterations` and the `tolerance` that it is chosen for.
-        lam: lambda, strength of the pull of `theta_P` towards `theta_D`.
+        lam: lambda, weight of the pull of `theta_P` towards `theta_D`.
         gamma: weight of the plain downstream loss; 0 leaves it out.
         lower_steps, upper_steps: per alternation.
         alternations: T, of the whole stage.
         adaptation: of versions 1 and 2 of the paper, or None.
         curvature_batch_size: samples of the pretext batch that defines `H`, over all ranks; None for a whole batch.
-        move_statistics: whether the downstream images that give `v` move the lower backbone's batch-norm statistics.
-        products: "graph" or "rebuild", see :class:`CurvatureOperator`.
+        update_bn_stats: whether the downstream images that give `v` move the lower backbone's batch-norm statistics.
+        hvp_mode: "retain_graph" or "recompute", see :class:`CurvatureOperator`.
         on_bad_hypergradient: where the answer is not finite or beyond :data:`FAR`, "stop", or "plain": `v` for `x`.
 
     Attributes:
-        strength: lambda plus the automatic damping of the last alternation, which the next one starts from; None before
+        shift: lambda plus the automatic damping of the last alternation, which the next one starts from; None before
             there is one.
         fallbacks: upper steps that took `v` instead of `x`.
         diagnostics: metrics of each upper step of the last alternation; empty where a level's guard undid the step.
@@ -102,8 +102,8 @@ class BiLevel:
         alternations: int = 500,
         adaptation: Adaptation | None = None,
         curvature_batch_size: int | None = None,
-        move_statistics: bool = True,
-        products: Literal["graph", "rebuild"] = "graph",
+        update_bn_stats: bool = True,
+        hvp_mode: Literal["retain_graph", "recompute"] = "retain_graph",
         on_bad_hypergradient: Literal["stop", "plain"] = "stop",
     ) -> None:
         if not lam > 0:
@@ -118,10 +118,10 @@ class BiLevel:
         self.lower_steps, self.upper_steps, self.alternations = lower_steps, upper_steps, alternations
         self.adaptation = adaptation
         self.curvature_batch_size = curvature_batch_size
-        self.move_statistics = move_statistics
-        self.products = products
+        self.update_bn_stats = update_bn_stats
+        self.hvp_mode = hvp_mode
         self.on_bad_hypergradient = on_bad_hypergradient
-        self.strength: float | None = None
+        self.shift: float | None = None
         self.fallbacks = 0
         self.curvature_losses: dict[str, float] = {}
         self.diagnostics: list[dict[str, Any]] = []
@@ -180,10 +180,10 @@ class BiLevel:
         return CurvatureOperator(
             loss=loss,
             parameters=lower.backbone_parameters,
-            strength=None if self.solver.damping == "auto" else self.lam + self.solver.damping,
+            shift=None if self.solver.damping == "auto" else self.lam + self.solver.damping,
             modules=(lower.backbone, lower.head),
             reduce=all_reduce_mean,
-            products=self.products,
+            hvp_mode=self.hvp_mode,
         )
 
     def upper_step(self, operator: LinearOperator) -> dict[str, float]:
@@ -210,7 +210,7 @@ class BiLevel:
             BadHypergradient: see `on_bad_hypergradient`.
         """
         lower, upper = self.lower, self.upper
-        with contextlib.nullcontext() if self.move_statistics else frozen_state([lower.backbone]):
+        with contextlib.nullcontext() if self.update_bn_stats else frozen_state([lower.backbone]):
             v, head, losses = self._downstream_gradients(lower.backbone, batch)
         v_norm = upper.check_gradient(float(v.norm()))
         products = self._choose_damping(operator, v) if operator.automatic else 0
@@ -221,7 +221,7 @@ class BiLevel:
             **{f"upper/{name}": loss for name, loss in losses.items()},
             "solver/products": products + solution.products,
             "solver/status": solution.status,
-            "solver/damping": operator.strength - self.lam,
+            "solver/damping": operator.shift - self.lam,
             "solver/v_norm": v_norm,
             "solver/x_norm": x_norm,
             "solver/fallbacks": self.fallbacks,
@@ -229,7 +229,7 @@ class BiLevel:
         if solution.residual is not None:
             metrics["solver/residual"] = solution.residual
         if operator.subspace.explored:
-            metrics["solver/least_ritz_value"] = 1.0 + float(operator.subspace.ritz_values()[0][0]) / operator.strength
+            metrics["solver/least_ritz_value"] = 1.0 + float(operator.subspace.ritz_values()[0][0]) / operator.shift
         if self.gamma:
             plain, plain_head, losses = self._downstream_gradients(upper.backbone, batch)
             backbone = backbone + self.gamma * plain
@@ -246,7 +246,7 @@ class BiLevel:
         solves = (solution.residual or 0.0) <= FAR or torch.equal(solution.x, v)  # which no residual makes a danger
         bad = solution.status == "non_finite" or not (solves and x_norm <= FAR * v_norm)
         if not any_rank(bad, v.device):
-            self.strength = operator.strength if operator.automatic else None  # a solver may have raised it
+            self.shift = operator.shift if operator.automatic else None  # a solver may have raised it
             return solution, x_norm
         if self.on_bad_hypergradient == "stop":
             raise BadHypergradient(
@@ -259,17 +259,17 @@ class BiLevel:
         return replace(solution, x=v), v_norm
 
     def _choose_damping(self, operator: LinearOperator, v: Tensor) -> int:
-        """Set the operator's strength; returns the products spent, which the solve finds in its subspace.
+        """Set the operator's shift; returns the products spent, which the solve finds in its subspace.
 
         What this matrix needs is met at once, also when later products of the alternation show more of it; from one
-        alternation to the next the strength falls no faster than to the geometric mean of the two.
+        alternation to the next the shift falls no faster than to the geometric mean of the two.
         """
-        if operator.strength is not None:
+        if operator.shift is not None:
             if operator.subspace.explored:
-                operator.strength = max(operator.strength, definite_strength(operator.subspace, bounded=False))
+                operator.shift = max(operator.shift, definite_shift(operator.subspace, bounded=False))
             return 0
-        needed, products = choose_strength(operator, v, self.solver.iterations, self.solver.tolerance, self.lam)
-        operator.strength = needed if self.strength is None else max(needed, (needed * self.strength) ** 0.5)
+        needed, products = choose_shift(operator, v, self.solver.iterations, self.solver.tolerance, self.lam)
+        operator.shift = needed if self.shift is None else max(needed, (needed * self.shift) ** 0.5)
         return products
 
     def _downstream_gradients(self, backbone: nn.Module, batch: Any) -> tuple[Tensor, Tensor, dict[str, float]]:

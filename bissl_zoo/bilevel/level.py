@@ -22,22 +22,23 @@ class Level:
 
     Attributes:
         name: `lower` or `upper` (or the stage's name where there is one level only), for messages and metrics.
-        batches: endless iterator of batches, as `head.losses` takes them; a generator where a trainer is to close it.
-        multiplier: factor on the learning rate; total_steps: the length of its schedule in optimizer steps.
+        data_iterator: endless iterator of batches as `head.losses` takes them; a generator if a trainer closes it.
+        lr_scheduler: factor on the learning rate; total_steps: the length of its schedule in optimizer steps.
         clip_norm: limit of the global gradient norm; None for none.
         amp_dtype: of autocast in losses that are differentiated once; None for full precision.
         batch_size: images in a batch over all ranks, for the figures of speed; 0 where nobody asks.
-        guard: takes each step and returns what it did, or nothing of a step that it undid; None to take it as it is.
+        guard: takes each step and returns what it did, or nothing if it undid the step; None for no guard.
         step: optimizer steps taken or undone.
-        images: taken from `batches` by this process's part of the run, over all ranks; waited: seconds spent on that.
+        images: images taken from `data_iterator` since this process started, over all ranks.
+        data_time: seconds spent waiting for them.
     """
 
     name: str
     backbone: nn.Module
     head: nn.Module
     optimizer: torch.optim.Optimizer
-    batches: Iterator[Any]
-    multiplier: LRMultiplier
+    data_iterator: Iterator[Any]
+    lr_scheduler: LRMultiplier
     total_steps: int
     clip_norm: float | None = 10.0
     amp_dtype: torch.dtype | None = None
@@ -45,13 +46,13 @@ class Level:
     guard: Callable[[Callable[[], dict[str, Any]]], dict[str, Any]] | None = None
     step: int = 0
     images: int = 0
-    waited: float = 0.0
+    data_time: float = 0.0
 
     def next_batch(self) -> Any:
         """The next batch; the time that it takes to come is the time that training waits for data."""
         start = time.perf_counter()
-        batch = next(self.batches)
-        self.waited += time.perf_counter() - start
+        batch = next(self.data_iterator)
+        self.data_time += time.perf_counter() - start
         self.images += self.batch_size
         return batch
 
@@ -117,7 +118,7 @@ class Level:
             NonFiniteLoss: a gradient is not finite; the parameters are still those of before the step.
         """
         norm = self.check_gradient(clip_gradients(self.parameters, self.clip_norm))
-        lr = set_learning_rate(self.optimizer, self.multiplier(self.step, self.total_steps))
+        lr = set_learning_rate(self.optimizer, self.lr_scheduler(self.step, self.total_steps))
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.step += 1

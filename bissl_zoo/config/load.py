@@ -136,10 +136,31 @@ def with_defaults(cfg: DictConfig) -> DictConfig:
     missing whole are left to those who miss them.
     """
     plain = OmegaConf.to_container(cfg)
+    _rename_old_keys(plain)
     for name, section in OmegaConf.to_container(load_config("common/train.py")).items():
         if isinstance(plain.get(name), dict):
             _fill(plain[name], section)
     return OmegaConf.create(plain)
+
+
+#: keys of earlier versions -> the key of today, and the values that have another name
+_RENAMED = {
+    "bilevel.products": ("hvp_mode", {"graph": "retain_graph", "rebuild": "recompute"}),
+    "bilevel.move_statistics": ("update_bn_stats", {}),
+    "finetune.frozen_stage": ("freeze_at", {}),
+    "dataloader.pretext.views_on": ("augment_on", {}),
+}
+
+
+def _rename_old_keys(plain: dict[str, Any]) -> None:
+    for path, (name, values) in _RENAMED.items():
+        *parents, old = path.split(".")
+        section: Any = plain
+        for parent in parents:
+            section = section.get(parent) if isinstance(section, dict) else None
+        if isinstance(section, dict) and old in section:
+            value = section.pop(old)
+            section.setdefault(name, values.get(value, value) if isinstance(value, str) else value)
 
 
 def _fill(found: dict[str, Any], reference: dict[str, Any]) -> None:

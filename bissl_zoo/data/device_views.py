@@ -39,9 +39,9 @@ def halves(transform: Any) -> tuple[v2.Compose, v2.Compose]:
     cut = next((number for number, step in enumerate(steps) if _is_known(step)), len(steps))
     if cut in (0, len(steps)):
         raise ConfigError(
-            "views_on=device takes views that are cut to one size first and coloured then; this one is made by "
+            "augment_on=device takes views that are cut to one size first and coloured then; this one is made by "
             f"{', '.join(type(step).__name__ for step in steps)}. Make it a torchvision v2.Compose of a crop, such as "
-            "v2.RandomResizedCrop, and what is done to it, or take views_on=workers."
+            "v2.RandomResizedCrop, and what is done to it, or take augment_on=workers."
         )
     _refuse_unknown(steps[cut:])
     return v2.Compose(steps[:cut]), v2.Compose(steps[cut:])
@@ -56,9 +56,9 @@ def two_parts(views: Any) -> tuple[Callable[[Any], Any], Callable[[Any], Any]]:
     if not hasattr(views, "crops") or not hasattr(views, "on_device"):
         name = getattr(views, "__name__", type(views).__name__)
         raise ConfigError(
-            f"views_on=device: the augmentation '{name}' does not come in two parts. Make it a "
+            f"augment_on=device: the augmentation '{name}' does not come in two parts. Make it a "
             "bissl_zoo.data.views.Views, or give it `crops`, a transform of one image to tensors of one size each, and "
-            "`on_device(batch)`, which makes the views of these; or take views_on=workers."
+            "`on_device(batch)`, which makes the views of these; or take augment_on=workers."
         )
     return views.crops, views.on_device
 
@@ -77,8 +77,8 @@ def _refuse_unknown(steps: Sequence[Any]) -> None:
 
 def _unknown(step: Any) -> ConfigError:
     return ConfigError(
-        f"views_on=device: {type(step).__name__} cannot be done in batch. Register a function of it and of images "
-        "(N, 3, H, W) with @bissl_zoo.data.device_views.in_batch.register, or take views_on=workers."
+        f"augment_on=device: {type(step).__name__} cannot be done in batch. Register a function of it and of images "
+        "(N, 3, H, W) with @bissl_zoo.data.device_views.in_batch.register, or take augment_on=workers."
     )
 
 

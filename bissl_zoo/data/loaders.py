@@ -14,7 +14,7 @@ from bissl_zoo.distributed import STOP_SIGNALS, get_rank, get_world_size
 from bissl_zoo.errors import ConfigError, did_you_mean
 
 #: who may make the views of pretext data
-VIEWS_ON = ("workers", "device")
+AUGMENT_ON = ("workers", "device")
 #: what may happen to a sample that cannot be used
 ON_BAD = ("error", "skip")
 
@@ -91,7 +91,7 @@ def build_train_loader(
     seed: int = 0,
     start_step: int = 0,
     pin_memory: bool = False,
-    views_on: str = "workers",
+    augment_on: str = "workers",
     on_bad: str = "skip",
     timeout: float = 0,
 ) -> Loader:
@@ -103,7 +103,7 @@ def build_train_loader(
         transform: what it draws at random for a sample depends on `seed` and the sample's place in the stream alone.
         batch_size: samples per step over all ranks; each rank loads its share.
         start_step: number of batches already taken by an earlier part of the run.
-        views_on: of pretext data, who makes the views: `workers`, or `device`, where the workers only cut the crops and
+        augment_on: where the views of pretext data are made: `workers`, or `device`: workers only cut the crops and
             :func:`bissl_zoo.engine.build.pretext_batches` does the rest in batch. The loader itself is the same.
         on_bad: `skip` takes another sample in the place of one that raises DatasetError, also when it is read once more
             a moment later. Which one is a function of the seed and the place, so a resumed run takes the same ones as
@@ -116,10 +116,10 @@ def build_train_loader(
             fail, for one) outlast even that, and then the process itself ends only when they do. Of data sets with a
             `stream` it is of a batch as well.
     Raises:
-        ConfigError: the batch does not divide among the ranks; `views_on`, `on_bad` or `timeout` is something else or
+        ConfigError: the batch does not divide among the ranks; `augment_on`, `on_bad` or `timeout` is something else or
             not for this data set or these workers; or there are fewer shards than processes that read them.
     """
-    _check_choice("views_on", views_on, VIEWS_ON)
+    _check_choice("augment_on", augment_on, AUGMENT_ON)
     _check_choice("on_bad", on_bad, ON_BAD)
     streamed = hasattr(dataset, "stream")
     one_by_one = on_bad == "skip" and not streamed

@@ -98,7 +98,7 @@ def two_views(
         size: side of each view in pixels.
         crop_scale: area of the crop, as a fraction of the image.
         aspect_ratio: width over height of the crop.
-        jitter: strengths for brightness, contrast, saturation and hue.
+        jitter: shifts for brightness, contrast, saturation and hue.
         blur_probability: for the first and the second view; likewise `solarize_probability`.
         blur_sigma: range of the Gaussian's standard deviation in pixels.
         mean, std: normalisation of images in [0, 1], per RGB channel.

@@ -84,5 +84,5 @@ class BadImages(HookBase):
             )
 
     def _new(self, name: str) -> list[str]:
-        bad, known = getattr(self.trainer.levels()[name].batches, "bad", {}), self.trainer.bad.get(name, ())
+        bad, known = getattr(self.trainer.levels()[name].data_iterator, "bad", {}), self.trainer.bad.get(name, ())
         return [one for one in bad if one not in known]

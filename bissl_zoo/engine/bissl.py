@@ -90,13 +90,13 @@ class Bissl(Trainer):
         return {"lower": self.problem.lower, "upper": self.problem.upper}
 
     def state_dict(self) -> dict[str, Any]:
-        """Both levels, the strength that automatic damping has come to, and the count of fallbacks."""
-        return {**super().state_dict(), "strength": self.problem.strength, "fallbacks": self.problem.fallbacks}
+        """Both levels, the shift that automatic damping has come to, and the count of fallbacks."""
+        return {**super().state_dict(), "shift": self.problem.shift, "fallbacks": self.problem.fallbacks}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue where `state_dict` was taken; without a strength in it, automatic damping begins anew."""
+        """Continue where `state_dict` was taken; without a shift in it, automatic damping begins anew."""
         super().load_state_dict(state)
-        self.problem.strength = state.get("strength")
+        self.problem.shift = state.get("shift")
         self.problem.fallbacks = state.get("fallbacks", 0)
 
     def result(self) -> Weights:
@@ -140,7 +140,7 @@ def build_pretext_warmup(context: Context, weights: Weights, start_step: int = 0
     level = build_level(
         cfg, PRETEXT_WARMUP, "lower", trunk, pretext, batches, pretext_warmup_steps(context), train_backbone=False
     )
-    level.multiplier = LRMultiplier(ConstantParamScheduler(1.0))  # that of `lower` is made for the alternations
+    level.lr_scheduler = LRMultiplier(ConstantParamScheduler(1.0))  # that of `lower` is made for the alternations
     seed_rank(cfg.train.seed)
     return PretextWarmup(level)
 
@@ -187,8 +187,8 @@ def build_bissl(context: Context, weights: Weights, start_step: int = 0) -> Biss
         alternations=settings.alternations,
         adaptation=Adaptation(**settings.adaptation) if settings.adaptation else None,
         curvature_batch_size=settings.curvature_batch_size,
-        move_statistics=settings.move_statistics,
-        products=settings.products,
+        update_bn_stats=settings.update_bn_stats,
+        hvp_mode=settings.hvp_mode,
         on_bad_hypergradient=settings.on_bad_hypergradient,
     )
     seed_rank(cfg.train.seed + 1)

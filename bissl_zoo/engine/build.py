@@ -173,8 +173,8 @@ def build_level(
         backbone=backbone,
         head=head,
         optimizer=build_part(cfg.optimizer[role], params=parameters),
-        batches=batches,
-        multiplier=build_part(cfg.lr_multiplier[role]),
+        data_iterator=batches,
+        lr_scheduler=build_part(cfg.lr_multiplier[role]),
         total_steps=total_steps,
         clip_norm=cfg.clip_grad[role],
         amp_dtype=AMP_DTYPES[cfg.train.amp],
@@ -193,13 +193,13 @@ class ViewsOnly:
 
 
 def pretext_batches(context: Context, pretext: PretextMethod, seed: int, start_step: int = 0) -> Batches:
-    """Endless batches of views on the run's device, made there, in batch, where `dataloader.pretext.views_on` says so.
+    """Endless batches of views on the run's device; made there if `dataloader.pretext.augment_on` is "device".
 
     Raises:
         ConfigError: they are to be made there, and the method's augmentation does not come in two parts.
     """
     views = pretext.views()
-    if context.cfg.dataloader.pretext.get("views_on") != "device":
+    if context.cfg.dataloader.pretext.get("augment_on") != "device":
         return _endless(context, "pretext", seed, start_step, transform=ViewsOnly(views))
     crops, on_device = two_parts(views)
     return _endless(context, "pretext", seed, start_step, on_device, transform=ViewsOnly(crops))

@@ -60,7 +60,7 @@ _LEAST = {
 _CHOICES = {
     "train.amp": tuple(AMP_DTYPES),
     "train.on_nonfinite": ("stop", "skip"),
-    "bilevel.products": ("graph", "rebuild"),
+    "bilevel.hvp_mode": ("retain_graph", "recompute"),
     "bilevel.on_bad_hypergradient": ("stop", "plain"),
     "bilevel.head_warmup.backbone_mode": ("eval", "train"),
 }
@@ -184,8 +184,8 @@ def check_parts(context: Context, initial: Weights) -> None:
                 f"dataloader.{role}.batch_size={batch_size} must be a positive whole number and, being the batch over "
                 f"all processes, a multiple of their number ({world})."
             )
-        if role != "pretext" and "views_on" in cfg.dataloader[role]:
-            raise ConfigError(f"dataloader.{role}.views_on: only dataloader.pretext has views. Remove it.")
+        if role != "pretext" and "augment_on" in cfg.dataloader[role]:
+            raise ConfigError(f"dataloader.{role}.augment_on: only dataloader.pretext has views. Remove it.")
         instantiate(cfg.dataloader[role], dataset=context.data[role], transform=None)
     if "pretext" in context.data:
         _, pretext = build_pretext(cfg, initial, context.device)

@@ -94,15 +94,15 @@ def build_finetune(context: Context, weights: Weights, start_step: int = 0, name
 def trained_parameters(cfg: DictConfig, trunk: Backbone, task: DownstreamTask) -> list[Any]:
     """What the stage's optimizer is given: the parameters, in groups with a learning rate each where rates decay.
 
-    What `finetune.frozen_stage` excludes is frozen here.
+    What `finetune.freeze_at` excludes is frozen here.
 
     Raises:
         ConfigError: the backbone does not say what its layers are, or the optimizer has no learning rate to scale.
         SplitError: it has no stage of that name.
     """
     settings = cfg.finetune
-    if settings.frozen_stage:
-        trunk.freeze(settings.frozen_stage)
+    if settings.freeze_at:
+        trunk.freeze(settings.freeze_at)
     trained = [p for module in (trunk, task) for p in module.parameters() if p.requires_grad]
     if settings.layer_decay is None:
         return trained

@@ -125,7 +125,7 @@ def describe_batch(level: Level, rank: int | None = None) -> str:
     Args:
         rank: the process whose part is told of; None for all parts. Every process must ask.
     """
-    batches = level.batches
+    batches = level.data_iterator
     if not isinstance(batches, Batches):
         return ""
     head = f"Batch {batches.taken - 1} of {level.name}"

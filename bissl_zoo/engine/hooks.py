@@ -93,7 +93,7 @@ class Progress(HookBase):
 
     def _taken(self) -> tuple[int, float]:
         levels = self.trainer.levels().values()
-        return sum(level.images for level in levels), sum(level.waited for level in levels)
+        return sum(level.images for level in levels), sum(level.data_time for level in levels)
 
     def _speed(self, now: float) -> dict[str, float]:
         """Since the line before, which this begins anew; nothing where no images were counted."""

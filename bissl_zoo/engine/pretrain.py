@@ -109,8 +109,9 @@ def check_accumulation(cfg: DictConfig, pretext: PretextMethod) -> None:
     parts, batch = cfg.pretrain.accumulate, cfg.dataloader.pretext.batch_size
     if parts == 1:
         return
-    if not getattr(pretext, "accumulates", False):
-        exact = [name for name in PRETEXT_METHODS.list() if getattr(PRETEXT_METHODS.get(name), "accumulates", False)]
+    if not getattr(pretext, "supports_grad_accumulation", False):
+        methods = {name: PRETEXT_METHODS.get(name) for name in PRETEXT_METHODS.list()}
+        exact = [name for name, method in methods.items() if getattr(method, "supports_grad_accumulation", False)]
         raise ConfigError(
             f"pretrain.accumulate={parts}: the loss of '{cfg.pretext.name}' compares the images of a batch with each "
             "other, or leaves something of the whole batch behind, so that the parts of a batch do not add up to it. "

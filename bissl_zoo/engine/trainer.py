@@ -109,7 +109,7 @@ class Trainer(ABC):
     def close(self) -> None:
         """End the loaders' workers: collected as garbage, with this trainer, they would be waited for in vain."""
         for level in self.levels().values():
-            level.batches.close()
+            level.data_iterator.close()
 
     def state_dict(self) -> dict[str, Any]:
         """All that a resumed run needs: tensors and plain types only."""

@@ -1,7 +1,7 @@
 """Hypergradient solvers: pure functions of a linear operator. This package depends on torch alone."""
 
 from bissl_zoo.hypergradient.cg import ConjugateGradient
-from bissl_zoo.hypergradient.damping import choose_strength, definite_strength
+from bissl_zoo.hypergradient.damping import choose_shift, definite_shift
 from bissl_zoo.hypergradient.exact import Exact
 from bissl_zoo.hypergradient.identity import Identity
 from bissl_zoo.hypergradient.minres import MinRes
@@ -33,7 +33,7 @@ __all__ = [
     "Nystrom",
     "Solution",
     "Subspace",
-    "choose_strength",
-    "definite_strength",
+    "choose_shift",
+    "definite_shift",
     "frozen_state",
 ]

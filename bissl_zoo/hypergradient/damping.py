@@ -11,17 +11,17 @@ from bissl_zoo.hypergradient.subspace import Subspace
 #: smallest eigenvalue of `A` that counts as safely positive
 MARGIN = 0.1
 
-#: strength beyond which the curvature is below any rounding
+#: shift beyond which the curvature is below any rounding
 LARGEST = 1e30
 
 
-def choose_strength(
+def choose_shift(
     operator: LinearOperator, v: Tensor, iterations: int, tolerance: float, at_least: float
 ) -> tuple[float, int]:
     """`lambda + delta` for this matrix: a trust region in the sense of Levenberg (1944) and Marquardt (1963).
 
     Lanczos steps from `v` give the ends of the spectrum of `H` and, as the Krylov space does not depend on the damping,
-    the residual of a solve of that many steps for every damping at once. Chosen is the smallest strength for which the
+    the residual of a solve of that many steps for every damping at once. Chosen is the smallest shift for which the
     least Ritz value, less its error bound, leaves `A` an eigenvalue of at least :data:`MARGIN`, and for which that
     residual is within the tolerance. The products stay in `operator.subspace`, where a solve of `v` finds them.
 
@@ -29,9 +29,9 @@ def choose_strength(
         v: `(P,)`, the first right-hand side.
         iterations: Lanczos steps, the solver's limit.
         tolerance: relative residual that the solver is to reach.
-        at_least: the strength without damping, lambda.
+        at_least: the shift without damping, lambda.
     Returns:
-        The strength and the number of products spent; `at_least` where `v` is zero or nothing is finite.
+        The shift and the number of products spent; `at_least` where `v` is zero or nothing is finite.
     Raises:
         ValueError: a tolerance of 0, which no damping reaches.
     """
@@ -44,12 +44,12 @@ def choose_strength(
     spent = lanczos(operator, right, iterations)
     if not space.explored:
         return at_least, spent
-    low = max(at_least, definite_strength(space))
-    return smallest_strength(lambda strength: _residual(space, right, strength) <= tolerance, low), spent
+    low = max(at_least, definite_shift(space))
+    return smallest_shift(lambda shift: _residual(space, right, shift) <= tolerance, low), spent
 
 
-def definite_strength(space: Subspace, bounded: bool = True) -> float:
-    """The smallest strength for which `A` is safely positive definite as far as `space` knows; 0 if any is.
+def definite_shift(space: Subspace, bounded: bool = True) -> float:
+    """The smallest shift for which `A` is safely positive definite as far as `space` knows; 0 if any is.
 
     Args:
         bounded: go by the Ritz values less their error bounds, not by the Ritz values alone.
@@ -72,16 +72,16 @@ def lanczos(operator: LinearOperator, start: Tensor, steps: int) -> int:
     return steps
 
 
-def _residual(space: Subspace, right: Tensor, strength: float) -> float:
+def _residual(space: Subspace, right: Tensor, shift: float) -> float:
     """Relative residual of the Galerkin solution, that of conjugate gradient; the minimal one is below it."""
     right = torch.nn.functional.pad(right, (0, len(space.basis) - len(right)))
-    applied = space.directions + space.images / strength
+    applied = space.directions + space.images / shift
     y, info = torch.linalg.solve_ex(space.directions.T @ applied, space.directions.T @ right)
     return float((right - applied @ y).norm() / right.norm()) if not info else float("inf")
 
 
-def smallest_strength(accepts: Callable[[float], bool], low: float, precision: float = 1.01) -> float:
-    """Smallest accepted strength from `low` up to `precision`; `accepts` holds for all large ones.
+def smallest_shift(accepts: Callable[[float], bool], low: float, precision: float = 1.01) -> float:
+    """Smallest accepted shift from `low` up to `precision`; `accepts` holds for all large ones.
 
     What no product has reached is never solved: the search ends at :data:`LARGEST`, where `A = I`.
     """

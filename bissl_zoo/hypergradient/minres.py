@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from bissl_zoo.hypergradient.damping import smallest_strength
+from bissl_zoo.hypergradient.damping import smallest_shift
 from bissl_zoo.hypergradient.solver import Damping, LinearOperator, Solution, power_of_two
 from bissl_zoo.hypergradient.subspace import Subspace
 
@@ -70,7 +70,7 @@ class MinRes:
         if operator.automatic and space.explored:
             limit = min(self.iterations, self.recycled_iterations)
         for products in range(limit + 1):
-            x, residual, rest = _least(space, right, operator.strength)
+            x, residual, rest = _least(space, right, operator.shift)
             if residual <= self.tolerance * size:
                 return x, residual / size, products, "converged"
             if products == limit:
@@ -83,15 +83,15 @@ class MinRes:
             if not space.explore(operator.hessian_product, direction):
                 return x, residual / size if x.any() else float("inf"), products + 1, "non_finite"
         if operator.automatic:
-            operator.strength = smallest_strength(
-                lambda strength: _least(space, right, strength)[1] <= self.tolerance * size, operator.strength
+            operator.shift = smallest_shift(
+                lambda shift: _least(space, right, shift)[1] <= self.tolerance * size, operator.shift
             )
-            x, residual, _ = _least(space, right, operator.strength)
+            x, residual, _ = _least(space, right, operator.shift)
             status = "converged" if residual <= self.tolerance * size else status
         return x, residual / size, products, status
 
 
-def _least(space: Subspace, right: Tensor, strength: float) -> tuple[Tensor, float, Tensor]:
+def _least(space: Subspace, right: Tensor, shift: float) -> tuple[Tensor, float, Tensor]:
     """The best `x` in the space, the norm of its residual, and this residual; coordinates `(m,)`."""
-    x, rest = space.minimal_residual(right, strength)
+    x, rest = space.minimal_residual(right, shift)
     return x, float(rest.norm()), rest

@@ -89,7 +89,7 @@ class Neumann:
 def _step_length(operator: LinearOperator, dtype: torch.dtype) -> tuple[float, bool]:
     """`1 / ||A||` as far as the subspace knows, and whether it knows of no eigenvalue of `A` that is not positive."""
     values, bounds = operator.subspace.ritz_values()
-    values, bounds = 1.0 + values / operator.strength, bounds / operator.strength
+    values, bounds = 1.0 + values / operator.shift, bounds / operator.shift
     # a smaller norm than this is rounding
     norm = max(float((values.abs() + bounds).max()), torch.finfo(dtype).eps ** 0.5)
     return 1.0 / norm, bool(values[0] > 0)

@@ -60,7 +60,7 @@ class Nystrom:
             return Solution(v, float("inf"), products, "non_finite")
         scale = power_of_two(v)
         right = v / scale
-        x, definite = _solve(operator.subspace, right, operator.strength)
+        x, definite = _solve(operator.subspace, right, operator.shift)
         if self.check:
             x, residual, spent, status = self._checked(operator, right, x, definite)
             products += spent
@@ -100,13 +100,13 @@ class Nystrom:
         return (v, residual_of_v, 2, status) if residual_of_v < residual else (x, residual, 2, status)
 
 
-def _solve(space: Subspace, v: Tensor, strength: float) -> tuple[Tensor, bool]:
+def _solve(space: Subspace, v: Tensor, shift: float) -> tuple[Tensor, bool]:
     """The solution with the approximation of `A`, and whether this is positive definite; `space` is left as it was."""
     size, negligible = len(space.basis), 100 * torch.finfo(v.dtype).eps
     right = space.coordinates(v)
     projected = space.directions.T @ space.images
     curvature = space.images @ _pseudo_solve(projected, space.images.T, negligible)[0]
-    x, eigenvalues = _pseudo_solve(torch.eye(len(right), dtype=torch.float64) + curvature / strength, right, negligible)
+    x, eigenvalues = _pseudo_solve(torch.eye(len(right), dtype=torch.float64) + curvature / shift, right, negligible)
     solution = v + space.combine(x - right)
     space.truncate(size)
     return solution, bool(eigenvalues[0] > negligible * eigenvalues[-1])

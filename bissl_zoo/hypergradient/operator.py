@@ -78,7 +78,7 @@ def _devices(roots: Sequence[nn.Module]) -> list[int]:
 
 
 class CurvatureOperator(LinearOperator):
-    """`A = I + H / strength` with `H` the Hessian of one loss in one set of parameters (arXiv 2410.02387, section 3.2).
+    """`A = I + H / shift` with `H` the Hessian of one loss in one set of parameters (arXiv 2410.02387, section 3.2).
 
     Between `prepare` and `release` all products are with the same matrix: the random state is that of `prepare`, so
     that dropout draws the same masks, and buffers do not move.
@@ -86,37 +86,37 @@ class CurvatureOperator(LinearOperator):
     Args:
         loss: computes the scalar lower loss on the batch that defines `H`.
         parameters: the backbone's parameters, the variables of `H`; vectors are flat `(P,)` in their order.
-        strength: lambda + damping, positive; None where it is chosen later.
+        shift: lambda + damping, positive; None where it is chosen later.
         modules: what `loss` runs through; their buffers do not move.
         reduce: mean over ranks of a flat vector; the identity in a single process.
-        products: "graph" builds the loss, its gradient and their graph once, and each product is one backward pass
-            through it; "rebuild" builds them for each product, which takes longer and holds no graph in between.
+        hvp_mode: "retain_graph" builds the loss, its gradient and their graph once, and each product is one backward
+            pass through it; "recompute" builds them for each product, which takes longer and holds no graph in between.
     """
 
     def __init__(
         self,
         loss: Callable[[], Tensor],
         parameters: Sequence[Tensor],
-        strength: float | None,
+        shift: float | None,
         modules: Sequence[nn.Module] = (),
         reduce: Callable[[Tensor], Tensor] = lambda vector: vector,
-        products: Literal["graph", "rebuild"] = "graph",
+        hvp_mode: Literal["retain_graph", "recompute"] = "retain_graph",
     ) -> None:
-        super().__init__([parameter.numel() for parameter in parameters], strength)
-        if products not in ("graph", "rebuild"):
-            raise ValueError(f'products={products!r}; accepted: "graph" (faster) and "rebuild" (less memory).')
+        super().__init__([parameter.numel() for parameter in parameters], shift)
+        if hvp_mode not in ("retain_graph", "recompute"):
+            raise ValueError(f'hvp_mode={hvp_mode!r}; accepted: "retain_graph" (faster) and "recompute" (less memory).')
         self.loss = loss
         self.parameters = list(parameters)
         self.modules = list(modules)
         self.reduce = reduce
-        self.products = products
+        self.hvp_mode = hvp_mode
         self._gradient: Callable[[], list[Tensor]] | None = None
 
     def prepare(self) -> "CurvatureOperator":
         """Fix the matrix; call again for a new batch or new parameters."""
         self.subspace.clear()
         build = replayed(self._build_gradient, self.modules)
-        if self.products == "graph":
+        if self.hvp_mode == "retain_graph":
             gradient = build()
             self._gradient = lambda: gradient
         else:
@@ -146,7 +146,7 @@ class CurvatureOperator(LinearOperator):
             gradients,
             self.parameters,
             grad_outputs=directions,
-            retain_graph=self.products == "graph",
+            retain_graph=self.hvp_mode == "retain_graph",
             materialize_grads=True,
         )
         return self.reduce(torch.cat([product.reshape(-1) for product in products]))

@@ -14,21 +14,21 @@ Damping = float | Literal["auto"]
 
 
 class LinearOperator(ABC):
-    """`A = I + H / strength` for a symmetric `H (P, P)` known by its products.
+    """`A = I + H / shift` for a symmetric `H (P, P)` known by its products.
 
     Attributes:
         block_sizes: lengths of the parameter tensors in a flat vector; they sum to P.
-        strength: lambda + damping, positive; None until the damping is chosen.
+        shift: lambda + damping, positive; None until the damping is chosen.
         automatic: whether the damping is chosen from the spectrum, and may rise.
         subspace: products with `H` that earlier solves left; a solver may start from them and add its own.
     """
 
-    def __init__(self, block_sizes: list[int], strength: float | None = 1.0) -> None:
-        if strength is not None and not strength > 0:
-            raise ValueError(f"strength (lambda + damping) must be positive, not {strength}")
+    def __init__(self, block_sizes: list[int], shift: float | None = 1.0) -> None:
+        if shift is not None and not shift > 0:
+            raise ValueError(f"shift (lambda + damping) must be positive, not {shift}")
         self.block_sizes = block_sizes
-        self.strength = strength
-        self.automatic = strength is None
+        self.shift = shift
+        self.automatic = shift is None
         self.subspace = Subspace()
 
     @abstractmethod
@@ -39,11 +39,11 @@ class LinearOperator(ABC):
         """`A @ u` for a flat `(P,)` vector.
 
         Raises:
-            RuntimeError: the strength has not been chosen yet.
+            RuntimeError: the shift has not been chosen yet.
         """
-        if self.strength is None:
-            raise RuntimeError("A product with A before its damping was chosen; set `strength` first.")
-        return torch.add(u, self.hessian_product(u), alpha=1.0 / self.strength)
+        if self.shift is None:
+            raise RuntimeError("A product with A before its damping was chosen; set `shift` first.")
+        return torch.add(u, self.hessian_product(u), alpha=1.0 / self.shift)
 
     __call__ = matvec
 
@@ -56,8 +56,8 @@ class DenseOperator(LinearOperator):
         products: how many have been asked for.
     """
 
-    def __init__(self, hessian: Tensor, strength: float | None = 1.0, block_sizes: list[int] | None = None) -> None:
-        super().__init__(block_sizes or [len(hessian)], strength)
+    def __init__(self, hessian: Tensor, shift: float | None = 1.0, block_sizes: list[int] | None = None) -> None:
+        super().__init__(block_sizes or [len(hessian)], shift)
         self.hessian = hessian
         self.products = 0
 

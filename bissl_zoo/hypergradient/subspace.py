@@ -141,7 +141,7 @@ class Subspace:
         self._marks.append(size)
         return True
 
-    def minimal_residual(self, coordinates: Tensor, strength: float) -> tuple[Tensor, Tensor]:
+    def minimal_residual(self, coordinates: Tensor, shift: float) -> tuple[Tensor, Tensor]:
         """The `x` in the explored space whose residual for `A x = v` is least.
 
         Args:
@@ -152,7 +152,7 @@ class Subspace:
         coordinates = torch.nn.functional.pad(coordinates, (0, len(self.basis) - len(coordinates)))
         if not self.explored:
             return torch.zeros_like(coordinates), coordinates
-        applied = self.directions + self.images / strength
+        applied = self.directions + self.images / shift
         # what is smaller is rounding of the products, and would make an `x` whose residual nobody knows
         negligible = 100 * torch.finfo(self.basis[0].dtype).eps
         y = torch.linalg.lstsq(applied, coordinates[:, None], rcond=negligible, driver="gelsd").solution[:, 0]

@@ -28,7 +28,7 @@ class BYOL(PretextMethod):
         decay: of the teacher's exponential moving average over optimizer steps.
     """
 
-    accumulates = True
+    supports_grad_accumulation = True
 
     def __init__(
         self,

@@ -28,7 +28,7 @@ class PretextMethod(nn.Module, ABC):
 
     #: whether the loss is a mean over images each of which counts by itself, and a step leaves nothing of its batch, so
     #: that the parts of a batch can be taken one by one; batch norm then takes its statistics of each part
-    accumulates: ClassVar[bool] = False
+    supports_grad_accumulation: ClassVar[bool] = False
 
     def __init__(
         self, backbone: Backbone, tail: Tail, augmentation: Callable[[Any], tuple[Tensor, ...]] | None = None

@@ -39,7 +39,7 @@ class SimMIM(PretextMethod):
         ConfigError: the backbone embeds no patches, or blocks of it are left in the tail.
     """
 
-    accumulates = True
+    supports_grad_accumulation = True
 
     def __init__(
         self,

@@ -31,7 +31,7 @@ class SimSiam(PretextMethod):
         augmentation: MoCo v2's views at 96 pixels by default, as in the paper.
     """
 
-    accumulates = True
+    supports_grad_accumulation = True
 
     def __init__(
         self,

@@ -38,7 +38,7 @@ FREE_KEYS = (
     "train.output_dir",
     "train.on_nonfinite",
     "train.max_skipped",
-    "bilevel.products",
+    "bilevel.hvp_mode",
     "bilevel.on_bad_hypergradient",
 )
 #: and of every loader

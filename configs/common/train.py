@@ -44,16 +44,16 @@ pretrain = dict(
 )
 
 bilevel = {
-    "lambda": 0.001,  # strength of the pull of the lower backbone towards the upper one
+    "lambda": 0.001,  # weight of the pull of the lower backbone towards the upper one
     "gamma": 1.0,  # weight of the plain downstream loss in the upper objective
     "lower_steps": 20,  # N_L, pretext steps per alternation
     "upper_steps": 8,  # N_U, downstream steps per alternation
     "alternations": 500,  # T
     "adaptation": None,  # dict(every=100, alpha=0.1) is that of versions 1 and 2 of the paper
     "curvature_batch_size": None,  # samples of the pretext batch that defines the Hessian; null for a whole batch
-    "products": "graph",  # with the Hessian, through a graph that is kept; rebuild makes it anew: slower, less memory
+    "hvp_mode": "retain_graph",  # of Hessian-vector products; recompute: slower, less memory
     "on_bad_hypergradient": "stop",  # if a solver's answer is not finite or far off; plain: follow v instead of x
-    "move_statistics": True,  # downstream images of the hypergradient move the lower backbone's batch-norm statistics
+    "update_bn_stats": True,  # downstream images of the hypergradient move the lower backbone's batch-norm statistics
     "shared_stage": None,  # last stage of the backbone that both levels share, such as c4; null for the whole backbone
     "pretext_warmup": dict(  # where train.init brings no head of the pretext method, and pretrain makes none
         steps=100,  # optimizer steps of a new pretext head on the frozen backbone; give these or epochs; 0 for none
@@ -72,7 +72,7 @@ finetune = dict(
     baseline=False,  # also fine-tune from the backbone that entered the BiSSL stage: same budget, same seed
     eval_period=None,  # steps between evaluations on dataloader.val if there is one, else test; null for the end only
     layer_decay=None,  # factor, such as 0.75, on the learning rate from each layer to the one below it; null for none
-    frozen_stage=None,  # the backbone up to this stage, such as c2, is not trained; null trains it all
+    freeze_at=None,  # the backbone up to this stage, such as c2, is not trained; null trains it all
     early_stopping=dict(
         metric=None,  # such as AP50: the weights that are best by it on dataloader.val are tested; null: the last ones
         patience=None,  # evaluations without a better one after which the stage ends; null for all its steps

@@ -129,7 +129,7 @@ def level(name: str, backbone: nn.Module, head: nn.Module, batches: Iterator, lr
 def train(one: Level, steps: int) -> None:
     """A plain stage: pretraining or fine-tuning."""
     for _ in range(steps):
-        one.loss(one.backbone, next(one.batches))[0].backward()
+        one.loss(one.backbone, next(one.data_iterator))[0].backward()
         one.optimize()
 
 

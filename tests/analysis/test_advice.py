@@ -22,14 +22,14 @@ def matrix_of(low, high, seed=0):
 
 def advice_on(matrix, name, solver, damping, most=12, **options):
     v = torch.randn(SIZE, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
-    operator = DenseOperator(matrix, strength=None)
+    operator = DenseOperator(matrix, shift=None)
     rivals = {other: entry() for other, entry in SOLVERS.items() if other != name}
     found = spectrum(operator, v, 12)
     return v, advise(operator, v, name, solver, LAM + damping, LAM, found, rivals, most, **options)
 
 
 def residual_after(matrix, v, solver, damping):
-    operator = DenseOperator(matrix, strength=LAM + damping)
+    operator = DenseOperator(matrix, shift=LAM + damping)
     x = solver(operator, v).x
     return float((v - x - matrix @ x / (LAM + damping)).norm() / v.norm())
 

@@ -157,10 +157,10 @@ def test_targets_of_an_unknown_type_are_refused():
         noise[0]
 
 
-@pytest.mark.parametrize("views_on", ["workers", "device"])
-def test_a_batch_of_noise_is_what_the_loader_would_bring(tiny_config, at_scenes, views_on):
+@pytest.mark.parametrize("augment_on", ["workers", "device"])
+def test_a_batch_of_noise_is_what_the_loader_would_bring(tiny_config, at_scenes, augment_on):
     cfg = tiny_config()
-    cfg.dataloader.pretext.views_on = views_on
+    cfg.dataloader.pretext.augment_on = augment_on
     context = noise_context(cfg, look_at_data(cfg), CPU)
     _, pretext = build_pretext(cfg, Weights(), CPU)
     views = noise_batch(context, "pretext", pretext, 11)

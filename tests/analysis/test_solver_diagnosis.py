@@ -6,7 +6,7 @@ import torch
 
 from bissl_zoo.analysis.solver_diagnosis import (
     Remembering,
-    automatic_strength,
+    automatic_shift,
     budget_key,
     budgets_up_to,
     convergence,
@@ -14,7 +14,7 @@ from bissl_zoo.analysis.solver_diagnosis import (
     spectrum,
     symmetry_error,
 )
-from bissl_zoo.hypergradient import SOLVERS, ConjugateGradient, DenseOperator, Exact, Identity, MinRes, choose_strength
+from bissl_zoo.hypergradient import SOLVERS, ConjugateGradient, DenseOperator, Exact, Identity, MinRes, choose_shift
 
 SIZE = 40
 
@@ -79,26 +79,26 @@ def test_products_that_are_not_finite_are_refused():
         spectrum(DenseOperator(torch.full((3, 3), torch.nan)), torch.ones(3), steps=2)
 
 
-@pytest.mark.parametrize(("strength", "state"), [(6.9, "indefinite"), (7.1, "definite")])
-def test_definiteness_changes_where_the_least_eigenvalue_of_a_does(strength, state):
+@pytest.mark.parametrize(("shift", "state"), [(6.9, "indefinite"), (7.1, "definite")])
+def test_definiteness_changes_where_the_least_eigenvalue_of_a_does(shift, state):
     matrix = symmetric(np.concatenate([[-7.0], np.linspace(0, 5, SIZE - 1)]))
     found = spectrum(DenseOperator(matrix), draw(SIZE, seed=1), steps=15)
-    assert found.definiteness(strength) == state
-    assert found.least(strength) == pytest.approx(1 - 7.0 / strength, abs=1e-6)
+    assert found.definiteness(shift) == state
+    assert found.least(shift) == pytest.approx(1 - 7.0 / shift, abs=1e-6)
 
 
 def test_definiteness_is_undecided_where_the_bounds_reach_below_zero():
     matrix = symmetric(torch.linspace(-5, 100, SIZE))
     found = spectrum(DenseOperator(matrix), draw(SIZE, seed=1), steps=2)
-    strength = -float(found.values[0]) + 1e-3 if found.values[0] < 0 else 1e-3
-    assert found.definiteness(strength) == "undecided"
+    shift = -float(found.values[0]) + 1e-3 if found.values[0] < 0 else 1e-3
+    assert found.definiteness(shift) == "undecided"
 
 
-def test_the_automatic_strength_is_the_solvers_own_and_leaves_no_subspace():
+def test_the_automatic_shift_is_the_solvers_own_and_leaves_no_subspace():
     matrix, v, solver = symmetric(torch.linspace(-3, 20, SIZE)), draw(SIZE, seed=1), MinRes(4, 0.03)
-    operator = DenseOperator(matrix, strength=None)
-    expected, _ = choose_strength(DenseOperator(matrix), v, 4, 0.03, 0.01)
-    assert automatic_strength(operator, v, solver, 0.01) == pytest.approx(expected, rel=1e-12)
+    operator = DenseOperator(matrix, shift=None)
+    expected, _ = choose_shift(DenseOperator(matrix), v, 4, 0.03, 0.01)
+    assert automatic_shift(operator, v, solver, 0.01) == pytest.approx(expected, rel=1e-12)
     assert operator.subspace.explored == 0
 
 
@@ -113,7 +113,7 @@ def test_a_product_is_not_computed_twice():
     operator = DenseOperator(symmetric(torch.linspace(-3, 20, SIZE)))
     seen = {}
     u = draw(SIZE, seed=1)
-    first, second = (Remembering(operator, strength, seen)(u) for strength in (2.0, 4.0))
+    first, second = (Remembering(operator, shift, seen)(u) for shift in (2.0, 4.0))
     assert operator.products == 1
     torch.testing.assert_close(first, u + operator.hessian @ u / 2.0, rtol=1e-14, atol=1e-14)
     torch.testing.assert_close(second, u + operator.hessian @ u / 4.0, rtol=1e-14, atol=1e-14)
@@ -121,10 +121,10 @@ def test_a_product_is_not_computed_twice():
 
 @pytest.mark.parametrize("name", sorted(SOLVERS))
 def test_curves_hold_the_true_residuals_from_a_cold_start(name):
-    matrix, v, strength = symmetric(torch.linspace(-1, 20, SIZE)), draw(SIZE, seed=1), 5.0
+    matrix, v, shift = symmetric(torch.linspace(-1, 20, SIZE)), draw(SIZE, seed=1), 5.0
     operator = DenseOperator(matrix)
-    points, x = convergence(Remembering(operator, strength), v, SOLVERS[name](), [1, 2, 3, 5, 8])
-    a = np.eye(SIZE) + matrix.numpy() / strength
+    points, x = convergence(Remembering(operator, shift), v, SOLVERS[name](), [1, 2, 3, 5, 8])
+    a = np.eye(SIZE) + matrix.numpy() / shift
     residual = np.linalg.norm(v.numpy() - a @ x.numpy()) / np.linalg.norm(v.numpy())
     assert points[-1].residual == pytest.approx(residual, rel=1e-9, abs=1e-14)
     assert [p.budget for p in points] == ([1, 2, 3, 5, 8] if budget_key(SOLVERS[name]()) else [None])
@@ -135,7 +135,7 @@ def test_curves_of_minres_are_those_of_separate_solves():
     matrix, v = symmetric(torch.linspace(-1, 20, SIZE)), draw(SIZE, seed=1)
     points, _ = convergence(Remembering(DenseOperator(matrix), 5.0), v, MinRes(), [1, 2, 3, 5])
     for point in points:
-        alone = MinRes(iterations=point.budget, tolerance=1e-12)(DenseOperator(matrix, strength=5.0), v)
+        alone = MinRes(iterations=point.budget, tolerance=1e-12)(DenseOperator(matrix, shift=5.0), v)
         assert point.residual == pytest.approx(alone.residual, rel=1e-9)
 
 

@@ -158,10 +158,10 @@ def test_the_graph_is_freed_when_an_upper_step_fails():
 
 
 def test_damping_acts_in_the_solver_alone():
-    strengths, solver = [], ConjugateGradient(damping=7.0)
+    shifts, solver = [], ConjugateGradient(damping=7.0)
     problem, _, _ = quadratic(lam=0.5, solver=solver)
-    strengths.append(problem.curvature(None).strength)
-    assert strengths == [7.5]
+    shifts.append(problem.curvature(None).shift)
+    assert shifts == [7.5]
     before, theta_d = problem.lower.backbone.theta.detach().clone(), problem.upper.backbone.theta.detach()
     problem.lower_step()  # at the optimum of the undamped problem, which is where it stays
     torch.testing.assert_close(problem.lower.backbone.theta.detach(), before, rtol=1e-9, atol=1e-12)
@@ -287,12 +287,12 @@ def test_a_gradient_to_be_solved_for_that_is_not_finite_is_no_matter_of_the_solv
         problem.upper_gradients(None, problem.curvature(None).prepare())
 
 
-@pytest.mark.parametrize("products", ["graph", "rebuild"])
+@pytest.mark.parametrize("hvp_mode", ["retain_graph", "recompute"])
 @pytest.mark.parametrize("solver", [Exact(damping=0.0), ConjugateGradient(), MinRes(), MinRes(damping=1.0)])
-def test_a_curvature_batch_that_is_not_finite_shows_in_the_answer_and_leaves_no_trace_in_the_damping(solver, products):
+def test_a_curvature_batch_that_is_not_finite_shows_in_the_answer_and_leaves_no_trace_in_the_damping(solver, hvp_mode):
     def spoilt(**options):
-        problem, _, _ = quadratic(solver=solver, products=products, lower_steps=1, upper_steps=2, **options)
-        function, problem.strength = problem.lower.head.function, 3.0
+        problem, _, _ = quadratic(solver=solver, hvp_mode=hvp_mode, lower_steps=1, upper_steps=2, **options)
+        function, problem.shift = problem.lower.head.function, 3.0
         # batch 1 is the one that defines the curvature of the first alternation
         problem.lower.head.function = lambda theta, phi, batch: (
             function(theta, phi, batch) * (float("nan") if batch == 1 else 1.0)
@@ -302,7 +302,7 @@ def test_a_curvature_batch_that_is_not_finite_shows_in_the_answer_and_leaves_no_
     with pytest.raises(BadHypergradient, match="losses of the pretext batch on each rank .*'first': nan"):
         spoilt().alternate(0)
     problem = spoilt(on_bad_hypergradient="plain")
-    assert problem.alternate(0)["solver/fallbacks"] == 2 and problem.strength == 3.0
+    assert problem.alternate(0)["solver/fallbacks"] == 2 and problem.shift == 3.0
     assert problem.alternate(1)["solver/fallbacks"] == 2  # the next alternation solves again
 
 
@@ -318,7 +318,7 @@ def test_every_solver_is_registered_and_answers_in_kind():
     for name in HYPERGRADIENT_SOLVERS.list():
         solver = build_solver(name=name)
         operator = problem.curvature(None).prepare()
-        operator.strength = 1.0
+        operator.shift = 1.0
         solution = solver(operator, torch.ones(3, dtype=torch.float64))
         assert isinstance(solution, Solution) and solution.x.shape == (3,)
         assert solver.damping == "auto" or solver.damping >= 0
@@ -337,7 +337,7 @@ def test_automatic_damping_is_chosen_once_for_the_upper_steps_of_an_alternation(
     assert [record["solver/products"] for record in problem.diagnostics] == [3, 0, 0, 0]
     assert all(record["solver/status"] == "converged" for record in problem.diagnostics)
     assert all(record["solver/least_ritz_value"] == pytest.approx(1 + 0.2 / 0.5) for record in problem.diagnostics)
-    assert metrics["solver/damping"] == 0.0 and problem.strength == 0.5
+    assert metrics["solver/damping"] == 0.0 and problem.shift == 0.5
 
 
 def test_automatic_damping_rises_at_once_and_falls_slowly():
@@ -346,9 +346,9 @@ def test_automatic_damping_rises_at_once_and_falls_slowly():
     for curvature in (1.0, -8.0, 1.0, 1.0):  # indefinite at the second alternation
         problem.lower.head.function = lambda theta, phi, _, c=curvature: c / 2 * theta.square().sum()
         operator = problem.curvature(None).prepare()
-        assert operator.strength is None
+        assert operator.shift is None
         problem.upper_step(operator)
-        used.append(operator.strength)
+        used.append(operator.shift)
     needed = 8.0 / (1 - MARGIN)  # A = I - 8/s has the eigenvalue MARGIN there
     expected = [0.5, needed, (0.5 * needed) ** 0.5, (0.5 * (0.5 * needed) ** 0.5) ** 0.5]
     assert used == pytest.approx(expected, rel=0.02)
@@ -362,10 +362,10 @@ def test_automatic_damping_rises_when_a_later_right_hand_side_shows_negative_cur
     operator = problem.curvature(None).prepare()
     first, second = torch.eye(3, dtype=torch.float64)[[0, 2]]
     problem.upper_gradients(first, operator)
-    assert operator.strength == 0.5  # as if definite
+    assert operator.shift == 0.5  # as if definite
     problem.upper_gradients(second, operator)  # meets the eigenvalue -8
     problem.upper_gradients(second, operator)
-    assert operator.strength == problem.strength == pytest.approx(8.0 / (1 - MARGIN))
+    assert operator.shift == problem.shift == pytest.approx(8.0 / (1 - MARGIN))
 
 
 def test_damping_that_the_solver_raised_is_where_the_next_alternation_starts_from():
@@ -375,11 +375,11 @@ def test_damping_that_the_solver_raised_is_where_the_next_alternation_starts_fro
     problem.upper.head.function = lambda theta, phi, batch: (batch * theta).sum()
     operator = problem.curvature(None).prepare()
     problem.upper_gradients(torch.tensor([1.0, 0.0, 0.0], dtype=torch.float64), operator)
-    assert problem.strength == 0.5
+    assert problem.shift == 0.5
     metrics = problem.upper_gradients(torch.tensor([0.0, 1.0, 1.0], dtype=torch.float64), operator).metrics
     # the residual after one product is 9/s of v: 0.1 of it at s = 90
-    assert operator.strength == problem.strength == pytest.approx(90.0, rel=0.02)
-    assert metrics["solver/damping"] == operator.strength - 0.5 and metrics["solver/status"] == "converged"
+    assert operator.shift == problem.shift == pytest.approx(90.0, rel=0.02)
+    assert metrics["solver/damping"] == operator.shift - 0.5 and metrics["solver/status"] == "converged"
 
 
 def test_every_upper_step_leaves_its_diagnostics():
@@ -398,8 +398,8 @@ def resident_bytes():
 
 
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="needs Linux's /proc")
-@pytest.mark.parametrize("products", ["graph", "rebuild"])
-def test_thirty_alternations_need_no_more_memory_than_ten(products):
+@pytest.mark.parametrize("hvp_mode", ["retain_graph", "recompute"])
+def test_thirty_alternations_need_no_more_memory_than_ten(hvp_mode):
     torch.manual_seed(0)
 
     class Wide(nn.Linear):
@@ -413,7 +413,7 @@ def test_thirty_alternations_need_no_more_memory_than_ten(products):
     for name in ("lower", "upper"):
         backbone = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Tanh(), nn.Flatten(), nn.Linear(2592, 16))
         levels.append(level(name, backbone, Wide(16, 4), lr=1e-3, batches=itertools.repeat(torch.randn(64, 3, 20, 20))))
-    problem = BiLevel(*levels, MinRes(damping=1.0), lam=1.0, lower_steps=1, upper_steps=2, products=products)
+    problem = BiLevel(*levels, MinRes(damping=1.0), lam=1.0, lower_steps=1, upper_steps=2, hvp_mode=hvp_mode)
     for alternation in range(10):
         problem.alternate(alternation)
     before = resident_bytes()

@@ -165,14 +165,14 @@ def keep_digests(bilevel):
 def derivatives(method, rank, world):
     """What one batch gives, from the loss to the hypergradient."""
     bilevel = problem(method, rank, world)
-    lower, batch = bilevel.lower, next(bilevel.lower.batches)
+    lower, batch = bilevel.lower, next(bilevel.lower.data_iterator)
     operator = bilevel.curvature(batch).prepare()
     generator = torch.Generator().manual_seed(3)
     u = torch.randn(sum(operator.block_sizes), dtype=torch.float64, generator=generator)
     total, _ = lower.loss(lower.backbone, batch)
     total.backward()
     average_gradients(lower.parameters)
-    gradients = bilevel.upper_gradients(next(bilevel.upper.batches), operator)
+    gradients = bilevel.upper_gradients(next(bilevel.upper.data_iterator), operator)
     return {
         "loss": all_reduce_mean(total.detach().view(1)),
         "gradient": flatten(p.grad for p in lower.parameters),

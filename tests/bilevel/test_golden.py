@@ -172,7 +172,7 @@ def test_the_curvature_is_the_authors_dense_hessian():
     operator = problem.curvature(pretext_batch).prepare()
     dense = torch.stack([operator.hessian_product(e) for e in torch.eye(344, dtype=torch.float64)])
     close(dense, expected, 1e-11)
-    assert operator.strength == 0.001
+    assert operator.shift == 0.001
 
 
 def test_joint_cg_stops_at_negative_curvature_where_the_authors_go_on():
@@ -224,7 +224,7 @@ def test_products_do_not_move_the_statistics_that_the_authors_products_move():
 
 @pytest.mark.parametrize("move", [True, False])
 def test_downstream_images_move_the_lower_statistics_only_where_asked(move):
-    problem, pretext_batch, batch = golden_problem("byol_", Identity(), move_statistics=move)
+    problem, pretext_batch, batch = golden_problem("byol_", Identity(), update_bn_stats=move)
     before = copy.deepcopy(problem.lower.backbone.state_dict())
     teacher = copy.deepcopy(problem.lower.head.state_dict())
     gradients = problem.upper_gradients(batch, problem.curvature(pretext_batch).prepare())

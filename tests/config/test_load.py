@@ -3,8 +3,8 @@ from pathlib import Path
 import pytest
 from omegaconf import DictConfig, OmegaConf
 
-from bissl_zoo import config
-from bissl_zoo.config import LazyConfig, config_root, load_config
+from bissl_zoo.config import load as config
+from bissl_zoo.config import LazyConfig, config_root, load_config, with_defaults
 from bissl_zoo.errors import ConfigError
 
 BASE = {
@@ -134,7 +134,7 @@ def test_load_config_takes_paths_and_shipped_names(tmp_path, monkeypatch):
     write("site/configs/bissl/voc_det.py", "from ..common.train import train\n")
     write("site/configs/common/train.py", "train = dict(seed=3)\n")
     package.mkdir()
-    monkeypatch.setattr(config, "__file__", str(package / "config.py"))
+    monkeypatch.setattr(config, "__file__", str(package / "config" / "load.py"))
     assert config_root() == tmp_path / "site" / "configs"
     assert load_config("bissl/voc_det.py").train.seed == 3
     write("own.py", "train = dict(seed=4)\n")
@@ -185,3 +185,18 @@ def test_nesting_has_an_end(tmp_path, opened, closed):
             LazyConfig.load(path)
         with pytest.raises(ConfigError, match="nested more than 64 levels deep"):
             override(f"train.out={opened * depth}{closed * depth}")
+
+
+def test_keys_of_earlier_versions_are_read_under_their_new_names():
+    old = OmegaConf.create(
+        {
+            "bilevel": {"products": "rebuild", "move_statistics": False},
+            "finetune": {"frozen_stage": "c2"},
+            "dataloader": {"pretext": {"views_on": "device"}},
+        }
+    )
+    cfg = with_defaults(old)
+    assert (cfg.bilevel.hvp_mode, cfg.bilevel.update_bn_stats) == ("recompute", False)
+    assert (cfg.finetune.freeze_at, cfg.dataloader.pretext.augment_on) == ("c2", "device")
+    assert "products" not in cfg.bilevel and "views_on" not in cfg.dataloader.pretext
+    assert old.bilevel.products == "rebuild"

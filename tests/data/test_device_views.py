@@ -258,7 +258,7 @@ def test_crops_travel_to_spawned_workers(photographs, views):
 def test_a_loader_gives_crops_of_several_sizes_as_bytes(photographs):
     views = multi_crop(size=32, local_size=16, local_crops=2)
     dataset = [(photo, 0) for photo in photographs]
-    loader = build_train_loader(dataset, batch_size=2, transform=ViewsOnly(views.crops), views_on="device")
+    loader = build_train_loader(dataset, batch_size=2, transform=ViewsOnly(views.crops), augment_on="device")
     batch = next(iter(loader))
     assert all(crops.dtype == torch.uint8 for crops in batch)
     assert [tuple(view.shape) for view in views.on_device(batch)] == [(2, 3, 32, 32)] * 2 + [(2, 3, 16, 16)] * 2
@@ -307,7 +307,7 @@ def test_an_augmentation_without_two_parts_is_refused(views, message):
 
 
 def on_device(tiny_config, **changed):
-    return tiny_config(**{"+dataloader.pretext.views_on": "device"}, **changed)
+    return tiny_config(**{"+dataloader.pretext.augment_on": "device"}, **changed)
 
 
 def test_a_stage_trains_on_such_views_and_a_seed_draws_the_same(tiny_config, at_scenes):
@@ -341,6 +341,6 @@ def test_a_method_whose_augmentation_has_one_part_is_refused_before_data_is_read
 
 
 def test_views_are_made_by_workers_or_on_the_device_and_nowhere_else(tiny, train_net):
-    said = train_net("--dry-run", *tiny(), "+dataloader.pretext.views_on=devise").message()
-    assert "views_on is 'devise'; accepted are workers and device. Did you mean 'device'?" in said
-    assert train_net("--dry-run", *tiny(), "+dataloader.pretext.views_on=device").status == 0
+    said = train_net("--dry-run", *tiny(), "+dataloader.pretext.augment_on=devise").message()
+    assert "augment_on is 'devise'; accepted are workers and device. Did you mean 'device'?" in said
+    assert train_net("--dry-run", *tiny(), "+dataloader.pretext.augment_on=device").status == 0

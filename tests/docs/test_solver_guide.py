@@ -29,7 +29,7 @@ def solver(monkeypatch):
 def test_its_residual_is_the_true_one_and_never_above_one(solver, sign):
     generator = torch.Generator().manual_seed(0)
     root = torch.randn(30, 30, generator=generator, dtype=torch.float64)
-    operator = DenseOperator(sign * root @ root.T / 30, strength=0.5)
+    operator = DenseOperator(sign * root @ root.T / 30, shift=0.5)
     v = torch.randn(30, generator=generator, dtype=torch.float64)
     solution = solver(iterations=10, tolerance=1e-3)(operator, v)
     a = torch.eye(30, dtype=torch.float64) + operator.hessian / 0.5

@@ -63,11 +63,11 @@ def test_without_amp_everything_is_float32(tiny_config, at_scenes, tmp_path, com
     assert {dtype for _, _, dtype in computed_in} == {torch.float32}
 
 
-@pytest.mark.parametrize("products", ["graph", "rebuild"])
-def test_hessian_products_do_not_feel_amp_and_the_lower_loss_does(tiny_config, at_scenes, products):
-    context = open_context(tiny_config(train__amp="bf16", bilevel__products=products), "test")
+@pytest.mark.parametrize("hvp_mode", ["retain_graph", "recompute"])
+def test_hessian_products_do_not_feel_amp_and_the_lower_loss_does(tiny_config, at_scenes, hvp_mode):
+    context = open_context(tiny_config(train__amp="bf16", bilevel__hvp_mode=hvp_mode), "test")
     problem = build_bissl(context, Weights()).problem
-    lower, batch = problem.lower, next(problem.lower.batches)
+    lower, batch = problem.lower, next(problem.lower.data_iterator)
     u = torch.randn(sum(p.numel() for p in lower.backbone_parameters), generator=torch.Generator().manual_seed(0))
     assert lower.amp_dtype == problem.upper.amp_dtype == torch.bfloat16
     results = {}

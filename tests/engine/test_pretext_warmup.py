@@ -91,7 +91,7 @@ def test_the_loss_of_the_new_head_falls_and_the_backbone_stays_as_it_was(config,
     context, weights = opened(config(method, bilevel__pretext_warmup__steps=40))
     trainer = build_pretext_warmup(context, weights)
     level = trainer.level
-    views = next(level.batches)
+    views = next(level.data_iterator)
 
     def loss():
         with torch.no_grad():

@@ -80,7 +80,7 @@ def test_what_has_a_memory_of_its_own_is_copied_into_the_average():
     started = copy.deepcopy(head.state_dict())
     trainer = SingleLevelTrainer(level)
     for seed in range(2):
-        level.batches = iter([views(4, seed)])
+        level.data_iterator = iter([views(4, seed)])
         trainer.run_step()
         head.after_step(trunk)
         average.update(level)

@@ -84,7 +84,7 @@ def test_the_baseline_and_the_fine_tuning_differ_in_the_backbone_only(context):
     other = build_finetune(context, trunk_weights(context, 2))
     assert same(one.level.head.state_dict(), other.level.head.state_dict())
     assert not same(one.level.backbone.state_dict(), other.level.backbone.state_dict())
-    first, second = next(one.level.batches), next(other.level.batches)
+    first, second = next(one.level.data_iterator), next(other.level.data_iterator)
     assert all(torch.equal(a, b) for a, b in zip(first[0], second[0], strict=True))
 
 
@@ -92,9 +92,9 @@ def test_a_stage_resumed_at_a_step_takes_the_batches_that_follow(context, tiny_c
     cfg = tiny_config(task__flip_probability=0.0)
     quiet = Context(cfg, context.data, context.device)
     weights = trunk_weights(context)
-    whole = build_finetune(quiet, weights).level.batches
+    whole = build_finetune(quiet, weights).level.data_iterator
     batches = [next(whole) for _ in range(3)]
-    resumed = next(build_finetune(quiet, weights, start_step=2).level.batches)
+    resumed = next(build_finetune(quiet, weights, start_step=2).level.data_iterator)
     assert [t["image_id"] for t in resumed[1]] == [t["image_id"] for t in batches[2][1]]
 
 
@@ -140,11 +140,11 @@ def test_teachers_and_queues_of_a_resumed_stage_go_on_as_if_it_had_not_stopped(
     resumed = build_bissl(context, pretraining.result(), start_step=1)
     resumed.load_state_dict(load_checkpoint(path)[1])
     # views are drawn anew, so both take the same batches
-    batches = {name: [next(level.batches) for _ in range(3)] for name, level in trainer.levels().items()}
+    batches = {name: [next(level.data_iterator) for _ in range(3)] for name, level in trainer.levels().items()}
     for each in (trainer, resumed):
         torch.manual_seed(0)
         for name, level in each.levels().items():
-            level.batches = iter(batches[name])
+            level.data_iterator = iter(batches[name])
         each.total_steps = 2
         each.train()
     for name, level in resumed.levels().items():
@@ -155,27 +155,27 @@ def test_teachers_and_queues_of_a_resumed_stage_go_on_as_if_it_had_not_stopped(
 SOLVER = "{_target_: bissl_zoo.registry.build_solver, name: %s}"
 
 
-def test_automatic_damping_goes_on_from_the_strength_that_was_saved(tiny_config, at_scenes, tmp_path):
+def test_automatic_damping_goes_on_from_the_shift_that_was_saved(tiny_config, at_scenes, tmp_path):
     context = open_context(tiny_config(solver=SOLVER % "minres, damping: auto, iterations: 3"), "test")
     weights = trunk_weights(context)
     trainer = build_bissl(context, weights)
-    assert trainer.state_dict()["strength"] is None
+    assert trainer.state_dict()["shift"] is None
     trainer.train()
-    strength = trainer.problem.strength
-    assert strength >= context.cfg.bilevel["lambda"]
-    assert trainer.metrics["solver/damping"] == pytest.approx(strength - context.cfg.bilevel["lambda"])
+    shift = trainer.problem.shift
+    assert shift >= context.cfg.bilevel["lambda"]
+    assert trainer.metrics["solver/damping"] == pytest.approx(shift - context.cfg.bilevel["lambda"])
     path = Checkpointer(tmp_path).save("bissl", 2, 2, "test_resnet", trainer.state_dict())
     again = build_bissl(context, weights)
     again.load_state_dict(load_checkpoint(path)[1])
-    assert again.problem.strength == strength
+    assert again.problem.shift == shift
 
 
-def test_a_checkpoint_without_a_strength_loads(context):
+def test_a_checkpoint_without_a_shift_loads(context):
     trainer = build_bissl(context, trunk_weights(context))
     state = trainer.state_dict()
-    del state["strength"]
+    del state["shift"]
     trainer.load_state_dict(state)
-    assert trainer.problem.strength is None
+    assert trainer.problem.shift is None
 
 
 def test_the_upper_steps_of_an_alternation_are_records_and_counted_over_the_stage(tiny_config, at_scenes):
@@ -199,10 +199,10 @@ def test_the_upper_steps_of_an_alternation_are_records_and_counted_over_the_stag
 
 def test_products_that_are_rebuilt_train_as_those_of_the_graph(tiny_config, at_scenes):
     states = []
-    for products in ("graph", "rebuild"):
-        context = open_context(tiny_config(bilevel__products=products), "test")
+    for hvp_mode in ("retain_graph", "recompute"):
+        context = open_context(tiny_config(bilevel__hvp_mode=hvp_mode), "test")
         trainer = build_bissl(context, trunk_weights(context))
-        assert trainer.problem.products == products
+        assert trainer.problem.hvp_mode == hvp_mode
         trainer.train()
         states.append(trainer.problem.upper.backbone.state_dict())
     # the same operations on the same numbers, so the same bits but for the order in which threads add
@@ -323,7 +323,7 @@ def main(config):
     trainer.train()
     levels = trainer.levels()
     mine = {f"{n} {part}": digest(getattr(l, part)) for n, l in levels.items() for part in ("backbone", "head")}
-    images = [t["image_id"] for t in next(levels["upper"].batches)[1]]
+    images = [t["image_id"] for t in next(levels["upper"].data_iterator)[1]]
     everyone = all_gather_objects((mine, images))
     if is_main_process():
         print(json.dumps(everyone))

@@ -21,8 +21,8 @@ def spd(size, seed, largest=20.0, dtype=torch.float64):
 
 def golden(name):
     data = np.load(GOLDEN / f"{name}.npz")
-    hessian, strength = torch.from_numpy(data["H"]), float(data["c"])
-    return data, DenseOperator(hessian, strength, data["block_sizes"].tolist()), torch.from_numpy(data["b"])
+    hessian, shift = torch.from_numpy(data["H"]), float(data["c"])
+    return data, DenseOperator(hessian, shift, data["block_sizes"].tolist()), torch.from_numpy(data["b"])
 
 
 @given(st.integers(1, 25), st.integers(0, 10_000), st.floats(1.0, 1e3))
@@ -64,7 +64,7 @@ def test_blockwise_iterates_equal_the_authors_on_an_indefinite_system_too(iterat
 
 def test_joint_cg_stops_at_negative_curvature_where_the_authors_go_on():
     data, operator, b = golden("cg_indef")
-    matrix = torch.eye(len(b), dtype=b.dtype) + operator.hessian / operator.strength
+    matrix = torch.eye(len(b), dtype=b.dtype) + operator.hessian / operator.shift
     assert np.linalg.eigvalsh(matrix.numpy()).min() < 0
     solution = ConjugateGradient(iterations=20, tolerance=0.0)(operator, b)
     assert solution.status == "negative_curvature"
@@ -246,7 +246,7 @@ def test_a_product_that_is_not_finite_ends_the_solve(blockwise, bad, after):
     class Breaks(DenseOperator):
         def hessian_product(self, u):
             product = super().hessian_product(u)
-            return product if self.products <= after else product * bad
+            return product if self.hvp_mode <= after else product * bad
 
     operator = Breaks(matrix, block_sizes=[3, 2])
     solution = ConjugateGradient(iterations=5, tolerance=0.0, blockwise=blockwise)(operator, v)

@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from systems import randn, rotated
 
-from bissl_zoo.hypergradient import ConjugateGradient, DenseOperator, MinRes, choose_strength, definite_strength
+from bissl_zoo.hypergradient import ConjugateGradient, DenseOperator, MinRes, choose_shift, definite_shift
 from bissl_zoo.hypergradient.damping import LARGEST, MARGIN
 
 SEEDS = st.integers(0, 10_000)
@@ -19,8 +19,8 @@ def indefinite(seed, size=50):
     return rotated(values, seed), randn(size, seed=seed + 1)
 
 
-def damped(hessian, strength):
-    return torch.eye(len(hessian), dtype=hessian.dtype) + hessian / strength
+def damped(hessian, shift):
+    return torch.eye(len(hessian), dtype=hessian.dtype) + hessian / shift
 
 
 def krylov_basis(hessian, v, steps):
@@ -34,60 +34,60 @@ def krylov_basis(hessian, v, steps):
     return np.stack(columns, axis=1)
 
 
-def galerkin_residual(hessian, v, steps, strength):
+def galerkin_residual(hessian, v, steps, shift):
     """That of conjugate gradient after `steps` products."""
     basis = krylov_basis(hessian, v, steps)
-    applied = damped(hessian, strength).numpy() @ basis
+    applied = damped(hessian, shift).numpy() @ basis
     y = np.linalg.solve(basis.T @ applied, basis.T @ v.numpy())
     return np.linalg.norm(v.numpy() - applied @ y) / np.linalg.norm(v.numpy())
 
 
-def is_safely_definite(hessian, v, steps, strength):
+def is_safely_definite(hessian, v, steps, shift):
     q = krylov_basis(hessian, v, steps)
     values, vectors = np.linalg.eigh(q.T @ hessian.numpy() @ q)
     vectors = q @ vectors
     bounds = np.linalg.norm(hessian.numpy() @ vectors - vectors * values, axis=0)
-    return 1.0 + (values - bounds).min() / strength >= MARGIN - 1e-9
+    return 1.0 + (values - bounds).min() / shift >= MARGIN - 1e-9
 
 
 @given(SEEDS, st.integers(12, 20))
 @settings(max_examples=40, deadline=None)
 def test_the_system_is_definite_and_the_solve_reaches_its_tolerance(seed, iterations):
     hessian, v = indefinite(seed)
-    operator = DenseOperator(hessian, strength=None)
-    operator.strength, products = choose_strength(operator, v, iterations, 0.05, LAMBDA)
+    operator = DenseOperator(hessian, shift=None)
+    operator.shift, products = choose_shift(operator, v, iterations, 0.05, LAMBDA)
     assert products == operator.products == iterations
-    matrix = damped(hessian, operator.strength)
+    matrix = damped(hessian, operator.shift)
     assert np.linalg.eigvalsh(matrix.numpy()).min() > 0
     recycled = MinRes(iterations, 0.05, recycle=0)(operator, v)
     assert recycled.status == "converged" and recycled.products == 0 and operator.products == iterations
     assert float((v - matrix @ recycled.x).norm() / v.norm()) <= 0.05 + 1e-9
     for solve in (MinRes(iterations, 0.05), ConjugateGradient(iterations, 0.05)):
-        assert solve(DenseOperator(hessian, operator.strength), v).status == "converged"
+        assert solve(DenseOperator(hessian, operator.shift), v).status == "converged"
 
 
 @given(SEEDS, st.integers(2, 15), st.sampled_from([0.01, 0.05, 0.3]))
 @settings(max_examples=60, deadline=None)
-def test_the_strength_is_the_least_that_meets_both_conditions(seed, iterations, tolerance):
+def test_the_shift_is_the_least_that_meets_both_conditions(seed, iterations, tolerance):
     hessian, v = indefinite(seed)
-    strength, _ = choose_strength(DenseOperator(hessian, None), v, iterations, tolerance, LAMBDA)
+    shift, _ = choose_shift(DenseOperator(hessian, None), v, iterations, tolerance, LAMBDA)
 
-    def meets_both(strength, slack=1e-9):
-        return is_safely_definite(hessian, v, iterations, strength) and (
-            galerkin_residual(hessian, v, iterations, strength) <= tolerance + slack
+    def meets_both(shift, slack=1e-9):
+        return is_safely_definite(hessian, v, iterations, shift) and (
+            galerkin_residual(hessian, v, iterations, shift) <= tolerance + slack
         )
 
-    assert meets_both(strength)
-    assert not meets_both(0.98 * strength)  # it is found to a per cent
+    assert meets_both(shift)
+    assert not meets_both(0.98 * shift)  # it is found to a per cent
 
 
 @given(SEEDS)
 @settings(max_examples=30, deadline=None)
-def test_more_strength_than_the_least_definite_one_only_lowers_the_residual(seed):
+def test_more_shift_than_the_least_definite_one_only_lowers_the_residual(seed):
     hessian, v = indefinite(seed)
     operator = DenseOperator(hessian, None)
-    choose_strength(operator, v, 5, 0.05, LAMBDA)
-    low = definite_strength(operator.subspace)
+    choose_shift(operator, v, 5, 0.05, LAMBDA)
+    low = definite_shift(operator.subspace)
     residuals = [galerkin_residual(hessian, v, 5, low * 1.2**i) for i in range(20)]
     assert all(after <= before + 1e-12 for before, after in zip(residuals, residuals[1:], strict=False))
 
@@ -97,56 +97,56 @@ def test_more_strength_than_the_least_definite_one_only_lowers_the_residual(seed
 def test_a_definite_system_that_converges_gets_no_damping(seed, at_least):
     hessian = rotated(torch.linspace(0.1, 1.0, 30), seed)
     operator = DenseOperator(hessian, None)
-    assert choose_strength(operator, randn(30, seed=seed), 10, 0.05, at_least)[0] == at_least
+    assert choose_shift(operator, randn(30, seed=seed), 10, 0.05, at_least)[0] == at_least
 
 
-def test_two_eigenvalues_have_the_strength_of_the_lower_one():
+def test_two_eigenvalues_have_the_shift_of_the_lower_one():
     hessian = torch.diag(torch.tensor([-3.0, 5.0], dtype=torch.float64))
     operator = DenseOperator(hessian, None)
-    strength, products = choose_strength(operator, torch.ones(2, dtype=torch.float64), 5, 0.05, LAMBDA)
-    assert strength == pytest.approx(3.0 / (1.0 - MARGIN)) and products == operator.products == 2
-    assert np.linalg.eigvalsh(damped(hessian, strength).numpy()).min() == pytest.approx(MARGIN)
+    shift, products = choose_shift(operator, torch.ones(2, dtype=torch.float64), 5, 0.05, LAMBDA)
+    assert shift == pytest.approx(3.0 / (1.0 - MARGIN)) and products == operator.products == 2
+    assert np.linalg.eigvalsh(damped(hessian, shift).numpy()).min() == pytest.approx(MARGIN)
 
 
-def test_one_step_on_two_eigenvalues_has_the_strength_of_the_angle():
+def test_one_step_on_two_eigenvalues_has_the_shift_of_the_angle():
     # the residual of one step of conjugate gradient with A = diag(1, t) and v = (1, 1) is (t - 1) / (t + 1)
     t = (1.0 + 0.05) / (1.0 - 0.05)
     operator = DenseOperator(torch.diag(torch.tensor([0.0, 1.0], dtype=torch.float64)), None)
-    strength, products = choose_strength(operator, torch.ones(2, dtype=torch.float64), 1, 0.05, LAMBDA)
+    shift, products = choose_shift(operator, torch.ones(2, dtype=torch.float64), 1, 0.05, LAMBDA)
     assert products == 1
-    assert 1.0 / (t - 1.0) <= strength * (1 + 1e-9) <= 1.011 / (t - 1.0)  # found to a per cent, from above
+    assert 1.0 / (t - 1.0) <= shift * (1 + 1e-9) <= 1.011 / (t - 1.0)  # found to a per cent, from above
 
 
 def test_what_the_space_does_not_know_is_not_needed():
     operator = DenseOperator(torch.diag(torch.tensor([-3.0, 5.0], dtype=torch.float64)), None)
     v = torch.tensor([0.0, 1.0], dtype=torch.float64)
-    assert choose_strength(operator, v, 5, 0.05, LAMBDA) == (LAMBDA, 1)
+    assert choose_shift(operator, v, 5, 0.05, LAMBDA) == (LAMBDA, 1)
 
 
 @pytest.mark.parametrize("scale", [1e-30, 1e30])
 def test_the_scale_of_v_does_not_matter(scale):
     hessian, v = indefinite(0)
-    chosen = [choose_strength(DenseOperator(hessian.float(), None), v.float() * s, 5, 0.05, LAMBDA) for s in (1, scale)]
+    chosen = [choose_shift(DenseOperator(hessian.float(), None), v.float() * s, 5, 0.05, LAMBDA) for s in (1, scale)]
     assert chosen[0][0] == pytest.approx(chosen[1][0], rel=0.02) and chosen[0][1] == chosen[1][1]
 
 
 @pytest.mark.parametrize("tolerance", [0.0, -1.0, float("nan")])
 def test_a_tolerance_that_no_damping_reaches_is_refused(tolerance):
     with pytest.raises(ValueError, match="must be positive"):
-        choose_strength(DenseOperator(torch.eye(2), None), torch.ones(2), 5, tolerance, LAMBDA)
+        choose_shift(DenseOperator(torch.eye(2), None), torch.ones(2), 5, tolerance, LAMBDA)
 
 
 @pytest.mark.parametrize("value", [0.0, float("nan"), float("inf")])
 def test_without_a_right_hand_side_there_is_no_damping_and_no_product(value):
     operator = DenseOperator(-torch.eye(3), None)
-    assert choose_strength(operator, torch.full((3,), value), 5, 0.05, LAMBDA) == (LAMBDA, 0)
+    assert choose_shift(operator, torch.full((3,), value), 5, 0.05, LAMBDA) == (LAMBDA, 0)
     assert operator.products == 0
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_products_that_are_not_finite_end_the_search(bad):
     operator = DenseOperator(torch.full((3, 3), bad), None)
-    assert choose_strength(operator, torch.ones(3), 5, 0.05, LAMBDA) == (LAMBDA, 1)
+    assert choose_shift(operator, torch.ones(3), 5, 0.05, LAMBDA) == (LAMBDA, 1)
 
 
 def test_finite_products_before_one_that_is_not_are_used():
@@ -154,10 +154,10 @@ def test_finite_products_before_one_that_is_not_are_used():
 
     class Breaks(DenseOperator):
         def hessian_product(self, u):
-            return super().hessian_product(u) * (1.0 if self.products <= 3 else float("nan"))
+            return super().hessian_product(u) * (1.0 if self.hvp_mode <= 3 else float("nan"))
 
-    expected, _ = choose_strength(DenseOperator(hessian, None), v, 3, 0.05, LAMBDA)
-    assert choose_strength(Breaks(hessian, None), v, 10, 0.05, LAMBDA) == (pytest.approx(expected), 4)
+    expected, _ = choose_shift(DenseOperator(hessian, None), v, 3, 0.05, LAMBDA)
+    assert choose_shift(Breaks(hessian, None), v, 10, 0.05, LAMBDA) == (pytest.approx(expected), 4)
 
 
 def test_a_right_hand_side_that_no_finite_product_reaches_does_not_search_for_ever():
@@ -166,5 +166,5 @@ def test_a_right_hand_side_that_no_finite_product_reaches_does_not_search_for_ev
     space = operator.subspace
     space.explore(operator.hessian_product, space.unexplored(space.coordinates(first)))
     operator.hessian = operator.hessian * float("nan")
-    strength, _ = choose_strength(operator, second, 2, 0.05, LAMBDA)
-    assert LARGEST <= strength <= 2 * LARGEST
+    shift, _ = choose_shift(operator, second, 2, 0.05, LAMBDA)
+    assert LARGEST <= shift <= 2 * LARGEST

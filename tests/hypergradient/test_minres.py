@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from systems import randn, residual, rotated, system
 
-from bissl_zoo.hypergradient import DenseOperator, MinRes, choose_strength
+from bissl_zoo.hypergradient import DenseOperator, MinRes, choose_shift
 
 SEEDS = st.integers(0, 10_000)
 
@@ -103,8 +103,8 @@ def test_no_more_vectors_are_kept_than_asked_for(recycle, products):
 
 def automatic(hessian, v, solver):
     """An operator whose damping was chosen for `v`, its first right-hand side."""
-    operator = DenseOperator(hessian, strength=None)
-    operator.strength, _ = choose_strength(operator, v, solver.iterations, solver.tolerance, at_least=0.5)
+    operator = DenseOperator(hessian, shift=None)
+    operator.shift, _ = choose_shift(operator, v, solver.iterations, solver.tolerance, at_least=0.5)
     assert solver(operator, v).status == "converged"
     return operator
 
@@ -116,12 +116,12 @@ def test_automatic_damping_rises_for_a_right_hand_side_that_few_products_do_not_
     solver = MinRes(iterations=6, tolerance=0.05, recycle=recycle, recycled_iterations=recycled)
     operator = automatic(hessian, randn(60, seed=seed), solver)
     for v in right_hand_sides(60, 6, seed + 1):
-        before, known, explored = operator.strength, operator.products, operator.subspace.explored
+        before, known, explored = operator.shift, operator.products, operator.subspace.explored
         solution = solver(operator, v)
         assert operator.products - known == solution.products <= (recycled if explored else 6)
-        assert operator.strength >= before
+        assert operator.shift >= before
         assert solution.status == "converged" and solution.residual <= 0.05
-        matrix = torch.eye(60, dtype=torch.float64) + hessian / operator.strength
+        matrix = torch.eye(60, dtype=torch.float64) + hessian / operator.shift
         assert solution.residual == pytest.approx(residual(matrix, solution.x, v), abs=1e-8)
 
 
@@ -132,25 +132,25 @@ def test_automatic_damping_rises_no_further_than_it_must():
     first, second = torch.eye(3, dtype=torch.float64)[0], torch.tensor([0.0, 1.0, 1.0], dtype=torch.float64)
     solver = MinRes(iterations=1, tolerance=0.1, recycled_iterations=1)
     operator = automatic(hessian, first, solver)
-    assert operator.strength == 0.5  # nothing that the first right-hand side sees needs damping
+    assert operator.shift == 0.5  # nothing that the first right-hand side sees needs damping
     assert solver(operator, second).residual <= 0.1
-    assert operator.strength == pytest.approx(90.0, rel=0.02)
+    assert operator.shift == pytest.approx(90.0, rel=0.02)
 
 
 def test_a_damping_of_the_users_does_not_rise():
     hessian = rotated(torch.linspace(-5.0, 60.0, 40), 0)
-    operator = DenseOperator(hessian, strength=6.0)
+    operator = DenseOperator(hessian, shift=6.0)
     solver = MinRes(iterations=3, tolerance=1e-3, recycled_iterations=1)
     for v in right_hand_sides(40, 3, 0):
         solution = solver(operator, v)
-        assert solution.status == "max_iterations" and solution.products == 3 and operator.strength == 6.0
+        assert solution.status == "max_iterations" and solution.products == 3 and operator.shift == 6.0
 
 
-def test_the_strength_may_change_between_solves_without_a_product():
+def test_the_shift_may_change_between_solves_without_a_product():
     hessian, v = rotated(torch.linspace(0.5, 10.0, 30), 0), randn(30, seed=0)
-    operator = DenseOperator(hessian, strength=1.0)
+    operator = DenseOperator(hessian, shift=1.0)
     MinRes(iterations=6, tolerance=0.0)(operator, v)
-    known, operator.strength = operator.products, 5.0
+    known, operator.shift = operator.products, 5.0
     solution = MinRes(iterations=6, tolerance=0.1)(operator, v)
     assert solution.status == "converged" and operator.products == known
     matrix = torch.eye(30, dtype=torch.float64) + hessian / 5.0
@@ -184,7 +184,7 @@ def test_a_product_that_is_not_finite_is_answered_by_the_best_so_far(after, bad)
     class Breaks(DenseOperator):
         def hessian_product(self, u):
             product = super().hessian_product(u)
-            return product if self.products <= after else product * bad
+            return product if self.hvp_mode <= after else product * bad
 
     solution = MinRes(iterations=8, tolerance=1e-6)(Breaks(matrix - torch.eye(12, dtype=torch.float64)), v)
     assert solution.status == "non_finite" and solution.products == after + 1

@@ -63,7 +63,7 @@ def test_the_step_is_estimated_once():
 def test_a_large_curvature_converges_where_the_plain_series_would_not():
     values = torch.linspace(0.0, 1000.0, 5).tolist() + [0.0] * 15
     hessian, v = rotated(values, 0), randn(20, seed=0)
-    solution = Neumann(iterations=60, tolerance=0.3)(DenseOperator(hessian, strength=200.0), v)
+    solution = Neumann(iterations=60, tolerance=0.3)(DenseOperator(hessian, shift=200.0), v)
     assert solution.status == "converged" and solution.residual <= 0.3
     plain, matrix = v, torch.eye(20, dtype=torch.float64) + hessian / 200.0
     for _ in range(10):
@@ -75,7 +75,7 @@ def test_v_is_the_answer_where_it_is_better_than_the_series():
     values = torch.cat([torch.zeros(19), torch.tensor([100.0])]).double()
     v = torch.ones(20, dtype=torch.float64)
     v[-1] = 1e-3  # nothing of v is curved to speak of, and the steps that the curvature allows are short
-    solution = Neumann(iterations=5, tolerance=0.01)(DenseOperator(torch.diag(values), strength=1.0), v)
+    solution = Neumann(iterations=5, tolerance=0.01)(DenseOperator(torch.diag(values), shift=1.0), v)
     assert torch.equal(solution.x, v) and solution.status == "max_iterations"
     assert solution.residual == pytest.approx(0.1 / float(v.norm()))
 
@@ -122,7 +122,7 @@ def test_a_product_that_is_not_finite_is_answered_by_the_best_so_far(after, bad)
     class Breaks(DenseOperator):
         def hessian_product(self, u):
             product = super().hessian_product(u)
-            return product if self.products <= after else product * bad
+            return product if self.hvp_mode <= after else product * bad
 
     operator = Breaks(matrix - torch.eye(12, dtype=torch.float64))
     solution = Neumann(iterations=20, tolerance=1e-9)(operator, v)

@@ -5,31 +5,31 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from systems import randn, rotated
 
-from bissl_zoo.hypergradient import DenseOperator, Nystrom, choose_strength
+from bissl_zoo.hypergradient import DenseOperator, Nystrom, choose_shift
 
 SEEDS = st.integers(0, 10_000)
 
 
 def residual(operator, x, v):
-    return float((v - x - operator.hessian @ x / operator.strength).norm() / v.norm())
+    return float((v - x - operator.hessian @ x / operator.shift).norm() / v.norm())
 
 
-def with_approximation(hessian, directions, strength):
-    """`I + H D (D^T H D)^+ D^T H / strength`, dense."""
+def with_approximation(hessian, directions, shift):
+    """`I + H D (D^T H D)^+ D^T H / shift`, dense."""
     h, d = hessian.numpy(), directions.numpy()
     sketch = h @ d
-    return np.eye(len(h)) + sketch @ np.linalg.pinv(d.T @ sketch) @ sketch.T / strength
+    return np.eye(len(h)) + sketch @ np.linalg.pinv(d.T @ sketch) @ sketch.T / shift
 
 
 @given(SEEDS, st.integers(1, 10), st.sampled_from([0.5, 10.0]))
 @settings(max_examples=40, deadline=None)
-def test_it_inverts_the_approximation_by_its_gaussian_sketch(seed, rank, strength):
+def test_it_inverts_the_approximation_by_its_gaussian_sketch(seed, rank, shift):
     hessian, v = rotated(20.0 / torch.arange(1, 26) ** 2, seed), randn(25, seed=seed + 100)
-    operator = DenseOperator(hessian, strength)
+    operator = DenseOperator(hessian, shift)
     solution = Nystrom(rank=rank, seed=seed)(operator, v)
     generator = torch.Generator().manual_seed(seed)
     drawn = torch.stack([torch.randn(25, generator=generator, dtype=torch.float64) for _ in range(rank)], dim=1)
-    expected = np.linalg.solve(with_approximation(hessian, drawn, strength), v.numpy())
+    expected = np.linalg.solve(with_approximation(hessian, drawn, shift), v.numpy())
     if solution.status != "diverged":  # that one may be answered by v
         # the core of the sketch is as ill conditioned as the spectrum falls, 1e-2 here, squared by the draw
         np.testing.assert_allclose(solution.x.numpy(), expected, atol=1e-8)
@@ -41,7 +41,7 @@ def test_it_inverts_the_approximation_by_its_gaussian_sketch(seed, rank, strengt
 @settings(max_examples=30, deadline=None)
 def test_curvature_of_low_rank_is_met_exactly(seed, curved):
     values = torch.cat([torch.linspace(1.0, 100.0, curved), torch.zeros(30 - curved)])
-    operator, v = DenseOperator(rotated(values, seed), strength=2.0), randn(30, seed=seed + 100)
+    operator, v = DenseOperator(rotated(values, seed), shift=2.0), randn(30, seed=seed + 100)
     solution = Nystrom(rank=8)(operator, v)
     assert solution.status == "converged" and solution.residual < 1e-6
     matrix = np.eye(30) + operator.hessian.numpy() / 2.0
@@ -51,14 +51,14 @@ def test_curvature_of_low_rank_is_met_exactly(seed, curved):
 @pytest.mark.parametrize("size", [1, 6, 9])
 def test_as_many_directions_as_parameters_solve_an_indefinite_system_too(size):
     values = torch.linspace(-7.0, 20.0, size)
-    operator, v = DenseOperator(rotated(values, 0), strength=2.0), randn(size, seed=100)
+    operator, v = DenseOperator(rotated(values, 0), shift=2.0), randn(size, seed=100)
     solution = Nystrom(rank=12)(operator, v)
     assert solution.status == "converged" and solution.residual < 1e-9
     assert solution.products == operator.products == size + 1  # a space that is known in full takes no more
 
 
 def test_further_solves_spend_no_product_but_the_one_that_checks():
-    operator = DenseOperator(rotated(20.0 * 0.3 ** torch.arange(40), 0), strength=1.0)
+    operator = DenseOperator(rotated(20.0 * 0.3 ** torch.arange(40), 0), shift=1.0)
     solve, unchecked = Nystrom(rank=6), Nystrom(rank=6, check=False)
     first = solve(operator, randn(40, seed=100))
     size = len(operator.subspace.basis)
@@ -92,8 +92,8 @@ def test_the_part_that_the_sketch_does_not_see_passes_unchanged():
 @pytest.mark.parametrize(("steps", "drawn"), [(3, 5), (8, 0), (12, 0)])
 def test_products_left_by_automatic_damping_are_used_first(steps, drawn):
     hessian, v = rotated(torch.linspace(-5.0, 20.0, 40), 0), randn(40, seed=100)
-    operator = DenseOperator(hessian, strength=None)
-    operator.strength, spent = choose_strength(operator, v, steps, 0.05, 1e-3)
+    operator = DenseOperator(hessian, shift=None)
+    operator.shift, spent = choose_shift(operator, v, steps, 0.05, 1e-3)
     basis = torch.stack(list(operator.subspace.basis))
     solution = Nystrom(rank=8)(operator, v)
     assert spent == steps and operator.products == spent + solution.products
@@ -130,7 +130,7 @@ def test_a_poor_approximation_of_a_definite_system_is_told():
     operator, v = DenseOperator(rotated(torch.linspace(1.0, 20.0, 60), 0)), randn(60, seed=100)
     solution = Nystrom(rank=3, tolerance=0.05)(operator, v)
     assert solution.status == "diverged"  # most of the curvature is left out, so x is nearly v, a residual above 1
-    operator.strength = 30.0
+    operator.shift = 30.0
     solution = Nystrom(rank=3, tolerance=0.05)(operator, v)
     assert solution.status == "max_iterations" and 0.05 < solution.residual < 1.0
     assert solution.residual == pytest.approx(residual(operator, solution.x, v), rel=1e-9)
@@ -144,7 +144,7 @@ def test_a_product_that_is_not_finite_is_answered_by_v(bad, after):
     class Breaks(DenseOperator):
         def hessian_product(self, u):
             product = super().hessian_product(u)
-            return product if self.products <= after else product * bad
+            return product if self.hvp_mode <= after else product * bad
 
     operator, solve = Breaks(hessian), Nystrom(rank=4)
     for _ in range(4):
@@ -156,7 +156,7 @@ def test_a_product_that_is_not_finite_is_answered_by_v(bad, after):
 
 def test_thousands_of_float32_parameters_have_the_residual_reported():
     values = torch.cat([torch.linspace(1.0, 50.0, 8), torch.linspace(-0.001, 0.001, 1992)])
-    operator = DenseOperator(rotated(values, 0, torch.float32), strength=1.0)
+    operator = DenseOperator(rotated(values, 0, torch.float32), shift=1.0)
     for seed in range(3):
         v = randn(2000, seed=100 + seed, dtype=torch.float32)
         solution = Nystrom(rank=12)(operator, v)

@@ -37,7 +37,7 @@ def dense_hessian(net, loss):
 def test_products_equal_the_dense_hessian():
     net, loss = smooth_net()
     hessian = dense_hessian(net, loss)
-    operator = CurvatureOperator(loss, list(net.parameters()), strength=0.3).prepare()
+    operator = CurvatureOperator(loss, list(net.parameters()), shift=0.3).prepare()
     size = len(hessian)
     assert operator.block_sizes == [12, 4, 8, 2] and size == 26
     columns = torch.stack([operator.hessian_product(e) for e in torch.eye(size, dtype=torch.float64)], dim=1)
@@ -69,7 +69,7 @@ def test_fused_attention_has_products_as_well():
 
 def test_products_do_not_depend_on_what_came_before():
     net, loss = smooth_net()
-    operator = CurvatureOperator(loss, list(net.parameters()), strength=1.0).prepare()
+    operator = CurvatureOperator(loss, list(net.parameters()), shift=1.0).prepare()
     u, w = torch.randn(2, 26, dtype=torch.float64)
     first = operator(u)
     operator(w)
@@ -83,21 +83,21 @@ def test_parameters_that_do_not_matter_have_zero_rows():
     unused = nn.Parameter(torch.randn(5, dtype=torch.float64))
     parameters = [unused, *net.parameters()]
     u = torch.randn(31, dtype=torch.float64)
-    product = CurvatureOperator(loss, parameters, strength=1.0).prepare().hessian_product(u)
+    product = CurvatureOperator(loss, parameters, shift=1.0).prepare().hessian_product(u)
     assert not product[:5].any()
     torch.testing.assert_close(product[5:], dense_hessian(net, loss) @ u[5:], rtol=1e-10, atol=1e-13)
 
 
 def test_a_linear_loss_has_no_curvature():
     parameter = nn.Parameter(torch.randn(4))
-    operator = CurvatureOperator(lambda: (3.0 * parameter).sum(), [parameter], strength=1.0).prepare()
+    operator = CurvatureOperator(lambda: (3.0 * parameter).sum(), [parameter], shift=1.0).prepare()
     u = torch.randn(4)
     assert torch.equal(operator(u), u)
 
 
 def test_a_product_before_prepare_or_after_release_is_refused():
     net, loss = smooth_net()
-    operator = CurvatureOperator(loss, list(net.parameters()), strength=1.0)
+    operator = CurvatureOperator(loss, list(net.parameters()), shift=1.0)
     u = torch.zeros(26, dtype=torch.float64)
     with pytest.raises(RuntimeError, match="before prepare"):
         operator(u)
@@ -110,7 +110,7 @@ def test_a_product_before_prepare_or_after_release_is_refused():
 
 def test_prepare_again_sees_the_new_parameters():
     net, loss = smooth_net()
-    operator = CurvatureOperator(loss, list(net.parameters()), strength=1.0).prepare()
+    operator = CurvatureOperator(loss, list(net.parameters()), shift=1.0).prepare()
     u = torch.randn(26, dtype=torch.float64)
     with torch.no_grad():
         net[0].weight.mul_(2.0)
@@ -119,17 +119,17 @@ def test_prepare_again_sees_the_new_parameters():
     )
 
 
-@pytest.mark.parametrize("strength", [0.0, -1.0, float("nan")])
-def test_a_strength_that_is_not_positive_is_refused(strength):
+@pytest.mark.parametrize("shift", [0.0, -1.0, float("nan")])
+def test_a_shift_that_is_not_positive_is_refused(shift):
     with pytest.raises(ValueError, match="must be positive"):
-        CurvatureOperator(lambda: None, [], strength=strength)
+        CurvatureOperator(lambda: None, [], shift=shift)
 
 
 def test_products_are_reduced_over_ranks():
     net, loss = smooth_net()
     u = torch.randn(26, dtype=torch.float64)
-    alone = CurvatureOperator(loss, list(net.parameters()), strength=1.0).prepare()
-    halved = CurvatureOperator(loss, list(net.parameters()), strength=1.0, reduce=lambda vector: vector / 2).prepare()
+    alone = CurvatureOperator(loss, list(net.parameters()), shift=1.0).prepare()
+    halved = CurvatureOperator(loss, list(net.parameters()), shift=1.0, reduce=lambda vector: vector / 2).prepare()
     torch.testing.assert_close(halved.hessian_product(u), alone.hessian_product(u) / 2)
 
 
@@ -159,7 +159,7 @@ def test_products_leave_no_trace(method):
     u = torch.randn(sum(p.numel() for p in parameters))
     before = snapshot(trunk, pretext)
     operator = CurvatureOperator(
-        lambda: sum(pretext.losses(trunk, views).values()), parameters, strength=1.0, modules=(trunk, pretext)
+        lambda: sum(pretext.losses(trunk, views).values()), parameters, shift=1.0, modules=(trunk, pretext)
     ).prepare()
     first = operator(u)
     with torch.no_grad():  # the upper level moves the lower statistics, where there are any, between two products
@@ -222,8 +222,8 @@ def test_rebuilt_products_are_those_of_the_graph_whatever_happens_in_between():
     parameters = list(net.parameters())
     state = torch.get_rng_state()
     kept, rebuilt = (
-        CurvatureOperator(loss, parameters, strength=1.0, modules=(net, head), products=products).prepare()
-        for products in ("graph", "rebuild")
+        CurvatureOperator(loss, parameters, shift=1.0, modules=(net, head), hvp_mode=hvp_mode).prepare()
+        for hvp_mode in ("retain_graph", "recompute")
     )
     assert torch.equal(torch.get_rng_state(), state)
     for seed in range(3):
@@ -241,7 +241,7 @@ def test_rebuilt_products_are_those_of_the_graph_whatever_happens_in_between():
 
 def test_the_next_preparation_draws_other_masks():
     net, head, loss = stochastic_loss()
-    operator = CurvatureOperator(loss, list(net.parameters()), strength=1.0, modules=(net, head)).prepare()
+    operator = CurvatureOperator(loss, list(net.parameters()), shift=1.0, modules=(net, head)).prepare()
     u = torch.ones(sum(operator.block_sizes), dtype=torch.float64)
     first = operator(u)
     assert torch.equal(operator.prepare()(u), first)  # nothing was drawn in between
@@ -250,8 +250,8 @@ def test_the_next_preparation_draws_other_masks():
 
 
 def test_a_way_to_make_products_that_there_is_not_is_refused():
-    with pytest.raises(ValueError, match='accepted: "graph" \\(faster\\) and "rebuild"'):
-        CurvatureOperator(lambda: None, [], strength=1.0, products="reuse")
+    with pytest.raises(ValueError, match='accepted: "retain_graph" \\(faster\\) and "recompute"'):
+        CurvatureOperator(lambda: None, [], shift=1.0, hvp_mode="reuse")
 
 
 def test_only_the_backbone_is_differentiated_and_the_head_stays_trainable():
@@ -261,7 +261,7 @@ def test_only_the_backbone_is_differentiated_and_the_head_stays_trainable():
     operator = CurvatureOperator(
         lambda: (seen.append([p.requires_grad for p in (*net.parameters(), *head.parameters())]), loss())[1],
         list(net.parameters()),
-        strength=1.0,
+        shift=1.0,
         modules=(net, head),
     ).prepare()
     assert seen == [[True] * 6 + [False] * 2]
@@ -271,7 +271,7 @@ def test_only_the_backbone_is_differentiated_and_the_head_stays_trainable():
 
 def test_preparing_and_releasing_forget_the_products_of_another_matrix():
     net, loss = smooth_net()
-    operator = CurvatureOperator(loss, list(net.parameters()), strength=1.0)
+    operator = CurvatureOperator(loss, list(net.parameters()), shift=1.0)
     u = torch.randn(26, dtype=torch.float64)
     for forget in (operator.prepare, operator.release):
         operator.prepare()
@@ -282,12 +282,12 @@ def test_preparing_and_releasing_forget_the_products_of_another_matrix():
         assert space.explored == 0 and not space.basis
 
 
-def test_a_product_with_a_needs_a_strength_and_one_with_the_hessian_does_not():
+def test_a_product_with_a_needs_a_shift_and_one_with_the_hessian_does_not():
     net, loss = smooth_net()
-    operator = CurvatureOperator(loss, list(net.parameters()), strength=None).prepare()
+    operator = CurvatureOperator(loss, list(net.parameters()), shift=None).prepare()
     u = torch.randn(26, dtype=torch.float64)
     product = operator.hessian_product(u)
     with pytest.raises(RuntimeError, match="damping was chosen"):
         operator(u)
-    operator.strength = 2.0
+    operator.shift = 2.0
     torch.testing.assert_close(operator(u), u + product / 2, rtol=1e-12, atol=0)

@@ -91,7 +91,7 @@ def test_a_v_that_is_not_finite_is_answered_by_zero(name, bad):
 def test_products_that_become_not_finite_have_a_finite_answer(name, after):
     class Breaks(DenseOperator):
         def hessian_product(self, u):
-            return super().hessian_product(u) * (1.0 if self.products <= after else float("nan"))
+            return super().hessian_product(u) * (1.0 if self.hvp_mode <= after else float("nan"))
 
     operator, v = Breaks(matrix("definite")), right()
     for _ in range(3):
@@ -124,20 +124,20 @@ def test_an_answer_that_does_not_fit_its_type_is_not_given(name):
 
 def test_the_operator_of_a_matrix_is_damped_and_counts():
     hessian, u = torch.tensor([[2.0, 1.0], [1.0, -4.0]]), torch.tensor([1.0, 2.0])
-    operator = DenseOperator(hessian, strength=4.0)
+    operator = DenseOperator(hessian, shift=4.0)
     assert torch.equal(operator.hessian_product(u), torch.tensor([4.0, -7.0]))
     assert torch.equal(operator(u), torch.tensor([2.0, 0.25])) and operator.products == 2
     assert operator.block_sizes == [2] and DenseOperator(hessian, block_sizes=[1, 1]).block_sizes == [1, 1]
 
 
-@pytest.mark.parametrize("strength", [0.0, -1.0, float("nan")])
-def test_a_strength_that_is_not_positive_is_refused(strength):
+@pytest.mark.parametrize("shift", [0.0, -1.0, float("nan")])
+def test_a_shift_that_is_not_positive_is_refused(shift):
     with pytest.raises(ValueError, match="must be positive"):
-        DenseOperator(torch.eye(2), strength)
+        DenseOperator(torch.eye(2), shift)
 
 
 def test_a_product_before_the_damping_is_chosen_is_refused():
-    operator = DenseOperator(torch.eye(2), strength=None)
+    operator = DenseOperator(torch.eye(2), shift=None)
     assert torch.equal(operator.hessian_product(torch.ones(2)), torch.ones(2))
     with pytest.raises(RuntimeError, match="before its damping was chosen"):
         operator(torch.ones(2))
@@ -154,7 +154,7 @@ def test_the_power_of_two_leaves_every_digit(value):
 
 
 def test_the_relative_residual_is_one_product():
-    operator = DenseOperator(torch.eye(2), strength=1.0)
+    operator = DenseOperator(torch.eye(2), shift=1.0)
     assert relative_residual(operator, torch.tensor([0.5, 0.0]), torch.tensor([1.0, 1.0])) == pytest.approx(0.5**0.5)
     assert operator.products == 1
     assert relative_residual(operator, torch.zeros(2), torch.zeros(2)) == 0.0

@@ -150,12 +150,12 @@ def test_an_invariant_space_has_no_next_direction():
 
 @given(st.integers(2, 20), SEEDS, st.sampled_from([0.1, 1.0, 30.0]))
 @settings(max_examples=40, deadline=None)
-def test_the_minimal_residual_is_that_of_a_dense_least_squares_fit(size, seed, strength):
+def test_the_minimal_residual_is_that_of_a_dense_least_squares_fit(size, seed, shift):
     matrix = symmetric(size, seed)
     space = explored(matrix, seed, (2, 1))
     v = randn(size, seed=seed + 77)
-    x, rest = (space.combine(c) for c in space.minimal_residual(space.coordinates(v), strength))
-    a = (torch.eye(size, dtype=torch.float64) + matrix / strength).numpy()
+    x, rest = (space.combine(c) for c in space.minimal_residual(space.coordinates(v), shift))
+    a = (torch.eye(size, dtype=torch.float64) + matrix / shift).numpy()
     _, directions, _ = dense(space)
     applied = a @ directions.numpy()
     y = np.linalg.lstsq(applied, v.numpy(), rcond=None)[0]

@@ -32,7 +32,7 @@ def voc_det(*overrides):
         ["finetune.epochs=0.5"],
         ["finetune.epochs=null", "finetune.steps=3"],
         ["+my_section={a: 1}"],
-        ["train.amp=bf16", "bilevel.products=rebuild"],
+        ["train.amp=bf16", "bilevel.hvp_mode=rebuild"],
         ["train.amp=null"],
     ],
 )
@@ -55,8 +55,8 @@ def test_what_is_meant_to_be_free_is_accepted(overrides):
         ("bilevel.curvature_batch_size=1", "must be 2 or more"),
         ("train.amp=fp16", "train.amp is 'fp16'; accepted are null and bf16. Did you mean 'bf16'?"),
         ("train.amp=true", "train.amp is 'True'; accepted are null and bf16."),
-        ("bilevel.products=rebuilt", "bilevel.products is 'rebuilt'; accepted are graph and rebuild. Did you mean"),
-        ("bilevel.products=null", "bilevel.products is None; it must be text, such as 'graph'"),
+        ("bilevel.hvp_mode=rebuilt", "bilevel.hvp_mode is 'rebuilt'; accepted are graph and rebuild. Did you mean"),
+        ("bilevel.hvp_mode=null", "bilevel.hvp_mode is None; it must be text, such as 'graph'"),
         ("bilevel.head_warmup.backbone_mode=evl", "accepted are eval and train. Did you mean 'eval'?"),
     ],
 )
@@ -79,7 +79,7 @@ def test_a_resumed_run_may_change_where_and_how_it_runs_only(tmp_path):
     prepare_run_dir(voc_det(out), resume=False)
     free = ["train.device=cpu", "train.log_period=3", "train.checkpoint.keep=5", "dataloader.train.num_workers=0"]
     prepare_run_dir(voc_det(out, *free, "train.publish.name=x"), resume=True)
-    prepare_run_dir(voc_det(out, *free, "bilevel.products=rebuild"), resume=True)
+    prepare_run_dir(voc_det(out, *free, "bilevel.hvp_mode=rebuild"), resume=True)
     for bound in ("train.seed=1", "train.init=x", "task.min_size=3", "optimizer.upper.lr=0.1", "train.amp=bf16"):
         with pytest.raises(ConfigError, match=f"\n{bound.split('=')[0]} +.* +{bound.split('=')[1]}\n"):
             prepare_run_dir(voc_det(out, *free, bound), resume=True)

@@ -41,7 +41,7 @@ class ImageFolder(Dataset):
             machine.
         limit: keep this many images, evenly spread over the sorted list.
         as_tensor: images are `(3, H, W)` uint8 rather than PIL's, which is quicker for JPEG files. It shows where the
-            workers do little else (`dataloader.pretext.views_on="device"`).
+            workers do little else (`dataloader.pretext.augment_on="device"`).
 
     Raises:
         DatasetError: no such folder, no images, a class folder without images that `classes` does not name or one

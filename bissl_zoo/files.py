@@ -1,0 +1,96 @@
+"""Files: atomic writes, digests, and JSON with a size limit."""
+
+import contextlib
+import hashlib
+import json
+import os
+import re
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+#: the largest JSON file that `read_json` reads, in bytes
+JSON_LIMIT = 1 << 26
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Yield a temporary file beside `path`; on success, flush it to disk and rename it to `path` in one step.
+
+    Readers see the old or the new content, never a part. On an error the temporary file is removed and `path` is
+    unchanged.
+
+    Raises:
+        OSError: the file cannot be written or renamed.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}-{uuid.uuid4().hex}")
+    try:
+        yield temporary
+        fsync(temporary)
+        os.replace(temporary, path)
+        fsync(path.parent)
+    finally:
+        with contextlib.suppress(OSError):  # it exists only if something failed
+            temporary.unlink()
+
+
+def write_atomically(path: Path, content: str | bytes) -> None:
+    """Replace a file in one step, see :func:`replacing`.
+
+    Raises:
+        OSError: the file cannot be written; it is unchanged.
+    """
+    with replacing(path) as temporary:
+        temporary.write_bytes(content.encode() if isinstance(content, str) else content)
+
+
+def fsync(path: Path) -> None:
+    """Flush a file or a directory to disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def sha256_of(path: Path) -> str:
+    """Return the sha256 of a file's bytes as 64 lower-case hex digits.
+
+    Raises:
+        OSError: the file cannot be read.
+    """
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def is_sha256(value: Any) -> bool:
+    """Return True for a string of 64 lower-case hex digits."""
+    return isinstance(value, str) and re.fullmatch(r"[0-9a-f]{64}", value) is not None
+
+
+def read_json(path: Path, limit: int = JSON_LIMIT) -> dict[str, Any]:
+    """Read a JSON object from a regular file of at most `limit` bytes.
+
+    Raises:
+        OSError: the file cannot be read.
+        ValueError: it is not a regular file, too large, not JSON, or not an object.
+    """
+    if not path.is_file():  # also a fifo, which would block
+        raise FileNotFoundError(f"{path} is not a file") if not path.exists() else ValueError("it is not a file")
+    with open(path, "rb") as file:
+        content = file.read(limit + 1)
+    if len(content) > limit:
+        raise ValueError(f"it has more than {limit:,} bytes")
+    try:
+        loaded = json.loads(content)
+        json.dumps(loaded, ensure_ascii=False).encode()  # an escaped half surrogate pair parses but cannot be written
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error
+    if not isinstance(loaded, dict):
+        raise ValueError(f"it holds {type(loaded).__name__}, not an object")
+    return loaded
