@@ -1,4 +1,7 @@
-"""The command line called in this process, and the quickstart made tiny."""
+"""Shared fixtures: the command line, a tiny version of the quickstart, and the tier of each test.
+
+A test that uses a fixture of `SLOW_FIXTURES` belongs to the slow tier without a marker of its own.
+"""
 
 import contextlib
 import io
@@ -18,31 +21,43 @@ from bissl_zoo.data.datasets.digit_scenes import write_digit_scenes
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 QUICKSTART = "quickstart/digit_scenes_det.py"
+#: fixtures that train a run or start a process
+SLOW_FIXTURES = {"finished", "process", "train_net_process"}
 SCENES = {"image_size": 64, "unlabeled": 24, "train": 16, "val": 1, "test": 8}
 
 
+@pytest.hookimpl(tryfirst=True)  # before pytest deselects by marker
+def pytest_collection_modifyitems(items):
+    """Mark tests that use a slow fixture as slow; skip GPU tests on a machine without a GPU."""
+    for item in items:
+        if SLOW_FIXTURES.intersection(item.fixturenames):
+            item.add_marker(pytest.mark.slow)
+        if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
 class Outcome(NamedTuple):
-    """What a call of the command line came to."""
+    """The exit status and the output of a command."""
 
     status: int
     out: str
     err: str
 
     def message(self) -> str:
-        """The one message of a run that was refused."""
+        """Return the error message of a command that failed without a traceback."""
         assert self.status == 1, self
         assert self.err.startswith("error") and "Traceback" not in self.err, self.err
         return self.err
 
 
 if "PYTEST_XDIST_WORKER" in os.environ:
-    torch.set_num_threads(1)  # the tests of the other processes want the other cores
-    os.environ.setdefault("OMP_NUM_THREADS", "1")  # in the processes that tests start, too
+    torch.set_num_threads(1)  # one xdist worker per core
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # also for the processes that tests start
 
 
 @pytest.fixture(scope="session", autouse=True)
-def cache_of_its_own(tmp_path_factory):
-    """What the tests fetch from zoos stays out of the user's cache."""
+def zoo_cache(tmp_path_factory):
+    """Keep downloads of the tests out of the user's cache."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("BISSL_ZOO_CACHE", str(tmp_path_factory.mktemp("cache")))
         yield
@@ -50,13 +65,13 @@ def cache_of_its_own(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def tool():
-    """The module tools/train_net.py."""
+    """Return the module tools/train_net.py."""
     return load_tool("train_net")
 
 
 @pytest.fixture(scope="session")
 def train_net(tool, scenes):
-    """Call the command line: `train_net("--dry-run", "a.b=c", config=..., datasets=...)` -> Outcome."""
+    """Call the command line in this process: `train_net("--dry-run", "a.b=c", config=..., datasets=...)` -> Outcome."""
 
     def call(*arguments, config=QUICKSTART, datasets=scenes):
         out, err = io.StringIO(), io.StringIO()
@@ -70,7 +85,7 @@ def train_net(tool, scenes):
 
 @pytest.fixture(scope="session")
 def process(scenes):
-    """Start a Python program as a process of its own: `process("tools/train_net.py", ...)` -> Popen."""
+    """Start a Python program: `process("tools/train_net.py", ...)` -> Popen."""
 
     def start(*command, datasets=scenes, **options):
         environment = {**os.environ, "BISSL_ZOO_DATASETS": str(datasets), "OMP_NUM_THREADS": "1"}
@@ -90,7 +105,7 @@ def process(scenes):
 
 @pytest.fixture(scope="session")
 def train_net_process(process):
-    """The command line as a process: `train_net_process("--resume", "a.b=c")` -> Outcome."""
+    """Call the command line in a new process: `train_net_process("--resume", "a.b=c")` -> Outcome."""
 
     def call(*arguments, config=QUICKSTART, launcher=(), **options):
         command = [*launcher, REPOSITORY / "tools" / "train_net.py", "--config-file", config, *arguments]
@@ -103,7 +118,7 @@ def train_net_process(process):
 
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory):
-    """Overrides that make the quickstart a matter of seconds, its zoo a temporary folder."""
+    """Return overrides that shorten the quickstart to seconds and publish to a temporary zoo."""
     zoo = tmp_path_factory.mktemp("zoo")
 
     def overrides(**changed):
@@ -114,13 +129,13 @@ def tiny(tmp_path_factory):
             "task.max_size": 64,
             "task.box_head": 16,
             "train.log_period": 1,
-            "train.report": False,  # it takes longer than such a run
+            "train.report": False,  # takes longer than the run
             "train.device": "cpu",
             "train.publish.name": "tiny.simclr_bissl_digit_scenes",
             "train.publish.zoo": zoo,
             "train.checkpoint.period": 1,
             "pretrain.steps": 2,
-            "optimizer.pretrain": "{_target_: torch.optim.SGD, lr: 0.1, momentum: 0.9}",  # its state is the smaller
+            "optimizer.pretrain": "{_target_: torch.optim.SGD, lr: 0.1, momentum: 0.9}",  # small optimizer state
             "bilevel.head_warmup.steps": 2,
             "bilevel.alternations": 2,
             "bilevel.lower_steps": 2,
@@ -140,7 +155,7 @@ def tiny(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def tiny_config(tiny):
-    """The config that `tiny` describes: `tiny_config(bilevel__alternations=3)`."""
+    """Build the config with the overrides of `tiny`: `tiny_config(bilevel__alternations=3)`."""
 
     def build(**changed):
         return LazyConfig.apply_overrides(load_config(QUICKSTART), tiny(**changed))
@@ -150,7 +165,7 @@ def tiny_config(tiny):
 
 @pytest.fixture(scope="session")
 def scenes(tmp_path_factory):
-    """A datasets root with the digit scenes that `tiny` reads."""
+    """Return a datasets root with the digit scenes that `tiny` reads."""
     root = tmp_path_factory.mktemp("datasets")
     counts = {key: value for key, value in SCENES.items() if key != "image_size"}
     with pytest.MonkeyPatch.context() as patch:
@@ -161,14 +176,14 @@ def scenes(tmp_path_factory):
 
 @pytest.fixture
 def at_scenes(scenes, monkeypatch):
-    """For this test, `BISSL_ZOO_DATASETS` names `scenes`."""
+    """Set `BISSL_ZOO_DATASETS` to `scenes` for this test."""
     monkeypatch.setenv("BISSL_ZOO_DATASETS", str(scenes))
     return scenes
 
 
 @pytest.fixture
 def scenes_copy(scenes, tmp_path):
-    """A copy of `scenes` that a test may damage: the root, and the folder VOC2007 in it."""
+    """Return a copy of `scenes` that a test may damage: the root and its folder VOC2007."""
     root = tmp_path / "datasets"
     shutil.copytree(scenes, root)
     return root, next(root.glob("*/VOCdevkit/VOC2007"))
@@ -176,7 +191,7 @@ def scenes_copy(scenes, tmp_path):
 
 @pytest.fixture(scope="session")
 def finished(train_net, tiny, tmp_path_factory):
-    """The directory of a finished tiny run; not to be changed."""
+    """Return the directory of a finished tiny run; tests must not change it."""
     folder = tmp_path_factory.mktemp("runs") / "finished"
     outcome = train_net(*tiny(), f"train.output_dir={folder}")
     assert outcome.status == 0, outcome.err
@@ -186,5 +201,5 @@ def finished(train_net, tiny, tmp_path_factory):
 
 @pytest.fixture
 def run_copy(finished, tmp_path):
-    """A copy of the finished run that a test may damage."""
+    """Return a copy of the finished run that a test may damage."""
     return Path(shutil.copytree(finished, tmp_path / "run"))
