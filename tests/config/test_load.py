@@ -3,8 +3,8 @@ from pathlib import Path
 import pytest
 from omegaconf import DictConfig, OmegaConf
 
-from bissl_zoo.config import load as config
 from bissl_zoo.config import LazyConfig, config_root, load_config, with_defaults
+from bissl_zoo.config import load as config
 from bissl_zoo.errors import ConfigError
 
 BASE = {
