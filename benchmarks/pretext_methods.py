@@ -37,9 +37,8 @@ from bissl_zoo.config import LazyCall as L
 from bissl_zoo.config import load_config
 from bissl_zoo.data.datasets.catalog import datasets_root
 from bissl_zoo.engine.build import seed_everything
-from bissl_zoo.engine.features import CentralCrops, drawn, extract_features
-from bissl_zoo.engine.frozen import load_frozen
-from bissl_zoo.engine.run import run
+from bissl_zoo.engine.features import CentralCrops, drawn, extract_features, load_frozen
+from bissl_zoo.engine.runner import run
 from bissl_zoo.evaluation import knn_accuracy
 from bissl_zoo.evaluation.collapse import effective_rank
 from bissl_zoo.registry import build_backbone, build_dataset

@@ -40,7 +40,7 @@ from bissl_zoo.data.loaders import build_train_loader
 from bissl_zoo.data.samples import TransformedDataset
 from bissl_zoo.data.views import two_views
 from bissl_zoo.engine.build import ViewsOnly
-from bissl_zoo.engine.pretrain import Pretrain, compile_backbones
+from bissl_zoo.engine.stages.pretrain import Pretrain, compile_backbones
 from bissl_zoo.optim import LRMultiplier
 from bissl_zoo.registry import build_backbone, build_pretext
 

@@ -45,7 +45,7 @@ def main(args: argparse.Namespace) -> int:
     from bissl_zoo.analysis.hypergradient_check import Effort, check_hypergradient, open_check
     from bissl_zoo.analysis.hypergradient_report import save, table
     from bissl_zoo.distributed import on_main_process
-    from bissl_zoo.engine.configuration import open_config
+    from bissl_zoo.engine.checks import open_config
     from bissl_zoo.progress.display import say
 
     overrides = [*args.overrides, *([f"train.init={json.dumps(args.run)}"] if args.run else [])]

@@ -55,7 +55,7 @@ def names(text: str) -> list[str]:
 
 def main(args: argparse.Namespace) -> int:
     """Compare, and say what came out."""
-    from bissl_zoo.engine.configuration import open_config
+    from bissl_zoo.engine.checks import open_config
     from bissl_zoo.progress.display import say
     from bissl_zoo.studies.compare import compare, compare_datasets, describe
     from bissl_zoo.studies.compare_arms import override

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from torch import Tensor
     from torch.utils.data import Dataset
 
-    from bissl_zoo.engine.frozen import FrozenBackbone
+    from bissl_zoo.engine.features import FrozenBackbone
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # read once, when torch is imported
 # what takes seconds to import is imported in the functions: --help and wrong options are answered at once
@@ -71,7 +71,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 def main(args: argparse.Namespace) -> int:
     """Load, extract, measure, print."""
-    from bissl_zoo.engine.frozen import load_frozen
+    from bissl_zoo.engine.features import load_frozen
     from bissl_zoo.engine.launch import choose_device
     from bissl_zoo.evaluation import knn_accuracy, linear_probe
 
@@ -96,7 +96,7 @@ def open_sets(args: argparse.Namespace) -> "dict[str, Dataset]":
     """The data sets `train` and `test`, in this order, of the same classes."""
     from bissl_zoo.data import ImageFolder
     from bissl_zoo.engine.build import build_datasets
-    from bissl_zoo.engine.configuration import open_config
+    from bissl_zoo.engine.checks import open_config
 
     if args.config_file:
         sets = build_datasets(open_config(args.config_file, args.overrides), {"train", "test"})

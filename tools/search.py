@@ -40,7 +40,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 def main(args: argparse.Namespace) -> int:
     """Search, and tell what was found."""
-    from bissl_zoo.engine.configuration import open_config
+    from bissl_zoo.engine.checks import open_config
     from bissl_zoo.progress.display import say
     from bissl_zoo.studies.search import BEST_FILE, PICTURE_FILE, TABLE_FILE, search
 

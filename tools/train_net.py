@@ -58,10 +58,10 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 def main(args: argparse.Namespace) -> int:
     """What one process does."""
-    from bissl_zoo.engine.configuration import open_config
+    from bissl_zoo.engine.checks import open_config
     from bissl_zoo.engine.dry_run import describe
     from bissl_zoo.engine.launch import restarted
-    from bissl_zoo.engine.run import evaluate_only, results_table, run
+    from bissl_zoo.engine.runner import evaluate_only, results_table, run
     from bissl_zoo.progress.display import choose_screen, on_screen, say
     from bissl_zoo.report.ending import report_after
 
@@ -81,7 +81,7 @@ def main(args: argparse.Namespace) -> int:
 
 def report(outcome: dict) -> None:
     """Print the table and what was published."""
-    from bissl_zoo.engine.run import results_table
+    from bissl_zoo.engine.runner import results_table
     from bissl_zoo.progress.display import say
 
     if outcome["results"]:

@@ -107,8 +107,7 @@ def main(args: argparse.Namespace) -> int:
 
 def config(args: argparse.Namespace) -> DictConfig:
     """The config, of the file or of the first run among the sources."""
-    from bissl_zoo.engine.checks import check_config
-    from bissl_zoo.engine.configuration import open_config
+    from bissl_zoo.engine.checks import check_config, open_config
     from bissl_zoo.runs.directory import CONFIG_FILE
 
     name, overrides, run = args.config_file, args.overrides, first_run(args)

@@ -22,14 +22,14 @@ from omegaconf import DictConfig
 from bissl_zoo.analysis.data import KnownData, noise_batch, noise_context
 from bissl_zoo.bilevel import BiLevel
 from bissl_zoo.bilevel.level import Level
-from bissl_zoo.engine.bissl import Bissl
 from bissl_zoo.engine.build import Context, Weights
-from bissl_zoo.engine.configuration import open_config
-from bissl_zoo.engine.finetune import BASELINE
+from bissl_zoo.engine.checks import open_config
 from bissl_zoo.engine.launch import choose_device
 from bissl_zoo.engine.randomness import deterministic
+from bissl_zoo.engine.runner import phases_of
+from bissl_zoo.engine.stages.bissl import Bissl
+from bissl_zoo.engine.stages.finetune import BASELINE
 from bissl_zoo.engine.trainer import Trainer
-from bissl_zoo.engine.walk import phases_of
 from bissl_zoo.optim import LRMultiplier
 from bissl_zoo.pretext import PretextMethod
 

@@ -21,12 +21,12 @@ from bissl_zoo.analysis.solver_diagnosis import (
     symmetry_error,
 )
 from bissl_zoo.bilevel import BiLevel
-from bissl_zoo.engine.bissl import build_bissl, build_head_warmup
 from bissl_zoo.engine.build import Context, Weights, build_part
 from bissl_zoo.engine.checks import check_parts
 from bissl_zoo.engine.hooks import Progress
 from bissl_zoo.engine.init import load_init
-from bissl_zoo.engine.run import open_context
+from bissl_zoo.engine.runner import open_context
+from bissl_zoo.engine.stages.bissl import build_bissl, build_head_warmup
 from bissl_zoo.errors import BisslZooError, ConfigError
 from bissl_zoo.hypergradient import SOLVERS, CurvatureOperator
 from bissl_zoo.progress.display import say

@@ -22,14 +22,13 @@ from bissl_zoo.analysis.costs import (
 )
 from bissl_zoo.analysis.counts import IMAGES, Count, LossCount, StageCount, count_losses, count_stages
 from bissl_zoo.analysis.data import KnownData, look_at_data, noise_context
-from bissl_zoo.engine.bissl import PRETEXT_WARMUP
 from bissl_zoo.engine.build import Context, Weights
-from bissl_zoo.engine.checks import check_config
-from bissl_zoo.engine.configuration import open_config
-from bissl_zoo.engine.finetune import BASELINE
+from bissl_zoo.engine.checks import check_config, open_config
 from bissl_zoo.engine.init import load_init
 from bissl_zoo.engine.launch import choose_device
-from bissl_zoo.engine.walk import Phase, phases_of
+from bissl_zoo.engine.runner import Phase, phases_of
+from bissl_zoo.engine.stages.bissl import PRETEXT_WARMUP
+from bissl_zoo.engine.stages.finetune import BASELINE
 from bissl_zoo.errors import BisslZooError, ConfigError
 
 #: the section whose `steps` or `epochs` a phase has, and the data that it counts epochs of

@@ -1,9 +1,13 @@
 """From a config to the objects of a stage: data sets, networks, loaders, levels."""
 
+import inspect
+import json
+import logging
 import math
 import os
 import random
-from collections.abc import Callable, Iterator
+import shlex
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,15 +20,17 @@ from torch.utils.data import DataLoader, Dataset
 from bissl_zoo.backbones import Backbone, Tail
 from bissl_zoo.bilevel.level import Level
 from bissl_zoo.config import instantiate
+from bissl_zoo.data.batches import to_device
+from bissl_zoo.data.datasets.boxes import shown_names
 from bissl_zoo.data.device_views import two_parts
+from bissl_zoo.data.loaders import PlacedSampler
 from bissl_zoo.distributed import broadcast_module, get_rank
 from bissl_zoo.downstream import DownstreamTask
 from bissl_zoo.engine import ROLES
-from bissl_zoo.engine.batches import Batches
-from bissl_zoo.engine.class_lists import unequal_classes
 from bissl_zoo.engine.trainer import load_state
 from bissl_zoo.errors import ConfigError, DatasetError
 from bissl_zoo.pretext import PretextMethod
+from bissl_zoo.registry import DATASETS
 
 #: which data sets a stage reads; fine-tuning also `val`, where the config has it
 STAGE_DATA = {"pretrain": ("pretext",), "bissl": ("pretext", "train"), "finetune": ("train", "test")}
@@ -182,6 +188,57 @@ def build_level(
     )
 
 
+class Batches:
+    """Endless batches on the run's device.
+
+    The samples of a batch need not travel with it: a training stream is a function of its seed and the batch's number.
+
+    Args:
+        loader: of training batches, as :func:`bissl_zoo.data.loaders.build_train_loader` makes it.
+        start_step: number of batches already taken by an earlier part of the run.
+        on_device: makes what is left to be made of a batch once it is there.
+
+    Attributes:
+        taken: batches taken since the beginning of the stage.
+        bad: the samples that this process could not use so far: what names each, and what is wrong with it.
+    """
+
+    def __init__(
+        self,
+        loader: DataLoader,
+        start_step: int,
+        device: torch.device,
+        on_device: Callable[[Any], Any] | None = None,
+    ) -> None:
+        self.taken = start_step
+        self.bad: dict[str, str] = getattr(loader, "bad", {})
+        self.dataset = getattr(loader.dataset, "dataset", None)
+        self._sampler = loader.sampler if isinstance(loader.sampler, PlacedSampler) else None
+        self._stream = _moved(loader, device, on_device)  # alone holds the loader, and with it the workers
+
+    def __iter__(self) -> Iterator[Any]:
+        return self
+
+    def __next__(self) -> Any:
+        batch = next(self._stream)
+        self.taken += 1
+        return batch
+
+    def close(self) -> None:
+        """End the loader's workers."""
+        self._stream.close()
+
+    def newest(self) -> list[int] | None:
+        """Numbers of the samples in this process's part of the newest batch; None of data that is read in a stream."""
+        return None if self._sampler is None else self._sampler.batch(self.taken - 1)
+
+
+def _moved(loader: DataLoader, device: torch.device, on_device: Callable[[Any], Any] | None) -> Iterator[Any]:
+    for batch in loader:
+        batch = to_device(batch, device)
+        yield on_device(batch) if on_device else batch
+
+
 class ViewsOnly:
     """`(image, target)` -> the views of the image; a class, so that loader workers can be spawned."""
 
@@ -258,3 +315,80 @@ def seed_everything(seed: int) -> None:
 def seed_rank(seed: int) -> None:
     """Seed what is drawn during training, differently on each rank."""
     seed_everything(seed + 7919 * (get_rank() + 1))
+
+
+#: classes that an override can be expected to name
+_MOST_TYPED = 40
+
+
+def unequal_classes(cfg: DictConfig, role: str, classes: Sequence[str], other: str, others: Sequence[str]) -> str:
+    """The message for two roles of `cfg.dataloader` with unlike classes: which differ, and the overrides that help."""
+    told = f"dataloader.{role} has the classes {_shown(classes)} and dataloader.{other} {_shown(others)}. "
+    lacks = {other: _without(classes, others), role: _without(others, classes)}
+    differing = [f"dataloader.{one} lacks {_shown(names)}" for one, names in lacks.items() if names]
+    told += f"{'; '.join(differing) or 'They are the same in another order'}. "
+    wanted = list(classes) if not lacks[role] else list(others) if not lacks[other] else [*classes, *lacks[role]]
+    changed = [one for one, names in ((role, classes), (other, others)) if list(names) != wanted]
+    for one in changed:
+        if not _takes_classes(cfg, one):
+            name = cfg.dataloader[one].dataset.get("name")
+            return f"{told}The classes of '{name}' are fixed, so let both read splits of one data set."
+    typed = [_override(cfg, one, wanted) for one in changed]
+    return f"{told}Give both the same list; a class may have no images in one of them:\n  " + " ".join(typed)
+
+
+def _override(cfg: DictConfig, role: str, classes: Sequence[str]) -> str:
+    add = "" if "classes" in cfg.dataloader[role].dataset else "+"
+    key = f"{add}dataloader.{role}.dataset.classes"
+    if len(classes) <= _MOST_TYPED:
+        return shlex.quote(f"{key}={json.dumps(list(classes), ensure_ascii=False)}")
+    first = json.dumps(list(classes[:3]), ensure_ascii=False)[:-1]
+    return f"'{key}={first}, ...]' (all {len(classes)}, better in the config file)"
+
+
+def _takes_classes(cfg: DictConfig, role: str) -> bool:
+    """Whether a role's data set has the argument `classes`; one that is not registered is taken to have it."""
+    name = cfg.dataloader[role].dataset.get("name")
+    return name not in DATASETS or "classes" in inspect.signature(DATASETS.get(name)).parameters
+
+
+def _without(names: Sequence[str], others: Sequence[str]) -> list[str]:
+    held = set(others)
+    return [name for name in names if name not in held]
+
+
+def _shown(names: Sequence[str]) -> str:
+    return shown_names([repr(name) for name in names])
+
+
+logger = logging.getLogger(__name__)
+
+#: neighbours that are looked at in place of one that cannot be used
+TRIES = 5
+
+
+def skips(cfg: DictConfig, role: str) -> bool:
+    """Whether the loader of that role goes on without an image that cannot be used, as those of training do."""
+    return cfg.dataloader[role].get("on_bad", "skip" if role in ("pretext", "train") else "error") == "skip"
+
+
+class Readable(Dataset):
+    """A data set in which one of the `TRIES` samples that follow stands in for one that cannot be used, with a warning.
+
+    Raises:
+        DatasetError: none of them can be used; or the one that is asked for, where the role does not skip.
+    """
+
+    def __init__(self, dataset: Dataset, cfg: DictConfig, role: str) -> None:
+        self.dataset, self.tries = dataset, TRIES if skips(cfg, role) else 0
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> Any:
+        for following in range(index, index + self.tries):
+            try:
+                return self.dataset[following % len(self)]
+            except DatasetError as error:
+                logger.warning("%s The one that follows is looked at in its place.", error)
+        return self.dataset[(index + self.tries) % len(self)]

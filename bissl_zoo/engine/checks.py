@@ -1,7 +1,10 @@
 """What can be known to be wrong before a run starts: its config, and the parts that its stages would build later on."""
 
 import dataclasses
-from collections.abc import Iterator
+import importlib
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -9,14 +12,14 @@ from omegaconf import DictConfig, OmegaConf
 
 from bissl_zoo.backbones import Backbone
 from bissl_zoo.bilevel import Adaptation
-from bissl_zoo.config import instantiate, load_config
+from bissl_zoo.config import LazyConfig, instantiate, load_config, with_defaults
 from bissl_zoo.distributed import get_world_size
 from bissl_zoo.downstream import DownstreamTask
-from bissl_zoo.engine.bad_images import Readable
 from bissl_zoo.engine.build import (
     AMP_DTYPES,
     STAGE_DATA,
     Context,
+    Readable,
     Weights,
     build_downstream,
     build_part,
@@ -24,11 +27,13 @@ from bissl_zoo.engine.build import (
     pretext_batches,
 )
 from bissl_zoo.engine.evaluate import figures_of
-from bissl_zoo.engine.finetune import trained_parameters
-from bissl_zoo.engine.pretrain import check_accumulation
+from bissl_zoo.engine.init import ZOO_PREFIX
 from bissl_zoo.engine.publishing import check_entry_name
+from bissl_zoo.engine.stages.finetune import trained_parameters
+from bissl_zoo.engine.stages.pretrain import check_accumulation
 from bissl_zoo.errors import ConfigError, did_you_mean
 from bissl_zoo.progress.writers import check_writers
+from bissl_zoo.zoo import get_config
 
 #: the keys of `optimizer`, `lr_multiplier` and `clip_grad` that a stage reads
 STAGE_ROLES = {"pretrain": ("pretrain",), "bissl": ("head_warmup", "lower", "upper"), "finetune": ("finetune",)}
@@ -234,4 +239,54 @@ def _check_damping(solver: Any, lam: float) -> None:
         raise ConfigError(
             f"solver.damping is {damping!r}; accepted are a number that makes bilevel.lambda + solver.damping "
             f"positive, and auto with a solver that iterates.{did_you_mean(str(damping), ['auto'])}"
+        )
+
+
+def open_config(name: str, overrides: Sequence[str] = ()) -> DictConfig:
+    """The config that `--config-file` names, with overrides, after `train.imports` has registered the user's own parts.
+
+    Args:
+        name: a path, a shipped config, or `zoo:NAME` for that of a zoo entry. Code that the latter names is not run.
+    Raises:
+        ConfigError: from loading, overriding and importing.
+        ZooError: an entry that is unknown or damaged.
+    """
+    entry = name.removeprefix(ZOO_PREFIX)
+    if entry == name:
+        cfg = LazyConfig.apply_overrides(with_defaults(load_config(name)), overrides, source=name)
+    else:
+        cfg = with_defaults(get_config(entry))
+        foreign = list(cfg.train.imports or [])
+        cfg.train.imports = None
+        cfg = LazyConfig.apply_overrides(cfg, overrides, source=name)
+        if foreign and not cfg.train.imports:
+            raise ConfigError(
+                f"The entry '{entry}' was made with code of its own ({', '.join(foreign)}), which a zoo does not bring "
+                "and which is not run unasked. Get that code, look at it, and name it: train.imports=[FILE]."
+            )
+    for module in cfg.train.imports or []:
+        _import(str(module))
+    return cfg
+
+
+def _import(name: str) -> None:
+    """Import a module by its name, or a `.py` file by its path from the working directory."""
+    file = Path(name).absolute()
+    if name.endswith(".py"):
+        if not file.is_file():
+            raise ConfigError(f"train.imports: there is no file {file}.")
+        if str(file.parent) not in sys.path:
+            sys.path.insert(0, str(file.parent))  # so that loader workers that are spawned find it as well
+    module = file.stem if name.endswith(".py") else name
+    try:
+        loaded = importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        if not f"{module}.".startswith(f"{error.name}."):
+            raise  # of what the module itself imports
+        raise ConfigError(
+            f"train.imports: there is no module '{name}'. Install it, or give the path of its file."
+        ) from error
+    if name.endswith(".py") and Path(loaded.__file__ or "").resolve() != file.resolve():
+        raise ConfigError(
+            f"train.imports: {file} has the name of another module, {loaded.__file__ or module}. Rename the file."
         )

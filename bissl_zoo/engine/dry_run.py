@@ -8,12 +8,12 @@ from tabulate import tabulate
 from torch import nn
 
 from bissl_zoo.config import LazyConfig
-from bissl_zoo.engine.bissl import PRETEXT_WARMUP, coupling
 from bissl_zoo.engine.build import Context, Weights, build_downstream, build_pretext, build_split_backbone
 from bissl_zoo.engine.checks import check_parts
-from bissl_zoo.engine.finetune import BASELINE
 from bissl_zoo.engine.init import load_init
-from bissl_zoo.engine.run import open_context, phases_of
+from bissl_zoo.engine.runner import open_context, phases_of
+from bissl_zoo.engine.stages.bissl import PRETEXT_WARMUP, coupling
+from bissl_zoo.engine.stages.finetune import BASELINE
 
 
 def describe(cfg: DictConfig, source: str) -> str:

@@ -14,7 +14,7 @@ from torch.nn.utils import get_total_norm
 from bissl_zoo.bilevel.level import Level
 from bissl_zoo.data.workers import name_samples
 from bissl_zoo.distributed import all_gather_objects, any_rank
-from bissl_zoo.engine.batches import Batches
+from bissl_zoo.engine.build import Batches
 from bissl_zoo.engine.trainer import HookBase, Trainer
 from bissl_zoo.errors import BadHypergradient, NonFiniteLoss
 from bissl_zoo.progress.display import say

@@ -1,6 +1,8 @@
 """Hooks: progress, metrics, checkpoints, evaluation."""
 
+import statistics
 import time
+from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -8,7 +10,9 @@ from typing import Any
 
 import torch
 
-from bissl_zoo.distributed import all_gather_objects, is_main_process, on_main_process
+from bissl_zoo.data.workers import NAMED
+from bissl_zoo.distributed import all_gather_objects, any_rank, is_main_process, on_main_process
+from bissl_zoo.engine.build import Context
 from bissl_zoo.engine.randomness import random_state
 from bissl_zoo.engine.trainer import HookBase
 from bissl_zoo.progress.console import clock, short
@@ -237,3 +241,120 @@ def format_results(results: dict[str, Any]) -> str:
     """Figures on one line, those of single classes left out."""
     shown = {name: value if isinstance(value, int) else f"{value:.4f}" for name, value in results.items()}
     return "  ".join(f"{name} {value}" for name, value in shown.items() if "/" not in name)
+
+
+class EarlyStopping(HookBase):
+    """Keep the weights of the highest `val/<metric>`; those of equal height that came first.
+
+    What is remembered is part of the trainer's state, so that a resumed run decides as one that was not interrupted.
+
+    Args:
+        patience: evaluations without a better one after which the stage ends; None to go on to its last step.
+    """
+
+    def __init__(self, metric: str, patience: int | None) -> None:
+        self.metric, self.patience = f"val/{metric}", patience
+
+    def after_step(self) -> None:
+        """Compare where there was an evaluation; placed after it, and before the writer and the checkpoint."""
+        trainer = self.trainer
+        value = trainer.metrics.get(self.metric)
+        if value is None:
+            return
+        best = trainer.best
+        if best is None or value > best["value"]:
+            trainer.remember(value)
+            return
+        best["since"] += 1
+        if self.patience and best["since"] >= self.patience and not trainer.done:
+            trainer.ended = True
+            say(
+                f"[{trainer.name} {trainer.step}/{trainer.total_steps}] {self.metric} was best at step {best['step']} "
+                f"({best['value']:.4f}) and no better at {best['since']} evaluations since: the stage ends"
+            )
+
+
+#: how a solve may end without a word: solved, or by a solver that solves nothing
+FINE = ("converged", "not_solved")
+
+
+class SolverWatch(HookBase):
+    """One warning, as soon as more than half of the last `window` upper steps ended with an unsolved system.
+
+    Args:
+        config: of the run, for the command that tells more.
+        window: upper steps looked at; fewer are not judged.
+    """
+
+    def __init__(self, config: Path, window: int = 24) -> None:
+        self.config = config
+        self.window = window
+        self.recent: deque[dict[str, Any]] = deque(maxlen=window)
+        self.warned = False
+
+    def after_step(self) -> None:
+        """Look at the upper steps of this alternation."""
+        for record in self.trainer.records:
+            self.recent.append(record)
+            failed = [step for step in self.recent if step["solver/status"] not in FINE]
+            if not self.warned and len(self.recent) == self.window and 2 * len(failed) > self.window:
+                self.warned = True
+                say(self._warning(failed))
+
+    def _warning(self, failed: list[dict[str, Any]]) -> str:
+        statuses = Counter(step["solver/status"] for step in failed).most_common()
+        residuals = [step["solver/residual"] for step in self.recent if "solver/residual" in step]
+        figures = [f"{status} {count}" for status, count in statuses]
+        if residuals:
+            figures.append(f"median residual {statistics.median(residuals):.2g}")
+        figures.append(f"damping {self.recent[-1]['solver/damping']:.4g}")
+        return (
+            f"warning: {len(failed)} of the last {self.window} solves for the hypergradient failed "
+            f"({', '.join(figures)}), so its curvature term is not what it should be. Raise solver.iterations or "
+            "solver.damping, or set solver.damping=auto; "
+            f"python tools/check_hypergradient.py --config-file {self.config} tells which."
+        )
+
+
+#: the metric: how many a stage has met so far
+SKIPPED = "data/skipped"
+#: the levels that read the pretext set; all others read `train`
+_PRETEXT_LEVELS = ("pretrain", "pretext_warmup", "lower")
+
+
+class BadImages(HookBase):
+    """Keeps the names of the images that training could not use, of all processes; their number joins the metrics.
+
+    They are part of the trainer's state, so that a resumed stage tells of all of them. The last line of a stage names
+    the first of them.
+    """
+
+    def __init__(self, context: Context) -> None:
+        self.context = context
+
+    def after_step(self) -> None:
+        """Gather what is new; placed before the writer."""
+        trainer = self.trainer
+        new = {name: self._new(name) for name in trainer.levels()}
+        if any_rank(any(new.values()), self.context.device):
+            for part in all_gather_objects(new):
+                for name, found in part.items():
+                    known = trainer.bad.setdefault(name, [])
+                    known += [one for one in found if one not in known]
+        count = sum(map(len, trainer.bad.values()))
+        if count:
+            trainer.metrics[SKIPPED] = count
+
+    def after_train(self) -> None:
+        """Tell of the stage's."""
+        for name, found in self.trainer.bad.items():
+            role = "pretext" if self.trainer.levels()[name].name in _PRETEXT_LEVELS else "train"
+            more = f" and {len(found) - NAMED} more" if len(found) > NAMED else ""
+            say(
+                f"warning: [{self.trainer.name}] data: {len(found)} of {len(self.context.data[role])} images of {role} "
+                f"could not be read and were replaced: {', '.join(found[:NAMED])}{more}"
+            )
+
+    def _new(self, name: str) -> list[str]:
+        bad, known = getattr(self.trainer.levels()[name].data_iterator, "bad", {}), self.trainer.bad.get(name, ())
+        return [one for one in bad if one not in known]

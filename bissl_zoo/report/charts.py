@@ -8,8 +8,8 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator, NullFormatter
 
-from bissl_zoo.engine.bissl import HEAD_WARMUP, PRETEXT_WARMUP
-from bissl_zoo.engine.finetune import BASELINE
+from bissl_zoo.engine.stages.bissl import HEAD_WARMUP, PRETEXT_WARMUP
+from bissl_zoo.engine.stages.finetune import BASELINE
 from bissl_zoo.report.history import MOST_FIGURES, Axis, History, Series
 from bissl_zoo.report.images.drawing import COLOURS
 from bissl_zoo.report.page import shown

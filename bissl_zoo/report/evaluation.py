@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from matplotlib.figure import Figure
 
-from bissl_zoo.engine.details import Details, worst_confusions
+from bissl_zoo.engine.evaluate import Details, worst_confusions
 from bissl_zoo.evaluation.ranking import MOST_RANKED
 from bissl_zoo.report.charts import HEIGHT, WIDTH, plain_label
 from bissl_zoo.report.images.drawing import COLOURS, fitted

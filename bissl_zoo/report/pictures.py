@@ -16,10 +16,8 @@ from bissl_zoo.backbones import Backbone
 from bissl_zoo.distributed import get_world_size
 from bissl_zoo.downstream import DownstreamTask, Evaluator
 from bissl_zoo.engine.build import Context, build_datasets, build_downstream
-from bissl_zoo.engine.checks import check_config
-from bissl_zoo.engine.configuration import open_config
-from bissl_zoo.engine.details import Details, details_of
-from bissl_zoo.engine.evaluate import evaluate
+from bissl_zoo.engine.checks import check_config, open_config
+from bissl_zoo.engine.evaluate import Details, details_of, evaluate
 from bissl_zoo.engine.features import drawn, own_randomness
 from bissl_zoo.engine.init import load_init
 from bissl_zoo.engine.launch import choose_device

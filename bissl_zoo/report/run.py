@@ -10,8 +10,8 @@ from matplotlib.figure import Figure
 from omegaconf import DictConfig, OmegaConf
 
 from bissl_zoo.config import LazyConfig
-from bissl_zoo.engine.bad_images import SKIPPED
-from bissl_zoo.engine.details import DETAILS_FILE, Details, read_details
+from bissl_zoo.engine.evaluate import DETAILS_FILE, Details, read_details
+from bissl_zoo.engine.hooks import SKIPPED
 from bissl_zoo.errors import CheckpointError
 from bissl_zoo.progress.file_writers import METRICS_FILE
 from bissl_zoo.progress.run_log import LOG_FILE

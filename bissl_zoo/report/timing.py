@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from bissl_zoo.engine.finetune import BASELINE
+from bissl_zoo.engine.stages.finetune import BASELINE
 from bissl_zoo.report.history import Entry, History
 
 #: seconds that no run takes

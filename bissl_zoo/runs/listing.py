@@ -11,9 +11,9 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from bissl_zoo.config import LazyConfig
-from bissl_zoo.engine.bissl import HEAD_WARMUP, PRETEXT_WARMUP
-from bissl_zoo.engine.finetune import BASELINE
 from bissl_zoo.engine.publishing import RECEIPT_FILE, RESULTS_FILE, read_results
+from bissl_zoo.engine.stages.bissl import HEAD_WARMUP, PRETEXT_WARMUP
+from bissl_zoo.engine.stages.finetune import BASELINE
 from bissl_zoo.errors import CheckpointError, ConfigError
 from bissl_zoo.progress.file_writers import METRICS_FILE
 from bissl_zoo.runs.checkpoint import DAMAGED, CheckpointInfo, read_info, verify

@@ -9,10 +9,10 @@ import torch
 from omegaconf import DictConfig
 
 from bissl_zoo.config import LazyConfig
-from bissl_zoo.engine.bissl import LEAST_COUPLING, coupling, pretext_head_is_new
 from bissl_zoo.engine.build import STAGE_DATA, Context, build_datasets
 from bissl_zoo.engine.checks import check_config, check_parts
 from bissl_zoo.engine.init import ZOO_PREFIX, load_init
+from bissl_zoo.engine.stages.bissl import LEAST_COUPLING, coupling, pretext_head_is_new
 from bissl_zoo.errors import BisslZooError, ConfigError, did_you_mean
 from bissl_zoo.progress.display import say
 from bissl_zoo.runs.listing import FINISHED as RUN_FINISHED

@@ -19,10 +19,10 @@ import torch.multiprocessing as mp
 from omegaconf import DictConfig, OmegaConf
 
 from bissl_zoo.config import LazyConfig
-from bissl_zoo.engine.configuration import open_config
+from bissl_zoo.engine.checks import open_config
 from bissl_zoo.engine.launch import launch
 from bissl_zoo.engine.publishing import published, read_results
-from bissl_zoo.engine.run import run
+from bissl_zoo.engine.runner import run
 from bissl_zoo.errors import CheckpointError
 from bissl_zoo.runs.directory import LENGTHS, has_begun, load_run_config
 from bissl_zoo.runs.listing import FINISHED as RUN_FINISHED

@@ -12,7 +12,7 @@ from bissl_zoo.engine.checks import check_parts
 from bissl_zoo.engine.evaluate import figures_of
 from bissl_zoo.engine.init import load_init
 from bissl_zoo.engine.publishing import RESULTS_FILE
-from bissl_zoo.engine.run import open_context
+from bissl_zoo.engine.runner import open_context
 from bissl_zoo.errors import BisslZooError, ConfigError, DatasetError, did_you_mean
 from bissl_zoo.progress.display import say
 from bissl_zoo.report.images.drawing import save_figure

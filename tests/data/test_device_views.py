@@ -16,8 +16,8 @@ from bissl_zoo.data.device_views import in_batch, two_parts
 from bissl_zoo.data.loaders import build_train_loader
 from bissl_zoo.data.views import Views, masked_view, multi_crop, two_views
 from bissl_zoo.engine.build import Context, ViewsOnly, Weights, build_pretext, pretext_batches, seed_everything
-from bissl_zoo.engine.pretrain import build_pretrain
-from bissl_zoo.engine.run import open_context
+from bissl_zoo.engine.runner import open_context
+from bissl_zoo.engine.stages.pretrain import build_pretrain
 from bissl_zoo.errors import ConfigError
 
 PLAIN = dict(mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0))

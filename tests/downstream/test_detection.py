@@ -10,10 +10,10 @@ from torchvision.ops import FeaturePyramidNetwork, MultiScaleRoIAlign
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
 
 from bissl_zoo.config import instantiate, load_config
-from bissl_zoo.engine.bissl import build_bissl
 from bissl_zoo.engine.build import Weights, build_downstream
 from bissl_zoo.engine.evaluate import evaluate
-from bissl_zoo.engine.run import open_context
+from bissl_zoo.engine.runner import open_context
+from bissl_zoo.engine.stages.bissl import build_bissl
 from bissl_zoo.errors import BisslZooError, ConfigError
 from bissl_zoo.registry import build_backbone, build_task
 

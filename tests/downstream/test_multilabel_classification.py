@@ -6,11 +6,11 @@ from torch.utils.data import Dataset
 
 from bissl_zoo.config import instantiate, load_config
 from bissl_zoo.downstream.multilabel import binary_cross_entropy, softmax_cross_entropy
-from bissl_zoo.engine.bissl import build_bissl
 from bissl_zoo.engine.build import Context, Weights
 from bissl_zoo.engine.checks import check_parts
 from bissl_zoo.engine.evaluate import evaluate
-from bissl_zoo.engine.run import open_context
+from bissl_zoo.engine.runner import open_context
+from bissl_zoo.engine.stages.bissl import build_bissl
 from bissl_zoo.errors import ConfigError, DatasetError, RegistryError
 from bissl_zoo.registry import build_backbone, build_task
 

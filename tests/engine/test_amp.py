@@ -8,9 +8,9 @@ import torch
 from safetensors.torch import load_file
 
 from bissl_zoo.downstream import FasterRCNN
-from bissl_zoo.engine.bissl import build_bissl
 from bissl_zoo.engine.build import Weights
-from bissl_zoo.engine.run import open_context, run
+from bissl_zoo.engine.runner import open_context, run
+from bissl_zoo.engine.stages.bissl import build_bissl
 from bissl_zoo.pretext import SimCLR
 from bissl_zoo.runs.checkpoint import load_checkpoint
 

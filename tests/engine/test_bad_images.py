@@ -8,15 +8,15 @@ import pytest
 from forked_runs import exit_status, start_run
 
 from bissl_zoo.data import samples
-from bissl_zoo.engine import bad_images
-from bissl_zoo.engine.bad_images import SKIPPED, Readable, skips
-from bissl_zoo.engine.build import Weights
+from bissl_zoo.engine import build
+from bissl_zoo.engine.build import Readable, Weights, skips
 from bissl_zoo.engine.checks import check_parts
 from bissl_zoo.engine.evaluate import figures_of
-from bissl_zoo.engine.finetune import build_finetune
-from bissl_zoo.engine.pretrain import build_pretrain
-from bissl_zoo.engine.probe import build_probe
-from bissl_zoo.engine.run import open_context, results_table
+from bissl_zoo.engine.features import build_probe
+from bissl_zoo.engine.hooks import SKIPPED
+from bissl_zoo.engine.runner import open_context, results_table
+from bissl_zoo.engine.stages.finetune import build_finetune
+from bissl_zoo.engine.stages.pretrain import build_pretrain
 from bissl_zoo.errors import DatasetError
 from bissl_zoo.report.run import RunReport
 
@@ -142,7 +142,7 @@ def test_what_is_looked_at_before_a_run_may_be_bad_where_its_loader_skips(open_r
     said = [record.getMessage() for record in caplog.records]
     assert len(said) == 2 and first in said[0] and second in said[1]
     assert said[0].endswith("The one that follows is looked at in its place.")
-    spoil(context, "train", *range(2, bad_images.TRIES + 1))
+    spoil(context, "train", *range(2, build.TRIES + 1))
     with pytest.raises(DatasetError, match="does not decode"):
         check_parts(context, Weights())
 

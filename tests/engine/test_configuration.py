@@ -4,7 +4,7 @@ import pytest
 from tiny_entries import publish_tiny
 
 from bissl_zoo.config import LazyConfig, load_config
-from bissl_zoo.engine.configuration import open_config
+from bissl_zoo.engine.checks import open_config
 from bissl_zoo.errors import ConfigError
 from bissl_zoo.registry import PRETEXT_METHODS
 

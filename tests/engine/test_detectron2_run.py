@@ -7,7 +7,7 @@ from safetensors.torch import load_file
 
 from bissl_zoo.bilevel.level import Level
 from bissl_zoo.config import LazyConfig, load_config
-from bissl_zoo.engine.run import run
+from bissl_zoo.engine.runner import run
 from bissl_zoo.runs.checkpoint import load_checkpoint
 from bissl_zoo.zoo import get_config, get_entry
 

@@ -16,12 +16,11 @@ from timm.optim import param_groups_layer_decay
 
 from bissl_zoo.config import LazyCall as L
 from bissl_zoo.config import LazyConfig
-from bissl_zoo.engine import walk
+from bissl_zoo.engine import runner
 from bissl_zoo.engine.build import Weights
-from bissl_zoo.engine.early_stopping import EarlyStopping
-from bissl_zoo.engine.finetune import build_finetune
-from bissl_zoo.engine.hooks import PeriodicEvaluation
-from bissl_zoo.engine.run import evaluate_only, open_context, run
+from bissl_zoo.engine.hooks import EarlyStopping, PeriodicEvaluation
+from bissl_zoo.engine.runner import evaluate_only, open_context, run
+from bissl_zoo.engine.stages.finetune import build_finetune
 from bissl_zoo.engine.trainer import SingleLevelTrainer
 from bissl_zoo.errors import BisslZooError, ConfigError, DatasetError
 from bissl_zoo.registry import build_backbone, build_dataset, build_task
@@ -58,7 +57,7 @@ def test_stages_that_are_frozen_stay_as_they_are_their_statistics_too(config):
     trainer = build_finetune(context, Weights())
     backbone = trainer.level.backbone
     before = states(backbone)
-    evaluation = PeriodicEvaluation(lambda: walk.evaluate(context, backbone, trainer.level.head, "val"), 1, "val")
+    evaluation = PeriodicEvaluation(lambda: runner.evaluate(context, backbone, trainer.level.head, "val"), 1, "val")
     trainer.train([evaluation])  # which puts modes back
     moved = changed(before, states(backbone))
     assert moved and not any(name.startswith(("stem.", "conv1", "bn1", "layer1")) for name in moved)
@@ -151,7 +150,7 @@ STOPPING = dict(
 
 def made_up():
     """Has evaluations on validation data find what they never would: the best at step 2, and no better at 3 and 4."""
-    evaluate, values = walk.evaluate, {1: 0.1, 2: 0.3, 3: 0.2, 4: 0.1}
+    evaluate, values = runner.evaluate, {1: 0.1, 2: 0.3, 3: 0.2, 4: 0.1}
 
     def evaluated(context, backbone, head, role="test", *others, **options):
         figures = evaluate(context, backbone, head, role, *others, **options)
@@ -159,7 +158,7 @@ def made_up():
             figures["AP50"] = values[backbone_steps(backbone)]
         return figures
 
-    walk.evaluate = evaluated
+    runner.evaluate = evaluated
 
 
 def backbone_steps(backbone):

@@ -24,8 +24,8 @@ from sick_stages import (
 )
 
 from bissl_zoo.data.loaders import build_train_loader
-from bissl_zoo.engine.batches import Batches
-from bissl_zoo.engine.pretrain import Pretrain
+from bissl_zoo.engine.build import Batches
+from bissl_zoo.engine.stages.pretrain import Pretrain
 from bissl_zoo.errors import NonFiniteLoss
 
 # which samples a batch holds

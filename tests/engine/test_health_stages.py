@@ -11,10 +11,9 @@ from sick_stages import batches, drawn, fine, health, level_of, same, stage, sta
 
 from bissl_zoo.bilevel import BiLevel
 from bissl_zoo.bilevel.level import Level
-from bissl_zoo.engine.average import WeightAverage
-from bissl_zoo.engine.bissl import Bissl
 from bissl_zoo.engine.checks import check_config
-from bissl_zoo.engine.pretrain import Pretrain
+from bissl_zoo.engine.stages.bissl import Bissl
+from bissl_zoo.engine.stages.pretrain import Pretrain, WeightAverage
 from bissl_zoo.errors import BadHypergradient, ConfigError, NonFiniteLoss
 from bissl_zoo.hypergradient import MinRes, Solution
 from bissl_zoo.pretext.simclr import SimCLR

@@ -11,7 +11,7 @@ from forked_runs import exit_status, start_run, wait_for
 from run_outcomes import assert_same, outcome
 
 from bissl_zoo.downstream import FasterRCNN
-from bissl_zoo.engine import probe
+from bissl_zoo.engine import features
 from bissl_zoo.interruption import stop_request
 from bissl_zoo.pretext.simclr import SimCLR
 from bissl_zoo.runs.checkpoint import Checkpointer, load_checkpoint
@@ -52,7 +52,7 @@ def test_a_run_that_is_asked_to_stop_saves_within_a_step_and_says_how_to_go_on(c
 
 def test_a_second_ctrl_c_stops_at_once(config, tmp_path):
     def slow():
-        from bissl_zoo.engine.pretrain import Pretrain
+        from bissl_zoo.engine.stages.pretrain import Pretrain
 
         step = Pretrain.run_step
         Pretrain.run_step = lambda self: (time.sleep(60) if self.step == 2 else None, step(self))[1]
@@ -140,7 +140,7 @@ def test_a_run_that_is_asked_to_stop_while_it_evaluates_ends_at_once_and_evaluat
 
 def test_a_run_that_is_asked_to_stop_while_it_probes_does_so_when_it_goes_on(config, tmp_path):
     settings = dict(pretrain__steps=4, train__probe__period=2, train__deterministic=True)
-    pid = start_run(config("asked", **settings), before=stopping_at_call(1, probe, "collapse_figures"))
+    pid = start_run(config("asked", **settings), before=stopping_at_call(1, features, "collapse_figures"))
     assert exit_status(pid) == 143  # asked after the features were there: this probe is finished
     assert sum("probe/std" in line for line in lines(tmp_path / "asked")) == 1
     pid = start_run(config("asked", **settings), before=stopping_at_call(1, SimCLR, "embed"))

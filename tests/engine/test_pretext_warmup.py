@@ -9,10 +9,10 @@ import torch
 from safetensors.torch import save_file
 
 from bissl_zoo.config import LazyConfig
-from bissl_zoo.engine.bissl import build_bissl, build_pretext_warmup
 from bissl_zoo.engine.dry_run import describe
 from bissl_zoo.engine.init import load_init
-from bissl_zoo.engine.run import open_context, phases_of, run
+from bissl_zoo.engine.runner import open_context, phases_of, run
+from bissl_zoo.engine.stages.bissl import build_bissl, build_pretext_warmup
 from bissl_zoo.runs.checkpoint import load_checkpoint
 
 # two views of an image that no chance enters: the whole of it, once sharp and once blurred
@@ -249,10 +249,10 @@ PROGRAM = """
 import hashlib, json, sys
 from bissl_zoo.config import LazyConfig
 from bissl_zoo.distributed import all_gather_objects, get_rank, is_main_process
-from bissl_zoo.engine.bissl import build_pretext_warmup
+from bissl_zoo.engine.stages.bissl import build_pretext_warmup
 from bissl_zoo.engine.init import load_init
 from bissl_zoo.engine.launch import launch
-from bissl_zoo.engine.run import open_context
+from bissl_zoo.engine.runner import open_context
 
 def digest(module):
     return hashlib.sha256(b"".join(p.detach().numpy().tobytes() for p in module.parameters())).hexdigest()

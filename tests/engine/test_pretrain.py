@@ -12,11 +12,10 @@ from torch import nn
 
 from bissl_zoo.bilevel.level import Level
 from bissl_zoo.data.batches import split_samples
-from bissl_zoo.engine.average import WeightAverage
 from bissl_zoo.engine.build import Weights
 from bissl_zoo.engine.init import weights_of
-from bissl_zoo.engine.pretrain import build_pretrain
-from bissl_zoo.engine.run import open_context
+from bissl_zoo.engine.runner import open_context
+from bissl_zoo.engine.stages.pretrain import WeightAverage, build_pretrain
 from bissl_zoo.engine.trainer import SingleLevelTrainer
 from bissl_zoo.errors import CheckpointError, ConfigError
 from bissl_zoo.registry import build_backbone, build_pretext

@@ -18,14 +18,13 @@ from torchvision.transforms import v2
 from bissl_zoo.backbones import evaluating
 from bissl_zoo.config import LazyCall as L
 from bissl_zoo.config import LazyConfig
-from bissl_zoo.engine.bissl import build_bissl
 from bissl_zoo.engine.build import Weights
 from bissl_zoo.engine.checks import check_config
-from bissl_zoo.engine.features import CentralCrops, FixedViews, extract_features, own_randomness
+from bissl_zoo.engine.features import CentralCrops, FixedViews, build_probe, extract_features, own_randomness
 from bissl_zoo.engine.hooks import MetricsWriter
-from bissl_zoo.engine.pretrain import build_pretrain
-from bissl_zoo.engine.probe import build_probe
-from bissl_zoo.engine.run import open_context, run
+from bissl_zoo.engine.runner import open_context, run
+from bissl_zoo.engine.stages.bissl import build_bissl
+from bissl_zoo.engine.stages.pretrain import build_pretrain
 from bissl_zoo.errors import ConfigError, DatasetError
 from bissl_zoo.evaluation import effective_rank, normalized_std
 from bissl_zoo.registry import build_dataset, build_task
@@ -252,9 +251,9 @@ from bissl_zoo.config import LazyConfig
 from bissl_zoo.distributed import all_gather_objects, is_main_process
 from bissl_zoo.engine.build import Weights
 from bissl_zoo.engine.launch import launch
-from bissl_zoo.engine.pretrain import build_pretrain
-from bissl_zoo.engine.probe import build_probe
-from bissl_zoo.engine.run import open_context
+from bissl_zoo.engine.stages.pretrain import build_pretrain
+from bissl_zoo.engine.features import build_probe
+from bissl_zoo.engine.runner import open_context
 
 def main(config):
     digests = []

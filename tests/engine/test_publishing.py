@@ -9,7 +9,7 @@ import pytest
 from bissl_zoo.config import LazyConfig
 from bissl_zoo.engine.checks import check_config
 from bissl_zoo.engine.publishing import publish_run, published, read_results
-from bissl_zoo.engine.run import run
+from bissl_zoo.engine.runner import run
 from bissl_zoo.errors import BisslZooError, CheckpointError, ConfigError
 from bissl_zoo.runs.metadata import read_facts
 from bissl_zoo.zoo import Zoo, get_config, get_entry, list_backbones

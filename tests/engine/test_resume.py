@@ -16,7 +16,7 @@ from forked_runs import start_run
 from run_outcomes import assert_same, outcome
 
 from bissl_zoo.bilevel.level import Level
-from bissl_zoo.engine import hooks, publishing, walk
+from bissl_zoo.engine import hooks, publishing, runner
 from bissl_zoo.hypergradient import CurvatureOperator
 from bissl_zoo.runs import checkpoint, state_files
 from bissl_zoo.zoo import stores, transactions
@@ -50,7 +50,7 @@ class Bomb:
         """In the child only: where a run computes and where it writes."""
         Level.optimize = self.around(Level.optimize)
         CurvatureOperator.hessian_product = self.around(CurvatureOperator.hessian_product)
-        for module in (checkpoint, hooks, publishing, state_files, walk, transactions, stores):
+        for module in (checkpoint, hooks, publishing, state_files, runner, transactions, stores):
             for name in ("write_atomically", "write_state", "evaluate", "publish_entry", "add_entry"):
                 if hasattr(module, name):
                     setattr(module, name, self.around(getattr(module, name)))

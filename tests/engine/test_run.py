@@ -12,8 +12,7 @@ from safetensors.torch import save_file
 
 from bissl_zoo.config import LazyConfig
 from bissl_zoo.engine.build import Context, Weights
-from bissl_zoo.engine.run import run
-from bissl_zoo.engine.walk import phases_of
+from bissl_zoo.engine.runner import phases_of, run
 from bissl_zoo.runs.checkpoint import load_checkpoint, read_info
 from bissl_zoo.zoo import get_entry
 

@@ -2,8 +2,8 @@
 
 import pytest
 
-from bissl_zoo.engine.run import run
-from bissl_zoo.engine.solver_watch import SolverWatch
+from bissl_zoo.engine.hooks import SolverWatch
+from bissl_zoo.engine.runner import run
 from bissl_zoo.engine.trainer import Trainer
 
 

@@ -8,15 +8,15 @@ import torch
 from omegaconf import OmegaConf
 
 from bissl_zoo.config import LazyConfig
-from bissl_zoo.engine.bissl import build_bissl, build_head_warmup, coupling
 from bissl_zoo.engine.build import Context, Weights, build_split_backbone, count_steps, seed_everything
 from bissl_zoo.engine.checks import check_parts
 from bissl_zoo.engine.evaluate import evaluate
-from bissl_zoo.engine.finetune import build_finetune
 from bissl_zoo.engine.hooks import MetricsWriter
 from bissl_zoo.engine.launch import choose_device, launch
-from bissl_zoo.engine.pretrain import build_pretrain
-from bissl_zoo.engine.run import open_context
+from bissl_zoo.engine.runner import open_context
+from bissl_zoo.engine.stages.bissl import build_bissl, build_head_warmup, coupling
+from bissl_zoo.engine.stages.finetune import build_finetune
+from bissl_zoo.engine.stages.pretrain import build_pretrain
 from bissl_zoo.errors import BisslZooError, ConfigError, DatasetError
 from bissl_zoo.runs.checkpoint import Checkpointer, load_checkpoint
 
@@ -309,11 +309,11 @@ PROGRAM = """
 import hashlib, json, sys
 from bissl_zoo.config import LazyConfig
 from bissl_zoo.distributed import all_gather_objects, is_main_process
-from bissl_zoo.engine.bissl import build_bissl
+from bissl_zoo.engine.stages.bissl import build_bissl
 from bissl_zoo.engine.build import Weights
 from bissl_zoo.engine.hooks import MetricsWriter
 from bissl_zoo.engine.launch import launch
-from bissl_zoo.engine.run import open_context
+from bissl_zoo.engine.runner import open_context
 
 def digest(module):
     return hashlib.sha256(b"".join(p.detach().numpy().tobytes() for p in module.parameters())).hexdigest()

@@ -23,7 +23,7 @@ def arguments(tiny, at_scenes, tmp_path):
 
 def test_a_run_in_a_terminal_ends_with_its_last_state_and_the_table_below_it(tool, arguments):
     def noisy():
-        from bissl_zoo.engine.bissl import Bissl
+        from bissl_zoo.engine.stages.bissl import Bissl
 
         step = Bissl.run_step
 
@@ -61,7 +61,7 @@ def test_ctrl_c_is_answered_below_the_lines_and_the_run_says_how_to_go_on(tool, 
 
 def test_an_error_is_told_below_the_display(tool, arguments):
     def sick():
-        from bissl_zoo.engine.pretrain import Pretrain
+        from bissl_zoo.engine.stages.pretrain import Pretrain
         from bissl_zoo.errors import NonFiniteLoss
 
         def run_step(self):

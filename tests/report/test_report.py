@@ -12,7 +12,7 @@ import torch
 from browser import browser, find_browser
 
 from bissl_zoo.config import LazyConfig
-from bissl_zoo.engine.details import (
+from bissl_zoo.engine.evaluate import (
     DETAILS_FILE,
     Details,
     details_of,
@@ -532,7 +532,7 @@ def test_a_report_that_fails_is_a_warning(finished, tmp_path, capsys, monkeypatc
 
 
 def test_a_run_that_fails_says_how_to_look_at_it(train_net, tiny, tmp_path, monkeypatch):
-    monkeypatch.setattr("bissl_zoo.engine.walk.write_details", lambda *arguments: 1 / 0)
+    monkeypatch.setattr("bissl_zoo.engine.runner.write_details", lambda *arguments: 1 / 0)
     changed = {"train__stages": "[finetune]", "train__publish__name": "null"}
     with pytest.raises(ZeroDivisionError):
         train_net(*tiny(**changed), f"train.output_dir={tmp_path / 'run'}")

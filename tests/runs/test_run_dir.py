@@ -9,8 +9,7 @@ import torch
 from bissl_zoo.backbones import merge_split_states
 from bissl_zoo.config import LazyConfig, load_config
 from bissl_zoo.engine.build import Weights
-from bissl_zoo.engine.checks import check_config
-from bissl_zoo.engine.configuration import open_config
+from bissl_zoo.engine.checks import check_config, open_config
 from bissl_zoo.engine.init import load_init, resplit
 from bissl_zoo.errors import CheckpointError, ConfigError
 from bissl_zoo.registry import build_backbone

@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 
 from bissl_zoo.engine.launch import _run
-from bissl_zoo.engine.run import run
+from bissl_zoo.engine.runner import run
 
 
 def start_run(cfg, rank=0, processes=1, meeting=None, before=None, after=None, resume="auto", errors=os.devnull):

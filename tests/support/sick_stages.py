@@ -16,9 +16,9 @@ from torch import nn
 from bissl_zoo.bilevel.level import Level
 from bissl_zoo.data.loaders import build_train_loader
 from bissl_zoo.distributed import barrier
-from bissl_zoo.engine.batches import Batches
+from bissl_zoo.engine.build import Batches
 from bissl_zoo.engine.health import Health
-from bissl_zoo.engine.pretrain import Pretrain
+from bissl_zoo.engine.stages.pretrain import Pretrain
 from bissl_zoo.errors import NonFiniteLoss
 from bissl_zoo.optim import LRMultiplier
 

@@ -16,8 +16,8 @@ from bissl_zoo.backbones import merge_split_states
 from bissl_zoo.config import LazyCall as L
 from bissl_zoo.config import LazyConfig
 from bissl_zoo.data import ImageFolder
-from bissl_zoo.engine.frozen import load_frozen
-from bissl_zoo.engine.run import run
+from bissl_zoo.engine.features import load_frozen
+from bissl_zoo.engine.runner import run
 from bissl_zoo.errors import CheckpointError
 from bissl_zoo.registry import build_dataset
 from bissl_zoo.runs.checkpoint import load_checkpoint

@@ -8,7 +8,7 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from bissl_zoo.config import LazyConfig
-from bissl_zoo.engine.run import run
+from bissl_zoo.engine.runner import run
 from bissl_zoo.registry import build_backbone
 from bissl_zoo.runs.directory import load_run_config
 from bissl_zoo.weights.backbone_file import StoredBackbone, save_backbone

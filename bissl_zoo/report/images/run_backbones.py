@@ -7,8 +7,7 @@ from omegaconf import DictConfig
 from bissl_zoo.backbones import merge_split_states
 from bissl_zoo.config import instantiate
 from bissl_zoo.engine.build import Weights, build_split_backbone, seed_everything
-from bissl_zoo.engine.features import pretext_pixels
-from bissl_zoo.engine.frozen import FrozenBackbone, load_frozen
+from bissl_zoo.engine.features import FrozenBackbone, load_frozen, pretext_pixels
 from bissl_zoo.engine.init import as_begun, load_init, resplit, weights_of
 from bissl_zoo.engine.trainer import load_state
 from bissl_zoo.errors import CheckpointError
@@ -20,7 +19,7 @@ def load_stages(source: str, architecture: str | None = None) -> list[tuple[str,
     """The backbones that a source names, with a name for each.
 
     Of a run with a BiSSL stage these are two, the one that entered the stage and the lower one that left it. Of
-    anything else it is one, see :func:`bissl_zoo.engine.frozen.load_frozen`. The first may draw random weights.
+    anything else it is one, see :func:`bissl_zoo.engine.features.load_frozen`. The first may draw random weights.
 
     Raises:
         CheckpointError: weights that do not fit, an unfinished stage, or a run without a whole backbone.

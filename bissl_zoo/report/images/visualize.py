@@ -14,8 +14,14 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from bissl_zoo.engine.build import Context, Weights, build_datasets, build_downstream, build_pretext
-from bissl_zoo.engine.features import CentralCrops, drawn, extract_features, own_randomness, pretext_pixels
-from bissl_zoo.engine.frozen import FrozenBackbone
+from bissl_zoo.engine.features import (
+    CentralCrops,
+    FrozenBackbone,
+    drawn,
+    extract_features,
+    own_randomness,
+    pretext_pixels,
+)
 from bissl_zoo.engine.init import load_init
 from bissl_zoo.engine.launch import choose_device
 from bissl_zoo.errors import CheckpointError, DatasetError

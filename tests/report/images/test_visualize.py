@@ -24,10 +24,10 @@ from bissl_zoo.config import LazyCall as L
 from bissl_zoo.config import LazyConfig, load_config
 from bissl_zoo.data.views import MaskedView, Views
 from bissl_zoo.downstream import Classification
-from bissl_zoo.engine.bissl import build_bissl, build_pretext_warmup
 from bissl_zoo.engine.build import Weights, build_datasets, build_downstream
 from bissl_zoo.engine.init import load_init
-from bissl_zoo.engine.run import open_context, run
+from bissl_zoo.engine.runner import open_context, run
+from bissl_zoo.engine.stages.bissl import build_bissl, build_pretext_warmup
 from bissl_zoo.errors import CheckpointError, ConfigError, DatasetError
 from bissl_zoo.evaluation import DetectionEvaluator, knn_accuracy
 from bissl_zoo.registry import PRETEXT_METHODS, build_backbone, build_dataset

@@ -23,7 +23,7 @@ from bissl_zoo.engine.build import (
     seed_rank,
     train_batches,
 )
-from bissl_zoo.engine.pretrain import Pretrain
+from bissl_zoo.engine.stages.pretrain import Pretrain
 from bissl_zoo.engine.trainer import SingleLevelTrainer, Trainer
 from bissl_zoo.optim import LRMultiplier, effective_learning_rate
 from bissl_zoo.pretext import PretextMethod
