@@ -1,7 +1,11 @@
 """Errors a person can act on. The tools print their message, without a traceback."""
 
 import difflib
-from collections.abc import Iterable
+import re
+from collections.abc import Iterable, Sequence
+
+#: control characters except tab and newline, and characters that change the writing direction
+_CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069]")
 
 
 class BisslZooError(Exception):
@@ -47,3 +51,14 @@ def did_you_mean(word: str, choices: Iterable[str], cutoff: float = 0.6) -> str:
     """`" Did you mean 'x'?"` for the choice nearest to `word`, or an empty string where none is near."""
     close = difflib.get_close_matches(word, list(choices), n=1, cutoff=cutoff)
     return f" Did you mean '{close[0]}'?" if close else ""
+
+
+def shorten(names: Sequence[str], limit: int = 8) -> str:
+    """Return the first `limit` names joined by commas, and the number of the remaining ones."""
+    more = f" and {len(names) - limit} more" if len(names) > limit else ""
+    return ", ".join(names[:limit]) + more
+
+
+def printable(text: str) -> str:
+    """Escape characters that would move the cursor, colour or reorder text on a terminal, as `\\u001b`."""
+    return _CONTROL.sub(lambda found: f"\\u{ord(found[0]):04x}", text)

@@ -2,23 +2,14 @@
 
 import datetime
 import os
-import re
 import sys
 from collections.abc import Callable
 from typing import Any
 
-from bissl_zoo.errors import BisslZooError
+from bissl_zoo.errors import BisslZooError, printable
 
 #: status of a command whose reader has gone, as a shell tells it
 READER_GONE = 141  # 128 and the number of SIGPIPE
-
-#: control characters but tab and newline, and what turns the direction of writing
-_CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069]")
-
-
-def printable(text: str) -> str:
-    """Text from elsewhere for a terminal: what would move the cursor, colour or reorder it is shown as `\\u001b`."""
-    return _CONTROL.sub(lambda found: f"\\u{ord(found[0]):04x}", text)
 
 
 def clock(seconds: float | None) -> str:
