@@ -1,8 +1,10 @@
 """Rank, world size and the few collectives the project needs; every function also works in a single process."""
 
+import contextlib
 import os
 import signal
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from types import FrameType
 from typing import Any
 
 import torch
@@ -185,3 +187,51 @@ class _ReduceScatter(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Tensor:
         return _AllGather.apply(grad)
+
+
+class StopRequest:
+    """Record the first signal that asks to stop; a second Ctrl-C stops at once."""
+
+    def __init__(self) -> None:
+        self.signal: int | None = None
+
+    def receive(self, number: int, frame: FrameType | None) -> None:
+        """Handle a signal: only record it, since the handler runs between two arbitrary instructions."""
+        if self.signal is not None and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        if self.signal is None:
+            self.signal = number
+            name = signal.Signals(number).name
+            again = "; press Ctrl-C again to stop now" if number == signal.SIGINT else ""
+            # not print(), which may be what was interrupted; standard error may be a file on a full disk
+            with contextlib.suppress(OSError):
+                os.write(2, f"\n{name}: saving after this step{again}\n".encode())
+
+    def asked(self) -> bool:
+        """Return True if this process received a signal; no collective."""
+        return self.signal is not None
+
+    def pending(self, device: torch.device) -> bool:
+        """Return True if any process of the run received a signal; a collective."""
+        return any_rank(self.asked(), device)
+
+    @property
+    def status(self) -> int:
+        """Exit status, 128 + the signal's number; that of SIGTERM if only another process received one."""
+        return 128 + (self.signal or signal.SIGTERM)
+
+
+@contextlib.contextmanager
+def stop_request() -> Iterator[StopRequest]:
+    """Record stop signals while the context lasts; do nothing outside the main thread, which has no handlers."""
+    request = StopRequest()
+    try:
+        before = {number: signal.signal(number, request.receive) for number in STOP_SIGNALS}
+    except ValueError:  # not the main thread, as in a notebook's executor
+        yield request
+        return
+    try:
+        yield request
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -43,6 +43,14 @@ class NonFiniteLoss(BisslZooError):
         self.rank = rank
 
 
+class Interrupted(BisslZooError):
+    """A signal stopped the run, which is saved. `status` is the exit status: 128 + the number of the signal."""
+
+    def __init__(self, message: str, status: int) -> None:
+        super().__init__(message)
+        self.status = status
+
+
 class BadHypergradient(BisslZooError):
     """A solver's answer is not finite, or as far from a solution as can be."""
 

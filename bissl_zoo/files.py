@@ -86,11 +86,21 @@ def read_json(path: Path, limit: int = JSON_LIMIT) -> dict[str, Any]:
         content = file.read(limit + 1)
     if len(content) > limit:
         raise ValueError(f"it has more than {limit:,} bytes")
-    try:
-        loaded = json.loads(content)
-        json.dumps(loaded, ensure_ascii=False).encode()  # an escaped half surrogate pair parses but cannot be written
-    except RecursionError as error:
-        raise ValueError("it is nested too deeply") from error
+    loaded = parse_json(content)
     if not isinstance(loaded, dict):
         raise ValueError(f"it holds {type(loaded).__name__}, not an object")
     return loaded
+
+
+def parse_json(text: str | bytes) -> Any:
+    """Parse JSON from an untrusted source; the value can be written as UTF-8 again.
+
+    Raises:
+        ValueError: it is not JSON, or nested too deeply.
+    """
+    try:
+        value = json.loads(text)
+        json.dumps(value, ensure_ascii=False).encode()  # an escaped half surrogate pair parses but cannot be written
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error
+    return value

@@ -148,9 +148,12 @@ PRETEXT_METHODS = Registry("PRETEXT_METHODS", "pretext method", ["bissl_zoo.pret
 # Supervised tasks: a head, a loss, predictions and their evaluator; the backbone is an argument.
 DOWNSTREAM_TASKS = Registry("DOWNSTREAM_TASKS", "downstream task", ["bissl_zoo.downstream"])
 # Solvers of A x = v for a symmetric linear operator A and flat vectors.
-HYPERGRADIENT_SOLVERS = Registry("HYPERGRADIENT_SOLVERS", "hypergradient solver", ["bissl_zoo.bilevel"])
+SOLVERS = Registry("SOLVERS", "hypergradient solver", ["bissl_zoo.bilevel"])
+HYPERGRADIENT_SOLVERS = SOLVERS  # the name in earlier versions
 # Map-style data sets of (PIL image, target).
 DATASETS = Registry("DATASETS", "data set", ["bissl_zoo.data"])
+# Stages of the pipeline: pretrain, bissl, finetune, ...
+STAGES = Registry("STAGES", "stage", ["bissl_zoo.engine.stages"])
 
 
 def build_backbone(name: str, **kwargs: Any) -> Any:
@@ -170,7 +173,7 @@ def build_task(name: str, **kwargs: Any) -> Any:
 
 def build_solver(name: str, **kwargs: Any) -> Any:
     """Hypergradient solver registered as `name`, built with `kwargs`; raises as `Registry.build`."""
-    return HYPERGRADIENT_SOLVERS.build(name, **kwargs)
+    return SOLVERS.build(name, **kwargs)
 
 
 def build_dataset(name: str, **kwargs: Any) -> Any:

@@ -127,7 +127,7 @@ def test_an_error_inside_the_call_is_not_disguised(methods):
         ("build_backbone", "BACKBONES"),
         ("build_pretext", "PRETEXT_METHODS"),
         ("build_task", "DOWNSTREAM_TASKS"),
-        ("build_solver", "HYPERGRADIENT_SOLVERS"),
+        ("build_solver", "SOLVERS"),
         ("build_dataset", "DATASETS"),
     ],
 )

@@ -28,9 +28,9 @@ from bissl_zoo.engine.init import load_init
 from bissl_zoo.engine.runner import open_context
 from bissl_zoo.engine.stages.bissl import build_bissl, build_head_warmup
 from bissl_zoo.errors import BisslZooError, ConfigError
-from bissl_zoo.hypergradient import SOLVERS, CurvatureOperator
+from bissl_zoo.hypergradient import CurvatureOperator
 from bissl_zoo.progress.display import say
-from bissl_zoo.registry import HYPERGRADIENT_SOLVERS
+from bissl_zoo.registry import SOLVERS
 
 
 @dataclass(frozen=True)
@@ -155,7 +155,7 @@ def _measure(
     say(f"   at damping {used - lam:.4g} the system is {found.definiteness(used)}")
     shifts = [used] if abs(automatic - used) <= 0.01 * used else [used, automatic]
     rows, skipped = compare_solvers(name, operator, v, solver, lam, shifts, effort.max_products, clock)
-    rivals = {other: entry() for other, entry in SOLVERS.items() if other != name}
+    rivals = {other: entry() for other, entry in SOLVERS if other != name}
     say("   what to advise")
     advice = advise(
         operator, v, name, solver, used, lam, found, rivals, effort.max_products, lambda line: say(f"   tried {line}")
@@ -199,7 +199,7 @@ def _overrides(section: DictConfig, advice: Advice) -> list[list[str]]:
         if "name" not in remedy:
             found.append([f"solver.{key}={value}" for key, value in remedy.items()])
             continue
-        entry = HYPERGRADIENT_SOLVERS.get(remedy["name"])
+        entry = SOLVERS.get(remedy["name"])
         taken = {field.name for field in dataclasses.fields(entry)}
         own = budget_key(build_part(section))
         words = [f"solver.{key}={value}" for key, value in remedy.items()]

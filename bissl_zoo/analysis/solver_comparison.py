@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from bissl_zoo.analysis.solver_diagnosis import Remembering, budget_key, budgets_up_to, convergence, refuses
-from bissl_zoo.hypergradient import SOLVERS, CurvatureOperator
+from bissl_zoo.hypergradient import CurvatureOperator
 from bissl_zoo.progress.display import say
+from bissl_zoo.registry import SOLVERS
 
 
 class Clock:
@@ -39,7 +40,7 @@ def compare_solvers(
     clock: Clock,
 ) -> tuple[list[dict[str, Any]], dict[str, str]]:
     """Every solver at every shift, the configured one with its own settings, from nothing each time."""
-    candidates = {name: solver} | {other: entry() for other, entry in SOLVERS.items() if other != name}
+    candidates = {name: solver} | {other: entry() for other, entry in SOLVERS if other != name}
     skipped = {
         other: f"{len(v)} parameters are more than its max_size of {candidate.max_size}"
         for other, candidate in candidates.items()

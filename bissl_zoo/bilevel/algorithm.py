@@ -24,7 +24,6 @@ from bissl_zoo.distributed import (
 )
 from bissl_zoo.errors import BadHypergradient, ConfigError
 from bissl_zoo.hypergradient import (
-    SOLVERS,
     CurvatureOperator,
     LinearOperator,
     Solution,
@@ -32,13 +31,9 @@ from bissl_zoo.hypergradient import (
     definite_shift,
     frozen_state,
 )
-from bissl_zoo.registry import HYPERGRADIENT_SOLVERS
 
 #: a relative residual, or a norm of `x` relative to that of `v`, beyond which the solver's answer means nothing
 FAR = 1e3
-
-for _name, _solver in SOLVERS.items():
-    HYPERGRADIENT_SOLVERS.register(_name)(_solver)
 
 
 class UpperGradients(NamedTuple):

@@ -13,7 +13,15 @@ from typing import Any, Literal, NoReturn
 from omegaconf import DictConfig
 from tabulate import tabulate
 
-from bissl_zoo.distributed import barrier, get_rank, get_world_size, is_main_process, on_main_process
+from bissl_zoo.distributed import (
+    StopRequest,
+    barrier,
+    get_rank,
+    get_world_size,
+    is_main_process,
+    on_main_process,
+    stop_request,
+)
 from bissl_zoo.downstream import Evaluator
 from bissl_zoo.engine.build import STAGE_DATA, Context, Weights, build_datasets, build_downstream
 from bissl_zoo.engine.checks import check_config, check_parts
@@ -51,8 +59,7 @@ from bissl_zoo.engine.stages.bissl import (
 from bissl_zoo.engine.stages.finetune import BASELINE, build_finetune, finetune_steps
 from bissl_zoo.engine.stages.pretrain import build_pretrain, pretrain_steps
 from bissl_zoo.engine.trainer import Trainer
-from bissl_zoo.errors import CheckpointError, ZooError
-from bissl_zoo.interruption import Interrupted, StopRequest, stop_request
+from bissl_zoo.errors import CheckpointError, Interrupted, ZooError
 from bissl_zoo.progress.display import doing, end_display, log, logged, say, show, signals_aside
 from bissl_zoo.progress.file_writers import Writer
 from bissl_zoo.progress.run_view import PlannedStage

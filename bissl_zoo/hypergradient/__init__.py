@@ -11,17 +11,7 @@ from bissl_zoo.hypergradient.operator import CurvatureOperator, frozen_state
 from bissl_zoo.hypergradient.solver import DenseOperator, LinearOperator, Solution
 from bissl_zoo.hypergradient.subspace import Subspace
 
-SOLVERS = {
-    "cg": ConjugateGradient,
-    "minres": MinRes,
-    "neumann": Neumann,
-    "nystrom": Nystrom,
-    "exact": Exact,
-    "identity": Identity,
-}
-
 __all__ = [
-    "SOLVERS",
     "ConjugateGradient",
     "CurvatureOperator",
     "DenseOperator",

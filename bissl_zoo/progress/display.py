@@ -12,8 +12,7 @@ from pathlib import Path
 from typing import Any, Literal, Protocol
 
 from bissl_zoo.distributed import STOP_SIGNALS, is_main_process
-from bissl_zoo.errors import BisslZooError
-from bissl_zoo.interruption import Interrupted
+from bissl_zoo.errors import BisslZooError, Interrupted
 from bissl_zoo.progress.run_log import LOG_FILE, RunLog
 from bissl_zoo.runs.disk import DISK_ERRORS
 

@@ -14,10 +14,10 @@ from typing import Literal
 from omegaconf import DictConfig
 
 from bissl_zoo.config import with_defaults
+from bissl_zoo.distributed import StopRequest, stop_request
 from bissl_zoo.engine.checks import check_config
 from bissl_zoo.engine.launch import GRACE
-from bissl_zoo.errors import CheckpointError, ConfigError
-from bissl_zoo.interruption import Interrupted, StopRequest, stop_request
+from bissl_zoo.errors import CheckpointError, ConfigError, Interrupted
 from bissl_zoo.progress.console import clock
 from bissl_zoo.progress.display import say
 from bissl_zoo.runs.directory import check_run_dir, has_begun

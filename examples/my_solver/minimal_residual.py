@@ -7,10 +7,10 @@ from torch import Tensor
 
 from bissl_zoo.hypergradient import LinearOperator, Solution
 from bissl_zoo.hypergradient.solver import Damping, relative_residual
-from bissl_zoo.registry import HYPERGRADIENT_SOLVERS
+from bissl_zoo.registry import SOLVERS
 
 
-@HYPERGRADIENT_SOLVERS.register("minimal_residual")
+@SOLVERS.register("minimal_residual")
 @dataclass(frozen=True)
 class MinimalResidual:
     """Steps along the residual, each as long as makes the next residual shortest."""

@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 
 from bissl_zoo.analysis.advice import advise
 from bissl_zoo.analysis.solver_diagnosis import budget_key, spectrum
-from bissl_zoo.hypergradient import SOLVERS, ConjugateGradient, DenseOperator, Exact, Identity, MinRes, Neumann, Nystrom
+from bissl_zoo.hypergradient import ConjugateGradient, DenseOperator, Exact, Identity, MinRes, Neumann, Nystrom
+from bissl_zoo.registry import SOLVERS
 
 LAM, SIZE = 0.01, 30
 
@@ -23,7 +24,7 @@ def matrix_of(low, high, seed=0):
 def advice_on(matrix, name, solver, damping, most=12, **options):
     v = torch.randn(SIZE, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     operator = DenseOperator(matrix, shift=None)
-    rivals = {other: entry() for other, entry in SOLVERS.items() if other != name}
+    rivals = {other: entry() for other, entry in SOLVERS if other != name}
     found = spectrum(operator, v, 12)
     return v, advise(operator, v, name, solver, LAM + damping, LAM, found, rivals, most, **options)
 
@@ -105,7 +106,7 @@ def test_every_change_named_makes_the_system_converge(name, solver, low, width, 
     for remedy in advice.remedies:
         changed, at = solver, remedy.get("damping", damping)
         if "name" in remedy:
-            other = SOLVERS[remedy["name"]]()
+            other = SOLVERS.build(remedy["name"])
             limit = getattr(solver, budget_key(solver))
             changed = dataclasses.replace(other, **{budget_key(other): limit, "tolerance": solver.tolerance})
         elif "damping" not in remedy:

@@ -12,9 +12,9 @@ from bissl_zoo.config import LazyCall as L
 from bissl_zoo.config import load_config
 from bissl_zoo.distributed import flatten
 from bissl_zoo.errors import BisslZooError
-from bissl_zoo.hypergradient import SOLVERS, CurvatureOperator, MinRes
+from bissl_zoo.hypergradient import CurvatureOperator, MinRes
 from bissl_zoo.pretext import PretextMethod
-from bissl_zoo.registry import PRETEXT_METHODS, build_pretext
+from bissl_zoo.registry import PRETEXT_METHODS, SOLVERS, build_pretext
 
 PRODUCT, OBJECTIVE = 0, 1
 
@@ -39,9 +39,9 @@ def test_every_pretext_method_passes(method):
         assert check.passed, check
 
 
-@pytest.mark.parametrize("name", sorted(SOLVERS))
+@pytest.mark.parametrize("name", SOLVERS.list())
 def test_every_solver_passes(reduced, name):
-    for check in check_reduced(reduced, name, SOLVERS[name]()):
+    for check in check_reduced(reduced, name, SOLVERS.build(name)):
         assert check.passed, check
 
 

@@ -14,7 +14,8 @@ from bissl_zoo.analysis.solver_diagnosis import (
     spectrum,
     symmetry_error,
 )
-from bissl_zoo.hypergradient import SOLVERS, ConjugateGradient, DenseOperator, Exact, Identity, MinRes, choose_shift
+from bissl_zoo.hypergradient import ConjugateGradient, DenseOperator, Exact, Identity, MinRes, choose_shift
+from bissl_zoo.registry import SOLVERS
 
 SIZE = 40
 
@@ -119,15 +120,15 @@ def test_a_product_is_not_computed_twice():
     torch.testing.assert_close(second, u + operator.hessian @ u / 4.0, rtol=1e-14, atol=1e-14)
 
 
-@pytest.mark.parametrize("name", sorted(SOLVERS))
+@pytest.mark.parametrize("name", SOLVERS.list())
 def test_curves_hold_the_true_residuals_from_a_cold_start(name):
     matrix, v, shift = symmetric(torch.linspace(-1, 20, SIZE)), draw(SIZE, seed=1), 5.0
     operator = DenseOperator(matrix)
-    points, x = convergence(Remembering(operator, shift), v, SOLVERS[name](), [1, 2, 3, 5, 8])
+    points, x = convergence(Remembering(operator, shift), v, SOLVERS.build(name), [1, 2, 3, 5, 8])
     a = np.eye(SIZE) + matrix.numpy() / shift
     residual = np.linalg.norm(v.numpy() - a @ x.numpy()) / np.linalg.norm(v.numpy())
     assert points[-1].residual == pytest.approx(residual, rel=1e-9, abs=1e-14)
-    assert [p.budget for p in points] == ([1, 2, 3, 5, 8] if budget_key(SOLVERS[name]()) else [None])
+    assert [p.budget for p in points] == ([1, 2, 3, 5, 8] if budget_key(SOLVERS.build(name)) else [None])
     assert len({p.products for p in points}) == len(points)  # nothing is left from one budget to the next
 
 

@@ -15,7 +15,7 @@ from bissl_zoo.errors import BadHypergradient, ConfigError, NonFiniteLoss
 from bissl_zoo.hypergradient import ConjugateGradient, Exact, Identity, MinRes, Solution
 from bissl_zoo.hypergradient.damping import MARGIN
 from bissl_zoo.optim import LRMultiplier
-from bissl_zoo.registry import HYPERGRADIENT_SOLVERS, build_solver
+from bissl_zoo.registry import SOLVERS, build_solver
 
 CONSTANT = LRMultiplier(ConstantParamScheduler(1.0))
 
@@ -315,7 +315,7 @@ def test_lambda_must_be_positive(lam):
 
 def test_every_solver_is_registered_and_answers_in_kind():
     problem, _, _ = quadratic()
-    for name in HYPERGRADIENT_SOLVERS.list():
+    for name in SOLVERS.list():
         solver = build_solver(name=name)
         operator = problem.curvature(None).prepare()
         operator.shift = 1.0

@@ -31,11 +31,11 @@ from bissl_zoo.errors import BadHypergradient, NonFiniteLoss
 from bissl_zoo.hypergradient import ConjugateGradient
 from bissl_zoo.optim import LRMultiplier
 from bissl_zoo.pretext import simclr
-from bissl_zoo.registry import HYPERGRADIENT_SOLVERS, PRETEXT_METHODS, build_pretext, build_solver, build_task
+from bissl_zoo.registry import PRETEXT_METHODS, SOLVERS, build_pretext, build_solver, build_task
 
 WORLDS = (2, 4)
 METHODS = PRETEXT_METHODS.list()
-SOLVERS = HYPERGRADIENT_SOLVERS.list()
+SOLVER_NAMES = SOLVERS.list()
 SIZES = {"moco_v2": {"queue_length": 20}}  # shorter than a run, so that it wraps, and no multiple of the batch
 BATCH = 8
 PATIENCE = datetime.timedelta(seconds=60)  # for ranks that no longer do the same
@@ -307,7 +307,7 @@ def work(rank, world):
     if world > 1:
         seen["faulty"] = with_faulty_gather(rank, world)
         seen["gathered"] = [gathered_product(gather) for gather in (gather_with_gradient, InPlaceAllReduce.apply)]
-        seen["solved"] = {name: solved(name, rank) for name in SOLVERS}
+        seen["solved"] = {name: solved(name, rank) for name in SOLVER_NAMES}
         seen["spoilt"] = {case: spoilt(case, rank, world) for case in SPOILT}
     return seen
 
@@ -424,7 +424,7 @@ def test_a_product_through_the_rows_of_such_a_gather_alone_is_divided_by_the_num
 
 
 @pytest.mark.parametrize("world", WORLDS)
-@pytest.mark.parametrize("name", SOLVERS)
+@pytest.mark.parametrize("name", SOLVER_NAMES)
 def test_every_solver_takes_all_ranks_to_the_same_bits(worlds, world, name):
     outcomes = [seen["solved"][name] for seen in worlds[world]]
     assert len(set(outcomes[0]["digests"])) == 3

@@ -16,13 +16,13 @@ CONFIG = "examples/my_solver/digit_scenes.py"
 @pytest.fixture
 def solver(monkeypatch):
     """The example's class, which is registered for this test alone."""
-    from bissl_zoo.registry import HYPERGRADIENT_SOLVERS
+    from bissl_zoo.registry import SOLVERS
 
     monkeypatch.syspath_prepend(str(REPOSITORY / "examples" / "my_solver"))
     import minimal_residual
 
     yield minimal_residual.MinimalResidual
-    del HYPERGRADIENT_SOLVERS._obj_map["minimal_residual"], sys.modules["minimal_residual"]
+    del SOLVERS._obj_map["minimal_residual"], sys.modules["minimal_residual"]
 
 
 @pytest.mark.parametrize("sign", [1.0, -1.0])

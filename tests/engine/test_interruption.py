@@ -10,9 +10,9 @@ import pytest
 from forked_runs import exit_status, start_run, wait_for
 from run_outcomes import assert_same, outcome
 
+from bissl_zoo.distributed import stop_request
 from bissl_zoo.downstream import FasterRCNN
 from bissl_zoo.engine import features
-from bissl_zoo.interruption import stop_request
 from bissl_zoo.pretext.simclr import SimCLR
 from bissl_zoo.runs.checkpoint import Checkpointer, load_checkpoint
 

@@ -246,7 +246,7 @@ def test_a_product_that_is_not_finite_ends_the_solve(blockwise, bad, after):
     class Breaks(DenseOperator):
         def hessian_product(self, u):
             product = super().hessian_product(u)
-            return product if self.hvp_mode <= after else product * bad
+            return product if self.products <= after else product * bad
 
     operator = Breaks(matrix, block_sizes=[3, 2])
     solution = ConjugateGradient(iterations=5, tolerance=0.0, blockwise=blockwise)(operator, v)

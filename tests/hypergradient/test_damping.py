@@ -154,7 +154,7 @@ def test_finite_products_before_one_that_is_not_are_used():
 
     class Breaks(DenseOperator):
         def hessian_product(self, u):
-            return super().hessian_product(u) * (1.0 if self.hvp_mode <= 3 else float("nan"))
+            return super().hessian_product(u) * (1.0 if self.products <= 3 else float("nan"))
 
     expected, _ = choose_shift(DenseOperator(hessian, None), v, 3, 0.05, LAMBDA)
     assert choose_shift(Breaks(hessian, None), v, 10, 0.05, LAMBDA) == (pytest.approx(expected), 4)

@@ -184,7 +184,7 @@ def test_a_product_that_is_not_finite_is_answered_by_the_best_so_far(after, bad)
     class Breaks(DenseOperator):
         def hessian_product(self, u):
             product = super().hessian_product(u)
-            return product if self.hvp_mode <= after else product * bad
+            return product if self.products <= after else product * bad
 
     solution = MinRes(iterations=8, tolerance=1e-6)(Breaks(matrix - torch.eye(12, dtype=torch.float64)), v)
     assert solution.status == "non_finite" and solution.products == after + 1

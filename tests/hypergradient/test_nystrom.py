@@ -144,7 +144,7 @@ def test_a_product_that_is_not_finite_is_answered_by_v(bad, after):
     class Breaks(DenseOperator):
         def hessian_product(self, u):
             product = super().hessian_product(u)
-            return product if self.hvp_mode <= after else product * bad
+            return product if self.products <= after else product * bad
 
     operator, solve = Breaks(hessian), Nystrom(rank=4)
     for _ in range(4):

@@ -6,8 +6,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from systems import system
 
-from bissl_zoo.hypergradient import SOLVERS, DenseOperator, Solution
+from bissl_zoo.hypergradient import DenseOperator, Solution
 from bissl_zoo.hypergradient.solver import power_of_two, relative_residual
+from bissl_zoo.registry import SOLVERS
 
 SIZE = 8
 #: of those documented, what may be said of a system; "not_solved" may be said of any
@@ -44,10 +45,10 @@ def right(seed=1):
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 @pytest.mark.parametrize("kind", SAID)
-@pytest.mark.parametrize("name", SOLVERS)
+@pytest.mark.parametrize("name", SOLVERS.list())
 def test_every_system_has_a_finite_answer_a_true_residual_and_a_status(name, kind, dtype):
     a, v = matrix(kind).to(dtype), right().to(dtype)
-    operator, solve = system(a), SOLVERS[name]()
+    operator, solve = system(a), SOLVERS.build(name)
     for count in range(3):  # what a solve leaves is what the next one starts from
         before = operator.products
         solution = solve(operator, v * (1.0 - 3.0 * count))
@@ -67,35 +68,35 @@ def test_every_system_has_a_finite_answer_a_true_residual_and_a_status(name, kin
             assert (solution.status == "converged") == (solution.residual <= tolerance)
 
 
-@pytest.mark.parametrize("name", SOLVERS)
+@pytest.mark.parametrize("name", SOLVERS.list())
 def test_zero_is_answered_by_zero_without_a_product(name):
     operator = system(matrix("indefinite"))
-    solution = SOLVERS[name]()(operator, torch.zeros(SIZE, dtype=torch.float64))
+    solution = SOLVERS.build(name)(operator, torch.zeros(SIZE, dtype=torch.float64))
     assert not solution.x.any() and solution.products == operator.products == 0
     assert (solution.status, solution.residual) in [("converged", 0.0), ("not_solved", None)]
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
-@pytest.mark.parametrize("name", SOLVERS)
+@pytest.mark.parametrize("name", SOLVERS.list())
 def test_a_v_that_is_not_finite_is_answered_by_zero(name, bad):
     operator, v = system(matrix("definite")), right()
     v[3] = bad
-    solution = SOLVERS[name]()(operator, v)
+    solution = SOLVERS.build(name)(operator, v)
     assert not solution.x.any() and torch.isfinite(solution.x).all() and solution.status == "non_finite"
     assert solution.products == operator.products
     assert not operator.subspace.basis
 
 
 @pytest.mark.parametrize("after", [0, 1, 2, 5, 8])
-@pytest.mark.parametrize("name", SOLVERS)
+@pytest.mark.parametrize("name", SOLVERS.list())
 def test_products_that_become_not_finite_have_a_finite_answer(name, after):
     class Breaks(DenseOperator):
         def hessian_product(self, u):
-            return super().hessian_product(u) * (1.0 if self.hvp_mode <= after else float("nan"))
+            return super().hessian_product(u) * (1.0 if self.products <= after else float("nan"))
 
     operator, v = Breaks(matrix("definite")), right()
     for _ in range(3):
-        solution = SOLVERS[name]()(operator, v)
+        solution = SOLVERS.build(name)(operator, v)
         assert torch.isfinite(solution.x).all()
         assert solution.status in {"non_finite", "converged", "max_iterations", "not_solved"}
         assert solution.residual is None or not math.isnan(solution.residual)
@@ -104,21 +105,21 @@ def test_products_that_become_not_finite_have_a_finite_answer(name, after):
 @given(
     st.lists(st.floats(width=32), min_size=3, max_size=3),
     st.lists(st.floats(width=32), min_size=3, max_size=3),
-    st.sampled_from(sorted(SOLVERS)),
+    st.sampled_from(SOLVERS.list()),
 )
 @settings(max_examples=400, deadline=None)
 def test_the_answer_is_finite_whatever_comes_in(diagonal, v, name):
     operator = DenseOperator(torch.diag(torch.tensor(diagonal)))
     for _ in range(2):
-        solution = SOLVERS[name]()(operator, torch.tensor(v))
+        solution = SOLVERS.build(name)(operator, torch.tensor(v))
         assert torch.isfinite(solution.x).all()
         assert solution.residual is None or not math.isnan(solution.residual)
 
 
-@pytest.mark.parametrize("name", SOLVERS)
+@pytest.mark.parametrize("name", SOLVERS.list())
 def test_an_answer_that_does_not_fit_its_type_is_not_given(name):
     operator, v = DenseOperator(-0.6 * torch.eye(3)), torch.full((3,), 3e38)  # x is 2.5 v
-    solution = SOLVERS[name]()(operator, v)
+    solution = SOLVERS.build(name)(operator, v)
     assert torch.equal(solution.x, v) and solution.status != "converged"
 
 

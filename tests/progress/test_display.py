@@ -13,8 +13,7 @@ import torch
 from rich.console import Console
 from terminal import ESCAPES
 
-from bissl_zoo.errors import ConfigError
-from bissl_zoo.interruption import Interrupted
+from bissl_zoo.errors import ConfigError, Interrupted
 from bissl_zoo.progress import live as live_screen
 from bissl_zoo.progress.display import PlainScreen, choose_screen, doing, log, logged, on_screen, say, show
 from bissl_zoo.progress.live import LiveScreen

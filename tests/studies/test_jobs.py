@@ -9,8 +9,7 @@ import time
 import pytest
 
 from bissl_zoo.config import LazyConfig
-from bissl_zoo.errors import CheckpointError, ConfigError
-from bissl_zoo.interruption import Interrupted
+from bissl_zoo.errors import CheckpointError, ConfigError, Interrupted
 from bissl_zoo.runs.lock import run_lock
 from bissl_zoo.studies import job_process
 from bissl_zoo.studies.jobs import Job, progress_line, run_jobs

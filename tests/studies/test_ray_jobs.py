@@ -6,8 +6,7 @@ import sys
 
 import pytest
 
-from bissl_zoo.errors import ConfigError
-from bissl_zoo.interruption import Interrupted
+from bissl_zoo.errors import ConfigError, Interrupted
 from bissl_zoo.studies import ray_jobs
 from bissl_zoo.studies.jobs import Job, run_jobs
 

@@ -7,7 +7,7 @@ import shutil
 import pytest
 from command_line import load_tool
 
-from bissl_zoo.interruption import Interrupted
+from bissl_zoo.errors import Interrupted
 from bissl_zoo.studies import compare_runs
 
 CONFIG = "compare/digit_scenes.py"
