@@ -8,14 +8,14 @@ import numpy as np
 import torch
 from omegaconf import DictConfig, OmegaConf
 from PIL import Image
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.data import Dataset, default_collate
 
 from bissl_zoo.data.batches import to_device
 from bissl_zoo.data.device_views import two_parts
 from bissl_zoo.data.prepare.known import catalog
 from bissl_zoo.engine.build import STAGE_DATA, Context, ViewsOnly, build_datasets
-from bissl_zoo.errors import ConfigError, DatasetError
+from bissl_zoo.errors import DatasetError
 
 #: width and height of the images that augmentations start from, those of a photograph of VOC or ImageNet
 IMAGE_SIZE = (500, 375)
@@ -43,41 +43,19 @@ class KnownData:
 
 
 class Noise(Dataset):
-    """Images of noise with targets of the type that a task takes: boxes as dict, a label as int, several as Tensor.
-
-    Attributes:
-        target_type: of the targets; None for no targets.
-    """
+    """Images of noise without targets."""
 
     def __init__(self, length: int, classes: list[str] | None = None) -> None:
         self.length = length
         self.classes = classes
-        self.target_type: type | None = None
 
     def __len__(self) -> int:
         return self.length
 
-    def __getitem__(self, index: int) -> tuple[Image.Image, Any]:
-        draws = np.random.default_rng(index)
+    def __getitem__(self, index: int) -> tuple[Image.Image, None]:
         width, height = IMAGE_SIZE
-        image = Image.fromarray(draws.integers(0, 256, (height, width, 3), dtype=np.uint8))
-        return image, None if self.target_type is None else self._target(index)
-
-    def _target(self, index: int) -> Any:
-        label = index % len(self.classes)
-        if issubclass(self.target_type, dict):
-            # three objects, as an image of VOC has on average
-            boxes = torch.tensor([[20.0, 30, 220, 330], [240, 100, 480, 300], [150, 150, 210, 230]])
-            labels = torch.full((3,), label)
-            return {"boxes": boxes, "labels": labels, "difficult": torch.zeros(3, dtype=torch.bool), "image_id": index}
-        if issubclass(self.target_type, Tensor):
-            return nn.functional.one_hot(torch.tensor(label), len(self.classes)).float()
-        if issubclass(self.target_type, int):
-            return label
-        raise ConfigError(
-            f"There is no noise with targets of type {self.target_type.__name__}; an analysis knows tasks that take "
-            "boxes as dict, class labels as int, or several labels of an image as Tensor."
-        )
+        pixels = np.random.default_rng(index).integers(0, 256, (height, width, 3), dtype=np.uint8)
+        return Image.fromarray(pixels), None
 
 
 def look_at_data(cfg: DictConfig) -> KnownData:
@@ -133,15 +111,12 @@ def noise_batch(context: Context, role: str, head: nn.Module, size: int | None =
     """
     settings: Mapping[str, Any] = context.cfg.dataloader[role]
     size = settings["batch_size"] if size is None else size
-    finish = None
-    if role == "pretext":
-        views = head.views()
-        if settings.get("augment_on") == "device":
-            views, finish = two_parts(views)
-        transform, collate = ViewsOnly(views), default_collate
-    else:
-        context.data[role].target_type = head.target_type
-        transform, collate = head.transform(train=True), head.collate
-    drawn = [transform(*context.data[role][index]) for index in range(min(size, DISTINCT))]
-    batch = to_device(collate([drawn[index % len(drawn)] for index in range(size)]), context.device)
+    if role != "pretext":
+        return to_device(head.example_batch(size, IMAGE_SIZE[::-1]), context.device)
+    views, finish = head.views(), None
+    if settings.get("augment_on") == "device":
+        views, finish = two_parts(views)
+    transform = ViewsOnly(views)
+    samples = [transform(*context.data[role][index]) for index in range(min(size, DISTINCT))]
+    batch = to_device(default_collate([samples[index % len(samples)] for index in range(size)]), context.device)
     return finish(batch) if finish else batch

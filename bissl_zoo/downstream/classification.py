@@ -1,8 +1,9 @@
-"""Single-label image classification, and what it shares with multi-label classification."""
+"""Single-label image classification, and the base class it shares with multi-label classification."""
 
-from abc import ABC
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from typing import Any
+from numbers import Integral
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -11,18 +12,26 @@ from torchvision.transforms import v2
 
 from bissl_zoo.backbones import Backbone
 from bissl_zoo.data.views import IMAGENET_MEAN, IMAGENET_STD
-from bissl_zoo.downstream.task import Batch, DownstreamTask
+from bissl_zoo.downstream.drawing import show_image
+from bissl_zoo.downstream.task import Batch, Box, DownstreamTask
+from bissl_zoo.errors import DatasetError
 from bissl_zoo.evaluation.classification import TopKEvaluator
 from bissl_zoo.registry import DOWNSTREAM_TASKS
 
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+#: classes in the caption of a prediction, the most probable first
+_CAPTIONED = 3
+
 
 class PooledLinear(DownstreamTask, ABC):
-    """Global average pooling of the shared feature map and one linear layer: K logits for an image.
+    """Global average pooling of the last feature map and one linear layer: K logits per image.
 
     Args:
         image_size: side in pixels of the training crop and of the central test crop.
-        crop_scale: area of the training crop, as a fraction of the image.
-        resize: shorter side in pixels before the central test crop; 8/7 of `image_size` by default.
+        crop_scale: area of the training crop as a fraction of the image.
+        resize: shorter side in pixels before the central test crop; by default 8/7 of `image_size`.
         mean, std: normalisation of images in [0, 1], per RGB channel.
     """
 
@@ -44,7 +53,7 @@ class PooledLinear(DownstreamTask, ABC):
         self.linear = nn.Linear(self.feature.channels, len(self.classes))
 
     def transform(self, train: bool) -> Callable[[Any, Any], Batch]:
-        """Random resized crop and flip to train, central crop to test; the target passes through."""
+        """Return a random resized crop and flip for training, a central crop for testing; targets are unchanged."""
         size, bicubic = self.image_size, v2.InterpolationMode.BICUBIC
         if train:
             crop = [v2.RandomResizedCrop(size, self.crop_scale, interpolation=bicubic), v2.RandomHorizontalFlip()]
@@ -55,8 +64,25 @@ class PooledLinear(DownstreamTask, ABC):
 
     @torch.no_grad()
     def predict(self, backbone: Backbone, images: Tensor) -> Tensor:
-        """Logits `(B, K)`."""
+        """Return logits `(B, K)` of images `(B, 3, S, S)`."""
         return self._logits(backbone, images)
+
+    def probabilities(self, logits: Tensor) -> Tensor:
+        """Return the probabilities `(K,)` of the classes for the logits `(K,)` of one image."""
+        return logits.float().softmax(dim=0)
+
+    def draw(self, axes: "Axes", image: Any, value: Any, predicted: bool = False, threshold: float = 0.5) -> None:
+        """Show the image with its classes or, of a prediction, with the three most probable classes."""
+        show_image(axes, image, self._predicted(value) if predicted else self._target_text(value))
+
+    def _predicted(self, logits: Tensor) -> str:
+        values, labels = self.probabilities(logits).topk(min(_CAPTIONED, len(self.classes)))
+        pairs = zip(labels.tolist(), values.tolist(), strict=True)
+        return "\n".join(f"{self.classes[label]} {value:.2f}" for label, value in pairs)
+
+    @abstractmethod
+    def _target_text(self, target: Any) -> str:
+        """Return the names of the classes of a target."""
 
     def _logits(self, backbone: Backbone, images: Tensor) -> Tensor:
         return self.linear(backbone(images)[self.stage].mean(dim=(2, 3)))
@@ -64,25 +90,49 @@ class PooledLinear(DownstreamTask, ABC):
 
 @DOWNSTREAM_TASKS.register("classification")
 class Classification(PooledLinear):
-    """One class per image, by cross entropy; arguments as of :class:`PooledLinear`."""
+    """Assign one class to each image, trained by cross entropy; takes the arguments of :class:`PooledLinear`."""
+
+    single_label = True
 
     def collate(self, samples: list[Batch]) -> Batch:
-        """Images `(B, 3, S, S)` float32 and labels `(B,)` int64."""
+        """Return images `(B, 3, S, S)` float32 and labels `(B,)` int64.
+
+        Raises:
+            DatasetError: a target is not a class index.
+        """
         images, labels = zip(*samples, strict=True)
+        for label in labels:
+            if not isinstance(label, Integral):
+                raise DatasetError(f"Classification needs one class index (int) per image, not {type(label).__name__}.")
         return torch.stack(images), torch.tensor(labels)
 
     def losses(self, backbone: Backbone, batch: Batch) -> dict[str, Tensor]:
-        """`{"cross_entropy": scalar}`."""
+        """Return `{"cross_entropy": scalar}`."""
         images, labels = batch
         return {"cross_entropy": functional.cross_entropy(self._logits(backbone, images), labels)}
 
     def evaluator(self) -> TopKEvaluator:
-        """Top-1, top-5 and mean-per-class accuracy as fractions."""
+        """Return an evaluator of top-1, top-5 and mean-per-class accuracy as fractions."""
         return TopKEvaluator(self.classes)
+
+    def example_batch(self, n: int, size: tuple[int, int]) -> Batch:
+        """Return `n` images of noise with the labels 0, 1, ... in turn."""
+        return self.random_batch(n, size, lambda index: index % len(self.classes))
+
+    def score(self, prediction: Tensor, target: Any) -> float:
+        """Return the probability of the true class."""
+        return self.probabilities(prediction)[int(target)].item()
+
+    def objects(self, target: int) -> list[tuple[Box | None, int | None]]:
+        """Return the whole image with its class."""
+        return [(None, target)]
+
+    def _target_text(self, target: int) -> str:
+        return self.classes[target]
 
 
 class _ImageTransform:
-    """Transform the image, leave the target; a class, so that loader workers can be spawned."""
+    """Transform the image and return the target as it is; a class, so that it can be pickled for spawned workers."""
 
     def __init__(self, transform: Callable[[Any], Tensor]) -> None:
         self.transform = transform

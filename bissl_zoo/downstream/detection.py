@@ -2,9 +2,12 @@
 
 import itertools
 import math
+from abc import ABC
+from collections import Counter
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torchvision.models.detection.anchor_utils import AnchorGenerator
@@ -19,45 +22,108 @@ from torchvision.transforms.v2 import functional as tv
 
 from bissl_zoo.backbones import Backbone
 from bissl_zoo.data.views import IMAGENET_MEAN, IMAGENET_STD
-from bissl_zoo.downstream.task import Batch, DownstreamTask
-from bissl_zoo.errors import ConfigError
-from bissl_zoo.evaluation.detection import DetectionEvaluator
+from bissl_zoo.downstream.drawing import draw_boxes, show_image
+from bissl_zoo.downstream.task import Batch, Box, DownstreamTask
+from bissl_zoo.errors import ConfigError, DatasetError
+from bissl_zoo.evaluation.detection import DetectionEvaluator, voc_average_precision
 from bissl_zoo.registry import DOWNSTREAM_TASKS
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 Target = dict[str, Any]
 
-#: sides of the anchors: all of them at each place of one map, or one for each map of a pyramid
+#: sides of the anchors in pixels: all at each place of one map, or one for each map of a pyramid
 ANCHOR_SIZES, PYRAMID_ANCHOR_SIZES = (16, 32, 64, 128, 256), (32, 64, 128, 256, 512)
+#: boxes of the objects in an example image as fractions of its width and height; VOC has about three per image
+_EXAMPLE_BOXES = ((0.04, 0.08, 0.44, 0.88), (0.48, 0.27, 0.96, 0.8), (0.3, 0.4, 0.42, 0.62))
+
+
+class DetectionTask(DownstreamTask, ABC):
+    """Base of detection tasks: drawing, example batches and scores of targets and predictions made of boxes.
+
+    A target is a dict of `boxes` (N, 4) as x0, y0, x1, y1 in pixels, `labels` (N,), `difficult` (N,) and `image_id`; a
+    prediction has `boxes` (M, 4), `scores` (M,) and `labels` (M,).
+    """
+
+    def example_batch(self, n: int, size: tuple[int, int]) -> Batch:
+        """Return `n` images of noise with three boxes each."""
+        height, width = size
+        boxes = torch.tensor(_EXAMPLE_BOXES) * torch.tensor([width, height, width, height])
+
+        def target(index: int) -> Target:
+            labels = torch.full((len(boxes),), index % len(self.classes))
+            difficult = torch.zeros(len(boxes), dtype=torch.bool)
+            return {"boxes": boxes, "labels": labels, "difficult": difficult, "image_id": index}
+
+        return self.random_batch(n, size, target)
+
+    def draw(self, axes: "Axes", image: Any, value: Target, predicted: bool = False, threshold: float = 0.5) -> None:
+        """Draw boxes with class names and, of a prediction, scores; difficult objects are dashed."""
+        boxes, labels = value["boxes"], value["labels"]
+        dashed = None if predicted else value["difficult"].tolist()
+        if predicted:
+            order = value["scores"].argsort(descending=True)
+            order = order[value["scores"][order] >= threshold]
+            boxes, labels, scores = boxes[order], labels[order], value["scores"][order].tolist()
+        names = [self.classes[label] for label in labels.tolist()]
+        counts = ", ".join(f"{count} {name}" for name, count in Counter(names).most_common())
+        show_image(axes, image, counts or "no objects")
+        if predicted:
+            names = [f"{name} {score:.2f}" for name, score in zip(names, scores, strict=True)]
+        draw_boxes(axes, boxes, labels.tolist(), names, dashed)
+
+    def score(self, prediction: Target, target: Target) -> float:
+        """Return the VOC average precision at IoU 0.5 on this image; without objects, 1 minus the highest score."""
+        precision = voc_average_precision([prediction], [target], len(self.classes))
+        if np.isnan(precision).all():
+            return 1.0 - max(prediction["scores"].tolist(), default=0.0)
+        return float(np.nanmean(precision))
+
+    def objects(self, target: Target) -> list[tuple[Box | None, int | None]]:
+        """Return the boxes that are not difficult with their classes."""
+        rows = zip(target["boxes"].tolist(), target["labels"].tolist(), target["difficult"].tolist(), strict=True)
+        return [(tuple(box), label) for box, label, difficult in rows if not difficult]
+
+
+def require_boxes(target: Any) -> None:
+    """Check the type of a detection target.
+
+    Raises:
+        DatasetError: not a dict of boxes.
+    """
+    if not isinstance(target, dict) or "boxes" not in target:
+        raise DatasetError(
+            f"Detection needs targets as dict of boxes, labels, difficult and image_id, not {type(target).__name__}."
+        )
 
 
 @DOWNSTREAM_TASKS.register("faster_rcnn")
-class FasterRCNN(DownstreamTask):
+class FasterRCNN(DetectionTask):
     """RPN and a two-layer box head on the last shared map (C4 with a ResNet up to `layer3`), or on a feature pyramid.
 
-    The pyramid (Lin et al., arXiv 1612.03144) takes all maps that the backbone returns (c2 to c5 where those are its
-    `out_features`), belongs to the head, and has one more map for the largest anchors: every second place of its last.
+    The pyramid (Lin et al., arXiv 1612.03144) uses all maps in the backbone's `out_features` (for example c2 to c5).
+    Its layers belong to the head. It has one more map for the largest anchors: its last map subsampled by 2.
 
-    `difficult` objects are left out of training and ignored in evaluation. The defaults are BiSSL's (arXiv 2410.02387,
-    appendix on detection); what they leave open is torchvision's.
+    `difficult` objects are left out of training and ignored in evaluation. The defaults are those of BiSSL (arXiv
+    2410.02387, appendix on detection), otherwise torchvision's.
 
     Args:
-        min_size, max_size: shorter side the images are resized to, and the most the longer one may become, in pixels.
-        fpn_channels: of the maps of the pyramid, 256 in its paper; None to detect on the last map alone.
+        min_size, max_size: shorter side of the resized images and the limit of the longer side, in pixels.
+        fpn_channels: channels of the pyramid's maps, 256 in its paper; None detects on the last map alone.
         anchor_sizes: sides of the square anchors in pixels, with a pyramid one for each of its maps; by default
             :data:`ANCHOR_SIZES` or :data:`PYRAMID_ANCHOR_SIZES`.
-        anchor_ratios: height of the anchors over their width.
+        anchor_ratios: height over width of the anchors.
         roi_size: side of the RoIAlign grid; sampling_ratio: samples per bin and side.
         box_head: width of the two layers of the box head.
         rpn_proposals: proposals kept per image after suppression, in training and in testing.
         rpn_batch, roi_batch: anchors and proposals sampled per image for the losses.
-        score_threshold, nms_threshold, detections: what of the predictions is kept per image.
-        flip_probability: of mirroring a training image left to right.
+        score_threshold, nms_threshold, detections: limits on the predictions of an image.
+        flip_probability: probability of flipping a training image left to right.
         mean, std: normalisation of images in [0, 1], per RGB channel.
     Raises:
-        ConfigError: there are no maps to make a pyramid of, or not an anchor size for each of its maps.
+        ConfigError: the backbone's maps do not form a pyramid, or the number of anchor sizes does not match the maps.
     """
-
-    target_type = dict
 
     def __init__(
         self,
@@ -118,16 +184,16 @@ class FasterRCNN(DownstreamTask):
         )
 
     def transform(self, train: bool) -> Callable[[Any, Target], Batch]:
-        """Float images in [0, 1] at their own size; flipped left to right at random to train."""
+        """Return a conversion to float images in [0, 1] at their own size, with random flips for training."""
         return _DetectionTransform(self.flip_probability if train else 0.0, self.resize.max_size)
 
     def collate(self, samples: list[Batch]) -> Batch:
-        """A list of images `(3, H, W)` and a list of targets."""
+        """Return a list of images `(3, H, W)` and a list of targets."""
         images, targets = zip(*samples, strict=True)
         return list(images), list(targets)
 
     def losses(self, backbone: Backbone, batch: Batch) -> dict[str, Tensor]:
-        """RPN objectness and box regression, classification and box regression of the proposals; train mode."""
+        """Return the RPN's and the box head's classification and box regression losses; needs train mode."""
         images, targets = batch
         kept = [
             {"boxes": t["boxes"][~t["difficult"]], "labels": t["labels"][~t["difficult"]] + 1}  # 0 is the background
@@ -141,7 +207,7 @@ class FasterRCNN(DownstreamTask):
 
     @torch.no_grad()
     def predict(self, backbone: Backbone, images: list[Tensor]) -> list[Target]:
-        """Per image `boxes` (M, 4) xyxy in its own pixels, `scores` (M,) and `labels` (M,) from 0; eval mode."""
+        """Return per image `boxes` (M, 4) xyxy in its own pixels, `scores` (M,) and `labels` (M,) from 0; eval mode."""
         resized, _ = self.resize(images)
         features = self._features(backbone, resized.tensors)
         proposals, _ = self.rpn(resized, features)
@@ -151,32 +217,32 @@ class FasterRCNN(DownstreamTask):
         return [{**d, "labels": d["labels"] - 1} for d in detections]
 
     def evaluator(self) -> DetectionEvaluator:
-        """COCO's AP, AP50 and AP75, and VOC's AP50 in both forms, as fractions."""
+        """Return an evaluator of COCO's AP, AP50 and AP75, and VOC's AP50 in both forms, as fractions."""
         return DetectionEvaluator(self.classes)
 
     def _anchor_sizes(self, given: Sequence[int] | None) -> tuple[tuple[int, ...], ...]:
-        """Sizes by map."""
+        """Return the anchor sizes of each map."""
         if self.fpn is None:
             return (tuple(ANCHOR_SIZES if given is None else given),)
         sizes = tuple((size,) for size in (PYRAMID_ANCHOR_SIZES if given is None else given))
         if len(sizes) != len(self.maps) + 1:
             raise ConfigError(
-                f"task.anchor_sizes gives {len(sizes)} sizes; the pyramid has {len(self.maps) + 1} maps (those of "
-                f"{', '.join(self.maps)} and one more) and needs a size for each."
+                f"task.anchor_sizes has {len(sizes)} sizes; the pyramid has {len(self.maps) + 1} maps "
+                f"({', '.join(self.maps)} and one more) and needs one size per map."
             )
         return sizes
 
     def _roi_align(self, backbone: Backbone, roi_size: int, sampling_ratio: int) -> MultiScaleRoIAlign:
-        """RoIAlign that takes a box from the map for its size (arXiv 1612.03144, equation 1)."""
+        """Return RoIAlign that reads a box from the map for its size (arXiv 1612.03144, equation 1)."""
         align = MultiScaleRoIAlign(self.maps, roi_size, sampling_ratio)
         strides = [backbone.feature_info[stage].stride for stage in self.maps]
-        # torchvision would guess them from its first batch, and wrongly where half an image is padding
+        # torchvision guesses the scales from its first batch, wrongly if half of an image is padding
         align.scales = [1 / stride for stride in strides]
         align.map_levels = LevelMapper(*(int(math.log2(stride)) for stride in (strides[0], strides[-1])))
         return align
 
     def _features(self, backbone: Backbone, images: Tensor) -> dict[str, Tensor]:
-        """The maps that boxes are found on, fine to coarse, in the dtype of the images."""
+        """Return the maps for detection, fine to coarse, in the dtype of the images."""
         features = backbone(images)
         features = {stage: features[stage] for stage in self.maps}
         if self.fpn is not None:
@@ -185,15 +251,15 @@ class FasterRCNN(DownstreamTask):
 
 
 def _pyramid_stages(backbone: Backbone) -> list[str]:
-    """The stages that the backbone returns, if each has half the resolution of the one before."""
+    """Return the stages that the backbone returns; each must have half the resolution of the one before."""
     stages = [stage for stage in backbone.stages if stage in backbone.out_features]
     strides = [backbone.feature_info[stage].stride for stage in stages]
     if len(strides) < 2 or any(later != 2 * earlier for earlier, later in itertools.pairwise(strides)):
         returned = ", ".join(f"{stage} (stride {stride})" for stage, stride in zip(stages, strides, strict=True))
         raise ConfigError(
-            "task.fpn_channels: a pyramid takes two maps or more whose strides double from one to the next; "
-            f"'{backbone.name}' returns {returned}. Name the stages in backbone.out_features, such as "
-            "[c2, c3, c4, c5]; or set task.fpn_channels=null, which detects on the last map alone."
+            f"task.fpn_channels: a pyramid needs two or more maps with doubling strides; '{backbone.name}' returns "
+            f"{returned}. Set backbone.out_features, for example to [c2, c3, c4, c5], or task.fpn_channels=null to "
+            "detect on the last map alone."
         )
     return stages
 
@@ -201,8 +267,7 @@ def _pyramid_stages(backbone: Backbone) -> list[str]:
 class _RPNHead(RPNHead):
     """RPN head whose outputs have the dtype of its maps, also under autocast.
 
-    torchvision keeps anchors in the dtype of the maps, and boxes and targets in that of the deltas; with the eight bits
-    of bfloat16, coordinates from 256 on would be even.
+    torchvision computes boxes in the dtype of the deltas; bfloat16 has 8 bits, so coordinates above 256 would be even.
     """
 
     def forward(self, maps: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
@@ -211,19 +276,20 @@ class _RPNHead(RPNHead):
 
 
 class _DetectionTransform:
-    """To float, and a flip with the boxes; a class, so that loader workers can be spawned.
+    """Convert to float and flip image and boxes; a class, so that it can be pickled for spawned workers.
 
-    An image so thin that not a row or column of it would be left when its longer side becomes `max_size` (torchvision
-    fails there) is first padded, below or at its right, by the least number of black ones that leaves one.
+    torchvision cannot resize an image whose shorter side would round to 0 pixels. Such an image is first padded with
+    black at its bottom or right until one pixel remains.
     """
 
     def __init__(self, flip_probability: float, max_size: int) -> None:
         self.flip_probability, self.max_size = flip_probability, max_size
 
     def __call__(self, image: Any, target: Target) -> Batch:
+        require_boxes(target)
         pixels = tv.to_dtype(tv.pil_to_tensor(image), torch.float32, scale=True)
         if min(image.size) * self.max_size <= max(image.size):
-            pixels = self._thickened(pixels)
+            pixels = self._pad(pixels)
         if torch.rand(()) < self.flip_probability:
             width = pixels.shape[-1]
             x0, y0, x1, y1 = target["boxes"].unbind(1)
@@ -231,7 +297,7 @@ class _DetectionTransform:
             target = {**target, "boxes": torch.stack([width - x1, y0, width - x0, y1], dim=1)}
         return pixels, target
 
-    def _thickened(self, pixels: Tensor) -> Tensor:
+    def _pad(self, pixels: Tensor) -> Tensor:
         height, width = pixels.shape[-2:]
-        least = max(height, width) // self.max_size + 1
-        return tv.pad(pixels, [0, 0, max(0, least - width), max(0, least - height)])
+        shortest = max(height, width) // self.max_size + 1
+        return tv.pad(pixels, [0, 0, max(0, shortest - width), max(0, shortest - height)])

@@ -1,7 +1,7 @@
-"""Faster R-CNN of Detectron2: its networks, data mapper and evaluator, trained by our trainers.
+"""Faster R-CNN of Detectron2: its networks, data mapper and evaluator, on backbones of this package.
 
-Detectron2 is imported when a task is built, by `detectron2_model.py` and `detectron2_data.py`: this file must import
-without it.
+This module imports without Detectron2. Building a task imports it, through `detectron2_model.py` and
+`detectron2_data.py`.
 """
 
 import importlib
@@ -13,7 +13,8 @@ from torch import Tensor
 
 from bissl_zoo.backbones import Backbone
 from bissl_zoo.data.views import IMAGENET_MEAN, IMAGENET_STD
-from bissl_zoo.downstream.task import Batch, DownstreamTask
+from bissl_zoo.downstream.detection import DetectionTask
+from bissl_zoo.downstream.task import Batch
 from bissl_zoo.errors import ConfigError, did_you_mean
 from bissl_zoo.evaluation.detection import DetectionEvaluator
 from bissl_zoo.registry import DOWNSTREAM_TASKS
@@ -26,39 +27,36 @@ Target = dict[str, Any]
 
 
 @DOWNSTREAM_TASKS.register("detectron2_faster_rcnn")
-class Detectron2FasterRCNN(DownstreamTask):
-    """Detectron2's `GeneralizedRCNN` (Wu et al., 2019), as its own configs describe it, on our backbones.
+class Detectron2FasterRCNN(DetectionTask):
+    """Detectron2's `GeneralizedRCNN` (Wu et al., 2019) in its own configuration, on backbones of this package.
 
-    Arguments have the names they have in :class:`bissl_zoo.downstream.detection.FasterRCNN`, so that the two change
-    places in a config; None leaves a value to Detectron2. Its normalisation of pixels is in RGB, which backbones of
-    timm take. `difficult` objects are left out of training.
+    Arguments have the names of :class:`bissl_zoo.downstream.detection.FasterRCNN`, so that a config can exchange the
+    two tasks; None keeps Detectron2's value. Pixels are normalised in RGB, as timm's backbones expect. `difficult`
+    objects are left out of training.
 
-    C4 runs on the last map of the trunk, of any stride. Detectron2's own box head on it is a `res5`, here with random
-    weights, since the trunk ends before it, and with frozen batch norms, which normalise nothing as they begin; from
-    random weights Detectron2 itself trains with group norm, `overrides={"roi_heads.res5.norm": "GN"}`. The head of the
-    BiSSL paper (arXiv 2410.02387) has two layers: `box_head=1024`, for which the `StandardROIHeads` of Detectron2's FPN
-    config are taken.
+    C4 runs on the last map of the trunk, of any stride. Detectron2's own box head on it is a `res5`. It starts from
+    random weights, since the trunk ends before it, and its batch norms are frozen at the identity; Detectron2 uses
+    group norm for training from random weights: `overrides={"roi_heads.res5.norm": "GN"}`. The head of the BiSSL paper
+    (arXiv 2410.02387) has two layers: `box_head=1024` selects the `StandardROIHeads` of Detectron2's FPN config.
 
-    FPN (Lin et al., arXiv 1612.03144) takes several maps: `backbone.out_features=[c2, c3, c4, c5]` and a trunk up to
-    the last of them (`bilevel.shared_stage=c5`). The pyramid's own layers belong to the head.
+    FPN (Lin et al., arXiv 1612.03144) needs several maps: `backbone.out_features=[c2, c3, c4, c5]` and a trunk up to
+    the last of them (`bilevel.shared_stage=c5`). The layers of the pyramid belong to the head.
 
     Args:
-        config: "C4" or "FPN", of Detectron2's `configs/common/models`.
-        min_size: shorter side the images are resized to; of several, one is drawn to train and the largest tests.
-        max_size: the most the longer side may become, in pixels.
-        fpn_channels: of the maps of the pyramid.
-        anchor_sizes: sides of the square anchors in pixels; with FPN one per level, of which there is one above the
-            maps.
-        box_head: width of the two layers of the box head; None for a `res5` with C4 and 1024 with FPN.
-        rpn_proposals: kept per image after suppression, in training and in testing.
-        evaluator: "common" for the figures of :class:`DetectionEvaluator`; "detectron2" for those and, as
-            `detectron2_AP` and so on, of its COCOEvaluator, to which difficult objects are crowds.
-        overrides: further values by their dotted key in Detectron2's model, as {"proposal_generator.nms_thresh": 0.6}.
+        config: "C4" or "FPN", from Detectron2's `configs/common/models`.
+        min_size: shorter side of the resized images in pixels; of several, training draws one and testing uses the
+            largest.
+        max_size: limit of the longer side in pixels.
+        fpn_channels: channels of the pyramid's maps.
+        anchor_sizes: sides of the square anchors in pixels; with FPN one per level (one more than there are maps).
+        box_head: width of the two layers of the box head; None: `res5` with C4, 1024 with FPN.
+        rpn_proposals: proposals kept per image after suppression, in training and in testing.
+        evaluator: "common" for the metrics of :class:`DetectionEvaluator`; "detectron2" adds those of COCOEvaluator as
+            `detectron2_AP` and so on; it treats difficult objects as crowds.
+        overrides: further values by dotted key in Detectron2's model, such as {"proposal_generator.nms_thresh": 0.6}.
     Raises:
-        ConfigError: Detectron2 cannot be imported; or a value that it does not know or that does not fit the backbone.
+        ConfigError: Detectron2 cannot be imported, or it does not know a value, or a value does not fit the backbone.
     """
-
-    target_type = dict
 
     def __init__(
         self,
@@ -92,10 +90,10 @@ class Detectron2FasterRCNN(DownstreamTask):
                 raise ConfigError(f"task.{name} is {value!r}; accepted are {' and '.join(choices)}.{hint}")
         if fpn_channels is not None and config != "FPN":
             raise ConfigError(
-                f"task.fpn_channels={fpn_channels} is of a pyramid, but task.config is {config}, not FPN."
+                f"task.fpn_channels={fpn_channels} needs a pyramid, but task.config is {config}, not FPN."
             )
         self.sizes = [min_size] if isinstance(min_size, int) else list(min_size)
-        self.max_size, self.flip_probability, self.figures = max_size, flip_probability, evaluator
+        self.max_size, self.flip_probability, self.metrics = max_size, flip_probability, evaluator
         _require_detectron2()
         from bissl_zoo.downstream.detectron2_model import TrunkSlot, build, change, describe
 
@@ -126,40 +124,43 @@ class Detectron2FasterRCNN(DownstreamTask):
         self.model = build(described)
 
     def transform(self, train: bool) -> Callable[[Any, Target], Batch]:
-        """Detectron2's dicts, uint8 RGB and resized; to train, flipped at random, with the boxes in the target."""
+        """Return a mapper to Detectron2's dicts (uint8 RGB, resized), with random flips of image and boxes to train."""
         sizes, flip = (self.sizes, self.flip_probability) if train else ([max(self.sizes)], 0.0)
         from bissl_zoo.downstream.detectron2_data import Mapper
 
         return Mapper(train, sizes, self.max_size, flip)
 
     def collate(self, samples: list[Batch]) -> Batch:
-        """A list of Detectron2's dicts and a list of targets."""
+        """Return a list of Detectron2's dicts and a list of targets."""
         images, targets = zip(*samples, strict=True)
         return list(images), list(targets)
 
     def losses(self, backbone: Backbone, batch: Batch) -> dict[str, Tensor]:
-        """Detectron2's losses by its own names; train mode. One that is NaN tells of proposals that are not finite."""
+        """Return Detectron2's losses under its own names; needs train mode.
+
+        Proposals that are not finite give a single NaN loss, so that all ranks see it.
+        """
         from detectron2.utils.events import EventStorage
 
         from bissl_zoo.downstream.detectron2_data import with_instances
 
         inputs = [with_instances(image, target) for image, target in zip(*batch, strict=True)]
         try:
-            with self.trunk_slot.holding(backbone), EventStorage():  # to which Detectron2's losses log
+            with self.trunk_slot.holding(backbone), EventStorage():  # Detectron2's losses log to it
                 return self.model(inputs)
-        except FloatingPointError:  # as a loss, the trainer tells all ranks of it, with level and step
+        except FloatingPointError:  # the trainer reports a NaN loss on all ranks, with level and step
             return {"loss_proposals": torch.full((), torch.nan, device=self.model.device)}
 
     @torch.no_grad()
     def predict(self, backbone: Backbone, images: list[dict[str, Any]]) -> list[Target]:
-        """Per image `boxes` (M, 4) xyxy in its own pixels, `scores` (M,) and `labels` (M,) from 0; eval mode."""
+        """Return per image `boxes` (M, 4) xyxy in its own pixels, `scores` (M,) and `labels` (M,) from 0; eval mode."""
         with self.trunk_slot.holding(backbone):
-            found = [output["instances"] for output in self.model(images)]
-        return [{"boxes": f.pred_boxes.tensor, "scores": f.scores, "labels": f.pred_classes} for f in found]
+            instances = [output["instances"] for output in self.model(images)]
+        return [{"boxes": i.pred_boxes.tensor, "scores": i.scores, "labels": i.pred_classes} for i in instances]
 
     def evaluator(self) -> DetectionEvaluator:
-        """The common figures of detection as fractions, and Detectron2's beside them where `evaluator` says so."""
-        if self.figures == "common":
+        """Return an evaluator of the common detection metrics, by default with Detectron2's in addition."""
+        if self.metrics == "common":
             return DetectionEvaluator(self.classes)
         from bissl_zoo.downstream.detectron2_data import Detectron2Evaluator
 
@@ -172,8 +173,7 @@ def _require_detectron2() -> None:
         importlib.import_module("bissl_zoo.downstream.detectron2_data")
     except ImportError as error:
         raise ConfigError(
-            f"The task 'detectron2_faster_rcnn' needs Detectron2, which cannot be imported: {error}. It has no wheel "
-            f"on the package index: it must be compiled against the installed torch ({torch.__version__}), as "
-            f"{INSTALL_PAGE} says, with pip's --no-build-isolation so that the build sees that torch. Without it, the "
-            "task 'faster_rcnn' does the same with torchvision; bissl/voc_det.py has it."
+            f"The task 'detectron2_faster_rcnn' needs Detectron2, which cannot be imported: {error}. It must be "
+            f"compiled against the installed torch ({torch.__version__}) with pip's --no-build-isolation, see "
+            f"{INSTALL_PAGE}. The task 'faster_rcnn' (bissl/voc_det.py) does the same with torchvision."
         ) from error

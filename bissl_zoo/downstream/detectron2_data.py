@@ -1,4 +1,4 @@
-"""Samples as Detectron2 takes them, and the figures of its evaluator; imports Detectron2."""
+"""Samples in Detectron2's format and its COCO evaluator; imports Detectron2."""
 
 import contextlib
 import io
@@ -17,14 +17,15 @@ from detectron2.data import transforms as T
 from detectron2.evaluation import COCOEvaluator
 from detectron2.structures import Boxes, BoxMode, Instances
 
+from bissl_zoo.downstream.detection import require_boxes
 from bissl_zoo.evaluation.detection import DetectionEvaluator
 
 
 class Mapper:
-    """`(PIL image, target)` -> Detectron2's dict of an image and a target, as its DatasetMapper does from a file.
+    """Map `(PIL image, target)` to Detectron2's dict of an image and a target, as its DatasetMapper does for a file.
 
-    The image is uint8 RGB `(3, h, w)` after ResizeShortestEdge and RandomFlip. To train, the target's boxes moved with
-    it and those of which nothing is left are gone; else the target is that of the image as it was.
+    The image is uint8 RGB `(3, h, w)` after ResizeShortestEdge and RandomFlip. For training the boxes of the target are
+    transformed with it and empty ones are removed; otherwise the target is unchanged.
     """
 
     def __init__(self, train: bool, short_sides: Sequence[int], max_size: int, flip_probability: float) -> None:
@@ -33,6 +34,7 @@ class Mapper:
         self.augmentations = T.AugmentationList([resize, T.RandomFlip(flip_probability)])
 
     def __call__(self, image: Any, target: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+        require_boxes(target)
         seen = T.AugInput(detection_utils.convert_PIL_to_numpy(image, "RGB"))
         applied = self.augmentations(seen)
         pixels = torch.from_numpy(np.ascontiguousarray(seen.image.transpose(2, 0, 1)))
@@ -44,7 +46,7 @@ class Mapper:
             {"bbox": box, "bbox_mode": BoxMode.XYXY_ABS, "category_id": label}
             for box, label in zip(target["boxes"].tolist(), target["labels"].tolist(), strict=True)
         ]
-        moved = [detection_utils.transform_instance_annotations(one, applied, size) for one in objects]
+        moved = [detection_utils.transform_instance_annotations(item, applied, size) for item in objects]
         instances = detection_utils.annotations_to_instances(moved, size)
         instances, kept = detection_utils.filter_empty_instances(instances, return_mask=True)
         boxes, labels = instances.gt_boxes.tensor, instances.gt_classes
@@ -52,7 +54,7 @@ class Mapper:
 
 
 def with_instances(image: dict[str, Any], target: dict[str, Any]) -> dict[str, Any]:
-    """The dict that Detectron2 trains on: an image of the mapper's and its objects, but for the difficult ones."""
+    """Return the dict that Detectron2 trains on: an image of the mapper with its objects that are not difficult."""
     counts = ~target["difficult"]
     instances = Instances(tuple(image["image"].shape[-2:]))
     instances.gt_boxes, instances.gt_classes = Boxes(target["boxes"][counts]), target["labels"][counts]
@@ -60,22 +62,22 @@ def with_instances(image: dict[str, Any], target: dict[str, Any]) -> dict[str, A
 
 
 class Detectron2Evaluator(DetectionEvaluator):
-    """The common figures and, as `detectron2_AP` and so on, fractions as well, those of Detectron2's COCOEvaluator.
+    """Compute the common metrics and those of Detectron2's COCOEvaluator as `detectron2_AP` and so on, as fractions.
 
-    Difficult objects are crowds to it: ignored, but a detection overlaps a crowd with the share of its own area, not
-    with the IoU. What it calls NaN, such as the AP of small objects where there are none, is left out.
+    COCOEvaluator treats difficult objects as crowds: ignored, but a detection overlaps a crowd by the share of its own
+    area instead of the IoU. Metrics that are NaN, such as AP of small objects without such objects, are left out.
     """
 
     def evaluate(self) -> dict[str, float]:
-        """See :class:`DetectionEvaluator`; the figures of the two differ only where objects are difficult."""
-        figures = super().evaluate()
-        for name, value in self._coco_figures().items():
-            figures[f"detectron2_{name.replace('-', '/', 1)}"] = value  # AP-cat is AP/cat, a figure of one class
-        return figures
+        """Return the metrics by name; the two kinds of AP differ only for difficult objects."""
+        metrics = super().evaluate()
+        for name, value in self._coco_metrics().items():
+            metrics[f"detectron2_{name.replace('-', '/', 1)}"] = value  # AP-cat, a metric of one class, becomes AP/cat
+        return metrics
 
-    def _coco_figures(self) -> dict[str, float]:
-        if not any(len(found["boxes"]) for found, _ in self._records.values()):
-            return {name: 0.0 for name in ("AP", "AP50", "AP75")}  # Detectron2 says NaN, but nothing was found
+    def _coco_metrics(self) -> dict[str, float]:
+        if not any(len(predicted["boxes"]) for predicted, _ in self._records.values()):
+            return {name: 0.0 for name in ("AP", "AP50", "AP75")}  # Detectron2 returns NaN without any detection
         name = f"bissl_zoo_{uuid.uuid4().hex}"
         with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
             truth = Path(folder) / "truth.json"
@@ -86,8 +88,8 @@ class Detectron2Evaluator(DetectionEvaluator):
             finally:
                 MetadataCatalog.remove(name)
             evaluator.reset()
-            for image_id, (found, _) in sorted(self._records.items()):
-                evaluator.process([{"image_id": image_id}], [{"instances": _instances(found)}])
+            for image_id, (predicted, _) in sorted(self._records.items()):
+                evaluator.process([{"image_id": image_id}], [{"instances": _instances(predicted)}])
             percent = evaluator.evaluate()["bbox"]
         return {name: value / 100 for name, value in percent.items() if not math.isnan(value)}
 
@@ -97,9 +99,9 @@ class Detectron2Evaluator(DetectionEvaluator):
             for image_id, (_, truth) in sorted(self._records.items())
             for box, label, difficult in zip(truth["boxes"], truth["labels"], truth["difficult"], strict=True)
         ]
-        for number, one in enumerate(objects, start=1):  # pycocotools takes 0 for "not matched"
-            x0, y0, x1, y1 = one.pop("corners")
-            one.update(id=number, bbox=[x0, y0, x1 - x0, y1 - y0], area=(x1 - x0) * (y1 - y0))
+        for number, item in enumerate(objects, start=1):  # id 0 means "not matched" in pycocotools
+            x0, y0, x1, y1 = item.pop("corners")
+            item.update(id=number, bbox=[x0, y0, x1 - x0, y1 - y0], area=(x1 - x0) * (y1 - y0))
         return {
             "info": {},
             "images": [{"id": image_id} for image_id in sorted(self._records)],
@@ -108,6 +110,6 @@ class Detectron2Evaluator(DetectionEvaluator):
         }
 
 
-def _instances(found: dict[str, np.ndarray]) -> Instances:
-    boxes, scores, labels = (torch.from_numpy(found[key]) for key in ("boxes", "scores", "labels"))
+def _instances(predicted: dict[str, np.ndarray]) -> Instances:
+    boxes, scores, labels = (torch.from_numpy(predicted[key]) for key in ("boxes", "scores", "labels"))
     return Instances((0, 0), pred_boxes=Boxes(boxes), scores=scores, pred_classes=labels)

@@ -1,6 +1,6 @@
-"""The network of the Detectron2 task, from Detectron2's own LazyConfigs; imports Detectron2.
+"""Build the network of the Detectron2 task from Detectron2's own LazyConfigs; imports Detectron2.
 
-`detectron2.model_zoo` is not imported: it needs `pkg_resources`, which setuptools no longer has. Its configs are files.
+The configs are read as files: `detectron2.model_zoo` needs `pkg_resources`, which setuptools no longer has.
 """
 
 import contextlib
@@ -25,7 +25,7 @@ from bissl_zoo.errors import ConfigError, did_you_mean
 
 
 class TrunkSlot(Detectron2Backbone):
-    """The place of the backbone in Detectron2's networks: it holds a trunk for one call, and never as a member."""
+    """Stand in for the backbone in Detectron2's networks; hold a trunk during one call, never as a submodule."""
 
     def __init__(self, trunk: Backbone) -> None:
         super().__init__()
@@ -33,34 +33,34 @@ class TrunkSlot(Detectron2Backbone):
             name: ShapeSpec(channels=trunk.feature_info[name].channels, stride=trunk.feature_info[name].stride)
             for name in trunk.out_features
         }
-        self.held: tuple[Backbone, ...] = ()
+        self.trunk: tuple[Backbone, ...] = ()
 
     @contextlib.contextmanager
     def holding(self, trunk: Backbone) -> Iterator[None]:
-        """Within the block, run on `trunk`."""
-        self.held = (trunk,)  # a tuple, of which torch makes no submodule
+        """Run on `trunk` within the block."""
+        self.trunk = (trunk,)  # torch does not register a tuple as submodule
         try:
             yield
         finally:
-            self.held = ()
+            self.trunk = ()
 
     @property
     def size_divisibility(self) -> int:
-        """The coarsest stride: backbones that cut images into patches take whole ones only."""
+        """Return the coarsest stride, since patch-based backbones need whole patches."""
         return max(shape.stride for shape in self.shapes.values())
 
     def output_shape(self) -> dict[str, ShapeSpec]:
-        """Channels and strides of the maps."""
+        """Return the channels and strides of the maps."""
         return self.shapes
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
-        """The maps of the trunk that is held."""
-        (trunk,) = self.held
+        """Return the maps of the held trunk."""
+        (trunk,) = self.trunk
         return trunk(images)
 
 
 class TopLevel(LastLevelMaxPool):
-    """Detectron2's coarsest level of a pyramid, above any level instead of above p5."""
+    """Detectron2's coarsest pyramid level, on top of any level instead of p5."""
 
     def __init__(self, in_feature: str) -> None:
         super().__init__()
@@ -79,10 +79,10 @@ def describe(
     sampling_ratio: int | None,
     box_head: int | None,
 ) -> DictConfig:
-    """The `model` of Detectron2's LazyConfig for C4 or FPN, without masks, fitted to the maps of a trunk.
+    """Return the `model` of Detectron2's LazyConfig for C4 or FPN, without masks, fitted to the maps of a trunk.
 
     Raises:
-        ConfigError: the maps are none that a pyramid can be built on, or the anchors do not go with its levels.
+        ConfigError: a pyramid cannot be built on the maps, or the anchors do not match its levels.
     """
     model = _load(config)
     if config == "FPN":
@@ -102,16 +102,15 @@ def describe(
 
 
 def change(model: DictConfig, values: Mapping[str, Any]) -> None:
-    """Set values by their dotted keys, arguments that the description does not mention included.
+    """Set values by dotted key, including arguments that the config does not mention.
 
     Raises:
-        ConfigError: there is no such section, or what it describes takes no such argument; with the nearest name; or
-            images would be other than RGB.
+        ConfigError: unknown section or argument (the message has the nearest name), or `input_format` is not RGB.
     """
     if values.get("input_format", "RGB") != "RGB":
         raise ConfigError(
-            f"task.overrides: input_format is {values['input_format']!r}; images are RGB here, whatever the backbone. "
-            "For weights that were trained on BGR, tools/convert.py --channel-order BGR turns the first layer."
+            f"task.overrides: input_format is {values['input_format']!r}, but images are always RGB. For weights "
+            "trained on BGR, tools/convert.py --channel-order BGR swaps the channels of the first layer."
         )
     for key, value in values.items():
         place, _, name = key.rpartition(".")
@@ -126,7 +125,7 @@ def change(model: DictConfig, values: Mapping[str, Any]) -> None:
         if name not in accepted:
             raise ConfigError(
                 f"task.overrides: there is no '{key}' in Detectron2's model.{did_you_mean(name, accepted)} "
-                f"'{place}' takes: {', '.join(sorted(accepted))}."
+                f"Arguments of '{place}': {', '.join(sorted(accepted))}."
             )
         section[name] = value
 
@@ -137,10 +136,10 @@ def _parameters(target: Any) -> list[str]:
 
 
 def build(model: DictConfig) -> GeneralizedRCNN:
-    """The network that `model` describes; what its backbone hands on has the precision of the images.
+    """Return the network of a config, with feature maps in the dtype of the images.
 
-    Under autocast maps would come in bfloat16, and RoIAlign rounds its boxes to the type of the maps: of the eight bits
-    of a coordinate from 256 on, the last is worth two pixels.
+    Under autocast the maps would be bfloat16, and RoIAlign rounds boxes to their dtype: 8 bits resolve coordinates
+    above 256 to two pixels only.
     """
     network = instantiate(model)
     network.backbone.register_forward_hook(_in_dtype_of_images)
@@ -155,7 +154,7 @@ def _load(config: str) -> DictConfig:
     folder = Path(detectron2.__file__).parent / "model_zoo" / "configs" / "common" / "models"
     file = folder / f"mask_rcnn_{config.lower()}.py"
     if not file.is_file():
-        raise ConfigError(f"This Detectron2 came without its configs: there is no {file}. Install it from its source.")
+        raise ConfigError(f"The installed Detectron2 has no config file {file}. Install it from source.")
     model = LazyConfig.load(str(file)).model
     for key in [key for key in model.roi_heads if key.startswith("mask")]:
         del model.roi_heads[key]
@@ -165,13 +164,12 @@ def _load(config: str) -> DictConfig:
 def _fit_pyramid(
     model: DictConfig, slot: TrunkSlot, channels: int | None
 ) -> tuple[dict[str, int], dict[str, int], int]:
-    """Levels for boxes and for proposals, with their strides, and the channels of both."""
+    """Return the levels for boxes and for proposals with their strides, and the channels of both."""
     stages, strides = list(slot.shapes), [shape.stride for shape in slot.shapes.values()]
     if len(strides) < 2 or any(2 * fine != coarse for fine, coarse in zip(strides, strides[1:], strict=False)):
         raise ConfigError(
-            "task.config=FPN builds a pyramid on maps whose strides double from one to the next; those of the trunk, "
-            f"{', '.join(stages)}, have {', '.join(map(str, strides))}. Set backbone.out_features=[c2, c3, c4, c5] and "
-            "bilevel.shared_stage=c5."
+            f"task.config=FPN needs maps with doubling strides; the trunk's maps {', '.join(stages)} have strides "
+            f"{', '.join(map(str, strides))}. Set backbone.out_features=[c2, c3, c4, c5] and bilevel.shared_stage=c5."
         )
     levels = {f"p{int(math.log2(stride))}": stride for stride in strides}
     coarsest, above = (f"p{int(math.log2(factor * strides[-1]))}" for factor in (1, 2))
@@ -194,8 +192,8 @@ def _fit_proposals(
     anchors.aspect_ratios = anchors.aspect_ratios if anchor_ratios is None else list(anchor_ratios)
     if len(anchors.sizes) != len(levels):
         raise ConfigError(
-            f"task.anchor_sizes: FPN takes one size per level, and its levels are {', '.join(levels)} here, but there "
-            f"are {len(anchors.sizes)} sizes."
+            f"task.anchor_sizes has {len(anchors.sizes)} sizes; FPN needs one for each of its levels "
+            f"{', '.join(levels)}."
         )
     anchors.strides = list(levels.values())
     proposals.in_features = list(levels)

@@ -1,4 +1,4 @@
-"""Multi-label image classification: any number of the classes may be in an image."""
+"""Multi-label image classification: an image shows any number of the classes."""
 
 from collections.abc import Callable, Sequence
 
@@ -9,14 +9,14 @@ from torch.nn import functional
 from bissl_zoo.backbones import Backbone
 from bissl_zoo.data.views import IMAGENET_MEAN, IMAGENET_STD
 from bissl_zoo.downstream.classification import PooledLinear
-from bissl_zoo.downstream.task import Batch
+from bissl_zoo.downstream.task import Batch, Box
 from bissl_zoo.errors import ConfigError, DatasetError, did_you_mean
 from bissl_zoo.evaluation.multilabel import MultilabelEvaluator, are_multilabel
 from bissl_zoo.registry import DOWNSTREAM_TASKS
 
 
 def binary_cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
-    """Binary cross entropy, the mean over the labels that are not ignored; 0 where all are.
+    """Return the binary cross entropy, a mean over the labels that are not ignored; 0 if all are ignored.
 
     Args:
         logits: `(B, K)`; targets: `(B, K)`, 1 positive, 0 negative, -1 ignored.
@@ -27,10 +27,10 @@ def binary_cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
 
 
 def softmax_cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
-    """Cross entropy of one softmax over the classes, summed over an image's positives, the mean over images.
+    """Return the cross entropy of one softmax over the classes, summed over positives, a mean over images.
 
-    This is how the authors of BiSSL (arXiv 2410.02387) train VOC2007 classification. Shapes as of
-    :func:`binary_cross_entropy`; an ignored label is no positive.
+    The loss of BiSSL (arXiv 2410.02387) for VOC2007 classification. Shapes as in :func:`binary_cross_entropy`; ignored
+    labels count as negative.
     """
     return functional.cross_entropy(logits, targets.clamp(min=0))
 
@@ -40,15 +40,13 @@ LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"bce": binary_cross_ent
 
 @DOWNSTREAM_TASKS.register("multilabel_classification")
 class MultilabelClassification(PooledLinear):
-    """Which of the classes are in an image; targets are float32 `(K,)`, 1 positive, 0 negative, -1 ignored.
+    """Predict which classes an image shows; targets are float32 `(K,)`, 1 positive, 0 negative, -1 ignored.
 
     Args:
-        loss: `bce`, or `softmax` as the authors of BiSSL have it; the others are those of :class:`PooledLinear`.
+        loss: "bce", or "softmax" as in BiSSL; the other arguments are those of :class:`PooledLinear`.
     Raises:
-        ConfigError: `loss` is something else.
+        ConfigError: unknown `loss`.
     """
-
-    target_type = Tensor
 
     def __init__(
         self,
@@ -68,26 +66,57 @@ class MultilabelClassification(PooledLinear):
         self.loss = loss
 
     def collate(self, samples: list[Batch]) -> Batch:
-        """Images `(B, 3, S, S)` and targets `(B, K)`, both float32.
+        """Return images `(B, 3, S, S)` and targets `(B, K)`, both float32.
 
         Raises:
-            DatasetError: a target that is not K numbers of 1, 0 and -1.
+            DatasetError: a target is not a tensor of K values 1, 0 or -1.
         """
         images, targets = zip(*samples, strict=True)
         for target in targets:
+            if not isinstance(target, Tensor):
+                raise DatasetError(
+                    f"Multi-label classification needs a Tensor (K,) per image, not {type(target).__name__}."
+                )
             if target.shape != (len(self.classes),) or not are_multilabel(target):
                 raise DatasetError(
-                    f"A multi-label target has the shape {tuple(target.shape)} and the values "
-                    f"{target.unique().tolist()[:5]}; expected are {len(self.classes)} numbers, one per class: 1 for a "
-                    "class that is there, 0 for one that is not, -1 for one to be ignored."
+                    f"A multi-label target has shape {tuple(target.shape)} and values {target.unique().tolist()[:5]}; "
+                    f"expected {len(self.classes)} numbers, one per class: 1 present, 0 absent, -1 ignored."
                 )
         return torch.stack(images), torch.stack(targets).float()
 
     def losses(self, backbone: Backbone, batch: Batch) -> dict[str, Tensor]:
-        """`{"bce": scalar}` or `{"softmax": scalar}`."""
+        """Return `{"bce": scalar}` or `{"softmax": scalar}`."""
         images, targets = batch
         return {self.loss: LOSSES[self.loss](self._logits(backbone, images), targets)}
 
     def evaluator(self) -> MultilabelEvaluator:
-        """Mean average precision over the classes, in the form of VOC 2007 and as an area, as fractions."""
+        """Return an evaluator of mean average precision over classes (11-point and area form), as fractions."""
         return MultilabelEvaluator(self.classes)
+
+    def probabilities(self, logits: Tensor) -> Tensor:
+        """Return independent probabilities `(K,)` for "bce", one distribution over the classes for "softmax"."""
+        return super().probabilities(logits) if self.loss == "softmax" else logits.float().sigmoid()
+
+    def example_batch(self, n: int, size: tuple[int, int]) -> Batch:
+        """Return `n` images of noise, each with one positive class."""
+        positives = torch.eye(len(self.classes))
+        return self.random_batch(n, size, lambda index: positives[index % len(self.classes)])
+
+    def score(self, prediction: Tensor, target: Tensor) -> float:
+        """Return the margin from the most probable absent class to the least probable present one, in [-1, 1]."""
+        probabilities = self.probabilities(prediction)
+        present, absent = probabilities[target == 1], probabilities[target == 0]
+        lowest = present.min().item() if len(present) else 1.0
+        return lowest - (absent.max().item() if len(absent) else 0.0)
+
+    def objects(self, target: Tensor) -> list[tuple[Box | None, int | None]]:
+        """Return the whole image, with its class if exactly one class is positive."""
+        labels = self._positives(target)
+        return [(None, labels[0] if len(labels) == 1 else None)]
+
+    def _target_text(self, target: Tensor) -> str:
+        return ", ".join(self.classes[label] for label in self._positives(target)) or "none of the classes"
+
+    @staticmethod
+    def _positives(target: Tensor) -> list[int]:
+        return target.eq(1).nonzero().flatten().tolist()

@@ -1,18 +1,28 @@
-"""The contract of a downstream task: a head, a loss and its evaluation; the backbone is an argument."""
+"""The contract of a downstream task: a head, a loss, its evaluation and its drawing; the backbone is an argument."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
+import numpy as np
+import torch
+from PIL import Image
 from torch import Tensor, nn
 
 from bissl_zoo.backbones import Backbone
 
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
 Batch = tuple[Any, Any]
+Box = tuple[float, float, float, float]
+
+#: distinct images of an example batch; larger batches repeat them
+_DISTINCT = 8
 
 
 class Evaluator(Protocol):
-    """Collects predictions over a set and turns them into figures."""
+    """Collect predictions over a data set and compute metrics from them."""
 
     def reset(self) -> None: ...
     def process(self, predictions: Any, targets: Any) -> None: ...
@@ -23,16 +33,19 @@ class Evaluator(Protocol):
 class DownstreamTask(nn.Module, ABC):
     """Base of all downstream tasks, the upper level of BiSSL (arXiv 2410.02387, section 3).
 
-    The same head runs on whichever backbone it is given: the lower one for the hypergradient, the upper one for the
-    plain loss. Only first derivatives are taken of a task, so it may use operators that have no second ones.
+    The same head runs on the lower backbone for the hypergradient and on the upper backbone for the plain loss. Only
+    first derivatives of a task are taken, so operators without second derivatives are allowed.
+
+    Only the task knows the type of its targets. Tools call `example_batch`, `draw`, `score` and `objects` instead of
+    looking at targets.
 
     Args:
-        backbone: the trunk that the task will be called with; for its shapes, never kept as a member.
-        classes: names of the classes, in the order of the labels.
+        backbone: the trunk that the task runs on; only its shapes are read, it never becomes a member.
+        classes: class names in the order of the labels.
     """
 
-    #: type of a data set's targets that this task takes
-    target_type: type = int
+    #: True if a target is one class index per image, as kNN and linear probes need
+    single_label: ClassVar[bool] = False
 
     def __init__(self, backbone: Backbone, classes: Sequence[str]) -> None:
         super().__init__()
@@ -42,20 +55,83 @@ class DownstreamTask(nn.Module, ABC):
 
     @abstractmethod
     def transform(self, train: bool) -> Callable[[Any, Any], Batch]:
-        """The transform from a data set's `(PIL image, target)` to a sample."""
+        """Return a picklable function from a data set's `(PIL image, target)` to a sample `(image, target)`."""
 
     @abstractmethod
     def collate(self, samples: list[Batch]) -> Batch:
-        """A batch `(images, targets)` from samples."""
+        """Return a batch `(images, targets)` of samples.
+
+        Raises:
+            DatasetError: the targets are not of this task's kind.
+        """
 
     @abstractmethod
     def losses(self, backbone: Backbone, batch: Batch) -> dict[str, Tensor]:
-        """Scalar losses by name, means over the batch, to be added up."""
+        """Return scalar losses by name, each a mean over the batch; their sum is minimised."""
 
     @abstractmethod
     def predict(self, backbone: Backbone, images: Any) -> Any:
-        """Predictions as the evaluator takes them; both modules in eval mode."""
+        """Return predictions as the evaluator takes them, one per image; both modules are in eval mode."""
 
     @abstractmethod
     def evaluator(self) -> Evaluator:
-        """A fresh evaluator for this task's classes."""
+        """Return a new evaluator for the classes of this task."""
+
+    @abstractmethod
+    def example_batch(self, n: int, size: tuple[int, int]) -> Batch:
+        """Return a batch of `n` random images with random targets, as `losses` takes it.
+
+        Args:
+            size: height and width of the images in pixels, before the training transform.
+        """
+
+    @abstractmethod
+    def draw(self, axes: "Axes", image: Any, value: Any, predicted: bool = False, threshold: float = 0.5) -> None:
+        """Draw an image of a data set with one target or one prediction on matplotlib axes.
+
+        Args:
+            image: PIL image, before any transform.
+            value: the image's target in the data set or, if `predicted`, its item of the output of `predict`.
+            threshold: minimum score of the parts of a prediction that are drawn, such as boxes.
+        """
+
+    def score(self, prediction: Any, target: Any) -> float:
+        """Return how good a prediction for one image is, higher is better; used to find the worst predictions.
+
+        By default the first metric of the evaluator on this image alone.
+
+        Args:
+            prediction, target: items of the output of `predict` and of the targets of a test batch.
+        """
+        evaluator = self.evaluator()
+        evaluator.process(_batch_of_one(prediction), _batch_of_one(target))
+        return float(next(iter(evaluator.evaluate().values())))
+
+    def objects(self, target: Any) -> list[tuple[Box | None, int | None]]:
+        """Return the parts of an image for embedding maps, as (box or None for the whole image, class index or None).
+
+        By default the whole image without a class.
+
+        Args:
+            target: of the data set, before any transform.
+        """
+        return [(None, None)]
+
+    def random_batch(self, n: int, size: tuple[int, int], target: Callable[[int], Any]) -> Batch:
+        """Return `n` images of noise with the targets `target(index)`, through the training transform and `collate`.
+
+        Args:
+            size: height and width of the images in pixels; beyond 8 images the samples repeat.
+        """
+        transform = self.transform(train=True)
+        samples = []
+        for index in range(min(n, _DISTINCT)):
+            pixels = np.random.default_rng(index).integers(0, 256, (*size, 3), dtype=np.uint8)
+            samples.append(transform(Image.fromarray(pixels), target(index)))
+        return self.collate([samples[index % len(samples)] for index in range(n)])
+
+
+def _batch_of_one(item: Any) -> Any:
+    if isinstance(item, Tensor):
+        return item.unsqueeze(0)
+    return torch.tensor([item]) if isinstance(item, int | float) else [item]

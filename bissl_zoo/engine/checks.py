@@ -27,6 +27,7 @@ from bissl_zoo.engine.build import (
     pretext_batches,
 )
 from bissl_zoo.engine.evaluate import figures_of
+from bissl_zoo.engine.features import own_randomness
 from bissl_zoo.engine.init import ZOO_PREFIX
 from bissl_zoo.engine.publishing import check_entry_name
 from bissl_zoo.engine.stages.finetune import trained_parameters
@@ -199,13 +200,7 @@ def check_parts(context: Context, initial: Weights) -> None:
             check_accumulation(cfg, pretext)
     if "train" in context.data:
         trunk, task = build_downstream(context, Weights(initial.backbone))
-        target = Readable(context.data["train"], cfg, "train")[0][1]
-        if not isinstance(target, task.target_type):
-            raise ConfigError(
-                f"The task '{cfg.task.name}' needs targets of type {task.target_type.__name__}; the data set "
-                f"'{cfg.dataloader.train.dataset.name}' of dataloader.train has {type(target).__name__}. "
-                "Exchange one of them: boxes come as dict, class labels as int, several labels of an image as Tensor."
-            )
+        _check_targets(context, task)
         if "finetune" in cfg.train.stages:
             _check_finetune(context, trunk, task)
     for role in (role for stage in cfg.train.stages for role in STAGE_ROLES[stage]):
@@ -213,6 +208,24 @@ def check_parts(context: Context, initial: Weights) -> None:
         build_part(cfg.lr_multiplier[role])
     if "bissl" in cfg.train.stages:
         _check_damping(build_part(cfg.solver), cfg.bilevel["lambda"])
+
+
+def _check_targets(context: Context, task: DownstreamTask) -> None:
+    """Take one training sample through the task, which knows the type of its targets.
+
+    Raises:
+        ConfigError: the task does not take the targets of the data set.
+    """
+    cfg = context.cfg
+    sample = Readable(context.data["train"], cfg, "train")[0]
+    try:
+        with own_randomness(context.device):
+            task.collate([task.transform(train=True)(*sample)])
+    except Exception as error:  # any error of any task means that it does not fit
+        raise ConfigError(
+            f"The task '{cfg.task.name}' does not fit the data set '{cfg.dataloader.train.dataset.name}' of "
+            f"dataloader.train, whose targets are of type {type(sample[1]).__name__}: {error} Change one of them."
+        ) from error
 
 
 def _check_finetune(context: Context, trunk: Backbone, task: DownstreamTask) -> None:

@@ -369,7 +369,7 @@ def build_probe(context: Context, trainer: Trainer, asked: Callable[[], bool] = 
 def _labelled(context: Context) -> dict[str, Dataset] | None:
     """The sets `train` and `test` where the config's task is of classes, opened where the run has not."""
     cfg, roles = context.cfg, ("train", "test")
-    classes = getattr(DOWNSTREAM_TASKS.get(cfg.task.name), "target_type", None) is int
+    classes = getattr(DOWNSTREAM_TASKS.get(cfg.task.name), "single_label", False)
     if not classes or not all(role in cfg.dataloader for role in roles):
         return None
     try:

@@ -10,7 +10,6 @@ from pathlib import Path
 
 import torch
 from omegaconf import DictConfig
-from torch import Tensor
 
 from bissl_zoo.backbones import Backbone
 from bissl_zoo.distributed import get_world_size
@@ -22,7 +21,6 @@ from bissl_zoo.engine.features import drawn, own_randomness
 from bissl_zoo.engine.init import load_init
 from bissl_zoo.engine.launch import choose_device
 from bissl_zoo.errors import CheckpointError, DatasetError
-from bissl_zoo.registry import DOWNSTREAM_TASKS
 from bissl_zoo.report.images.data import draw_samples, samples_of
 from bissl_zoo.report.images.embeddings import draw_embeddings
 from bissl_zoo.report.images.predictions import Prediction, draw_predictions, predict
@@ -147,8 +145,6 @@ class RunPictures:
         _require_one_process()
         if "bissl" not in self.cfg.train.stages:
             return [Note("The run has no stage bissl that features could be looked at before and after.")]
-        if getattr(DOWNSTREAM_TASKS.get(self.cfg.task.name), "target_type", None) is Tensor:
-            return [Note("A map of features colours images by their one class, and here they have several.")]
         picture = picture_embeddings(self.cfg, [str(self.folder)], min(self.images, MAPPED))
         notes = [f"kNN: top-1, k = {NEIGHBOURS}, from {min(self.images, MAPPED)} training images at most"]
         blocks: list[Block] = []

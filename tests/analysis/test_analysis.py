@@ -11,7 +11,7 @@ from torch import nn
 from bissl_zoo.analysis import costs as module
 from bissl_zoo.analysis.costs import KILLED, OUT_OF_MEMORY, Cost, Gauge, measure_in_a_process
 from bissl_zoo.analysis.counts import count_losses, count_module, count_stages
-from bissl_zoo.analysis.data import KnownData, Noise, look_at_data, noise_batch, noise_context
+from bissl_zoo.analysis.data import KnownData, look_at_data, noise_batch, noise_context
 from bissl_zoo.analysis.model import analyse, report
 from bissl_zoo.config import LazyConfig, load_config
 from bissl_zoo.engine.build import Weights, build_downstream, build_pretext, build_split_backbone
@@ -137,24 +137,6 @@ def test_what_does_not_trace_is_said_and_keeps_its_parameters():
     count = count_module(Stubborn(3, 2), torch.zeros(1, 3))
     assert count.flops is None and count.parameters == 8
     assert count.problem == "it does not trace (TypeError: not today)"
-
-
-@pytest.mark.parametrize(
-    ("target_type", "kind"), [(dict, dict), (int, int), (torch.Tensor, torch.Tensor), (None, None)]
-)
-def test_noise_has_targets_of_the_type_that_a_task_takes(target_type, kind):
-    noise = Noise(10, ["a", "b"])
-    noise.target_type = target_type
-    (image, target), (again, _) = noise[3], noise[3]
-    assert image.tobytes() == again.tobytes() and image.mode == "RGB"
-    assert target is None if kind is None else isinstance(target, kind)
-
-
-def test_targets_of_an_unknown_type_are_refused():
-    noise = Noise(10, ["a", "b"])
-    noise.target_type = str
-    with pytest.raises(ConfigError, match="targets of type str"):
-        noise[0]
 
 
 @pytest.mark.parametrize("augment_on", ["workers", "device"])

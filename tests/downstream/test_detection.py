@@ -177,7 +177,7 @@ def test_a_pyramid_is_trained_on_any_backbone_with_maps_of_four_sizes(architectu
 
 def test_a_pyramid_of_maps_of_one_size_is_refused():
     plain = dict(class_token=False, global_pool="avg")
-    with pytest.raises(ConfigError, match=r"'test_vit' returns blocks.2 \(stride 16\), blocks.5 \(stride 16\)\. Name "):
+    with pytest.raises(ConfigError, match=r"'test_vit' returns blocks.2 \(stride 16\), blocks.5 \(stride 16\)"):
         build("blocks.5", "test_vit", ("blocks.2",), plain, fpn_channels=16)
     with pytest.raises(ConfigError, match=r"returns c2 \(stride 4\), c4 \(stride 16\)"):
         build("c4", out_features=("c2",), fpn_channels=16)
@@ -189,9 +189,7 @@ def test_a_pyramid_of_one_map_says_where_more_are_asked_for():
 
 
 def test_a_pyramid_needs_a_size_of_anchor_for_each_of_its_maps():
-    with pytest.raises(
-        ConfigError, match=r"anchor_sizes gives 3 sizes; the pyramid has 5 maps \(those of c2, c3, c4, "
-    ):
+    with pytest.raises(ConfigError, match=r"anchor_sizes has 3 sizes; the pyramid has 5 maps \(c2, c3, c4, c5 and one"):
         build_pyramid(anchor_sizes=[16, 32, 64])
 
 

@@ -207,4 +207,4 @@ def test_proposals_that_are_not_finite_are_told_with_level_and_step():
     level = Level("upper", trunk, task, None, iter(()), None, total_steps=1, step=5)
     with pytest.raises(NonFiniteLoss, match=r"upper level, step 5, rank 0: .*loss_proposals=nan"):
         level.loss(trunk, batch_of(task, samples()))
-    assert task.trunk_slot.held == ()
+    assert task.trunk_slot.trunk == ()

@@ -107,8 +107,8 @@ def test_batches_are_stacked():
 @pytest.mark.parametrize(
     ("target", "message"),
     [
-        (torch.zeros(4), r"shape \(4,\) and the values \[0.0\]; expected are 3 numbers"),
-        (torch.tensor([0.0, 1.0, 2.0]), r"shape \(3,\) and the values \[0.0, 1.0, 2.0\]"),
+        (torch.zeros(4), r"shape \(4,\) and values \[0.0\]; expected 3 numbers"),
+        (torch.tensor([0.0, 1.0, 2.0]), r"shape \(3,\) and values \[0.0, 1.0, 2.0\]"),
         (torch.tensor(1), r"shape \(\)"),
     ],
 )
@@ -121,7 +121,7 @@ def test_targets_that_are_not_multilabel_are_refused(target, message):
 def test_the_common_config_builds():
     trunk, _ = build()
     task = instantiate(load_config("common/downstream/multilabel.py").task, backbone=trunk, classes=CLASSES)
-    assert (task.image_size, task.loss, task.target_type) == (96, "bce", torch.Tensor)
+    assert (task.image_size, task.loss) == (96, "bce")
 
 
 def test_a_few_steps_fit_a_few_images():

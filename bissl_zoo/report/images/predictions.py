@@ -60,15 +60,10 @@ def predict(
         for images, targets in DataLoader(samples, batch_size, **options):
             output = to_device(task.predict(backbone, to_device(images, device)), torch.device("cpu"))
             for found, target in zip(output, targets, strict=True):
-                found = found if isinstance(found, dict) else _probabilities(task, found)
+                found = found if isinstance(found, dict) else task.probabilities(found)
                 quality = quality_of(found, target, len(task.classes))
                 predictions.append(Prediction(indices[len(predictions)], found, quality))
     return predictions
-
-
-def _probabilities(task: DownstreamTask, logits: Tensor) -> Tensor:
-    independent = task.target_type is Tensor and getattr(task, "loss", None) != "softmax"
-    return logits.float().sigmoid() if independent else logits.float().softmax(dim=0)
 
 
 def quality_of(found: Any, target: Any, num_classes: int) -> float:
