@@ -1,6 +1,7 @@
-"""Help and refusals of the command lines, which come before anything is imported that takes seconds."""
+"""`--help`, usage errors and lists are answered without importing a heavy library."""
 
 import ast
+import json
 import os
 import subprocess
 import sys
@@ -8,40 +9,64 @@ import sys
 import pytest
 from command_line import TOOLS
 
+pytestmark = pytest.mark.slow  # starts a process
+
 REPOSITORY = TOOLS.parent
-SLOW = {"torch", "torchvision", "timm", "numpy", "scipy", "sklearn", "pandas", "matplotlib", "PIL", "safetensors"}
-SCRIPTS = sorted(TOOLS.glob("*.py"))
-EVERY_SCRIPT = pytest.mark.parametrize("script", SCRIPTS, ids=[script.stem for script in SCRIPTS])
+HEAVY = ["torch", "torchvision", "timm", "numpy", "scipy", "sklearn", "pandas", "matplotlib", "PIL", "safetensors"]
+SCRIPTS = sorted(f"tools/{script.name}" for script in TOOLS.glob("*.py"))
+LISTS = [["tools/runs.py", "list", "runs"], ["tools/zoo.py", "list"], ["tools/prepare_data.py", "--list"]]
+#: for each command of a JSON list, prints [exit status, stdout, stderr, heavy modules imported so far]
+PROGRAM = f"""
+import contextlib, io, json, runpy, sys
+for command in json.load(sys.stdin):
+    sys.argv, out, err, status = command, io.StringIO(), io.StringIO(), 0
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            if command[0] == "bissl_zoo":
+                runpy.run_module("bissl_zoo", run_name="__main__", alter_sys=True)
+            else:
+                runpy.run_path(command[0], run_name="__main__")
+        except SystemExit as exit:
+            status = exit.code
+    print(json.dumps([status, out.getvalue(), err.getvalue(), sorted(sys.modules.keys() & set({HEAVY}))]))
+"""
 
 
-def call(*arguments):
-    """The exit status, what was printed, what was said on standard error, and the packages that were imported."""
-    command = [sys.executable, "-X", "importtime", *map(str, arguments)]
-    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
-    ran = subprocess.run(command, capture_output=True, text=True, cwd=REPOSITORY, env=environment)
-    lines = ran.stderr.splitlines()
-    timed = [line for line in lines if line.startswith("import time:")]
-    packages = {line.rpartition("|")[2].strip().partition(".")[0] for line in timed}
-    assert "argparse" in packages
-    return ran.returncode, ran.stdout, "\n".join(line for line in lines if line not in timed), packages
+@pytest.fixture(scope="module")
+def answer(tmp_path_factory):
+    """Run commands in one process: `answer([command, ...])` -> one answer of `PROGRAM` for each."""
+    (folder := tmp_path_factory.mktemp("zoo") / "model_zoo").mkdir()
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "BISSL_ZOO": str(folder)}
+
+    def call(commands):
+        ran = subprocess.run(
+            [sys.executable, "-c", PROGRAM],
+            input=json.dumps(commands),
+            capture_output=True,
+            text=True,
+            cwd=REPOSITORY,
+            env=environment,
+        )
+        assert ran.returncode == 0, ran.stderr
+        return [json.loads(line) for line in ran.stdout.splitlines()]
+
+    return call
 
 
-@EVERY_SCRIPT
-def test_help_prints_the_docstring_and_imports_nothing_slow(script):
-    status, out, err, packages = call(script, "--help")
-    assert (status, err) == (0, "") and ast.get_docstring(ast.parse(script.read_text(encoding="utf-8"))) in out
-    assert not SLOW & packages
+def test_help_prints_the_docstring_and_imports_nothing_heavy(answer):
+    for script, (status, out, err, heavy) in zip(SCRIPTS, answer([[s, "--help"] for s in SCRIPTS]), strict=True):
+        docstring = ast.get_docstring(ast.parse((REPOSITORY / script).read_text(encoding="utf-8")))
+        assert (status, err, heavy) == (0, "", []) and docstring in out, script
 
 
-@EVERY_SCRIPT
-def test_a_wrong_option_is_refused_and_nothing_slow_is_imported(script):
-    status, out, err, packages = call(script, "--no-such-option")
-    assert (status, out) == (2, "") and err.startswith("usage:") and "error:" in err
-    assert not SLOW & packages
+def test_an_unknown_option_is_a_usage_error_and_imports_nothing_heavy(answer):
+    commands = [[script, "--no-such-option"] for script in SCRIPTS] + [["bissl_zoo", "doctor", "--no-such-option"]]
+    for command, (status, out, err, heavy) in zip(commands, answer(commands), strict=True):
+        assert (status, out, heavy) == (2, "", []) and err.startswith("usage:") and "error:" in err, command
 
 
-@pytest.mark.parametrize("arguments, expected", [(["--help"], 0), (["--no-such-option"], 2)])
-def test_nor_does_the_doctor_import_it_to_say_how_it_is_called(arguments, expected):
-    status, out, err, packages = call("-m", "bissl_zoo", "doctor", *arguments)
-    assert status == expected and "usage: python -m bissl_zoo" in out + err
-    assert not SLOW & packages
+@pytest.mark.parametrize("command", LISTS, ids=lambda command: command[0])
+def test_lists_import_no_torch(answer, command):
+    [[status, _, err, heavy]] = answer([command])
+    assert status == 0, err
+    assert "torch" not in heavy
