@@ -1,4 +1,4 @@
-"""What `pip install` leaves: the package and the configs in it."""
+"""The installed package: modules, configs, templates, and a fast import."""
 
 import importlib.util
 import json
@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.slow  # builds a wheel, starts processes
+
 REPOSITORY = Path(__file__).resolve().parents[1]
 SOURCES = ("bissl_zoo", "configs", "setup.py", "pyproject.toml", "README.md", "LICENSE")
 needs_build_tools = pytest.mark.skipif(
@@ -21,7 +23,7 @@ needs_build_tools = pytest.mark.skipif(
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory):
-    """A wheel of a copy of the checkout, so that nothing is written into it."""
+    """Build a wheel from a copy of the checkout, which itself is left unchanged."""
     copy, out = tmp_path_factory.mktemp("checkout"), tmp_path_factory.mktemp("wheel")
     for name in SOURCES:
         source = REPOSITORY / name
@@ -36,7 +38,7 @@ def wheel(tmp_path_factory):
 
 
 @needs_build_tools
-def test_the_wheel_carries_every_module_and_every_config(wheel):
+def test_the_wheel_contains_every_module_config_and_template(wheel):
     inside = set(zipfile.ZipFile(wheel).namelist())
     for folder, prefix in (("bissl_zoo", "bissl_zoo"), ("configs", "bissl_zoo/configs")):
         for path in (REPOSITORY / folder).rglob("*.py"):

@@ -1,4 +1,4 @@
-"""The quickstart with the rotation method in the place of SimCLR."""
+"""The quickstart with the rotation method instead of SimCLR."""
 
 from bissl_zoo.config import LazyCall as L
 from bissl_zoo.registry import build_pretext

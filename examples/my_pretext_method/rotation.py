@@ -1,4 +1,4 @@
-"""Tell by how much an image was rotated (Gidaris, Singh and Komodakis, arXiv 1803.07728)."""
+"""Rotation prediction (Gidaris, Singh and Komodakis, arXiv 1803.07728)."""
 
 import torch
 from torch import Tensor, nn
@@ -10,15 +10,15 @@ from bissl_zoo.registry import PRETEXT_METHODS
 
 @PRETEXT_METHODS.register("rotation")
 class Rotation(PretextMethod):
-    """Classify each view, turned by 0, 90, 180 and 270 degrees, by its angle."""
+    """Rotate each view by 0, 90, 180 and 270 degrees and classify the angle."""
 
     def __init__(self, backbone, tail, augmentation=None) -> None:
         super().__init__(backbone, tail, augmentation)
         self.classifier = nn.Linear(tail.num_features, 4)
 
     def losses(self, backbone, views: tuple[Tensor, ...]) -> dict[str, Tensor]:
-        """`{"rotation": scalar}` of views `(N, 3, S, S)`."""
+        """Return `{"rotation": scalar}` for views `(N, 3, S, S)`."""
         images = torch.cat(views)
-        turned = torch.cat([images.rot90(quarter, dims=(2, 3)) for quarter in range(4)])
+        rotated = torch.cat([images.rot90(quarter, dims=(2, 3)) for quarter in range(4)])
         angles = torch.arange(4, device=images.device).repeat_interleave(len(images))
-        return {"rotation": functional.cross_entropy(self.classifier(self.embed(backbone, turned)), angles)}
+        return {"rotation": functional.cross_entropy(self.classifier(self.embed(backbone, rotated)), angles)}

@@ -1,4 +1,4 @@
-"""The quickstart with the minimal residual iteration in the place of MINRES."""
+"""The quickstart with the minimal residual iteration instead of MINRES."""
 
 from bissl_zoo.config import LazyCall as L
 from bissl_zoo.registry import build_solver

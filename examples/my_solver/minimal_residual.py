@@ -13,24 +13,24 @@ from bissl_zoo.registry import SOLVERS
 @SOLVERS.register("minimal_residual")
 @dataclass(frozen=True)
 class MinimalResidual:
-    """Steps along the residual, each as long as makes the next residual shortest."""
+    """Step along the residual, with the step length that minimises the next residual."""
 
     iterations: int = 8
     tolerance: float = 0.05
     damping: Damping = "auto"
 
     def __call__(self, operator: LinearOperator, v: Tensor) -> Solution:
-        """An approximate solution of `A x = v`; the residual never grows, whatever `A` is."""
+        """Solve `A x = v` approximately for a flat `(P,)` vector; the residual never grows, also for indefinite `A`."""
         if not torch.isfinite(v).all():
             return Solution(torch.zeros_like(v), float("inf"), 0, "non_finite")
-        x, rest, products = torch.zeros_like(v), v.clone(), 0
-        while products < self.iterations and rest.norm() > self.tolerance * v.norm():
-            image = operator(rest)
+        x, residual, products = torch.zeros_like(v), v.clone(), 0
+        while products < self.iterations and residual.norm() > self.tolerance * v.norm():
+            product = operator(residual)
             products += 1
-            if not torch.isfinite(image).all() or not image.any():
+            if not torch.isfinite(product).all() or not product.any():
                 break
-            step = rest.dot(image) / image.dot(image)
-            x, rest = x + step * rest, rest - step * image
-        residual = relative_residual(operator, x, v)
-        status = "converged" if residual <= self.tolerance else "max_iterations"
-        return Solution(x, residual, products + 1, status)
+            step = residual.dot(product) / product.dot(product)
+            x, residual = x + step * residual, residual - step * product
+        error = relative_residual(operator, x, v)
+        status = "converged" if error <= self.tolerance else "max_iterations"
+        return Solution(x, error, products + 1, status)
