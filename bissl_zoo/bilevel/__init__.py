@@ -1,4 +1,4 @@
-"""The bilevel problem: two levels tied through the backbone, solved by alternation (arXiv 2410.02387)."""
+"""The bilevel problem of BiSSL: two levels coupled through the backbone, solved by alternation (arXiv 2410.02387)."""
 
 from bissl_zoo import hypergradient
 from bissl_zoo.bilevel.algorithm import Adaptation, BiLevel, UpperGradients, refuse_sync_batch_norm

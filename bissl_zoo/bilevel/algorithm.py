@@ -1,6 +1,11 @@
-"""The BiSSL algorithm (arXiv 2410.02387, section 3): lower steps, one curvature operator, upper steps, and again.
+"""The BiSSL algorithm (arXiv 2410.02387, section 3): alternate lower steps and upper steps.
 
-This file knows levels, not networks: a head has `losses(backbone, batch)`, a level has parameters and an optimizer.
+    min over theta_D, phi_D:  L_D(theta_P*(theta_D), phi_D) + gamma L_D(theta_D, phi_D)
+    with  theta_P*(theta_D) = argmin over theta_P, phi_P of  L_P(theta_P, phi_P) + lambda/2 ||theta_P - theta_D||^2
+
+By the implicit function theorem `d theta_P* / d theta_D = (I + H / lambda)^-1`, with `H` the Hessian of `L_P` in
+`theta_P`; a solver adds damping to lambda. This file depends on levels and not on networks: a head has
+`losses(backbone, batch)`, a level has parameters and an optimizer.
 """
 
 import contextlib
@@ -32,18 +37,18 @@ from bissl_zoo.hypergradient import (
     frozen_state,
 )
 
-#: a relative residual, or a norm of `x` relative to that of `v`, beyond which the solver's answer means nothing
+#: limit of the relative residual and of `||x|| / ||v||` of a usable solution
 FAR = 1e3
 
 
 class UpperGradients(NamedTuple):
-    """What one upper step follows, averaged over ranks.
+    """Gradients of the upper objective in one step, averaged over ranks.
 
     Attributes:
-        backbone: `(P,)`, the curvature term plus gamma times the plain one.
-        head: `(Q,)`, likewise.
-        solution: the solver's answer for the curvature term.
-        metrics: losses, norms and the cosine between the two terms.
+        backbone: `(P,)`, `x + gamma * grad L_D(theta_D, phi_D)` in theta.
+        head: `(Q,)`, `grad L_D(theta_P, phi_D) + gamma * grad L_D(theta_D, phi_D)` in phi_D.
+        solution: the solver's solution `x`.
+        metrics: losses, norms and the cosine between `x` and the plain gradient.
     """
 
     backbone: Tensor
@@ -61,28 +66,32 @@ class Adaptation:
 
 
 class BiLevel:
-    """The two levels and the alternation between them.
+    """Two levels and the alternation between them (arXiv 2410.02387, algorithm 1).
 
     Args:
-        lower: pretext level, `theta_P` and `phi_P`; its backbone is what leaves the stage.
+        lower: pretext level, `theta_P` and `phi_P`; its backbone is the result of the stage.
         upper: downstream level, `theta_D` and `phi_D`.
-        solver: takes `(operator, v)`, returns a `Solution`; has `damping`, and where that is "auto" also the
-            `iterations` and the `tolerance` that it is chosen for.
+        solver: maps `(operator, v)` to a `Solution`. It has `damping`; if that is "auto", also `iterations` and
+            `tolerance`, for which the damping is chosen.
         lam: lambda, weight of the pull of `theta_P` towards `theta_D`.
-        gamma: weight of the plain downstream loss; 0 leaves it out.
-        lower_steps, upper_steps: per alternation.
-        alternations: T, of the whole stage.
-        adaptation: of versions 1 and 2 of the paper, or None.
+        gamma: weight of the plain downstream loss; 0 disables it.
+        lower_steps: N_L, lower steps per alternation.
+        upper_steps: N_U, upper steps per alternation.
+        alternations: T, number of alternations of the stage.
+        adaptation: adaptation of `theta_D` in versions 1 and 2 of the paper, or None.
         curvature_batch_size: samples of the pretext batch that defines `H`, over all ranks; None for a whole batch.
-        update_bn_stats: whether the downstream images that give `v` move the lower backbone's batch-norm statistics.
+        update_bn_stats: update the lower backbone's batch-norm statistics with the downstream images that give `v`.
         hvp_mode: "retain_graph" or "recompute", see :class:`CurvatureOperator`.
-        on_bad_hypergradient: where the answer is not finite or beyond :data:`FAR`, "stop", or "plain": `v` for `x`.
+        on_bad_hypergradient: if the solution is not finite or exceeds :data:`FAR`, "stop" raises an error and "plain"
+            uses `v` in place of `x`.
+    Raises:
+        ConfigError: lambda is not positive, `curvature_batch_size` is smaller than the number of ranks, or the lower
+            level contains a SyncBatchNorm.
 
     Attributes:
-        shift: lambda plus the automatic damping of the last alternation, which the next one starts from; None before
-            there is one.
-        fallbacks: upper steps that took `v` instead of `x`.
-        diagnostics: metrics of each upper step of the last alternation; empty where a level's guard undid the step.
+        shift: lambda plus the automatic damping of the last alternation, the start of the next; None before the first.
+        fallbacks: number of upper steps that used `v` in place of `x`.
+        diagnostics: metrics of each upper step of the last alternation; empty for a step that a level's guard undid.
     """
 
     def __init__(
@@ -102,10 +111,11 @@ class BiLevel:
         on_bad_hypergradient: Literal["stop", "plain"] = "stop",
     ) -> None:
         if not lam > 0:
-            raise ConfigError(f"bilevel.lambda is {lam}; it must be positive, or nothing ties the two levels.")
+            raise ConfigError(f"bilevel.lambda is {lam}; it must be positive, since it couples the two levels.")
         if curvature_batch_size is not None and curvature_batch_size < get_world_size():
             raise ConfigError(
-                f"bilevel.curvature_batch_size is {curvature_batch_size}; each rank needs a sample of it."
+                f"bilevel.curvature_batch_size is {curvature_batch_size}; each of the {get_world_size()} ranks needs a "
+                "sample."
             )
         refuse_sync_batch_norm(lower.backbone, lower.head)
         self.lower, self.upper, self.solver = lower, upper, solver
@@ -122,7 +132,7 @@ class BiLevel:
         self.diagnostics: list[dict[str, Any]] = []
 
     def alternate(self, alternation: int) -> dict[str, float]:
-        """Alternation number `alternation`, from 0; returns the metrics of its last lower and its last upper step."""
+        """Run alternation number `alternation` (from 0); return the metrics of its last lower and last upper step."""
         metrics: dict[str, float] = {}
         for _ in range(self.lower_steps):
             metrics.update(self.lower.attempt(self.lower_step))
@@ -139,7 +149,7 @@ class BiLevel:
         return metrics
 
     def lower_step(self) -> dict[str, float]:
-        """One step on `L_P + lambda/2 ||theta_P - theta_D||^2` with `theta_D` held constant."""
+        """Take one step on `L_P + lambda/2 ||theta_P - theta_D||^2` in `(theta_P, phi_P)`; return its metrics."""
         lower = self.lower
         total, losses = lower.loss(lower.backbone, lower.next_batch())
         total.backward()
@@ -159,10 +169,10 @@ class BiLevel:
         }
 
     def curvature(self, batch: Any) -> CurvatureOperator:
-        """`I + H / (lambda + damping)` at the present `theta_P` and `phi_P` for one pretext batch.
+        """Return the operator `I + H / (lambda + damping)` at the current `theta_P` and `phi_P` for a pretext batch.
 
-        Automatic damping needs a right-hand side: the first upper step chooses it. A loss that is not finite here shows
-        in the solver's answer.
+        Automatic damping needs a right-hand side, so the first upper step chooses it. A loss that is not finite is
+        detected in the solution.
         """
         lower = self.lower
         if self.curvature_batch_size is not None:
@@ -182,7 +192,7 @@ class BiLevel:
         )
 
     def upper_step(self, operator: LinearOperator) -> dict[str, float]:
-        """One step on `(theta_D, phi_D)` along the hypergradient."""
+        """Take one step on `(theta_D, phi_D)` along the hypergradient; return its metrics."""
         upper = self.upper
         gradients = self.upper_gradients(upper.next_batch(), operator)
         for parameters, flat in (
@@ -195,14 +205,14 @@ class BiLevel:
         return {**gradients.metrics, **{f"upper/{name}": value for name, value in step.items()}}
 
     def upper_gradients(self, batch: Any, operator: LinearOperator) -> UpperGradients:
-        """The hypergradient of the upper objective on one downstream batch (arXiv 2410.02387, section 3.2).
+        """Return the gradients of the upper objective on one downstream batch (arXiv 2410.02387, section 3.2).
 
         Args:
-            batch: as the task's loader yields it.
-            operator: the damped curvature of this alternation; takes and returns flat `(P,)` vectors.
+            batch: a batch of the task's data loader.
+            operator: damped curvature of this alternation on flat `(P,)` vectors.
         Raises:
-            NonFiniteLoss: from either pass, or of the gradient `v` that is to be solved for.
-            BadHypergradient: see `on_bad_hypergradient`.
+            NonFiniteLoss: a loss or the gradient `v` is not finite.
+            BadHypergradient: the solution is not usable and `on_bad_hypergradient` is "stop".
         """
         lower, upper = self.lower, self.upper
         with contextlib.nullcontext() if self.update_bn_stats else frozen_state([lower.backbone]):
@@ -235,29 +245,29 @@ class BiLevel:
         return UpperGradients(backbone, head, solution, metrics)
 
     def _solve(self, operator: LinearOperator, v: Tensor, v_norm: float) -> tuple[Solution, float]:
-        """The solver's answer, or `v` in the place of a bad one, and its norm."""
+        """Return the solution, or `v` in place of a bad one, and its norm."""
         solution = self.solver(operator, v)
         x_norm = float(solution.x.norm())
-        solves = (solution.residual or 0.0) <= FAR or torch.equal(solution.x, v)  # which no residual makes a danger
+        solves = (solution.residual or 0.0) <= FAR or torch.equal(solution.x, v)  # x = v is safe with any residual
         bad = solution.status == "non_finite" or not (solves and x_norm <= FAR * v_norm)
         if not any_rank(bad, v.device):
-            self.shift = operator.shift if operator.automatic else None  # a solver may have raised it
+            self.shift = operator.shift if operator.automatic else None  # the solver may have raised it
             return solution, x_norm
         if self.on_bad_hypergradient == "stop":
             raise BadHypergradient(
-                f"{self.upper.name} level, step {self.upper.step}: {type(self.solver).__name__} gave no usable "
+                f"{self.upper.name} level, step {self.upper.step}: {type(self.solver).__name__} returned no usable "
                 f"hypergradient: status {solution.status}, residual {solution.residual}, |x| {x_norm:.3g}, |v| "
                 f"{v_norm:.3g}, losses of the pretext batch on each rank {all_gather_objects(self.curvature_losses)}. "
-                "Raise solver.damping, or set it to auto; bilevel.on_bad_hypergradient=plain follows v at such steps."
+                "Raise solver.damping or set it to auto, or set bilevel.on_bad_hypergradient=plain to use v instead."
             )
         self.fallbacks += 1
         return replace(solution, x=v), v_norm
 
     def _choose_damping(self, operator: LinearOperator, v: Tensor) -> int:
-        """Set the operator's shift; returns the products spent, which the solve finds in its subspace.
+        """Set the operator's shift; return the products spent, which the solve reuses from the subspace.
 
-        What this matrix needs is met at once, also when later products of the alternation show more of it; from one
-        alternation to the next the shift falls no faster than to the geometric mean of the two.
+        The shift rises at once if the matrix needs it, also when later products reveal more negative curvature. From
+        one alternation to the next it falls at most to the geometric mean of the two.
         """
         if operator.shift is not None:
             if operator.subspace.explored:
@@ -277,7 +287,7 @@ class BiLevel:
 
     @torch.no_grad()
     def adapt(self, alpha: float) -> None:
-        """Move `theta_D`, parameters and buffers, by `alpha` towards `theta_P`; the optimizers keep their state."""
+        """Move parameters and buffers of `theta_D` by `alpha` towards `theta_P`; the optimizers keep their state."""
         lower = self.lower.backbone.state_dict(keep_vars=True)
         for name, tensor in self.upper.backbone.state_dict(keep_vars=True).items():
             if tensor.is_floating_point():
@@ -285,11 +295,11 @@ class BiLevel:
 
 
 def refuse_sync_batch_norm(*modules: nn.Module) -> None:
-    """Raise `ConfigError` where a module of the lower level is a SyncBatchNorm, which has no second derivative."""
+    """Raise `ConfigError` if a module of the lower level is a SyncBatchNorm, which has no second derivative."""
     for module in modules:
         for name, child in module.named_modules():
             if isinstance(child, nn.SyncBatchNorm):
                 raise ConfigError(
-                    f"The lower level holds a SyncBatchNorm ('{name}'), which cannot be differentiated twice "
-                    "(pytorch/pytorch#61222). Use plain batch norm: each rank normalises its own part of the batch."
+                    f"The lower level contains a SyncBatchNorm ('{name}'), which has no second derivative "
+                    "(pytorch/pytorch#61222). Use plain batch norm: each rank normalizes its part of the batch."
                 )

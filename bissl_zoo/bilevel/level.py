@@ -1,4 +1,4 @@
-"""One level of the bilevel problem, or the only level of a stage that has one: what is trained, and how."""
+"""A level: a backbone, a head, and how they are trained. BiSSL has two levels, every other stage one."""
 
 import math
 import time
@@ -13,7 +13,7 @@ from bissl_zoo.distributed import all_gather_objects, any_rank
 from bissl_zoo.errors import NonFiniteLoss
 from bissl_zoo.optim import LRMultiplier, clip_gradients, set_learning_rate
 
-ADVICE = "Lower the learning rate, lengthen the warm-up, or look at the inputs of this step."
+ADVICE = "Lower the learning rate, lengthen the warm-up, or inspect the inputs of this step."
 
 
 @dataclass
@@ -21,16 +21,20 @@ class Level:
     """A backbone, a head on it, and how they are trained.
 
     Attributes:
-        name: `lower` or `upper` (or the stage's name where there is one level only), for messages and metrics.
-        data_iterator: endless iterator of batches as `head.losses` takes them; a generator if a trainer closes it.
-        lr_scheduler: factor on the learning rate; total_steps: the length of its schedule in optimizer steps.
-        clip_norm: limit of the global gradient norm; None for none.
-        amp_dtype: of autocast in losses that are differentiated once; None for full precision.
-        batch_size: images in a batch over all ranks, for the figures of speed; 0 where nobody asks.
-        guard: takes each step and returns what it did, or nothing if it undid the step; None for no guard.
-        step: optimizer steps taken or undone.
-        images: images taken from `data_iterator` since this process started, over all ranks.
-        data_time: seconds spent waiting for them.
+        name: `lower`, `upper`, or the name of a stage with a single level; used in messages and metrics.
+        backbone: module that maps images to feature maps.
+        head: module with `losses(backbone, batch) -> dict[str, Tensor]`.
+        optimizer: optimizer of :attr:`parameters`.
+        data_iterator: endless iterator of batches for `head.losses`.
+        lr_scheduler: factor on the learning rate as a function of the step.
+        total_steps: length of the learning-rate schedule in optimizer steps.
+        clip_norm: limit of the global gradient norm; None for no limit.
+        amp_dtype: autocast dtype of losses that are differentiated once; None for full precision.
+        batch_size: images per batch over all ranks, for throughput metrics; 0 if unknown.
+        guard: calls a step and returns its metrics, or an empty dict if it undid the step; None for no guard.
+        step: number of optimizer steps, including undone ones.
+        images: number of images read from `data_iterator` since the process started, over all ranks.
+        data_time: seconds spent waiting for batches.
     """
 
     name: str
@@ -49,7 +53,7 @@ class Level:
     data_time: float = 0.0
 
     def next_batch(self) -> Any:
-        """The next batch; the time that it takes to come is the time that training waits for data."""
+        """Return the next batch and add the time it takes to `data_time`."""
         start = time.perf_counter()
         batch = next(self.data_iterator)
         self.data_time += time.perf_counter() - start
@@ -58,33 +62,35 @@ class Level:
 
     @property
     def backbone_parameters(self) -> list[Tensor]:
-        """What the levels share, in the order of a flat vector."""
+        """Parameters that correspond between the levels, in the order of a flat `(P,)` vector."""
         return list(self.backbone.parameters())
 
     @property
     def head_parameters(self) -> list[Tensor]:
-        """The head's parameters that are trained."""
+        """Trained parameters of the head."""
         return [p for p in self.head.parameters() if p.requires_grad]
 
     @property
     def parameters(self) -> list[Tensor]:
-        """All that this level's optimizer trains."""
+        """Trained parameters of backbone and head."""
         return [p for p in self.backbone.parameters() if p.requires_grad] + self.head_parameters
 
     def attempt(self, step: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-        """The metrics of `step`, which is one of this level, by way of the guard where there is one."""
+        """Call `step`, a step of this level, through the guard if there is one; return its metrics."""
         return self.guard(step) if self.guard else step()
 
     def loss(
         self, backbone: nn.Module, batch: Any, amp: bool = True, check: bool = True
     ) -> tuple[Tensor, dict[str, float]]:
-        """The summed loss of this level's head on `backbone`, with its graph, and the terms by name as numbers.
+        """Return the total loss of the head on `backbone`, with its graph, and the terms by name as numbers.
 
         Args:
-            amp: whether to compute in `amp_dtype`; a loss that is differentiated twice is not.
-            check: whether to refuse numbers that are not finite.
+            backbone: the backbone of either level.
+            batch: a batch of this level's data.
+            amp: compute in `amp_dtype`; False for a loss that is differentiated twice.
+            check: raise an error for losses that are not finite.
         Raises:
-            NonFiniteLoss: on any rank, with the level, the step and the losses by name.
+            NonFiniteLoss: a loss is not finite on some rank; names the level, the step and the losses.
         """
         device = next(self.head.parameters()).device.type
         with torch.autocast(device, self.amp_dtype, enabled=amp and self.amp_dtype is not None):
@@ -94,17 +100,17 @@ class Level:
         bad = not all(math.isfinite(value) for value in values.values())
         if check and any_rank(bad, total.device):
             terms = ", ".join(f"{name}={value:g}" for name, value in values.items()) if bad else None
-            rank, terms = next((r, found) for r, found in enumerate(all_gather_objects(terms)) if found)
+            rank, terms = next((r, failed) for r, failed in enumerate(all_gather_objects(terms)) if failed)
             raise NonFiniteLoss(
                 f"{self.name} level, step {self.step}, rank {rank}: the loss is not finite ({terms}). {ADVICE}", rank
             )
         return total, values
 
     def check_gradient(self, norm: float) -> float:
-        """`norm`, of a gradient of this level's loss.
+        """Return `norm`, the norm of a gradient of this level's loss.
 
         Raises:
-            NonFiniteLoss: it is not finite.
+            NonFiniteLoss: the norm is not finite.
         """
         if not math.isfinite(norm):
             where = f"{self.name} level, step {self.step}"
@@ -112,10 +118,10 @@ class Level:
         return norm
 
     def optimize(self) -> dict[str, float]:
-        """Clip the gradients that are there, set this step's learning rate, and take the step.
+        """Clip the gradients, set the learning rate and take an optimizer step; return `lr` and `grad_norm`.
 
         Raises:
-            NonFiniteLoss: a gradient is not finite; the parameters are still those of before the step.
+            NonFiniteLoss: a gradient is not finite; the parameters are unchanged.
         """
         norm = self.check_gradient(clip_gradients(self.parameters, self.clip_norm))
         lr = set_learning_rate(self.optimizer, self.lr_scheduler(self.step, self.total_steps))

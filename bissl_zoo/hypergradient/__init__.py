@@ -1,9 +1,11 @@
-"""Hypergradient solvers: pure functions of a linear operator. This package depends on torch alone."""
+"""Solvers for the hypergradient system `(I + H / (lambda + damping)) x = v`; the package depends on torch alone.
+
+A solver is a pure function of a linear operator and a flat vector: `solve(operator, v) -> Solution`.
+"""
 
 from bissl_zoo.hypergradient.cg import ConjugateGradient
 from bissl_zoo.hypergradient.damping import choose_shift, definite_shift
-from bissl_zoo.hypergradient.exact import Exact
-from bissl_zoo.hypergradient.identity import Identity
+from bissl_zoo.hypergradient.direct import Exact, Identity
 from bissl_zoo.hypergradient.minres import MinRes
 from bissl_zoo.hypergradient.neumann import Neumann
 from bissl_zoo.hypergradient.nystrom import Nystrom

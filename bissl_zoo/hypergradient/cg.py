@@ -1,4 +1,4 @@
-"""Conjugate gradient, joint and blockwise."""
+"""Conjugate gradient on the joint system, and the blockwise variant of the BiSSL authors."""
 
 import math
 from dataclasses import dataclass
@@ -11,18 +11,18 @@ from bissl_zoo.hypergradient.solver import Damping, LinearOperator, Solution, po
 
 @dataclass(frozen=True)
 class ConjugateGradient:
-    """Conjugate gradient for `A x = v` with `A` symmetric (Hestenes and Stiefel, 1952).
+    """Solve `A x = v` for a symmetric `A` by conjugate gradient (Hestenes and Stiefel, 1952).
 
     Args:
-        iterations: most products spent on the solution; one more measures its residual.
+        iterations: maximum number of products for the solution; `check` adds one.
         tolerance: relative residual at which to stop.
-        damping: delta, added to lambda in `A = I + H / (lambda + delta)`; "auto" chooses it each alternation.
-        blockwise: keep a separate step length per parameter tensor and run all iterations unguarded, as the BiSSL
-            authors do. This is not a solve of the joint system: it converges only where the curvature between tensors
-            is small against lambda + delta. The status tells; the iterate is returned all the same.
-        growth: a residual that exceeds `||v||` by this factor counts as divergence.
-        check: spend one more product on the true residual; without it the residual is None, and the status that of the
-            recurrence.
+        damping: delta in `A = I + H / (lambda + delta)`; "auto" chooses it in each alternation.
+        blockwise: use a separate step length for each parameter tensor and always run all iterations, as the BiSSL
+            authors do. This does not solve the joint system: it converges only if the curvature between tensors is
+            small compared with lambda + delta. The last iterate is returned in any case; see its status.
+        growth: the solve has diverged if the residual exceeds `growth * ||v||`.
+        check: compute the true residual with one more product; otherwise the residual is None and the status comes from
+            the recurrence.
     """
 
     iterations: int = 5
@@ -33,10 +33,10 @@ class ConjugateGradient:
     check: bool = True
 
     def __call__(self, operator: LinearOperator, v: Tensor) -> Solution:
-        """Solve from x = 0; see :class:`Solution` for what comes back.
+        """Solve `A x = v` for `v (P,)`, starting from x = 0.
 
-        Negative curvature, a residual that grows and a non-finite product end the joint solve with the best iterate so
-        far, or `v` where its residual is smaller; a non-finite `v` is answered by zero.
+        The joint solve stops at negative curvature, a growing residual or a non-finite product, and returns the best
+        iterate so far, or `v` if the residual of `v` is smaller. The solution for a non-finite `v` is zero.
         """
         if not torch.isfinite(v).all():
             return Solution(torch.zeros_like(v), float("inf"), 0, "non_finite")
@@ -60,7 +60,7 @@ class ConjugateGradient:
 
     def _joint(self, operator: LinearOperator, v: Tensor) -> tuple[Tensor, str, int]:
         scale = torch.linalg.vector_norm(v)
-        x, r, p = torch.zeros_like(v), v.clone(), v.clone()  # long vectors are slow to allocate: updated in place
+        x, r, p = torch.zeros_like(v), v.clone(), v.clone()  # updated in place: long vectors are slow to allocate
         best, best_norm = v, math.inf
         r_dot_r = torch.dot(r, r)
         status, products = "max_iterations", 0
@@ -119,10 +119,10 @@ class ConjugateGradient:
 
 
 def _block_dots(a: Tensor, b: Tensor, sizes: list[int]) -> Tensor:
-    """Inner product of each block: two `(P,)` -> `(blocks,)`."""
+    """Return the inner product of each block of two `(P,)` vectors, `(blocks,)`."""
     return torch.stack([torch.dot(x, y) for x, y in zip(a.split(sizes), b.split(sizes), strict=True)])
 
 
 def _ratio(numerator: Tensor, denominator: Tensor) -> Tensor:
-    """Elementwise quotient, 0 where a block has nothing left to do (0 / 0)."""
+    """Return the elementwise quotient, with 0 for a zero denominator: a block that has converged."""
     return torch.where(denominator == 0, torch.zeros_like(numerator), numerator / denominator)

@@ -1,4 +1,4 @@
-"""The smallest damping for which the system is definite and can be solved."""
+"""Automatic damping: the smallest one for which the system is positive definite and can be solved."""
 
 from collections.abc import Callable
 
@@ -18,25 +18,30 @@ LARGEST = 1e30
 def choose_shift(
     operator: LinearOperator, v: Tensor, iterations: int, tolerance: float, at_least: float
 ) -> tuple[float, int]:
-    """`lambda + delta` for this matrix: a trust region in the sense of Levenberg (1944) and Marquardt (1963).
+    """Choose `lambda + delta` for this matrix: a trust region in the sense of Levenberg (1944) and Marquardt (1963).
 
-    Lanczos steps from `v` give the ends of the spectrum of `H` and, as the Krylov space does not depend on the damping,
-    the residual of a solve of that many steps for every damping at once. Chosen is the smallest shift for which the
-    least Ritz value, less its error bound, leaves `A` an eigenvalue of at least :data:`MARGIN`, and for which that
-    residual is within the tolerance. The products stay in `operator.subspace`, where a solve of `v` finds them.
+    Lanczos steps from `v` estimate both ends of the spectrum of `H`. The Krylov space does not depend on the damping,
+    so they also give the residual after that many steps for every damping. The result is the smallest shift with
+
+    - a smallest Ritz value of `A`, minus its error bound, of at least :data:`MARGIN`, and
+    - a residual within the tolerance.
+
+    The products are kept in `operator.subspace` and reused by the solve of `v`.
 
     Args:
+        operator: its shift may be None.
         v: `(P,)`, the first right-hand side.
-        iterations: Lanczos steps, the solver's limit.
-        tolerance: relative residual that the solver is to reach.
+        iterations: number of Lanczos steps, the limit of the solver.
+        tolerance: relative residual that the solver must reach.
         at_least: the shift without damping, lambda.
     Returns:
-        The shift and the number of products spent; `at_least` where `v` is zero or nothing is finite.
+        The shift and the number of products spent; the shift is `at_least` if `v` is zero or the first product or `v`
+        is not finite.
     Raises:
-        ValueError: a tolerance of 0, which no damping reaches.
+        ValueError: the tolerance is 0, which no damping reaches.
     """
     if not tolerance > 0:
-        raise ValueError(f'damping "auto" makes the tolerance reachable, so it must be positive, not {tolerance}.')
+        raise ValueError(f'damping="auto" needs a positive tolerance, not {tolerance}; set solver.tolerance.')
     space = operator.subspace
     if not torch.isfinite(v).all() or not v.any():
         return at_least, 0
@@ -49,18 +54,19 @@ def choose_shift(
 
 
 def definite_shift(space: Subspace, bounded: bool = True) -> float:
-    """The smallest shift for which `A` is safely positive definite as far as `space` knows; 0 if any is.
+    """Return the smallest shift for which the explored part of `A` is safely positive definite; 0 if every shift is.
 
     Args:
-        bounded: go by the Ritz values less their error bounds, not by the Ritz values alone.
+        space: explored directions and products of `H`.
+        bounded: subtract the error bounds from the Ritz values.
     """
     values, bounds = space.ritz_values()
-    least = (values - bounds if bounded else values).min()
-    return max(0.0, -float(least) / (1.0 - MARGIN))
+    smallest = (values - bounds if bounded else values).min()
+    return max(0.0, -float(smallest) / (1.0 - MARGIN))
 
 
 def lanczos(operator: LinearOperator, start: Tensor, steps: int) -> int:
-    """Explore the Krylov space of the vector with coordinates `start`; returns the number of products spent."""
+    """Explore the Krylov space of the vector with coordinates `start (m,)`; return the number of products spent."""
     space = operator.subspace
     direction = space.unexplored(start)
     for step in range(steps):
@@ -73,7 +79,7 @@ def lanczos(operator: LinearOperator, start: Tensor, steps: int) -> int:
 
 
 def _residual(space: Subspace, right: Tensor, shift: float) -> float:
-    """Relative residual of the Galerkin solution, that of conjugate gradient; the minimal one is below it."""
+    """Return the relative residual of the Galerkin (CG) solution, an upper bound of the minimal one."""
     right = torch.nn.functional.pad(right, (0, len(space.basis) - len(right)))
     applied = space.directions + space.images / shift
     y, info = torch.linalg.solve_ex(space.directions.T @ applied, space.directions.T @ right)
@@ -81,9 +87,10 @@ def _residual(space: Subspace, right: Tensor, shift: float) -> float:
 
 
 def smallest_shift(accepts: Callable[[float], bool], low: float, precision: float = 1.01) -> float:
-    """Smallest accepted shift from `low` up to `precision`; `accepts` holds for all large ones.
+    """Return the smallest accepted shift that is at least `low`, within a factor of `precision`.
 
-    What no product has reached is never solved: the search ends at :data:`LARGEST`, where `A = I`.
+    `accepts` must hold for all large shifts. The search ends at :data:`LARGEST`, where `A = I`, since no shift removes
+    a residual outside the explored space.
     """
     if accepts(low):
         return low

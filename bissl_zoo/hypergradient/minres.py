@@ -1,4 +1,4 @@
-"""Minimum residual, started from what earlier solves with the same matrix learnt."""
+"""Minimum residual with a Krylov space that is recycled between solves with the same matrix."""
 
 from dataclasses import dataclass
 
@@ -12,22 +12,22 @@ from bissl_zoo.hypergradient.subspace import Subspace
 
 @dataclass(frozen=True)
 class MinRes:
-    """Minimal residuals over a recycled Krylov space, for `A x = v` with `A` symmetric, definite or not.
+    """Solve `A x = v` for a symmetric, possibly indefinite `A` by minimal residuals over a recycled Krylov space.
 
     The first solve with a matrix is MINRES (Paige and Saunders, SIAM J. Numer. Anal. 12, 1975) with full
-    orthogonalisation. The following ones search the space of the earlier solves as well, which costs no product, and
-    spend products only on what these leave of the residual (as in Wang, de Sturler and Paulino, IJNME 69, 2007).
+    orthogonalization. Later solves first search the space of the earlier ones, which costs no product, and spend
+    products only on the remaining residual (as in Wang, de Sturler and Paulino, IJNME 69, 2007).
 
-    Automatic damping is chosen for the first right-hand side. A later one on which `recycled_iterations` products were
-    spent in vain raises it, until what is known of the matrix is enough: so the price of an alternation is bounded, and
+    Automatic damping is chosen for the first right-hand side. If `recycled_iterations` products do not solve a later
+    one, the damping rises until the explored space is sufficient. The cost of an alternation is therefore bounded, and
     every solve reaches its tolerance.
 
     Args:
-        iterations: most products spent on one right-hand side.
+        iterations: maximum number of products for one right-hand side.
         tolerance: relative residual at which to stop.
-        damping: delta, added to lambda in `A = I + H / (lambda + delta)`; "auto" chooses it each alternation.
-        recycle: basis vectors of length P kept between the solves of an alternation; 0 starts each from nothing.
-        recycled_iterations: with automatic damping, most products spent on a right-hand side after the first.
+        damping: delta in `A = I + H / (lambda + delta)`; "auto" chooses it in each alternation.
+        recycle: number of basis vectors of length P kept between the solves of an alternation; 0 disables recycling.
+        recycled_iterations: with automatic damping, maximum products for each later right-hand side.
     """
 
     iterations: int = 6
@@ -44,11 +44,11 @@ class MinRes:
             )
 
     def __call__(self, operator: LinearOperator, v: Tensor) -> Solution:
-        """Solve; see :class:`Solution` for what comes back.
+        """Solve `A x = v` for `v (P,)`.
 
-        A product that is not finite ends the solve with the best iterate so far, or `v` before there is one; a `v` that
-        is not finite is answered by zero. `singular` says that `A` maps the space searched into itself and still leaves
-        a residual above the tolerance.
+        A non-finite product ends the solve with the best iterate so far, or `v` if there is none. The solution for a
+        non-finite `v` is zero. The status `singular` means that `A` maps the searched space into itself and the
+        residual is still above the tolerance.
         """
         if not torch.isfinite(v).all():
             return Solution(torch.zeros_like(v), float("inf"), 0, "non_finite")
@@ -64,18 +64,18 @@ class MinRes:
         return Solution(solution, residual, products, status)
 
     def _search(self, operator: LinearOperator, space: Subspace, right: Tensor) -> tuple[Tensor, float, int, str]:
-        """Coordinates of the solution, its relative residual, the products spent and the status."""
+        """Return the coordinates of the solution `(m,)`, its relative residual, the products spent and the status."""
         size, status = float(right.norm()), "max_iterations"
         limit = self.iterations
         if operator.automatic and space.explored:
             limit = min(self.iterations, self.recycled_iterations)
         for products in range(limit + 1):
-            x, residual, rest = _least(space, right, operator.shift)
+            x, residual, rest = _minimize(space, right, operator.shift)
             if residual <= self.tolerance * size:
                 return x, residual / size, products, "converged"
             if products == limit:
                 break
-            # once v itself is explored, enough damping solves
+            # automatic damping needs A v: with it, a large enough shift always solves the system
             direction = space.unexplored(right, rest) if operator.automatic and not products else space.unexplored(rest)
             if direction is None:
                 status = "singular"
@@ -84,14 +84,14 @@ class MinRes:
                 return x, residual / size if x.any() else float("inf"), products + 1, "non_finite"
         if operator.automatic:
             operator.shift = smallest_shift(
-                lambda shift: _least(space, right, shift)[1] <= self.tolerance * size, operator.shift
+                lambda shift: _minimize(space, right, shift)[1] <= self.tolerance * size, operator.shift
             )
-            x, residual, _ = _least(space, right, operator.shift)
+            x, residual, _ = _minimize(space, right, operator.shift)
             status = "converged" if residual <= self.tolerance * size else status
         return x, residual / size, products, status
 
 
-def _least(space: Subspace, right: Tensor, shift: float) -> tuple[Tensor, float, Tensor]:
-    """The best `x` in the space, the norm of its residual, and this residual; coordinates `(m,)`."""
+def _minimize(space: Subspace, right: Tensor, shift: float) -> tuple[Tensor, float, Tensor]:
+    """Return the best `x` in the space, the norm of its residual, and the residual; coordinates `(m,)`."""
     x, rest = space.minimal_residual(right, shift)
     return x, float(rest.norm()), rest

@@ -1,4 +1,4 @@
-"""Nystrom approximation of the curvature: a closed-form inverse."""
+"""Nystrom approximation of the curvature, inverted in closed form."""
 
 import math
 from dataclasses import dataclass
@@ -12,20 +12,20 @@ from bissl_zoo.hypergradient.subspace import Subspace
 
 @dataclass(frozen=True)
 class Nystrom:
-    """Solve with the Nystrom approximation of `H`, which products spent once determine (arXiv 2302.09726).
+    """Solve `A x = v` with the Nystrom approximation of `H` (Hataya and Yamada, arXiv 2302.09726).
 
-    `H ~= K M^+ K^T` with `K = H R` for orthonormal directions `R` and `M = R^T K`. `I` plus this is inverted in the
-    space of the directions and their products, and is the identity outside (Woodbury). The directions are Gaussian, as
-    in arXiv 2110.02820, where the paper takes columns of `H`; products that are there already are used first. The
-    subspace keeps up to 2 `rank` vectors of length P until the matrix changes, and further solves spend no product on
-    it. An indefinite `H` may have a poor approximation: `check` tells.
+    `H ~= K M^+ K^T` with `K = H R` for orthonormal directions `R (P, rank)` and `M = R^T K`. `A` with this `H` is
+    inverted by the Woodbury identity: it differs from the identity only in the span of the directions and their
+    products. The directions are Gaussian, as in arXiv 2110.02820, while the paper takes columns of `H`; products that
+    the subspace already holds are used first. The subspace keeps up to `2 * rank` vectors of length P until the matrix
+    changes, so later solves need no products. The approximation of an indefinite `H` can be poor; use `check`.
 
     Args:
-        rank: most directions.
-        tolerance: relative residual up to which a solution counts as converged; nothing is iterated.
-        damping: delta, added to lambda in `A = I + H / (lambda + delta)`; "auto" chooses it each alternation.
-        seed: of the directions, the same on every rank.
-        check: spend a product on each solution's residual.
+        rank: maximum number of directions.
+        tolerance: relative residual up to which the status is `converged`; there is no iteration.
+        damping: delta in `A = I + H / (lambda + delta)`; "auto" chooses it in each alternation.
+        seed: seed of the directions, which must be equal on all ranks.
+        check: compute the residual of each solution with one more product.
     """
 
     rank: int = 10
@@ -40,16 +40,16 @@ class Nystrom:
 
     @property
     def iterations(self) -> int:
-        """Products that a solve may take, as of an iterative solver."""
+        """Maximum number of products, as in the iterative solvers; automatic damping reads it."""
         return self.rank
 
     def __call__(self, operator: LinearOperator, v: Tensor) -> Solution:
-        """Solve; see :class:`Solution` for what comes back.
+        """Solve `A x = v` for `v (P,)`.
 
-        `negative_curvature` says that the approximation of `A` is not positive definite, `diverged` that the residual
-        exceeds 1; both are answered by `v` where its residual is smaller, which one more product tells. Without `check`
-        the residual is None, the status `not_solved`, and negative curvature is answered by `v`. A product that is not
-        finite is answered by `v`, a `v` that is not finite by zero.
+        The status `negative_curvature` means that the approximation of `A` is not positive definite, `diverged` that
+        the residual exceeds 1. In both cases one more product measures the residual of `v`, and `v` is returned if its
+        residual is smaller. Without `check` the residual is None, the status `not_solved`, and the solution `v` if
+        there is negative curvature. The solution is `v` after a non-finite product, and zero for a non-finite `v`.
         """
         if not torch.isfinite(v).all():
             return Solution(torch.zeros_like(v), float("inf"), 0, "non_finite")
@@ -101,7 +101,7 @@ class Nystrom:
 
 
 def _solve(space: Subspace, v: Tensor, shift: float) -> tuple[Tensor, bool]:
-    """The solution with the approximation of `A`, and whether this is positive definite; `space` is left as it was."""
+    """Solve with the approximation of `A` and return whether it is positive definite; `space` is unchanged."""
     size, negligible = len(space.basis), 100 * torch.finfo(v.dtype).eps
     right = space.coordinates(v)
     projected = space.directions.T @ space.images
@@ -113,7 +113,7 @@ def _solve(space: Subspace, v: Tensor, shift: float) -> tuple[Tensor, bool]:
 
 
 def _pseudo_solve(matrix: Tensor, right: Tensor, negligible: float) -> tuple[Tensor, Tensor]:
-    """`M^+ right` for a matrix that is symmetric up to rounding, and its eigenvalues, ascending."""
+    """Return `matrix^+ right` and the eigenvalues, ascending; `matrix` must be symmetric up to rounding."""
     values, vectors = torch.linalg.eigh((matrix + matrix.T) / 2)
-    kept = values.abs() > negligible * values.abs().max()
-    return (vectors[:, kept] / values[kept]) @ (vectors[:, kept].T @ right), values
+    used = values.abs() > negligible * values.abs().max()
+    return (vectors[:, used] / values[used]) @ (vectors[:, used].T @ right), values

@@ -16,29 +16,29 @@ T = TypeVar("T")
 
 @contextlib.contextmanager
 def frozen_state(modules: Sequence[nn.Module]) -> Iterator[None]:
-    """Run forward passes that leave no trace: buffers and the random state are afterwards what they were before.
+    """Context in which forward passes change neither the buffers of `modules` nor the random state.
 
-    Buffers (batch-norm statistics above all) are exchanged for clones rather than restored in place, because a graph
-    that is still to be differentiated may hold them.
+    Buffers, such as batch-norm statistics, are replaced by clones instead of being restored in place, because a graph
+    that will be differentiated later may hold them.
     """
-    kept = [
+    buffers = [
         (module, name, buffer)
         for module in _unique_modules(modules)
         for name, buffer in module._buffers.items()
         if buffer is not None
     ]
     with torch.random.fork_rng(devices=_devices(modules)):
-        for module, name, buffer in kept:
+        for module, name, buffer in buffers:
             module._buffers[name] = buffer.clone()
         try:
             yield
         finally:
-            for module, name, buffer in kept:
+            for module, name, buffer in buffers:
                 module._buffers[name] = buffer
 
 
 def replayed(function: Callable[[], T], modules: Sequence[nn.Module]) -> Callable[[], T]:
-    """`function` as it would run now, whenever it is called: with the random state of this moment, and no trace."""
+    """Return a function that always runs `function` with the current random state and restores state and buffers."""
     devices = _devices(modules)
     state, device_states = torch.get_rng_state(), [torch.cuda.get_rng_state(device) for device in devices]
 
@@ -54,7 +54,7 @@ def replayed(function: Callable[[], T], modules: Sequence[nn.Module]) -> Callabl
 
 @contextlib.contextmanager
 def constant_except(parameters: Sequence[Tensor], modules: Sequence[nn.Module]) -> Iterator[None]:
-    """Graphs built here treat all other parameters of `modules` as constants and spend nothing on their derivatives."""
+    """Context in which graphs treat all other parameters of `modules` as constants, which saves their derivatives."""
     variables = {id(parameter) for parameter in parameters}
     others = {
         id(p): p for root in modules for p in root.parameters() if p.requires_grad and id(p) not in variables
@@ -78,19 +78,21 @@ def _devices(roots: Sequence[nn.Module]) -> list[int]:
 
 
 class CurvatureOperator(LinearOperator):
-    """`A = I + H / shift` with `H` the Hessian of one loss in one set of parameters (arXiv 2410.02387, section 3.2).
+    """`A = I + H / shift`, with `H` the Hessian of a loss in some parameters (arXiv 2410.02387, section 3.2).
 
-    Between `prepare` and `release` all products are with the same matrix: the random state is that of `prepare`, so
-    that dropout draws the same masks, and buffers do not move.
+    Between `prepare` and `release` all products are with the same matrix: the loss is computed with the random state of
+    `prepare`, so dropout uses the same masks, and buffers such as batch-norm statistics do not change.
 
     Args:
         loss: computes the scalar lower loss on the batch that defines `H`.
-        parameters: the backbone's parameters, the variables of `H`; vectors are flat `(P,)` in their order.
-        shift: lambda + damping, positive; None where it is chosen later.
-        modules: what `loss` runs through; their buffers do not move.
-        reduce: mean over ranks of a flat vector; the identity in a single process.
-        hvp_mode: "retain_graph" builds the loss, its gradient and their graph once, and each product is one backward
-            pass through it; "recompute" builds them for each product, which takes longer and holds no graph in between.
+        parameters: the variables of `H`, the backbone's parameters; vectors are flat `(P,)` in this order.
+        shift: lambda + damping, positive; None if it is chosen later.
+        modules: modules that `loss` runs; their buffers are protected.
+        reduce: mean of a flat vector over ranks; the identity in a single process.
+        hvp_mode: "retain_graph" builds the graph of the gradient once, and each product is one backward pass through
+            it; "recompute" builds the graph for each product, which is slower and holds no graph between products.
+    Raises:
+        ValueError: an unknown `hvp_mode`, or a shift that is not positive.
     """
 
     def __init__(
@@ -104,7 +106,7 @@ class CurvatureOperator(LinearOperator):
     ) -> None:
         super().__init__([parameter.numel() for parameter in parameters], shift)
         if hvp_mode not in ("retain_graph", "recompute"):
-            raise ValueError(f'hvp_mode={hvp_mode!r}; accepted: "retain_graph" (faster) and "recompute" (less memory).')
+            raise ValueError(f'hvp_mode is {hvp_mode!r}; use "retain_graph" (faster) or "recompute" (less memory).')
         self.loss = loss
         self.parameters = list(parameters)
         self.modules = list(modules)
@@ -113,7 +115,7 @@ class CurvatureOperator(LinearOperator):
         self._gradient: Callable[[], list[Tensor]] | None = None
 
     def prepare(self) -> "CurvatureOperator":
-        """Fix the matrix; call again for a new batch or new parameters."""
+        """Fix the matrix and return the operator; call again for a new batch or new parameters."""
         self.subspace.clear()
         build = replayed(self._build_gradient, self.modules)
         if self.hvp_mode == "retain_graph":
@@ -124,20 +126,20 @@ class CurvatureOperator(LinearOperator):
         return self
 
     def release(self) -> None:
-        """Free the graph and what solves left."""
+        """Free the graph and the subspace."""
         self._gradient = None
         self.subspace.clear()
 
     def hessian_product(self, u: Tensor) -> Tensor:
-        """`H @ u` for a flat `(P,)` vector, averaged over ranks, and so the same on every rank.
+        """Return `H @ u` for `u (P,)`, averaged over ranks and therefore equal on every rank.
 
         Raises:
             RuntimeError: `prepare` was not called.
         """
         if self._gradient is None:
-            raise RuntimeError("A product with CurvatureOperator before prepare(), or after release()")
+            raise RuntimeError("CurvatureOperator: call prepare() before products; release() ends them.")
         chunks = [chunk.view_as(p) for chunk, p in zip(u.split(self.block_sizes), self.parameters, strict=True)]
-        # a gradient without a graph is constant in the parameters, so its rows of H are zero
+        # a gradient without a graph does not depend on the parameters: its rows of H are zero
         pairs = [(g, c) for g, c in zip(self._gradient(), chunks, strict=True) if g.requires_grad]
         if not pairs:
             return torch.zeros_like(u)

@@ -1,4 +1,4 @@
-"""Convolution and batch norm that are cheap to differentiate twice; value and gradient are those of ATen's kernels."""
+"""Convolution and batch norm with an efficient double backward; value and gradient come from ATen's kernels."""
 
 import functools
 from collections.abc import Callable
@@ -14,24 +14,25 @@ aten = torch.ops.aten
 
 
 def fast_second_order() -> TorchFunctionMode:
-    """Context in which to build a graph that is to be differentiated a second time, as for Hessian-vector products.
+    """Context in which to build a graph that will be differentiated twice, as for Hessian-vector products.
 
-    `torch.nn.functional.conv2d` and training-mode `batch_norm`, hence all modules that call them, are recorded with a
-    double backward of their own. The convolution's takes its weight term from the kernel of ordinary weight gradients,
-    where ATen's convolves with images and channels exchanged; the batch norm's passes seven times over activations,
-    where ATen's is composed of dozens of elementwise operations. On CUDA, batch norm is ATen's kernel, not cuDNN's.
+    `torch.nn.functional.conv2d` and `batch_norm` in training mode, and all modules that call them, get a custom double
+    backward. That of the convolution computes its weight term with the kernel of ordinary weight gradients, while ATen
+    convolves with batch and channels exchanged. That of batch norm makes seven passes over the activations, while ATen
+    composes dozens of elementwise operations. On CUDA, batch norm runs ATen's kernel instead of cuDNN's.
 
-    Left to torch: all that is not dense float32 or float64 of one dtype, convolution of other than `(N, C, H, W)` or
-    with named padding, statistics that are not the batch's, and everything under autocast or without gradients.
+    PyTorch's functions are used for tensors that are not dense float32 or float64 of one dtype, for convolutions whose
+    input is not `(N, C, H, W)` or whose padding is a string, for batch norm with running statistics, under autocast,
+    and without gradients.
 
     Raises:
-        RuntimeError: on backward through the graph with `create_graph=True`, since there is no third derivative.
+        RuntimeError: on a backward pass through the graph with `create_graph=True`: the third derivative is missing.
     """
     return _Replace({functional.conv2d: _conv2d, functional.batch_norm: _batch_norm})
 
 
 class _Replace(TorchFunctionMode):
-    """Calls the replacement of a function, and the function where there is none or it returns NotImplemented."""
+    """Call the replacement of a function, or the function if there is none or it returns NotImplemented."""
 
     def __init__(self, replacements: dict[Callable, Callable]) -> None:
         super().__init__()
@@ -46,7 +47,7 @@ class _Replace(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-#: of a convolution: stride, padding, dilation, whether transposed, output padding, groups
+#: stride, padding, dilation, transposed, output padding and groups of a convolution
 _Geometry = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...], bool, tuple[int, ...], int]
 
 
@@ -75,7 +76,7 @@ def _batch_norm(
     momentum: float = 0.1,
     eps: float = 1e-5,
 ) -> Tensor:
-    # a single value per channel is refused by torch, in its words
+    # torch raises its own error for a single value per channel
     if not training or input.dim() < 2 or input.numel() <= input.shape[1]:
         return NotImplemented
     if not _are_plain(input, weight, bias, running_mean, running_var):
@@ -89,7 +90,7 @@ def _pair(value: int | tuple[int, ...]) -> tuple[int, ...]:
 
 
 def _are_plain(*tensors: Tensor | None) -> bool:
-    """Whether a graph is recorded, and these are dense tensors of one real dtype, in which torch would compute."""
+    """Return True if a graph is recorded and the tensors are dense, of one real dtype, without autocast."""
     given = [tensor for tensor in tensors if tensor is not None]
     return (
         torch.is_grad_enabled()
@@ -101,16 +102,16 @@ def _are_plain(*tensors: Tensor | None) -> bool:
 
 
 def _refuse_third_derivative() -> None:
-    # in a backward pass, gradients are enabled exactly where it was asked for with create_graph=True
+    # in a backward pass, gradients are enabled only with create_graph=True
     if torch.is_grad_enabled():
         raise RuntimeError(
-            "a graph built under fast_second_order() has two derivatives, and create_graph=True asks for a third; "
-            "build it outside of fast_second_order()"
+            "create_graph=True needs a third derivative, and a graph built under fast_second_order() has two; "
+            "build the graph outside of fast_second_order()"
         )
 
 
 class _Convolution(Function):
-    """y = x * w + b."""
+    """`y = x * w + b`, where `*` is the convolution."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, geometry: _Geometry) -> Tensor:
@@ -125,7 +126,7 @@ class _Convolution(Function):
 
 
 class _ConvolutionBackward(Function):
-    """The gradients of a convolution in x, w and b; each is bilinear, so that its own gradients are convolutions."""
+    """Gradients of a convolution in x, w and b; each is bilinear, so its own gradients are convolutions."""
 
     @staticmethod
     def forward(
@@ -140,7 +141,7 @@ class _ConvolutionBackward(Function):
     def backward(
         ctx: Any, x_dot: Tensor | None, weight_dot: Tensor | None, bias_dot: Tensor | None
     ) -> tuple[Tensor | None, ...]:
-        """`*_dot` are what multiplies the gradients in x, w and b: the directions of a Hessian-vector product."""
+        """Differentiate `<x_dot, dx> + <weight_dot, dw> + <bias_dot, db>`, as a Hessian-vector product does."""
         _refuse_third_derivative()
         grad, x, weight = ctx.saved_tensors
         needs_grad, needs_x, needs_weight = ctx.needs_input_grad[:3]
@@ -151,7 +152,7 @@ class _ConvolutionBackward(Function):
             terms.append(torch.convolution(x, weight_dot, None, *ctx.geometry))
         if needs_grad and bias_dot is not None:
             terms.append(bias_dot.view(-1, 1, 1).expand_as(grad))
-        # the gradients in x and w of <x_dot, dx> + <weight_dot, dw> are those of a convolution of x_dot with weight_dot
+        # the gradients of that sum in x and w are those of a convolution of x_dot with weight_dot
         x_grad, weight_grad, _ = aten.convolution_backward(
             grad,
             x if x_dot is None else x_dot,
@@ -164,7 +165,7 @@ class _ConvolutionBackward(Function):
 
 
 class _BatchNorm(Function):
-    """y = weight (x - mean) invstd + bias with the statistics of the batch (arXiv 1502.03167)."""
+    """`y = weight (x - mean) invstd + bias` with the statistics of the batch (arXiv 1502.03167)."""
 
     @staticmethod
     def forward(
@@ -183,10 +184,10 @@ class _BatchNorm(Function):
 
 
 class _BatchNormBackward(Function):
-    """The gradients of batch norm in x, weight and bias.
+    """Gradients of batch norm in x, weight and bias.
 
-    With h = (x - mean) invstd, N values per channel and sums over them, they are
-    dx = weight invstd (dy - sum(dy) / N - h sum(dy h) / N), sum(dy h) and sum(dy).
+    With `h = (x - mean) invstd` and sums over the N values of a channel:
+    `dx = weight invstd (dy - sum(dy) / N - h sum(dy h) / N)`, `dweight = sum(dy h)` and `dbias = sum(dy)`.
     """
 
     @staticmethod
@@ -208,9 +209,10 @@ class _BatchNormBackward(Function):
 
     @staticmethod
     def backward(ctx: Any, x_dot: Tensor | None, weight_dot: Tensor, bias_dot: Tensor) -> tuple[Tensor | None, ...]:
-        """`*_dot` are what multiplies the gradients in x, weight and bias; `of_*` the coefficients of a linear result.
+        """Differentiate `<x_dot, dx> + <weight_dot, dweight> + <bias_dot, dbias>` in dy, x and weight.
 
-        Nothing is divided by the weight, since zero is where residual branches may start.
+        Each result is a linear combination; `of_*` are its coefficients. It never divides by the weight, since residual
+        branches may be initialized with a weight of zero.
         """
         _refuse_third_derivative()
         grad, x, weight, mean, invstd, weight_grad, bias_grad = ctx.saved_tensors
@@ -239,7 +241,7 @@ class _BatchNormBackward(Function):
 
 
 def _channel_sums(a: Tensor, b: Tensor, center: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
-    """`sum(a (b - center) scale)` and `sum(a)` per channel, in one pass over both."""
+    """Return `sum(a (b - center) scale)` and `sum(a)` per channel, in one pass over both tensors."""
     _, product, total = aten.native_batch_norm_backward(
         a, b, _or_ones(None, scale), None, None, center, scale, True, 0.0, (False, True, True)
     )
@@ -247,12 +249,12 @@ def _channel_sums(a: Tensor, b: Tensor, center: Tensor, scale: Tensor) -> tuple[
 
 
 def _or_ones(weight: Tensor | None, like: Tensor) -> Tensor:
-    """`weight`, or ones: CUDA's kernel takes the options of the gradients in weight and bias from the weight."""
+    """Return `weight`, or ones if it is None: the CUDA kernel takes dtype and device of two outputs from the weight."""
     return torch.ones_like(like) if weight is None else weight
 
 
 def _affine(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
-    """`x * scale + shift` per channel, in one pass: batch norm with statistics that do nothing."""
+    """Return `x * scale + shift` per channel in one pass: batch norm with mean 0 and variance 1."""
     zeros, ones = torch.zeros_like(scale), torch.ones_like(scale)
     return torch.native_batch_norm(x, scale, shift, zeros, ones, False, 0.0, 0.0)[0]
 

@@ -1,4 +1,4 @@
-"""What every hypergradient solver takes and returns."""
+"""The interface of hypergradient solvers: the linear operator they take and the solution they return."""
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
@@ -9,18 +9,18 @@ from torch import Tensor
 
 from bissl_zoo.hypergradient.subspace import Subspace
 
-#: delta, added to lambda in the solver only: a number, or chosen from the spectrum once per alternation
+#: delta, added to lambda in the solver only: a number, or "auto" to choose it from the spectrum in each alternation
 Damping = float | Literal["auto"]
 
 
 class LinearOperator(ABC):
-    """`A = I + H / shift` for a symmetric `H (P, P)` known by its products.
+    """`A = I + H / shift` for a symmetric `H (P, P)` that is given by its matrix-vector products.
 
     Attributes:
         block_sizes: lengths of the parameter tensors in a flat vector; they sum to P.
         shift: lambda + damping, positive; None until the damping is chosen.
-        automatic: whether the damping is chosen from the spectrum, and may rise.
-        subspace: products with `H` that earlier solves left; a solver may start from them and add its own.
+        automatic: True if the damping is chosen from the spectrum; a solver may raise it.
+        subspace: products with `H` from earlier solves; a solver may reuse them and add its own.
     """
 
     def __init__(self, block_sizes: list[int], shift: float | None = 1.0) -> None:
@@ -33,27 +33,27 @@ class LinearOperator(ABC):
 
     @abstractmethod
     def hessian_product(self, u: Tensor) -> Tensor:
-        """`H @ u` for a flat `(P,)` vector, in a vector of its own, which the caller may overwrite."""
+        """Return `H @ u` for `u (P,)` in a new vector, which the caller may overwrite."""
 
     def matvec(self, u: Tensor) -> Tensor:
-        """`A @ u` for a flat `(P,)` vector.
+        """Return `A @ u` for `u (P,)`.
 
         Raises:
-            RuntimeError: the shift has not been chosen yet.
+            RuntimeError: the shift is None.
         """
         if self.shift is None:
-            raise RuntimeError("A product with A before its damping was chosen; set `shift` first.")
+            raise RuntimeError("The damping is not chosen yet; set `shift` before products with A.")
         return torch.add(u, self.hessian_product(u), alpha=1.0 / self.shift)
 
     __call__ = matvec
 
 
 class DenseOperator(LinearOperator):
-    """The operator of a symmetric matrix that is there in full.
+    """Operator of an explicit symmetric matrix, for tests and small problems.
 
-    Args:
-        hessian: `(P, P)`.
-        products: how many have been asked for.
+    Attributes:
+        hessian: `H`, `(P, P)`.
+        products: number of products computed so far.
     """
 
     def __init__(self, hessian: Tensor, shift: float | None = 1.0, block_sizes: list[int] | None = None) -> None:
@@ -62,22 +62,22 @@ class DenseOperator(LinearOperator):
         self.products = 0
 
     def hessian_product(self, u: Tensor) -> Tensor:
-        """`H @ u` for a flat `(P,)` vector."""
+        """Return `H @ u` for `u (P,)`."""
         self.products += 1
         return self.hessian @ u
 
 
 @dataclass(frozen=True)
 class Solution:
-    """An approximate solution of `A x = v`.
+    """Approximate solution of `A x = v`.
 
     Attributes:
-        x: flat `(P,)`, finite whatever happened.
-        residual: `||v - A x|| / ||v||`, from products with `A` and not from a recurrence; None where the solver spends
-            no product on it.
-        products: how many times `A` was applied, the one for the residual included.
+        x: flat `(P,)`, always finite.
+        residual: true relative residual `||v - A x|| / ||v||`, not that of a recurrence; None if the solver does not
+            compute it.
+        products: number of products with `A`, including the one for the residual.
         status: `converged`, `max_iterations`, `negative_curvature`, `diverged`, `non_finite`, `singular`, or
-            `not_solved` from solvers that solve nothing.
+            `not_solved` if the solver does not measure a residual.
     """
 
     x: Tensor
@@ -87,15 +87,15 @@ class Solution:
 
 
 def power_of_two(v: Tensor) -> Tensor:
-    """The largest power of two up to the largest magnitude in `v`, which must be finite and not zero.
+    """Return the largest power of two that is at most `max |v|`; `v` must be finite and not zero.
 
-    Squares of a vector far from 1 do not fit float32; dividing by a power of two keeps every digit.
+    Dividing by it is exact, and prevents overflow and underflow of squares in float32.
     """
     largest = v.abs().max()
     return torch.ldexp(torch.ones_like(largest), torch.frexp(largest).exponent - 1)
 
 
 def relative_residual(operator: LinearOperator, x: Tensor, v: Tensor) -> float:
-    """`||v - A x|| / ||v||` at the price of one product; 0 for v = 0."""
+    """Return `||v - A x|| / ||v||`, or 0 for v = 0; costs one product."""
     scale = torch.linalg.vector_norm(v)
     return float(torch.linalg.vector_norm(v - operator(x)) / scale) if scale > 0 else 0.0

@@ -1,19 +1,19 @@
-"""What is known of a symmetric matrix from the products made with it so far."""
+"""Directions and products of one symmetric matrix, kept between solves (Krylov subspace recycling)."""
 
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-#: elements of a long vector that are worked on at a time. Sums are made in such parts: in float32 on the CPU,
-#: `torch.linalg.vector_norm` of 11 million numbers is off by 4e-4, and a basis scaled by it is as far from orthonormal.
+#: number of elements of a long vector that are summed at a time. In float32 on the CPU, `torch.linalg.vector_norm` of
+#: 11 million numbers has an error of 4e-4, and a basis normalized with it is equally far from orthonormal.
 _PART = 2**18
 
 
 class Rows:
-    """Flat `(P,)` vectors that grow in number, kept where matrix-vector products reach many of them at once."""
+    """Growing list of flat `(P,)` vectors, stored in blocks so that matrix-vector products handle several at once."""
 
-    _PER_BLOCK = 4  # so that growing copies nothing
+    _PER_BLOCK = 4  # appending allocates a new block and copies no earlier vector
 
     def __init__(self) -> None:
         self._blocks: list[Tensor] = []
@@ -23,12 +23,12 @@ class Rows:
         return self._count
 
     def __getitem__(self, index: int) -> Tensor:
-        """The vector itself, not a copy."""
+        """Return row `index`, a view."""
         index = range(self._count)[index]
         return self._blocks[index // self._PER_BLOCK][index % self._PER_BLOCK]
 
     def append(self, w: Tensor) -> None:
-        """Add a copy of `w (P,)` as the last row."""
+        """Append a copy of `w (P,)`."""
         if self._count == self._PER_BLOCK * len(self._blocks):
             self._blocks.append(w.new_empty(self._PER_BLOCK, len(w)))
         self._count += 1
@@ -40,7 +40,7 @@ class Rows:
         del self._blocks[-(-self._count // self._PER_BLOCK) :]
 
     def dots(self, w: Tensor) -> Tensor:
-        """Inner products with `w (P,)`, `(m,)`, and as the last one that of `w` with itself."""
+        """Return the inner products of all m rows with `w (P,)`, then `w @ w`: `(m + 1,)`."""
         filled = self._filled()
         sums = [
             torch.cat([*(torch.mv(rows[:, part], w[part]) for rows in filled), torch.dot(w[part], w[part])[None]])
@@ -49,7 +49,7 @@ class Rows:
         return torch.stack(sums).sum(dim=0)
 
     def add_to(self, w: Tensor, factors: Tensor) -> Tensor:
-        """Add the sum of all rows, each times its factor `(m,)`, to `w (P,)` in place; returns `w`."""
+        """Add `sum_i factors[i] * row_i` to `w (P,)` in place and return `w`; `factors` is `(m,)`."""
         filled = self._filled()
         shares = factors.split([len(rows) for rows in filled])
         for part in _parts(w):
@@ -66,13 +66,13 @@ def _parts(w: Tensor) -> list[slice]:
 
 
 class Subspace:
-    """Directions, and the products of one symmetric matrix `H` with them, in the coordinates of an orthonormal basis.
+    """Directions and the products of one symmetric matrix `H` with them, in the coordinates of an orthonormal basis.
 
     With the basis in the rows of `V (m, P)`, the directions are `V^T R` and their products `H V^T R = V^T K`, where
-    `R (m, k)` has orthonormal columns: a Lanczos relation that more than one starting vector may extend. `A = I + H/s`
-    has the same relation with `R + K/s` for every `s`, so damping can be exchanged without a product, and the residual
-    of any `x` in the space is known without one. Keeping it between right-hand sides is recycling (Parks et al., SIAM
-    J. Sci. Comput. 28, 2006; for symmetric matrices Wang, de Sturler and Paulino, IJNME 69, 2007).
+    `R (m, k)` has orthonormal columns: a Lanczos relation that several starting vectors may extend. `A = I + H/s` has
+    the same relation with `R + K/s` for every `s`. The damping can therefore change without a new product, and the
+    residual of any `x` in the space needs none. Keeping the space between right-hand sides is called recycling (Parks
+    et al., SIAM J. Sci. Comput. 28, 2006; for symmetric matrices Wang, de Sturler and Paulino, IJNME 69, 2007).
 
     Attributes:
         basis: m orthonormal flat `(P,)` vectors, as rows.
@@ -83,36 +83,34 @@ class Subspace:
         self.clear()
 
     def clear(self) -> None:
-        """Forget everything, for a new matrix."""
+        """Remove all vectors; call it when the matrix changes."""
         self.basis = Rows()
         self.directions = torch.zeros(0, 0, dtype=torch.float64)
         self.images = torch.zeros(0, 0, dtype=torch.float64)
-        self._marks: list[int] = []  # size of the basis that the first 1, 2, ... products need
+        self._marks: list[int] = []  # basis size after 1, 2, ... products
 
     @property
     def explored(self) -> int:
-        """k, the number of directions whose product is known."""
+        """Number of directions with a known product, k."""
         return self.directions.shape[1]
 
     def coordinates(self, w: Tensor) -> Tensor:
-        """Coordinates `(m,)` float64 of `w (P,)`; what of it lies outside the space becomes a new basis vector.
+        """Return the coordinates `(m,)`, float64, of `w (P,)`; its part outside the space becomes a new basis vector.
 
-        Returns:
-            Coordinates, not finite where `w` is not; the basis is unchanged then.
+        If `w` is not finite, neither are the coordinates, and the basis is unchanged.
         """
         return self._absorb(w.clone())
 
     def combine(self, coordinates: Tensor) -> Tensor:
-        """The flat `(P,)` vector that has these coordinates `(m,)`."""
+        """Return the flat `(P,)` vector with the given coordinates `(m,)`."""
         out = torch.zeros_like(self.basis[0])
         return self.basis.add_to(out, coordinates.to(out))
 
     def unexplored(self, *candidates: Tensor) -> Tensor | None:
-        """The unit direction `(m,)` to spend the next product on.
+        """Return the unit direction `(m,)` for the next product, or None if `H` maps the explored space into itself.
 
-        It is the part of the first candidate `(m,)`, say a residual, on which the product is not known already; where
-        nothing of it is left, of the next, and at last the newest basis vector; None when `H` maps the explored space
-        into itself.
+        It is the part of the first candidate `(m,)`, such as a residual, that is orthogonal to the explored directions.
+        If that part vanishes, the next candidate is used, and finally the newest basis vector.
         """
         newest = torch.zeros(len(self.basis), dtype=torch.float64)
         newest[-1] = 1.0
@@ -126,10 +124,10 @@ class Subspace:
         return None
 
     def explore(self, product: Callable[[Tensor], Tensor], direction: Tensor) -> bool:
-        """Spend one product with `H` on the unit direction with these coordinates `(m,)`.
+        """Compute `H` times the unit direction with the given coordinates `(m,)`, and add both.
 
         Returns:
-            Whether the product was finite; where it was not, nothing is added.
+            True if the product is finite; otherwise nothing is added.
         """
         image = self._absorb(product(self.combine(direction)))
         if not torch.isfinite(image).all():
@@ -142,10 +140,10 @@ class Subspace:
         return True
 
     def minimal_residual(self, coordinates: Tensor, shift: float) -> tuple[Tensor, Tensor]:
-        """The `x` in the explored space whose residual for `A x = v` is least.
+        """Minimize `||v - A x||` over the explored space, with `A = I + H / shift`.
 
         Args:
-            coordinates: of v, `(m,)`.
+            coordinates: coordinates of `v`, `(m,)`.
         Returns:
             Coordinates `(m,)` of `x` and of the residual `v - A x`.
         """
@@ -153,34 +151,34 @@ class Subspace:
         if not self.explored:
             return torch.zeros_like(coordinates), coordinates
         applied = self.directions + self.images / shift
-        # what is smaller is rounding of the products, and would make an `x` whose residual nobody knows
+        # smaller singular values are rounding errors of the products; with them, the residual below would be wrong
         negligible = 100 * torch.finfo(self.basis[0].dtype).eps
         y = torch.linalg.lstsq(applied, coordinates[:, None], rcond=negligible, driver="gelsd").solution[:, 0]
         return self.directions @ y, coordinates - applied @ y
 
     def ritz_values(self) -> tuple[Tensor, Tensor]:
-        """Estimates of eigenvalues of `H`, ascending `(k,)`, and for each the norm of its residual, float64."""
+        """Return estimates of eigenvalues of `H`, ascending `(k,)`, and the residual norm of each, float64."""
         projected = self.directions.T @ self.images
         values, vectors = torch.linalg.eigh((projected + projected.T) / 2)
         residuals = self.images @ vectors - self.directions @ vectors * values
         return values, residuals.norm(dim=0)
 
     def truncate(self, limit: int) -> None:
-        """Keep the first products, as many as `limit` basis vectors hold."""
+        """Keep the first products that fit into `limit` basis vectors."""
         if len(self.basis) <= limit:
             return
-        kept = sum(mark <= limit for mark in self._marks)
-        size = self._marks[kept - 1] if kept else 0
+        products = sum(mark <= limit for mark in self._marks)
+        size = self._marks[products - 1] if products else 0
         self.basis.truncate(size)
-        self._marks = self._marks[:kept]
-        self.directions = self.directions[:size, :kept].clone()
-        self.images = self.images[:size, :kept].clone()
+        self._marks = self._marks[:products]
+        self.directions = self.directions[:size, :products].clone()
+        self.images = self.images[:size, :products].clone()
 
     def _absorb(self, w: Tensor) -> Tensor:
-        """`coordinates` of a vector that may be overwritten: long vectors are slow to allocate.
+        """Compute the coordinates of a vector and overwrite it, since long vectors are slow to allocate.
 
-        Gram-Schmidt, a second time where the first left less than half, which is enough (Daniel et al., Math. Comp. 30,
-        1976; Giraud et al., Numer. Math. 101, 2005). One transfer to the host each time.
+        Gram-Schmidt with one reorthogonalization if less than half of the norm remains, which is sufficient (Daniel et
+        al., Math. Comp. 30, 1976; Giraud et al., Numer. Math. 101, 2005). Each pass needs one transfer to the host.
         """
         coordinates, size = torch.zeros(len(self.basis), dtype=torch.float64), None
         for _ in range(2):

@@ -1,4 +1,3 @@
-import math
 from pathlib import Path
 
 import numpy as np
@@ -6,17 +5,15 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from systems import residual, system
+from systems import Breaking, randn, residual, rotated, system
 
 from bissl_zoo.hypergradient import ConjugateGradient, DenseOperator
 
 GOLDEN = Path(__file__).resolve().parents[1] / "golden"  # iterates of the BiSSL authors' published code, float64
 
 
-def spd(size, seed, largest=20.0, dtype=torch.float64):
-    generator = torch.Generator().manual_seed(seed)
-    q, _ = torch.linalg.qr(torch.randn(size, size, generator=generator, dtype=dtype))
-    return q @ torch.diag(torch.linspace(1.0, largest, size, dtype=dtype)) @ q.T
+def spd(size, seed, largest=20.0):
+    return rotated(torch.linspace(1.0, largest, size), seed)
 
 
 def golden(name):
@@ -30,7 +27,7 @@ def golden(name):
 def test_joint_cg_agrees_with_a_direct_solve(size, seed, largest):
     matrix = spd(size, seed, largest)
     operator = system(matrix)
-    v = torch.randn(size, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    v = randn(size, seed=seed)
     # on its way down the residual may grow by the square root of the condition, as the A-norm of the error falls
     solution = ConjugateGradient(iterations=6 * size, tolerance=1e-12, growth=1e3**0.5)(operator, v)
     expected = np.linalg.solve(matrix.numpy(), v.numpy())
@@ -62,7 +59,7 @@ def test_blockwise_iterates_equal_the_authors_on_an_indefinite_system_too(iterat
     np.testing.assert_allclose(solution.x.numpy(), expected, rtol=0, atol=1e-7 * np.abs(expected).max())
 
 
-def test_joint_cg_stops_at_negative_curvature_where_the_authors_go_on():
+def test_joint_cg_stops_at_negative_curvature_while_the_authors_continue():
     data, operator, b = golden("cg_indef")
     matrix = torch.eye(len(b), dtype=b.dtype) + operator.hessian / operator.shift
     assert np.linalg.eigvalsh(matrix.numpy()).min() < 0
@@ -79,10 +76,10 @@ def test_joint_cg_stops_at_negative_curvature_where_the_authors_go_on():
 
 @pytest.mark.parametrize("blockwise", [False, True])
 @pytest.mark.parametrize("iterations", [1, 3, 50])
-def test_the_residual_is_that_of_the_answer(blockwise, iterations):
+def test_the_residual_is_that_of_the_solution(blockwise, iterations):
     matrix = spd(12, 0)
     operator = system(matrix, [5, 4, 3])
-    v = torch.randn(12, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    v = randn(12, seed=1)
     solution = ConjugateGradient(iterations=iterations, tolerance=1e-9, blockwise=blockwise)(operator, v)
     assert solution.residual == pytest.approx(residual(matrix, solution.x, v), rel=1e-9, abs=1e-15)
     assert solution.products == operator.products <= iterations + 1
@@ -95,20 +92,6 @@ def test_tolerance_ends_the_solve_early():
     assert loose.status == tight.status == "converged"
     assert loose.products < tight.products < 40
     assert loose.residual <= 1e-1 and tight.residual <= 1.1e-8
-
-
-def test_a_solve_cut_short_says_so():
-    operator = system(spd(30, 0, largest=100.0))
-    solution = ConjugateGradient(iterations=3, tolerance=1e-8)(operator, torch.ones(30, dtype=torch.float64))
-    assert solution.status == "max_iterations" and solution.products == 4
-    assert 1e-8 < solution.residual < 1.0
-
-
-def test_one_block_makes_blockwise_and_joint_the_same():
-    operator = system(spd(10, 3))
-    v = torch.randn(10, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    joint, blockwise = (ConjugateGradient(4, 0.0, blockwise=flag)(operator, v).x for flag in (False, True))
-    torch.testing.assert_close(joint, blockwise, rtol=1e-12, atol=0)
 
 
 def test_a_solve_cut_short_returns_the_textbook_iterate():
@@ -126,32 +109,7 @@ def test_a_solve_cut_short_returns_the_textbook_iterate():
     assert solution.status == "max_iterations"
 
 
-def test_negative_curvature_at_once_answers_v():
-    v = torch.randn(6, dtype=torch.float64)
-    operator = system(-torch.eye(6, dtype=torch.float64))
-    solution = ConjugateGradient()(operator, v)
-    assert solution.status == "negative_curvature" and torch.equal(solution.x, v)
-    assert solution.residual == pytest.approx(2.0)
-
-
-def test_negative_curvature_later_answers_the_best_iterate():
-    matrix = torch.diag(torch.tensor([1.0, 2.0, -0.5], dtype=torch.float64))
-    v = torch.tensor([1.0, 1.0, 0.3], dtype=torch.float64)
-    operator = system(matrix)
-    solution = ConjugateGradient(iterations=10)(operator, v)
-    assert solution.status == "negative_curvature"
-    assert solution.residual < min(1.0, residual(matrix, v, v))
-
-
-def test_an_iterate_that_is_worse_than_v_is_not_the_answer():
-    matrix = torch.diag(torch.tensor([1.0, 1.2, -0.9], dtype=torch.float64))
-    v = torch.tensor([1.0, 1.0, 1.4], dtype=torch.float64)  # p^T A p is small, so the first step is long
-    operator = system(matrix)
-    solution = ConjugateGradient(iterations=10)(operator, v)
-    assert solution.status == "negative_curvature" and torch.equal(solution.x, v)
-
-
-def test_blockwise_tells_of_negative_curvature():
+def test_blockwise_reports_negative_curvature():
     operator = system(-torch.eye(6, dtype=torch.float64), [2, 4])
     assert ConjugateGradient(blockwise=True)(operator, torch.ones(6, dtype=torch.float64)).status == "converged"
     operator = system(torch.diag(torch.tensor([1.0, 3.0, -0.5, -4.0], dtype=torch.float64)), [2, 2])
@@ -159,11 +117,11 @@ def test_blockwise_tells_of_negative_curvature():
     assert solution.status == "negative_curvature" and torch.isfinite(solution.x).all()
 
 
-def test_blockwise_tells_of_divergence():
+def test_blockwise_reports_divergence():
     size = 20
     matrix = torch.full((size, size), 3.0, dtype=torch.float64) + torch.eye(size, dtype=torch.float64)
     operator = system(matrix, [1] * size)  # definite, but all of the curvature is between the blocks
-    v = torch.randn(size, dtype=torch.float64, generator=torch.Generator().manual_seed(0)) + 1.0
+    v = randn(size, seed=0) + 1.0
     solution = ConjugateGradient(blockwise=True, iterations=5)(operator, v)
     assert solution.status == "diverged" and solution.residual > 1.0
     assert ConjugateGradient(iterations=5)(operator, v).status == "converged"
@@ -183,22 +141,11 @@ def test_a_residual_that_grows_ends_the_joint_solve():
 def test_blockwise_on_a_block_diagonal_system_is_joint_on_each_block(seed, iterations):
     sizes = [6, 5, 7]
     blocks = [spd(size, seed + i, largest=5.0 * (i + 1)) for i, size in enumerate(sizes)]
-    v = torch.randn(sum(sizes), dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+    v = randn(sum(sizes), seed=seed)
     solution = ConjugateGradient(iterations, 0.0, blockwise=True)(system(torch.block_diag(*blocks), sizes), v)
     joint = ConjugateGradient(iterations, 0.0)
     expected = torch.cat([joint(system(a), b).x for a, b in zip(blocks, v.split(sizes), strict=True)])
     torch.testing.assert_close(solution.x, expected, rtol=1e-9, atol=1e-12)
-
-
-@given(st.lists(st.integers(1, 8), min_size=1, max_size=4), st.integers(0, 10_000))
-@settings(max_examples=40, deadline=None)
-def test_blockwise_solves_a_block_diagonal_system(sizes, seed):
-    matrix = torch.block_diag(*[spd(size, seed + i) for i, size in enumerate(sizes)])
-    v = torch.randn(sum(sizes), generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-    # some more iterations than the largest block, as rounding wears the conjugacy off
-    solution = ConjugateGradient(iterations=16, tolerance=1e-8, blockwise=True)(system(matrix, sizes), v)
-    assert solution.status == "converged"
-    np.testing.assert_allclose(solution.x.numpy(), np.linalg.solve(matrix.numpy(), v.numpy()), atol=1e-7)
 
 
 @pytest.mark.parametrize("blockwise", [False, True])
@@ -211,69 +158,29 @@ def test_an_unchecked_solve_is_the_same_for_one_product_less(blockwise):
     assert (expected.products, solution.products, operator.products) == (4, 3, 7)
 
 
-@pytest.mark.parametrize("check", [False, True])
-@pytest.mark.parametrize("blockwise", [False, True])
-def test_an_answer_that_does_not_fit_its_type_is_not_given(blockwise, check):
-    operator, v = DenseOperator(-0.6 * torch.eye(3)), torch.full((3,), 3e38)  # x is 2.5 v
-    solution = ConjugateGradient(blockwise=blockwise, check=check)(operator, v)
-    assert torch.equal(solution.x, v) and solution.status == "non_finite"
-    assert solution.products == operator.products
-
-
-@pytest.mark.parametrize("blockwise", [False, True])
-def test_zero_is_answered_by_zero_without_a_product(blockwise):
-    operator = system(spd(4, 0))
-    solution = ConjugateGradient(blockwise=blockwise)(operator, torch.zeros(4, dtype=torch.float64))
-    assert not solution.x.any() and solution.residual == 0.0 and solution.status == "converged"
-    assert solution.products == operator.products == 0
-
-
-@pytest.mark.parametrize("blockwise", [False, True])
-@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_a_v_that_is_not_finite_is_answered_by_zero(blockwise, bad):
-    v = torch.ones(4)
-    v[2] = bad
-    solution = ConjugateGradient(blockwise=blockwise)(system(torch.eye(4)), v)
-    assert not solution.x.any() and solution.status == "non_finite"
+@pytest.mark.parametrize(
+    ("diagonal", "v", "answer"),
+    [
+        ([-1.0, -1.0, -1.0], [1.0, 2.0, 3.0], "v"),  # in the first step
+        ([1.0, 2.0, -0.5], [1.0, 1.0, 0.3], "best iterate"),
+        ([1.0, 1.2, -0.9], [1.0, 1.0, 1.4], "v"),  # p^T A p is small, so the first step is long
+    ],
+)
+def test_negative_curvature_returns_the_best_iterate_or_v(diagonal, v, answer):
+    matrix, v = torch.diag(torch.tensor(diagonal).double()), torch.tensor(v).double()
+    solution = ConjugateGradient(iterations=10)(system(matrix), v)
+    assert solution.status == "negative_curvature"
+    assert torch.equal(solution.x, v) == (answer == "v")
+    assert solution.residual == pytest.approx(residual(matrix, solution.x, v))
+    assert solution.residual <= residual(matrix, v, v)
+    assert answer == "v" or solution.residual < 1.0
 
 
 @pytest.mark.parametrize("blockwise", [False, True])
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 @pytest.mark.parametrize("after", [0, 1, 2])
-def test_a_product_that_is_not_finite_ends_the_solve(blockwise, bad, after):
-    matrix, v = spd(5, 0), torch.ones(5, dtype=torch.float64)
-
-    class Breaks(DenseOperator):
-        def hessian_product(self, u):
-            product = super().hessian_product(u)
-            return product if self.products <= after else product * bad
-
-    operator = Breaks(matrix, block_sizes=[3, 2])
+def test_a_product_that_is_not_finite_ends_the_solve_with_v(blockwise, bad, after):
+    operator, v = Breaking(spd(5, 0), after, bad, block_sizes=[3, 2]), torch.ones(5, dtype=torch.float64)
     solution = ConjugateGradient(iterations=5, tolerance=0.0, blockwise=blockwise)(operator, v)
     assert solution.status == "non_finite"
-    assert torch.equal(solution.x, v)  # the residual of a better iterate cannot be known either
-
-
-@given(
-    st.lists(st.floats(width=32), min_size=3, max_size=3),
-    st.lists(st.floats(width=32), min_size=3, max_size=3),
-    st.booleans(),
-)
-@settings(max_examples=300, deadline=None)
-def test_the_answer_is_finite_whatever_comes_in(diagonal, v, blockwise):
-    operator = system(torch.diag(torch.tensor(diagonal)), [2, 1])
-    solution = ConjugateGradient(blockwise=blockwise)(operator, torch.tensor(v))
-    assert torch.isfinite(solution.x).all()
-    assert not math.isnan(solution.residual)
-
-
-@pytest.mark.parametrize("scale", [1e-30, 1e30])
-@pytest.mark.parametrize("blockwise", [False, True])
-def test_the_scale_of_v_does_not_matter(scale, blockwise):
-    operator = system(spd(6, 0, dtype=torch.float32), [4, 2])
-    v = torch.randn(6, generator=torch.Generator().manual_seed(0))
-    solve = ConjugateGradient(iterations=4, tolerance=1e-6, blockwise=blockwise)
-    reference, scaled = solve(operator, v), solve(operator, v * scale)
-    assert scaled.status == reference.status
-    torch.testing.assert_close(scaled.x / scale, reference.x, rtol=1e-4, atol=1e-5)
-    assert scaled.residual == pytest.approx(reference.residual, rel=1e-2)
+    assert torch.equal(solution.x, v)  # the residual of a better iterate is unknown, too

@@ -3,7 +3,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from systems import randn, residual, rotated, system
+from systems import Breaking, krylov_basis, randn, residual, rotated, system
 
 from bissl_zoo.hypergradient import DenseOperator, MinRes, choose_shift
 
@@ -11,24 +11,18 @@ SEEDS = st.integers(0, 10_000)
 
 
 def krylov_residual(matrix, v, steps):
-    """The least relative residual over `span{v, A v, ...}` of so many dimensions, by Arnoldi and least squares."""
-    a, b = matrix.numpy(), v.numpy()
-    basis = [b / np.linalg.norm(b)]
-    for _ in range(steps - 1):
-        w = a @ basis[-1]
-        for _ in range(2):
-            q = np.stack(basis, axis=1)
-            w = w - q @ (q.T @ w)
-        basis.append(w / np.linalg.norm(w))
-    applied = a @ np.stack(basis, axis=1)
-    y = np.linalg.lstsq(applied, b, rcond=None)[0]
-    return np.linalg.norm(b - applied @ y) / np.linalg.norm(b)
+    """Return the smallest relative residual over a Krylov space, by dense least squares."""
+    applied = matrix.numpy() @ krylov_basis(matrix, v, steps)
+    y = np.linalg.lstsq(applied, v.numpy(), rcond=None)[0]
+    return np.linalg.norm(v.numpy() - applied @ y) / np.linalg.norm(v.numpy())
 
 
-@given(st.integers(1, 20), SEEDS, st.floats(1.0, 100.0), st.sampled_from([0, 1000]))
-@settings(max_examples=50, deadline=None)
-def test_a_definite_system_is_solved(size, seed, largest, recycle):
-    matrix, v = rotated(torch.linspace(1.0, largest, size), seed), randn(size, seed=seed)
+@given(st.integers(1, 20), SEEDS, st.floats(1.0, 100.0), st.sampled_from([0, 1000]), st.booleans())
+@settings(max_examples=60, deadline=None)
+def test_a_definite_or_indefinite_system_is_solved(size, seed, largest, recycle, definite):
+    values = torch.linspace(1.0, largest, size)
+    values = values if definite else values * torch.where(torch.arange(size) % 3 == 0, -1.0, 1.0)
+    matrix, v = rotated(values, seed), randn(size, seed=seed)
     operator = system(matrix)
     solution = MinRes(iterations=size + 2, tolerance=1e-10, recycle=recycle)(operator, v)
     assert solution.status == "converged" and solution.residual <= 1e-10
@@ -36,20 +30,10 @@ def test_a_definite_system_is_solved(size, seed, largest, recycle):
     np.testing.assert_allclose(solution.x.numpy(), np.linalg.solve(matrix.numpy(), v.numpy()), atol=1e-8)
 
 
-@given(st.integers(2, 20), SEEDS)
-@settings(max_examples=50, deadline=None)
-def test_an_indefinite_system_is_solved_too(size, seed):
-    values = torch.linspace(1.0, 10.0, size) * torch.where(torch.arange(size) % 3 == 0, -1.0, 1.0)
-    matrix, v = rotated(values, seed), randn(size, seed=seed)
-    solution = MinRes(iterations=size, tolerance=1e-9)(system(matrix), v)
-    assert solution.status == "converged"
-    np.testing.assert_allclose(solution.x.numpy(), np.linalg.solve(matrix.numpy(), v.numpy()), atol=1e-7)
-
-
 @pytest.mark.parametrize("iterations", range(1, 7))
 @pytest.mark.parametrize("lowest", [0.5, -4.0])
 @pytest.mark.parametrize("seed", range(3))
-def test_a_first_solve_has_the_least_residual_of_its_krylov_space(iterations, lowest, seed):
+def test_a_first_solve_has_the_minimal_residual_of_its_krylov_space(iterations, lowest, seed):
     matrix, v = rotated(torch.linspace(lowest, 10.0, 30), seed), randn(30, seed=seed)
     operator = system(matrix)
     solution = MinRes(iterations, tolerance=0.0)(operator, v)
@@ -66,8 +50,8 @@ def right_hand_sides(size, count, seed, dtype=torch.float64):
 
 
 @given(SEEDS, st.sampled_from([-2.0, 0.5]), st.sampled_from([8, 30]))
-@settings(max_examples=25, deadline=None)
-def test_recycling_saves_products_and_tells_the_true_residual(seed, lowest, recycle):
+@settings(max_examples=12, deadline=None)
+def test_recycling_saves_products_and_reports_the_true_residual(seed, lowest, recycle):
     matrix = rotated(torch.cat([torch.linspace(lowest, 40.0, 10), torch.linspace(0.9, 1.1, 50)]), seed)
     recycled, cold = (system(matrix) for _ in range(2))
     for v in right_hand_sides(60, 5, seed):
@@ -91,7 +75,7 @@ def test_a_right_hand_side_solved_before_costs_no_product():
 
 
 @pytest.mark.parametrize(("recycle", "products"), [(0, 0), (1, 0), (2, 1), (5, 4), (8, 6)])
-def test_no_more_vectors_are_kept_than_asked_for(recycle, products):
+def test_at_most_recycle_vectors_are_kept(recycle, products):
     matrix = rotated(torch.linspace(-1.0, 10.0, 40), 0)
     operator = system(matrix)
     for v in right_hand_sides(40, 4, 0):
@@ -137,7 +121,7 @@ def test_automatic_damping_rises_no_further_than_it_must():
     assert operator.shift == pytest.approx(90.0, rel=0.02)
 
 
-def test_a_damping_of_the_users_does_not_rise():
+def test_a_fixed_damping_does_not_rise():
     hessian = rotated(torch.linspace(-5.0, 60.0, 40), 0)
     operator = DenseOperator(hessian, shift=6.0)
     solver = MinRes(iterations=3, tolerance=1e-3, recycled_iterations=1)
@@ -178,34 +162,12 @@ def test_an_invariant_space_that_leaves_a_residual_is_singular():
 
 @pytest.mark.parametrize("after", [0, 1, 3])
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_a_product_that_is_not_finite_is_answered_by_the_best_so_far(after, bad):
+def test_a_product_that_is_not_finite_returns_the_best_iterate(after, bad):
     matrix, v = rotated(torch.linspace(0.5, 10.0, 12), 0), randn(12, seed=0)
-
-    class Breaks(DenseOperator):
-        def hessian_product(self, u):
-            product = super().hessian_product(u)
-            return product if self.products <= after else product * bad
-
-    solution = MinRes(iterations=8, tolerance=1e-6)(Breaks(matrix - torch.eye(12, dtype=torch.float64)), v)
+    solution = MinRes(iterations=8, tolerance=1e-6)(system(matrix, kind=Breaking, after=after, bad=bad), v)
     assert solution.status == "non_finite" and solution.products == after + 1
     if after:
         assert solution.residual == pytest.approx(krylov_residual(matrix, v, after), rel=1e-9)
         assert solution.residual == pytest.approx(residual(matrix, solution.x, v), rel=1e-9)
     else:
         assert torch.equal(solution.x, v) and solution.residual == float("inf")
-
-
-@pytest.mark.parametrize("scale", [1e-30, 1e30])
-def test_the_scale_of_v_does_not_matter(scale):
-    matrix, v = rotated(torch.linspace(-1.0, 10.0, 12), 0, torch.float32), randn(12, seed=0, dtype=torch.float32)
-    solve = MinRes(iterations=4, tolerance=1e-6)
-    reference, scaled = solve(system(matrix), v), solve(system(matrix), v * scale)
-    assert scaled.status == reference.status
-    torch.testing.assert_close(scaled.x / scale, reference.x, rtol=1e-4, atol=1e-5)  # float32
-    assert scaled.residual == pytest.approx(reference.residual, rel=1e-3)
-
-
-@pytest.mark.parametrize("wrong", [{"iterations": 0}, {"recycle": -1}])
-def test_limits_that_make_no_sense_are_refused(wrong):
-    with pytest.raises(ValueError, match="solver 'minres'.* or more"):
-        MinRes(**wrong)

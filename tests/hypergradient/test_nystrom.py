@@ -3,7 +3,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from systems import randn, rotated
+from systems import Breaking, randn, rotated
 
 from bissl_zoo.hypergradient import DenseOperator, Nystrom, choose_shift
 
@@ -57,7 +57,7 @@ def test_as_many_directions_as_parameters_solve_an_indefinite_system_too(size):
     assert solution.products == operator.products == size + 1  # a space that is known in full takes no more
 
 
-def test_further_solves_spend_no_product_but_the_one_that_checks():
+def test_further_solves_spend_only_the_product_of_the_check():
     operator = DenseOperator(rotated(20.0 * 0.3 ** torch.arange(40), 0), shift=1.0)
     solve, unchecked = Nystrom(rank=6), Nystrom(rank=6, check=False)
     first = solve(operator, randn(40, seed=100))
@@ -109,7 +109,7 @@ def test_another_seed_draws_other_directions():
     assert torch.equal(torch.get_rng_state(), state)
 
 
-def test_negative_curvature_is_told_and_answered_by_what_is_better():
+def test_negative_curvature_returns_the_better_of_v_and_x():
     seen, rank = set(), 4
     for seed in range(20):
         operator, v = DenseOperator(rotated(torch.linspace(-8.0, 20.0, 15), seed)), randn(15, seed=seed + 100)
@@ -126,7 +126,7 @@ def test_negative_curvature_is_told_and_answered_by_what_is_better():
     assert seen == {"v", "x"}
 
 
-def test_a_poor_approximation_of_a_definite_system_is_told():
+def test_a_poor_approximation_of_a_definite_system_is_reported():
     operator, v = DenseOperator(rotated(torch.linspace(1.0, 20.0, 60), 0)), randn(60, seed=100)
     solution = Nystrom(rank=3, tolerance=0.05)(operator, v)
     assert solution.status == "diverged"  # most of the curvature is left out, so x is nearly v, a residual above 1
@@ -138,45 +138,11 @@ def test_a_poor_approximation_of_a_definite_system_is_told():
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 @pytest.mark.parametrize("after", [0, 2, 4])
-def test_a_product_that_is_not_finite_is_answered_by_v(bad, after):
+def test_a_product_that_is_not_finite_returns_v(bad, after):
     hessian, v = rotated(torch.linspace(0.5, 10.0, 12), 0), randn(12, seed=100)
-
-    class Breaks(DenseOperator):
-        def hessian_product(self, u):
-            product = super().hessian_product(u)
-            return product if self.products <= after else product * bad
-
-    operator, solve = Breaks(hessian), Nystrom(rank=4)
+    operator, solve = Breaking(hessian, after, bad), Nystrom(rank=4)
     for _ in range(4):
         solution = solve(operator, v)
         assert solution.status == "non_finite" and torch.equal(solution.x, v)
         assert len(operator.subspace.basis) <= 2 * 4
     assert operator.subspace.explored == after
-
-
-def test_thousands_of_float32_parameters_have_the_residual_reported():
-    values = torch.cat([torch.linspace(1.0, 50.0, 8), torch.linspace(-0.001, 0.001, 1992)])
-    operator = DenseOperator(rotated(values, 0, torch.float32), shift=1.0)
-    for seed in range(3):
-        v = randn(2000, seed=100 + seed, dtype=torch.float32)
-        solution = Nystrom(rank=12)(operator, v)
-        x, matrix = solution.x.double(), operator.hessian.double()
-        assert solution.status == "converged"
-        assert solution.residual == pytest.approx(float((v - x - matrix @ x).norm() / v.norm()), abs=1e-4)
-
-
-@pytest.mark.parametrize("scale", [1e-30, 1e30])
-def test_the_scale_of_v_does_not_matter(scale):
-    hessian, v = rotated(20.0 / torch.arange(1, 13) ** 2, 0, torch.float32), randn(12, seed=100, dtype=torch.float32)
-    reference, scaled = (Nystrom(rank=6)(DenseOperator(hessian), v * s) for s in (1.0, scale))
-    assert scaled.status == reference.status
-    torch.testing.assert_close(scaled.x / scale, reference.x, rtol=1e-4, atol=1e-5)
-
-
-def test_it_says_how_many_products_a_solve_may_take():
-    assert Nystrom(rank=7).iterations == 7
-
-
-def test_a_rank_that_makes_no_sense_is_refused():
-    with pytest.raises(ValueError, match="rank=0 must be at least 1"):
-        Nystrom(rank=0)

@@ -1,19 +1,20 @@
 import pytest
 import torch
+from cuda_batch_norm import RefuseBatchNormThatCudaRefuses
 from torch import nn
 
 from bissl_zoo.analysis.reduced_problem import narrow_widths
 from bissl_zoo.hypergradient import CurvatureOperator, frozen_state
 from bissl_zoo.registry import PRETEXT_METHODS, build_backbone, build_pretext
 
-#: methods that need another backbone than a small ResNet, and the stage it is split at
+#: backbone and split stage of methods that do not take a small ResNet
 BACKBONES = {
     "simmim": ({"name": "test_vit", "class_token": False, "global_pool": "avg", "img_size": 32}, "blocks.5"),
 }
 
 
 def smooth_net(**extra):
-    """A small smooth network in float64, a function of its flat parameters, and the loss on a fixed batch."""
+    """Return a small smooth network in float64 and its loss on a fixed batch."""
     torch.manual_seed(0)
     net = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2, **extra)).double()
     x, y = torch.randn(7, 3, dtype=torch.float64), torch.randn(7, 2, dtype=torch.float64)
@@ -21,7 +22,7 @@ def smooth_net(**extra):
 
 
 def dense_hessian(net, loss):
-    """The Hessian of `loss` in the parameters of `net`, by torch's own dense routine on a functional call."""
+    """Return the Hessian of `loss` in the parameters of `net`, by torch's own dense routine on a functional call."""
     shapes = {name: p.shape for name, p in net.named_parameters()}
     flat = torch.cat([p.detach().reshape(-1) for p in net.parameters()])
 
@@ -58,7 +59,7 @@ def test_fused_attention_has_products_as_well():
             return nn.functional.scaled_dot_product_attention(q, k, v).square().mean()
         return ((q @ k.transpose(2, 3) / 2.0).softmax(dim=3) @ v).square().mean()
 
-    with pytest.raises(RuntimeError, match="not implemented"):  # what the operator spares its users
+    with pytest.raises(RuntimeError, match="not implemented"):  # the kernel without a second derivative
         gradient = torch.autograd.grad(loss(fused=True), project.weight, create_graph=True)[0]
         torch.autograd.grad(gradient.sum(), project.weight)
     u = torch.randn(sum(p.numel() for p in project.parameters()), dtype=torch.float64)
@@ -78,7 +79,7 @@ def test_products_do_not_depend_on_what_came_before():
     assert not first.requires_grad
 
 
-def test_parameters_that_do_not_matter_have_zero_rows():
+def test_unused_parameters_have_zero_rows():
     net, loss = smooth_net()
     unused = nn.Parameter(torch.randn(5, dtype=torch.float64))
     parameters = [unused, *net.parameters()]
@@ -88,23 +89,16 @@ def test_parameters_that_do_not_matter_have_zero_rows():
     torch.testing.assert_close(product[5:], dense_hessian(net, loss) @ u[5:], rtol=1e-10, atol=1e-13)
 
 
-def test_a_linear_loss_has_no_curvature():
-    parameter = nn.Parameter(torch.randn(4))
-    operator = CurvatureOperator(lambda: (3.0 * parameter).sum(), [parameter], shift=1.0).prepare()
-    u = torch.randn(4)
-    assert torch.equal(operator(u), u)
-
-
 def test_a_product_before_prepare_or_after_release_is_refused():
     net, loss = smooth_net()
     operator = CurvatureOperator(loss, list(net.parameters()), shift=1.0)
     u = torch.zeros(26, dtype=torch.float64)
-    with pytest.raises(RuntimeError, match="before prepare"):
+    with pytest.raises(RuntimeError, match="prepare"):
         operator(u)
     assert operator.prepare() is operator
     operator(u)
     operator.release()
-    with pytest.raises(RuntimeError, match="after release"):
+    with pytest.raises(RuntimeError, match="release"):
         operator(u)
 
 
@@ -117,12 +111,6 @@ def test_prepare_again_sees_the_new_parameters():
     torch.testing.assert_close(
         operator.prepare().hessian_product(u), dense_hessian(net, loss) @ u, rtol=1e-10, atol=1e-13
     )
-
-
-@pytest.mark.parametrize("shift", [0.0, -1.0, float("nan")])
-def test_a_shift_that_is_not_positive_is_refused(shift):
-    with pytest.raises(ValueError, match="must be positive"):
-        CurvatureOperator(lambda: None, [], shift=shift)
 
 
 def test_products_are_reduced_over_ranks():
@@ -138,8 +126,12 @@ def snapshot(*modules):
     return {**state, "random state": torch.get_rng_state()}
 
 
+def buffer_identities(*modules):
+    return {f"{i}.{name}": id(buffer) for i, m in enumerate(modules) for name, buffer in m.named_buffers()}
+
+
 def pretext_problem(method):
-    """A trunk in train mode that drops paths, the method on it, and a batch of views of the method's kind."""
+    """Return a trunk in train mode with stochastic depth, a method, and a batch of views for it."""
     torch.manual_seed(0)
     arguments, stage = BACKBONES.get(method, ({"name": "test_resnet"}, "c3"))
     trunk, tail = build_backbone(**arguments, drop_path_rate=0.3).split(stage)
@@ -157,10 +149,13 @@ def test_products_leave_no_trace(method):
     trunk, pretext, views = pretext_problem(method)
     parameters = list(trunk.parameters())
     u = torch.randn(sum(p.numel() for p in parameters))
-    before = snapshot(trunk, pretext)
+    before, buffers = snapshot(trunk, pretext), buffer_identities(trunk, pretext)
     operator = CurvatureOperator(
         lambda: sum(pretext.losses(trunk, views).values()), parameters, shift=1.0, modules=(trunk, pretext)
     ).prepare()
+    prepared = snapshot(trunk, pretext)
+    assert all(torch.equal(prepared[key], before[key]) for key in before)
+    assert buffer_identities(trunk, pretext) == buffers
     first = operator(u)
     with torch.no_grad():  # the upper level moves the lower statistics, where there are any, between two products
         trunk(torch.randn(4, 3, 32, 32))
@@ -177,16 +172,16 @@ def test_products_leave_no_trace(method):
 
 
 @pytest.mark.parametrize("method", PRETEXT_METHODS.list())
-def test_preparing_leaves_every_buffer_and_the_random_state(method):
+def test_products_of_every_method_call_batch_norm_kernels_as_cuda_accepts_them(method):
     trunk, pretext, views = pretext_problem(method)
-    identities = {name: id(buffer) for name, buffer in [*trunk.named_buffers(), *pretext.named_buffers()]}
-    before = snapshot(trunk, pretext)
-    CurvatureOperator(
-        lambda: sum(pretext.losses(trunk, views).values()), list(trunk.parameters()), 1.0, (trunk, pretext)
-    ).prepare()
-    after = snapshot(trunk, pretext)
-    assert all(torch.equal(after[key], before[key]) for key in before)
-    assert identities == {name: id(buffer) for name, buffer in [*trunk.named_buffers(), *pretext.named_buffers()]}
+    parameters = list(trunk.parameters())
+    with RefuseBatchNormThatCudaRefuses() as mode:
+        operator = CurvatureOperator(
+            lambda: sum(pretext.losses(trunk, views).values()), parameters, shift=1.0, modules=(trunk, pretext)
+        ).prepare()
+        product = operator(torch.ones(sum(p.numel() for p in parameters)))
+    assert product.isfinite().all()
+    assert mode.calls > 1 or not any(isinstance(m, nn.BatchNorm2d) for m in trunk.modules())
 
 
 def test_frozen_state_is_restored_when_the_forward_pass_fails():
@@ -199,7 +194,7 @@ def test_frozen_state_is_restored_when_the_forward_pass_fails():
     assert torch.equal(torch.get_rng_state(), random_state)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU, whose random state is apart from the CPU's")
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU, which has its own random state")
 def test_frozen_state_keeps_the_gpus_random_state_without_buffers_too():
     layer = nn.Linear(2, 2).cuda()
     before = torch.cuda.get_rng_state()
@@ -209,7 +204,7 @@ def test_frozen_state_keeps_the_gpus_random_state_without_buffers_too():
 
 
 def stochastic_loss():
-    """A loss with dropout and batch norm, and what it runs through."""
+    """Return a network and a head with dropout and batch norm, and their loss."""
     torch.manual_seed(0)
     net = nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.Tanh(), nn.Dropout(0.5), nn.Linear(8, 3)).double()
     head = nn.Sequential(nn.Dropout(0.3), nn.Linear(3, 2)).double()
@@ -217,7 +212,7 @@ def stochastic_loss():
     return net, head, lambda: head(net(x)).square().mean()
 
 
-def test_rebuilt_products_are_those_of_the_graph_whatever_happens_in_between():
+def test_recomputed_products_equal_those_of_the_retained_graph():
     net, head, loss = stochastic_loss()
     parameters = list(net.parameters())
     state = torch.get_rng_state()
@@ -235,11 +230,11 @@ def test_rebuilt_products_are_those_of_the_graph_whatever_happens_in_between():
     rebuilt(u)
     assert torch.equal(net[1].running_mean, before[0]) and torch.equal(torch.get_rng_state(), before[1])
     rebuilt.release()
-    with pytest.raises(RuntimeError, match="after release"):
+    with pytest.raises(RuntimeError, match="release"):
         rebuilt(u)
 
 
-def test_the_next_preparation_draws_other_masks():
+def test_prepare_draws_new_dropout_masks():
     net, head, loss = stochastic_loss()
     operator = CurvatureOperator(loss, list(net.parameters()), shift=1.0, modules=(net, head)).prepare()
     u = torch.ones(sum(operator.block_sizes), dtype=torch.float64)
@@ -249,8 +244,8 @@ def test_the_next_preparation_draws_other_masks():
     assert not torch.equal(operator.prepare()(u), first)
 
 
-def test_a_way_to_make_products_that_there_is_not_is_refused():
-    with pytest.raises(ValueError, match='accepted: "retain_graph" \\(faster\\) and "recompute"'):
+def test_an_unknown_hvp_mode_is_refused():
+    with pytest.raises(ValueError, match="hvp_mode.*retain_graph.*recompute"):
         CurvatureOperator(lambda: None, [], shift=1.0, hvp_mode="reuse")
 
 
@@ -269,7 +264,7 @@ def test_only_the_backbone_is_differentiated_and_the_head_stays_trainable():
     assert operator(torch.ones(sum(operator.block_sizes), dtype=torch.float64)).isfinite().all()
 
 
-def test_preparing_and_releasing_forget_the_products_of_another_matrix():
+def test_prepare_and_release_clear_the_subspace():
     net, loss = smooth_net()
     operator = CurvatureOperator(loss, list(net.parameters()), shift=1.0)
     u = torch.randn(26, dtype=torch.float64)
@@ -280,14 +275,3 @@ def test_preparing_and_releasing_forget_the_products_of_another_matrix():
         assert space.explored == 1
         forget()
         assert space.explored == 0 and not space.basis
-
-
-def test_a_product_with_a_needs_a_shift_and_one_with_the_hessian_does_not():
-    net, loss = smooth_net()
-    operator = CurvatureOperator(loss, list(net.parameters()), shift=None).prepare()
-    u = torch.randn(26, dtype=torch.float64)
-    product = operator.hessian_product(u)
-    with pytest.raises(RuntimeError, match="damping was chosen"):
-        operator(u)
-    operator.shift = 2.0
-    torch.testing.assert_close(operator(u), u + product / 2, rtol=1e-12, atol=0)

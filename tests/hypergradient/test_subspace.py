@@ -16,7 +16,7 @@ def symmetric(size, seed, dtype=torch.float64):
 
 
 def explored(matrix, seed, starts=(3, 2, 2)):
-    """A space grown from several vectors, with so many products for each."""
+    """Return a space grown from several vectors, with `starts[i]` products for vector i."""
     operator, space = DenseOperator(matrix), Subspace()
     for i, steps in enumerate(starts):
         coordinates = space.coordinates(randn(len(matrix), seed=seed + i, dtype=matrix.dtype))
@@ -30,7 +30,7 @@ def explored(matrix, seed, starts=(3, 2, 2)):
 
 
 def dense(space):
-    """Basis, directions and their products as dense columns, float64."""
+    """Return basis, directions and products as dense columns, float64."""
     v = torch.stack(list(space.basis)).double()
     return v, v.T @ space.directions, v.T @ space.images
 
@@ -49,7 +49,7 @@ def assert_relation(space, matrix, tolerance=1e-10):
 
 @given(st.integers(1, 25), SEEDS, st.integers(0, 12))
 @settings(max_examples=60, deadline=None)
-def test_products_are_those_of_the_matrix_whatever_is_truncated(size, seed, limit):
+def test_the_lanczos_relation_holds_also_after_truncation(size, seed, limit):
     matrix = symmetric(size, seed)
     space = explored(matrix, seed)
     assert space.explored == min(7, size)
@@ -64,7 +64,7 @@ def test_products_are_those_of_the_matrix_whatever_is_truncated(size, seed, limi
 
 
 @pytest.mark.parametrize("limit", [0, 1, 4])
-def test_a_truncated_space_goes_on(limit):
+def test_a_truncated_space_can_be_extended(limit):
     matrix = symmetric(20, 0)
     space = explored(matrix, 0)
     space.truncate(limit)
@@ -74,14 +74,14 @@ def test_a_truncated_space_goes_on(limit):
     assert_relation(space, matrix)
 
 
-def test_a_truncation_to_more_than_there_is_changes_nothing():
+def test_truncation_to_the_current_size_changes_nothing():
     space = explored(symmetric(20, 0), 0)
     sizes = len(space.basis), space.explored
     space.truncate(sizes[0])
     assert (len(space.basis), space.explored) == sizes
 
 
-def test_vectors_that_no_product_needs_go_first():
+def test_truncation_removes_vectors_without_products_first():
     space = explored(symmetric(20, 0), 0)
     size, products = len(space.basis), space.explored
     for seed in range(100, 105):
@@ -118,7 +118,7 @@ def test_zero_has_zero_coordinates_and_no_direction():
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_what_is_not_finite_stays_outside(bad):
+def test_vectors_and_products_that_are_not_finite_are_not_added(bad):
     matrix = symmetric(12, 0)
     space = explored(matrix, 0, (3,))
     count = len(space.basis)
@@ -190,7 +190,7 @@ def test_ritz_values_of_all_of_the_space_are_the_eigenvalues():
     assert float(bounds.max()) < 1e-10
 
 
-def test_cleared_it_knows_nothing():
+def test_a_cleared_space_is_empty_and_reusable():
     space = explored(symmetric(8, 0), 0)
     space.clear()
     assert not space.basis and not space.explored
