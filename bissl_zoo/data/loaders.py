@@ -1,4 +1,4 @@
-"""Loaders: an endless seeded stream of training batches, sharded over ranks, and one pass over an evaluation set."""
+"""Loaders: endless seeded training batches, sharded over ranks, and one pass over an evaluation set."""
 
 import signal
 from collections.abc import Callable, Collection, Iterator
@@ -8,22 +8,21 @@ from typing import Any
 import torch
 from torch.utils.data import Dataset, Sampler, default_collate
 
-from bissl_zoo.data.samples import Collate, DrawnSamples, DrawnStream, OrderedSamples
-from bissl_zoo.data.workers import Loader
+from bissl_zoo.data.samples import Collate, DrawnSamples, DrawnStream, Loader, OrderedSamples
 from bissl_zoo.distributed import STOP_SIGNALS, get_rank, get_world_size
 from bissl_zoo.errors import ConfigError, did_you_mean
 
-#: who may make the views of pretext data
+#: where the views of pretext data are made
 AUGMENT_ON = ("workers", "device")
-#: what may happen to a sample that cannot be used
+#: what happens to a sample that cannot be read
 ON_BAD = ("error", "skip")
 
 
 class TrainingSampler(Sampler[int]):
-    """An endless stream of sample numbers: each epoch is a permutation drawn from `seed` and the epoch's number.
+    """An endless stream of sample numbers; each epoch is a permutation drawn from `seed` and the epoch's number.
 
-    The stream is cut into global batches of `batch_size`, of which each rank takes its own part, so what is drawn at a
-    step does not depend on the number of ranks. It starts at a step, so that a resumed run goes on with the next batch.
+    The stream is cut into global batches of `batch_size`, and each rank takes its part of each batch. So the samples of
+    a step do not depend on the number of ranks, and a resumed run continues at `start_step` with the next batch.
     """
 
     def __init__(self, size: int, batch_size: int, seed: int, start_step: int = 0) -> None:
@@ -33,16 +32,16 @@ class TrainingSampler(Sampler[int]):
         return (index for _, index in self.places())
 
     def places(self) -> Iterator[tuple[int, int]]:
-        """The same stream as `(place, index)`, places counted over all ranks from the beginning of the run."""
+        """Yield `(place, index)`; places count over all ranks from the beginning of the run."""
         rank, world = get_rank(), get_world_size()
         share = self.batch_size // world
         position = self.start_step * self.batch_size
         epoch, permutation = -1, torch.empty(0, dtype=torch.long)
         while True:
             for offset in range(rank * share, (rank + 1) * share):
-                wanted, index = divmod(position + offset, self.size)
-                if wanted != epoch:
-                    epoch = wanted
+                current, index = divmod(position + offset, self.size)
+                if current != epoch:
+                    epoch = current
                     generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
                     permutation = torch.randperm(self.size, generator=generator)
                 yield position + offset, int(permutation[index])
@@ -50,7 +49,7 @@ class TrainingSampler(Sampler[int]):
 
 
 class PlacedSampler(Sampler[tuple[int, int]]):
-    """The places of a training stream and their sample numbers, for :class:`DrawnSamples`."""
+    """The `(place, index)` pairs of a training stream, for :class:`bissl_zoo.data.samples.DrawnSamples`."""
 
     def __init__(self, sampler: TrainingSampler) -> None:
         self.sampler = sampler
@@ -59,14 +58,14 @@ class PlacedSampler(Sampler[tuple[int, int]]):
         return self.sampler.places()
 
     def batch(self, step: int) -> list[int]:
-        """The numbers of the samples in this rank's part of batch `step`, counted from the beginning of the run."""
+        """Return the sample numbers of this rank's part of batch `step`, counted from the beginning of the run."""
         stream = self.sampler
-        there = TrainingSampler(stream.size, stream.batch_size, stream.seed, step)
-        return list(islice(there, stream.batch_size // get_world_size()))
+        from_step = TrainingSampler(stream.size, stream.batch_size, stream.seed, step)
+        return list(islice(from_step, stream.batch_size // get_world_size()))
 
 
 class EvaluationSampler(Sampler[int]):
-    """This rank's part of the numbers of a test set, in order."""
+    """This rank's sample numbers of a test set, in order: rank, rank + world size, ..."""
 
     def __init__(self, size: int, batch_size: int) -> None:
         self.numbers, self.batch_size = range(get_rank(), size, get_world_size()), batch_size
@@ -78,7 +77,7 @@ class EvaluationSampler(Sampler[int]):
         return iter(self.numbers)
 
     def batch(self, step: int) -> list[int]:
-        """The numbers of the samples in this rank's batch `step`."""
+        """Return the sample numbers of this rank's batch `step`."""
         return list(self.numbers[step * self.batch_size : (step + 1) * self.batch_size])
 
 
@@ -95,63 +94,52 @@ def build_train_loader(
     on_bad: str = "skip",
     timeout: float = 0,
 ) -> Loader:
-    """Endless loader of training batches.
+    """Build an endless loader of training batches.
 
     Args:
-        dataset: items `(PIL image, target)`. One that is to be read in a stream has `stream`, as
-            :class:`bissl_zoo.data.shards.ShardDataset` does, which then decides the order.
-        transform: what it draws at random for a sample depends on `seed` and the sample's place in the stream alone.
+        dataset: samples `(PIL image, target)`. A data set with a method `stream`, such as
+            :class:`bissl_zoo.data.shards.ShardDataset`, is read as a stream and decides the order.
+        transform: random draws for a sample depend only on `seed` and the sample's place in the stream.
         batch_size: samples per step over all ranks; each rank loads its share.
-        start_step: number of batches already taken by an earlier part of the run.
-        augment_on: where the views of pretext data are made: `workers`, or `device`: workers only cut the crops and
+        start_step: number of batches that an earlier part of the run has taken.
+        augment_on: where the views of pretext data are made: "workers", or "device": then the workers only crop, and
             :func:`bissl_zoo.engine.build.pretext_batches` does the rest in batch. The loader itself is the same.
-        on_bad: `skip` takes another sample in the place of one that raises DatasetError, also when it is read once more
-            a moment later. Which one is a function of the seed and the place, so a resumed run takes the same ones as
-            long as the same files are bad. Each bad one is named once, and counted (`Loader.bad`). `error` ends the run
-            there. Data sets with a `stream` have an `on_bad` of their own.
-        timeout: seconds after which a sample that is still being read is a bad one, if that happens twice; 0 waits for
-            ever. With `on_bad="error"` it is of a batch: after so long without one the run ends with the names of its
-            samples, so let it be more than the workers' start or any batch takes. That needs workers, as nothing ends
-            a read from within its process. The worker that hangs is killed; the kernel lets some reads (of disks that
-            fail, for one) outlast even that, and then the process itself ends only when they do. Of data sets with a
-            `stream` it is of a batch as well.
+        on_bad: "skip" replaces a sample that raises DatasetError twice by another one. Which one is a function of the
+            seed and the place, so a resumed run draws the same. Each skipped sample is logged once and counted
+            (`Loader.skipped`). "error" raises. Data sets with a `stream` have their own `on_bad`.
+        timeout: seconds after which reading a sample counts as failed; 0 waits forever.
     Raises:
-        ConfigError: the batch does not divide among the ranks; `augment_on`, `on_bad` or `timeout` is something else or
-            not for this data set or these workers; or there are fewer shards than processes that read them.
+        ConfigError: the batch does not divide among the ranks; `augment_on`, `on_bad` or `timeout` has another value or
+            does not fit the data set; or there are fewer shards than workers of all ranks.
     """
     _check_choice("augment_on", augment_on, AUGMENT_ON)
-    _check_choice("on_bad", on_bad, ON_BAD)
-    streamed = hasattr(dataset, "stream")
-    one_by_one = on_bad == "skip" and not streamed
-    _check_timeout(timeout, num_workers or one_by_one)
+    _check_reading(on_bad, timeout)
     world = get_world_size()
     if batch_size % world or batch_size < 1:
         raise ConfigError(
             f"batch_size={batch_size} is the batch over all ranks and must be a multiple of the {world} ranks."
         )
-    if streamed:
+    if hasattr(dataset, "stream"):
         if on_bad != "skip":
             raise ConfigError(
-                f"on_bad={on_bad}: data that is read in a stream has its own. Set it there, as in "
-                f"dataloader.pretext.dataset.on_bad={on_bad}."
+                f"on_bad={on_bad}: a streamed data set has its own. Set dataloader.pretext.dataset.on_bad={on_bad}."
             )
         stream = dataset.stream(batch_size // world, seed, start_step, num_workers, get_rank(), world)
-        samples, sampler = DrawnStream(stream, transform, seed), None
+        samples, sampler = DrawnStream(stream, transform, seed, timeout), None
     else:
-        samples = DrawnSamples(dataset, transform, seed, on_bad, timeout if one_by_one else 0)
+        samples = DrawnSamples(dataset, transform, seed, on_bad, timeout)
         sampler = PlacedSampler(TrainingSampler(len(dataset), batch_size, seed, start_step))
     return Loader(
         samples,
         start_step=start_step,
-        instead="Other samples take its place",
-        timeout=0 if one_by_one else timeout,
+        on_skip="Another sample takes its place",
         batch_size=batch_size // world,
         sampler=sampler,
         collate_fn=Collate(collate or default_collate),
         num_workers=num_workers,
         pin_memory=pin_memory,
         persistent_workers=num_workers > 0,
-        worker_init_fn=leave_stopping_to_the_run,
+        worker_init_fn=ignore_stop_signals,
         generator=torch.Generator().manual_seed(seed + get_rank()),
     )
 
@@ -166,29 +154,26 @@ def build_test_loader(
     on_bad: str = "error",
     timeout: float = 0,
 ) -> Loader:
-    """One pass over `dataset` in order, `batch_size` samples per rank at a time; rank r reads samples r, r + W, ...
+    """Build a loader of one pass over `dataset` in order, `batch_size` samples per rank at a time.
 
     Args:
-        on_bad: `error`, since figures of fewer images are other figures; or `skip`, which leaves out samples that raise
-            DatasetError, also when they are read once more a moment later. They are named and counted (`Loader.bad`),
-            and an evaluation gives their number beside its figures.
-        timeout: as of :func:`build_train_loader`.
+        on_bad: "error" raises for a sample that cannot be read, since results on fewer images do not compare. "skip"
+            leaves it out if it fails twice; it is logged and counted (`Loader.skipped`), and the evaluation reports
+            the count.
+        timeout: seconds after which reading a sample counts as failed; 0 waits forever.
     Raises:
-        ConfigError: `on_bad` or `timeout` is something else, or not for these workers.
+        ConfigError: `on_bad` or `timeout` has another value.
     """
-    _check_choice("on_bad", on_bad, ON_BAD)
-    one_by_one = on_bad == "skip"
-    _check_timeout(timeout, num_workers or one_by_one)
+    _check_reading(on_bad, timeout)
     return Loader(
-        OrderedSamples(dataset, transform, on_bad, timeout if one_by_one else 0),
-        instead="It is left out",
+        OrderedSamples(dataset, transform, on_bad, timeout),
+        on_skip="It is left out",
         batch_size=batch_size,
         sampler=EvaluationSampler(len(dataset), batch_size),
-        timeout=0 if one_by_one else timeout,
         collate_fn=Collate(collate or default_collate),
         num_workers=num_workers,
         pin_memory=pin_memory,
-        worker_init_fn=leave_stopping_to_the_run,
+        worker_init_fn=ignore_stop_signals,
     )
 
 
@@ -198,20 +183,16 @@ def _check_choice(name: str, value: Any, choices: Collection[str]) -> None:
         raise ConfigError(f"{name} is '{value}'; accepted are {' and '.join(choices)}.{hint}")
 
 
-def _check_timeout(timeout: Any, can_be_kept: int | bool) -> None:
+def _check_reading(on_bad: Any, timeout: Any) -> None:
+    _check_choice("on_bad", on_bad, ON_BAD)
     if isinstance(timeout, bool) or not isinstance(timeout, (int, float)) or not 0 <= timeout < float("inf"):
-        raise ConfigError(f"timeout is {timeout!r}; it must be a number of seconds, or 0 to wait for ever.")
-    if timeout and not can_be_kept:
-        raise ConfigError(
-            f"timeout={timeout:g} needs num_workers of 1 or more: without workers the run itself would hang in the "
-            "read, and nothing would be left to tell the time."
-        )
+        raise ConfigError(f"timeout is {timeout!r}; it must be a number of seconds, or 0 to wait forever.")
 
 
-def leave_stopping_to_the_run(worker: int) -> None:
-    """Have a worker ignore the signals that ask a run to stop: it is needed until the run has come to its step's end.
+def ignore_stop_signals(worker: int) -> None:
+    """Let a worker ignore the signals that stop a run, which schedulers and terminals send to every process.
 
-    Schedulers and terminals send them to every process. A worker ends by itself when its parent is gone.
+    The run needs its workers until the end of the step; a worker ends by itself when its parent is gone.
     """
     for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)

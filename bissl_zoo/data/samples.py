@@ -1,30 +1,61 @@
-"""Samples as a loader takes them: read, drawn for their place in the stream, and replaced where they cannot be used."""
+"""Samples on their way into batches: seeded draws, retries, replacements for unreadable samples, lost workers."""
 
+import contextlib
+import logging
+import random
+import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
-from itertools import islice
+from itertools import count, islice
+from multiprocessing.process import BaseProcess
+from multiprocessing.util import Finalize
 from queue import Empty, SimpleQueue
 from typing import Any, NamedTuple
 
 import numpy as np
-from torch.utils.data import Dataset, IterableDataset
+import torch
+from torch.utils.data import DataLoader, Dataset, IterableDataset
 
-from bissl_zoo.data.draws import drawn_for
-from bissl_zoo.data.workers import name_samples
 from bissl_zoo.errors import DatasetError
 
-#: seconds before a sample that failed is read once more
-PAUSE = 0.2
-#: so many samples in a row that cannot be used are no accident
-MOST_BAD = 1000
-_REPLACE = "Or set on_bad=skip of this loader, to train on another sample in its place."
-_LEAVE_OUT = "Or set on_bad=skip of this loader, to leave it out of the figures, which then say so."
+logger = logging.getLogger(__name__)
+
+#: seconds before a sample that could not be read is tried again
+RETRY_PAUSE = 0.2
+#: consecutive samples that cannot be read before the run ends
+MAX_SKIPPED_IN_A_ROW = 1000
+#: samples listed in one message
+MAX_NAMED = 5
+#: seconds to wait for a killed worker; one in an uninterruptible read ends when the read does
+KILL_TIMEOUT = 5.0
+
+_workers: "weakref.WeakSet[BaseProcess]" = weakref.WeakSet()  # running workers of all loaders of this process
+
+
+@contextlib.contextmanager
+def temporary_seed(*key: int) -> Iterator[None]:
+    """Seed Python, NumPy and torch (CPU) with the non-negative integers `key`; restore their states afterwards.
+
+    Draws inside are a function of `key` alone, so they are the same in every worker process and in a resumed run.
+    """
+    seed, small = np.random.SeedSequence(key).generate_state(2, np.uint64).tolist()
+    before = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    random.seed(seed)
+    np.random.seed(small % 2**32)
+    torch.default_generator.manual_seed(seed % 2**63)
+    try:
+        yield
+    finally:
+        random.setstate(before[0])
+        np.random.set_state(before[1])
+        torch.set_rng_state(before[2])
 
 
 class TransformedDataset(Dataset):
-    """A data set of `(PIL image, target)` seen through `transform(image, target)`."""
+    """A data set of `(PIL image, target)` with `transform(image, target)` applied to each sample."""
 
     def __init__(self, dataset: Dataset, transform: Callable[[Any, Any], Any]) -> None:
         self.dataset = dataset
@@ -38,34 +69,34 @@ class TransformedDataset(Dataset):
 
 
 class Drawn(NamedTuple):
-    """A sample as it leaves its data set for a batch.
+    """A sample, or a batch of them, as workers send it.
 
     Attributes:
-        sample: as the transform makes it; None of one that is left out.
-        bad: the samples that could not be used on the way: what names each, and what is wrong with it.
+        value: the transformed sample or collated batch; None if it is left out.
+        skipped: (name, problem) of each sample that could not be read.
+        error: message of the DatasetError that ends the loop; empty if there is none.
     """
 
-    sample: Any
-    bad: tuple[tuple[str, str], ...] = ()
+    value: Any = None
+    skipped: Sequence[tuple[str, str]] = ()
+    error: str = ""
 
 
 class Collate:
-    """`Drawn` samples to a batch and the bad ones among them; None for a batch of which all are left out."""
+    """Collate `Drawn` samples into one `Drawn` batch of those that are not left out."""
 
     def __init__(self, collate: Callable[[list[Any]], Any]) -> None:
         self.collate = collate
 
-    def __call__(self, drawn: list[Drawn]) -> tuple[Any, list[tuple[str, str]]]:
-        kept = [one.sample for one in drawn if one.sample is not None]
-        return self.collate(kept) if kept else None, [bad for one in drawn for bad in one.bad]
+    def __call__(self, samples: list[Drawn]) -> Drawn:
+        error = next((sample.error for sample in samples if sample.error), "")
+        values = [sample.value for sample in samples if sample.value is not None]
+        skipped = [entry for sample in samples for entry in sample.skipped]
+        return Drawn(self.collate(values) if values and not error else None, skipped, error)
 
 
-class _Samples(TransformedDataset):
-    """Reads samples within a time, and those that fail for the first time once more.
-
-    Args:
-        timeout: seconds after which a sample that is still being read cannot be used; 0 for none.
-    """
+class _ReadableSamples(TransformedDataset):
+    """Transformed samples that are read within `timeout` seconds (0: no limit), and a second time if that fails."""
 
     def __init__(
         self, dataset: Dataset, transform: Callable[[Any, Any], Any], on_bad: str = "skip", timeout: float = 0
@@ -74,50 +105,28 @@ class _Samples(TransformedDataset):
         self.on_bad, self.timeout = on_bad, timeout
         self._failed: set[int] = set()
 
-    def _read(self, index: int) -> tuple[Any, Any]:
-        if not self.timeout:
-            return self.dataset[index]
-        answer: SimpleQueue = SimpleQueue()
-        # a thread that hangs is left behind, and ends with its process
-        threading.Thread(target=_answer, args=(self.dataset, index, answer), daemon=True).start()
-        try:
-            sample, error = answer.get(timeout=self.timeout)
-        except Empty:
-            name = name_samples([index], self.dataset).partition(": ")[2]
-            raise DatasetError(
-                f"Sample {name} was not read within timeout={self.timeout:g} seconds; the file system may be gone."
-            ) from None
-        if error is not None:
-            raise error
-        return sample
-
-    def _try_again(self, index: int, take: Callable[[int], Any]) -> Any:
-        """`take(index)`, and once more after a pause where the sample fails for the first time."""
-        try:
-            return take(index)
-        except DatasetError:
-            if index in self._failed:
-                raise
-        time.sleep(PAUSE)
-        try:
-            return take(index)
-        except DatasetError:
-            self._failed.add(index)
-            raise
+    def _load(self, index: int, key: tuple[int, ...] = ()) -> Any:
+        """Read sample `index` and transform it, with draws that are a function of `key` if it is given."""
+        for is_last_try in (self.on_bad == "error" or index in self._failed, True):
+            try:
+                sample = read_within(self.timeout, partial(self.dataset.__getitem__, index), self._name(index))
+                with temporary_seed(*key) if key else contextlib.nullcontext():
+                    return self.transform(*sample)
+            except DatasetError:
+                if is_last_try:
+                    self._failed.add(index)
+                    raise
+            time.sleep(RETRY_PAUSE)
 
     def _name(self, index: int) -> str:
-        source = getattr(self.dataset, "source", None)
-        return source(index) if source else f"sample {index}"
+        return self.dataset.source(index) if hasattr(self.dataset, "source") else f"sample {index}"
 
 
-class DrawnSamples(_Samples):
-    """The samples of a training stream, asked for by `(place, index)`.
+class DrawnSamples(_ReadableSamples):
+    """Samples of a training stream, indexed by `(place, index)`.
 
-    What is drawn at random for one is a function of `seed` and its place in the stream, and so are, one after another,
-    the samples that take the place of one that cannot be used.
-
-    Raises:
-        DatasetError: a sample cannot be used and none may take its place, or `MOST_BAD` could not in a row.
+    Random draws for a sample are a function of `seed` and its place in the stream. With `on_bad="skip"` so are the
+    samples that replace one that cannot be read.
     """
 
     def __init__(
@@ -133,73 +142,182 @@ class DrawnSamples(_Samples):
 
     def __getitem__(self, placed: tuple[int, int]) -> Drawn:
         place, index = placed
-        take = partial(self._draw, place)
-        if self.on_bad == "error":
+        skipped: list[tuple[str, str]] = []
+        for attempt in range(1, MAX_SKIPPED_IN_A_ROW + 1):
             try:
-                return Drawn(take(index))
+                return Drawn(self._load(index, (self.seed, place)), skipped)
             except DatasetError as error:
-                raise DatasetError(f"{error} {_REPLACE}") from error
-        bad: list[tuple[str, str]] = []
-        for attempt in range(1, MOST_BAD + 1):
-            try:
-                return Drawn(self._try_again(index, take), tuple(bad))
-            except DatasetError as error:
-                bad.append((self._name(index), str(error)))
+                if self.on_bad == "error":
+                    return Drawn(error=f"{error} Or set on_bad=skip of this loader to train on another sample instead.")
+                skipped.append((self._name(index), str(error)))
             index = int(np.random.default_rng((self.seed, place, attempt)).integers(len(self)))
-        raise DatasetError(
-            f"{MOST_BAD:,} samples in a row cannot be used; the first of them: {bad[0][1]} Is their disk still there?"
+        return Drawn(
+            error=f"{MAX_SKIPPED_IN_A_ROW:,} samples in a row cannot be read; the first: {skipped[0][1]} "
+            "Check that the disk is mounted."
         )
 
-    def _draw(self, place: int, index: int) -> Any:
-        sample = self._read(index)
-        with drawn_for(self.seed, place):
-            return self.transform(*sample)
 
-
-class OrderedSamples(_Samples):
-    """The samples of a test set by their numbers; one that cannot be used is an error, or left out.
-
-    Raises:
-        DatasetError: a sample cannot be used and is not to be left out.
-    """
+class OrderedSamples(_ReadableSamples):
+    """Samples of a test set by index; one that cannot be read is an error, or left out with `on_bad="skip"`."""
 
     def __getitem__(self, index: int) -> Drawn:
-        if self.on_bad == "error":
-            try:
-                return Drawn(self._take(index))
-            except DatasetError as error:
-                raise DatasetError(f"{error} {_LEAVE_OUT}") from error
         try:
-            return Drawn(self._try_again(index, self._take))
+            return Drawn(self._load(index))
         except DatasetError as error:
-            return Drawn(None, ((self._name(index), str(error)),))
-
-    def _take(self, index: int) -> Any:
-        return self.transform(*self._read(index))
+            if self.on_bad == "error":
+                return Drawn(error=f"{error} Or set on_bad=skip of this loader to leave it out; results then say so.")
+            return Drawn(skipped=[(self._name(index), str(error))])
 
 
 class DrawnStream(IterableDataset):
-    """A stream of `(place, (PIL image, target))`, a place being whole numbers, seen through a transform likewise.
+    """Transformed samples of a stream of `(place, (PIL image, target))`, where `place` is a tuple of integers.
 
-    A stream that replaces what is bad has `bad`, a dict of what it met so far: what names each, and what is wrong.
+    Args:
+        stream: with an attribute `skipped`, a dict of name to problem of the samples that could not be read so far.
+        seed: random draws for a sample are a function of it and the place.
+        timeout: seconds for one sample; 0 waits forever.
     """
 
-    def __init__(self, stream: IterableDataset, transform: Callable[[Any, Any], Any], seed: int) -> None:
-        self.stream, self.transform, self.seed = stream, transform, seed
+    def __init__(
+        self, stream: IterableDataset, transform: Callable[[Any, Any], Any], seed: int, timeout: float = 0
+    ) -> None:
+        self.stream, self.transform, self.seed, self.timeout = stream, transform, seed, timeout
 
     def __iter__(self) -> Iterator[Drawn]:
-        told = 0
-        for place, sample in self.stream:
-            with drawn_for(self.seed, *place):
-                drawn = self.transform(*sample)
-            bad = getattr(self.stream, "bad", {})
-            yield Drawn(drawn, tuple(islice(bad.items(), told, None)))
-            told = len(bad)
+        reported, samples = 0, iter(self.stream)
+        while True:
+            try:
+                place, sample = read_within(self.timeout, partial(next, samples), "of the stream")
+            except DatasetError as error:
+                yield Drawn(error=str(error))
+                return
+            with temporary_seed(self.seed, *place):
+                value = self.transform(*sample)
+            yield Drawn(value, list(islice(self.stream.skipped.items(), reported, None)))
+            reported = len(self.stream.skipped)
 
 
-def _answer(dataset: Dataset, index: int, answer: SimpleQueue) -> None:
-    """Put the sample, or the error that came in its place."""
+def read_within(timeout: float, read: Callable[[], Any], name: str) -> Any:
+    """Return `read()`.
+
+    Raises:
+        DatasetError: it takes more than `timeout` seconds (if that is not 0). Its thread stays behind until the read
+            returns or the process ends.
+    """
+    if not timeout:
+        return read()
+    answers: SimpleQueue = SimpleQueue()
+
+    def answer() -> None:
+        try:
+            answers.put((read(), None))
+        except Exception as error:  # raised below, in the thread that waits
+            answers.put((None, error))
+
+    threading.Thread(target=answer, daemon=True).start()
     try:
-        answer.put((dataset[index], None))
-    except Exception as error:  # to be raised where the answer is waited for
-        answer.put((None, error))
+        value, error = answers.get(timeout=timeout)
+    except Empty:
+        raise DatasetError(
+            f"Sample {name} was not read within timeout={timeout:g} seconds. Check its file system, or raise timeout."
+        ) from None
+    if error is not None:
+        raise error
+    return value
+
+
+class Loader(DataLoader):
+    """A `DataLoader` over `Drawn` batches that yields their values and records the samples that were skipped.
+
+    Its workers ignore the signals that stop a run, so they are killed when the iterator or this process ends.
+
+    Args:
+        start_step: number of the first batch.
+        on_skip: what happens to a sample that cannot be read, as a sentence for the warning.
+
+    Attributes:
+        skipped: name -> problem of the samples that could not be read so far. They arrive with the batch they were
+            drawn for, so the content after a batch does not depend on the number of workers.
+    """
+
+    def __init__(self, *args: Any, start_step: int = 0, on_skip: str = "", **options: Any) -> None:
+        self.start_step, self.on_skip = start_step, on_skip
+        self.skipped: dict[str, str] = {}
+        super().__init__(*args, **options)
+
+    def __iter__(self) -> Iterator[Any]:
+        """Yield the batches, except those of which no sample is left.
+
+        Raises:
+            DatasetError: a sample cannot be read and may not be skipped, or a worker died.
+        """
+        batches = super().__iter__()
+        workers = getattr(batches, "_workers", [])
+        if workers:
+            _workers.update(workers)
+            Finalize(batches, kill, (workers,), exitpriority=0)
+        for step in count(self.start_step):
+            try:
+                batch = next(batches)
+            except StopIteration:
+                return
+            except (RuntimeError, KeyboardInterrupt) as error:
+                lost = lost_worker(error, self._pending(step, workers))
+                kill(workers)
+                if lost is None:
+                    raise
+                raise lost from error
+            for name, problem in batch.skipped:
+                if name not in self.skipped:
+                    self.skipped[name] = problem
+                    logger.warning("%s %s (%d skipped so far).", problem, self.on_skip, len(self.skipped))
+            if batch.error:
+                raise DatasetError(batch.error)
+            if batch.value is not None:
+                yield batch.value
+
+    def _pending(self, step: int, workers: list[BaseProcess]) -> str:
+        """Return which batch a dead worker was to deliver next, as a sentence; workers take turns."""
+        dead = [turn for turn, worker in enumerate(workers) if worker.exitcode is not None]
+        if not dead or not hasattr(self.sampler, "batch"):
+            return ""
+        pending = min(step + (turn - (step - self.start_step)) % len(workers) for turn in dead)
+        names = name_samples(self.sampler.batch(pending), self.dataset.dataset)
+        return f"Its next batch was number {pending} with {names}."
+
+
+def name_samples(numbers: Sequence[int], dataset: Any) -> str:
+    """Return e.g. `8 samples: 3 (a.jpg), 7 (b.jpg) and 6 more`, with files if the data set has `source(index)`."""
+    source = getattr(dataset, "source", None)
+    names = [f"{number} ({source(number)})" if source else f"{number}" for number in numbers[:MAX_NAMED]]
+    more = f" and {len(numbers) - MAX_NAMED} more" if len(numbers) > MAX_NAMED else ""
+    return f"{len(numbers)} samples: {', '.join(names)}{more}"
+
+
+def lost_worker(error: BaseException, pending: str = "") -> DatasetError | None:
+    """Return a DatasetError if `error` is torch's report that a loader's worker died, else None.
+
+    torch raises a RuntimeError from a signal handler, in any line of the main thread. The workers' exit codes tell it
+    from other RuntimeErrors.
+
+    Args:
+        pending: a sentence about the batch that the worker was to deliver.
+    """
+    dead = [worker for worker in _workers if worker.exitcode]  # None: running; 0: a normal end
+    if not dead or not isinstance(error, RuntimeError):
+        return None
+    code = dead[0].exitcode
+    how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"exited with status {code}"
+    return DatasetError(
+        f"Data worker (pid {dead[0].pid}) {how}. {pending}{' ' if pending else ''}SIGKILL usually means out of memory: "
+        "use fewer workers (num_workers) or give the job more memory. Then continue with --resume."
+    )
+
+
+def kill(workers: Iterable[BaseProcess]) -> None:
+    """Kill worker processes, whatever they wait for."""
+    for worker in workers:
+        _workers.discard(worker)
+        with contextlib.suppress(RuntimeError):  # torch's signal handler reports this death, too
+            worker.kill()
+            worker.join(KILL_TIMEOUT)

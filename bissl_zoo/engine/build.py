@@ -211,7 +211,7 @@ class Batches:
         on_device: Callable[[Any], Any] | None = None,
     ) -> None:
         self.taken = start_step
-        self.bad: dict[str, str] = getattr(loader, "bad", {})
+        self.bad: dict[str, str] = getattr(loader, "skipped", {})
         self.dataset = getattr(loader.dataset, "dataset", None)
         self._sampler = loader.sampler if isinstance(loader.sampler, PlacedSampler) else None
         self._stream = _moved(loader, device, on_device)  # alone holds the loader, and with it the workers

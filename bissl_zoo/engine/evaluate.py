@@ -58,7 +58,7 @@ def evaluate(
                 break
     if any_rank(asked(), context.device):
         return None
-    left_out = sum(all_gather_objects(len(getattr(loader, "bad", ()))))
+    left_out = sum(all_gather_objects(len(getattr(loader, "skipped", ()))))
     if left_out == len(context.data[role]):
         raise DatasetError(f"None of the {left_out} images of dataloader.{role} can be used; they were named.")
     evaluator.synchronize()

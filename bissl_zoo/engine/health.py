@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.utils import get_total_norm
 
 from bissl_zoo.bilevel.level import Level
-from bissl_zoo.data.workers import name_samples
+from bissl_zoo.data.samples import name_samples
 from bissl_zoo.distributed import all_gather_objects, any_rank
 from bissl_zoo.engine.build import Batches
 from bissl_zoo.engine.trainer import HookBase, Trainer

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from bissl_zoo.data.workers import NAMED
+from bissl_zoo.data.samples import MAX_NAMED
 from bissl_zoo.distributed import all_gather_objects, any_rank, is_main_process, on_main_process
 from bissl_zoo.engine.build import Context
 from bissl_zoo.engine.randomness import random_state
@@ -349,10 +349,10 @@ class BadImages(HookBase):
         """Tell of the stage's."""
         for name, found in self.trainer.bad.items():
             role = "pretext" if self.trainer.levels()[name].name in _PRETEXT_LEVELS else "train"
-            more = f" and {len(found) - NAMED} more" if len(found) > NAMED else ""
+            more = f" and {len(found) - MAX_NAMED} more" if len(found) > MAX_NAMED else ""
             say(
                 f"warning: [{self.trainer.name}] data: {len(found)} of {len(self.context.data[role])} images of {role} "
-                f"could not be read and were replaced: {', '.join(found[:NAMED])}{more}"
+                f"could not be read and were replaced: {', '.join(found[:MAX_NAMED])}{more}"
             )
 
     def _new(self, name: str) -> list[str]:

@@ -14,7 +14,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from omegaconf.errors import OmegaConfBaseException
 
-from bissl_zoo.data.workers import lost_worker
+from bissl_zoo.data.samples import lost_worker
 from bissl_zoo.distributed import STOP_SIGNALS, get_local_rank, get_rank, is_lost_contact
 from bissl_zoo.errors import BisslZooError, CheckpointError, ConfigError, DatasetError, Interrupted
 from bissl_zoo.progress.console import READER_GONE, write_to_nobody

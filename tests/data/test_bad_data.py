@@ -14,7 +14,7 @@ from PIL import Image
 
 from bissl_zoo.data import ImageFolder, samples
 from bissl_zoo.data.loaders import TrainingSampler, build_test_loader, build_train_loader
-from bissl_zoo.data.workers import lost_worker
+from bissl_zoo.data.samples import lost_worker
 from bissl_zoo.errors import ConfigError, DatasetError
 
 GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="memory is pinned for a GPU")

@@ -27,7 +27,7 @@ from bissl_zoo.data.datasets.classification_samples import (
     samples,
     whole,
 )
-from bissl_zoo.data.datasets.splits import draw_per_class
+from bissl_zoo.data.datasets.folder import draw_per_class
 from bissl_zoo.data.datasets.voc import VOC_CLASSES
 from bissl_zoo.errors import DatasetError, did_you_mean
 

@@ -18,7 +18,7 @@ from bissl_zoo.data.datasets import classification_arrays as arrays
 from bissl_zoo.data.datasets import classification_layouts as layouts
 from bissl_zoo.data.datasets.catalog import datasets_root, load_image, require_folder
 from bissl_zoo.data.datasets.classification_samples import Samples, check, joined
-from bissl_zoo.data.datasets.splits import draw_fraction
+from bissl_zoo.data.datasets.folder import draw_fraction
 from bissl_zoo.errors import DatasetError, did_you_mean
 from bissl_zoo.registry import DATASETS
 

@@ -12,7 +12,7 @@ from torch.utils.data import Subset
 
 from bissl_zoo.data.datasets.boxes import DetectionSet, shown_names
 from bissl_zoo.data.datasets.classification_samples import images_in
-from bissl_zoo.data.datasets.coco_files import names_in, read_annotations
+from bissl_zoo.data.datasets.coco import names_in, read_annotations
 from bissl_zoo.data.prepare.known import Survey, bad_files, count
 from bissl_zoo.data.prepare.pack import check_shards
 from bissl_zoo.data.shards_index import INDEX_FILE

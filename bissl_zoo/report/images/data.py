@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from bissl_zoo.data.draws import drawn_for
+from bissl_zoo.data.samples import temporary_seed
 from bissl_zoo.errors import ConfigError, DatasetError
 from bissl_zoo.report.images.drawing import DPI, unnormalized
 from bissl_zoo.report.images.sheet import Sheet, cell_height, class_legend, dashed_line, draw_boxes
@@ -113,7 +113,7 @@ def draw_views(
     require_samples(samples)
     rows = []
     for sample in samples:
-        with drawn_for(seed, sample.index):
+        with temporary_seed(seed, sample.index):
             rows.append(_panels(views(sample.image), mean, std))
     sides = [max(panel.shape[0] for _, panel in column) for column in zip(*rows, strict=True)]
     largest = max(sides)

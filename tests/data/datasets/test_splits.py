@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from bissl_zoo.data.datasets.splits import draw_fraction, draw_per_class
+from bissl_zoo.data.datasets.folder import draw_fraction, draw_per_class
 from bissl_zoo.errors import DatasetError
 
 
