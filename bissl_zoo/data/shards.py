@@ -54,7 +54,7 @@ class ShardDataset(Dataset):
         as_tensor: images are `(3, H, W)` uint8 rather than PIL's, see `ImageFolder`.
 
     Attributes:
-        bad: what was broken so far, members and shards, and what is wrong with each; tells: whether to warn of it. A
+        skipped: what was broken so far, members and shards, and what is wrong with each; tells: whether to warn of it. A
             stream begins anew with it, and leaves the warning to its loader.
 
     Raises:
@@ -81,7 +81,7 @@ class ShardDataset(Dataset):
         self._load = load_pixels if as_tensor else load_image
         self._ends = self.samples.cumsum()
         self._offsets: dict[int, np.ndarray] = {}
-        self.bad: dict[str, str] = {}
+        self.skipped: dict[str, str] = {}
         self.tells = True
 
     def __len__(self) -> int:
@@ -141,10 +141,10 @@ class ShardDataset(Dataset):
     def _broken(self, error: DatasetError, what: str) -> None:
         if self.on_bad == "error":
             raise DatasetError(f"{error} {_SKIP}") from error
-        if what not in self.bad:
-            self.bad[what] = str(error)
+        if what not in self.skipped:
+            self.skipped[what] = str(error)
             if self.tells:
-                logger.warning("%s Other samples take its place (%d bad so far).", error, len(self.bad))
+                logger.warning("%s Other samples take its place (%d bad so far).", error, len(self.skipped))
 
     def stream(
         self, batch_size: int, seed: int, start_step: int = 0, num_workers: int = 0, rank: int = 0, world: int = 1
@@ -180,14 +180,14 @@ class ShardStream(IterableDataset):
     ) -> None:
         self.dataset, self.batch_size, self.seed, self.start_step = dataset, batch_size, seed, start_step
         self.rank, self.world = rank, world
-        self.bad: dict[str, str] = {}
+        self.skipped: dict[str, str] = {}
 
     def __iter__(self) -> Iterator[tuple[tuple[int, int], tuple[Image.Image | Tensor, None]]]:
         info = get_worker_info()
         worker, workers = (info.id, info.num_workers) if info else (0, 1)
         # a loader always begins with its first worker, which so takes the part of the one whose turn it is
         part = (self.start_step + worker) % workers
-        self.dataset.bad, self.dataset.tells = self.bad, False
+        self.dataset.skipped, self.dataset.tells = self.skipped, False
         delivered = len(range(part, self.start_step, workers)) * self.batch_size
         consumer = self.rank * workers + part
         samples = self._samples(consumer, self.world * workers, delivered)

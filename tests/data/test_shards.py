@@ -226,7 +226,7 @@ def test_a_stream_begins_anew_with_what_it_met(folder):
     for _ in range(2):
         loader = build_train_loader(dataset, 4, number_of)
         list(islice(loader, 12))
-        found.append(list(loader.bad))
+        found.append(list(loader.skipped))
     assert found[0] == found[1] and len(found[0]) == 1 and "s-000002.tar" in found[0][0]
 
 
