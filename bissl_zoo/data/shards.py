@@ -54,7 +54,7 @@ class ShardDataset(Dataset):
         as_tensor: images are `(3, H, W)` uint8 rather than PIL's, see `ImageFolder`.
 
     Attributes:
-        skipped: what was broken so far, members and shards, and what is wrong with each; tells: whether to warn of it. A
+        skipped: members and shards that were broken so far, and the problem of each; tells: whether to warn of it. A
             stream begins anew with it, and leaves the warning to its loader.
 
     Raises:
