@@ -76,7 +76,7 @@ def test_a_run_goes_on_counts_and_names_what_it_could_not_read(open_run):
         assert ("and 1 more" in line) == (role == "pretext")
     results = json.loads((Path(context.cfg.train.output_dir) / "results.json").read_text())
     assert [figures["left_out"] for figures in results.values()] == [1] * len(results) and "AP50" in results["bissl"]
-    assert f"{left_out} does not decode" in log and "It is left out (1 skipped so far)." in log and "left_out 1\n" in log
+    assert f"{left_out} does not decode" in log and "left out (1 skipped so far)" in log and "left_out 1\n" in log
     (note,) = RunReport(Path(context.cfg.train.output_dir), images=0)._bad_images()
     assert note.problem and f"{total} in bissl" in note.text
 
