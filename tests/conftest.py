@@ -18,6 +18,7 @@ from command_line import load_tool
 
 from bissl_zoo.config import LazyConfig, load_config
 from bissl_zoo.data.datasets.digit_scenes import write_digit_scenes
+from bissl_zoo.progress.display import console
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 QUICKSTART = "quickstart/digit_scenes_det.py"
@@ -60,6 +61,13 @@ def zoo_cache(tmp_path_factory):
     """Keep downloads of the tests out of the user's cache."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("BISSL_ZOO_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
+@pytest.fixture(autouse=True)
+def printed_log():
+    """Log records of the package are printed, as the tools do, so that tests read them in the output."""
+    with console():
         yield
 
 

@@ -38,14 +38,13 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 def main(args: argparse.Namespace) -> int:
     """What one process does."""
     from bissl_zoo.analysis.model import analyse, report
-    from bissl_zoo.progress.display import say
 
     found = analyse(args.config_file, args.overrides, not args.no_timing, args.batch_scale)
     if args.json:
         durations = [{**asdict(one), "seconds": one.seconds} for one in found.durations]
-        say(json.dumps({**asdict(found), "durations": durations}, indent=2))
+        print(json.dumps({**asdict(found), "durations": durations}, indent=2))
     else:
-        say(report(found))
+        print(report(found))
     return 0
 
 

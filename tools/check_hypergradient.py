@@ -44,22 +44,24 @@ def main(args: argparse.Namespace) -> int:
     """What one process does."""
     from bissl_zoo.analysis.hypergradient_check import Effort, check_hypergradient, open_check
     from bissl_zoo.analysis.hypergradient_report import save, table
-    from bissl_zoo.distributed import on_main_process
+    from bissl_zoo.distributed import is_main_process, on_main_process
     from bissl_zoo.engine.checks import open_config
-    from bissl_zoo.progress.display import say
+    from bissl_zoo.progress.display import console
 
     overrides = [*args.overrides, *([f"train.init={json.dumps(args.run)}"] if args.run else [])]
     cfg = open_config(args.config_file, overrides)
     effort = Effort(args.max_products, args.lanczos_steps, args.warmup_steps)
-    context, initial = open_check(cfg, args.config_file)
-    on_main_process(lambda: make_folder(args.output_dir))
-    figures = {"config": args.config_file, "overrides": overrides, **check_hypergradient(context, initial, effort)}
-    on_main_process(lambda: save(figures, args.output_dir))
-    say(f"\n{table(figures['real'])}")
-    say(f"\nfigures {args.output_dir / 'check.json'}   curves {args.output_dir / 'check.png'}")
-    say(f"\n{figures['advice']['sentence']}")
-    for words in figures["advice"]["overrides"]:
-        say(f"    {' '.join(words)}")
+    with console():
+        context, initial = open_check(cfg, args.config_file)
+        on_main_process(lambda: make_folder(args.output_dir))
+        figures = {"config": args.config_file, "overrides": overrides, **check_hypergradient(context, initial, effort)}
+        on_main_process(lambda: save(figures, args.output_dir))
+    if is_main_process():
+        print(f"\n{table(figures['real'])}")
+        print(f"\nfigures {args.output_dir / 'check.json'}   curves {args.output_dir / 'check.png'}")
+        print(f"\n{figures['advice']['sentence']}")
+        for words in figures["advice"]["overrides"]:
+            print(f"    {' '.join(words)}")
     if not figures["passed"]:
         reduced = figures["reduced"]
         failed = [f"{c['name']}: {c['error']:.1e}, {c['detail']}" for c in reduced["checks"] if not c["passed"]]

@@ -11,7 +11,6 @@ killed, and with more --seeds adds them. The report is in train.output_dir: comp
 """
 
 import argparse
-import logging
 import os
 import sys
 from collections.abc import Sequence
@@ -56,38 +55,37 @@ def names(text: str) -> list[str]:
 def main(args: argparse.Namespace) -> int:
     """Compare, and say what came out."""
     from bissl_zoo.engine.checks import open_config
-    from bissl_zoo.progress.display import say
+    from bissl_zoo.progress.display import console
     from bissl_zoo.studies.compare import compare, compare_datasets, describe
     from bissl_zoo.studies.compare_arms import override
     from bissl_zoo.studies.compare_report import datasets_table
 
-    logging.basicConfig(format="%(levelname)s: %(message)s")
     chosen = {"compare.seeds": args.seeds, "compare.arms": args.arms}
     overrides = [override(key, value) for key, value in chosen.items() if value is not None]
-    cfg = open_config(args.config_file, [*args.overrides, *overrides])
-    folder = Path(cfg.train.output_dir)
-    if args.dry_run:
-        say(describe(cfg, args.config_file, folder, args.datasets))
-    elif args.datasets:
-        settings = (args.parallel, args.report, args.engine)
-        reports = compare_datasets(cfg, args.config_file, folder, args.datasets, *settings)
-        say(f"\n{datasets_table(reports)}\n\nreport {folder / 'datasets.md'}")
-    else:
-        tell(compare(cfg, args.config_file, folder, args.parallel, args.report, args.engine), folder)
+    with console():
+        cfg = open_config(args.config_file, [*args.overrides, *overrides])
+        folder = Path(cfg.train.output_dir)
+        if args.dry_run:
+            print(describe(cfg, args.config_file, folder, args.datasets))
+        elif args.datasets:
+            settings = (args.parallel, args.report, args.engine)
+            reports = compare_datasets(cfg, args.config_file, folder, args.datasets, *settings)
+            print(f"\n{datasets_table(reports)}\n\nreport {folder / 'datasets.md'}")
+        else:
+            tell(compare(cfg, args.config_file, folder, args.parallel, args.report, args.engine), folder)
     return 0
 
 
 def tell(report: dict, folder: Path) -> None:
     """The table, the sentences, and what was left out."""
-    from bissl_zoo.progress.display import say
     from bissl_zoo.studies.compare_report import table
 
-    say(f"\n{table(report)}\n")
+    print(f"\n{table(report)}\n")
     for name, message in report["failures"].items():
-        say(f"warning: {name} is left out: {printable(message)}")
-    say("\n".join([*report["sentences"], report["conclusion"]]))
-    say("\n".join(f"  {note}" for note in report["notes"]))
-    say(f"\nreport {folder / 'comparison.md'}   picture {folder / 'comparison.png'}")
+        print(f"warning: {name} is left out: {printable(message)}")
+    print("\n".join([*report["sentences"], report["conclusion"]]))
+    print("\n".join(f"  {note}" for note in report["notes"]))
+    print(f"\nreport {folder / 'comparison.md'}   picture {folder / 'comparison.png'}")
 
 
 def cli(argv: Sequence[str] | None = None) -> int:

@@ -48,18 +48,19 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 def main(args: argparse.Namespace) -> int:
     """Write the page, say where."""
-    from bissl_zoo.progress.display import say
+    from bissl_zoo.progress.display import console
     from bissl_zoo.report.write import write_report
     from bissl_zoo.report.zoo import write_zoo_page
     from bissl_zoo.zoo import Zoo, default_zoo
 
-    if args.html:
-        output = args.output or Path("zoo.html")
-        write_zoo_page(Zoo(*args.zoo) if args.zoo else default_zoo(), output)
-    else:
-        output = args.output or (args.runs[0] / REPORT_FILE if len(args.runs) == 1 else Path(REPORT_FILE))
-        write_report(args.runs, output, 0 if args.files_only else args.images)
-    say(f"report {output}")
+    with console():
+        if args.html:
+            output = args.output or Path("zoo.html")
+            write_zoo_page(Zoo(*args.zoo) if args.zoo else default_zoo(), output)
+        else:
+            output = args.output or (args.runs[0] / REPORT_FILE if len(args.runs) == 1 else Path(REPORT_FILE))
+            write_report(args.runs, output, 0 if args.files_only else args.images)
+    print(f"report {output}")
     return 0
 
 

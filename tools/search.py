@@ -41,16 +41,17 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 def main(args: argparse.Namespace) -> int:
     """Search, and tell what was found."""
     from bissl_zoo.engine.checks import open_config
-    from bissl_zoo.progress.display import say
+    from bissl_zoo.progress.display import console
     from bissl_zoo.studies.search import BEST_FILE, PICTURE_FILE, TABLE_FILE, search
 
     cfg = open_config(args.config_file, args.overrides)
     name = re.sub(r"[^\w.-]", "_", Path(args.config_file).stem)
     folder = args.output or Path("runs") / f"search_{name}"
-    result = search(cfg, args.config_file, folder, args.trials, args.parallel, args.prune, args.engine)
-    say(f"\n{result.table}\n\nbest: {' '.join(result.best_overrides)}")
-    say(f"{folder / TABLE_FILE}, {folder / PICTURE_FILE}\nrun it with")
-    say(f"    python tools/train_net.py --config-file {folder / BEST_FILE}")
+    with console():
+        result = search(cfg, args.config_file, folder, args.trials, args.parallel, args.prune, args.engine)
+    print(f"\n{result.table}\n\nbest: {' '.join(result.best_overrides)}")
+    print(f"{folder / TABLE_FILE}, {folder / PICTURE_FILE}\nrun it with")
+    print(f"    python tools/train_net.py --config-file {folder / BEST_FILE}")
     return 0
 
 

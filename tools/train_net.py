@@ -8,7 +8,6 @@ torchrun --nproc-per-node 2 tools/train_net.py --config-file configs/bissl/voc_d
 """
 
 import argparse
-import logging
 import os
 import sys
 from collections.abc import Sequence
@@ -58,41 +57,42 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 def main(args: argparse.Namespace) -> int:
     """What one process does."""
+    from bissl_zoo.distributed import is_main_process
     from bissl_zoo.engine.checks import open_config
     from bissl_zoo.engine.dry_run import describe
     from bissl_zoo.engine.launch import restarted
     from bissl_zoo.engine.runner import evaluate_only, results_table, run
-    from bissl_zoo.progress.display import choose_screen, on_screen, say
+    from bissl_zoo.progress.display import choose_display, console
     from bissl_zoo.report.ending import report_after
 
-    logging.basicConfig(format="%(levelname)s: %(message)s")
-    logging.getLogger("bissl_zoo").setLevel(logging.INFO if args.verbose else logging.NOTSET)
-    with on_screen(choose_screen(args.plain, args.quiet, args.verbose)):
+    with console(choose_display(args.plain, args.quiet, args.verbose)):
         cfg = open_config(args.config_file, args.overrides)
         if args.dry_run:
-            say(describe(cfg, args.config_file), "result")
+            output = describe(cfg, args.config_file)
         elif args.eval_only:
-            say(results_table(evaluate_only(cfg, args.config_file)), "result")
+            output = results_table(evaluate_only(cfg, args.config_file))
         else:
             resume = "auto" if args.auto_resume or restarted() else args.resume
-            report(run(cfg, args.config_file, resume, write_report=report_after))
+            output = summary(run(cfg, args.config_file, resume, write_report=report_after), args.quiet)
+    if output and is_main_process():
+        print(output)
     return 0
 
 
-def report(outcome: dict) -> None:
-    """Print the table and what was published."""
+def summary(outcome: dict, quiet: bool) -> str:
+    """Return the table of results and, unless `quiet`, how to load the published entry."""
     from bissl_zoo.engine.runner import results_table
-    from bissl_zoo.progress.display import say
 
-    if outcome["results"]:
-        say(f"\n{results_table(outcome['results'])}", "result")
+    parts = [f"\n{results_table(outcome['results'])}"] if outcome["results"] else []
     entry = outcome["entry"]
-    if entry is None:
-        return
-    say(f"\npublished {entry.name}\n    where {entry.location}\n   sha256 {entry.sha256}\n\nload it with")
-    say(f'    import bissl_zoo\n    backbone = bissl_zoo.create_backbone("{entry.name}", pretrained=True)')
-    say("or in plain timm")
-    say(f'    import timm\n    model = timm.create_model("local-dir:{entry.location}", pretrained=True)')
+    if entry is not None and not quiet:
+        parts.append(
+            f"\npublished {entry.name}\n    where {entry.location}\n   sha256 {entry.sha256}\n\nload it with\n"
+            f'    import bissl_zoo\n    backbone = bissl_zoo.create_backbone("{entry.name}", pretrained=True)\n'
+            "or in plain timm\n"
+            f'    import timm\n    model = timm.create_model("local-dir:{entry.location}", pretrained=True)'
+        )
+    return "\n".join(parts)
 
 
 def cli(argv: Sequence[str] | None = None) -> int:

@@ -79,7 +79,6 @@ def command_parser(name: str) -> argparse.ArgumentParser:
 
 def main(args: argparse.Namespace) -> int:
     """Draw, save, say where."""
-    from bissl_zoo.progress.display import say
     from bissl_zoo.report.images.drawing import check_format, save_figure
     from bissl_zoo.report.images.embeddings import write_csv
     from bissl_zoo.report.images.visualize import picture_data, picture_embeddings, picture_predictions, picture_views
@@ -99,9 +98,9 @@ def main(args: argparse.Namespace) -> int:
         figure = picture.figure
         if args.csv:
             write_csv(picture.embeddings, picture.classes, picture.names, output.with_suffix(".csv"))
-            say(f"coordinates {output.with_suffix('.csv')}")
+            print(f"coordinates {output.with_suffix('.csv')}")
     save_figure(figure, output)
-    say(f"picture {output}")
+    print(f"picture {output}")
     return 0
 
 

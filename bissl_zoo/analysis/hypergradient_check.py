@@ -1,6 +1,7 @@
 """Whether the hypergradient of a config is right, on a reduced problem, and solved, on the real one."""
 
 import dataclasses
+import logging
 import math
 import time
 from dataclasses import dataclass
@@ -29,8 +30,9 @@ from bissl_zoo.engine.runner import open_context
 from bissl_zoo.engine.stages.bissl import build_bissl, build_head_warmup
 from bissl_zoo.errors import BisslZooError, ConfigError
 from bissl_zoo.hypergradient import CurvatureOperator
-from bissl_zoo.progress.display import say
 from bissl_zoo.registry import SOLVERS
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -74,18 +76,18 @@ def check_hypergradient(context: Context, initial: Weights, effort: Effort) -> d
 
 def check_on_reduced(cfg: DictConfig) -> dict[str, Any]:
     """Part A: product, hypergradient and solver against finite differences and a direct solve, in float64."""
-    say("A. reduced problem: smooth backbone of 47 parameters, float64, the configured pretext method")
+    logger.info("A. reduced problem: smooth backbone of 47 parameters, float64, the configured pretext method")
     try:
         reduced = ReducedProblem(cfg)
         changes = ", ".join(reduced.changes) or "nothing"
-        say(f"   exchanged in the method: {changes}; batch norm in train mode, as in a run")
+        logger.info(f"   exchanged in the method: {changes}; batch norm in train mode, as in a run")
         checks = check_reduced(reduced, cfg.solver.name, build_part(cfg.solver))
     except BisslZooError as error:
-        say(f"   FAIL  {error}")
+        logger.info(f"   FAIL  {error}")
         return {"passed": False, "error": str(error), "checks": []}
     for check in checks:
         verdict = "pass" if check.passed else "FAIL"
-        say(f"   {verdict}  {check.name}: {check.error:.1e} (limit {check.limit:.1e}); {check.detail}")
+        logger.info(f"   {verdict}  {check.name}: {check.error:.1e} (limit {check.limit:.1e}); {check.detail}")
     return {
         "passed": all(check.passed for check in checks),
         "changes": reduced.changes,
@@ -96,11 +98,11 @@ def check_on_reduced(cfg: DictConfig) -> dict[str, Any]:
 
 def check_on_real(context: Context, initial: Weights, effort: Effort) -> dict[str, Any]:
     """Part B: the config's own networks and data, one curvature batch as the BiSSL stage takes it."""
-    say("B. real problem: the config's backbone, pretext method, task and data")
+    logger.info("B. real problem: the config's backbone, pretext method, task and data")
     weights, notes = _warm_head(context, initial, effort.warmup_steps)
     notes = _describe_weights(context.cfg, initial) + notes
     for note in notes:
-        say(f"   {note}")
+        logger.info(f"   {note}")
     trainer = build_bissl(context, weights)
     problem = trainer.problem
     try:
@@ -143,7 +145,9 @@ def _measure(
 ) -> dict[str, Any]:
     name, solver, lam = section.name, problem.solver, problem.lam
     symmetry, clock = _symmetry(operator, v)
-    say(f"   spectrum of H by 2 x {effort.lanczos_steps} Lanczos steps ... {clock.eta(2 * effort.lanczos_steps)}")
+    logger.info(
+        f"   spectrum of H by 2 x {effort.lanczos_steps} Lanczos steps ... {clock.eta(2 * effort.lanczos_steps)}"
+    )
     try:
         found = spectrum(operator, v, effort.lanczos_steps)
     except ValueError as error:
@@ -151,14 +155,23 @@ def _measure(
     automatic = automatic_shift(operator, v, solver, lam)
     used = automatic if solver.damping == "auto" else lam + solver.damping
     low, high = (f"{found.values[i]:.4g} +- {found.bounds[i]:.2g}" for i in (0, -1))
-    say(f"   H from {low} to {high}; automatic damping {automatic - lam:.4g}, configured {solver.damping}")
-    say(f"   at damping {used - lam:.4g} the system is {found.definiteness(used)}")
+    logger.info(f"   H from {low} to {high}; automatic damping {automatic - lam:.4g}, configured {solver.damping}")
+    logger.info(f"   at damping {used - lam:.4g} the system is {found.definiteness(used)}")
     shifts = [used] if abs(automatic - used) <= 0.01 * used else [used, automatic]
     rows, skipped = compare_solvers(name, operator, v, solver, lam, shifts, effort.max_products, clock)
     rivals = {other: entry() for other, entry in SOLVERS if other != name}
-    say("   what to advise")
+    logger.info("   what to advise")
     advice = advise(
-        operator, v, name, solver, used, lam, found, rivals, effort.max_products, lambda line: say(f"   tried {line}")
+        operator,
+        v,
+        name,
+        solver,
+        used,
+        lam,
+        found,
+        rivals,
+        effort.max_products,
+        lambda line: logger.info(f"   tried {line}"),
     )
     return {
         "real": {
@@ -187,8 +200,8 @@ def _symmetry(operator: CurvatureOperator, v: Tensor) -> tuple[dict[str, Any], C
     clock = Clock((time.perf_counter() - start) / 2)
     limit = 1e-2 / math.sqrt(size)  # a matrix that is not symmetric has about 1 / sqrt(P)
     verdict = "symmetric" if error <= limit else "NOT SYMMETRIC"
-    say(f"   {size} parameters, {clock.seconds:.2g} s per product")
-    say(f"   |u'Hw - w'Hu| / (|u| |Hw|) = {error:.1e} (limit {limit:.1e}): {verdict}")
+    logger.info(f"   {size} parameters, {clock.seconds:.2g} s per product")
+    logger.info(f"   |u'Hw - w'Hu| / (|u| |Hw|) = {error:.1e} (limit {limit:.1e}): {verdict}")
     return {"error": error, "limit": limit, "passed": error <= limit}, clock
 
 

@@ -1,6 +1,7 @@
 """Every solver on one system, and how long that takes."""
 
 import dataclasses
+import logging
 from collections.abc import Sequence
 from typing import Any
 
@@ -9,8 +10,9 @@ from torch import Tensor
 
 from bissl_zoo.analysis.solver_diagnosis import Remembering, budget_key, budgets_up_to, convergence, refuses
 from bissl_zoo.hypergradient import CurvatureOperator
-from bissl_zoo.progress.display import say
 from bissl_zoo.registry import SOLVERS
+
+logger = logging.getLogger(__name__)
 
 
 class Clock:
@@ -54,7 +56,7 @@ def compare_solvers(
     for other, candidate in candidates.items():
         seen: dict[bytes, Tensor] = {}
         for shift in shifts:
-            say(f"   {other} at damping {shift - lam:.4g} ... {clock.eta(left)} for this and the rest")
+            logger.info(f"   {other} at damping {shift - lam:.4g} ... {clock.eta(left)} for this and the rest")
             points, x = convergence(Remembering(operator, shift, seen), v, candidate, budgets)
             row = {"solver": other, "damping": shift - lam, "points": [dataclasses.asdict(p) for p in points]}
             found.append((row, x))

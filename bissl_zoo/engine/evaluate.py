@@ -1,6 +1,7 @@
 """The figures of a task on a data set, and those that it gives at all."""
 
 import json
+import logging
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
@@ -18,9 +19,10 @@ from bissl_zoo.downstream import DownstreamTask, Evaluator
 from bissl_zoo.engine.build import Context, Readable, test_loader
 from bissl_zoo.errors import CheckpointError, DatasetError
 from bissl_zoo.evaluation.ranking import MOST_RANKED
-from bissl_zoo.progress.display import say
 from bissl_zoo.runs.checkpoint import write_atomically
 from bissl_zoo.runs.metadata import read_json
+
+logger = logging.getLogger(__name__)
 
 #: the figure that counts images without which the others were measured; it is there where it is not 0
 LEFT_OUT = "left_out"
@@ -207,7 +209,7 @@ def look_into(evaluator: Evaluator) -> Details:
     try:
         return details_of(evaluator)
     except Exception as error:  # whatever such an evaluator raises
-        say(f"warning: no figures by class: {type(evaluator).__name__}: {type(error).__name__}: {error}")
+        logger.warning(f"no figures by class: {type(evaluator).__name__}: {type(error).__name__}: {error}")
         return Details()
 
 

@@ -1,6 +1,7 @@
 """Features of images as a frozen network computes them: how images are shown, and the pass over a set."""
 
 import contextlib
+import logging
 import math
 import random
 import time
@@ -28,10 +29,12 @@ from bissl_zoo.engine.init import ZOO_PREFIX, load_init
 from bissl_zoo.engine.trainer import HookBase, Trainer, load_state
 from bissl_zoo.errors import CheckpointError, DatasetError
 from bissl_zoo.evaluation import collapse_figures, knn_accuracy, linear_probe
-from bissl_zoo.progress.display import say
+from bissl_zoo.progress.display import show
 from bissl_zoo.registry import DOWNSTREAM_TASKS, build_backbone
 from bissl_zoo.runs.directory import CONFIG_FILE, load_run_config
 from bissl_zoo.weights.backbone_file import read_backbone
+
+logger = logging.getLogger(__name__)
 
 #: the side of the crop over the shorter side of the image, 224 of 256
 CROP = 0.875
@@ -295,7 +298,9 @@ class Probe(HookBase):
         figures, line = measured
         trainer.metrics.update({f"probe/{name}": value for name, value in figures.items()})
         trainer.metrics["time/probe"] = time.perf_counter() - start
-        say(f"[{trainer.name} {trainer.step}/{trainer.total_steps}] probe  {line}", "figures")
+        line = f"[{trainer.name} {trainer.step}/{trainer.total_steps}] probe  {line}"
+        logger.info(line)
+        show(evaluation=line)
 
     def _measure_unless_asked(self) -> tuple[dict[str, float], str] | None:
         try:

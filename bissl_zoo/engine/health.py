@@ -1,5 +1,6 @@
 """Numbers that go wrong in a run: seen at the step, told with the batch that they came from, and dealt with."""
 
+import logging
 import math
 import statistics
 from collections import deque
@@ -17,7 +18,8 @@ from bissl_zoo.distributed import all_gather_objects, any_rank
 from bissl_zoo.engine.build import Batches
 from bissl_zoo.engine.trainer import HookBase, Trainer
 from bissl_zoo.errors import BadHypergradient, NonFiniteLoss
-from bissl_zoo.progress.display import say
+
+logger = logging.getLogger(__name__)
 
 #: a gradient norm that is so many times the median of the last WINDOW, of which there are LEAST, has exploded
 EXPLOSION, WINDOW, LEAST = 1e4, 50, 10
@@ -65,7 +67,7 @@ class Guard:
                 limit = f"{self.trainer.skipped} steps of {self.trainer.name} were skipped before, and"
                 raise NonFiniteLoss(f"{told} {limit} train.max_skipped={self.most}.", error.rank) from error
             self._undo(kept)
-            say(f"warning: {told} The step is skipped, {self.trainer.skipped} of at most {self.most} in this stage.")
+            logger.warning(f"{told} The step is skipped, {self.trainer.skipped} of at most {self.most} in this stage.")
             return {}
         except BadHypergradient as error:
             # the newest batch of the lower level is the one that defines the curvature
@@ -101,8 +103,8 @@ class Guard:
         usual = statistics.median(self.norms) if len(self.norms) >= LEAST else math.inf
         if not self.warned and 0 < usual < norm / EXPLOSION:
             self.warned = True
-            say(
-                f"warning: {level.name} level, step {level.step - 1}: the norm of the gradient before clipping is "
+            logger.warning(
+                f"{level.name} level, step {level.step - 1}: the norm of the gradient before clipping is "
                 f"{norm:.3g}, {norm / usual:.0f} times the median of the {len(self.norms)} steps before. "
                 f"{describe_batch(level)} Lower the learning rate, or set clip_grad."
             )
@@ -181,16 +183,16 @@ class Health(HookBase):
     def _tell_of_fallbacks(self, count: int) -> None:
         if count >= self.warn_at:
             self.warn_at = count + FALLBACKS_PER_WARNING
-            say(
-                f"warning: the solver gave no usable hypergradient at {count} upper steps so far, which took the plain "
+            logger.warning(
+                f"the solver gave no usable hypergradient at {count} upper steps so far, which took the plain "
                 "gradient v instead (bilevel.on_bad_hypergradient=plain); see solver/status and solver/residual."
             )
 
     def _tell_of_collapse(self, std: float) -> None:
         if std < COLLAPSED and not self.collapsed:
             self.collapsed = True
-            say(
-                f"warning: the embedding has collapsed: its normalised deviation is {std:.2g}, where 0 is the same "
+            logger.warning(
+                f"the embedding has collapsed: its normalised deviation is {std:.2g}, where 0 is the same "
                 f"answer to every image. Step {self.trainer.step} of {self.trainer.name}, as train.probe measures it."
             )
 

@@ -1,5 +1,6 @@
 """Hooks: progress, metrics, checkpoints, evaluation."""
 
+import logging
 import statistics
 import time
 from collections import Counter, deque
@@ -16,11 +17,13 @@ from bissl_zoo.engine.build import Context
 from bissl_zoo.engine.randomness import random_state
 from bissl_zoo.engine.trainer import HookBase
 from bissl_zoo.progress.console import clock, short
-from bissl_zoo.progress.display import doing, every_step, say, show
+from bissl_zoo.progress.display import doing, every_step, show
 from bissl_zoo.progress.file_writers import JsonWriter, Record, TensorBoardWriter, Writer
 from bissl_zoo.progress.run_view import StageView, place_within
 from bissl_zoo.runs.checkpoint import Checkpointer
 from bissl_zoo.runs.disk import DiskError, retried
+
+logger = logging.getLogger(__name__)
 
 #: how the names of figures begin that are measured now and then, after a step
 MEASURED = ("val/", "test/", "probe/")
@@ -67,7 +70,7 @@ class Progress(HookBase):
         width = len(str(trainer.total_steps))
         rate = "  {images_per_second:.0f} images/s  {waiting:.0%} waiting for data".format(**speed) if speed else ""
         head = f"[{trainer.name} {trainer.step:{width}d}/{trainer.total_steps}]"
-        say(f"{head} {shown}  {self.seconds:.2f} s/step{rate}  ETA {eta}", "progress")
+        logger.info(f"{head} {shown}  {self.seconds:.2f} s/step{rate}  ETA {eta}", extra={"progress": True})
 
     def after_train(self) -> None:
         """Leave the display what it needs, without the networks."""
@@ -179,7 +182,9 @@ class PeriodicCheckpoint(HookBase):
     def after_train(self) -> None:
         """Tell what the checkpoints cost."""
         share = self.seconds / max(time.perf_counter() - self.began, 1e-9)
-        say(f"[{self.trainer.name}] checkpoints: {self.count}, {self.seconds:.1f} s, {share:.1%} of the stage's time")
+        logger.info(
+            f"[{self.trainer.name}] checkpoints: {self.count}, {self.seconds:.1f} s, {share:.1%} of the stage's time"
+        )
 
     def _save(self, randomness: list[dict[str, Any]]) -> None:
         trainer = self.trainer
@@ -204,8 +209,8 @@ class PeriodicCheckpoint(HookBase):
 
     def _warn(self, error: DiskError, then: str) -> None:
         name = self.trainer.name
-        say(
-            f"warning: checkpoint of {name} at step {self.trainer.step} could not be written to "
+        logger.warning(
+            f"checkpoint of {name} at step {self.trainer.step} could not be written to "
             f"{self.checkpointer.folder / name}: {error.reason}. {then}"
         )
 
@@ -234,7 +239,9 @@ class PeriodicEvaluation(HookBase):
             return trainer.postpone()
         trainer.metrics.update({f"{self.role}/{name}": value for name, value in results.items()})
         trainer.metrics["time/evaluation"] = time.perf_counter() - start
-        say(f"[{trainer.name} {trainer.step}/{trainer.total_steps}] {self.role}  {format_results(results)}", "figures")
+        line = f"[{trainer.name} {trainer.step}/{trainer.total_steps}] {self.role}  {format_results(results)}"
+        logger.info(line)
+        show(evaluation=line)
 
 
 def format_results(results: dict[str, Any]) -> str:
@@ -268,7 +275,7 @@ class EarlyStopping(HookBase):
         best["since"] += 1
         if self.patience and best["since"] >= self.patience and not trainer.done:
             trainer.ended = True
-            say(
+            logger.info(
                 f"[{trainer.name} {trainer.step}/{trainer.total_steps}] {self.metric} was best at step {best['step']} "
                 f"({best['value']:.4f}) and no better at {best['since']} evaluations since: the stage ends"
             )
@@ -299,7 +306,7 @@ class SolverWatch(HookBase):
             failed = [step for step in self.recent if step["solver/status"] not in FINE]
             if not self.warned and len(self.recent) == self.window and 2 * len(failed) > self.window:
                 self.warned = True
-                say(self._warning(failed))
+                logger.warning(self._warning(failed))
 
     def _warning(self, failed: list[dict[str, Any]]) -> str:
         statuses = Counter(step["solver/status"] for step in failed).most_common()
@@ -309,7 +316,7 @@ class SolverWatch(HookBase):
             figures.append(f"median residual {statistics.median(residuals):.2g}")
         figures.append(f"damping {self.recent[-1]['solver/damping']:.4g}")
         return (
-            f"warning: {len(failed)} of the last {self.window} solves for the hypergradient failed "
+            f"{len(failed)} of the last {self.window} solves for the hypergradient failed "
             f"({', '.join(figures)}), so its curvature term is not what it should be. Raise solver.iterations or "
             "solver.damping, or set solver.damping=auto; "
             f"python tools/check_hypergradient.py --config-file {self.config} tells which."
@@ -350,8 +357,8 @@ class BadImages(HookBase):
         for name, found in self.trainer.bad.items():
             role = "pretext" if self.trainer.levels()[name].name in _PRETEXT_LEVELS else "train"
             more = f" and {len(found) - MAX_NAMED} more" if len(found) > MAX_NAMED else ""
-            say(
-                f"warning: [{self.trainer.name}] data: {len(found)} of {len(self.context.data[role])} images of {role} "
+            logger.warning(
+                f"[{self.trainer.name}] data: {len(found)} of {len(self.context.data[role])} images of {role} "
                 f"could not be read and were replaced: {', '.join(found[:MAX_NAMED])}{more}"
             )
 

@@ -3,6 +3,7 @@
 import contextlib
 import gc
 import json
+import logging
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -60,7 +61,7 @@ from bissl_zoo.engine.stages.finetune import BASELINE, build_finetune, finetune_
 from bissl_zoo.engine.stages.pretrain import build_pretrain, pretrain_steps
 from bissl_zoo.engine.trainer import Trainer
 from bissl_zoo.errors import CheckpointError, Interrupted, ZooError
-from bissl_zoo.progress.display import doing, end_display, log, logged, say, show, signals_aside
+from bissl_zoo.progress.display import FILE_ONLY, console_by_default, doing, end_display, logged, show, signals_aside
 from bissl_zoo.progress.file_writers import Writer
 from bissl_zoo.progress.run_view import PlannedStage
 from bissl_zoo.progress.writers import open_writers
@@ -69,6 +70,8 @@ from bissl_zoo.runs.directory import CONFIG_FILE, check_run_dir, has_begun, poin
 from bissl_zoo.runs.lock import run_lock
 from bissl_zoo.runs.metadata import add_wall_time, write_facts
 from bissl_zoo.runs.state_files import read_state
+
+logger = logging.getLogger(__name__)
 
 
 def open_context(cfg: DictConfig, source: str, roles: set[str] | None = None) -> Context:
@@ -107,14 +110,15 @@ def run(
     check_parts(context, initial)
     folder = on_main_process(lambda: check_run_dir(cfg, resume))
     with contextlib.ExitStack() as stack:
+        stack.enter_context(console_by_default())
         stop = stack.enter_context(stop_request())
         stack.enter_context(signals_aside())
         stack.enter_context(deterministic(cfg.train.deterministic))
-        on_main_process(lambda: stack.enter_context(run_lock(folder, say)))
+        on_main_process(lambda: stack.enter_context(run_lock(folder)))
         walk = Walk(context, phases, initial, folder, resume, stop)
         done = on_main_process(walk.outcome) if resume else None
         if done:
-            say(f"the run in {folder} is finished; there is nothing to resume")
+            logger.info(f"the run in {folder} is finished; there is nothing to resume")
             return done
         on_main_process(lambda: prepare_run_dir(cfg, resume))
         stack.enter_context(logged(folder))
@@ -123,7 +127,7 @@ def run(
         _announce(context, initial)
         outcome = walk.go(stack.enter_context(open_writers(cfg, folder)))
         if outcome["results"]:
-            log(results_table(outcome["results"]))
+            logger.info(results_table(outcome["results"]), extra=FILE_ONLY)
         if write_report and cfg.train.report:
             on_main_process(lambda: write_report(folder))
         return outcome
@@ -131,24 +135,26 @@ def run(
 
 def _announce(context: Context, initial: Weights) -> None:
     cfg = context.cfg
-    say(f"run: {cfg.train.output_dir}  stages: {', '.join(cfg.train.stages)}  device: {context.device}")
+    logger.info(f"run: {cfg.train.output_dir}  stages: {', '.join(cfg.train.stages)}  device: {context.device}")
     for role, dataset in context.data.items():
-        say(f"data: {role} {cfg.dataloader[role].dataset.name}, {len(dataset)} images")
+        logger.info(f"data: {role} {cfg.dataloader[role].dataset.name}, {len(dataset)} images")
     if "bissl" not in cfg.train.stages:
         return
     value = coupling(context)
     if value is not None and value < LEAST_COUPLING:
-        say(
-            f"warning: lambda * lr_eff * lower steps = {value:.2g}, below {LEAST_COUPLING}: the lower level has no "
+        logger.warning(
+            f"lambda * lr_eff * lower steps = {value:.2g}, below {LEAST_COUPLING}: the lower level has no "
             "time to follow the upper one, and the stage will do next to nothing. Raise bilevel.lambda."
         )
     if not pretext_head_is_new(cfg, initial):
         return
     missing, steps = f"train.init brings no pretext head of {cfg.pretext.name}", pretext_warmup_steps(context)
     if steps:
-        say(f"{missing}: a new one is warmed up for {steps} steps on the frozen backbone before the BiSSL stage.")
+        logger.info(
+            f"{missing}: a new one is warmed up for {steps} steps on the frozen backbone before the BiSSL stage."
+        )
     else:
-        say(f"warning: {missing} and bilevel.pretext_warmup has 0 steps; the BiSSL stage starts with a random one.")
+        logger.warning(f"{missing} and bilevel.pretext_warmup has 0 steps; the BiSSL stage starts with a random one.")
 
 
 def evaluate_only(cfg: DictConfig, source: str) -> dict[str, dict[str, float]]:
@@ -261,7 +267,7 @@ class Walk:
         pretrained = weights = self.initial
         for number, phase in enumerate(self.phases, start=1):
             show(number=number, source=None)
-            say(f"stage {number} of {len(self.phases)}: {phase.name}", "stage")
+            logger.info(f"stage {number} of {len(self.phases)}: {phase.name}")
             if phase.name == HEAD_WARMUP:
                 pretrained = weights
             trainer = self._train(phase, pretrained if phase.name == BASELINE else weights)
@@ -275,7 +281,8 @@ class Walk:
                 if figures is None:
                     self._end(phase, trainer)
                 self.results[phase.finetunes] = figures
-                say(f"[{phase.name}] test  {format_results(figures)}", "figures")
+                logger.info(f"[{phase.name}] test  {format_results(figures)}")
+                show(evaluation=f"[{phase.name}] test  {format_results(figures)}")
             else:
                 weights = trainer.result()
             trainer.close()
@@ -331,7 +338,7 @@ class Walk:
         if self.resume:
             newest, damaged = on_main_process(lambda: self.checkpointer.newest_intact(phase.name))
             for reason in damaged:
-                say(f"warning: {reason}")
+                logger.warning(reason)
         state = read_state(newest) if newest else None
         trainer = phase.build(self.context, weights, state["step"] if state else 0)
         if state:
@@ -339,9 +346,11 @@ class Walk:
             trainer.load_state_dict(state)
             self._restore_randomness(state["random"])
             what = "done" if trainer.done else "resuming"
-            say(f"{what}: {phase.name} at step {trainer.step} of {trainer.total_steps}, from {newest}, verified")
+            logger.info(
+                f"{what}: {phase.name} at step {trainer.step} of {trainer.total_steps}, from {newest}, verified"
+            )
         elif self.resume:
-            say(f"no checkpoint of {phase.name} to resume; it starts at step 0")
+            logger.info(f"no checkpoint of {phase.name} to resume; it starts at step 0")
         if not trainer.done or trainer.owed:
             hooks = self._hooks(trainer, phase.finetunes is not None)
             trainer.train(hooks, self._asked)
@@ -362,8 +371,8 @@ class Walk:
         if len(states) == get_world_size():
             restore_random_state(states[get_rank()], self.context.device)
         else:
-            say(
-                f"warning: the checkpoint is of {len(states)} processes and this run has {get_world_size()}: what is "
+            logger.warning(
+                f"the checkpoint is of {len(states)} processes and this run has {get_world_size()}: what is "
                 "drawn at random from here on is not what the run would have drawn"
             )
 
@@ -379,7 +388,7 @@ class Walk:
         try:
             on_main_process(lambda: add_wall_time(self.folder, time.monotonic() - self.began))
         except CheckpointError as error:  # what matters is saved
-            say(f"warning: {error}")
+            logger.warning(str(error))
         raise Interrupted(
             f"stopped as asked, after step {trainer.step} of {trainer.total_steps} of {phase.name}, which is saved; go "
             "on with --resume",

@@ -1,4 +1,4 @@
-"""What a person is told while a run runs: lines, the run's log, and a display that stands still below the lines."""
+"""Console output: handlers of `logging` for the terminal and for `log.txt`, and the state that a live display shows."""
 
 import contextlib
 import logging
@@ -9,150 +9,143 @@ import time
 import traceback
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any
 
 from bissl_zoo.distributed import STOP_SIGNALS, is_main_process
 from bissl_zoo.errors import BisslZooError, Interrupted
-from bissl_zoo.progress.run_log import LOG_FILE, RunLog
+from bissl_zoo.progress.run_log import LOG_FILE, LogFile, line_of
 from bissl_zoo.runs.disk import DISK_ERRORS
 
-#: progress: of one step among many; figures: of an evaluation; result: what the command was called for
-Kind = Literal["line", "progress", "stage", "figures", "result"]
-WARNING = "warning:"
-#: seconds that the other processes answer a signal after the main one, which has its display to take away
+#: `logger.info(..., extra=FILE_ONLY)` writes a record to log.txt and not to the console
+FILE_ONLY = {"file_only": True}
+#: seconds that the other processes answer a signal after the main one, which removes its display first
 BEHIND = 0.1
 
 
-class Screen(Protocol):
-    """Where lines go, and what stands there of the run; `every_step` asks for a line after each step."""
+class ConsoleHandler(logging.Handler):
+    """Print log records as lines to the current `sys.stdout`, in the main process only.
 
-    every_step: bool
-
-    def say(self, line: str, kind: Kind) -> None:
-        """Print a line, or leave it out where its kind is not wanted."""
-
-    def show(self, **facts: Any) -> None:
-        """Keep what has changed of the run, by the names of `RunView`."""
-
-    def aside(self) -> contextlib.AbstractContextManager[None]:
-        """For what writes to the terminal by itself: nothing else is there meanwhile."""
-
-    def end(self) -> None:
-        """Leave the last state of the run as it stands; lines may follow."""
-
-
-class PlainScreen:
-    """Lines one after the other; `quiet` prints warnings and results alone."""
+    Args:
+        quiet: print warnings and errors only.
+        every_step: ask the training loop for a line after each step.
+    """
 
     def __init__(self, quiet: bool = False, every_step: bool = False) -> None:
-        self.quiet, self.every_step = quiet, every_step
+        super().__init__(logging.WARNING if quiet else logging.INFO)
+        self.every_step = every_step
 
-    def say(self, line: str, kind: Kind) -> None:
-        """Print the line at once."""
-        if not self.quiet or kind == "result" or line.startswith(WARNING):
-            print(line, flush=True)
+    def emit(self, record: logging.LogRecord) -> None:
+        """Print a record; a line that a full disk refuses is dropped, any other error is raised."""
+        if getattr(record, "file_only", False) or not is_main_process():
+            return
+        try:
+            self.write(line_of(record), record)
+        except OSError as error:
+            if error.errno not in DISK_ERRORS:
+                raise
 
-    def show(self, **facts: Any) -> None:
-        """Nothing stands still here."""
+    def write(self, line: str, record: logging.LogRecord) -> None:
+        """Print a line at once."""
+        print(line, flush=True)
+
+    def show(self, **fields: Any) -> None:
+        """Update the state of the run, by the names of `RunView`."""
 
     def aside(self) -> contextlib.AbstractContextManager[None]:
-        """Whatever is written follows the lines."""
+        """Hide what is drawn while something else writes to the terminal."""
         return contextlib.nullcontext()
 
     def end(self) -> None:
-        """The lines are all there is."""
+        """Draw the last state of the run; lines may follow."""
 
 
-#: where what is said goes at the moment
-_screen: Screen = PlainScreen()
-_log: RunLog | None = None
+#: the handler that prints at the moment
+_console: ConsoleHandler | None = None
 
 
-def choose_screen(plain: bool = False, quiet: bool = False, verbose: bool = False) -> Screen:
-    """The live display on a terminal that can, unless it is not wanted; plain lines otherwise."""
+def choose_display(plain: bool = False, quiet: bool = False, verbose: bool = False) -> ConsoleHandler:
+    """Return a live display if standard output is a terminal that supports one, else a handler that prints lines."""
     if plain or quiet or not sys.stdout.isatty() or os.environ.get("TERM", "dumb") == "dumb" or not is_main_process():
-        return PlainScreen(quiet, verbose)
-    from bissl_zoo.progress.live import LiveScreen  # which takes a while, and most commands need none
+        return ConsoleHandler(quiet, verbose)
+    from bissl_zoo.progress.live import LiveScreen  # takes a while to import
 
     return LiveScreen(verbose)
 
 
 @contextlib.contextmanager
-def on_screen(screen: Screen) -> Iterator[None]:
-    """What is said meanwhile goes to `screen`."""
-    global _screen
-    before, _screen = _screen, screen
+def console(handler: ConsoleHandler | None = None) -> Iterator[None]:
+    """Print log records through `handler` while the context lasts; an outer console pauses.
+
+    Prints records of this package from INFO on, of other libraries from WARNING on. In a notebook:
+
+        with console():
+            bissl_zoo.train(...)
+    """
+    global _console
+    before, _console = _console, handler or ConsoleHandler()
+    try:
+        if before:
+            logging.getLogger().removeHandler(before)
+        with _handling(_console):
+            yield
+    finally:
+        ended, _console = _console, before
+        if before:
+            logging.getLogger().addHandler(before)
+        ended.end()
+
+
+def console_by_default() -> contextlib.AbstractContextManager[None]:
+    """Return `console()`, or a context that does nothing if a console is installed."""
+    return contextlib.nullcontext() if _console else console()
+
+
+@contextlib.contextmanager
+def _handling(handler: logging.Handler) -> Iterator[None]:
+    """Install a handler of all loggers; the loggers of this package pass on INFO meanwhile."""
+    root, package = logging.getLogger(), logging.getLogger("bissl_zoo")
+    level = package.level
+    root.addHandler(handler)
+    if not package.isEnabledFor(logging.INFO):
+        package.setLevel(logging.INFO)
     try:
         yield
     finally:
-        _screen = before
-        screen.end()
+        package.setLevel(level)
+        root.removeHandler(handler)
 
 
 @contextlib.contextmanager
 def logged(folder: Path) -> Iterator[None]:
-    """Every line that the main process says meanwhile is appended to `log.txt` in `folder`, and what ends the run."""
-    global _log
+    """Append log records to `log.txt` in `folder` while the context lasts, and the error that ends it; main process."""
     if not is_main_process():
         yield
         return
-    before, _log = _log, RunLog(folder / LOG_FILE)
-    logging.getLogger().addHandler(_log)
-    try:
-        yield
-    except Interrupted as request:
-        _log.write(str(request))
-        raise
-    except BisslZooError as error:
-        _log.write(f"error: {error}")
-        raise
-    except BaseException:
-        _log.write(traceback.format_exc())
-        raise
-    finally:
-        logging.getLogger().removeHandler(_log)
-        _log.close()
-        _log = before
-
-
-def say(line: str, kind: Kind = "line") -> None:
-    """Print a line at once, from the main process only, and log it."""
-    if not is_main_process():
-        return
-    _print(line, kind)
-    log(line)
-
-
-def log(line: str) -> None:
-    """Append a line to the log of the run alone; the first that cannot be written is a warning on the screen."""
-    if _log is None or not is_main_process():
-        return
-    mended = _log.problem is None
-    _log.write(line)
-    if _log.problem and mended:
-        _print(
-            f"{WARNING} {_log.path} could not be written: {_log.problem.strerror}. The run goes on; lines wait.", "line"
-        )
-
-
-def _print(line: str, kind: Kind) -> None:
-    try:
-        _screen.say(line, kind)
-    except OSError as error:  # the output goes to a file on a full disk: a line less, and the run goes on
-        if error.errno not in DISK_ERRORS:
+    log_file = LogFile(folder / LOG_FILE)
+    with _handling(log_file):
+        try:
+            yield
+        except Interrupted as request:
+            log_file.write(str(request))
+            raise
+        except BisslZooError as error:
+            log_file.write(f"error: {error}")
+            raise
+        except BaseException:
+            log_file.write(traceback.format_exc())
             raise
 
 
-def show(**facts: Any) -> None:
-    """Tell the display what has changed of the run, by the names of `RunView`."""
-    if is_main_process():
-        _screen.show(**facts)
+def show(**fields: Any) -> None:
+    """Update the live display, by the names of `RunView`."""
+    if _console and is_main_process():
+        _console.show(**fields)
 
 
 @contextlib.contextmanager
-def doing(what: str) -> Iterator[None]:
-    """Have the display say what holds up the steps."""
-    show(doing=what)
+def doing(activity: str) -> Iterator[None]:
+    """Show on the live display what the run does between two steps."""
+    show(doing=activity)
     try:
         yield
     finally:
@@ -160,30 +153,31 @@ def doing(what: str) -> Iterator[None]:
 
 
 def every_step() -> bool:
-    """Whether a line after each step is wanted."""
-    return _screen.every_step
+    """Return True if a line after each step is wanted."""
+    return bool(_console and _console.every_step)
 
 
 def end_display() -> None:
-    """The run is over: its last state stays where it is, and what is said follows it."""
-    _screen.end()
+    """Draw the live display for the last time; later lines follow below it."""
+    if _console:
+        _console.end()
 
 
 @contextlib.contextmanager
 def signals_aside() -> Iterator[None]:
-    """While this lasts, what the handlers of requests to stop write does not run into the display."""
+    """Hide the live display while the handlers of stop signals write their message."""
     before = {number: signal.getsignal(number) for number in STOP_SIGNALS}
 
     def handle(number: int, frame: Any) -> None:
         if not is_main_process():
             time.sleep(BEHIND)
-        with _screen.aside():
+        with _console.aside() if _console else contextlib.nullcontext():
             before[number](number, frame)
 
     try:
         for number in before:
             signal.signal(number, handle)
-    except ValueError:  # not the main thread, where requests are not noticed at all
+    except ValueError:  # not the main thread, which receives no signals
         yield
         return
     try:

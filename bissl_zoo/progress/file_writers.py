@@ -1,6 +1,7 @@
 """What is written of a run's figures, and the files it goes to: `metrics.jsonl` and TensorBoard's."""
 
 import json
+import logging
 import math
 import time
 from abc import ABC, abstractmethod
@@ -10,9 +11,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from bissl_zoo.progress.display import say
 from bissl_zoo.progress.log_files import AppendedFile, EventFile, drop_lines_after
 from bissl_zoo.runs.disk import reason_of
+
+logger = logging.getLogger(__name__)
 
 METRICS_FILE = "metrics.jsonl"
 
@@ -76,8 +78,8 @@ class FileWriter(Writer):
         except OSError as error:
             if self.warned is None or (self.again and step - self.warned >= self.again):
                 self.warned = step
-                say(
-                    f"warning: {self.file.path} could not be written: {self._reason(error)}. The run goes on; entries "
+                logger.warning(
+                    f"{self.file.path} could not be written: {self._reason(error)}. The run goes on; entries "
                     f"that wait in memory for the next write: {len(self.file.waiting)}."
                 )
 
@@ -92,7 +94,7 @@ class FileWriter(Writer):
             file.lost += len(file.waiting)
             reason = self._reason(error)
         if file.lost:
-            say(f"warning: entries of {file.path} that are lost: {file.lost}. {reason[0].upper()}{reason[1:]}.")
+            logger.warning(f"entries of {file.path} that are lost: {file.lost}. {reason[0].upper()}{reason[1:]}.")
 
     def _reason(self, error: OSError) -> str:
         return reason_of(error, self.file.path, sum(map(len, self.file.waiting)))

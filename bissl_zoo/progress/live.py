@@ -18,6 +18,7 @@ from rich.segment import ControlType
 from rich.text import Text
 
 from bissl_zoo.progress.console import printable
+from bissl_zoo.progress.display import ConsoleHandler
 from bissl_zoo.progress.live_frame import frame
 from bissl_zoo.progress.run_view import RunView
 from bissl_zoo.runs.disk import DISK_ERRORS
@@ -28,10 +29,9 @@ PERIOD = 0.5
 ASIDE = 0.3
 #: columns left free at the end of a line, where a terminal echoes what is typed, as ^C
 ECHO = 2
-STYLES = {"stage": "bold cyan", "figures": "green"}
 
 
-class LiveScreen:
+class LiveScreen(ConsoleHandler):
     """Lines, and below them the run as it stands, from the first stage on until `end`.
 
     What others print to standard output and standard error meanwhile is put above the display. Where it cannot be drawn
@@ -39,10 +39,10 @@ class LiveScreen:
     """
 
     def __init__(self, every_step: bool = False, console: Console | None = None) -> None:
-        self.every_step = every_step
+        super().__init__(every_step=every_step)
         self.run = RunView()
         self.console = console or _console()
-        self._lock = threading.RLock()  # drawing, lines, and signals, which find the main thread anywhere
+        self._drawing = threading.RLock()  # drawing, lines, and signals, which find the main thread anywhere
         self._ended = threading.Event()
         self._thread: threading.Thread | None = None
         self._live: Live | None = None
@@ -51,27 +51,23 @@ class LiveScreen:
         self._draw_after = 0.0
         self._streams = contextlib.ExitStack()
 
-    def say(self, line: str, kind: str) -> None:
-        """Print a line above the display; those of single steps only where they are wanted."""
-        if kind == "progress" and not self.every_step:
-            return
-        if kind == "figures":
-            self.run.evaluation = line
-        style = "bold yellow" if line.startswith("warning:") else STYLES.get(kind, "")
-        self.above(Text(printable(line), style))
+    def write(self, line: str, record: logging.LogRecord) -> None:
+        """Print a line above the display; lines of single steps only if `every_step`."""
+        if not getattr(record, "progress", False) or self.every_step:
+            self.above(Text(printable(line), "bold yellow" if record.levelno >= logging.WARNING else ""))
 
     def above(self, text: Text) -> None:
         """Print a text that scrolls away as the terminal's lines do."""
-        with self._lock, self.console:
+        with self._drawing, self.console:
             if self._live:
                 self._unwrap()
             self.console.print(text, soft_wrap=True)
 
-    def show(self, **facts: Any) -> None:
+    def show(self, **fields: Any) -> None:
         """Keep what has changed; the first stage opens the display."""
-        with self._lock:
+        with self._drawing:
             self.run.stage()
-            for name, value in facts.items():
+            for name, value in fields.items():
                 setattr(self.run, name, value)
         if self._thread is None and self.run.source:
             self._begin()
@@ -79,7 +75,7 @@ class LiveScreen:
     @contextlib.contextmanager
     def aside(self) -> Iterator[None]:
         """Take the display away, and draw it again a moment later."""
-        with self._lock:
+        with self._drawing:
             if self._live:
                 self._live.transient = True
                 self._close()
@@ -90,7 +86,7 @@ class LiveScreen:
         """Draw for the last time, and give the terminal back."""
         if self._thread is None or self._ended.is_set():
             return
-        with self._streams, self._lock:
+        with self._streams, self._drawing:
             self.run.doing, self._draw_after = "", 0.0
             self._draw()
             self._ended.set()
@@ -112,7 +108,7 @@ class LiveScreen:
             self._ended.wait(PERIOD)
 
     def _draw(self) -> None:
-        with self._lock:
+        with self._drawing:
             if self._ended.is_set() or time.monotonic() < self._draw_after:
                 return
             try:

@@ -1,13 +1,15 @@
 """The figures of a run in Weights & Biases."""
 
+import logging
 import os
 import secrets
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from bissl_zoo.progress.display import say
 from bissl_zoo.progress.file_writers import METRICS_FILE, Record, Writer
+
+logger = logging.getLogger(__name__)
 
 #: the project where WANDB_PROJECT names no other
 PROJECT = "bissl_zoo"
@@ -44,7 +46,7 @@ class WandbWriter(Writer):
             settings=_settings(wandb.Settings),
             **{key: value for key, value in named.items() if f"WANDB_{key.upper()}" not in os.environ},
         )
-        say(f"wandb: {Path(self.run.dir).parent if self.run.offline else self.run.url}")
+        logger.info(f"wandb: {Path(self.run.dir).parent if self.run.offline else self.run.url}")
 
     def begin(self, stage: str, step: int) -> None:
         """Have the stage's figures drawn over its steps."""
@@ -81,8 +83,8 @@ class WandbWriter(Writer):
             action()
         except Exception as error:  # whatever it is, the training is worth more than a copy of its figures
             self.run = None
-            say(
-                f"warning: wandb: {type(error).__name__}: {error} The run goes on without it; its figures are in "
+            logger.warning(
+                f"wandb: {type(error).__name__}: {error} The run goes on without it; its figures are in "
                 f"{self.folder / METRICS_FILE}."
             )
 

@@ -3,6 +3,7 @@
 Jinja2 escapes all text of a block; what is markup already is made by :mod:`bissl_zoo.report.svg` alone.
 """
 
+import logging
 import re
 import time
 from collections.abc import Callable, Sequence
@@ -17,8 +18,9 @@ from markupsafe import Markup
 from bissl_zoo import __version__
 from bissl_zoo.errors import BisslZooError
 from bissl_zoo.progress.console import printable
-from bissl_zoo.progress.display import say
 from bissl_zoo.report.images.drawing import written
+
+logger = logging.getLogger(__name__)
 
 #: characters of a cell or sentence, above what any is meant to have
 _LONGEST = 2000
@@ -103,7 +105,7 @@ class Chapters:
             return make()
         except Exception as error:  # a data set that is gone, a damaged file, a fault in a drawing: all the same
             reason = reason_of(error)
-            say(f"warning: report of {self.name}, {title.lower()}: {printable(reason)}")
+            logger.warning(f"report of {self.name}, {title.lower()}: {printable(reason)}")
             return [Note(reason, problem=True)]
 
 

@@ -2,6 +2,7 @@
 
 import base64
 import hashlib
+import logging
 from collections.abc import Mapping
 from importlib import resources
 from pathlib import Path
@@ -11,12 +12,13 @@ from markupsafe import Markup
 
 from bissl_zoo.errors import ZooError
 from bissl_zoo.progress.console import printable
-from bissl_zoo.progress.display import say
 from bissl_zoo.report.page import footer, render, save_page
 from bissl_zoo.zoo import Zoo
 from bissl_zoo.zoo.hub import Entry
 from bissl_zoo.zoo.names import split_version
 from bissl_zoo.zoo.page import format_metric
+
+logger = logging.getLogger(__name__)
 
 #: figures that get a column of their own, the commonest first
 _MOST_METRICS = 12
@@ -90,7 +92,7 @@ def _data(entry: Entry) -> str:
     try:
         datasets = entry.facts().get("datasets")
     except ZooError as error:
-        say(f"warning: the data sets of '{entry.name}' are not shown. {printable(str(error))}")
+        logger.warning(f"the data sets of '{entry.name}' are not shown. {printable(str(error))}")
         return ""
     sets = datasets.values() if isinstance(datasets, dict) else ()
     named = [str(one.get("root") or one.get("name") or "") for one in sets if isinstance(one, dict)]

@@ -1,6 +1,7 @@
 """The run directory: what is refused before a run starts, and what describes it."""
 
 import contextlib
+import logging
 import platform
 import subprocess
 import sys
@@ -19,9 +20,10 @@ from bissl_zoo import __version__
 from bissl_zoo.config import LazyConfig, with_defaults
 from bissl_zoo.distributed import is_main_process
 from bissl_zoo.errors import ConfigError
-from bissl_zoo.progress.display import say
 from bissl_zoo.runs.checkpoint import write_atomically
 from bissl_zoo.runs.lock import LOCK_FILE
+
+logger = logging.getLogger(__name__)
 
 CONFIG_FILE = "config.yaml"
 #: keys a resumed run may change: where and how it runs, not what it computes as long as its numbers are sound
@@ -173,5 +175,5 @@ def pointing_to_report(folder: Path) -> Iterator[None]:
         yield
     except Exception:
         if is_main_process():
-            say(f"look at it with {report_command(folder)}")
+            logger.info(f"look at it with {report_command(folder)}")
         raise

@@ -2,17 +2,20 @@
 
 import contextlib
 import json
+import logging
 import os
 import socket
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import portalocker
 
 from bissl_zoo.errors import CheckpointError, ConfigError
+
+logger = logging.getLogger(__name__)
 
 LOCK_FILE = "run.lock"
 
@@ -23,21 +26,19 @@ WRITTEN = 1.0
 
 
 @contextlib.contextmanager
-def run_lock(folder: Path, say: Callable[[str], None] = print) -> Iterator[None]:
+def run_lock(folder: Path) -> Iterator[None]:
     """Hold `folder` for this process, and show a sign of life every 15 seconds.
 
     A lock that a dead process left is taken over: on this machine at once, of another machine (where a node was lost)
     once it has shown no sign of life for a minute.
 
-    Args:
-        say: told of a lock that is waited for or taken over.
     Raises:
         CheckpointError: another process that lives holds it.
         ConfigError: the folder cannot be made or written.
     """
     path, mine = folder / LOCK_FILE, uuid.uuid4().hex
     try:
-        _acquire(path, mine, say)
+        _acquire(path, mine)
     except OSError as error:
         raise ConfigError(f"train.output_dir '{folder}' cannot be written: {error.strerror}.") from error
     ended = threading.Event()
@@ -52,7 +53,7 @@ def run_lock(folder: Path, say: Callable[[str], None] = print) -> Iterator[None]
             path.unlink()
 
 
-def _acquire(path: Path, mine: str, say: Callable[[str], None]) -> None:
+def _acquire(path: Path, mine: str) -> None:
     facts = {"id": mine, "host": socket.gethostname(), "pid": os.getpid(), "started": started_at(os.getpid())}
     path.parent.mkdir(parents=True, exist_ok=True)
     with _alone_in(path.parent):
@@ -61,12 +62,14 @@ def _acquire(path: Path, mine: str, say: Callable[[str], None]) -> None:
             if not holder:  # perhaps not written yet
                 time.sleep(WRITTEN)
                 holder = read_lock(path)
-            if _lives(path, holder, say):
+            if _lives(path, holder):
                 raise CheckpointError(
                     f"The run in {path.parent} is being written by process {holder['pid']} on {holder['host']}. Stop "
                     "that one, or give another train.output_dir."
                 )
-            say(f"taking over {path.parent} from process {holder.get('pid')} on {holder.get('host')}, which is gone")
+            logger.info(
+                f"taking over {path.parent} from process {holder.get('pid')} on {holder.get('host')}, which is gone"
+            )
             path.unlink()
         handle = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY)
         os.write(handle, json.dumps(facts).encode())
@@ -88,13 +91,13 @@ def _alone_in(folder: Path) -> Iterator[None]:
         os.close(handle)
 
 
-def _lives(path: Path, holder: dict, say: Callable[[str], None]) -> bool:
+def _lives(path: Path, holder: dict) -> bool:
     """Whether the process that a lock names runs; of another machine's, whether it shows a sign of life."""
     if not holder:
         return False
     if holder["host"] == socket.gethostname():
         return holder["started"] is not None and started_at(holder["pid"]) == holder["started"]
-    say(f"{path.parent} was written by process {holder['pid']} on {holder['host']}; waiting for a sign of life")
+    logger.info(f"{path.parent} was written by process {holder['pid']} on {holder['host']}; waiting for a sign of life")
     seen, deadline = _mtime(path), time.monotonic() + HEARTBEAT * MISSED
     while time.monotonic() < deadline:
         if _mtime(path) != seen:

@@ -1,5 +1,6 @@
 """Does BiSSL help? A comparison on one data set or several, from its config to its report."""
 
+import logging
 from pathlib import Path
 from typing import Any, Literal
 
@@ -8,10 +9,11 @@ from tabulate import tabulate
 
 from bissl_zoo.config import LazyConfig
 from bissl_zoo.errors import BisslZooError, ConfigError, did_you_mean
-from bissl_zoo.progress.display import say
 from bissl_zoo.studies.compare_arms import ARMS, read_settings
 from bissl_zoo.studies.compare_report import make_report, save_datasets, save_report
 from bissl_zoo.studies.compare_runs import Comparison
+
+logger = logging.getLogger(__name__)
 
 
 def compare(
@@ -59,7 +61,7 @@ def compare_datasets(
             comparison.check()
     reports = {}
     for name, comparison in comparisons.items():
-        say(f"data set {name}")
+        logger.info(f"data set {name}")
         reports[name] = _reported(comparison, only_report)
         save_datasets(reports, folder)
     return reports

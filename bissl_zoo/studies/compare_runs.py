@@ -1,5 +1,6 @@
 """The runs of a comparison: which there are, what is wrong with them beforehand, and what they come to."""
 
+import logging
 import math
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -14,7 +15,6 @@ from bissl_zoo.engine.checks import check_config, check_parts
 from bissl_zoo.engine.init import ZOO_PREFIX, load_init
 from bissl_zoo.engine.stages.bissl import LEAST_COUPLING, coupling, pretext_head_is_new
 from bissl_zoo.errors import BisslZooError, ConfigError, did_you_mean
-from bissl_zoo.progress.display import say
 from bissl_zoo.runs.listing import FINISHED as RUN_FINISHED
 from bissl_zoo.runs.listing import is_run, look_at
 from bissl_zoo.studies.compare_arms import ARMS, arm_config, base_config, pretrain_config, read_settings
@@ -22,6 +22,8 @@ from bissl_zoo.studies.compare_folder import record_of, samples_of, see_folder, 
 from bissl_zoo.studies.compare_report import Figures
 from bissl_zoo.studies.compare_search import ArmSearch, found_before
 from bissl_zoo.studies.jobs import FINISHED, Job, JobOutcome, progress_line, run_jobs
+
+logger = logging.getLogger(__name__)
 
 
 class Comparison:
@@ -84,13 +86,13 @@ class Comparison:
 
     def _warn(self, value: float | None, head_is_new: bool) -> None:
         if value is not None and value < LEAST_COUPLING:
-            say(
-                f"warning: lambda * lr_eff * lower steps = {value:.2g}, below {LEAST_COUPLING}: the BiSSL stage will "
+            logger.warning(
+                f"lambda * lr_eff * lower steps = {value:.2g}, below {LEAST_COUPLING}: the BiSSL stage will "
                 "do next to nothing, and there is nothing to compare. Raise bilevel.lambda."
             )
         if head_is_new and "longer_pretraining" in self.settings.arms:
-            say(
-                "warning: train.init brings no pretext head. The BiSSL stage warms one up on the frozen backbone, "
+            logger.warning(
+                "train.init brings no pretext head. The BiSSL stage warms one up on the frozen backbone, "
                 "longer pretraining trains it with the backbone, which is to its disadvantage."
             )
 
@@ -207,7 +209,7 @@ class Comparison:
         def tell(outcome: JobOutcome) -> None:
             figure = told(outcome)
             if outcome.ran:
-                say(progress_line(outcome, figure))
+                logger.info(progress_line(outcome, figure))
 
         return run_jobs(jobs, self.folder, self.parallel, tell, engine=self.engine) if jobs else []
 

@@ -1,6 +1,7 @@
 """The same search of fine-tuning's settings for every arm of a comparison, before its seeds are run."""
 
 import json
+import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
@@ -8,13 +9,14 @@ from typing import Literal
 from omegaconf import DictConfig
 
 from bissl_zoo.config import LazyConfig
-from bissl_zoo.progress.display import say
 from bissl_zoo.runs.checkpoint import write_atomically
 from bissl_zoo.runs.metadata import read_json
 from bissl_zoo.studies.compare_arms import ARMS, Settings, arm_config
 from bissl_zoo.studies.jobs import Job
 from bissl_zoo.studies.search import search
 from bissl_zoo.studies.search_space import SearchSettings, read_search, trial_config
+
+logger = logging.getLogger(__name__)
 
 #: what the searches of a comparison have found
 FOUND_FILE = "searched.json"
@@ -66,7 +68,7 @@ class ArmSearch:
             cfg = self._with_section(arm_config(self.base, arm, self.base.train.seed, start, ["finetune"]))
             source, folder = f"{self.source}, arm {arm}", self.folder / "search" / arm
             result = search(cfg, source, folder, self.settings.search_trials, parallel, engine=engine)
-            say(f"{result.table}\nbest of {ARMS[arm].words}: {' '.join(result.best_overrides)}")
+            logger.info(f"{result.table}\nbest of {ARMS[arm].words}: {' '.join(result.best_overrides)}")
             found[arm] = result.best_overrides
         write_atomically(self.folder / FOUND_FILE, json.dumps(found, indent=2) + "\n")
         return found

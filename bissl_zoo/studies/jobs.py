@@ -1,6 +1,7 @@
 """Many runs on one machine: each in a process and a run directory of its own, and all of them resumable."""
 
 import contextlib
+import logging
 import os
 import re
 import signal
@@ -19,7 +20,6 @@ from bissl_zoo.engine.checks import check_config
 from bissl_zoo.engine.launch import GRACE
 from bissl_zoo.errors import CheckpointError, ConfigError, Interrupted
 from bissl_zoo.progress.console import clock
-from bissl_zoo.progress.display import say
 from bissl_zoo.runs.directory import check_run_dir, has_begun
 from bissl_zoo.runs.lock import run_lock
 from bissl_zoo.studies.job_process import (
@@ -34,6 +34,8 @@ from bissl_zoo.studies.job_process import (
     Running,
     found_finished,
 )
+
+logger = logging.getLogger(__name__)
 
 __all__ = ["FAILED", "FINISHED", "STOPPED", "Job", "JobOutcome", "progress_line", "run_jobs"]
 
@@ -119,7 +121,7 @@ def folder_lock(folder: Path) -> Iterator[None]:
     """
     with contextlib.ExitStack() as stack:
         try:
-            stack.enter_context(run_lock(folder / HIDDEN, say))
+            stack.enter_context(run_lock(folder / HIDDEN))
         except CheckpointError as error:
             reason = str(error).partition(". ")[0]
             raise CheckpointError(f"{folder} is in use. {reason}. Stop that one, or give another folder.") from error
@@ -130,7 +132,7 @@ def folder_lock(folder: Path) -> Iterator[None]:
 
 def _tell(outcome: JobOutcome) -> None:
     if outcome.ran:
-        say(progress_line(outcome))
+        logger.info(progress_line(outcome))
 
 
 def _check_names(jobs: Sequence[Job]) -> None:

@@ -1,5 +1,6 @@
 """Random search of settings: every trial a run of its own, at parameters that its number determines."""
 
+import logging
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -14,7 +15,6 @@ from bissl_zoo.engine.init import load_init
 from bissl_zoo.engine.publishing import RESULTS_FILE
 from bissl_zoo.engine.runner import open_context
 from bissl_zoo.errors import BisslZooError, ConfigError, DatasetError, did_you_mean
-from bissl_zoo.progress.display import say
 from bissl_zoo.report.images.drawing import save_figure
 from bissl_zoo.runs.checkpoint import write_atomically
 from bissl_zoo.runs.listing import is_run
@@ -30,6 +30,8 @@ from bissl_zoo.studies.search_space import (
     trial_config,
     trial_name,
 )
+
+logger = logging.getLogger(__name__)
 
 TABLE_FILE, PICTURE_FILE, BEST_FILE = "trials.csv", "search.png", "best.yaml"
 
@@ -110,10 +112,10 @@ def check_trials(cfg: DictConfig, trial: DictConfig, settings: SearchSettings, s
     try:
         _check_metric(settings.metric, figures_of(context, backbone, task, "test"), cfg.task.name)
     except DatasetError as error:  # such as an image without objects
-        say(f"warning: whether the task gives search.metric={settings.metric} will be seen after a trial: {error}")
+        logger.warning(f"whether the task gives search.metric={settings.metric} will be seen after a trial: {error}")
     if OmegaConf.to_container(cfg.dataloader.test) == OmegaConf.to_container(trial.dataloader.test):
-        say(
-            "warning: the trials are measured on dataloader.test, and figures of settings that were chosen by a test "
+        logger.warning(
+            "the trials are measured on dataloader.test, and figures of settings that were chosen by a test "
             "set are too good. Let them read a validation split: search.overrides=[dataloader.test.dataset.split=val]."
         )
 
@@ -154,7 +156,9 @@ class _Search:
                 self._add_pruned(number, given_up.read_text(), 0.0)
             else:
                 jobs.append(Job(trial_name(number), config))
-        say(f"search: {len(self.configs)} trials in {self.folder}, {self.settings.metric} of the last fine-tuning")
+        logger.info(
+            f"search: {len(self.configs)} trials in {self.folder}, {self.settings.metric} of the last fine-tuning"
+        )
         stop_if = (lambda job: self.pruner.reason(job.name)) if self.prune else None
         try:
             run_jobs(jobs, self.folder, parallel, self._take, stop_if, engine)
@@ -191,7 +195,7 @@ class _Search:
         if outcome.ran:
             self._save()
             state = self.trials[outcome.name].state
-            say(progress_line(replace(outcome, status=state), self._figures(outcome)))
+            logger.info(progress_line(replace(outcome, status=state), self._figures(outcome)))
 
     def _figures(self, outcome: JobOutcome) -> str:
         metric, best = self.settings.metric, ranked(list(self.trials.values()), self.settings.metric)

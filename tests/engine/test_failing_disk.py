@@ -2,6 +2,7 @@
 
 import errno
 import json
+import logging
 import os
 import re
 import shutil
@@ -17,12 +18,12 @@ from bissl_zoo.engine.hooks import MetricsWriter, PeriodicCheckpoint
 from bissl_zoo.engine.trainer import HookBase, Trainer
 from bissl_zoo.errors import CheckpointError
 from bissl_zoo.progress import log_files
-from bissl_zoo.progress.display import say
 from bissl_zoo.progress.log_files import AppendedFile
 from bissl_zoo.runs import disk
 from bissl_zoo.runs.checkpoint import Checkpointer, load_checkpoint, write_atomically
 from bissl_zoo.runs.disk import DiskError
 
+logger = logging.getLogger("bissl_zoo.tests")
 CPU = torch.device("cpu")
 MIB = 1 << 20
 ENTRY = b"entry %06d\n"
@@ -318,7 +319,7 @@ def test_a_text_that_cannot_be_written_is_named_and_stays_as_it_was(small_disk):
 def test_output_to_a_full_disk_does_not_end_the_run_but_a_closed_pipe_does(monkeypatch):
     with open("/dev/full", "w") as full:
         monkeypatch.setattr(sys, "stdout", full)
-        say("a line")
+        logger.info("a line")
         monkeypatch.undo()
         with pytest.raises(OSError, match="No space left"):
             full.close()
@@ -327,7 +328,7 @@ def test_output_to_a_full_disk_does_not_end_the_run_but_a_closed_pipe_does(monke
     with os.fdopen(writing, "w") as pipe:
         monkeypatch.setattr(sys, "stdout", pipe)
         with pytest.raises(BrokenPipeError):
-            say("a line")
+            logger.info("a line")
         monkeypatch.undo()
         with pytest.raises(BrokenPipeError):
             pipe.close()

@@ -12,7 +12,7 @@ from bissl_zoo.engine.hooks import MetricsWriter, PeriodicCheckpoint, PeriodicEv
 from bissl_zoo.engine.trainer import HookBase, Trainer, load_state
 from bissl_zoo.errors import CheckpointError
 from bissl_zoo.progress import log_files
-from bissl_zoo.progress.display import PlainScreen, on_screen
+from bissl_zoo.progress.display import ConsoleHandler, console
 from bissl_zoo.runs.checkpoint import Checkpointer
 
 CPU = torch.device("cpu")
@@ -97,12 +97,12 @@ def test_a_stage_can_be_looked_at_in_the_middle_of_a_step():
 def test_what_holds_up_the_steps_is_shown_and_the_checkpoint_that_was_written(tmp_path):
     shown = []
 
-    class Listening(PlainScreen):
+    class Listening(ConsoleHandler):
         def show(self, **facts):
             shown.extend(facts.items())
 
     checkpoints = PeriodicCheckpoint(Checkpointer(tmp_path, keep=1), 3, "resnet18", CPU)
-    with on_screen(Listening()):
+    with console(Listening()):
         Counter("stage", 3).train([PeriodicEvaluation(lambda: {"AP50": 0.25}, period=2), checkpoints])
     assert [value for name, value in shown if name == "doing"] == ["evaluating on test", "", "writing a checkpoint", ""]
     assert [value[0] for name, value in shown if name == "checkpoint"] == ["stage step 3"]

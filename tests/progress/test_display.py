@@ -14,12 +14,14 @@ from rich.console import Console
 from terminal import ESCAPES
 
 from bissl_zoo.errors import ConfigError, Interrupted
+from bissl_zoo.progress import display
 from bissl_zoo.progress import live as live_screen
-from bissl_zoo.progress.display import PlainScreen, choose_screen, doing, log, logged, on_screen, say, show
+from bissl_zoo.progress.display import FILE_ONLY, ConsoleHandler, choose_display, console, doing, logged, show
 from bissl_zoo.progress.live import LiveScreen
 from bissl_zoo.progress.live_frame import frame
 from bissl_zoo.progress.run_view import PlannedStage, RunView, StageView, place_within
 
+logger = logging.getLogger("bissl_zoo.tests")
 FIGURES = {
     "lower/total_loss": 2.125,
     "lower/lr": 0.05,
@@ -116,36 +118,36 @@ def screen_of(width=80, **options):
     return screen, file
 
 
-def test_warnings_and_results_scroll_past_above_the_display_and_lines_of_steps_are_left_out():
+def test_log_lines_scroll_above_the_display_and_lines_of_single_steps_are_left_out():
     screen, file = screen_of()
-    screen.show(source=lambda: STAGE)
-    screen.say("warning: look at \x1b[2J this", "line")
-    screen.say("[bissl 37/500] total_loss 1", "progress")
-    screen.say("[bissl 37/500] test  AP50 0.5", "figures")
-    screen.end()
-    screen.say("the table", "result")
+    with console(screen):
+        show(source=lambda: STAGE, evaluation="[bissl 37/500] test  AP50 0.5")
+        logger.warning("look at \x1b[2J this")
+        logger.info("[bissl 37/500] total_loss 1", extra={"progress": True})
+        logger.info("the end")
     plain = ESCAPES.sub("", file.getvalue()).replace("\r", "")
     above, _, last = plain.rpartition("─ /data/runs/a")
-    assert "warning: look at \\u001b[2J this\n" in above and "[bissl 37/500] test  AP50 0.5\n" in above
-    assert "evaluation     [bissl 37/500] test  AP50 0.5" in last and last.endswith("\nthe table\n")
+    assert "warning: look at \\u001b[2J this\n" in above and "the end\n" in above
+    assert "evaluation     [bissl 37/500] test  AP50 0.5" in last
     assert "total_loss 1" not in plain
     assert re.search(r"\x1b\[1;33mwarning: look", file.getvalue())  # bold and yellow
     assert file.getvalue().rindex("\x1b[?25h") > file.getvalue().rindex("\x1b[?25l")
 
 
-def test_every_step_has_its_line_where_that_is_wanted():
+def test_verbose_prints_a_line_of_every_step():
     screen, file = screen_of(every_step=True)
-    screen.say("[bissl 37/500] total_loss 1", "progress")
+    with console(screen):
+        logger.info("[bissl 37/500] total_loss 1", extra={"progress": True})
     assert file.getvalue() == "[bissl 37/500] total_loss 1\n"
 
 
 def test_a_display_that_fails_is_a_warning_and_the_lines_go_on(monkeypatch):
     screen, file = screen_of()
     monkeypatch.setattr(live_screen, "frame", lambda *arguments: 1 / 0)
-    screen.show(source=lambda: STAGE)
-    screen._thread.join(timeout=10)
-    screen.say("[bissl 38/500] total_loss 1", "progress")
-    screen.end()
+    with console(screen):
+        show(source=lambda: STAGE)
+        screen._thread.join(timeout=10)
+        logger.info("[bissl 38/500] total_loss 1", extra={"progress": True})
     told = ESCAPES.sub("", file.getvalue())
     assert "warning: the display has failed (ZeroDivisionError: division by zero)" in told
     assert told.endswith("[bissl 38/500] total_loss 1\n")
@@ -158,43 +160,59 @@ def test_a_terminal_that_is_gone_does_not_end_the_run():
 
     screen, _ = screen_of()
     screen.console.file = Gone()
-    with on_screen(screen):
+    with console(screen):
         show(source=lambda: STAGE)
-        say("a line")
+        logger.info("a line")
     assert not screen._thread.is_alive()
 
 
-def test_without_a_terminal_and_where_it_is_not_wanted_there_are_plain_lines(monkeypatch):
-    assert isinstance(choose_screen(), PlainScreen)
+def test_without_a_terminal_or_if_asked_the_output_is_plain_lines(monkeypatch):
+    assert type(choose_display()) is ConsoleHandler
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
     monkeypatch.setenv("TERM", "xterm")
-    assert isinstance(choose_screen(plain=True), PlainScreen) and isinstance(choose_screen(quiet=True), PlainScreen)
+    assert type(choose_display(plain=True)) is ConsoleHandler and type(choose_display(quiet=True)) is ConsoleHandler
     monkeypatch.setenv("TERM", "dumb")
-    assert isinstance(choose_screen(), PlainScreen)
+    assert type(choose_display()) is ConsoleHandler
 
 
-def test_a_quiet_screen_prints_warnings_and_results_alone(capsys):
-    with on_screen(PlainScreen(quiet=True)), doing("nothing"):
-        say("a line")
-        say("[stage 1/2] loss", "progress")
-        say("warning: mind")
-        say("the table", "result")
-    assert capsys.readouterr().out == "warning: mind\nthe table\n"
+def test_a_quiet_console_prints_warnings_and_errors_only(capsys):
+    with console(ConsoleHandler(quiet=True)), doing("nothing"):
+        logger.info("a line")
+        logger.info("[stage 1/2] loss", extra={"progress": True})
+        logger.warning("mind")
+        logging.getLogger("another.library").info("a detail")
+        logging.getLogger("another.library").error("fails")
+    assert capsys.readouterr().out == "warning: mind\nerror: fails\n"
 
 
-def test_the_log_has_every_line_with_its_time_and_what_logging_warns_of_and_is_appended_to(tmp_path, capsys):
+def test_an_inner_console_replaces_the_outer_one_while_it_lasts(capsys):
+    with console():
+        with console(ConsoleHandler(quiet=True)):
+            logger.info("not printed")
+        logger.info("printed once")
+    assert capsys.readouterr().out == "printed once\n"
+
+
+def test_only_the_main_process_prints(capsys, monkeypatch):
+    monkeypatch.setattr(display, "is_main_process", lambda: False)
+    logger.warning("mind")
+    assert capsys.readouterr() == ("", "")
+
+
+def test_the_log_file_has_every_record_with_its_time_and_is_appended_to(tmp_path, capsys):
     for number in (1, 2):
-        with on_screen(PlainScreen(quiet=True)), logged(tmp_path):
-            say(f"two\nlines {number}")
-            log("for the log alone")
-            logging.getLogger("somebody").warning("mind %d", number)
-    say("and nothing after it")
+        with console(ConsoleHandler(quiet=True)), logged(tmp_path):
+            logger.info(f"two\nlines {number}")
+            logger.info("in the file only", extra=FILE_ONLY)
+            logging.getLogger("another.library").warning("mind %d", number)
+    logger.info("after the run")
     lines = (tmp_path / "log.txt").read_text().splitlines()
     assert all(re.match(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d ", line) for line in lines)
     assert [line[20:] for line in lines] == [
-        *("two", "lines 1", "for the log alone", "WARNING: mind 1"),
-        *("two", "lines 2", "for the log alone", "WARNING: mind 2"),
+        *("two", "lines 1", "in the file only", "warning: mind 1"),
+        *("two", "lines 2", "in the file only", "warning: mind 2"),
     ]
+    assert "in the file only" not in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -211,17 +229,18 @@ def test_what_ends_the_run_is_in_its_log(tmp_path, error, told):
     assert (tmp_path / "log.txt").read_text().splitlines()[-1][20:] == told
 
 
-def test_a_log_that_cannot_be_written_is_one_warning_and_what_waits_is_written_later(tmp_path, capsys):
+def test_a_log_file_that_cannot_be_written_is_one_warning_and_its_lines_are_written_later(tmp_path, capsys):
     path = tmp_path / "log.txt"
     path.symlink_to("/dev/full")
     with logged(tmp_path):
-        say("first")
-        say("second")
+        logger.info("first")
+        logger.info("second")
         path.unlink()
-        say("third")
+        logger.info("third")
     out = capsys.readouterr().out
     assert out.count("warning") == 1 and "log.txt could not be written: No space left on device" in out
-    assert [line[20:] for line in path.read_text().splitlines()] == ["first", "second", "third"]
+    first, warning, *rest = [line[20:] for line in path.read_text().splitlines()]
+    assert [first, *rest] == ["first", "second", "third"] and warning.startswith("warning: ")
 
 
 def test_the_plain_output_of_a_run_has_no_escape_codes_and_all_of_it_is_logged(finished):
