@@ -1,4 +1,4 @@
-"""How the site reads docstrings."""
+"""Griffe extension that adapts docstrings to the parser of the site."""
 
 import re
 from typing import Any
@@ -10,7 +10,7 @@ ROLE = re.compile(r":(?:class|data|func|meth|mod|attr):(?=`)")
 
 
 class Docstrings(griffe.Extension):
-    """Have the parser find `Returns:` and `Raises:` where no blank line is above them, and leave Sphinx's roles out."""
+    """Insert the blank line that the parser expects before `Returns:` and `Raises:`, and remove Sphinx roles."""
 
     def on_object(self, *, obj: griffe.Object, **_: Any) -> None:
         if obj.docstring:

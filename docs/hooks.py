@@ -1,8 +1,7 @@
-"""What the site does to a page: equations become MathML, files are shown where a block names one, and links that leave
-docs/ go to the page that shows the file.
+"""MkDocs hooks: render equations as MathML, include files in code blocks, and redirect links that leave docs/.
 
-The Markdown itself is written for GitHub, where links lead to files of the checkout and `$...$` is mathematics. A block
-that is `# file: configs/common/train.py` is that file, as it is when the site is built.
+The Markdown is written for GitHub, where links lead to files of the checkout and `$...$` is mathematics. A code block
+that consists of `# file: configs/common/train.py` is replaced by the content of that file.
 """
 
 import posixpath
@@ -12,7 +11,7 @@ from typing import Any
 
 from latex2mathml.converter import convert
 
-#: files of the checkout that have a page, by their path or the beginning of it
+#: path of a file of the checkout, or the beginning of it -> the page that shows it
 PAGES = {
     "README.md": "index.md",
     "benchmarks/README.md": "measured.md",
@@ -33,7 +32,7 @@ PAGES = {
     "bissl_zoo/backbones/backbone.py": "reference/backbones.md",
 }
 ROOT = Path(__file__).resolve().parents[1]
-SHOWN = re.compile(r"^# file: (\S+)$", re.MULTILINE)
+INCLUDED = re.compile(r"^# file: (\S+)$", re.MULTILINE)
 LINK = re.compile(r"(?<!!)\[([^\]\n]+)\]\((?!https?:|#|mailto:)([^)\s#]+)(#[^)\s]*)?\)")
 FENCED = re.compile(r"^(```|~~~).*?^\1\s*$", re.MULTILINE | re.DOTALL)
 NAME = re.compile(r"(?<!<pre>)(?<!<span></span>)<code>([^<\n]+)</code>")
@@ -42,34 +41,34 @@ EQUATION = re.compile(r'<(span|div) class="arithmatex">\\[(\[](.*?)\\[)\]]</\1>'
 
 
 def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
-    """Fill in files, and point links that leave docs/ at pages; where there is none, the text stays without a link."""
+    """Include files, and redirect links that leave docs/ to pages; a link without a page becomes plain text."""
     folder = posixpath.dirname(f"docs/{page.file.src_uri}")
 
-    def point(link: re.Match) -> str:
+    def redirect(link: re.Match) -> str:
         text, target, anchor = link.groups()
         path = posixpath.normpath(posixpath.join(folder, target))
         if path.startswith("docs/"):
             return link.group()
-        found = next((name for start, name in PAGES.items() if path == start or path.startswith(start)), None)
-        if found is None:
+        target_page = next((name for start, name in PAGES.items() if path == start or path.startswith(start)), None)
+        if target_page is None:
             return text
-        return f"[{text}]({posixpath.relpath(f'docs/{found}', folder)}{anchor or ''})"
+        return f"[{text}]({posixpath.relpath(f'docs/{target_page}', folder)}{anchor or ''})"
 
-    done, parts = 0, []
+    end, parts = 0, []
     for fence in FENCED.finditer(markdown):
-        parts += [LINK.sub(point, markdown[done : fence.start()]), SHOWN.sub(_file, fence.group())]
-        done = fence.end()
-    return "".join([*parts, LINK.sub(point, markdown[done:])])
+        parts += [LINK.sub(redirect, markdown[end : fence.start()]), INCLUDED.sub(_file, fence.group())]
+        end = fence.end()
+    return "".join([*parts, LINK.sub(redirect, markdown[end:])])
 
 
 def on_page_content(html: str, **_: Any) -> str:
-    """Write equations as MathML, which browsers draw by themselves, and mark where a long name may break."""
+    """Convert equations to MathML, which browsers render without a script, and allow line breaks in long names."""
     html = NAME.sub(lambda name: f"<code>{BREAK.sub('<wbr>', name.group(1))}</code>", html)
     return EQUATION.sub(_mathml, html)
 
 
-def _file(named: re.Match) -> str:
-    return (ROOT / named.group(1)).read_text(encoding="utf-8").rstrip()
+def _file(name: re.Match) -> str:
+    return (ROOT / name.group(1)).read_text(encoding="utf-8").rstrip()
 
 
 def _mathml(equation: re.Match) -> str:
@@ -77,5 +76,5 @@ def _mathml(equation: re.Match) -> str:
     for name, character in (("&lt;", "<"), ("&gt;", ">"), ("&amp;", "&")):
         latex = latex.replace(name, character)
     display = "block" if tag == "div" else "inline"
-    drawn = convert(latex.strip(), display=display).replace("<mo>&#x02016;", '<mo stretchy="false">&#x02016;')
-    return f'<{tag} class="equation">{drawn}</{tag}>'
+    mathml = convert(latex.strip(), display=display).replace("<mo>&#x02016;", '<mo stretchy="false">&#x02016;')
+    return f'<{tag} class="equation">{mathml}</{tag}>'

@@ -1,8 +1,8 @@
-"""Draw the figure of `docs/ideas.md`: the two levels, and what the hypergradient does in two dimensions.
+"""Draw the figure of `docs/ideas.md`: the two levels, and the effect of the hypergradient in two dimensions.
 
 python docs/figures/make_figures.py
 
-Colours are Okabe and Ito's, which the colour blind tell apart; the right panel is computed and not sketched.
+The colours (Okabe and Ito) are safe for colour-blind readers; the right panel is computed, not sketched.
 """
 
 from pathlib import Path
@@ -21,7 +21,7 @@ LAMBDA = 1.0
 
 
 def box(axes, x: float, y: float, text: str, colour: str, width: float = 2.5) -> None:
-    """A rounded box around its centre."""
+    """Draw a rounded box centred at (x, y)."""
     shape = FancyBboxPatch(
         (x - width / 2, y - 0.42),
         width,
@@ -40,7 +40,7 @@ def arrow(axes, start: tuple, end: tuple, colour: str, style: str = "-|>", **opt
 
 
 def levels(axes) -> None:
-    """The parts of the two levels, and what passes between them."""
+    """Draw the parts of the two levels and the arrows between them."""
     axes.set(xlim=(0, 10.4), ylim=(0, 6.6), aspect="equal")
     axes.axis("off")
     for y, colour, name in ((4.9, ORANGE, "upper level: downstream"), (1.3, BLUE, "lower level: pretext")):
@@ -64,7 +64,7 @@ def levels(axes) -> None:
 
 
 def plane(axes) -> None:
-    """A quadratic pretext loss in two dimensions, and what a step of the upper backbone does to the lower one."""
+    """Draw a quadratic pretext loss in two dimensions, and how the lower backbone follows a step of the upper one."""
     turn = np.deg2rad(30)
     along, across = np.array([np.cos(turn), np.sin(turn)]), np.array([-np.sin(turn), np.cos(turn)])
     hessian = 0.15 * np.outer(along, along) + 6.0 * np.outer(across, across)
