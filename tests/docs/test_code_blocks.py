@@ -1,12 +1,13 @@
-"""Every Python and bash block of the READMEs, docs/ and examples/ does what it says, with small data and short runs.
+"""Every Python and bash block of the READMEs, docs/ and examples/ runs, with small data and short schedules.
 
-What needs a GPU, the network or a cluster is marked in the page by `<!-- test: needs network -->` above the block; of
-such a block the syntax is checked, and that scripts, options, configs and keys exist.
+A block that needs a GPU, the network or a cluster is marked in the page by `<!-- test: needs network -->` above it. It
+is checked for syntax, and for scripts, options, configs and keys that exist.
 """
 
 import contextlib
 import functools
 import io
+import itertools
 import re
 import runpy
 import shutil
@@ -26,25 +27,25 @@ from bissl_zoo.data.datasets.voc import VOC_CLASSES
 
 PAGES = pages()
 BLOCKS = {page.relative_to(REPOSITORY).as_posix(): blocks(page) for page in PAGES}
-#: where a page's Python begins: names that its text has introduced
+#: imports that the text of a page has introduced
 QUICKSTART = "from .configs.quickstart.digit_scenes_det import *\nfrom .configs.common.compare import compare\n"
 FRAGMENT = (
     "from bissl_zoo.config import LazyCall as L\n"
     "from bissl_zoo.data.loaders import build_test_loader, build_train_loader\n"
     "from bissl_zoo.registry import build_dataset\n"
 )
-#: tools that have no short run; the test that runs them, instead of the page's line
+#: tools without a short run -> the test that runs them
 RUN_ELSEWHERE = {
     "search": "tests/tools/test_search_tool.py",
     "check_hypergradient": "tests/tools/test_check_hypergradient.py",
     "analyze_model": "tests/tools/test_analyze_model.py",
 }
-#: commands that only change where a reader stands, or that would not come back
-UNTESTED = {"tensorboard": "serves until it is stopped"}
-#: arguments of the digit scenes that are there
+#: commands that do not return
+UNTESTED = {"tensorboard"}
+#: arguments of the digit scenes that the fixture `scenes` writes
 SCENES = {"image_size": 64, "unlabeled": 24, "train": 16, "val": 1, "test": 8}
 RUNS = ("quickstart", "a", "b", "digits", "mine")
-#: entries that the commands of the pages have published
+#: entries that the commands of the pages publish
 ENTRIES = {
     "resnet18.simclr_bissl_digit_scenes",
     "resnet18.rotation_bissl_digit_scenes",
@@ -55,7 +56,7 @@ ENTRIES = {
 
 @pytest.fixture(scope="module")
 def data(scenes, tmp_path_factory):
-    """A root with a little of every data set that the pages name."""
+    """Return a datasets root with a small version of every data set of the pages."""
     root = tmp_path_factory.mktemp("data")
     for folder in scenes.iterdir():
         (root / folder.name).symlink_to(folder)
@@ -63,8 +64,8 @@ def data(scenes, tmp_path_factory):
     for name in ("cells", "mine", "bccd_voc"):
         scenes_as_voc(scenes, root / name)
     scenes_as_coco(scenes, root / "street")
-    pile = root / "mine" / "unlabelled"
-    pile.mkdir()
+    unlabelled = root / "mine" / "unlabelled"
+    unlabelled.mkdir()
     for name in (
         "imagenet/train/n01",
         "clothes/train/shirt",
@@ -75,7 +76,7 @@ def data(scenes, tmp_path_factory):
         (root / name).mkdir(parents=True)
         for number in range(2):
             Image.new("RGB", (64, 64), (90 * number, 80, 30)).save(root / name / f"{number}.jpg")
-            shutil.copy(root / name / f"{number}.jpg", pile)
+            shutil.copy(root / name / f"{number}.jpg", unlabelled)
     pack = ["--to-shards", str(root / "imagenet"), "--out", str(root / "imagenet-shards"), "--samples-per-shard", "1"]
     assert load_tool("prepare_data").cli(pack) == 0
     return root
@@ -83,7 +84,7 @@ def data(scenes, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def checkout(finished, tiny, data, tmp_path_factory):
-    """A copy of the checkout as a reader has it after the quickstart: its run, its zoo, and configs of the pages."""
+    """Return a copy of the checkout after the quickstart, with its run, its zoo and the configs of the pages."""
     root = tmp_path_factory.mktemp("checkout")
     for name in ("configs", "tools", "benchmarks", "bissl_zoo"):
         (root / name).symlink_to(REPOSITORY / name)
@@ -93,13 +94,12 @@ def checkout(finished, tiny, data, tmp_path_factory):
     shutil.copytree(published, root / "zoo")
     for run in RUNS:
         shutil.copytree(finished, root / "runs" / run)
-        # as the page's own command would have left it
         saved = root / "runs" / run / "config.yaml"
         saved.write_text(saved.read_text().replace(str(finished), f"runs/{run}"))
     for name in ENTRIES:
         run_tool("zoo", ["publish", str(finished), "--zoo", str(root / "model_zoo"), "--name", name])
     (root / "my.py").write_text(QUICKSTART)
-    for block in (block for found in BLOCKS.values() for block in found):
+    for block in itertools.chain(*BLOCKS.values()):
         name = re.match(r"# (\w+\.py)\n", block.code) if block.language == "python" else None
         if name:
             (root / name.group(1)).write_text(block.code)
@@ -108,7 +108,7 @@ def checkout(finished, tiny, data, tmp_path_factory):
 
 @pytest.fixture
 def reader(checkout, data, monkeypatch):
-    """The working directory and the environment of a reader."""
+    """Change to the working directory and the environment of a reader."""
     monkeypatch.chdir(checkout)
     monkeypatch.setenv("BISSL_ZOO_DATASETS", str(data))
     monkeypatch.setenv("BISSL_ZOO", str(checkout / "model_zoo"))
@@ -117,24 +117,24 @@ def reader(checkout, data, monkeypatch):
 
 
 @contextlib.contextmanager
-def forgetting():
-    """What is registered and imported in here is forgotten, as by the end of a process."""
-    held = {one: dict(one._obj_map) for one in vars(registry).values() if isinstance(one, registry.Registry)}
+def temporary_registrations():
+    """Undo registrations and imports at the end of the block, as the end of a process does."""
+    before = {r: dict(r._obj_map) for r in vars(registry).values() if isinstance(r, registry.Registry)}
     modules = set(sys.modules)
     try:
         yield
     finally:
-        for one, names in held.items():
-            for name in set(one._obj_map) - set(names):
-                if not one._obj_map[name].__module__.startswith("bissl_zoo."):
-                    del one._obj_map[name]
+        for registered, names in before.items():
+            for name in set(registered._obj_map) - set(names):
+                if not registered._obj_map[name].__module__.startswith("bissl_zoo."):
+                    del registered._obj_map[name]
         for name in set(sys.modules) - modules:
             if name.split(".")[0] in ("examples", "rotation", "counting", "minimal_residual"):
                 del sys.modules[name]
 
 
 def run_tool(name: str, arguments: list[str]) -> str:
-    """What a script of tools/ prints; it must end well."""
+    """Run a script of tools/, which must succeed, and return what it prints."""
     module, out, err = load_tool(name), io.StringIO(), io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         status = (module.cli if hasattr(module, "cli") else module.main)(arguments)
@@ -143,18 +143,18 @@ def run_tool(name: str, arguments: list[str]) -> str:
 
 
 def small(config: str) -> list[str]:
-    """Overrides that make the data of a config little, and their loaders without workers."""
-    found = []
+    """Return overrides that shrink the data of a config and disable loader workers."""
+    overrides = []
     for role, loader in load_config(config).get("dataloader", {}).items():
-        found.append(f"dataloader.{role}.num_workers=0")
+        overrides.append(f"dataloader.{role}.num_workers=0")
         if loader.dataset.name == "digit_scenes":
             added = {key: "" if key in loader.dataset else "+" for key in SCENES}
-            found += [f"{plus}dataloader.{role}.dataset.{key}={SCENES[key]}" for key, plus in added.items()]
-    return found
+            overrides += [f"{plus}dataloader.{role}.dataset.{key}={SCENES[key]}" for key, plus in added.items()]
+    return overrides
 
 
 def train_net(arguments: list[str], root: Path) -> None:
-    """Dry, unless the run is there already: then it is resumed, or measured again."""
+    """Resume or evaluate a run that exists; otherwise do a dry run."""
     config = arguments[arguments.index("--config-file") + 1]
     if "--eval-only" in arguments:
         run = next(a.split("=")[1] for a in arguments if a.startswith("train.init="))
@@ -167,11 +167,11 @@ def train_net(arguments: list[str], root: Path) -> None:
         dry_run(root, config, *filter(None, dry))
 
 
-@functools.cache  # pages repeat themselves
+@functools.cache  # pages repeat commands
 def dry_run(root: Path, config: str, *arguments: str) -> None:
     made = [] if config.startswith(("zoo:", "runs/")) else small(config)
-    shown = run_tool("train_net", [*arguments, "--dry-run", *made])
-    assert "stages" in shown and "parameters" in shown
+    output = run_tool("train_net", [*arguments, "--dry-run", *made])
+    assert "stages" in output and "parameters" in output
 
 
 def compare(arguments: list[str]) -> list[str]:
@@ -193,16 +193,13 @@ SHORT = {"compare": compare, "visualize": visualize, "report": report}
 
 def run_command(words: list[str], root: Path, data: Path) -> None:
     words = [re.sub(r"(?<![\w:/.])/data\b", str(data), word) for word in words]
-    found = tool_of(words)
-    if found:
-        name, arguments = found
+    if tool := tool_of(words):
+        name, arguments = tool
         if name in RUN_ELSEWHERE:
             assert (REPOSITORY / RUN_ELSEWHERE[name]).is_file()
             check_options(load_tool(name), arguments)
         elif name == "train_net":
             train_net(arguments, root)
-        elif name == "zoo" and arguments[0] == "serve":
-            check_options(load_tool(name), arguments)
         else:
             run_tool(name, SHORT.get(name, list)(arguments))
     elif words[0] == "python" and (root / words[1]).is_file():
@@ -214,7 +211,7 @@ def run_command(words: list[str], root: Path, data: Path) -> None:
 
 
 def check_config(code: str, root: Path, name: str) -> None:
-    """A config of a page, or a part of one that goes on from the quickstart, loads and would run."""
+    """Do a dry run of a config of a page, or of a part of one on top of the quickstart."""
     levels = [len(dots) for dots in re.findall(r"^from (\.+)\w*", code, re.MULTILINE)]
     folder = {1: root, 2: root / "examples", 3: root / "examples" / "page"}[max(levels, default=1)]
     folder.mkdir(exist_ok=True)
@@ -228,8 +225,8 @@ def check_config(code: str, root: Path, name: str) -> None:
     run_tool("train_net", ["--config-file", str(file), "--dry-run", *small(str(file))])
 
 
-def check_shown_file(source: str, root: Path) -> None:
-    """A block that shows a file of the checkout: the file compiles, and one of a run's config loads."""
+def check_included_file(source: str, root: Path) -> None:
+    """Compile an included file of the checkout, and load it if it is a config."""
     code = (REPOSITORY / source).read_text(encoding="utf-8")
     compile(code, source, "exec")
     if source.startswith("configs/"):
@@ -241,7 +238,7 @@ def check_shown_file(source: str, root: Path) -> None:
 def run_python(block: Block, namespace: dict, root: Path) -> None:
     named = re.match(r"# (\w+)\.py\n", block.code)
     if block.source:
-        check_shown_file(block.source, root)
+        check_included_file(block.source, root)
     elif block.needs:
         compile(block.code, block.where, "exec")
     elif is_config(block.code):
@@ -258,38 +255,38 @@ def run_bash(block: Block, root: Path, data: Path) -> None:
     for words in commands(block.code):
         if not block.needs:
             run_command(words, root, data)
-        elif found := tool_of(words):
-            check_options(load_tool(found[0]), found[1])
+        elif tool := tool_of(words):
+            check_options(load_tool(tool[0]), tool[1])
 
 
-@pytest.mark.parametrize("page", [page for page, found in BLOCKS.items() if found])
-def test_the_blocks_of_a_page_run_one_after_the_other_or_are_marked(page, reader, data):
+@pytest.mark.parametrize("page", [page for page in BLOCKS if BLOCKS[page]])
+def test_the_blocks_of_a_page_run_in_order_or_are_marked(page, reader, data):
     namespace: dict = {}
     for block in BLOCKS[page]:
-        with forgetting():
+        with temporary_registrations():
             if block.language == "python":
                 run_python(block, namespace, reader)
             else:
                 run_bash(block, reader, data)
 
 
-def test_every_extra_that_is_named_can_be_installed():
+def test_extras_named_in_the_pages_exist():
     extras = set(re.findall(r'^        "(\w+)": \[', (REPOSITORY / "setup.py").read_text(), re.MULTILINE))
     named = {
         extra
         for page in PAGES
-        for found in re.findall(r'(?:bissl_zoo|")\.?\[(\w+(?:,\w+)*)\]"', page.read_text(encoding="utf-8"))
-        for extra in found.split(",")
+        for names in re.findall(r'(?:bissl_zoo|")\.?\[(\w+(?:,\w+)*)\]"', page.read_text(encoding="utf-8"))
+        for extra in names.split(",")
     }
-    assert {"s3", "shards"} <= named <= extras
+    assert named and named <= extras
 
 
-def test_a_block_that_is_neither_run_nor_marked_is_found(tmp_path):
+def test_a_command_that_is_neither_run_nor_marked_fails(tmp_path):
     with pytest.raises(AssertionError, match="neither run nor marked: curl"):
         run_command(commands("curl https://host/zoo  # all of it")[0], tmp_path, tmp_path)
 
 
-def test_what_a_marked_block_names_must_exist():
+def test_options_keys_and_tools_of_a_marked_block_must_exist():
     with pytest.raises(SystemExit):
         check_options(load_tool("train_net"), ["--config-file", "configs/bissl/voc_det.py", "--no-such-option"])
     with pytest.raises(Exception, match=r"no key 'solver\.iteration'"):

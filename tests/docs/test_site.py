@@ -1,4 +1,4 @@
-"""The site is built without a warning, and its pages ask no network for anything."""
+"""The site builds without a warning, and its pages load nothing from the network."""
 
 import importlib.util
 import os
@@ -10,10 +10,12 @@ from pathlib import Path
 import pytest
 from browser import browser, find_browser
 
+pytestmark = pytest.mark.slow  # builds the site in a process
+
 REPOSITORY = Path(__file__).resolve().parents[2]
 NEEDED = ("mkdocs", "material", "mkdocstrings", "latex2mathml")
 
-#: types a word into the search, and waits for what it finds
+#: types a word into the search and counts the results
 SEARCH = """(async () => {
   const field = document.querySelector(".md-search__input")
   field.focus()
@@ -27,7 +29,7 @@ SEARCH = """(async () => {
 
 @pytest.fixture(scope="module")
 def site(tmp_path_factory):
-    """The site as `make docs` builds it, in a folder of its own."""
+    """Build the site into a temporary folder, as `make docs` does."""
     missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
     if missing:
         pytest.skip(f'the site needs {", ".join(missing)}: pip install "bissl_zoo[docs]"')
@@ -35,7 +37,7 @@ def site(tmp_path_factory):
     command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", folder]
     environment = {**os.environ, "NO_MKDOCS_2_WARNING": "1", "PYTHONDONTWRITEBYTECODE": "1"}
     for name in ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY"):
-        environment[name] = "http://127.0.0.1:9"  # nobody listens there
+        environment[name] = "http://127.0.0.1:9"  # a closed port
     built = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True)
     assert built.returncode == 0, built.stdout + built.stderr
     return folder
@@ -58,7 +60,7 @@ def test_pages_load_nothing_from_the_network(site):
     assert len(pages) > 20
 
 
-def test_equations_are_mathml_and_files_are_filled_in(site):
+def test_equations_are_mathml_and_files_are_included(site):
     ideas = (site / "ideas.html").read_text(encoding="utf-8")
     assert ideas.count("<math") > 20 and "arithmatex" not in ideas and "$$" not in ideas
     config = (site / "config.html").read_text(encoding="utf-8")
@@ -66,25 +68,24 @@ def test_equations_are_mathml_and_files_are_filled_in(site):
     assert "Benchmarks" in (site / "measured.html").read_text(encoding="utf-8")
 
 
-def test_sections_of_docstrings_are_found_and_roles_are_not_shown(site):
+def test_sections_of_docstrings_are_parsed_and_roles_removed(site):
     for page in site.glob("reference/*.html"):
         text = page.read_text(encoding="utf-8")
         assert not re.search(r"(?m)^(?:<p>)?(?:Returns|Raises|Yields): ", text), page.name
         assert not re.search(r":(?:class|func|data|meth):", text), page.name
 
 
-@pytest.mark.skipif(find_browser() is None, reason="there is no Chromium here")
-def test_pages_opened_from_a_folder_search_and_fit_a_phone(site):
+@pytest.mark.skipif(find_browser() is None, reason="needs Chromium")
+def test_pages_opened_from_a_folder_can_be_searched_and_fit_a_phone(site):
     with browser() as page:
-        for file in sorted(set(site.rglob("*.html")) - {site / "404.html"}):  # which a server shows
+        for file in sorted(set(site.rglob("*.html")) - {site / "404.html"}):  # for servers only
             page.open(file, width=390)
             assert page.value("document.documentElement.scrollWidth") <= 390, file.name
         page.open(site / "index.html", width=1440)
-        found = page.value(SEARCH)
-        assert found > 3 and not page.complaints
+        assert page.value(SEARCH) > 3 and not page.complaints
 
 
-def test_links_of_the_readme_and_the_pages_lead_to_files():
+def test_relative_links_lead_to_files():
     pages = [*REPOSITORY.glob("*.md"), *REPOSITORY.glob("docs/**/*.md"), *REPOSITORY.glob("*/README.md")]
     pages += REPOSITORY.glob("examples/*/README.md")
     for page in pages:

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from bissl_zoo.hypergradient import DenseOperator
+from bissl_zoo.registry import SOLVERS
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 CONFIG = "examples/my_solver/digit_scenes.py"
@@ -15,9 +16,7 @@ CONFIG = "examples/my_solver/digit_scenes.py"
 
 @pytest.fixture
 def solver(monkeypatch):
-    """The example's class, which is registered for this test alone."""
-    from bissl_zoo.registry import SOLVERS
-
+    """Return the class of the example, registered for one test only."""
     monkeypatch.syspath_prepend(str(REPOSITORY / "examples" / "my_solver"))
     import minimal_residual
 
@@ -26,7 +25,7 @@ def solver(monkeypatch):
 
 
 @pytest.mark.parametrize("sign", [1.0, -1.0])
-def test_its_residual_is_the_true_one_and_never_above_one(solver, sign):
+def test_the_residual_is_the_true_one_and_never_above_one(solver, sign):
     generator = torch.Generator().manual_seed(0)
     root = torch.randn(30, 30, generator=generator, dtype=torch.float64)
     operator = DenseOperator(sign * root @ root.T / 30, shift=0.5)
@@ -37,7 +36,7 @@ def test_its_residual_is_the_true_one_and_never_above_one(solver, sign):
     assert solution.residual <= 1.0 and solution.products == operator.products
 
 
-def test_a_run_is_made_with_it(train_net_process, tiny, tmp_path):
+def test_a_run_uses_it(train_net_process, tiny, tmp_path):
     outcome = train_net_process(*tiny(), f"train.output_dir={tmp_path / 'run'}", config=CONFIG)
     assert outcome.status == 0, outcome.err
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]

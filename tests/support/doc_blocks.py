@@ -1,4 +1,4 @@
-"""The code blocks of the documentation, and the checks of a command line that runs nothing."""
+"""Find the code blocks of the documentation, and check command lines without running them."""
 
 import ast
 import re
@@ -9,17 +9,17 @@ from typing import NamedTuple
 from bissl_zoo.config import LazyConfig, load_config, with_defaults
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-#: names at the top of a config
+#: sections of a config
 SECTIONS = "train backbone pretext task solver optimizer lr_multiplier dataloader pretrain bilevel finetune clip_grad"
 SECTIONS = {*SECTIONS.split(), "search", "compare"}
 NEEDS = {"network", "gpu", "slurm"}
 FENCE = re.compile(r"^```(\w*)\s*$")
 MARK = re.compile(r"^<!-- test: needs (\w+) -->$")
-SHOWN = re.compile(r"# file: (\S+)")
+INCLUDED = re.compile(r"# file: (\S+)")
 
 
 class Block(NamedTuple):
-    """One fenced block: where it is, what it holds, and what it needs that a test has not."""
+    """A fenced block, its place, and what it needs that a test does not have."""
 
     page: str
     line: int
@@ -29,9 +29,9 @@ class Block(NamedTuple):
 
     @property
     def source(self) -> str | None:
-        """The file that the block shows, where that is all it does."""
-        found = SHOWN.fullmatch(self.code.strip())
-        return found.group(1) if found else None
+        """Return the file that the block includes, or None if it is a block of code."""
+        include = INCLUDED.fullmatch(self.code.strip())
+        return include.group(1) if include else None
 
     @property
     def where(self) -> str:
@@ -39,7 +39,7 @@ class Block(NamedTuple):
 
 
 def pages() -> list[Path]:
-    """README.md, those of folders, and the pages of docs/ and examples/."""
+    """Return README.md, the READMEs of folders, and the pages of docs/ and examples/."""
     return [
         REPOSITORY / "README.md",
         *sorted(REPOSITORY.glob("*/README.md")),
@@ -49,29 +49,29 @@ def pages() -> list[Path]:
 
 
 def blocks(page: Path) -> list[Block]:
-    """The Python and bash blocks of a page, in order."""
+    """Return the Python and bash blocks of a page, in order."""
     name, lines = page.relative_to(REPOSITORY).as_posix(), page.read_text(encoding="utf-8").splitlines()
-    found, start, needs = [], None, None
+    result, start, needs = [], None, None
     for number, line in enumerate(lines, start=1):
         fence = FENCE.match(line)
         if start is None and fence:
             start, language = number, fence.group(1)
-            assert language or needs is None, f"{name}:{number}: a mark, and no language"
+            assert language or needs is None, f"{name}:{number}: a mark above a block without a language"
         elif start is not None and line.strip() == "```":
             if language in ("python", "bash"):
-                found.append(Block(name, start, language, "\n".join(lines[start : number - 1]), needs))
+                result.append(Block(name, start, language, "\n".join(lines[start : number - 1]), needs))
             start = needs = None
         elif start is None and line.strip():
             mark = MARK.match(line.strip())
             needs = mark.group(1) if mark else None
             assert needs is None or needs in NEEDS, f"{name}:{number}: {needs!r} is none of {NEEDS}"
     assert start is None, f"{name}: the block of line {start} has no end"
-    return found
+    return result
 
 
 def commands(code: str) -> list[list[str]]:
-    """The commands of a bash block as lists of words; comments, assignments and redirections are left out."""
-    found = []
+    """Return the commands of a bash block as lists of words, without comments, assignments and redirections."""
+    result = []
     for line in code.replace("\\\n", " ").splitlines():
         line = re.split(r"\s(?:\|\||\||>)\s", line)[0]
         for part in line.split(" && "):
@@ -79,40 +79,40 @@ def commands(code: str) -> list[list[str]]:
             while words and (re.match(r"^\w+=", words[0]) or words[0] == "srun"):
                 words = words[1:]
             if words and words[0] not in ("export", "if", "."):
-                found.append(words)
-    return found
+                result.append(words)
+    return result
 
 
 def is_config(code: str) -> bool:
-    """Whether a Python block is (a part of) a config file, and no program."""
+    """Return whether a Python block is (a part of) a config file, and not a program."""
     for node in ast.parse(code).body:
         if isinstance(node, ast.ImportFrom) and node.level:
             return True
-        if isinstance(node, ast.Assign) and not _calls_at_once(node.value):
+        if isinstance(node, ast.Assign) and not _is_eager_call(node.value):
             roots = [name.id for target in node.targets for name in ast.walk(target) if isinstance(name, ast.Name)]
             if SECTIONS.intersection(roots):
                 return True
     return False
 
 
-def _calls_at_once(value: ast.expr) -> bool:
-    """Whether a value is made by a call now, as `create_backbone(...)`, and not noted for later, as `L(f)(...)`."""
+def _is_eager_call(value: ast.expr) -> bool:
+    """Return whether a value is a call that runs now, as `create_backbone(...)`, unlike `L(f)(...)` and `dict(...)`."""
     if not isinstance(value, ast.Call) or isinstance(value.func, ast.Call):
         return False
     return not (isinstance(value.func, ast.Name) and value.func.id == "dict")
 
 
 def tool_of(words: list[str]) -> tuple[str, list[str]] | None:
-    """The name of the script of tools/ that a command runs, by python or torchrun, and its arguments."""
-    for place, word in enumerate(words):
+    """Return the name of the script of tools/ that a python or torchrun command runs, and its arguments."""
+    for position, word in enumerate(words):
         if re.fullmatch(r"tools/\w+\.py", word) and words[0] in ("python", "torchrun"):
             assert (REPOSITORY / word).is_file(), f"there is no {word}"
-            return Path(word).stem, words[place + 1 :]
+            return Path(word).stem, words[position + 1 :]
     return None
 
 
 def check_options(module, arguments: list[str]) -> None:
-    """Options exist, the config file does, and so do the keys of overrides; nothing is run."""
+    """Check that options, the config file and the keys of overrides exist, without running the tool."""
     args = module.parse_args(arguments)
     config = getattr(args, "config_file", None)
     if config and not config.startswith(("zoo:", "runs/")):
