@@ -51,7 +51,8 @@ setup(
         "hub": ["huggingface_hub>=1.0"],
         "gs": ["fsspec", "gcsfs"],
         "shards": ["fsspec", "s3fs"],  # for shards on s3://; local ones and http need nothing
-        "search": ["ray>=2.9"],  # for tools/search.py --engine ray
+        "search": ["optuna>=4"],  # for tools/search.py
+        "ray": ["ray>=2.9"],  # for tools/search.py and tools/compare.py with --engine ray
         "wandb": ["wandb>=0.19"],  # train.writers=[json,tensorboard,wandb]
         "docs": DOCS,
         "onnx": ["onnx>=1.16", "onnxscript>=0.2"],
@@ -59,7 +60,7 @@ setup(
             *("pytest>=8", "pytest-xdist>=3.5", "hypothesis>=6", "ruff>=0.9"),
             *("boto3>=1.35.69", "moto[server]>=5.1.5"),
             *("onnx>=1.16", "onnxscript>=0.2", "onnxruntime>=1.18"),
-            "optuna>=4",  # whose rule for giving up trials ours is compared with
+            "optuna>=4",
             *("lightly>=1.6", "webdataset>=1.0", "torchmetrics>=1.4"),  # references for losses, shards and figures
             "wandb>=0.19",
             *DOCS,

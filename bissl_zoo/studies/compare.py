@@ -1,17 +1,36 @@
-"""Does BiSSL help? A comparison on one data set or several, from its config to its report."""
+"""Does BiSSL help? Run the arms of a comparison over the same seeds and report the differences."""
 
+import json
 import logging
+import math
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, Literal
 
-from omegaconf import DictConfig
+import torch
+from omegaconf import DictConfig, OmegaConf
 from tabulate import tabulate
+from torch.utils.data import Dataset
 
 from bissl_zoo.config import LazyConfig
+from bissl_zoo.data.datasets.catalog import sample_digest
+from bissl_zoo.engine.build import STAGE_DATA, Context, build_datasets
+from bissl_zoo.engine.checks import check_config, check_parts
+from bissl_zoo.engine.init import ZOO_PREFIX, load_init
+from bissl_zoo.engine.stages.bissl import LEAST_COUPLING, coupling, pretext_head_is_new
 from bissl_zoo.errors import BisslZooError, ConfigError, did_you_mean
-from bissl_zoo.studies.compare_arms import ARMS, read_settings
-from bissl_zoo.studies.compare_report import make_report, save_datasets, save_report
-from bissl_zoo.studies.compare_runs import Comparison
+from bissl_zoo.files import read_json, write_atomically
+from bissl_zoo.runs.listing import FINISHED as RUN_FINISHED
+from bissl_zoo.runs.listing import is_run, look_at
+from bissl_zoo.studies.arms import ARMS, arm_config, base_config, pretrain_config, read_settings
+from bissl_zoo.studies.compare_report import Results, make_report, save_datasets, save_report
+from bissl_zoo.studies.jobs import FINISHED, Job, JobOutcome, check_unchanged, progress_line, run_jobs
+from bissl_zoo.studies.search import draw, read_search, search, trial_config
+
+#: what the results of a comparison depend on
+RECORD_FILE = "comparison.yaml"
+#: best overrides of each arm's search
+SEARCHED_FILE = "searched.json"
 
 logger = logging.getLogger(__name__)
 
@@ -24,21 +43,21 @@ def compare(
     only_report: bool = False,
     engine: Literal["local", "ray"] = "local",
 ) -> dict[str, Any]:
-    """Run a comparison, or the rest of it, and write its report to `folder`.
+    """Run a comparison or the rest of it, and write its report to `folder`.
 
     Args:
-        source: the config's name, for messages.
+        source: name of the config for messages.
         parallel, engine: see `run_jobs`.
-        only_report: of what has finished by now, and run nothing.
+        only_report: report the runs that have finished so far and start none.
     Returns:
-        The report, as `comparison.json` has it.
+        The report with the content of `comparison.json`.
     Raises:
-        BisslZooError: as `Comparison.check` and `Comparison.run` do, and where there is nothing to report of.
+        BisslZooError: as `Comparison.check` and `Comparison.run`, or no run has finished.
     """
     comparison = Comparison(cfg, source, folder, parallel, engine)
     if not only_report:
         comparison.check()
-    return _reported(comparison, only_report)
+    return _run_and_report(comparison, only_report)
 
 
 def compare_datasets(
@@ -50,7 +69,7 @@ def compare_datasets(
     only_report: bool = False,
     engine: Literal["local", "ray"] = "local",
 ) -> dict[str, dict[str, Any]]:
-    """A comparison per data set, in `folder/NAME`, and the table of all, which grows with each of them.
+    """Run a comparison per data set in `folder/NAME`, and write the table of all after each of them.
 
     Raises:
         BisslZooError: as :func:`compare`; all data sets are checked before the first run.
@@ -62,20 +81,20 @@ def compare_datasets(
     reports = {}
     for name, comparison in comparisons.items():
         logger.info(f"data set {name}")
-        reports[name] = _reported(comparison, only_report)
+        reports[name] = _run_and_report(comparison, only_report)
         save_datasets(reports, folder)
     return reports
 
 
 def describe(cfg: DictConfig, source: str, folder: Path, names: list[str] | None = None) -> str:
-    """The runs that there would be, and what each arm changes; everything is checked, and nothing is run or written.
+    """Check everything and list the runs and the overrides of each arm; nothing is run or written.
 
     Raises:
-        BisslZooError: as `Comparison.check` does.
+        BisslZooError: as `Comparison.check`.
     """
     if names:
         comparisons = _comparisons(cfg, source, folder, names)
-        return "\n\n".join(f"data set {name}\n\n{_description(one)}" for name, one in comparisons.items())
+        return "\n\n".join(f"data set {name}\n\n{_description(item)}" for name, item in comparisons.items())
     return _description(Comparison(cfg, source, folder))
 
 
@@ -86,29 +105,29 @@ def _comparisons(
     names: list[str],
     parallel: int | None = None,
     engine: Literal["local", "ray"] = "local",
-) -> dict[str, Comparison]:
-    known, found = read_settings(cfg, source).datasets, {}
+) -> dict[str, "Comparison"]:
+    known, comparisons = read_settings(cfg, source).datasets, {}
     for name in names:
         if name not in known:
-            there = ", ".join(known) or "none"
-            raise ConfigError(f"{source}: compare.datasets has no '{name}'.{did_you_mean(name, known)} There: {there}.")
+            hint = did_you_mean(name, known)
+            raise ConfigError(f"{source}: compare.datasets has no '{name}'.{hint} Known: {', '.join(known) or 'none'}.")
         where = f"{source}, data set {name}"
-        one = LazyConfig.apply_overrides(cfg, known[name], where)
-        found[name] = Comparison(one, where, folder / name, parallel, engine)
-    return found
+        own = LazyConfig.apply_overrides(cfg, known[name], where)
+        comparisons[name] = Comparison(own, where, folder / name, parallel, engine)
+    return comparisons
 
 
-def _reported(comparison: Comparison, only_report: bool) -> dict[str, Any]:
-    figures = comparison.collect() if only_report else comparison.run()
-    if not any(figures.values.values()):
-        reasons = "\n".join(f"  {name}: {message}" for name, message in list(figures.failures.items())[:4])
-        raise BisslZooError(f"No run of {comparison.folder} has come to a figure:\n{reasons}")
-    report = make_report(figures, comparison.settings)
+def _run_and_report(comparison: "Comparison", only_report: bool) -> dict[str, Any]:
+    results = comparison.collect() if only_report else comparison.run()
+    if not any(results.values.values()):
+        reasons = "\n".join(f"  {name}: {message}" for name, message in list(results.failures.items())[:4])
+        raise BisslZooError(f"No run of {comparison.folder} has finished:\n{reasons}")
+    report = make_report(results, comparison.settings)
     save_report(report, comparison.folder)
     return report
 
 
-def _description(comparison: Comparison) -> str:
+def _description(comparison: "Comparison") -> str:
     comparison.check()
     settings, base = comparison.settings, comparison.base
     jobs = [*comparison.shared_jobs(), *comparison.search_jobs(), *comparison.seed_jobs({}).values()]
@@ -116,7 +135,312 @@ def _description(comparison: Comparison) -> str:
         [job.name, ", ".join(job.cfg.train.stages), job.cfg.train.seed, job.cfg.train.init or "random"] for job in jobs
     ]
     runs = tabulate(rows, headers=["run", "stages", "seed", "starts from"], disable_numparse=True)
-    arms = [[name, ARMS[name].words, "\n".join(ARMS[name].overrides(base)) or "-"] for name in settings.arms]
+    arms = [[name, ARMS[name].label, "\n".join(ARMS[name].overrides(base)) or "-"] for name in settings.arms]
     changes = tabulate(arms, headers=["arm", "", "overrides of its stage"], disable_numparse=True)
     trials = f"   and a search of {settings.search_trials} trials per arm" if settings.search_trials else ""
-    return f"folder {comparison.folder}   figure {settings.metric}   {len(jobs)} runs{trials}\n\n{runs}\n\n{changes}"
+    return f"folder {comparison.folder}   metric {settings.metric}   {len(jobs)} runs{trials}\n\n{runs}\n\n{changes}"
+
+
+class Comparison:
+    """The runs of a comparison in their order: pretraining, searches, stages that seeds share, and the seeds.
+
+    Args:
+        source: name of the config for messages.
+        folder: the runs are in `folder/runs/NAME`.
+        parallel, engine: see `run_jobs`.
+    """
+
+    def __init__(
+        self,
+        cfg: DictConfig,
+        source: str,
+        folder: Path,
+        parallel: int | None = None,
+        engine: Literal["local", "ray"] = "local",
+    ) -> None:
+        self.source, self.folder, self.parallel, self.engine = source, folder, parallel, engine
+        self.settings, self.base = read_settings(cfg, source), base_config(cfg)
+        self.pretrains = "pretrain" in self.base.train.stages
+        self.search = cfg.search if self.settings.search_trials else None
+        #: base config with the data of the search: a BiSSL stage must not see the labels of the validation images
+        self.search_base = self._search_base() if self.settings.search_trials else None
+        self.failed: dict[str, str] = {}
+        self.parents: list[dict[str, str]] = []
+        self.samples: dict[str, dict[str, str]] = {}
+
+    def check(self) -> None:
+        """Build the configs, data sets, initial weights and networks of all arms once, before hours of training.
+
+        Raises:
+            BisslZooError: as a single run before it starts.
+        """
+        base = LazyConfig.apply_overrides(self.base, ["train.device=cpu"])  # leaves the GPU to the runs
+        init = base.train.init
+        configs = {arm: arm_config(base, arm, 0, init, ARMS[arm].stages) for arm in self.settings.arms}
+        if self.pretrains:
+            configs["pretrain"] = pretrain_config(base, 0)
+        for cfg in configs.values():
+            check_config(cfg, self.source)
+        initial, lineage = load_init(init, base)
+        self.parents = lineage[:1]
+        if init and init.startswith(ZOO_PREFIX):  # seeds that are added later start from the same version
+            self.base.train.init = f"{ZOO_PREFIX}{lineage[0]['name']}"
+        evaluated = ({"val"} if "val" in base.dataloader else set()) | {"test"}
+        data = build_datasets(base, {"pretext", "train", *evaluated})
+        self.samples = _samples(base, data)
+        if self.search_base is not None:
+            search_data = build_datasets(self.search_base, {"train", *evaluated})
+            self.samples |= _samples(self.search_base, search_data, "search ")
+        for cfg in configs.values():
+            roles = {role for stage in cfg.train.stages for role in STAGE_DATA[stage]}
+            roles |= evaluated if "finetune" in cfg.train.stages else set()
+            check_parts(Context(cfg, {role: data[role] for role in roles}, torch.device("cpu")), initial)
+        if "bissl" not in configs:
+            return
+        value = coupling(Context(configs["bissl"], data, torch.device("cpu")))
+        if value is not None and value < LEAST_COUPLING:
+            logger.warning(
+                f"lambda * lr_eff * lower steps = {value:.2g}, below {LEAST_COUPLING}: the BiSSL stage will "
+                "have almost no effect. Raise bilevel.lambda."
+            )
+        head_is_new = not self.pretrains and pretext_head_is_new(configs["bissl"], initial)
+        if head_is_new and "longer_pretraining" in self.settings.arms:
+            logger.warning(
+                "train.init has no pretext head. The BiSSL stage warms a new one up on the frozen backbone, "
+                "but longer pretraining trains it together with the backbone, which may put that arm at a disadvantage."
+            )
+
+    def shared_jobs(self) -> list[Job]:
+        """Return the runs that several seeds share: pretraining, and with vary="finetune" the stages after it."""
+        base, vary = self.base, self.settings.vary
+        jobs = []
+        if self.pretrains:
+            seeds = self.settings.seeds if vary == "pretrain" else [base.train.seed]
+            jobs += [Job(Path(self._pretrained(seed)).name, pretrain_config(base, seed)) for seed in seeds]
+        if vary == "finetune":
+            init = self._pretrained(base.train.seed)
+            jobs += self._stage_jobs(base, init, "")
+        return jobs
+
+    def search_jobs(self) -> list[Job]:
+        """Return the runs that the searches start from: the stage of each arm on the data of the search."""
+        if self.search_base is None:
+            return []
+        return self._stage_jobs(self.search_base, self._pretrained(self.settings.seeds[0]), "-search")
+
+    def seed_jobs(self, best: dict[str, list[str]]) -> dict[tuple[str, int], Job]:
+        """Return the run of every arm and seed, ordered by seed.
+
+        Args:
+            best: overrides that the search of each arm has found.
+        """
+        jobs = {}
+        for arm, seed in self._cells():
+            init, stages = self._pretrained(seed), ARMS[arm].stages
+            if self.settings.vary == "finetune" and ARMS[arm].stage:
+                init, stages = str(self._run_dir(arm)), ["finetune"]
+            cfg = arm_config(self.base, arm, seed, init, stages, best.get(arm, ()))
+            jobs[arm, seed] = Job(f"{arm}-seed{seed}", cfg)
+        return jobs
+
+    def run(self) -> Results:
+        """Run what is missing and collect all results; call `check` before.
+
+        Raises:
+            BisslZooError: a shared pretraining failed; as `claim_folder`, the search and `run_jobs`.
+        """
+        claim_folder(self.folder, self.record())
+        jobs = self.shared_jobs()
+        pretraining = [job for job in jobs if job.name not in ARMS]
+        self._note_failures(self._run(pretraining))
+        if pretraining and len(self.failed) == len(pretraining):
+            raise BisslZooError(f"Pretraining failed. {next(iter(self.failed.values()))}")
+        self._note_failures(self._run([job for job in jobs if job.name in ARMS]))
+        results = Results({arm: {} for arm in self.settings.arms}, best_overrides=self._run_searches())
+        jobs = self.seed_jobs(results.best_overrides)
+        ready = {cell: job for cell, job in jobs.items() if job.cfg.train.init not in self.failed}
+        for job in (job for cell, job in jobs.items() if cell not in ready):
+            results.failures[job.name] = f"the run it starts from failed, {self.failed[job.cfg.train.init]}"
+        for cell, outcome in zip(ready, self._run(list(ready.values()), self._details), strict=True):
+            if outcome.status == FINISHED:
+                self._enter(results, *cell, outcome.results)
+            else:
+                results.failures[outcome.name] = outcome.message
+        return results
+
+    def collect(self) -> Results:
+        """Collect the results of the runs that have finished so far.
+
+        Raises:
+            ConfigError: the folder belongs to another comparison or to none.
+        """
+        file = self.folder / RECORD_FILE
+        if not file.is_file():
+            raise ConfigError(f"{self.folder} holds no comparison (no {RECORD_FILE}). Start one without --report.")
+        # the version of a zoo entry and the samples are only known after `check`
+        ignored = {"init", "samples", "config.train.init"}
+        check_same_comparison(self.folder, LazyConfig.load(file), self.record(), ignored)
+        searched = self.folder / SEARCHED_FILE
+        best = read_json(searched) if searched.exists() else {}
+        results = Results({arm: {} for arm in self.settings.arms}, best_overrides=best)
+        for arm, seed in self._cells():
+            name = f"{arm}-seed{seed}"
+            run = look_at(self._run_dir(name)) if is_run(self._run_dir(name)) else None
+            if run is None or run.state != RUN_FINISHED:
+                results.failures[name] = "not finished" if run else "not started"
+            else:
+                self._enter(results, arm, seed, run.results)
+        return results
+
+    def record(self) -> dict[str, Any]:
+        """Return everything that the results depend on."""
+        return {
+            "config": OmegaConf.to_container(self.base),
+            "arms": {name: ARMS[name].overrides(self.base) for name in self.settings.arms},
+            "vary": self.settings.vary,
+            "search_trials": self.settings.search_trials,
+            "search": OmegaConf.to_container(self.search, resolve=True) if self.search is not None else None,
+            "init": self.parents,
+            "samples": self.samples,
+            "seeds": list(self.settings.seeds),
+        }
+
+    def _cells(self) -> Iterable[tuple[str, int]]:
+        return ((arm, seed) for seed in self.settings.seeds for arm in self.settings.arms)
+
+    def _run_dir(self, name: str) -> Path:
+        return self.folder / "runs" / name
+
+    def _pretrained(self, seed: int) -> str | None:
+        """Return `train.init` of the arms for a seed."""
+        if not self.pretrains:
+            return self.base.train.init
+        return str(self._run_dir(f"pretrain-seed{seed}" if self.settings.vary == "pretrain" else "pretrain"))
+
+    def _stage_jobs(self, base: DictConfig, init: str | None, suffix: str) -> list[Job]:
+        """Return the run of each arm's stage without fine-tuning."""
+        seed, arms = self.base.train.seed, [arm for arm in self.settings.arms if ARMS[arm].stage]
+        return [Job(f"{arm}{suffix}", arm_config(base, arm, seed, init, [ARMS[arm].stage])) for arm in arms]
+
+    def _search_base(self) -> DictConfig:
+        """Check the search space with a first draw and return the base config on the data of the search."""
+        settings = read_search(self._with_search(self.base), self.source)
+        trial_config(self.base, settings, draw(settings, 0), self.source)
+        return LazyConfig.apply_overrides(self.base, settings.overrides, self.source)
+
+    def _with_search(self, cfg: DictConfig) -> DictConfig:
+        cfg = cfg.copy()
+        cfg.search = self.search
+        return cfg
+
+    def _run_searches(self) -> dict[str, list[str]]:
+        """Run the same search for each arm and return the best overrides."""
+        if self.search is None:
+            return {}
+        init = self._pretrained(self.settings.seeds[0])
+        if init in self.failed:
+            raise BisslZooError(f"The run that the searches start from failed. {self.failed[init]}")
+        for outcome in self._run(self.search_jobs()):
+            if outcome.status != FINISHED:
+                raise BisslZooError(f"The run that a search starts from failed. {outcome.name}: {outcome.message}")
+        best = {}
+        for arm in self.settings.arms:
+            start = str(self._run_dir(f"{arm}-search")) if ARMS[arm].stage else init
+            cfg = self._with_search(arm_config(self.base, arm, self.base.train.seed, start, ["finetune"]))
+            source, folder = f"{self.source}, arm {arm}", self.folder / "search" / arm
+            result = search(cfg, source, folder, self.settings.search_trials, self.parallel, engine=self.engine)
+            logger.info(f"{result.table}\nbest of {ARMS[arm].label}: {' '.join(result.best_overrides)}")
+            best[arm] = result.best_overrides
+        write_atomically(self.folder / SEARCHED_FILE, json.dumps(best, indent=2) + "\n")
+        return best
+
+    def _run(self, jobs: list[Job], details: Callable[[JobOutcome], str] = lambda outcome: "") -> list[JobOutcome]:
+        def print_line(outcome: JobOutcome) -> None:
+            text = details(outcome)
+            if outcome.ran:
+                logger.info(progress_line(outcome, text))
+
+        return run_jobs(jobs, self.folder, self.parallel, print_line, engine=self.engine) if jobs else []
+
+    def _note_failures(self, outcomes: list[JobOutcome]) -> None:
+        for outcome in outcomes:
+            if outcome.status != FINISHED:
+                self.failed[str(self._run_dir(outcome.name))] = f"{outcome.name}: {outcome.message}"
+
+    def _details(self, outcome: JobOutcome) -> str:
+        """Return the metric of a run; called for the first one, so that a wrong name is noticed early."""
+        return f"{self.settings.metric} {self._value(outcome.results):.4f}" if outcome.status == FINISHED else ""
+
+    def _enter(self, results: Results, arm: str, seed: int, metrics: dict[str, dict[str, float]]) -> None:
+        value = self._value(metrics)
+        if math.isfinite(value):
+            results.values[arm][seed] = value
+        else:
+            results.failures[f"{arm}-seed{seed}"] = f"its {self.settings.metric} is {value}"
+
+    def _value(self, metrics: dict[str, dict[str, float]]) -> float:
+        """Return the compared metric of a run, which has fine-tuned once."""
+        measured, metric = next(iter(metrics.values()), {}), self.settings.metric
+        if metric not in measured:
+            known = ", ".join(name for name in measured if "/" not in name) or "none"
+            hint = did_you_mean(metric, measured)
+            raise ConfigError(
+                f"{self.source}: the runs have no metric '{metric}' (compare.metric).{hint} Known: {known}."
+            )
+        return measured[metric]
+
+
+def _samples(cfg: DictConfig, data: dict[str, Dataset], prefix: str = "") -> dict[str, dict[str, str]]:
+    """Return name and digest of the data sets that can list their samples, by role."""
+    digests = {role: sample_digest(dataset) for role, dataset in data.items()}
+    return {
+        f"{prefix}{role}": {"name": cfg.dataloader[role].dataset.name, "sample_list_sha256": digest}
+        for role, digest in digests.items()
+        if digest
+    }
+
+
+def claim_folder(folder: Path, record: dict[str, Any]) -> None:
+    """Write the record of a comparison to its folder, or check it against an existing one.
+
+    Seeds and arms may be added to an existing comparison.
+
+    Raises:
+        ConfigError: the folder holds another comparison or other files, or cannot be written.
+    """
+    file = folder / RECORD_FILE
+    if file.is_file():
+        before = OmegaConf.to_container(LazyConfig.load(file))
+        missing = sorted(set(before["seeds"]) - set(record["seeds"]))
+        if missing:
+            raise ConfigError(
+                f"{folder} compares the seeds {', '.join(map(str, before['seeds']))}. Leaving seeds out would be a "
+                f"selection of results; missing are {', '.join(map(str, missing))}. Use --report to see the results."
+            )
+        check_same_comparison(folder, before, record, set())
+        record = {**record, "arms": {**before["arms"], **record["arms"]}}
+    elif folder.is_dir() and any(folder.iterdir()):
+        raise ConfigError(f"'{folder}' is not empty and holds no comparison. Choose another train.output_dir.")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"Cannot create the folder '{folder}': {error.strerror}.") from error
+    LazyConfig.save(OmegaConf.create(record), file)
+
+
+def check_same_comparison(folder: Path, before: Any, now: dict[str, Any], ignored: set[str]) -> None:
+    """Raise if two records differ, apart from their seeds and from arms and samples that only one of them has.
+
+    Raises:
+        ConfigError: with the keys that differ.
+    """
+    old, new = (OmegaConf.create(record) for record in (before, now))
+    for section in ("arms", "samples"):
+        for record, other in ((old, new), (new, old)):
+            for key in set(record.get(section, {})) - set(other.get(section, {})):
+                del record[section][key]
+    for key in {"seeds", *ignored}:
+        for record in (old, new):
+            parent, _, name = key.rpartition(".")
+            (OmegaConf.select(record, parent) if parent else record).pop(name, None)
+    check_unchanged(folder, OmegaConf.to_container(old), OmegaConf.to_container(new), "comparison")

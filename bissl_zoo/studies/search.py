@@ -1,54 +1,195 @@
-"""Random search of settings: every trial a run of its own, at parameters that its number determines."""
+"""Hyperparameter search with Optuna: every trial is a run in a separate process, and a killed search can be resumed."""
 
+import csv
+import io
+import json
 import logging
-from dataclasses import dataclass, replace
+import math
+import warnings
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
+import numpy as np
 from omegaconf import DictConfig, OmegaConf
+from tabulate import tabulate
 
-from bissl_zoo.config import LazyConfig
+from bissl_zoo.config import LazyConfig, load_config
 from bissl_zoo.engine.build import Weights, build_downstream
 from bissl_zoo.engine.checks import check_parts
 from bissl_zoo.engine.evaluate import figures_of
 from bissl_zoo.engine.init import load_init
-from bissl_zoo.engine.publishing import RESULTS_FILE
 from bissl_zoo.engine.runner import open_context
 from bissl_zoo.errors import BisslZooError, ConfigError, DatasetError, did_you_mean
-from bissl_zoo.report.images.drawing import save_figure
-from bissl_zoo.runs.checkpoint import write_atomically
+from bissl_zoo.files import replacing, write_atomically
+from bissl_zoo.progress.file_writers import METRICS_FILE
 from bissl_zoo.runs.listing import is_run
-from bissl_zoo.studies.job_process import HIDDEN
-from bissl_zoo.studies.jobs import FAILED, FINISHED, Job, JobOutcome, progress_line, run_jobs
-from bissl_zoo.studies.search_pruning import MedianPruner
-from bissl_zoo.studies.search_report import PRUNED, Trial, best_table, draw, ranked, write_csv
-from bissl_zoo.studies.search_space import (
-    SearchSettings,
-    as_overrides,
-    best_config,
-    read_search,
-    trial_config,
-    trial_name,
+from bissl_zoo.studies.jobs import (
+    FINISHED,
+    STOPPED,
+    Job,
+    JobOutcome,
+    check_unchanged,
+    override,
+    progress_line,
+    run_jobs,
 )
 
 logger = logging.getLogger(__name__)
 
-TABLE_FILE, PICTURE_FILE, BEST_FILE = "trials.csv", "search.png", "best.yaml"
+STUDY_FILE, TABLE_FILE, PLOT_FILE, BEST_FILE = "study.log", "trials.csv", "search.png", "best.yaml"
+#: finished trials before any is pruned, as by default in Optuna's MedianPruner (Akiba et al., arXiv 1907.10902)
+STARTUP_TRIALS = 5
+SAMPLERS = {"random": "RandomSampler", "tpe": "TPESampler"}
+#: default section `search` of `configs/common/search.py` for each task
+_DEFAULTS = {
+    "classification": "classification",
+    "multilabel_classification": "multilabel",
+    "faster_rcnn": "detection",
+    "detectron2_faster_rcnn": "detection",
+}
+#: overrides of all trials: there are many, and none is published
+_TRIAL_OVERRIDES = ["train.publish.name=null", "train.checkpoint.keep=1"]
+
+
+def import_optuna() -> Any:
+    """Import Optuna.
+
+    Raises:
+        ConfigError: it is not installed.
+    """
+    try:
+        import optuna
+    except ImportError as error:
+        raise ConfigError('A search needs Optuna: pip install "bissl_zoo[search]".') from error
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    return optuna
+
+
+@dataclass(frozen=True)
+class SearchSettings:
+    """The section `search` of a config after validation; see `configs/common/search.py`."""
+
+    metric: str
+    trials: int
+    seed: int
+    sampler: str
+    space: dict[str, Any]
+    overrides: list[str]
+
+    def distributions(self) -> dict[str, Any]:
+        """Return the Optuna distribution of each key."""
+        optuna = import_optuna().distributions
+        return {
+            key: optuna.CategoricalDistribution(tuple(domain["choices"]))
+            if isinstance(domain, dict)
+            else optuna.FloatDistribution(*map(float, domain), log=True)
+            for key, domain in self.space.items()
+        }
+
+    def make_sampler(self, number: int) -> Any:
+        """Return the sampler of trial `number`. Its seed depends on the number, so that a resume repeats no draw."""
+        seed = np.random.SeedSequence([self.seed, number]).generate_state(1)[0]
+        return getattr(import_optuna().samplers, SAMPLERS[self.sampler])(seed=int(seed))
+
+
+def read_search(cfg: DictConfig, source: str) -> SearchSettings:
+    """Return the search settings of a config; missing keys have the defaults of its task.
+
+    Raises:
+        ConfigError: a missing section for a task without defaults, unknown keys, or invalid values.
+    """
+    default = _DEFAULTS.get(cfg.task.name)
+    given = (
+        OmegaConf.to_container(cfg.search, resolve=True)
+        if OmegaConf.is_config(cfg.get("search"))
+        else cfg.get("search", {})
+    )
+    if not isinstance(given, dict):
+        raise ConfigError(f"{source}: search is {given!r}; it must be a section, see configs/common/search.py.")
+    if default is None and not {"metric", "space"} <= given.keys():
+        raise ConfigError(
+            f"{source}: the task '{cfg.task.name}' has no default search. Add a section 'search' with at least metric "
+            "and space; see configs/common/search.py."
+        )
+    defaults = OmegaConf.to_container(load_config("common/search.py"))[default or "classification"]
+    for key in given.keys() - defaults.keys():
+        hint = did_you_mean(str(key), defaults)
+        raise ConfigError(f"{source}: no key 'search.{key}'.{hint} Known: {', '.join(defaults)}.")
+    settings = SearchSettings(**{**defaults, **given})
+    for key, minimum in {"trials": 1, "seed": 0}.items():
+        value = getattr(settings, key)
+        if type(value) is not int or value < minimum:
+            raise ConfigError(f"{source}: search.{key} is {value!r}; it must be an integer of at least {minimum}.")
+    if settings.sampler not in SAMPLERS:
+        hint = did_you_mean(str(settings.sampler), SAMPLERS)
+        raise ConfigError(f"{source}: unknown search.sampler '{settings.sampler}'.{hint} Known: {', '.join(SAMPLERS)}.")
+    if not isinstance(settings.space, dict) or not settings.space:
+        raise ConfigError(
+            f"{source}: search.space must map keys to ranges, as in {{optimizer.finetune.lr: [1e-4, 1]}}."
+        )
+    for key, domain in settings.space.items():
+        _check_domain(f"{source}: search.space: {key}", domain)
+    return settings
+
+
+def _check_domain(where: str, domain: Any) -> None:
+    if isinstance(domain, dict) and domain.keys() == {"choices"}:
+        if not isinstance(domain["choices"], list) or not domain["choices"]:
+            raise ConfigError(f"{where}: choices is {domain['choices']!r}; give a list of values.")
+    elif not isinstance(domain, list) or len(domain) != 2 or any(type(bound) not in (int, float) for bound in domain):
+        raise ConfigError(f"{where} is {domain!r}; give [low, high] or {{choices: [...]}}.")
+    elif not 0 < domain[0] < domain[1] < math.inf:
+        raise ConfigError(f"{where} is {domain!r}; a log-uniform range needs 0 < low < high.")
+
+
+def parameters_of(trial: Any) -> dict[str, Any]:
+    """Return the parameters of an Optuna trial, numbers rounded to four digits."""
+    return {
+        key: float(f"{value:.4g}") if hasattr(trial.distributions[key], "low") else value
+        for key, value in trial.params.items()
+    }
+
+
+def draw(settings: SearchSettings, number: int) -> dict[str, Any]:
+    """Return the parameters of trial `number` in a search without earlier results (with "random": in any search)."""
+    study = import_optuna().create_study(sampler=settings.make_sampler(number))
+    return parameters_of(study.ask(settings.distributions()))
+
+
+def as_overrides(parameters: dict[str, Any]) -> list[str]:
+    """Format parameters as command-line overrides."""
+    return [override(key, value) for key, value in parameters.items()]
+
+
+def base_config(cfg: DictConfig, settings: SearchSettings, source: str) -> DictConfig:
+    """Return the config that all trials share."""
+    removed = [f"~{section}" for section in ("search", "compare") if section in cfg]
+    return LazyConfig.apply_overrides(cfg, [*removed, *_TRIAL_OVERRIDES, *settings.overrides], source=source)
+
+
+def trial_config(cfg: DictConfig, settings: SearchSettings, parameters: dict[str, Any], source: str) -> DictConfig:
+    """Return the config of a trial.
+
+    Raises:
+        ConfigError: the config has no such key.
+    """
+    return LazyConfig.apply_overrides(base_config(cfg, settings, source), as_overrides(parameters), source=source)
 
 
 @dataclass(frozen=True)
 class SearchResult:
-    """What a search has found.
+    """The result of a search.
 
     Attributes:
-        best_overrides: the best trial's parameters, as overrides.
+        best_overrides: parameters of the best trial as command-line overrides.
         table: the five best trials, to be printed.
-        trials: all of them, in the order of their numbers.
+        study: the Optuna study, for its plots and analyses.
     """
 
     best_overrides: list[str]
     table: str
-    trials: list[Trial]
+    study: Any
 
 
 def search(
@@ -60,163 +201,261 @@ def search(
     prune: bool = False,
     engine: Literal["local", "ray"] = "local",
 ) -> SearchResult:
-    """Run the trials that the section `search` of `cfg` describes, and keep the best.
+    """Run the trials of the section `search` of `cfg` and save the best parameters.
 
-    `folder` gets `trials.csv`, `best.yaml`, `search.png`, `runs/trial_NNN` and `logs/trial_NNN.log`. Trials that are
-    finished or were given up are not run again, those that failed or were cut short are; more may be added later.
+    Writes `study.log` (the Optuna journal), `trials.csv`, `best.yaml`, `search.png`, `runs/trial_NNN` and
+    `logs/trial_NNN.log` to `folder`. Finished and pruned trials are not run again; failed and interrupted ones are.
 
     Args:
-        source: the config's name, for messages.
-        trials: how many are drawn; None for `search.trials`.
+        source: name of the config for messages.
+        trials: total number of trials; by default `search.trials`. It can be raised later.
         parallel, engine: see `run_jobs`.
-        prune: give up trials that are worse on the way than the median, see `MedianPruner`.
+        prune: stop trials whose best value so far is below the median of the finished trials at the same step.
     Raises:
-        ConfigError: before the first trial, what cannot be; see `read_search`, `check_trials` and `run_jobs`.
+        ConfigError: an invalid config, before the first trial, or another configuration in `folder`.
         BisslZooError: no trial has finished.
-        Interrupted: asked to stop, after the trials have saved.
+        Interrupted: stopped by a signal, after the trials have saved.
     """
-    settings = read_search(cfg, source)
-    folder, number = Path(folder), settings.trials if trials is None else trials
+    settings, folder = read_search(cfg, source), Path(folder)
+    number = settings.trials if trials is None else trials
     if number < 1:
-        raise ConfigError(f"{number} trials: at least 1 is needed.")
+        raise ConfigError(f"--trials is {number}; at least 1 trial is needed.")
     if is_run(folder):
-        raise ConfigError(f"{folder} holds a run. Give a search another folder, as in --output runs/another.")
-    configs = [trial_config(cfg, settings, n, source) for n in range(number)]
-    _check_stages(configs[0], prune, source)
-    if not (folder / "runs" / trial_name(0) / RESULTS_FILE).exists():
-        check_trials(cfg, configs[0], settings, source)
-    return _Search(cfg, source, settings, configs, folder, prune).go(parallel, engine)
-
-
-def _check_stages(cfg: DictConfig, prune: bool, source: str) -> None:
-    if "finetune" not in cfg.train.stages:
-        raise ConfigError(f"{source}: a search compares fine-tunings; train.stages has no finetune.")
-    if prune and not cfg.finetune.eval_period:
-        raise ConfigError(
-            f"{source}: --prune compares trials on the way; it needs finetune.eval_period, steps between evaluations."
-        )
+        raise ConfigError(f"{folder} holds a run. Choose another folder, as in --output runs/another.")
+    first = trial_config(cfg, settings, draw(settings, 0), source)
+    if "finetune" not in first.train.stages:
+        raise ConfigError(f"{source}: a search compares fine-tuned models, but train.stages has no finetune.")
+    if prune and not first.finetune.eval_period:
+        raise ConfigError(f"{source}: --prune needs finetune.eval_period, the number of steps between evaluations.")
+    if not (folder / STUDY_FILE).exists():
+        check_trials(cfg, first, settings, source)
+    return _Search(cfg, source, settings, folder).run(number, parallel, prune, engine)
 
 
 def check_trials(cfg: DictConfig, trial: DictConfig, settings: SearchSettings, source: str) -> None:
-    """Build once what a trial builds, and look at one prediction for the names of the figures.
+    """Build all parts of a trial once and evaluate one prediction to get the names of the metrics.
 
     Raises:
-        ConfigError: the task does not give the metric.
-        BisslZooError: as a run does before it starts.
+        ConfigError: the task does not compute the metric.
+        BisslZooError: as a run before it starts.
     """
-    trial = LazyConfig.apply_overrides(trial, ["train.device=cpu"])  # a GPU's memory is for the trials
+    trial = LazyConfig.apply_overrides(trial, ["train.device=cpu"])  # leaves the GPU memory to the trials
     context = open_context(trial, source)
     initial, _ = load_init(trial.train.init, trial)
     check_parts(context, initial)
     backbone, task = build_downstream(context, Weights(initial.backbone))
     try:
         _check_metric(settings.metric, figures_of(context, backbone, task, "test"), cfg.task.name)
-    except DatasetError as error:  # such as an image without objects
-        logger.warning(f"whether the task gives search.metric={settings.metric} will be seen after a trial: {error}")
+    except DatasetError as error:  # for example, no image has an object
+        logger.warning(f"cannot check search.metric={settings.metric} before the first trial: {error}")
     if OmegaConf.to_container(cfg.dataloader.test) == OmegaConf.to_container(trial.dataloader.test):
         logger.warning(
-            "the trials are measured on dataloader.test, and figures of settings that were chosen by a test "
-            "set are too good. Let them read a validation split: search.overrides=[dataloader.test.dataset.split=val]."
+            "the trials are evaluated on the test set (dataloader.test), so its results will be too good. Use "
+            "a validation split: search.overrides=[dataloader.test.dataset.split=val]."
         )
 
 
 def _check_metric(metric: str, names: list[str], task: str) -> None:
     if metric not in names:
         known = ", ".join(name for name in names if "/" not in name)
+        hint = did_you_mean(metric, names)
         raise ConfigError(
-            f"search.metric is '{metric}', which the task '{task}' does not give.{did_you_mean(metric, names)} It "
-            f"gives {known}."
+            f"search.metric is '{metric}', which the task '{task}' does not compute.{hint} Known: {known}."
         )
 
 
 class _Search:
-    """The trials of a search and what is known of them."""
+    """A search in a folder, with its Optuna study in `STUDY_FILE`.
 
-    def __init__(
-        self,
-        cfg: DictConfig,
-        source: str,
-        settings: SearchSettings,
-        configs: list[DictConfig],
-        folder: Path,
-        prune: bool,
-    ) -> None:
-        self.cfg, self.source, self.settings, self.configs, self.folder = cfg, source, settings, configs, folder
-        self.prune = prune
-        role = "val" if "val" in configs[0].dataloader else "test"
-        self.pruner = MedianPruner(folder / "runs", f"{role}/{settings.metric}")
-        self.trials: dict[str, Trial] = {}
+    A trial that failed stays open in the study, with its error as the attribute `message`, so that the next call runs
+    it again with the same parameters.
+    """
 
-    def go(self, parallel: int | None, engine: Literal["local", "ray"]) -> SearchResult:
-        """Run what is missing; see :func:`search`."""
-        jobs = []
-        for number, config in enumerate(self.configs):
-            given_up = self._given_up(trial_name(number))
-            if given_up.exists():
-                self._add_pruned(number, given_up.read_text(), 0.0)
-            else:
-                jobs.append(Job(trial_name(number), config))
-        logger.info(
-            f"search: {len(self.configs)} trials in {self.folder}, {self.settings.metric} of the last fine-tuning"
+    def __init__(self, cfg: DictConfig, source: str, settings: SearchSettings, folder: Path) -> None:
+        self.cfg, self.source, self.settings, self.folder = cfg, source, settings, folder
+        self.optuna = import_optuna()
+        self.states = self.optuna.trial.TrialState
+        base = base_config(cfg, settings, source)
+        record = {"config": OmegaConf.to_container(base, resolve=True), "search": asdict(settings)}
+        del record["search"]["trials"], record["search"]["overrides"]  # the first may grow, the second are in config
+        new = not (folder / STUDY_FILE).exists()
+        if new and (folder / "runs").exists():
+            raise ConfigError(f"{folder} holds runs, but no {STUDY_FILE}. Choose another folder for the search.")
+        folder.mkdir(parents=True, exist_ok=True)
+        journal = self.optuna.storages.journal
+        self.study = self.optuna.create_study(
+            storage=journal.JournalStorage(journal.JournalFileBackend(str(folder / STUDY_FILE))),
+            study_name="search",
+            direction="maximize",
+            load_if_exists=True,
+            pruner=self.optuna.pruners.MedianPruner(n_startup_trials=STARTUP_TRIALS),
         )
-        stop_if = (lambda job: self.pruner.reason(job.name)) if self.prune else None
+        if "record" in self.study.user_attrs:
+            check_unchanged(folder, self.study.user_attrs["record"], record, "search")
+        else:
+            self.study.set_user_attr("record", record)
+        role = "val" if "val" in base.dataloader else "test"
+        self.curve_key = f"{role}/{settings.metric}"
+        self.open: dict[str, Any] = {}
+        self.sizes: dict[str, int] = {}
+
+    def run(self, number: int, parallel: int | None, prune: bool, engine: Literal["local", "ray"]) -> SearchResult:
+        """Run the missing trials; see :func:`search`."""
+        jobs = []
+        for trial in self.study.trials[:number]:
+            if not trial.state.is_finished():
+                self.open[_name(trial.number)] = self.optuna.trial.Trial(self.study, trial._trial_id)
+                jobs.append(Job(_name(trial.number), self._config(trial)))
+        jobs += [Job(_name(n), self._draw_next) for n in range(len(self.study.trials), number)]
+        logger.info(f"search: {number} trials in {self.folder}, {self.settings.metric} of the last fine-tuning")
         try:
-            run_jobs(jobs, self.folder, parallel, self._take, stop_if, engine)
+            if jobs:
+                run_jobs(jobs, self.folder, parallel, self._take, self._prune if prune else lambda job: None, engine)
         finally:
-            if self.trials:
-                self._save()
-                save_figure(draw(list(self.trials.values()), self.settings), self.folder / PICTURE_FILE)
-        return self._result()
+            self._save()
+        trials = self._ranked()
+        if not trials:
+            message = next(filter(None, map(_message, self.study.trials)), "")
+            raise BisslZooError(f"No trial has finished. {_name(0)}: {message} Logs: {self.folder / 'logs'}.")
+        return SearchResult(as_overrides(parameters_of(trials[0])), self._table(trials[:5]), self.study)
 
-    def _given_up(self, name: str) -> Path:
-        return self.folder / HIDDEN / f"{name}.pruned"
+    def _config(self, trial: Any) -> DictConfig:
+        return trial_config(self.cfg, self.settings, parameters_of(trial), self.source)
 
-    def _add_pruned(self, number: int, reason: str, seconds: float) -> None:
-        values = self.pruner.curve(trial_name(number)).values()
-        figures = {self.settings.metric: max(values)} if values else {}
-        parameters = self.settings.draw(number)
-        trial = Trial(number, parameters, PRUNED, figures, seconds, reason)
-        self.trials[trial.name] = trial
+    def _draw_next(self) -> DictConfig:
+        """Draw the parameters of the next trial when its job starts, so that the sampler knows the earlier results."""
+        self.study.sampler = self.settings.make_sampler(len(self.study.trials))
+        trial = self.study.ask(self.settings.distributions())
+        self.open[_name(trial.number)] = trial
+        return self._config(trial)
+
+    def _prune(self, job: Job) -> str | None:
+        """Return the reason for pruning a running trial, or None."""
+        trial = self.open[job.name]
+        if not self._report_curve(job.name) or not trial.should_prune():
+            return None
+        curve = self.study.trials[trial.number].intermediate_values
+        best, step = max(curve.values()), max(curve)
+        return f"{self.curve_key} {best:.4f} at step {step} is below the median of the finished trials"
+
+    def _report_curve(self, name: str) -> bool:
+        """Report the new evaluations of a trial to Optuna; return False if there are none."""
+        path = self.folder / "runs" / name / METRICS_FILE
+        size = path.stat().st_size if path.exists() else 0
+        if size == self.sizes.get(name, 0):
+            return False
+        self.sizes[name] = size
+        trial = self.open[name]
+        known = self.study.trials[trial.number].intermediate_values
+        new = {step: value for step, value in _read_curve(path, self.curve_key).items() if step not in known}
+        for step, value in new.items():
+            trial.report(value, step)
+        return bool(new)
 
     def _take(self, outcome: JobOutcome) -> None:
-        """Note what a trial came to, and tell of it."""
-        number = int(outcome.name.rpartition("_")[2])
-        if outcome.status in (FINISHED, FAILED):
-            figures = list(outcome.results.values())[-1] if outcome.results else {}
-            if outcome.status == FINISHED:
-                _check_metric(self.settings.metric, list(figures), self.cfg.task.name)
-                self.pruner.finished.add(outcome.name)
-            parameters = self.settings.draw(number)
-            trial = Trial(number, parameters, outcome.status, figures, outcome.seconds, outcome.message)
-            self.trials[trial.name] = trial
-        else:
-            write_atomically(self._given_up(outcome.name), outcome.message)
-            self._add_pruned(number, outcome.message, outcome.seconds)
-        if outcome.ran:
-            self._save()
-            state = self.trials[outcome.name].state
-            logger.info(progress_line(replace(outcome, status=state), self._figures(outcome)))
+        """Enter the outcome of a trial into the study and print it."""
+        trial, metric = self.open[outcome.name], self.settings.metric
+        self._report_curve(outcome.name)
+        metrics = list(outcome.results.values())[-1] if outcome.results else {}
+        message = " ".join(outcome.message.split())
+        if outcome.status == FINISHED:
+            _check_metric(metric, list(metrics), self.cfg.task.name)
+            message = "" if math.isfinite(metrics[metric]) else f"{metric} is {metrics[metric]}"
+        trial.set_user_attr("metrics", {key: value for key, value in metrics.items() if math.isfinite(value)})
+        trial.set_user_attr("seconds", outcome.seconds)
+        trial.set_user_attr("message", message)
+        if outcome.status == STOPPED:
+            self.study.tell(trial, state=self.states.PRUNED)
+        elif outcome.status == FINISHED and not message:
+            self.study.tell(trial, metrics[metric])
+        self._save_table()
+        best = self._ranked()[:1]
+        details = [message[:200] or f"{metric} {metrics[metric]:.4f}"]
+        details += [f"best {trial.value:.4f} ({_name(trial.number)})" for trial in best]
+        status = _state(self.study.trials[trial.number])
+        logger.info(progress_line(replace(outcome, status=status), "  ".join(details)))
 
-    def _figures(self, outcome: JobOutcome) -> str:
-        metric, best = self.settings.metric, ranked(list(self.trials.values()), self.settings.metric)
-        told = f"best {best[0].figures[metric]:.4f} ({best[0].name})" if best else ""
-        if outcome.status != FINISHED:
-            return "  ".join(filter(None, [" ".join(outcome.message.split())[:200], told]))
-        return f"{metric} {self.trials[outcome.name].figures[metric]:.4f}  {told}".rstrip()
+    def _ranked(self) -> list[Any]:
+        """Return the finished trials, best first."""
+        trials = self.study.get_trials(states=(self.states.COMPLETE,))
+        return sorted(trials, key=lambda trial: (-trial.value, trial.number))
+
+    def _table(self, trials: list[Any]) -> str:
+        rows = [
+            [
+                _name(trial.number),
+                f"{trial.value:.4f}",
+                *parameters_of(trial).values(),
+                f"{trial.user_attrs['seconds']:.0f}",
+            ]
+            for trial in trials
+        ]
+        headers = ["trial", self.settings.metric, *self.settings.space, "seconds"]
+        return tabulate(rows, headers=headers, disable_numparse=True, stralign="right")
+
+    def _save_table(self) -> None:
+        """Write `trials.csv`, a row per trial that has an outcome."""
+        trials = [trial for trial in self.study.trials if "seconds" in trial.user_attrs]
+        rows = [{name: v for name, v in _metrics(t, self.settings.metric).items() if "/" not in name} for t in trials]
+        names = list(dict.fromkeys(name for row in rows for name in row))
+        text = io.StringIO()
+        writer = csv.writer(text, lineterminator="\n")
+        writer.writerow(["trial", "state", *self.settings.space, *names, "seconds", "message"])
+        for trial, metrics in zip(trials, rows, strict=True):
+            values = [*parameters_of(trial).values(), *(metrics.get(name, "") for name in names)]
+            seconds = f"{trial.user_attrs['seconds']:.1f}"
+            writer.writerow([_name(trial.number), _state(trial), *values, seconds, _message(trial)])
+        write_atomically(self.folder / TABLE_FILE, text.getvalue())
 
     def _save(self) -> None:
-        trials = list(self.trials.values())
-        write_csv(self.folder / TABLE_FILE, trials)
-        for best in ranked(trials, self.settings.metric)[:1]:
-            LazyConfig.save(best_config(self.cfg, best.parameters, self.source), self.folder / BEST_FILE)
+        self._save_table()
+        for best in self._ranked()[:1]:
+            cfg = LazyConfig.apply_overrides(self.cfg, ["~search"] if "search" in self.cfg else [])
+            cfg = LazyConfig.apply_overrides(cfg, as_overrides(parameters_of(best)), source=self.source)
+            LazyConfig.save(cfg, self.folder / BEST_FILE)
+            save_plot(self.study, self.settings.metric, self.folder / PLOT_FILE)
 
-    def _result(self) -> SearchResult:
-        trials = sorted(self.trials.values(), key=lambda trial: trial.number)
-        best = ranked(trials, self.settings.metric)
-        if not best:
-            message = next((trial.message for trial in trials if trial.message), "none gave a finite figure")
-            raise BisslZooError(
-                f"None of the {len(trials)} trials has finished with a figure; {trials[0].name}: {message} Their logs "
-                f"are in {self.folder / 'logs'}."
-            )
-        return SearchResult(as_overrides(best[0].parameters), best_table(trials, self.settings.metric), trials)
+
+def save_plot(study: Any, metric: str, path: Path) -> None:
+    """Save Optuna's slice plot: the metric of the finished trials over each parameter."""
+    from matplotlib import pyplot
+    from optuna.exceptions import ExperimentalWarning
+    from optuna.visualization.matplotlib import plot_slice
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ExperimentalWarning)
+        figure = np.atleast_1d(plot_slice(study, target_name=metric))[0].figure
+    with replacing(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=120, bbox_inches="tight")
+    pyplot.close(figure)
+
+
+def _read_curve(path: Path, key: str) -> dict[int, float]:
+    """Return a metric of the fine-tuning stage by step, from a file that may still be written."""
+    curve = {}
+    for line in path.read_bytes().splitlines(keepends=True):
+        if line.endswith(b"\n") and f'"{key}"'.encode() in line:
+            record = json.loads(line)
+            if record.get("stage") == "finetune" and math.isfinite(record[key]):
+                curve[record["step"]] = record[key]
+    return curve
+
+
+def _name(number: int) -> str:
+    """Return the name of a trial's run, such as `trial_007`."""
+    return f"trial_{number:03d}"
+
+
+def _state(trial: Any) -> str:
+    return {"COMPLETE": "finished", "PRUNED": "pruned"}.get(trial.state.name, "failed")
+
+
+def _message(trial: Any) -> str:
+    return trial.user_attrs.get("message", "")
+
+
+def _metrics(trial: Any, metric: str) -> dict[str, float]:
+    """Return the metrics of a trial; for a pruned one the best value so far."""
+    if trial.state.name == "PRUNED":
+        return {metric: max(trial.intermediate_values.values())} if trial.intermediate_values else {}
+    return trial.user_attrs["metrics"]

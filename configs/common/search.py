@@ -7,6 +7,7 @@ classification = dict(
     metric="top1",  # a figure of the last fine-tuning; the highest wins
     trials=100,  # how many are drawn; --trials says otherwise, and may add to them later
     seed=0,  # of the draws
+    sampler="random",  # or "tpe", which draws near the best trials so far
     space={  # by key: [least, most] is drawn log-uniformly, {choices: [...]} evenly
         "optimizer.finetune.lr": [1e-4, 1.0],
         "optimizer.finetune.weight_decay": [1e-5, 1e-2],

@@ -10,8 +10,8 @@ from command_line import load_tool
 from original_layouts import WRITERS, write_imagenet, write_voc2007_classification
 
 from bissl_zoo.config import LazyConfig, config_root, instantiate, load_config, locate
-from bissl_zoo.studies.compare_arms import base_config, read_settings
-from bissl_zoo.studies.search_space import read_search, trial_config
+from bissl_zoo.studies.arms import base_config, read_settings
+from bissl_zoo.studies.search import draw, read_search, trial_config
 
 # learning rate and weight decay of the upper level from SimCLR, from BYOL, and the figure that is compared
 TABLE = {
@@ -222,14 +222,15 @@ def test_a_search_draws_from_the_papers_ranges_and_measures_on_validation_images
     search = read_search(cfg, config)
     lr, decay = (search.space[f"optimizer.finetune.{key}"] for key in ("lr", "weight_decay"))
     assert len(search.space) == 2
-    train, test = (trial_config(cfg, search, 0, config).dataloader[role].dataset for role in ("train", "test"))
+    data = trial_config(cfg, search, draw(search, 0), config).dataloader
+    train, test = data.train.dataset, data.test.dataset
     if config in CLASSIFICATION:
         assert (search.metric, search.trials) == (METRICS[CLASSIFICATION[config]], 100)
-        assert (lr.low, lr.high, decay.low, decay.high) == (1e-4, 1.0, 1e-5, 1e-2)
+        assert (lr, decay) == ([1e-4, 1.0], [1e-5, 1e-2])
         assert (train.split, test.split) == ("train", "val")
     else:
         assert (search.metric, search.trials) == ("AP50", 50)
-        assert (lr.low, lr.high, decay.low, decay.high) == (1e-4, 1e-1, 1e-6, 1e-2)
+        assert (lr, decay) == ([1e-4, 1e-1], [1e-6, 1e-2])
         assert (train.splits, test.splits) == (["2007_train", "2012_train"], ["2007_val", "2012_val"])
 
 

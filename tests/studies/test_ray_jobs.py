@@ -1,4 +1,4 @@
-"""Jobs on a Ray cluster of this machine's own."""
+"""Jobs on a Ray cluster on this machine."""
 
 import os
 import signal
@@ -7,7 +7,6 @@ import sys
 import pytest
 
 from bissl_zoo.errors import ConfigError, Interrupted
-from bissl_zoo.studies import ray_jobs
 from bissl_zoo.studies.jobs import Job, run_jobs
 
 
@@ -30,7 +29,8 @@ def short(tiny_config, at_scenes):
     return build
 
 
-def test_jobs_are_the_tasks_of_a_cluster_and_leave_the_same_folders(cluster, short, tmp_path):
+@pytest.mark.slow
+def test_jobs_are_tasks_of_the_cluster_and_write_the_same_folders(cluster, short, tmp_path):
     diverging = short(optimizer__finetune="{_target_: torch.optim.SGD, lr: 1.0e+30}")
     long = short(finetune__steps=100000)
 
@@ -43,14 +43,15 @@ def test_jobs_are_the_tasks_of_a_cluster_and_leave_the_same_folders(cluster, sho
     assert (tmp_path / "runs" / "good" / "results.json").exists() and (tmp_path / "logs" / "good.log").exists()
     assert bad.status == "failed" and "finetune" in bad.message
     assert (stopped.status, stopped.message) == ("stopped", "seen enough")
-    assert (tmp_path / "runs" / "long" / "checkpoints" / "latest").exists()  # it has saved
-    assert cluster.is_initialized()  # whose it is not, it is left as it was
+    assert (tmp_path / "runs" / "long" / "checkpoints" / "latest").exists()
+    assert cluster.is_initialized()
 
     [again] = run_jobs(jobs[:1], tmp_path, engine="ray")
     assert again.status == "finished" and not again.ran
 
 
-def test_a_request_to_stop_reaches_the_jobs_of_the_cluster(cluster, short, tmp_path):
+@pytest.mark.slow
+def test_a_signal_to_stop_reaches_the_jobs_of_the_cluster(cluster, short, tmp_path):
     def ask(job):
         if (tmp_path / "runs" / "long" / "metrics.jsonl").exists():
             os.kill(os.getpid(), signal.SIGUSR1)
@@ -58,33 +59,25 @@ def test_a_request_to_stop_reaches_the_jobs_of_the_cluster(cluster, short, tmp_p
     with pytest.raises(Interrupted) as stopped:
         run_jobs([Job("long", short(finetune__steps=100000))], tmp_path, stop_if=ask, engine="ray")
     assert stopped.value.status == 138
-    assert "stopped as asked" in (tmp_path / "logs" / "long.log").read_text()
+    assert (tmp_path / "runs" / "long" / "checkpoints" / "latest").exists()
 
 
-def test_without_ray_the_extra_is_named(short, tmp_path, monkeypatch):
+def test_without_ray_the_extra_is_named(tiny_config, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "ray", None)
-    with pytest.raises(ConfigError, match=r'pip install "bissl_zoo\[search\]"'):
-        run_jobs([Job("a", short())], tmp_path, engine="ray")
+    with pytest.raises(ConfigError, match=r'pip install "bissl_zoo\[ray\]"'):
+        run_jobs([Job("a", tiny_config())], tmp_path, engine="ray")
     assert list(tmp_path.iterdir()) == []
 
 
-def test_an_unknown_engine_is_refused(short, tmp_path):
-    with pytest.raises(ConfigError, match="no engine 'slurm'"):
-        run_jobs([Job("a", short())], tmp_path, engine="slurm")
-
-
-def test_a_cluster_that_is_not_there_is_told_of(tmp_path, monkeypatch):
+def test_a_cluster_that_does_not_answer_is_reported(tiny_config, tmp_path, monkeypatch):
     class Elsewhere:
         is_initialized = staticmethod(lambda: False)
 
         @staticmethod
         def init(**_):
-            raise ConnectionError("nobody answers")
+            raise ConnectionError("no answer")
 
     monkeypatch.setitem(sys.modules, "ray", Elsewhere)
     monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
-    with (
-        pytest.raises(ConfigError, match="no Ray cluster at RAY_ADDRESS=10.0.0.1:6379"),
-        ray_jobs.ray_pool(tmp_path, 1),
-    ):
-        pass
+    with pytest.raises(ConfigError, match="No Ray cluster answers at RAY_ADDRESS=10.0.0.1:6379"):
+        run_jobs([Job("a", tiny_config())], tmp_path, engine="ray")

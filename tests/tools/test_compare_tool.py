@@ -1,4 +1,4 @@
-"""The command line of tools/compare.py: what it shows, refuses, and hands on."""
+"""The command line of tools/compare.py."""
 
 import contextlib
 import io
@@ -8,8 +8,9 @@ import pytest
 from command_line import load_tool
 
 from bissl_zoo.errors import Interrupted
-from bissl_zoo.studies import compare_runs
+from bissl_zoo.studies import compare as module
 
+pytestmark = pytest.mark.slow
 CONFIG = "compare/digit_scenes.py"
 
 
@@ -20,7 +21,7 @@ def compare_tool():
 
 @pytest.fixture
 def call(compare_tool, at_scenes, tiny, tmp_path):
-    """`call("--dry-run", "a.b=c")` -> status, what it said, what it complained of; the config made tiny."""
+    """`call("--dry-run", "a.b=c")` -> (status, standard output, standard error), with the config made tiny."""
     sizes = {f"dataloader.{role}.dataset.image_size": 64 for role in ("pretext", "train", "test")}
     # the shipped config names an image size already, so that it is changed and not added
     overrides = [text for text in tiny() if ".dataset.image_size" not in text and not text.startswith("backbone.name")]
@@ -46,9 +47,9 @@ def test_a_dry_run_lists_every_run_and_leaves_nothing(call, tmp_path):
     assert not (tmp_path / "c").exists()
 
 
-def test_the_coupling_of_the_levels_is_looked_at_first(call):
+def test_a_weak_coupling_of_the_levels_is_warned_of(call):
     status, out, err = call("--dry-run", "--seeds", "1", "bilevel.lambda=0.0001")
-    assert status == 0 and "below 0.3" in out and "nothing to compare" in out
+    assert status == 0 and "below 0.3" in out and "almost no effect" in out
     status, out, err = call("--dry-run", "--seeds", "1", "bilevel.lambda=1.0")
     assert status == 0 and "warning" not in out
 
@@ -57,38 +58,38 @@ def test_the_coupling_of_the_levels_is_looked_at_first(call):
     ("arguments", "words"),
     [
         (["--arms", "pretrained,bisl"], "Did you mean 'bissl'"),
-        (["--datasets", "food101"], "compare.datasets has no 'food101'. There: none"),
-        (["--report"], "no comparison in"),
+        (["--datasets", "food101"], "compare.datasets has no 'food101'. Known: none"),
+        (["--report"], "holds no comparison"),
         (["optimizer.finetune.lr=-1"], "optimizer"),
         (["task.min_sise=3"], "Nearest: task.min_size"),
-        (["train.stages=[bissl,finetune]"], "no pretrained backbone"),
+        (["train.stages=[bissl,finetune]"], "needs a pretrained backbone"),
     ],
 )
-def test_what_cannot_be_compared_is_refused_in_one_message(call, tmp_path, arguments, words):
+def test_an_invalid_comparison_is_refused_in_one_message(call, tmp_path, arguments, words):
     status, _, err = call(*arguments)
     assert status == 1 and err.startswith("error: ") and words in err and "Traceback" not in err
     assert not (tmp_path / "c").exists()
 
 
-def test_a_comparison_that_is_stopped_says_so_and_can_be_reported_of(call, finished, tmp_path, monkeypatch):
+def test_an_interrupted_comparison_can_be_reported(call, finished, tmp_path, monkeypatch):
     def stopped(*arguments, engine):
         assert engine == "ray"
-        raise Interrupted("stopped as asked: 0 of 4 runs are finished", 130)
+        raise Interrupted("Interrupted: 0 of 4 runs are finished", 130)
 
-    monkeypatch.setattr(compare_runs, "run_jobs", stopped)
+    monkeypatch.setattr(module, "run_jobs", stopped)
     status, _, err = call("--seeds", "2", "--arms", "pretrained,bissl", "--engine", "ray")
-    assert status == 130 and err.strip().endswith("stopped as asked: 0 of 4 runs are finished")
-    for seed in (0, 1):  # as if they had been run by then
+    assert status == 130 and err.strip().endswith("Interrupted: 0 of 4 runs are finished")
+    for seed in (0, 1):  # as if they had finished
         shutil.copytree(finished, tmp_path / "c" / "runs" / f"pretrained-seed{seed}")
     status, out, err = call("--report", "--seeds", "2", "--arms", "pretrained,bissl")
     assert status == 0, err
-    assert "warning: bissl-seed1 is left out: not begun yet" in out
-    assert "not compared with fine-tuning alone: no seed has both" in out
+    assert "warning: bissl-seed1 is left out: not started" in out
+    assert "no seed in common with fine-tuning alone" in out
     assert "comparison.png" in out and (tmp_path / "c" / "comparison.md").is_file()
 
 
 @pytest.mark.parametrize("text", ["ten", "1,b", ""])
-def test_seeds_that_are_no_numbers_are_refused_by_the_parser(compare_tool, capsys, text):
+def test_invalid_seeds_are_refused_by_the_parser(compare_tool, capsys, text):
     with pytest.raises(SystemExit) as ended:
         compare_tool.parse_args(["--config-file", CONFIG, "--seeds", text])
     assert ended.value.code == 2 and "--seeds" in capsys.readouterr().err
