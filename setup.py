@@ -1,4 +1,4 @@
-"""Packaging: the package, and the shipped configs as `bissl_zoo/configs`."""
+"""Package `bissl_zoo`, with `configs/` as `bissl_zoo/configs`."""
 
 import re
 from pathlib import Path
@@ -24,7 +24,7 @@ setup(
         "torch>=2.11",
         "torchvision>=0.26",  # the release that belongs to torch 2.11
         "timm>=1.0.20,<2",
-        # Detectron2's own pins, so that both live in one environment
+        # the pins of Detectron2, so that both can be installed in one environment
         "omegaconf>=2.3,<2.4",
         "iopath>=0.1.7,<0.1.10",
         "fvcore>=0.1.5,<0.1.6",
@@ -34,8 +34,8 @@ setup(
         "pyyaml>=6",
         "safetensors>=0.4.3",
         "defusedxml>=0.7",
-        "scipy>=1.11",  # reads the lists that some data sets come with as MAT files
-        "scikit-learn>=1.4",  # carries the digits and photographs of the embedded data set
+        "scipy>=1.11",  # MAT files of some data sets
+        "scikit-learn>=1.4",  # digits and photographs of the embedded data set
         "tensorboard>=2.15",
         "matplotlib>=3.8",
         "tabulate>=0.9",

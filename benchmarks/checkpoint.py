@@ -1,14 +1,14 @@
-"""What a checkpoint of the BiSSL stage costs: both levels of a ResNet-50, their optimizers and random states.
+"""Measure the cost of a checkpoint of the BiSSL stage: both levels of a ResNet-50, optimizers and random states.
 
     python benchmarks/checkpoint.py
     python benchmarks/checkpoint.py --folder /scratch --rounds 7
 
-    save     Checkpointer.save: serialised, hashed, forced to disk, renamed
-    write    the same bytes written to a file and forced to disk
-    verify   compared with the digests, as a resume does
-    read     the state read back
+    save     Checkpointer.save: serialise, hash, flush to disk, rename
+    write    write the same bytes to a file and flush it to disk
+    verify   compare the files with their digests, as a resume does
+    read     read the state back
 
-The share is that of a run with a checkpoint every five minutes.
+The printed share of the run time assumes a checkpoint every five minutes.
 """
 
 import argparse
@@ -32,7 +32,7 @@ PERIOD = 300.0
 
 
 def trained_state(architecture: str) -> dict:
-    """The state of both levels after a step, SGD with momentum in both."""
+    """Return the state of both levels after one step of SGD with momentum."""
     levels = {}
     for name in ("lower", "upper"):
         trunk, tail = build_backbone(name=architecture).split("c4")
@@ -48,14 +48,14 @@ def trained_state(architecture: str) -> dict:
 
 
 def timed(action: Callable[[], object]) -> float:
-    """Seconds that it takes."""
+    """Return the seconds that `action` takes."""
     start = time.perf_counter()
     action()
     return time.perf_counter() - start
 
 
-def write_plainly(source: Path, target: Path) -> None:
-    """A copy of a file that is on disk when this returns."""
+def write_file(source: Path, target: Path) -> None:
+    """Copy a file and flush the copy to disk."""
     content = source.read_bytes()
     with open(target, "wb") as file:
         file.write(content)
@@ -67,7 +67,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--architecture", default="resnet50")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--folder", default=None, help="where to write; the system's folder for temporary files")
+    parser.add_argument("--folder", default=None, help="where to write (default: the system's temporary folder)")
     args = parser.parse_args()
     state = trained_state(args.architecture)
     seconds: dict[str, list[float]] = {name: [] for name in ("save", "write", "verify", "read")}
@@ -78,7 +78,7 @@ def main() -> None:
             seconds["save"].append(timed(lambda n=number: checkpointer.save("bissl", n, 9, args.architecture, state)))
             path = checkpointer.newest("bissl")
             tensors = path / "state.safetensors"
-            seconds["write"].append(timed(lambda t=tensors: write_plainly(t, t.with_name("copy"))))
+            seconds["write"].append(timed(lambda t=tensors: write_file(t, t.with_name("copy"))))
             seconds["verify"].append(timed(lambda p=path: verify(p)))
             seconds["read"].append(timed(lambda p=path: read_state(p)))
         size = tensors.stat().st_size
@@ -87,7 +87,9 @@ def main() -> None:
         [name, statistics.median(s), min(s), max(s), size / 2**20 / statistics.median(s)] for name, s in seconds.items()
     ]
     print(tabulate(rows, ["s", "median", "min", "max", "MiB/s"], floatfmt=".2f"))
-    print(f"share of a run with one every {PERIOD:.0f} s: {statistics.median(seconds['save']) / PERIOD:.2%} (aim 2 %)")
+    print(
+        f"share of the run time with a checkpoint every {PERIOD:.0f} s: {statistics.median(seconds['save']) / PERIOD:.2%} (target 2 %)"
+    )
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The scripts of `tools/`, which are in no package."""
+"""Import the scripts of `tools/`, which are not in a package."""
 
 import importlib.util
 from pathlib import Path
@@ -7,7 +7,7 @@ TOOLS = Path(__file__).resolve().parents[2] / "tools"
 
 
 def load_tool(name):
-    """The module `tools/NAME.py`, each time a fresh one."""
+    """Return a new import of `tools/NAME.py`."""
     spec = importlib.util.spec_from_file_location(name, TOOLS / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)

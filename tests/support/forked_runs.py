@@ -1,4 +1,4 @@
-"""Runs in forks of the test process, which has imported everything: a run starts in no time and may be killed."""
+"""Runs in forks of the test process: they start fast, since everything is imported, and can be killed."""
 
 import os
 import sys
@@ -13,12 +13,12 @@ from bissl_zoo.engine.runner import run
 
 
 def start_run(cfg, rank=0, processes=1, meeting=None, before=None, after=None, resume="auto", errors=os.devnull):
-    """The process number of a fork that goes through `cfg` and exits as the command line does.
+    """Run `cfg` in a fork that exits as the command line does, and return its process id.
 
     Args:
-        rank, processes, meeting: of a run in several processes, which meet at that file.
+        rank, processes, meeting: for a run in several processes; `meeting` is the rendezvous file.
         before, after: called in the fork.
-        errors: the file that its standard error is appended to.
+        errors: the file to which standard error is appended.
     """
     pid = os.fork()
     if pid:
@@ -43,7 +43,7 @@ def start_run(cfg, rank=0, processes=1, meeting=None, before=None, after=None, r
 
 
 def wait_for(condition, pid, seconds=120):
-    """Until something is so, while the fork lives."""
+    """Wait until `condition()` is true; fail if the fork ends first."""
     deadline = time.monotonic() + seconds
     while not condition():
         assert os.waitpid(pid, os.WNOHANG) == (0, 0), "the run has ended"
@@ -52,5 +52,5 @@ def wait_for(condition, pid, seconds=120):
 
 
 def exit_status(pid):
-    """What the fork came to: its exit status, negative where a signal ended it."""
+    """Wait for the fork and return its exit status, negative if a signal ended it."""
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])

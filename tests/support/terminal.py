@@ -1,4 +1,4 @@
-"""The command line in a terminal of its own."""
+"""The command line in a pseudo-terminal."""
 
 import fcntl
 import logging
@@ -17,7 +17,7 @@ ESCAPES = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
 
 
 class Terminal:
-    """The command line in a fork of this process, in a terminal of its own."""
+    """Run a tool in a fork of this process with a pseudo-terminal."""
 
     def __init__(self, tool, arguments, before=None, columns=100):
         self.output = ""
@@ -40,7 +40,7 @@ class Terminal:
             os._exit(status)
 
     def wait_for(self, pattern, seconds=100):
-        """Read until there is something in the output."""
+        """Read until the output matches `pattern`."""
         deadline = time.monotonic() + seconds
         while not re.search(pattern, self.output):
             assert time.monotonic() < deadline and self._read(), self.output
@@ -49,11 +49,11 @@ class Terminal:
         try:
             self.output += os.read(self.handle, 65536).decode()
             return True
-        except OSError:  # which is how a terminal ends
+        except OSError:  # the terminal is closed
             return False
 
     def end(self):
-        """The exit status, and what was written."""
+        """Return the exit status and the output."""
         while self._read():
             pass
         os.close(self.handle)
@@ -61,9 +61,9 @@ class Terminal:
 
 
 def shown(output):
-    """What the last display left, and what came after it."""
+    """Return the output as plain text, and its part after the last display."""
     assert output.rindex("\x1b[?25h") > output.rindex("\x1b[?25l")
-    # an erased line is a new one
+    # an erased line starts a new line
     plain = ESCAPES.sub(lambda code: "\n" if code[0] == "\x1b[2K" else "", output).replace("\r", "")
     _, _, last = plain.rpartition("─ /")
     return plain, last
