@@ -47,10 +47,10 @@ setup(
         "fsspec>=2023.5",
     ],
     extras_require={
-        "s3": ["boto3>=1.35.69"],  # the first that writes under a condition
+        "s3": ["boto3>=1.35.69"],  # first version with conditional writes
         "hub": ["huggingface_hub>=1.0"],
         "gs": ["fsspec", "gcsfs"],
-        "shards": ["fsspec", "s3fs"],  # for shards on s3://; local ones and http need nothing
+        "shards": ["fsspec", "s3fs"],  # shards on s3://; local folders and http need nothing
         "search": ["optuna>=4"],  # for tools/search.py
         "ray": ["ray>=2.9"],  # for tools/search.py and tools/compare.py with --engine ray
         "wandb": ["wandb>=0.19"],  # train.writers=[json,tensorboard,wandb]
@@ -61,7 +61,7 @@ setup(
             *("boto3>=1.35.69", "moto[server]>=5.1.5"),
             *("onnx>=1.16", "onnxscript>=0.2", "onnxruntime>=1.18"),
             "optuna>=4",
-            *("lightly>=1.6", "webdataset>=1.0", "torchmetrics>=1.4"),  # references for losses, shards and figures
+            *("lightly>=1.6", "webdataset>=1.0", "torchmetrics>=1.4"),  # references for losses, shards and metrics
             "wandb>=0.19",
             *DOCS,
         ],

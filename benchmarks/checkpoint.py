@@ -87,9 +87,8 @@ def main() -> None:
         [name, statistics.median(s), min(s), max(s), size / 2**20 / statistics.median(s)] for name, s in seconds.items()
     ]
     print(tabulate(rows, ["s", "median", "min", "max", "MiB/s"], floatfmt=".2f"))
-    print(
-        f"share of the run time with a checkpoint every {PERIOD:.0f} s: {statistics.median(seconds['save']) / PERIOD:.2%} (target 2 %)"
-    )
+    share = statistics.median(seconds["save"]) / PERIOD
+    print(f"share of the run time with a checkpoint every {PERIOD:.0f} s: {share:.2%} (target 2 %)")
 
 
 if __name__ == "__main__":
