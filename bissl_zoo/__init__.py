@@ -5,7 +5,7 @@ from typing import Any
 
 __version__ = "0.1.0"
 
-#: the public names and where they are; imported when they are first asked for, since torch and timm take seconds
+#: public name -> its module, imported at the first access, since torch and timm take seconds
 _PUBLIC = {
     "BACKBONES": "registry",
     "DATASETS": "registry",

@@ -1,8 +1,9 @@
-"""Rank, world size and the few collectives the project needs; every function also works in a single process."""
+"""Ranks, collectives and stop requests; every function also works in a single process."""
 
 import contextlib
 import os
 import signal
+import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from types import FrameType
 from typing import Any
@@ -13,51 +14,50 @@ from torch import Tensor
 
 from bissl_zoo.errors import BisslZooError
 
-#: signals that ask a run to stop: a scheduler's end, Slurm's warning (`--signal=USR1@120`), and Ctrl-C
+#: signals that ask a run to stop: from a scheduler, Slurm's warning (`--signal=USR1@120`), and Ctrl-C
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
 
 def is_initialized() -> bool:
-    """Whether a process group is up, so that collectives mean something."""
+    """Return True if a process group is initialized."""
     return dist.is_available() and dist.is_initialized()
 
 
 def get_rank() -> int:
-    """This process's number among all processes, 0 where there is only one."""
+    """Return the rank of this process, 0 without a process group."""
     return dist.get_rank() if is_initialized() else 0
 
 
 def get_world_size() -> int:
-    """How many processes train together, 1 without a process group."""
+    """Return the number of processes, 1 without a process group."""
     return dist.get_world_size() if is_initialized() else 1
 
 
 def get_local_rank() -> int:
-    """This process's number on its machine (torchrun's `LOCAL_RANK`), which is also its GPU."""
+    """Return the rank of this process on its machine (torchrun's `LOCAL_RANK`), which is also its GPU."""
     return int(os.environ.get("LOCAL_RANK", 0))
 
 
 def is_main_process() -> bool:
-    """Whether this process writes the files and prints the progress."""
+    """Return True on rank 0, which writes files and prints progress."""
     return get_rank() == 0
 
 
 def is_lost_contact(error: RuntimeError) -> bool:
-    """Whether a collective failed because another process is gone or does not answer."""
-    if isinstance(error, dist.DistError):
-        return True
-    text = str(error).lower()
-    return any(sign in text for sign in ("closed by peer", "reset by peer", "broken pipe", "gloo", "timed out waiting"))
+    """Return True if the error comes from a collective: another process is gone or does not answer."""
+    *_, (frame, _) = traceback.walk_tb(error.__traceback__)
+    # gloo raises a plain RuntimeError, which only its origin identifies
+    return isinstance(error, dist.DistError) or frame.f_globals["__name__"].startswith("torch.distributed")
 
 
 def barrier() -> None:
-    """Wait until every process has come here."""
+    """Wait until every process has called this function."""
     if get_world_size() > 1:
         dist.barrier()
 
 
 def all_gather_objects(obj: Any) -> list[Any]:
-    """Every rank's `obj`, in rank order, on every rank; `obj` is pickled between processes of this run only."""
+    """Return every rank's `obj`, in rank order, on every rank; pickled, but only between processes of this run."""
     if get_world_size() == 1:
         return [obj]
     gathered: list[Any] = [None] * get_world_size()
@@ -66,7 +66,7 @@ def all_gather_objects(obj: Any) -> list[Any]:
 
 
 def broadcast_object(obj: Any) -> Any:
-    """Rank 0's `obj` on every rank."""
+    """Return rank 0's `obj` on every rank."""
     if get_world_size() == 1:
         return obj
     box = [obj]
@@ -75,10 +75,9 @@ def broadcast_object(obj: Any) -> Any:
 
 
 def any_rank(flag: bool, device: torch.device | str = "cpu") -> bool:
-    """Whether `flag` is true on at least one rank, with the same answer on every rank.
+    """Return True on every rank if `flag` is true on at least one.
 
-    One number travels and nothing is pickled, so a loop may ask at every step. `device` is where it travels: one that
-    the process group has a backend for.
+    It transfers one number, so it can be called at every step. The process group needs a backend for `device`.
     """
     if get_world_size() == 1:
         return flag
@@ -88,39 +87,38 @@ def any_rank(flag: bool, device: torch.device | str = "cpu") -> bool:
 
 
 def on_main_process(action: Callable[[], Any]) -> Any:
-    """Run `action` on rank 0 alone; what it returns or raises reaches every rank.
+    """Run `action` on rank 0; return its result or raise its error on every rank.
 
-    A `BisslZooError` is raised as it is everywhere. Any other exception is raised on rank 0, and a `RuntimeError` that
-    tells of it on the other ranks, which would otherwise wait for rank 0 until they time out.
+    A `BisslZooError` is raised unchanged on every rank. Any other exception is raised on rank 0 and as a `RuntimeError`
+    with its message on the other ranks, so that they do not wait for rank 0 until a timeout.
     """
-    result, raised, told = None, None, None
+    result = raised = shared = None
     if is_main_process():
         try:
             result = action()
         except Exception as error:
-            raised = error
-            told = (
-                error if isinstance(error, BisslZooError) else RuntimeError(f"rank 0: {type(error).__name__}: {error}")
-            )
-    result, told = broadcast_object((result, told))
-    if raised or told:
-        raise raised or told
+            raised = shared = error
+            if not isinstance(error, BisslZooError):
+                shared = RuntimeError(f"rank 0: {type(error).__name__}: {error}")
+    result, shared = broadcast_object((result, shared))
+    if raised or shared:
+        raise raised or shared
     return result
 
 
 def flatten(tensors: Iterable[Tensor]) -> Tensor:
-    """The tensors as one flat vector `(P,)`, in order, each in C order."""
+    """Concatenate the tensors to one flat vector `(P,)`, each in C order."""
     return torch.cat([t.reshape(-1) for t in tensors])
 
 
 def unflatten_like(vector: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
-    """Views of `vector` `(P,)` in the shapes of `like`; the inverse of :func:`flatten`."""
+    """Return views of `vector (P,)` with the shapes of `like`; the inverse of :func:`flatten`."""
     chunks = vector.split([t.numel() for t in like])
     return [chunk.view_as(t) for chunk, t in zip(chunks, like, strict=True)]
 
 
 def all_reduce_mean(vector: Tensor) -> Tensor:
-    """The mean of `vector` over ranks, bit-equal on every rank; the input itself in a single process."""
+    """Return the mean of `vector` over ranks, bit-equal on every rank; the input itself in a single process."""
     if get_world_size() == 1:
         return vector
     vector = vector.clone()
@@ -130,10 +128,7 @@ def all_reduce_mean(vector: Tensor) -> Tensor:
 
 @torch.no_grad()
 def average_gradients(parameters: Iterable[Tensor]) -> None:
-    """Replace each `.grad` by its mean over ranks, in one flat all-reduce.
-
-    A parameter without a gradient counts as zero, so that ranks whose batches used different parameters agree.
-    """
+    """Replace each `.grad` by its mean over ranks, in one flat all-reduce; a missing gradient counts as zero."""
     if get_world_size() == 1:
         return
     parameters = list(parameters)
@@ -147,18 +142,17 @@ def average_gradients(parameters: Iterable[Tensor]) -> None:
 
 @torch.no_grad()
 def broadcast_module(module: torch.nn.Module) -> None:
-    """Give every rank rank 0's parameters and buffers."""
+    """Copy the parameters and buffers of rank 0 to every rank."""
     if get_world_size() > 1:
         for tensor in module.state_dict(keep_vars=True).values():
             dist.broadcast(tensor.data, src=0)
 
 
 def gather_with_gradient(x: Tensor) -> Tensor:
-    """Concatenate every rank's `x` `(N, D)` along the batch, in rank order, to `(W * N, D)`.
+    """Concatenate `x (N, D)` of all W ranks, in rank order, to `(W * N, D)`; all ranks must have the same N.
 
-    The backward pass sums over ranks the gradients that each rank's loss sends to a row, and is made of collectives
-    that have a backward of their own, so that losses that gather embeddings can be differentiated twice.
-    All ranks must hold the same `N`.
+    The backward pass sums the gradients of a row over ranks. Its collectives have a backward themselves, so losses that
+    gather embeddings can be differentiated twice.
     """
     return x if get_world_size() == 1 else _AllGather.apply(x)
 
@@ -176,7 +170,7 @@ class _AllGather(torch.autograd.Function):
 
 
 class _ReduceScatter(torch.autograd.Function):
-    """Sum over ranks, then this rank's rows: the transpose of `_AllGather`, which in turn is its own transpose."""
+    """Sum over ranks and keep the rows of this rank: the transpose of `_AllGather`."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:

@@ -1,6 +1,4 @@
 import functools
-import subprocess
-import sys
 
 import pytest
 
@@ -51,7 +49,7 @@ def test_unknown_name_names_the_nearest_and_the_registered(methods):
 
 def test_long_lists_are_shortened_and_empty_registries_say_so():
     many = Registry("MANY", "thing")
-    with pytest.raises(RegistryError, match="none is registered; import the module"):
+    with pytest.raises(RegistryError, match="none is registered. Import the module"):
         many.get("x")
     for i in range(300):
         many.register(f"thing{i:03d}")(scale)
@@ -71,19 +69,17 @@ def test_a_name_is_registered_once_except_by_the_same_definition(methods):
     methods.register("mine")(first)
     methods.register("mine")(second)
     assert methods.get("mine") is second
-    with pytest.raises(RegistryError, match=r"'simclr' is registered already, as .*Method; register .*scale"):
+    with pytest.raises(RegistryError, match=r"'simclr' is already registered as .*Method; register .*scale"):
         methods.register("simclr")(scale)
     methods.register("half")(functools.partial(scale, factor=0.5))
     methods.register("half")(functools.partial(scale, factor=0.5))
-    with pytest.raises(RegistryError, match="registered already"):
+    with pytest.raises(RegistryError, match="already registered"):
         methods.register("half")(functools.partial(scale, factor=0.25))
 
 
-def test_register_needs_a_name_and_a_callable(methods):
+def test_register_needs_a_name(methods):
     with pytest.raises(RegistryError, match=r'@PRETEXT_METHODS.register\("name"\)'):
         methods.register(Method)
-    with pytest.raises(RegistryError, match="must be a class or a function"):
-        methods.register("five")(5)
 
 
 @pytest.mark.parametrize("target", [Method, functools.partial(Method, temperature=0.1)])
@@ -116,7 +112,7 @@ def test_functions_partials_and_open_keywords_are_built(methods):
         methods.build("open", sizes=3)
 
 
-def test_an_error_inside_the_call_is_not_disguised(methods):
+def test_an_error_inside_the_call_is_passed_on(methods):
     with pytest.raises(TypeError, match="temperature must be positive"):
         methods.build("simclr", projector=[], temperature=-1.0)
 
@@ -139,19 +135,19 @@ def test_each_build_function_uses_its_registry(monkeypatch, build, table):
         getattr(registry, build)("onlyhere")
 
 
-def test_what_the_package_registers_is_there_when_it_is_first_asked_for(tmp_path, monkeypatch):
-    (tmp_path / "parts_of_ours.py").write_text(
+def test_modules_of_a_registry_are_imported_at_the_first_access(tmp_path, monkeypatch):
+    (tmp_path / "parts_at_first_access.py").write_text(
         "import builtins\nbuiltins.METHODS.register('ours')(int)\nassert 'ours' in builtins.METHODS\n"
     )
     monkeypatch.syspath_prepend(tmp_path)
-    methods = Registry("METHODS", "method", ["parts_of_ours"])
+    methods = Registry("METHODS", "method", ["parts_at_first_access"])
     monkeypatch.setattr("builtins.METHODS", methods, raising=False)
     assert methods._obj_map == {}
     for ask in (lambda: methods.get("ours"), methods.list, lambda: "ours" in methods, lambda: dict(methods)):
         assert ask()
 
 
-def test_a_module_that_fails_is_asked_again(tmp_path, monkeypatch):
+def test_a_module_that_fails_is_imported_again_at_the_next_access(tmp_path, monkeypatch):
     (tmp_path / "broken_parts.py").write_text("import nothing_of_that_name\n")
     monkeypatch.syspath_prepend(tmp_path)
     methods = Registry("METHODS", "method", ["broken_parts"])
@@ -160,14 +156,11 @@ def test_a_module_that_fails_is_asked_again(tmp_path, monkeypatch):
             methods.list()
 
 
-def test_who_takes_a_name_of_ours_is_told_and_not_we():
-    program = (
-        "from bissl_zoo.registry import PRETEXT_METHODS\n"
-        "try:\n    PRETEXT_METHODS.register('simclr')(int)\n"
-        "except Exception as error:\n    print(error)\n"
-    )
-    told = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout
-    assert told == (
-        "The pretext method 'simclr' is registered already, as bissl_zoo.pretext.simclr.SimCLR; register builtins.int "
-        "under another name.\n"
-    )
+def test_the_second_registration_of_a_name_fails_and_not_the_packages_own(tmp_path, monkeypatch):
+    (tmp_path / "parts_of_the_package.py").write_text("import builtins\nbuiltins.METHODS.register('ours')(int)\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    methods = Registry("METHODS", "method", ["parts_of_the_package"])
+    monkeypatch.setattr("builtins.METHODS", methods, raising=False)
+    with pytest.raises(RegistryError, match="'ours' is already registered as builtins.int; register .*scale"):
+        methods.register("ours")(scale)
+    assert methods.get("ours") is int

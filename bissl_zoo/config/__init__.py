@@ -1,4 +1,4 @@
-"""Configs: described calls (`LazyCall`), config files, overrides."""
+"""Configs: lazy calls (`LazyCall`), config files and overrides."""
 
 from bissl_zoo.config.lazy import LazyCall, instantiate, locate
 from bissl_zoo.config.load import LazyConfig, config_root, load_config, with_defaults

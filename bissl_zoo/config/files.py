@@ -1,4 +1,4 @@
-"""The two forms of a config file: Python, run under an `__import__` of its own, and a strict, tagless YAML."""
+"""The two formats of a config file: Python, run with a private `__import__`, and a strict YAML without tags."""
 
 import builtins
 import os
@@ -13,49 +13,50 @@ from omegaconf import DictConfig
 
 from bissl_zoo.errors import ConfigError, did_you_mean
 
+#: maximum nesting of sections and lists, far above that of real configs; omegaconf takes minutes for a few hundred
+DEPTH_LIMIT = 64
 
-def shown(path: Path) -> str:
-    """`path` as messages print it: relative to the working directory where it lies below it."""
+
+def short_path(path: Path) -> str:
+    """Return `path` for messages, relative to the working directory if it is below it."""
     return os.path.relpath(path) if path.is_relative_to(Path.cwd()) else str(path)
 
 
 def read(path: Path) -> bytes:
-    """The bytes of a config file; ConfigError where there is none to read."""
+    """Return the bytes of a config file, or raise ConfigError."""
     try:
         return path.read_bytes()
     except OSError as error:
-        raise ConfigError(f"{shown(path)}: cannot read this config file: {error.strerror}.") from error
+        raise ConfigError(f"{short_path(path)}: cannot read this config file: {error.strerror}.") from error
 
 
 class _LocatedError(ConfigError):
-    """A ConfigError whose message names file and line already."""
+    """A ConfigError whose message already names file and line."""
 
 
 def run_python(path: Path, importers: tuple[Path, ...] = ()) -> dict[str, Any]:
-    """Run a config file under builtins of its own, whose `__import__` finds relative imports on disk.
+    """Run a config file with private builtins, whose `__import__` finds relative imports on disk.
 
-    Every import runs the file anew, so what one config edits is never seen by another. The interpreter's own
-    `builtins` are left alone.
+    Each import runs the imported file again, so edits of one config never reach another. The interpreter's `builtins`
+    are unchanged.
 
     Args:
         path: absolute path of the file.
-        importers: the files whose imports led here, outermost first.
-
+        importers: files whose imports led here, outermost first.
     Returns:
-        The file's top-level names, its public dictionaries as DictConfig.
-
+        The top-level names of the file, with public dictionaries as DictConfig.
     Raises:
-        ConfigError: with file and line, for whatever goes wrong in it.
+        ConfigError: the file raises an error; the message names file and line.
     """
     code = read(path)
 
     def run(file: Path) -> dict[str, Any]:
         chain = (*importers, path)
         if file in chain:
-            raise ConfigError("configs import each other in a circle: " + " -> ".join(map(shown, (*chain, file))))
+            raise ConfigError("circular import of configs: " + " -> ".join(map(short_path, (*chain, file))))
         if not file.is_file():
             near = did_you_mean(file.name, os.listdir(file.parent) if file.parent.is_dir() else ())
-            raise ConfigError(f"relative import of a file that does not exist: {shown(file)}.{near}")
+            raise ConfigError(f"relative import of a file that does not exist: {short_path(file)}.{near}")
         return run_python(file, chain)
 
     def import_(name: str, globals: Any = None, locals: Any = None, fromlist: Any = (), level: int = 0) -> Any:
@@ -66,13 +67,13 @@ def run_python(path: Path, importers: tuple[Path, ...] = ()) -> dict[str, Any]:
         file = base.with_name(f"{base.name}.py")
         if name and (file.is_file() or not base.is_dir()):
             vars(module).update(run(file))
-        else:  # from a folder, the names are those of its files
+        else:  # a folder: import the named files
             for wanted in fromlist:
                 setattr(module, wanted, types.ModuleType(wanted))
                 vars(getattr(module, wanted)).update(run(base / f"{wanted}.py"))
         for wanted in fromlist:
             if wanted != "*" and not hasattr(module, wanted):
-                raise ConfigError(f"{shown(file)} has no '{wanted}'.{did_you_mean(wanted, vars(module))}")
+                raise ConfigError(f"{short_path(file)} has no '{wanted}'.{did_you_mean(wanted, vars(module))}")
         return module
 
     scope = {
@@ -94,12 +95,13 @@ def run_python(path: Path, importers: tuple[Path, ...] = ()) -> dict[str, Any]:
         message = str(error) if isinstance(error, ConfigError) else f"{type(error).__name__}: {error}"
         if isinstance(error, SyntaxError) and error.filename == str(path):
             lines, message = [error.lineno], f"{error.msg}: {(error.text or '').strip()}"
-        raise _LocatedError(":".join([shown(path), *map(str, lines[-1:])]) + f": {message}") from error
+        raise _LocatedError(":".join([short_path(path), *map(str, lines[-1:])]) + f": {message}") from error
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML without tags, anchors and repeated keys, in which 1e-3 is a float, and a date, 007 or 12:30 is text."""
+    """YAML without tags, anchors and duplicate keys; 1e-3 is a float, and dates, 007 and 12:30 are text."""
 
+    depth = 0
     yaml_implicit_resolvers = {
         first: [(tag, pattern) for tag, pattern in known if tag.endswith((":bool", ":null"))]
         for first, known in yaml.SafeLoader.yaml_implicit_resolvers.items()
@@ -112,7 +114,12 @@ class _Loader(yaml.SafeLoader):
             raise yaml.MarkedYAMLError(problem=problem, problem_mark=event.start_mark)
         if event.tag is not None:
             raise yaml.MarkedYAMLError(problem=f"the tag {event.tag} is refused", problem_mark=event.start_mark)
-        return super().compose_node(parent, index)
+        if self.depth > DEPTH_LIMIT:
+            raise yaml.MarkedYAMLError(problem=f"nested more than {DEPTH_LIMIT} levels", problem_mark=event.start_mark)
+        self.depth += 1
+        node = super().compose_node(parent, index)
+        self.depth -= 1
+        return node
 
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
         keys = set()
@@ -125,7 +132,7 @@ class _Loader(yaml.SafeLoader):
 
 
 class _Dumper(yaml.SafeDumper):
-    """Writes what `_Loader` reads back equal, quoting whatever it or stock YAML 1.1 would not take for text."""
+    """Writes values that `_Loader` reads back equal; quotes text that it or YAML 1.1 would read as another type."""
 
     def ignore_aliases(self, data: Any) -> bool:
         return True
@@ -148,10 +155,14 @@ _Loader.add_implicit_resolver("tag:yaml.org,2002:int", _INT, list("-+0123456789"
 
 
 def parse_yaml(text: str | bytes, source: str) -> Any:
-    """Parse a file (bytes; errors name the line) or the value of an override (str)."""
+    """Parse a file (bytes; errors name the line) or the value of an override (str).
+
+    Raises:
+        ConfigError: it is not valid, or nested more than :data:`DEPTH_LIMIT` levels.
+    """
     try:
         return yaml.load(text, _Loader)
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
+    except (yaml.YAMLError, ValueError) as error:
         mark = getattr(error, "problem_mark", None)
         if mark is not None and isinstance(text, bytes):
             source = f"{source}:{mark.line + 1}"
@@ -159,5 +170,5 @@ def parse_yaml(text: str | bytes, source: str) -> Any:
 
 
 def dump_yaml(plain: Any) -> str:
-    """YAML text of plain containers and scalars, which `parse_yaml` reads back equal."""
+    """Return plain containers and scalars as YAML, which `parse_yaml` reads back equal."""
     return yaml.dump(plain, Dumper=_Dumper, default_flow_style=None, sort_keys=False, allow_unicode=True, width=10**6)

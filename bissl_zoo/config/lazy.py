@@ -1,6 +1,6 @@
-"""Calls described as data: `LazyCall` writes one down, `to_plain` reduces it to plain values, `instantiate` makes it.
+"""Lazy calls: `LazyCall` describes a call as data, `to_plain` reduces it to plain values, `instantiate` makes it.
 
-A described call is a dictionary: the dotted name of its target under `_target_`, its keyword arguments beside it.
+A lazy call is a dictionary with the dotted name of its target under `_target_` and its keyword arguments beside it.
 """
 
 import dataclasses
@@ -12,14 +12,14 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf, SCMode
 from omegaconf.errors import OmegaConfBaseException
 
-from bissl_zoo.errors import ConfigError, did_you_mean
+from bissl_zoo.errors import ConfigError, argument_problem, did_you_mean
 
 
 def locate(name: str) -> Any:
-    """The object behind a dotted name such as "torch.nn.Linear".
+    """Import the object with a dotted name such as "torch.nn.Linear".
 
     Raises:
-        ConfigError: when the module or the object does not exist (with the nearest name), or the import fails.
+        ConfigError: the module or object does not exist (with the nearest name), or its import fails.
     """
     parts = name.split(".") if isinstance(name, str) else []
     if len(parts) < 2 or not all(part.isidentifier() for part in parts):
@@ -27,38 +27,38 @@ def locate(name: str) -> Any:
     for k in range(len(parts) - 1, 0, -1):  # the longest module first: a function may hide the module of its name
         module = ".".join(parts[:k])
         try:
-            found = importlib.import_module(module)
+            obj = importlib.import_module(module)
             break
         except Exception as error:
             absent = isinstance(error, ModuleNotFoundError) and f"{module}.".startswith(f"{error.name}.")
-            if not absent:  # the module exists, and running it failed
+            if not absent:  # the module exists but raises an error
                 problem = f"{type(error).__name__}: {error}"
                 raise ConfigError(f"Cannot import '{name}': running the module {module} failed: {problem}") from error
     else:
         raise ConfigError(f"Cannot import '{name}': no module is called '{parts[0]}'. Is its package installed?")
     for owner, part in zip(parts[k - 1 :], parts[k:], strict=False):
-        if not hasattr(found, part):
-            raise ConfigError(f"Cannot import '{name}': '{owner}' has no '{part}'.{did_you_mean(part, dir(found))}")
-        found = getattr(found, part)
-    return found
+        if not hasattr(obj, part):
+            raise ConfigError(f"Cannot import '{name}': '{owner}' has no '{part}'.{did_you_mean(part, dir(obj))}")
+        obj = getattr(obj, part)
+    return obj
 
 
-locate.__module__ = "bissl_zoo.config"  # the address that saved configs hold, whichever file defines it
-# How a class or function that is a value, not a call, is written down: norm_layer=nn.BatchNorm2d.
+locate.__module__ = "bissl_zoo.config"  # saved configs contain this path
+# the lazy call for a class or function that is a value: norm_layer=nn.BatchNorm2d
 _LOCATE = f"{locate.__module__}.locate"
 
 
 def _dotted_name(obj: Any) -> str:
-    """The name under which `locate` finds `obj` again; ConfigError when there is none."""
+    """Return the name by which `locate` finds `obj`; raise ConfigError if there is none."""
     module, qualname = getattr(obj, "__module__", None), getattr(obj, "__qualname__", None)
-    if inspect.ismethod(obj) and isinstance(obj.__self__, type):  # a classmethod belongs to the class it was taken from
+    if inspect.ismethod(obj) and isinstance(obj.__self__, type):  # a classmethod, possibly inherited
         module, qualname = obj.__self__.__module__, f"{obj.__self__.__qualname__}.{obj.__name__}"
     name = f"{module}.{qualname}"
     try:
-        found = locate(name)
+        importable = module != "__main__" and locate(name) == obj
     except ConfigError:
-        found = None
-    if module == "__main__" or not (found is obj or (inspect.ismethod(obj) and found == obj)):
+        importable = False
+    if not importable:
         raise ConfigError(
             f"{obj!r} cannot be imported by a name. Move it to the top level of an importable module (not a config or "
             "the script that runs), or give its dotted name: L('package.module.name')(...)."
@@ -69,14 +69,13 @@ def _dotted_name(obj: Any) -> str:
 class LazyCall:
     """Describe a call instead of making it: `LazyCall(nn.Linear)(in_features=8, out_features=2)` is a DictConfig.
 
-    Arguments can be edited afterwards and may be described calls themselves; `instantiate` makes the call.
+    Arguments can be edited afterwards and may be lazy calls themselves; `instantiate` makes the call.
 
     Args:
-        target: a class or function that can be imported, stored as its dotted name at once; a dotted name; or a config
-            whose instance is what will be called.
-
+        target: an importable class or function, stored as its dotted name; a dotted name; or a lazy call whose result
+            will be called.
     Raises:
-        ConfigError: for a lambda, a local object, an object of `__main__`, or positional arguments.
+        ConfigError: the target is a lambda, a local object or an object of `__main__`, or an argument is positional.
     """
 
     def __init__(self, target: Callable[..., Any] | str | Mapping[str, Any]) -> None:
@@ -89,12 +88,12 @@ class LazyCall:
 
 
 def to_plain(value: Any, source: str, key: str = "") -> Any:
-    """`value` as dictionaries, lists and scalars of plain type, with interpolations as they are written.
+    """Convert `value` to dictionaries, lists and scalars of plain type, keeping interpolations.
 
-    Tuples become lists; a class or function becomes a described call of `locate`.
+    Tuples become lists; a class or function becomes a lazy call of `locate`.
 
     Raises:
-        ConfigError: with `source` and the full dotted key, for any other object.
+        ConfigError: it contains any other object; the message names `source` and the full dotted key.
     """
     live = type(value)
     if OmegaConf.is_config(value):
@@ -106,21 +105,21 @@ def to_plain(value: Any, source: str, key: str = "") -> Any:
     if isinstance(value, (list, tuple)):
         return [to_plain(item, source, f"{key}.{i}".lstrip(".")) for i, item in enumerate(value)]
     if isinstance(value, dict):
-        return {name: _plain_item(name, item, source, f"{key}.{name}".lstrip(".")) for name, item in value.items()}
+        plain = {}
+        for name, item in value.items():
+            path = f"{key}.{name}".lstrip(".")
+            if type(name) not in (str, int):
+                kind = type(name).__name__
+                raise ConfigError(f"{source}: in '{path}' the key {name!r} is a {kind}; quote it to make it text.")
+            is_target = name == "_target_" and callable(item)
+            plain[name] = _plain_target(item, source, path) if is_target else to_plain(item, source, path)
+        return plain
     if isinstance(value, type) or inspect.isroutine(value):
         return {"_target_": _LOCATE, "name": _plain_target(value, source, key)}
     raise ConfigError(
-        f"{source}: '{key}' is a live object, a {live.__module__}.{live.__qualname__}. A config describes the call "
-        f"that makes it: L({live.__qualname__})(...)."
+        f"{source}: '{key}' is a live object of {live.__module__}.{live.__qualname__}. Describe the call that creates "
+        f"it: L({live.__qualname__})(...)."
     )
-
-
-def _plain_item(name: Any, item: Any, source: str, key: str) -> Any:
-    if type(name) not in (str, int):
-        raise ConfigError(
-            f"{source}: in '{key}' the key {name!r} is a {type(name).__name__}; quote it to make it text."
-        )
-    return _plain_target(item, source, key) if name == "_target_" and callable(item) else to_plain(item, source, key)
 
 
 def _plain_target(obj: Any, source: str, key: str) -> str:
@@ -131,7 +130,7 @@ def _plain_target(obj: Any, source: str, key: str) -> str:
 
 
 def to_code(plain: Any, path: str = "") -> list[str]:
-    """Lines such as `train.seed = 0` or `task.head = Linear(in_features=8)` that show a plain config as code."""
+    """Return a plain config as lines of code, such as `train.seed = 0` or `task.head = Linear(in_features=8)`."""
     if isinstance(plain, dict) and "_target_" not in plain and (plain or not path):
         return [line for name, item in plain.items() for line in to_code(item, f"{path}.{name}".lstrip("."))]
     return [f"{path} = {_expression(plain)}"]
@@ -153,34 +152,40 @@ def _expression(plain: Any) -> str:
 
 
 def instantiate(cfg: Any, /, **extra: Any) -> Any:
-    """Make the call that `cfg` describes, the calls among its arguments first.
+    """Make the call that `cfg` describes, after the calls among its arguments.
 
     Args:
-        cfg: a described call, or dictionaries and lists that hold some; these come back as plain `dict` and `list`.
-        extra: further arguments of the outermost call, passed as they are; they replace keys of the same name.
-
+        cfg: a lazy call, or dictionaries and lists that contain some, which are returned as plain `dict` and `list`.
+        extra: further arguments of the outermost call, passed by identity; they replace keys of the same name.
     Raises:
-        ConfigError: when a target cannot be imported or does not take its arguments, or an interpolation fails. What a
-            called function itself raises is passed on unchanged.
+        ConfigError: a target cannot be imported or does not take its arguments, or an interpolation fails. Errors of a
+            called function are passed on unchanged.
     """
     if OmegaConf.is_config(cfg):
-        return _build(_resolved(cfg), cfg._get_full_key(None), extra)
+        return _build(resolved(cfg, missing=True), cfg._get_full_key(None), extra)
     return _build(cfg, "", extra)
 
 
-def _resolved(cfg: Any) -> Any:
+def resolved(cfg: Any, missing: bool = False) -> Any:
+    """Return `cfg` as plain containers with resolved interpolations.
+
+    Args:
+        missing: raise an error for values that are "???".
+    Raises:
+        ConfigError: an interpolation fails, or a value is missing; names the key.
+    """
     try:
-        return OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
+        return OmegaConf.to_container(cfg, resolve=True, throw_on_missing=missing)
     except OmegaConfBaseException as error:
         raise ConfigError(f"'{error.full_key}': {str(error).splitlines()[0]}") from error
 
 
 def _build(cfg: Any, key: str, extra: Mapping[str, Any]) -> Any:
     if OmegaConf.is_config(cfg):
-        cfg = _resolved(cfg)
+        cfg = resolved(cfg, missing=True)
     called = isinstance(cfg, dict) and "_target_" in cfg
     if extra and not called:
-        raise ConfigError(f"'{key}' describes no call (it has no _target_) that could take {', '.join(extra)}.")
+        raise ConfigError(f"'{key}' is not a lazy call (it has no _target_), so it cannot take {', '.join(extra)}.")
     if isinstance(cfg, list):
         return [_build(item, f"{key}.{i}".lstrip("."), {}) for i, item in enumerate(cfg)]
     if not isinstance(cfg, dict):
@@ -198,18 +203,6 @@ def _build(cfg: Any, key: str, extra: Mapping[str, Any]) -> Any:
     if not callable(target):
         raise ConfigError(f"{where}the _target_ {label!r} cannot be called: its type is {type(target).__name__}.")
     arguments = {**built, **extra}
-    _check_arguments(target, arguments, f"{where}{label if isinstance(label, str) else target}")
+    if problem := argument_problem(target, arguments):
+        raise ConfigError(f"{where}{label if isinstance(label, str) else target} {problem}")
     return target(**arguments)
-
-
-def _check_arguments(target: Callable[..., Any], arguments: Mapping[str, Any], label: str) -> None:
-    try:
-        signature = inspect.signature(target)
-    except (TypeError, ValueError):  # some builtins have none; the call itself will tell
-        return
-    try:
-        signature.bind(**arguments)
-    except TypeError as error:
-        accepted = [p.name for p in signature.parameters.values() if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
-        hints = "".join(did_you_mean(str(name), accepted) for name in arguments if name not in accepted)
-        raise ConfigError(f"{label}: {error}.{hints} It accepts: {', '.join(accepted) or 'nothing'}.") from None

@@ -91,7 +91,7 @@ def test_the_import_of_the_process_is_never_replaced():
         (HEADER + "def f(): pass\nx = L(f)()\n", "a.py:5: <function f"),
         (HEADER + "x = L(nn.Linear)(3)\n", "a.py:4: L(torch.nn.modules.linear.Linear)(...) takes keyword arguments"),
         ("x = dict(a='${')\n", "a.py: "),
-        ("from . import a\n", "a.py:1: configs import each other in a circle: a.py -> a.py"),
+        ("from . import a\n", "a.py:1: circular import of configs: a.py -> a.py"),
     ],
 )
 def test_a_file_that_does_not_run_is_refused_with_file_and_line(text, expected):
@@ -111,10 +111,6 @@ def test_errors_of_a_config_are_chained():
 @pytest.mark.parametrize(
     ("text", "key", "kind"),
     [
-        ("model = nn.Linear(1, 1)", "model", "torch.nn.modules.linear.Linear"),
-        ("opt = torch.optim.SGD([torch.zeros(1)], lr=1)", "opt", "torch.optim.sgd.SGD"),
-        ("data = torch.utils.data.TensorDataset(torch.zeros(1))", "data", "TensorDataset"),
-        ("data = torch.utils.data.DataLoader([1])", "data", "DataLoader"),
         (
             "task = dict(a=[0, L(nn.Sequential)(head=nn.Linear(1, 1))])",
             "task.a.1.head",
@@ -127,7 +123,7 @@ def test_errors_of_a_config_are_chained():
 )
 def test_a_live_object_is_refused_with_file_and_key(text, key, kind):
     message = refusal("a.py", HEADER + text + "\n")
-    assert message.startswith(f"a.py: '{key}' is a live object, a ") and kind in message and "L(" in message
+    assert message.startswith(f"a.py: '{key}' is a live object of ") and kind in message and "L(" in message
 
 
 def test_local_functions_as_values_are_refused_with_key():
@@ -231,7 +227,7 @@ trees = st.recursive(
 )
 
 
-@settings(max_examples=150, deadline=None, database=None, derandomize=True)
+@settings(max_examples=60, deadline=None, database=None, derandomize=True)
 @given(st.dictionaries(text | numeric, trees, max_size=3))
 def test_any_plain_config_survives_saving(plain):
     cfg = OmegaConf.create(plain)
@@ -270,7 +266,7 @@ def test_yaml_values_are_read_without_surprises():
         ("? [1, 2]\n: 3\n", "a.yaml:1: not valid YAML: found unhashable key"),
         ("a: {on: 1}\n", "a.yaml: in 'a.True' the key True is a bool; quote it"),
         ("a: '${'\n", "a.yaml: 'a': "),
-        ("a: " + "[" * 3000, "a.yaml: not valid YAML: maximum recursion depth"),
+        ("a: " + "[" * 3000, "a.yaml:1: not valid YAML: nested more than 64 levels"),
         ("a: " + "9" * 5000, "a.yaml: not valid YAML: Exceeds the limit"),
         ("a: \x01\n", "a.yaml: not valid YAML: "),
         ("- 1\n", "a.yaml: a config is a mapping of sections, not list."),
@@ -289,9 +285,9 @@ def test_saving_is_atomic_and_refuses_live_objects():
     live = DictConfig({"a": {"m": nn.ReLU()}}, flags={"allow_objects": True})
     with pytest.raises(ConfigError, match="c.yaml: 'a.m' is a live object"):
         LazyConfig.save(live, "c.yaml")
-    with pytest.raises(ConfigError, match="absent/c.yaml: cannot write the config: No such file"):
-        LazyConfig.save(OmegaConf.create({"a": 2}), "absent/c.yaml")
-    with pytest.raises(ConfigError, match="end in .yaml"):
+    with pytest.raises(ConfigError, match="c.yaml/c.yaml: cannot write the config"):
+        LazyConfig.save(OmegaConf.create({"a": 2}), "c.yaml/c.yaml")
+    with pytest.raises(ConfigError, match="ends in .yaml"):
         LazyConfig.save(OmegaConf.create({"a": 2}), "c.py")
     Path("folder.yaml").mkdir()
     with pytest.raises(ConfigError, match="folder.yaml: cannot write"):

@@ -80,8 +80,11 @@ def test_a_key_that_does_not_exist_names_the_nearest():
         ("train.stages.2=x", "no key 'train.stages.2'"),
         ("train.stages.-1=x", "no key 'train.stages.-1'"),
         ("~solver.iteration", "no key 'solver.iteration' (override '~solver.iteration'). Nearest: solver.iterations."),
-        ("task.backbone.name=x", "'task.backbone' is ${backbone}; override what it refers to."),
-        ("+solver.damping=1", "'solver.damping' exists already (override '+solver.damping=1'). Use solver.damping=1"),
+        ("task.backbone.name=x", "'task.backbone' is ${backbone}; override the key it refers to."),
+        (
+            "+solver.damping=1",
+            "the key 'solver.damping' already exists (override '+solver.damping=1'). Use solver.damping=1",
+        ),
         ("+train.ema.decay=1", "no section 'train.ema' to add to"),
         ("+train.out.x=1", "no section 'train.out' to add to"),
         (
@@ -90,9 +93,9 @@ def test_a_key_that_does_not_exist_names_the_nearest():
         ),
         (
             "solver=cg",
-            "'solver' is a section, not a value (override 'solver=cg'). Name one of its keys (_target_, iter",
+            "'solver' is a section, not a value (override 'solver=cg'). Set one of _target_, iter",
         ),
-        ("solver=null", "or give ~solver and then +solver=..."),
+        ("solver=null", "or use ~solver and then +solver=..."),
         ("train.stages=bissl", "'train.stages' is a list (override 'train.stages=bissl'). Use train.stages=[bissl]"),
         ("solver.damping", "Write key.sub=value to change"),
         ("=3", "Write key.sub=value to change"),
@@ -142,7 +145,7 @@ def test_load_config_takes_paths_and_shipped_names(tmp_path, monkeypatch):
     with pytest.raises(ConfigError) as error:
         load_config("bissl/voc_dte.py")
     assert str(error.value) == (
-        "There is no config 'bissl/voc_dte.py'. Nearest: bissl/voc_det.py. The shipped ones are the 1 files in "
+        "There is no config 'bissl/voc_dte.py'. Nearest: bissl/voc_det.py. The 1 shipped configs are in "
         f"{tmp_path / 'site' / 'configs'}."
     )
     write("site/bissl_zoo/configs/installed.py", "train = dict(seed=5)\n")  # a wheel carries them inside the package
@@ -153,9 +156,9 @@ def test_a_wrong_config_name_is_told_the_few_nearest_and_where_the_rest_are():
     with pytest.raises(ConfigError) as error:
         load_config("runs/food101_simclr")
     message = str(error.value)
-    assert "Nearest: bissl/food101_simclr.py" in message and message.endswith(f"files in {config_root()}.")
+    assert "Nearest: bissl/food101_simclr.py" in message and message.endswith(f"configs are in {config_root()}.")
     assert message.count(".py") <= 5 and "pretrain/" not in message
-    with pytest.raises(ConfigError, match="There is no config 'zzz'. The shipped ones"):
+    with pytest.raises(ConfigError, match="There is no config 'zzz'. The [0-9]+ shipped"):
         load_config("zzz")
 
 
@@ -181,9 +184,9 @@ def test_nesting_has_an_end(tmp_path, opened, closed):
     assert override(f"+train.deep={opened * 30}1{closed * 30}").train.deep == LazyConfig.load(path).a
     for depth in (70, 150):
         path.write_text(f"a: {opened * depth}{closed * depth}\n")
-        with pytest.raises(ConfigError, match="config.yaml: sections and lists are nested more than 64 levels deep"):
+        with pytest.raises(ConfigError, match="config.yaml:1: .*nested more than 64 levels"):
             LazyConfig.load(path)
-        with pytest.raises(ConfigError, match="nested more than 64 levels deep"):
+        with pytest.raises(ConfigError, match="nested more than 64 levels"):
             override(f"train.out={opened * depth}{closed * depth}")
 
 
