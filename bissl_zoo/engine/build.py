@@ -1,17 +1,11 @@
-"""From a config to the objects of a stage: data sets, networks, loaders, levels."""
+"""Build the objects of a stage from the config: data sets, networks, loaders, levels."""
 
-import inspect
-import json
 import logging
 import math
 import os
-import random
-import shlex
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from omegaconf import DictConfig
 from torch import Tensor, nn
@@ -21,60 +15,29 @@ from bissl_zoo.backbones import Backbone, Tail
 from bissl_zoo.bilevel.level import Level
 from bissl_zoo.config import instantiate
 from bissl_zoo.data.batches import to_device
-from bissl_zoo.data.datasets.boxes import shown_names
 from bissl_zoo.data.device_views import two_parts
 from bissl_zoo.data.loaders import PlacedSampler
-from bissl_zoo.distributed import broadcast_module, get_rank
+from bissl_zoo.distributed import broadcast_module
 from bissl_zoo.downstream import DownstreamTask
 from bissl_zoo.engine import ROLES
-from bissl_zoo.engine.trainer import load_state
-from bissl_zoo.errors import ConfigError, DatasetError
+from bissl_zoo.engine.trainer import Context, Weights, load_state
+from bissl_zoo.errors import ConfigError, DatasetError, shorten
 from bissl_zoo.pretext import PretextMethod
-from bissl_zoo.registry import DATASETS
+from bissl_zoo.registry import STAGES
 
-#: which data sets a stage reads; fine-tuning also `val`, where the config has it
-STAGE_DATA = {"pretrain": ("pretext",), "bissl": ("pretext", "train"), "finetune": ("train", "test")}
+logger = logging.getLogger(__name__)
 
-#: what `train.amp` may be, and the type of autocast it stands for
+#: values of `train.amp` and the dtype of autocast
 AMP_DTYPES = {None: None, "bf16": torch.bfloat16}
-
-
-@dataclass
-class Weights:
-    """What a stage leaves and the next one starts from: state dicts, None where there is none yet.
-
-    Attributes:
-        backbone: of the trunk, under timm's names.
-        tail: of the rest of the backbone, where it does not come with `pretext`.
-        pretext: of the pretext method, the tail of the split backbone included.
-        task: of the downstream task.
-    """
-
-    backbone: dict[str, Tensor] | None = None
-    tail: dict[str, Tensor] | None = None
-    pretext: dict[str, Tensor] | None = None
-    task: dict[str, Tensor] | None = None
-
-
-@dataclass
-class Context:
-    """What all stages of a run share."""
-
-    cfg: DictConfig
-    data: dict[str, Dataset]
-    device: torch.device
-
-    @property
-    def classes(self) -> list[str]:
-        """Names of the downstream classes, from the first labelled set there is."""
-        return self.data.get("train", self.data.get("test")).classes
+#: samples that are tried in place of one that cannot be decoded
+TRIES = 5
 
 
 def build_part(call: DictConfig, **extra: Any) -> Any:
-    """Make the call that a section of the config describes, with `extra` arguments.
+    """Instantiate a section of the config, with `extra` arguments.
 
     Raises:
-        ConfigError: as `instantiate` does; and where the part itself refuses a value, with the section's key.
+        ConfigError: as `instantiate` does, and if the part refuses a value; with the section's key.
     """
     try:
         return instantiate(call, **extra)
@@ -82,12 +45,18 @@ def build_part(call: DictConfig, **extra: Any) -> Any:
         raise ConfigError(f"{call._get_full_key(None)}: {error}") from error
 
 
+def data_roles(cfg: DictConfig) -> set[str]:
+    """Return the roles whose data sets the stages of a config read."""
+    roles = {role for stage in cfg.train.stages for role in STAGES.get(stage).data_roles}
+    return roles if "val" in cfg.dataloader else roles - {"val"}
+
+
 def build_datasets(cfg: DictConfig, roles: set[str]) -> dict[str, Dataset]:
-    """The data sets of the roles `pretext`, `train`, `val`, `test`, each checked as it is built.
+    """Build and check the data sets of the roles `pretext`, `train`, `val`, `test`.
 
     Raises:
-        DatasetError: missing, empty, damaged, unlabelled where labels are needed, or of other classes than the training
-            set.
+        DatasetError: missing, empty, damaged, unlabelled although labels are needed, or with other classes than the
+            training set.
         ConfigError: `val` and `test` are the same samples.
     """
     data = {role: instantiate(cfg.dataloader[role].dataset) for role in ROLES if role in roles}
@@ -96,37 +65,47 @@ def build_datasets(cfg: DictConfig, roles: set[str]) -> dict[str, Dataset]:
         if data[role].classes is None:
             raise DatasetError(f"dataloader.{role} reads an unlabelled data set; the downstream task needs labels.")
     for role in labelled[1:]:
-        if data[role].classes != data[labelled[0]].classes:
-            raise DatasetError(unequal_classes(cfg, labelled[0], data[labelled[0]].classes, role, data[role].classes))
-    if {"val", "test"} <= data.keys() and same_samples(data["val"], data["test"]):
+        _check_classes(labelled[0], data[labelled[0]].classes, role, data[role].classes)
+    if {"val", "test"} <= data.keys() and _same_samples(data["val"], data["test"]):
         raise ConfigError(
-            "dataloader.val and dataloader.test are the same samples: weights that are chosen by them would have test "
-            "figures that are too good. Let dataloader.val read images that are kept back from the training set, such "
-            "as another split, or part=val of an image_folder."
+            "dataloader.val and dataloader.test are the same samples, so weights selected on val would have test "
+            "metrics that are too high. Let dataloader.val read another split, such as part=val of an image_folder."
         )
     return data
 
 
-def same_samples(one: Dataset, other: Dataset) -> bool:
-    """Whether two data sets read the same files; of sets that do not know theirs, it is not known and False."""
+def _check_classes(role: str, classes: Sequence[str], other: str, others: Sequence[str]) -> None:
+    if list(classes) == list(others):
+        return
+    lacks = {other: [c for c in classes if c not in set(others)], role: [c for c in others if c not in set(classes)]}
+    differences = [f"dataloader.{each} lacks {shorten([repr(c) for c in names])}" for each, names in lacks.items() if names]
+    raise DatasetError(
+        f"dataloader.{role} has the classes {shorten([repr(c) for c in classes])} and dataloader.{other} "
+        f"{shorten([repr(c) for c in others])}. {'; '.join(differences) or 'Only the order differs'}. Let both read "
+        "splits of one data set, or give both the same list, in which a class may have no images: "
+        f"dataloader.{other}.dataset.classes=[...]."
+    )
+
+
+def _same_samples(one: Dataset, other: Dataset) -> bool:
     if len(one) != len(other) or not all(hasattr(dataset, "source") for dataset in (one, other)):
         return False
-    # not their digests: those of folders that lie elsewhere count names from the folder itself
+    # paths, since the digests of folders depend on the names inside each folder only
     first, second = ({os.path.abspath(each.source(index)) for index in range(len(each))} for each in (one, other))
     return first == second
 
 
 def build_split_backbone(cfg: DictConfig) -> tuple[Backbone, Tail]:
-    """The trunk that both levels share, up to `bilevel.shared_stage`, and the tail; random weights.
+    """Return the trunk that both levels share, up to `bilevel.shared_stage`, and the tail; random weights.
 
-    The trunk also returns the earlier maps that `backbone.out_features` names, for tasks that take several.
+    The trunk also returns the earlier maps in `backbone.out_features`, for tasks that read several.
     """
     whole = instantiate(cfg.backbone)
     return whole.split(cfg.bilevel.shared_stage or whole.stages[-1], cfg.backbone.get("out_features") or ())
 
 
 def build_pretext(cfg: DictConfig, weights: Weights, device: torch.device) -> tuple[Backbone, PretextMethod]:
-    """Trunk and pretext method with what `weights` holds for them, in train mode."""
+    """Return trunk and pretext method with their parts of `weights`, in train mode on `device`."""
     trunk, tail = build_split_backbone(cfg)
     if weights.backbone is not None:
         load_state(trunk, weights.backbone, "backbone")
@@ -135,72 +114,40 @@ def build_pretext(cfg: DictConfig, weights: Weights, device: torch.device) -> tu
     pretext = instantiate(cfg.pretext, backbone=trunk, tail=tail)
     if weights.pretext is not None:
         load_state(pretext, weights.pretext, "pretext head")
-    return _ready(trunk, device), _ready(pretext, device)
+    return _prepare(trunk, device), _prepare(pretext, device)
 
 
 def build_downstream(context: Context, weights: Weights) -> tuple[Backbone, DownstreamTask]:
-    """Trunk and downstream task with what `weights` holds for them, in train mode."""
+    """Return trunk and downstream task with their parts of `weights`, in train mode on the run's device."""
     trunk, _ = build_split_backbone(context.cfg)
     if weights.backbone is not None:
         load_state(trunk, weights.backbone, "backbone")
     task = instantiate(context.cfg.task, backbone=trunk, classes=context.classes)
     if weights.task is not None:
         load_state(task, weights.task, "task head")
-    return _ready(trunk, context.device), _ready(task, context.device)
+    return _prepare(trunk, context.device), _prepare(task, context.device)
 
 
-def _ready(module: nn.Module, device: torch.device) -> nn.Module:
+def _prepare(module: nn.Module, device: torch.device) -> nn.Module:
     module.to(device).train()
     broadcast_module(module)
     return module
 
 
-def build_level(
-    cfg: DictConfig,
-    name: str,
-    role: str,
-    backbone: nn.Module,
-    head: nn.Module,
-    batches: Iterator[Any],
-    total_steps: int,
-    train_backbone: bool = True,
-    groups: list[Any] | None = None,
-) -> Level:
-    """A level whose optimizer, schedule and clipping are those of `role` in the config's sections of that name.
-
-    Args:
-        groups: what the optimizer is given; None for all parameters that require gradients.
-    """
-    if not train_backbone:
-        backbone.requires_grad_(False)
-    parameters = groups or [p for module in (backbone, head) for p in module.parameters() if p.requires_grad]
-    return Level(
-        name=name,
-        backbone=backbone,
-        head=head,
-        optimizer=build_part(cfg.optimizer[role], params=parameters),
-        data_iterator=batches,
-        lr_scheduler=build_part(cfg.lr_multiplier[role]),
-        total_steps=total_steps,
-        clip_norm=cfg.clip_grad[role],
-        amp_dtype=AMP_DTYPES[cfg.train.amp],
-        batch_size=cfg.dataloader["pretext" if role in ("pretrain", "lower") else "train"].batch_size,
-    )
-
-
 class Batches:
-    """Endless batches on the run's device.
+    """Endless iterator of training batches on the run's device.
 
-    The samples of a batch need not travel with it: a training stream is a function of its seed and the batch's number.
+    A training stream is a function of its seed and the batch's number, so sample numbers need not be in the batch.
 
     Args:
-        loader: of training batches, as :func:`bissl_zoo.data.loaders.build_train_loader` makes it.
-        start_step: number of batches already taken by an earlier part of the run.
-        on_device: makes what is left to be made of a batch once it is there.
+        loader: of training batches, as :func:`bissl_zoo.data.loaders.build_train_loader` returns it.
+        start_step: batches that an earlier process of the run has taken.
+        on_device: the part of the augmentation that runs on the device.
+        role: of the data set.
 
     Attributes:
         taken: batches taken since the beginning of the stage.
-        bad: the samples that this process could not use so far: what names each, and what is wrong with it.
+        bad: samples that this process could not decode so far: name and error message.
     """
 
     def __init__(
@@ -209,12 +156,14 @@ class Batches:
         start_step: int,
         device: torch.device,
         on_device: Callable[[Any], Any] | None = None,
+        role: str = "train",
     ) -> None:
         self.taken = start_step
+        self.role = role
         self.bad: dict[str, str] = getattr(loader, "skipped", {})
         self.dataset = getattr(loader.dataset, "dataset", None)
         self._sampler = loader.sampler if isinstance(loader.sampler, PlacedSampler) else None
-        self._stream = _moved(loader, device, on_device)  # alone holds the loader, and with it the workers
+        self._stream = _moved(loader, device, on_device)  # the only reference to the loader and its workers
 
     def __iter__(self) -> Iterator[Any]:
         return self
@@ -229,7 +178,7 @@ class Batches:
         self._stream.close()
 
     def newest(self) -> list[int] | None:
-        """Numbers of the samples in this process's part of the newest batch; None of data that is read in a stream."""
+        """Return the sample numbers in this process's part of the newest batch; None for streamed data."""
         return None if self._sampler is None else self._sampler.batch(self.taken - 1)
 
 
@@ -239,8 +188,41 @@ def _moved(loader: DataLoader, device: torch.device, on_device: Callable[[Any], 
         yield on_device(batch) if on_device else batch
 
 
+def build_level(
+    cfg: DictConfig,
+    name: str,
+    role: str,
+    backbone: nn.Module,
+    head: nn.Module,
+    batches: Batches,
+    total_steps: int,
+    train_backbone: bool = True,
+    groups: list[Any] | None = None,
+) -> Level:
+    """Return a level with the optimizer, schedule and clipping under the key `role` of the config's sections.
+
+    Args:
+        groups: parameters or parameter groups of the optimizer; None for all that require gradients.
+    """
+    if not train_backbone:
+        backbone.requires_grad_(False)
+    parameters = groups or [p for module in (backbone, head) for p in module.parameters() if p.requires_grad]
+    return Level(
+        name=name,
+        backbone=backbone,
+        head=head,
+        optimizer=build_part(cfg.optimizer[role], params=parameters),
+        data_iterator=batches,
+        lr_scheduler=build_part(cfg.lr_multiplier[role]),
+        total_steps=total_steps,
+        clip_norm=cfg.clip_grad[role],
+        amp_dtype=AMP_DTYPES[cfg.train.amp],
+        batch_size=cfg.dataloader[batches.role].batch_size,
+    )
+
+
 class ViewsOnly:
-    """`(image, target)` -> the views of the image; a class, so that loader workers can be spawned."""
+    """Map `(image, target)` to the views of the image; a class, so that spawned loader workers can pickle it."""
 
     def __init__(self, views: Callable[[Any], tuple[Tensor, ...]]) -> None:
         self.views = views
@@ -250,10 +232,10 @@ class ViewsOnly:
 
 
 def pretext_batches(context: Context, pretext: PretextMethod, seed: int, start_step: int = 0) -> Batches:
-    """Endless batches of views on the run's device; made there if `dataloader.pretext.augment_on` is "device".
+    """Return endless batches of views; with `dataloader.pretext.augment_on="device"` they are augmented there.
 
     Raises:
-        ConfigError: they are to be made there, and the method's augmentation does not come in two parts.
+        ConfigError: the method's augmentation cannot be split between workers and device.
     """
     views = pretext.views()
     if context.cfg.dataloader.pretext.get("augment_on") != "device":
@@ -263,18 +245,8 @@ def pretext_batches(context: Context, pretext: PretextMethod, seed: int, start_s
 
 
 def train_batches(context: Context, task: DownstreamTask, seed: int, start_step: int = 0) -> Batches:
-    """Endless downstream training batches on the run's device."""
+    """Return endless downstream training batches."""
     return _endless(context, "train", seed, start_step, transform=task.transform(train=True), collate=task.collate)
-
-
-def test_loader(context: Context, task: DownstreamTask, role: str = "test") -> DataLoader:
-    """One pass over this rank's part of the set `test` or `val`."""
-    return instantiate(
-        context.cfg.dataloader[role],
-        dataset=context.data[role],
-        transform=task.transform(train=False),
-        collate=task.collate,
-    )
 
 
 def _endless(
@@ -288,11 +260,48 @@ def _endless(
     loader = instantiate(
         context.cfg.dataloader[role], dataset=context.data[role], seed=seed, start_step=start_step, **extra
     )
-    return Batches(loader, start_step, context.device, on_device)
+    return Batches(loader, start_step, context.device, on_device, role)
+
+
+def test_loader(context: Context, task: DownstreamTask, role: str = "test") -> DataLoader:
+    """Return a loader of one pass over this rank's part of the data set `test` or `val`."""
+    return instantiate(
+        context.cfg.dataloader[role],
+        dataset=context.data[role],
+        transform=task.transform(train=False),
+        collate=task.collate,
+    )
+
+
+def skips_undecodable(cfg: DictConfig, role: str) -> bool:
+    """Return True if the loader of `role` skips images that cannot be decoded; by default those of training do."""
+    return cfg.dataloader[role].get("on_bad", "skip" if role in ("pretext", "train") else "error") == "skip"
+
+
+class Decodable(Dataset):
+    """A data set that returns one of the next `TRIES` samples, with a warning, for one that cannot be decoded.
+
+    Raises:
+        DatasetError: none of them can be decoded; or the first one cannot, if the role does not skip.
+    """
+
+    def __init__(self, dataset: Dataset, cfg: DictConfig, role: str) -> None:
+        self.dataset, self.tries = dataset, TRIES if skips_undecodable(cfg, role) else 0
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> Any:
+        for candidate in range(index, index + self.tries):
+            try:
+                return self.dataset[candidate % len(self)]
+            except DatasetError as error:
+                logger.warning("%s Using the next sample instead.", error)
+        return self.dataset[(index + self.tries) % len(self)]
 
 
 def count_steps(section: DictConfig, key: str, dataset: Dataset, batch_size: int) -> int:
-    """Optimizer steps of a section that gives either `steps` or `epochs`.
+    """Return the optimizer steps of a section that gives either `steps` or `epochs`.
 
     Raises:
         ConfigError: neither or both are given.
@@ -303,92 +312,3 @@ def count_steps(section: DictConfig, key: str, dataset: Dataset, batch_size: int
             f"{key}: give either steps or epochs and leave the other null (steps={steps}, epochs={epochs})."
         )
     return int(steps) if steps is not None else math.ceil(epochs * len(dataset) / batch_size)
-
-
-def seed_everything(seed: int) -> None:
-    """Seed Python, NumPy and torch; networks built after it are the same on every rank."""
-    random.seed(seed)
-    np.random.seed(seed % 2**32)
-    torch.manual_seed(seed)
-
-
-def seed_rank(seed: int) -> None:
-    """Seed what is drawn during training, differently on each rank."""
-    seed_everything(seed + 7919 * (get_rank() + 1))
-
-
-#: classes that an override can be expected to name
-_MOST_TYPED = 40
-
-
-def unequal_classes(cfg: DictConfig, role: str, classes: Sequence[str], other: str, others: Sequence[str]) -> str:
-    """The message for two roles of `cfg.dataloader` with unlike classes: which differ, and the overrides that help."""
-    told = f"dataloader.{role} has the classes {_shown(classes)} and dataloader.{other} {_shown(others)}. "
-    lacks = {other: _without(classes, others), role: _without(others, classes)}
-    differing = [f"dataloader.{one} lacks {_shown(names)}" for one, names in lacks.items() if names]
-    told += f"{'; '.join(differing) or 'They are the same in another order'}. "
-    wanted = list(classes) if not lacks[role] else list(others) if not lacks[other] else [*classes, *lacks[role]]
-    changed = [one for one, names in ((role, classes), (other, others)) if list(names) != wanted]
-    for one in changed:
-        if not _takes_classes(cfg, one):
-            name = cfg.dataloader[one].dataset.get("name")
-            return f"{told}The classes of '{name}' are fixed, so let both read splits of one data set."
-    typed = [_override(cfg, one, wanted) for one in changed]
-    return f"{told}Give both the same list; a class may have no images in one of them:\n  " + " ".join(typed)
-
-
-def _override(cfg: DictConfig, role: str, classes: Sequence[str]) -> str:
-    add = "" if "classes" in cfg.dataloader[role].dataset else "+"
-    key = f"{add}dataloader.{role}.dataset.classes"
-    if len(classes) <= _MOST_TYPED:
-        return shlex.quote(f"{key}={json.dumps(list(classes), ensure_ascii=False)}")
-    first = json.dumps(list(classes[:3]), ensure_ascii=False)[:-1]
-    return f"'{key}={first}, ...]' (all {len(classes)}, better in the config file)"
-
-
-def _takes_classes(cfg: DictConfig, role: str) -> bool:
-    """Whether a role's data set has the argument `classes`; one that is not registered is taken to have it."""
-    name = cfg.dataloader[role].dataset.get("name")
-    return name not in DATASETS or "classes" in inspect.signature(DATASETS.get(name)).parameters
-
-
-def _without(names: Sequence[str], others: Sequence[str]) -> list[str]:
-    held = set(others)
-    return [name for name in names if name not in held]
-
-
-def _shown(names: Sequence[str]) -> str:
-    return shown_names([repr(name) for name in names])
-
-
-logger = logging.getLogger(__name__)
-
-#: neighbours that are looked at in place of one that cannot be used
-TRIES = 5
-
-
-def skips(cfg: DictConfig, role: str) -> bool:
-    """Whether the loader of that role goes on without an image that cannot be used, as those of training do."""
-    return cfg.dataloader[role].get("on_bad", "skip" if role in ("pretext", "train") else "error") == "skip"
-
-
-class Readable(Dataset):
-    """A data set in which one of the `TRIES` samples that follow stands in for one that cannot be used, with a warning.
-
-    Raises:
-        DatasetError: none of them can be used; or the one that is asked for, where the role does not skip.
-    """
-
-    def __init__(self, dataset: Dataset, cfg: DictConfig, role: str) -> None:
-        self.dataset, self.tries = dataset, TRIES if skips(cfg, role) else 0
-
-    def __len__(self) -> int:
-        return len(self.dataset)
-
-    def __getitem__(self, index: int) -> Any:
-        for following in range(index, index + self.tries):
-            try:
-                return self.dataset[following % len(self)]
-            except DatasetError as error:
-                logger.warning("%s The one that follows is looked at in its place.", error)
-        return self.dataset[(index + self.tries) % len(self)]

@@ -1,4 +1,4 @@
-"""The figures of a task on a data set, and those that it gives at all."""
+"""Evaluate a task on a data set: its metrics, and the details per class that a report shows."""
 
 import json
 import logging
@@ -11,12 +11,13 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from tabulate import tabulate
 
 from bissl_zoo.backbones import Backbone, evaluating
 from bissl_zoo.data.batches import to_device
 from bissl_zoo.distributed import all_gather_objects, any_rank, broadcast_module
 from bissl_zoo.downstream import DownstreamTask, Evaluator
-from bissl_zoo.engine.build import Context, Readable, test_loader
+from bissl_zoo.engine.build import Context, Decodable, test_loader
 from bissl_zoo.errors import CheckpointError, DatasetError
 from bissl_zoo.evaluation.ranking import MOST_RANKED
 from bissl_zoo.runs.checkpoint import write_atomically
@@ -24,8 +25,11 @@ from bissl_zoo.runs.metadata import read_json
 
 logger = logging.getLogger(__name__)
 
-#: the figure that counts images without which the others were measured; it is there where it is not 0
+#: the metric that counts images which could not be decoded and were left out; absent if it is 0
 LEFT_OUT = "left_out"
+DETAILS_FILE = "per_class.json"
+#: points of a precision-recall curve, at recalls 0, 0.01, ... 1
+_POINTS = 101
 
 
 def evaluate(
@@ -33,22 +37,22 @@ def evaluate(
     backbone: Backbone,
     task: DownstreamTask,
     role: str = "test",
-    asked: Callable[[], bool] = lambda: False,
-    look: Callable[[Evaluator], None] = lambda evaluator: None,
+    stop: Callable[[], bool] = lambda: False,
+    inspect: Callable[[Evaluator], None] = lambda evaluator: None,
 ) -> dict[str, float] | None:
-    """The task's figures over a whole data set, every rank's part included; modes of training are put back.
+    """Return the task's metrics over a whole data set, every rank's part included; train modes are restored.
 
     Args:
         role: `test` or `val`.
-        asked: after every batch, whether this process is to stop; where one is, the result is None on all of them.
-        look: shown the evaluator that has the whole set, on every process.
+        stop: called after each batch; if it is True in any process, the result is None in all of them.
+        inspect: called with the evaluator of the whole set, in every process.
     Returns:
-        The task's figures, and how many images were left out as `left_out` where some were.
+        The task's metrics, and the number of images that could not be decoded as `left_out`, if it is not 0.
     Raises:
-        DatasetError: an image cannot be used and is not to be left out, or none can.
+        DatasetError: an image cannot be decoded and `on_bad` is "error", or no image can be decoded.
     """
     for module in (backbone, task):
-        broadcast_module(module)  # ranks hold their own batch-norm statistics
+        broadcast_module(module)  # ranks have different batch-norm statistics
     evaluator = task.evaluator()
     evaluator.reset()
     with torch.random.fork_rng(), evaluating(backbone, task):
@@ -56,26 +60,26 @@ def evaluate(
         for images, targets in loader:
             predictions = task.predict(backbone, to_device(images, context.device))
             evaluator.process(to_device(predictions, torch.device("cpu")), targets)
-            if asked():
+            if stop():
                 break
-    if any_rank(asked(), context.device):
+    if any_rank(stop(), context.device):
         return None
     left_out = sum(all_gather_objects(len(getattr(loader, "skipped", ()))))
     if left_out == len(context.data[role]):
-        raise DatasetError(f"None of the {left_out} images of dataloader.{role} can be used; they were named.")
+        raise DatasetError(f"None of the {left_out} images of dataloader.{role} can be decoded; see the log for names.")
     evaluator.synchronize()
-    figures = evaluator.evaluate()
-    look(evaluator)
-    return {**figures, **({LEFT_OUT: left_out} if left_out else {})}
+    metrics = evaluator.evaluate()
+    inspect(evaluator)
+    return {**metrics, **({LEFT_OUT: left_out} if left_out else {})}
 
 
-def figures_of(context: Context, backbone: Backbone, task: DownstreamTask, role: str) -> list[str]:
-    """The names of the figures that the task gives, as the first images of a data set show, mostly one.
+def metric_names(context: Context, backbone: Backbone, task: DownstreamTask, role: str) -> list[str]:
+    """Return the names of the task's metrics, from an evaluation of as few images as give any.
 
     Raises:
-        DatasetError: none can be had of any of the images, as of a detection set without an object.
+        DatasetError: no image gives metrics, as in a detection set without objects.
     """
-    data, transform = Readable(context.data[role], context.cfg, role), task.transform(train=False)
+    data, transform = Decodable(context.data[role], context.cfg, role), task.transform(train=False)
     evaluator = task.evaluator()
     evaluator.reset()
     for index in range(len(data)):
@@ -85,98 +89,120 @@ def figures_of(context: Context, backbone: Backbone, task: DownstreamTask, role:
         evaluator.process(to_device(predictions, torch.device("cpu")), targets)
         try:
             return list(evaluator.evaluate())
-        except DatasetError as error:  # nothing to find so far
+        except DatasetError as error:  # no object so far
             problem = error
     raise problem
 
 
-DETAILS_FILE = "per_class.json"
-#: points of a curve, at recalls 0, 0.01, ... 1
-_POINTS = 101
+def format_metrics(metrics: dict[str, Any]) -> str:
+    """Return metrics on one line, without those of single classes."""
+    texts = {name: value if isinstance(value, int) else f"{value:.4f}" for name, value in metrics.items()}
+    return "  ".join(f"{name} {value}" for name, value in texts.items() if "/" not in name)
+
+
+def results_table(results: dict[str, dict[str, float]]) -> str:
+    """Return the metrics of one or more fine-tunings as a table; rows are named by what they were fine-tuned from."""
+    names = [m for m in dict.fromkeys(m for metrics in results.values() for m in metrics) if "/" not in m]
+    absent = {LEFT_OUT: 0}
+    rows = [
+        [start, *(metrics.get(name, absent.get(name, float("nan"))) for name in names)]
+        for start, metrics in results.items()
+    ]
+    return tabulate(rows, headers=["fine-tuned from", *names], floatfmt=".4f")
 
 
 @dataclass(frozen=True)
 class Details:
-    """The last evaluation of one fine-tuning.
+    """Details of the last evaluation of one fine-tuning, as in `per_class.json`.
 
     Attributes:
-        figures: by class, then by name, fractions.
-        classes, confusion: how many samples of class i were taken for class j; empty where it does not apply.
-        curves: by class, the best precision at each recall of 0, 0.01, ... 1 or above; of detections at IoU 0.5, of
+        per_class: metrics in [0, 1] by class, then by name.
+        classes, confusion: number of samples of class i that were predicted as class j; empty for detection.
+        curves: by class, the best precision at each recall of 0, 0.01, ... 1 or above: of detections at IoU 0.5, of
             single labels each class against the rest.
-        seconds: that the evaluation took; 0 where nobody took the time.
+        seconds: duration of the evaluation; 0 if it was not measured.
     """
 
-    figures: dict[str, dict[str, float]] = field(default_factory=dict)
+    per_class: dict[str, dict[str, float]] = field(default_factory=dict)
     classes: list[str] = field(default_factory=list)
     confusion: list[list[int]] = field(default_factory=list)
     curves: dict[str, list[float]] = field(default_factory=dict)
     seconds: float = 0.0
 
-    def plain(self) -> dict[str, Any]:
-        """As it is written; what is empty is left out."""
-        return {key: value for key, value in asdict(self).items() if value}
-
 
 def details_of(evaluator: Evaluator) -> Details:
-    """What an evaluator that has evaluated knows; one of the user's own may know none of it."""
+    """Return the details of a finished evaluation; a custom evaluator need not have any."""
     per_class, confusion, rankings = (getattr(evaluator, name, None) for name in ("per_class", "confusion", "rankings"))
     classes = list(getattr(evaluator, "classes", ()))
     few = len(classes) <= MOST_RANKED
-    told = confusion().tolist() if confusion and few else []
+    matrix = confusion().tolist() if confusion and few else []
     return Details(
-        figures=_finite(per_class()) if per_class else {},
-        classes=classes if told else [],
-        confusion=told,
-        curves={name: precision_at_recalls(*one) for name, one in rankings().items()} if rankings and few else {},
+        per_class={
+            label: {name: float(value) for name, value in metrics.items() if math.isfinite(value)}
+            for label, metrics in (per_class() if per_class else {}).items()
+        },
+        classes=classes if matrix else [],
+        confusion=matrix,
+        curves={name: precision_at_recalls(*r) for name, r in rankings().items()} if rankings and few else {},
     )
 
 
-def _finite(figures: dict[str, dict[str, float]]) -> dict[str, dict[str, float]]:
-    return {
-        name: {key: float(value) for key, value in one.items() if math.isfinite(value)} for name, one in figures.items()
-    }
+def safe_details(evaluator: Evaluator, seconds: float) -> Details:
+    """Return the details of an evaluation; log a warning if a custom evaluator raises, since the metrics are valid."""
+    try:
+        return Details(**{**vars(details_of(evaluator)), "seconds": round(seconds, 3)})
+    except Exception as error:  # any exception of user code
+        logger.warning(f"no metrics per class: {type(evaluator).__name__}: {type(error).__name__}: {error}")
+        return Details(seconds=round(seconds, 3))
 
 
 def precision_at_recalls(right: NDArray[np.bool_], positives: int) -> list[float]:
-    """The best precision at each recall of 0, 0.01, ... 1 or above, of a ranking; 0 where it is not reached.
+    """Return the best precision at each recall of 0, 0.01, ... 1 or above of a ranking; 0 if it is not reached.
 
     Args:
-        right: (M,), whether each detection is right, the best score first.
-        positives: how many there are to find.
+        right: (M,), True for each correct detection, the highest score first.
+        positives: number of objects to detect.
     """
     hits = np.cumsum(right)
     precision = hits / np.arange(1, len(hits) + 1)
     envelope = np.append(np.maximum.accumulate(precision[::-1])[::-1], 0.0)
-    # recalls as whole numbers, so that 3 of 10 does reach 0.3
+    # recalls as whole numbers, so that 3 of 10 reaches 0.3
     places = np.searchsorted((_POINTS - 1) * hits, positives * np.arange(_POINTS))
     return [round(value, 5) for value in envelope[places].tolist()]
 
 
+def write_details(folder: Path, details: dict[str, Details]) -> None:
+    """Write `per_class.json`; empty fields are left out."""
+    content = {name: {k: v for k, v in asdict(each).items() if v} for name, each in details.items()}
+    write_atomically(folder / DETAILS_FILE, json.dumps(content) + "\n")
+
+
 def read_details(folder: Path) -> dict[str, Details]:
-    """The details that a run kept, by what was fine-tuned; empty where it kept none.
+    """Read `per_class.json` of a run, by what was fine-tuned from; empty if the run has none.
 
     Raises:
-        CheckpointError: the file is damaged, or was never one of details.
+        CheckpointError: the file is damaged or holds something else.
     """
     try:
-        return {name: _checked(one) for name, one in read_json(folder / DETAILS_FILE).items()}
+        return {name: _checked(each) for name, each in read_json(folder / DETAILS_FILE).items()}
     except (AttributeError, TypeError, ValueError) as error:
-        raise CheckpointError(f"{folder / DETAILS_FILE} holds other things than figures by class.") from error
+        raise CheckpointError(f"{folder / DETAILS_FILE} does not hold metrics by class.") from error
 
 
 def _checked(plain: dict[str, Any]) -> Details:
+    per_class = plain.get("per_class", plain.get("figures", {}))  # the name in runs of earlier versions
     details = Details(
-        {name: {key: _number(value) for key, value in one.items()} for name, one in plain.get("figures", {}).items()},
-        [_text(name) for name in plain.get("classes", [])],
+        {label: {key: _number(value) for key, value in metrics.items()} for label, metrics in per_class.items()},
+        list(plain.get("classes", [])),
         [[_count(value) for value in row] for row in plain.get("confusion", [])],
         {name: [_number(value) for value in curve] for name, curve in plain.get("curves", {}).items()},
         _number(plain.get("seconds", 0.0), 1e12),
     )
     sides = {len(details.confusion), *map(len, details.confusion)}
     curves = {len(curve) for curve in details.curves.values()}
-    if sides != {len(details.classes)} or len(details.classes) > MOST_RANKED or not curves <= {_POINTS}:
-        raise ValueError("a matrix or curve of another size")
+    texts = all(isinstance(name, str) for name in details.classes)
+    if not texts or sides != {len(details.classes)} or len(details.classes) > MOST_RANKED or not curves <= {_POINTS}:
+        raise ValueError("a class that is no text, or a matrix or curve of another size")
     return details
 
 
@@ -188,37 +214,16 @@ def _number(value: object, most: float = 1.0) -> float:
 
 def _count(value: object) -> int:
     if type(value) is not int or not 0 <= value < 1 << 53:
-        raise ValueError(f"{value!r:.40} is no count")
+        raise ValueError(f"{value!r:.40} is not a count")
     return value
 
 
-def _text(value: object) -> str:
-    if not isinstance(value, str):
-        raise TypeError("a class that is no text")
-    return value
-
-
-def write_details(folder: Path, details: dict[str, Details]) -> None:
-    """Write `per_class.json`."""
-    content = {name: one.plain() for name, one in details.items()}
-    write_atomically(folder / DETAILS_FILE, json.dumps(content) + "\n")
-
-
-def look_into(evaluator: Evaluator) -> Details:
-    """The details of an evaluation; where an evaluator of the user's own gives none, a warning, since figures count."""
-    try:
-        return details_of(evaluator)
-    except Exception as error:  # whatever such an evaluator raises
-        logger.warning(f"no figures by class: {type(evaluator).__name__}: {type(error).__name__}: {error}")
-        return Details()
-
-
-def worst_confusions(details: Details, most: int = 10) -> Sequence[tuple[str, str, int]]:
-    """True class, predicted class and how often, of the commonest mistakes."""
+def worst_confusions(details: Details, limit: int = 10) -> Sequence[tuple[str, str, int]]:
+    """Return true class, predicted class and count of the most common errors."""
     pairs = [
         (details.classes[i], details.classes[j], count)
         for i, row in enumerate(details.confusion)
         for j, count in enumerate(row)
         if i != j and count
     ]
-    return sorted(pairs, key=lambda pair: -pair[2])[:most]
+    return sorted(pairs, key=lambda pair: -pair[2])[:limit]

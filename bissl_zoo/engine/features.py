@@ -1,16 +1,13 @@
-"""Features of images as a frozen network computes them: how images are shown, and the pass over a set."""
+"""Features of a frozen backbone: loading it, a pass over images, and the hook that probes a training network."""
 
-import contextlib
 import logging
 import math
-import random
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from omegaconf import DictConfig
 from PIL import Image
@@ -24,9 +21,10 @@ from bissl_zoo.bilevel.level import Level
 from bissl_zoo.config import instantiate
 from bissl_zoo.data.views import IMAGENET_MEAN, IMAGENET_STD
 from bissl_zoo.distributed import get_world_size, on_main_process
-from bissl_zoo.engine.build import Context, Readable, build_datasets, seed_everything
+from bissl_zoo.engine.build import Decodable, build_datasets
 from bissl_zoo.engine.init import ZOO_PREFIX, load_init
-from bissl_zoo.engine.trainer import HookBase, Trainer, load_state
+from bissl_zoo.engine.resume import preserved_randomness, seed_everything
+from bissl_zoo.engine.trainer import Context, Hook, Stage, load_state
 from bissl_zoo.errors import CheckpointError, DatasetError
 from bissl_zoo.evaluation import collapse_figures, knn_accuracy, linear_probe
 from bissl_zoo.progress.display import show
@@ -36,14 +34,14 @@ from bissl_zoo.weights.backbone_file import read_backbone
 
 logger = logging.getLogger(__name__)
 
-#: the side of the crop over the shorter side of the image, 224 of 256
+#: side of the crop relative to the shorter side of the image, 224 / 256
 CROP = 0.875
 
 
 class CentralCrops(Dataset):
-    """`(central crop (3, S, S), target)`, normalised, of the labelled images `indices` of a data set.
+    """Items `(central crop (3, S, S), target)`, normalised, of the labelled images `indices` of a data set.
 
-    The shorter side is resized to S / 0.875 first, as 256 is to 224 (the usual test transform of ImageNet).
+    The shorter side is resized to S / 0.875 first, the usual test transform of ImageNet.
     """
 
     def __init__(
@@ -74,11 +72,11 @@ class CentralCrops(Dataset):
 
 
 class FixedViews(Dataset):
-    """`(view, view)` of the images `indices`, each the first view of a draw of its own; every pass sees the same two.
+    """Items `(view, view)` of the images `indices`, which are the same in every pass.
 
-    Taking the first of what the augmentation returns serves methods whose views are many, of several sizes, or one and
-    a mask. Draws depend on `seed` and the image only, not on the number of workers. They leave the random state
-    changed: call this within :func:`own_randomness`.
+    Each is the first view of an independent draw, so this also serves methods with many views, or one and a mask. Draws
+    depend on `seed` and the image only, not on the number of workers. They change the random state: iterate within
+    :func:`preserved_randomness`.
     """
 
     def __init__(
@@ -95,8 +93,8 @@ class FixedViews(Dataset):
         return self.views(image)[0], self.views(image)[0]
 
 
-def drawn(size: int, limit: int, seed: int) -> list[int]:
-    """At most `limit` of the numbers below `size`, drawn with a generator of their own, sorted."""
+def sample_indices(size: int, limit: int, seed: int) -> list[int]:
+    """Return at most `limit` of the numbers below `size`, drawn with `seed` and sorted."""
     return torch.randperm(size, generator=torch.Generator().manual_seed(seed))[:limit].sort().values.tolist()
 
 
@@ -109,15 +107,15 @@ def extract_features(
     num_workers: int = 0,
     title: str | None = None,
 ) -> tuple[Tensor, ...]:
-    """One pass over `samples`, tuples of images and labels: per place, all embeddings `(N, D)` or all labels `(N,)`.
+    """Return the embeddings `(N, D)` or labels `(N,)` of each position in the tuples of images and labels `samples`.
 
     Args:
-        embed: images `(B, 3, S, S)` on `device` -> `(B, D)`.
-        title: of the progress bar; None for none.
+        embed: maps images `(B, 3, S, S)` on `device` to `(B, D)`.
+        title: of the progress bar; None for no bar.
     Returns:
         Tensors on the CPU, embeddings as float32.
     """
-    # a loader without a generator of its own draws from the global one
+    # a loader without a generator draws from the global one
     loader = DataLoader(samples, batch_size, num_workers=num_workers, generator=torch.Generator())
     batches = [
         [embed(part.to(device)).float().cpu() if part.is_floating_point() else part for part in batch]
@@ -126,20 +124,8 @@ def extract_features(
     return tuple(torch.cat(column) for column in zip(*batches, strict=True))
 
 
-@contextlib.contextmanager
-def own_randomness(device: torch.device) -> Iterator[None]:
-    """Put the random states of Python, NumPy and torch (CPU and `device`) back on leaving."""
-    python, numpy = random.getstate(), np.random.get_state()
-    with torch.random.fork_rng([device] if device.type == "cuda" else []):
-        try:
-            yield
-        finally:
-            random.setstate(python)
-            np.random.set_state(numpy)
-
-
 def pretext_pixels(cfg: DictConfig) -> dict[str, Any]:
-    """`mean` and `std` that a config's pretext images are normalised by, and `input_size`, as a zoo entry has them."""
+    """Return `mean` and `std` of a config's pretext images, and their `input_size`, as a zoo entry stores them."""
     augmentation = cfg.pretext.get("augmentation") or {}
     size = augmentation.get("size", 96)
     return {
@@ -154,9 +140,9 @@ class FrozenBackbone:
     """A whole backbone in eval mode.
 
     Attributes:
-        model: images `(B, 3, S, S)` -> pooled embeddings `(B, D)`.
-        source: where it is from, in words.
-        pixels: what is known of its images: `mean` and `std` of RGB in [0, 1], `input_size`.
+        model: maps images `(B, 3, S, S)` to pooled embeddings `(B, D)`.
+        source: its origin, for messages.
+        pixels: `mean` and `std` of RGB in [0, 1], and `input_size`, as far as they are known.
     """
 
     model: nn.Module
@@ -166,17 +152,17 @@ class FrozenBackbone:
 
     @torch.no_grad()
     def width(self, size: int) -> int:
-        """D, from embedding an empty image of this side.
+        """Return D, from a pass over a blank image of this size.
 
         Raises:
-            CheckpointError: the network takes no such images, as a ViT that was built for one size.
+            CheckpointError: the network does not accept such images, as a ViT for another size.
         """
         try:
             return self.model(torch.zeros(1, 3, size, size, device=next(self.model.parameters()).device)).shape[1]
         except (RuntimeError, AssertionError, ValueError) as error:
             raise CheckpointError(
-                f"{self.source}: this {self.architecture} does not take images of {size} pixels ({error}). "
-                "Give the size that it was built for, as in --size 224."
+                f"{self.source}: this {self.architecture} does not accept images of {size} pixels ({error}). "
+                "Give the size it was built for, as in --size 224."
             ) from error
 
     def central_crops(
@@ -187,36 +173,36 @@ class FrozenBackbone:
         mean: Sequence[float] | None = None,
         std: Sequence[float] | None = None,
     ) -> CentralCrops:
-        """Images of a labelled data set, normalised by `mean` and `std`, or else as the backbone's own were.
+        """Return crops of a labelled data set, normalised by `mean` and `std`, by default those of the backbone.
 
         Raises:
-            CheckpointError: how they were is not known.
+            CheckpointError: the backbone's are unknown.
         """
         pixels = {"mean": mean, "std": std} if mean else self.pixels
         if "mean" not in pixels or "std" not in pixels:
             raise CheckpointError(
-                f"{self.source} does not say how its images were normalised. Give --mean and --std, of RGB in [0, 1]; "
-                "ImageNet's are --mean 0.485 0.456 0.406 --std 0.229 0.224 0.225."
+                f"{self.source} does not contain the mean and std of its images. Give --mean and --std, of RGB in "
+                "[0, 1]; ImageNet's are --mean 0.485 0.456 0.406 --std 0.229 0.224 0.225."
             )
         return CentralCrops(dataset, indices, size, pixels["mean"], pixels["std"])
 
 
 def load_frozen(source: str, architecture: str | None = None) -> FrozenBackbone:
-    """A backbone by what names it on a command line.
+    """Load a backbone by its name on a command line.
 
     Args:
-        source: `zoo:NAME` or the plain NAME of an entry; a `.safetensors` file under timm's names; a run directory, of
-            which the backbone is taken that its last pretext stage left.
-        architecture: of a file that does not say it.
+        source: `zoo:NAME` or the plain NAME of an entry; a `.safetensors` file under timm's names; a run directory, for
+            the backbone of its last pretext stage.
+        architecture: of a file that does not contain it.
     Raises:
         ZooError: there is no such entry or file.
-        CheckpointError: weights that do not fit, or a run without a whole backbone.
+        CheckpointError: the weights do not fit, or the run has no whole backbone.
     """
     if Path(source).is_dir():
         return _from_run(Path(source))
     stored = read_backbone(source.removeprefix(ZOO_PREFIX), architecture)
     backbone = build_backbone(name=stored.architecture, **stored.model_args)
-    return _frozen(backbone, dict(stored.state), source, stored.pixels or {})
+    return _freeze(backbone, dict(stored.state), source, stored.pixels or {})
 
 
 def _from_run(folder: Path) -> FrozenBackbone:
@@ -225,125 +211,118 @@ def _from_run(folder: Path) -> FrozenBackbone:
             f"There is no run in {folder} (no {CONFIG_FILE}). An entry of the zoo is written zoo:NAME."
         )
     cfg = load_run_config(folder)
-    weights, ancestors = load_init(str(folder), cfg)
+    weights, lineage = load_init(str(folder), cfg)
     if weights.tail is None:
         raise CheckpointError(
             f"{folder} holds the backbone up to {cfg.bilevel.shared_stage} only, since it has no pretext stage. Probe "
-            "what it started from, or a run with the stage pretrain or bissl."
+            "the weights it started from, or a run with a pretext stage."
         )
     state = merge_split_states(weights.backbone, weights.tail)
-    return _frozen(instantiate(cfg.backbone), state, ancestors[0]["name"], pretext_pixels(cfg))
+    return _freeze(instantiate(cfg.backbone), state, lineage[0]["name"], pretext_pixels(cfg))
 
 
-def _frozen(backbone: Backbone, state: dict[str, Tensor], source: str, pixels: Mapping[str, Any]) -> FrozenBackbone:
+def _freeze(backbone: Backbone, state: dict[str, Tensor], source: str, pixels: Mapping[str, Any]) -> FrozenBackbone:
     load_state(backbone, state, f"backbone of '{source}'")
     return FrozenBackbone(backbone.model.eval().requires_grad_(False), backbone.name, source, pixels)
 
 
-#: the stages that train a pretext method, and which of their levels does
-PROBED = {"pretrain": "level", "bissl": "lower"}
-
-#: passes over the features, enough for a few thousand of them
+#: passes over the features of a linear probe, enough for a few thousand of them
 LINEAR_EPOCHS = 30
 
 
-class _Asked(Exception):
-    """The run is to stop while it measures."""
+class _StopRequested(Exception):
+    """The run is to stop during a measurement."""
 
 
-class Probe(HookBase):
-    """Every `period` steps and after the last, figures of the pretext embedding; they join the metrics as `probe/...`.
+class Probe(Hook):
+    """Measure the pretext embedding every `period` steps and after the last; metrics are added as `probe/...`.
 
-    The seconds that this takes join them as `time/probe`.
+    The duration is added as `time/probe`. The embedding is that of the whole backbone, trunk and tail, as the pretext
+    method embeds, in eval mode and float32. Collapse monitors compare two fixed views of pretext images. With labelled
+    sets, a kNN and a linear classifier are fitted to images of `train` and tested on images of `test`.
 
-    The embedding is the whole backbone's, trunk and tail, as the pretext method embeds, in eval mode and float32.
-    Collapse monitors compare two fixed views of pretext images. Where there are labelled sets, a kNN classifier has
-    images of `train` as neighbours and is asked about images of `test`; so is a linear one, which is trained on them.
-
-    The run goes on as if nothing had been measured: random states, modes and batch-norm statistics are as before. Of
-    several processes rank 0 measures while the others wait, since it is rank 0's batch-norm statistics that
-    checkpoints hold, and no collective runs within.
+    Training continues unchanged: random states, modes and batch-norm statistics are restored. Rank 0 measures alone,
+    since checkpoints hold its batch-norm statistics, and no collective runs meanwhile.
 
     Args:
-        images: most images of each set, drawn with `seed`; see :class:`Readable` for those that cannot be read.
-        labelled: `train` and `test`; None for the monitors alone.
-        asked: after every batch, whether this process is to stop, and to measure when it goes on.
+        level: key of the level in the trainer.
+        images: largest number of images of each set, drawn with `seed`.
+        k: neighbours; 0 for the collapse monitors only.
+        linear: fit the linear classifier as well.
     """
 
     def __init__(
-        self,
-        level: Level,
-        context: Context,
-        labelled: dict[str, Dataset] | None,
-        period: int,
-        images: int,
-        k: int,
-        linear: bool,
-        seed: int,
-        asked: Callable[[], bool] = lambda: False,
+        self, context: Context, level: str, period: int, images: int, k: int, linear: bool, seed: int = 0
     ) -> None:
-        self.level, self.context, self.labelled = level, context, labelled
-        self.period, self.images, self.k, self.linear, self.seed = period, images, k, linear, seed
-        self.asked = asked
+        self.context, self.level_name, self.period = context, level, period
+        self.images, self.k, self.linear, self.seed = images, k, linear, seed
+        self.labelled = _labelled(context) if k else None
+
+    @property
+    def level(self) -> Level:
+        """The level whose embedding is measured."""
+        return self.trainer.levels()[self.level_name]
 
     def after_step(self) -> None:
-        """Measure when it is due; placed before the writer, so that the figures are written with this step."""
+        """Measure if it is due; runs before the writer, so that the metrics belong to this step."""
         trainer = self.trainer
         if trainer.step % self.period and not trainer.done:
             return
         start = time.perf_counter()
-        measured = on_main_process(self._measure_unless_asked)
+        measured = on_main_process(self._measure_unless_stopped)
+        seconds = time.perf_counter() - start
+        trainer.timings["probe"] += seconds
         if measured is None:
             return trainer.postpone()
-        figures, line = measured
-        trainer.metrics.update({f"probe/{name}": value for name, value in figures.items()})
-        trainer.metrics["time/probe"] = time.perf_counter() - start
+        metrics, line = measured
+        trainer.metrics.update({f"probe/{name}": value for name, value in metrics.items()})
+        trainer.metrics["time/probe"] = seconds
         line = f"[{trainer.name} {trainer.step}/{trainer.total_steps}] probe  {line}"
         logger.info(line)
         show(evaluation=line)
 
-    def _measure_unless_asked(self) -> tuple[dict[str, float], str] | None:
+    def _measure_unless_stopped(self) -> tuple[dict[str, float], str] | None:
         try:
             return self._measure()
-        except _Asked:
+        except _StopRequested:
             return None
 
     def _measure(self) -> tuple[dict[str, float], str]:
-        """The figures, and the line that tells of them."""
+        """Return the metrics, and a line that shows them."""
         level = self.level
-        with own_randomness(self.context.device), evaluating(level.backbone, level.head):
-            samples = FixedViews(*self._drawn(self.context.data["pretext"], "pretext"), level.head.views(), self.seed)
+        with preserved_randomness(self.context.device), evaluating(level.backbone, level.head):
+            samples = FixedViews(*self._sample(self.context.data["pretext"], "pretext"), level.head.views(), self.seed)
             size = samples[0][0].shape[-1]
             first, second = self._features(samples, "pretext")
             if not (torch.isfinite(first).all() and torch.isfinite(second).all()):
                 return {"effective_rank": math.nan}, "the embedding is not finite in eval mode"
-            figures = collapse_figures(first, second)
-            rank = f"effective rank {figures['effective_rank']:.1f}/{min(first.shape)}  std {figures['std']:.2f}"
+            metrics = collapse_figures(first, second)
+            rank = f"effective rank {metrics['effective_rank']:.1f}/{min(first.shape)}  std {metrics['std']:.2f}"
             if self.labelled is None:
-                return figures, rank
+                return metrics, rank
             parts = self._labelled_features(size)
         top1 = {"knn": knn_accuracy(*parts, k=self.k)["top1"]}
         line = f"kNN top-1 {top1['knn']:.3f} (k={self.k}, {len(parts[0])} images)"
         if self.linear:
             top1["linear"] = linear_probe(*parts, epochs=LINEAR_EPOCHS, seed=self.seed).metrics["top1"]
             line += f"  linear top-1 {top1['linear']:.3f}"
-        return {**{f"{name}_top1": value for name, value in top1.items()}, **figures}, f"{line}  {rank}"
+        return {**{f"{name}_top1": value for name, value in top1.items()}, **metrics}, f"{line}  {rank}"
 
-    def _labelled_features(self, size: int) -> list[torch.Tensor]:
+    def _labelled_features(self, size: int) -> list[Tensor]:
         pixels = pretext_pixels(self.context.cfg)
         parts = []
         for role, dataset in self.labelled.items():
-            samples = CentralCrops(*self._drawn(dataset, role), size, pixels["mean"], pixels["std"])
+            samples = CentralCrops(*self._sample(dataset, role), size, pixels["mean"], pixels["std"])
             parts += self._features(samples, role)
         return parts
 
-    def _drawn(self, dataset: Dataset, role: str) -> tuple[Dataset, list[int]]:
-        return Readable(dataset, self.context.cfg, role), drawn(len(dataset), self.images, self.seed)
+    def _sample(self, dataset: Dataset, role: str) -> tuple[Dataset, list[int]]:
+        return Decodable(dataset, self.context.cfg, role), sample_indices(len(dataset), self.images, self.seed)
 
-    def _features(self, samples: Dataset, role: str) -> tuple[torch.Tensor, ...]:
+    def _features(self, samples: Dataset, role: str) -> tuple[Tensor, ...]:
         def embed(images: Tensor) -> Tensor:
-            if self.asked():
-                raise _Asked
+            if self.context.stop.asked():
+                raise _StopRequested
             return self.level.head.embed(self.level.backbone, images)
 
         loaders = self.context.cfg.dataloader
@@ -351,28 +330,25 @@ class Probe(HookBase):
             embed,
             samples,
             self.context.device,
-            max(1, loaders.pretext.batch_size // get_world_size()),  # what training, which needs more memory, takes
+            max(1, loaders.pretext.batch_size // get_world_size()),  # training, which needs more memory, uses it too
             loaders[role].get("num_workers", 0),
         )
 
 
-def build_probe(context: Context, trainer: Trainer, asked: Callable[[], bool] = lambda: False) -> Probe | None:
-    """The hook as `train.probe` describes it; None where it is off, or the stage trains no pretext method.
+def build_probe(context: Context, stage: Stage) -> Probe | None:
+    """Return the hook that `train.probe` describes; None if it is off or the stage trains no pretext method.
 
     Raises:
-        DatasetError: labels are to be had, and their sets, which this stage alone would not read, are missing.
+        DatasetError: the labelled data sets, which this stage alone would not read, are missing.
     """
     settings = context.cfg.train.probe
-    if not settings.period or trainer.name not in PROBED:
+    if not settings.period or not stage.probed:
         return None
-    level = trainer.levels()[PROBED[trainer.name]]
-    labelled = _labelled(context) if settings.k else None
-    figures = (settings.period, settings.images, settings.k, settings.linear)
-    return Probe(level, context, labelled, *figures, seed=context.cfg.train.seed, asked=asked)
+    return Probe(context, stage.probed, **settings, seed=context.cfg.train.seed)
 
 
 def _labelled(context: Context) -> dict[str, Dataset] | None:
-    """The sets `train` and `test` where the config's task is of classes, opened where the run has not."""
+    """Return the data sets `train` and `test` if the config's task has class targets, opened if the run has not."""
     cfg, roles = context.cfg, ("train", "test")
     classes = getattr(DOWNSTREAM_TASKS.get(cfg.task.name), "single_label", False)
     if not classes or not all(role in cfg.dataloader for role in roles):
@@ -381,8 +357,8 @@ def _labelled(context: Context) -> dict[str, Dataset] | None:
         data = context.data if set(roles) <= context.data.keys() else build_datasets(cfg, set(roles))
     except DatasetError as error:
         raise DatasetError(
-            f"{error}\nIt is train.probe that asks for it, to measure kNN; train.probe.k=0 leaves that out."
+            f"{error}\ntrain.probe needs this data set to measure kNN; train.probe.k=0 switches that off."
         ) from error
-    if not all(isinstance(Readable(data[role], cfg, role)[0][1], int) for role in roles):
+    if not all(isinstance(Decodable(data[role], cfg, role)[0][1], int) for role in roles):
         return None
     return {role: data[role] for role in roles}

@@ -1,4 +1,4 @@
-"""Where a run starts: the weights that `train.init` names, cut at the run's own shared stage."""
+"""The weights that a run starts from, as `train.init` names them, split at the run's own shared stage."""
 
 from pathlib import Path
 from typing import Any
@@ -11,9 +11,11 @@ from torch import Tensor
 from bissl_zoo.backbones import Backbone, Tail, merge_split_states
 from bissl_zoo.config import instantiate
 from bissl_zoo.engine.build import Weights, build_split_backbone
-from bissl_zoo.engine.trainer import load_state
+from bissl_zoo.engine.trainer import load_state, take
 from bissl_zoo.errors import CheckpointError, did_you_mean
-from bissl_zoo.runs.checkpoint import Checkpointer, load_checkpoint, sha256_of
+from bissl_zoo.files import sha256_of
+from bissl_zoo.registry import STAGES
+from bissl_zoo.runs.checkpoint import Checkpointer, CheckpointInfo, load_checkpoint
 from bissl_zoo.runs.directory import load_run_config
 from bissl_zoo.runs.metadata import read_facts
 from bissl_zoo.zoo import Zoo, default_zoo
@@ -25,15 +27,15 @@ ZOO_PREFIX = "zoo:"
 
 
 def load_init(init: str | None, cfg: DictConfig, evaluate: bool = False) -> tuple[Weights, list[dict[str, str]]]:
-    """The weights that `train.init` names, and their ancestors: name and sha256, from their own file to the root.
+    """Return the weights that `train.init` names, and their lineage: name and sha256, from themselves to the root.
 
     Args:
         init: None for random weights; a `.safetensors` file of a backbone under timm's names; a run directory;
-            `zoo:NAME` for a zoo entry, whose pretext head comes along where it is of the config's pretext method.
-        evaluate: take the fine-tuned model of a run directory rather than the backbone to start from.
+            `zoo:NAME` for a zoo entry, with its pretext head if it has the config's pretext method.
+        evaluate: load the fine-tuned model of a run directory rather than the backbone to start from.
     Raises:
-        CheckpointError: nothing of that name, damaged, or of another architecture.
-        ZooError: an entry that is damaged.
+        CheckpointError: it does not exist, is damaged, or has another architecture.
+        ZooError: the entry is damaged.
     """
     if init is None:
         return Weights(), []
@@ -44,7 +46,7 @@ def load_init(init: str | None, cfg: DictConfig, evaluate: bool = False) -> tupl
         if PRETEXT_FILE in entry.record["files"] and entry.record.get("pretext") == cfg.pretext.name:
             pretext = entry.weights(PRETEXT_FILE)
         origin = {"name": pin(entry.name), "sha256": entry.record["files"][WEIGHTS_FILE]["sha256"]}
-        ancestors = [origin, *entry.ancestors()]
+        lineage = [origin, *entry.ancestors()]
     elif path.is_dir():
         return _from_run(path, cfg, evaluate)
     elif path.is_file():
@@ -52,104 +54,115 @@ def load_init(init: str | None, cfg: DictConfig, evaluate: bool = False) -> tupl
             state = load_file(path)
         except SafetensorError as error:
             raise CheckpointError(f"train.init: {path} is not a safetensors file ({error}).") from error
-        ancestors = [{"name": path.name, "sha256": sha256_of(path)}]
+        lineage = [{"name": path.name, "sha256": sha256_of(path)}]
     else:
         names = [f"{ZOO_PREFIX}{name}" for name in zoo_of(cfg).entries()]
         hint = did_you_mean(f"{ZOO_PREFIX}{init}", names)
         raise CheckpointError(
-            f"train.init='{init}' is no file and no run directory. An entry of the zoo is written zoo:NAME.{hint}"
+            f"train.init='{init}' is neither a file nor a run directory. An entry of the zoo is written zoo:NAME.{hint}"
         )
     load_state(instantiate(cfg.backbone), state, f"backbone of '{init}'")
-    return resplit(Weights(state, pretext=pretext), *build_split_backbone(cfg)), ancestors
+    return resplit(Weights(state, pretext=pretext), *build_split_backbone(cfg)), lineage
 
 
-def as_begun(init: str | None, folder: Path) -> str | None:
-    """What the run in `folder` started from: of `zoo:NAME` the version that it took, and not one that came later."""
-    ancestors = read_facts(folder).get("ancestors")
-    if not init or not init.startswith(ZOO_PREFIX) or not ancestors:
+def pinned_init(init: str | None, folder: Path) -> str | None:
+    """Return `train.init` of the run in `folder`; of `zoo:NAME` with the version that the run started from."""
+    lineage = read_facts(folder).get("ancestors")
+    if not init or not init.startswith(ZOO_PREFIX) or not lineage:
         return init
-    name = ancestors[0]["name"]
+    name = lineage[0]["name"]
     return f"{ZOO_PREFIX}{name}" if split_version(name)[0] == init.removeprefix(ZOO_PREFIX) else init
 
 
 def zoo_of(cfg: DictConfig) -> Zoo:
-    """The zoo that a config reads from and publishes to; `train.zoo` is one location or a list of them."""
-    told = cfg.train.zoo
-    locations = [told] if isinstance(told, str) else told
+    """Return the zoo that a config reads from and publishes to: `train.zoo`, one location or a list of them."""
+    locations = [cfg.train.zoo] if isinstance(cfg.train.zoo, str) else cfg.train.zoo
     return Zoo(*locations) if locations else default_zoo()
 
 
-def _from_run(folder: Path, cfg: DictConfig, evaluate: bool) -> tuple[Weights, list[dict[str, str]]]:
+def newest_weights(folder: Path, cfg: DictConfig, evaluated: bool = False) -> tuple[str, CheckpointInfo, Weights]:
+    """Return stage, manifest and weights of the last finished stage of the run in `folder`.
+
+    Args:
+        cfg: the config of that run.
+        evaluated: of the last stage that fine-tunes, rather than of the last one that leaves a backbone.
+    Raises:
+        CheckpointError: there is no such checkpoint, or its stage has not finished.
+    """
     checkpoints = Checkpointer(folder / "checkpoints")
-    stages = ("finetune",) if evaluate else ("bissl", "pretrain", "finetune")
+    stages = [STAGES.build(name) for name in reversed(cfg.train.stages)]
+    stages = [stage for stage in stages if (stage.evaluates if evaluated else "backbone" in stage.provides)]
     for stage in stages:
-        newest = checkpoints.newest(stage)
+        newest = checkpoints.newest(stage.name)
         if newest is None:
             continue
         info, state = load_checkpoint(newest)
-        if info.architecture != cfg.backbone.name:
-            raise CheckpointError(
-                f"{newest} holds a '{info.architecture}', the configuration a '{cfg.backbone.name}'. "
-                f"Set backbone.name={info.architecture}, or start from another run."
-            )
         if not info.done:
             raise CheckpointError(
-                f"{newest} is of an unfinished stage (step {info.step} of {info.total_steps}); --resume it first."
+                f"{newest} belongs to an unfinished stage (step {info.step} of {info.total_steps}); --resume it first."
             )
-        weights = weights_of(stage, state)
-        origin = {"name": f"{folder.name} ({stage})", "sha256": info.sha256}
-        ancestors = [origin, *read_facts(folder).get("ancestors", [])]
-        if evaluate:
-            return weights, ancestors
-        weights = resplit(weights, *build_split_backbone(cfg))
-        if load_run_config(folder).pretext.name != cfg.pretext.name:
-            weights.pretext = None  # of another method; the backbone's tail in it is in weights.tail now
-        return weights, ancestors
-    raise CheckpointError(f"The run directory {folder} holds no checkpoint of {' or '.join(stages)}.")
+        return stage.name, info, weights_of(stage.name, state)
+    names = " or ".join(stage.name for stage in stages)
+    raise CheckpointError(
+        f"The run directory {folder} holds no checkpoint of {names or 'a stage that leaves such weights'}."
+    )
+
+
+def _from_run(folder: Path, cfg: DictConfig, evaluate: bool) -> tuple[Weights, list[dict[str, str]]]:
+    run_cfg = load_run_config(folder)
+    try:
+        stage, info, weights = newest_weights(folder, run_cfg, evaluate)
+    except CheckpointError:
+        if evaluate or any("backbone" in STAGES.get(name).provides for name in run_cfg.train.stages):
+            raise
+        stage, info, weights = newest_weights(folder, run_cfg, evaluated=True)  # a run that only fine-tunes
+    if info.architecture != cfg.backbone.name:
+        raise CheckpointError(
+            f"{folder} holds a '{info.architecture}', the configuration a '{cfg.backbone.name}'. "
+            f"Set backbone.name={info.architecture}, or start from another run."
+        )
+    lineage = [{"name": f"{folder.name} ({stage})", "sha256": info.sha256}, *read_facts(folder).get("ancestors", [])]
+    if evaluate:
+        return weights, lineage
+    weights = resplit(weights, *build_split_backbone(cfg))
+    if run_cfg.pretext.name != cfg.pretext.name:
+        weights.pretext = None  # of another method; weights.tail has the backbone's tail
+    return weights, lineage
 
 
 def weights_of(stage: str, state: dict[str, Any]) -> Weights:
-    """The weights that a finished stage's checkpoint hands on.
+    """Return the weights in a checkpoint of the finished stage.
 
     Raises:
-        CheckpointError: they are not in it.
+        CheckpointError: they are missing.
     """
     try:
-        levels = state["levels"]
-        if stage == "bissl":
-            parts = {"backbone": levels["lower"]["backbone"], "pretext": levels["lower"]["head"]}
-            parts["task"] = levels["upper"]["head"]
-        else:
-            source = levels["level"]
-            if "best" in state:
-                source = state["best"]["weights"]
-            if "average" in state:
-                source = {part: _take(dict(state["average"]), f"{part}.") for part in ("backbone", "head")}
-            parts = {"backbone": source["backbone"], "pretext" if stage == "pretrain" else "task": source["head"]}
-        if not all(isinstance(value, Tensor) for part in parts.values() for value in part.values()):
-            raise TypeError("weights that are no tensors")
+        weights = STAGES.build(stage).weights_of(state)
+        parts = (weights.backbone, weights.pretext, weights.task)
+        if not all(isinstance(value, Tensor) for part in parts if part is not None for value in part.values()):
+            raise TypeError("weights that are not tensors")
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise CheckpointError(
             f"The checkpoint holds no weights of the stage {stage} ({type(error).__name__}: {error})."
         ) from error
-    return Weights(**parts)
+    return weights
 
 
 def resplit(weights: Weights, trunk: Backbone, tail: Tail) -> Weights:
-    """The same weights, cut where `trunk` and `tail` are, wherever they were cut before or if they are still whole.
+    """Return the same weights, split as `trunk` and `tail` are, wherever they were split before, or whole.
 
     The tail of a backbone is in its pretext head's state, and so are copies of trunk and tail that the method keeps, as
-    pairs of modules named `backbone` and `tail` (BYOL's teacher). Without a tail weights stay as they are.
+    pairs of modules named `backbone` and `tail` (BYOL's teacher). Weights without a tail are returned unchanged.
     """
     shared, rest = trunk.state_dict().keys(), tail.state_dict().keys()
     pretext = dict(weights.pretext or {})
-    whole = merge_split_states(weights.backbone, _take(pretext, "tail."))
+    whole = merge_split_states(weights.backbone, take(pretext, "tail."))
     if whole.keys() != shared | rest:
         return weights
     copies = {key.split(".tail.")[0] for key in pretext if ".tail." in key}
     copies |= {key.split(".backbone.")[0] for key in pretext if ".backbone." in key}
     for copy in copies:
-        copied = merge_split_states(_take(pretext, f"{copy}.backbone."), _take(pretext, f"{copy}.tail."))
+        copied = merge_split_states(take(pretext, f"{copy}.backbone."), take(pretext, f"{copy}.tail."))
         pretext |= {f"{copy}.{'backbone' if key in shared else 'tail'}.{key}": v for key, v in copied.items()}
     tail_state = {key: whole[key] for key in rest}
     pretext |= {f"tail.{key}": value for key, value in tail_state.items()}
@@ -159,7 +172,3 @@ def resplit(weights: Weights, trunk: Backbone, tail: Tail) -> Weights:
         pretext=None if weights.pretext is None else pretext,
         task=weights.task,
     )
-
-
-def _take(state: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    return {key[len(prefix) :]: state.pop(key) for key in list(state) if key.startswith(prefix)}

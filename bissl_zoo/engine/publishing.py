@@ -7,12 +7,11 @@ import timm
 from omegaconf import DictConfig
 
 from bissl_zoo.backbones import merge_split_states
-from bissl_zoo.engine.build import Weights
 from bissl_zoo.engine.features import pretext_pixels
-from bissl_zoo.engine.init import weights_of, zoo_of
-from bissl_zoo.errors import CheckpointError, ConfigError
-from bissl_zoo.registry import BACKBONES
-from bissl_zoo.runs.checkpoint import Checkpointer, load_checkpoint, write_atomically
+from bissl_zoo.engine.init import newest_weights, zoo_of
+from bissl_zoo.errors import CheckpointError, ConfigError, ZooError
+from bissl_zoo.registry import BACKBONES, STAGES
+from bissl_zoo.runs.checkpoint import write_atomically
 from bissl_zoo.runs.directory import CONFIG_FILE, load_run_config
 from bissl_zoo.runs.metadata import arguments_of, read_facts, read_json
 from bissl_zoo.zoo import PublishedEntry, Zoo, publish_entry
@@ -20,8 +19,13 @@ from bissl_zoo.zoo import PublishedEntry, Zoo, publish_entry
 RESULTS_FILE, RECEIPT_FILE = "results.json", "zoo_entry.json"
 
 
+def publishes(cfg: DictConfig) -> bool:
+    """Return True if a run of this config ends in a zoo entry."""
+    return bool(cfg.train.publish.name) and any("backbone" in STAGES.get(s).provides for s in cfg.train.stages)
+
+
 def published(folder: Path) -> PublishedEntry | None:
-    """What the run has been published as last, None where it has not, or where its receipt cannot be read."""
+    """Return the last entry that the run was published as; None if there is none or its receipt is damaged."""
     try:
         receipt = read_json(folder / RECEIPT_FILE)
         texts = all(isinstance(value, str) for value in receipt.values())
@@ -30,43 +34,65 @@ def published(folder: Path) -> PublishedEntry | None:
         return None
 
 
-def check_entry_name(cfg: DictConfig, source: str) -> None:
-    """Raise where the entry that a run will end in is named after another network than the config's backbone.
-
-    Entries are named as timm's are, the architecture before the first dot.
+def publish_when_done(folder: Path, cfg: DictConfig) -> PublishedEntry | None:
+    """Publish a finished run if its config asks for it and it was not published before.
 
     Raises:
-        ConfigError: with the name that would be right.
+        ZooError: the zoo refused.
+    """
+    if not publishes(cfg):
+        return None
+    try:
+        return published(folder) or publish_run(folder, once=True)
+    except ZooError as error:
+        raise ZooError(
+            f"{error} The training is complete, and its results are in {folder / RESULTS_FILE}; --resume publishes "
+            "again."
+        ) from error
+
+
+def check_entry_name(cfg: DictConfig, source: str) -> None:
+    """Check that the entry is not named after another architecture, which is the part before the first dot.
+
+    Raises:
+        ConfigError: with the correct name.
     """
     name, architecture = cfg.train.publish.name, cfg.backbone.get("name")
-    if not isinstance(name, str) or not isinstance(architecture, str) or list(cfg.train.stages) == ["finetune"]:
+    if not isinstance(name, str) or not isinstance(architecture, str) or not publishes(cfg):
         return
-    said, dot, rest = name.partition(".")
-    own = architecture.partition(".")[0]
-    # of an unknown backbone its builder tells, with the nearest name
-    if said != own and timm.is_model(said) and architecture in BACKBONES:
+    prefix, dot, rest = name.partition(".")
+    expected = architecture.partition(".")[0]
+    # an unknown backbone is reported when it is built
+    if prefix != expected and timm.is_model(prefix) and architecture in BACKBONES:
         raise ConfigError(
-            f"{source}: train.publish.name is '{name}', and the backbone is no {said} but {architecture}. Set "
-            f"train.publish.name={own}{dot}{rest}, another name, or null to publish nothing."
+            f"{source}: train.publish.name is '{name}', and the backbone is no {prefix} but {architecture}. Set "
+            f"train.publish.name={expected}{dot}{rest}, another name, or null to publish nothing."
         )
 
 
+def write_results(folder: Path, results: dict[str, dict[str, float]]) -> None:
+    """Write `results.json`."""
+    write_atomically(folder / RESULTS_FILE, json.dumps(results, indent=2) + "\n")
+
+
 def read_results(folder: Path) -> dict[str, dict[str, float]]:
-    """The figures that a run left, by what they were measured from; empty where there are none.
+    """Return the metrics of a run by what was fine-tuned from; empty if there are none.
 
     Raises:
-        CheckpointError: the file is damaged, or was never one of figures.
+        CheckpointError: the file is damaged or holds something else.
     """
     results = read_json(folder / RESULTS_FILE)
-    if not all(isinstance(figures, dict) and all(map(_is_number, figures.values())) for figures in results.values()):
-        raise CheckpointError(f"{folder / RESULTS_FILE} holds other things than numbers. Restore the file from a copy.")
+    if not all(isinstance(metrics, dict) and all(map(_is_number, metrics.values())) for metrics in results.values()):
+        raise CheckpointError(f"{folder / RESULTS_FILE} holds values that are not numbers. Restore it from a copy.")
     return results
 
 
-def publish_run(folder: Path, name: str | None = None, zoo: Zoo | None = None, once: bool = False) -> PublishedEntry:
-    """Publish the backbone that the pretext stages of a run left: the lower level's of BiSSL, or that of pretraining.
+def _is_number(value: object) -> bool:
+    return isinstance(value, float) or (type(value) is int and abs(value) < 1 << 1000)
 
-    Its pretext head completes the backbone and, with the task's head, goes along.
+
+def publish_run(folder: Path, name: str | None = None, zoo: Zoo | None = None, once: bool = False) -> PublishedEntry:
+    """Publish the backbone of the last pretext stage of a run, with its pretext head and the task's head.
 
     Args:
         folder: the run directory.
@@ -74,7 +100,7 @@ def publish_run(folder: Path, name: str | None = None, zoo: Zoo | None = None, o
         zoo: None for `train.publish.zoo`, or the first of `train.zoo`.
         once: see `publish_entry`.
     Raises:
-        CheckpointError: there is no run, no finished pretext stage in it, or a file of it is damaged.
+        CheckpointError: there is no run, no finished pretext stage in it, or a file is damaged.
         ZooError: the zoo refused.
     """
     if not (folder / CONFIG_FILE).is_file():
@@ -83,18 +109,19 @@ def publish_run(folder: Path, name: str | None = None, zoo: Zoo | None = None, o
     name = name or cfg.train.publish.name
     if not name:
         raise CheckpointError(f"The run in {folder} names no entry (train.publish.name). Give one, as in --name mine.")
-    stage, weights = _finished(folder)
-    tail = {key[len("tail.") :]: value for key, value in weights.pretext.items() if key.startswith("tail.")}
+    _, _, weights = newest_weights(folder, cfg)
+    tail = {k[len("tail.") :]: value for k, value in (weights.pretext or {}).items() if k.startswith("tail.")}
+    aligned = weights.task is not None
     metadata = {
         **read_facts(folder),
         "pretext": cfg.pretext.name,
-        "task": cfg.task.name if stage == "bissl" else None,
-        "solver": cfg.solver.name if stage == "bissl" else None,
+        "task": cfg.task.name if aligned else None,
+        "solver": cfg.solver.name if aligned else None,
         "shared_stage": cfg.bilevel.shared_stage,
         "metrics": {
             f"{metric} ({start})": value
-            for start, figures in read_results(folder).items()
-            for metric, value in figures.items()
+            for start, metrics in read_results(folder).items()
+            for metric, value in metrics.items()
             if "/" not in metric
         },
         "seeds": [cfg.train.seed],
@@ -107,31 +134,12 @@ def publish_run(folder: Path, name: str | None = None, zoo: Zoo | None = None, o
         model_args=arguments_of(cfg.backbone, "name", "out_features"),
         pretrained_cfg=pretext_pixels(cfg),
         metadata=metadata,
-        train_config_text=(folder / "config.yaml").read_text(),
+        train_config_text=(folder / CONFIG_FILE).read_text(),
         pretext_head_state=weights.pretext,
         task_head_state=weights.task,
         zoo=zoo or cfg.train.publish.zoo or zoo_of(cfg),
         once=once,
     )
-    facts = {"name": entry.name, "location": entry.location, "sha256": entry.sha256}
-    write_atomically(folder / RECEIPT_FILE, json.dumps(facts, indent=2) + "\n")
+    receipt = {"name": entry.name, "location": entry.location, "sha256": entry.sha256}
+    write_atomically(folder / RECEIPT_FILE, json.dumps(receipt, indent=2) + "\n")
     return entry
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, float) or (type(value) is int and abs(value) < 1 << 1000)
-
-
-def _finished(folder: Path) -> tuple[str, Weights]:
-    checkpoints = Checkpointer(folder / "checkpoints")
-    for stage in ("bissl", "pretrain"):
-        newest = checkpoints.newest(stage)
-        if newest is None:
-            continue
-        info, state = load_checkpoint(newest)
-        if not info.done:
-            raise CheckpointError(
-                f"The stage {stage} of {folder} is at step {info.step} of {info.total_steps}; --resume the run first."
-            )
-        return stage, weights_of(stage, state)
-    raise CheckpointError(f"{folder} has finished neither pretrain nor bissl, so there is no backbone to publish.")

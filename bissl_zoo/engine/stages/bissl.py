@@ -1,63 +1,39 @@
-"""The BiSSL stage: warm-up of the heads that are new, then alternations between the levels."""
+"""The BiSSL stage (arXiv 2410.02387), and the warm-ups that train new heads before it."""
 
+import logging
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
 from fvcore.common.param_scheduler import ConstantParamScheduler
-from omegaconf import DictConfig
 
 from bissl_zoo.backbones import Backbone, Tail
 from bissl_zoo.bilevel import Adaptation, BiLevel
 from bissl_zoo.bilevel.level import Level
 from bissl_zoo.engine.build import (
-    Context,
-    Weights,
     build_downstream,
     build_level,
     build_part,
     build_pretext,
-    count_steps,
     pretext_batches,
-    seed_everything,
-    seed_rank,
     train_batches,
 )
-from bissl_zoo.engine.stages.pretrain import Pretrain
-from bissl_zoo.engine.trainer import SingleLevelTrainer, Trainer
+from bissl_zoo.engine.resume import seed_everything, seed_rank
+from bissl_zoo.engine.stages.pretrain import PretrainTrainer
+from bissl_zoo.engine.trainer import Context, SingleLevelTrainer, Stage, Trainer, Weights
+from bissl_zoo.errors import ConfigError, did_you_mean
 from bissl_zoo.optim import LRMultiplier, effective_learning_rate
-from bissl_zoo.pretext import PretextMethod
+from bissl_zoo.registry import STAGES
 
-PRETEXT_WARMUP = "pretext_warmup"
-HEAD_WARMUP = "head_warmup"
+logger = logging.getLogger(__name__)
 
-#: below this, the lower level has no time to follow the upper one
-LEAST_COUPLING = 0.3
-
-
-class PretextWarmup(Pretrain):
-    """Train a new pretext head on the frozen backbone, so that the lower level does not start from a random one."""
-
-    def __init__(self, level: Level) -> None:
-        super().__init__(level)
-        level.backbone.eval()
+#: smallest `lambda * lr_eff * lower steps` with which the lower level can follow the upper one
+MIN_COUPLING = 0.3
 
 
-class HeadWarmup(SingleLevelTrainer):
-    """Train the downstream head on the frozen backbone, so that the first hypergradients mean something."""
-
-    def __init__(self, level: Level, backbone_mode: str, weights: Weights) -> None:
-        super().__init__(level)
-        self.weights = weights
-        level.backbone.train(backbone_mode == "train")
-
-    def result(self) -> Weights:
-        """What came in, and the warm head."""
-        return replace(self.weights, task=self.level.head.state_dict())
-
-
-class Bissl(Trainer):
-    """Alternations of the bilevel problem; a step is an alternation."""
+class BisslTrainer(Trainer):
+    """Alternate between the levels of a bilevel problem; a step is an alternation."""
 
     headline = (
         "lower/total_loss",
@@ -70,137 +46,218 @@ class Bissl(Trainer):
     )
     record_key = "upper_step"
 
-    def __init__(self, problem: BiLevel) -> None:
+    def __init__(self, problem: BiLevel, entered: Weights | None = None) -> None:
         super().__init__("bissl", problem.alternations)
         self.problem = problem
+        self.entered = entered
 
     def run_step(self) -> dict[str, Any]:
-        """One alternation; its upper steps are the records, counted over the stage from 1."""
+        """Run one alternation; its upper steps are the records, numbered over the stage from 1."""
         before = self.problem.upper.step
         metrics = self.problem.alternate(self.step)
         self.records = [
-            {self.record_key: number, **figures}
-            for number, figures in enumerate(self.problem.diagnostics, before + 1)
-            if figures  # of a step that was undone there are none
+            {self.record_key: number, **record}
+            for number, record in enumerate(self.problem.diagnostics, before + 1)
+            if record  # empty if the step was undone
         ]
         return metrics
 
     def levels(self) -> dict[str, Level]:
-        """Both levels."""
+        """Return both levels."""
         return {"lower": self.problem.lower, "upper": self.problem.upper}
 
     def state_dict(self) -> dict[str, Any]:
-        """Both levels, the shift that automatic damping has come to, and the count of fallbacks."""
+        """Return the state of both levels, the shift of automatic damping, and the number of fallbacks."""
         return {**super().state_dict(), "shift": self.problem.shift, "fallbacks": self.problem.fallbacks}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue where `state_dict` was taken; without a shift in it, automatic damping begins anew."""
+        """Continue where `state_dict` was called; without a shift in it, automatic damping starts again."""
         super().load_state_dict(state)
         self.problem.shift = state.get("shift")
         self.problem.fallbacks = state.get("fallbacks", 0)
 
     def result(self) -> Weights:
-        """The lower backbone, which is what leaves the stage, and both heads."""
+        """Return the lower backbone and both heads."""
         lower, upper = self.problem.lower, self.problem.upper
-        return Weights(lower.backbone.state_dict(), pretext=lower.head.state_dict(), task=upper.head.state_dict())
+        return Weights(
+            lower.backbone.state_dict(),
+            pretext=lower.head.state_dict(),
+            task=upper.head.state_dict(),
+            previous=self.entered,
+        )
 
 
-def pretext_head_is_new(cfg: DictConfig, initial: Weights) -> bool:
-    """Whether nothing has trained a pretext head before the BiSSL stage: not the run, nor what it starts from."""
-    stages = cfg.train.stages
-    return "bissl" in stages and "pretrain" not in stages and initial.pretext is None
+@STAGES.register("bissl")
+class Bissl(Stage):
+    """Align the backbone with the downstream task; reads `bilevel` and `solver` of the config."""
+
+    name = "bissl"
+    data_roles = ("pretext", "train")
+    optimizers = ("lower", "upper")
+    requires = {"pretext": "pretext_warmup", "task": "head_warmup"}
+    provides = ("backbone", "pretext", "task")
+    follows = ("pretrain",)
+    unit = "alternation"
+    label = "bissl"
+    baseline_label = "pretrained"
+    probed = "lower"
+
+    def steps(self, context: Context) -> int:
+        """Return the number of alternations."""
+        return context.cfg.bilevel.alternations
+
+    def describe(self, context: Context) -> tuple[str, str]:
+        """Return alternations with their steps, and the batch sizes of both levels."""
+        b, loaders = context.cfg.bilevel, context.cfg.dataloader
+        length = f"{b.alternations} x ({b.lower_steps} lower, {b.upper_steps} upper)"
+        return length, f"{loaders.pretext.batch_size} and {loaders.train.batch_size}"
+
+    def check(self, context: Context, weights: Weights) -> None:
+        """Check that the solver's damping is positive together with lambda."""
+        solver, lam = build_part(context.cfg.solver), context.cfg.bilevel["lambda"]
+        damping = solver.damping
+        if damping == "auto":
+            if not getattr(solver, "iterations", 0) >= 1 or not getattr(solver, "tolerance", 0) > 0:
+                raise ConfigError(
+                    "solver.damping=auto is the smallest damping with which solver.iterations reach solver.tolerance; "
+                    "both must be positive. Set them, or give a number for solver.damping."
+                )
+        elif isinstance(damping, bool) or not isinstance(damping, (int, float)) or not lam + damping > 0:
+            raise ConfigError(
+                f"solver.damping is {damping!r}; it must be a number with bilevel.lambda + solver.damping > 0, or "
+                f"auto for an iterative solver.{did_you_mean(str(damping), ['auto'])}"
+            )
+
+    def announce(self, context: Context, weights: Weights, stages: Sequence[Stage]) -> None:
+        """Warn about a coupling that is too weak and about a pretext head that nothing has trained."""
+        value = coupling(context)
+        if value is not None and value < MIN_COUPLING:
+            logger.warning(
+                f"lambda * lr_eff * lower steps = {value:.2g}, below {MIN_COUPLING}: the lower level has no time to "
+                "follow the upper one, and the stage will have next to no effect. Raise bilevel.lambda."
+            )
+        earlier = stages[: stages.index(self)]
+        if weights.pretext is not None or any("pretext" in stage.provides for stage in earlier if stage.label):
+            return
+        missing = f"train.init brings no pretext head of {context.cfg.pretext.name}"
+        steps = sum(stage.steps(context) for stage in earlier if stage.name == self.requires["pretext"])
+        if steps:
+            logger.info(f"{missing}: a new one is trained for {steps} steps on the frozen backbone before this stage.")
+        else:
+            logger.warning(f"{missing} and bilevel.pretext_warmup has 0 steps: the BiSSL stage starts with a random one.")
+
+    def build(self, context: Context, weights: Weights, start_step: int = 0) -> BisslTrainer:
+        """Return the trainer of both levels, which start from the same backbone."""
+        cfg = context.cfg
+        settings = cfg.bilevel
+        seed_everything(cfg.train.seed)
+        lower_trunk, pretext = build_pretext(cfg, weights, context.device)
+        upper_trunk, task = build_downstream(context, weights)
+        # an alternation takes one more pretext batch, for the curvature
+        lower_batches = pretext_batches(context, pretext, cfg.train.seed + 1, start_step * (settings.lower_steps + 1))
+        upper_batches = train_batches(context, task, cfg.train.seed + 1, start_step * settings.upper_steps)
+        lower_total, upper_total = (n * settings.alternations for n in (settings.lower_steps, settings.upper_steps))
+        problem = BiLevel(
+            lower=build_level(cfg, "lower", "lower", lower_trunk, pretext, lower_batches, lower_total),
+            upper=build_level(cfg, "upper", "upper", upper_trunk, task, upper_batches, upper_total),
+            solver=build_part(cfg.solver),
+            lam=settings["lambda"],
+            gamma=settings.gamma,
+            lower_steps=settings.lower_steps,
+            upper_steps=settings.upper_steps,
+            alternations=settings.alternations,
+            adaptation=Adaptation(**settings.adaptation) if settings.adaptation else None,
+            curvature_batch_size=settings.curvature_batch_size,
+            update_bn_stats=settings.update_bn_stats,
+            hvp_mode=settings.hvp_mode,
+            on_bad_hypergradient=settings.on_bad_hypergradient,
+        )
+        seed_rank(cfg.train.seed + 1)
+        return BisslTrainer(problem, weights)
+
+    def weights_of(self, state: dict[str, Any]) -> Weights:
+        """Return the lower backbone and both heads of a checkpoint."""
+        lower, upper = state["levels"]["lower"], state["levels"]["upper"]
+        return Weights(lower["backbone"], pretext=lower["head"], task=upper["head"])
 
 
-def pretext_warmup_steps(context: Context) -> int:
-    """Optimizer steps of the pretext warm-up, where there is one."""
-    cfg = context.cfg
-    section = cfg.bilevel.pretext_warmup
-    return count_steps(section, "bilevel.pretext_warmup", context.data["pretext"], cfg.dataloader.pretext.batch_size)
+class PretextWarmupTrainer(PretrainTrainer):
+    """Train a new pretext head on the frozen backbone, in eval mode."""
+
+    def __init__(self, level: Level) -> None:
+        super().__init__(level)
+        level.backbone.eval()
 
 
-def warmup_steps(context: Context) -> int:
-    """Optimizer steps of the head warm-up."""
-    cfg = context.cfg
-    section = cfg.bilevel.head_warmup
-    return count_steps(section, "bilevel.head_warmup", context.data["train"], cfg.dataloader.train.batch_size)
+@STAGES.register("pretext_warmup")
+class PretextWarmup(Stage):
+    """Train a new pretext head on the frozen backbone, so that the lower level does not start from a random one."""
+
+    name = "pretext_warmup"
+    data_roles = ("pretext",)
+    optimizers = ("lower",)
+    section, epoch_role = "bilevel.pretext_warmup", "pretext"
+    provides = ("pretext",)
+
+    def build(self, context: Context, weights: Weights, start_step: int = 0) -> PretextWarmupTrainer:
+        """Return the trainer of the head, with the lower level's optimizer at its base rate."""
+        cfg = context.cfg
+        seed_everything(cfg.train.seed)
+        trunk, pretext = build_pretext(cfg, weights, context.device)
+        for module in pretext.modules():  # the tail, and copies of trunk and tail such as a teacher's, which stay equal
+            if isinstance(module, (Backbone, Tail)):
+                module.requires_grad_(False).eval()
+        batches = pretext_batches(context, pretext, cfg.train.seed, start_step)
+        level = build_level(
+            cfg, self.name, "lower", trunk, pretext, batches, self.steps(context), train_backbone=False
+        )
+        level.lr_scheduler = LRMultiplier(ConstantParamScheduler(1.0))  # that of `lower` is made for the alternations
+        seed_rank(cfg.train.seed)
+        return PretextWarmupTrainer(level)
 
 
-def bissl_steps(context: Context) -> int:
-    """Alternations of the stage."""
-    return context.cfg.bilevel.alternations
+class HeadWarmupTrainer(SingleLevelTrainer):
+    """Train the downstream head on the frozen backbone."""
+
+    def __init__(self, level: Level, backbone_mode: str, weights: Weights) -> None:
+        super().__init__(level)
+        self.weights = weights
+        level.backbone.train(backbone_mode == "train")
+
+    def result(self) -> Weights:
+        """Return the weights the stage started from, with the trained head."""
+        return replace(self.weights, task=self.level.head.state_dict())
 
 
-def build_pretext_warmup(context: Context, weights: Weights, start_step: int = 0) -> PretextWarmup:
-    """The warm-up: the lower level's optimizer at its base rate, on the frozen backbone, tail included."""
-    cfg = context.cfg
-    seed_everything(cfg.train.seed)
-    trunk, pretext = build_pretext(cfg, weights, context.device)
-    _freeze_backbones(pretext)
-    batches = pretext_batches(context, pretext, cfg.train.seed, start_step)
-    level = build_level(
-        cfg, PRETEXT_WARMUP, "lower", trunk, pretext, batches, pretext_warmup_steps(context), train_backbone=False
-    )
-    level.lr_scheduler = LRMultiplier(ConstantParamScheduler(1.0))  # that of `lower` is made for the alternations
-    seed_rank(cfg.train.seed)
-    return PretextWarmup(level)
+@STAGES.register("head_warmup")
+class HeadWarmup(Stage):
+    """Train the downstream head on the frozen backbone, so that the first hypergradients are meaningful."""
 
+    name = "head_warmup"
+    data_roles = ("train",)
+    optimizers = ("head_warmup",)
+    section, epoch_role = "bilevel.head_warmup", "train"
+    provides = ("task",)
 
-def _freeze_backbones(pretext: PretextMethod) -> None:
-    """Freeze the tail, and copies of trunk and tail such as a teacher's, which stay equal to what they copy."""
-    for module in pretext.modules():
-        if isinstance(module, (Backbone, Tail)):
-            module.requires_grad_(False).eval()
-
-
-def build_head_warmup(context: Context, weights: Weights, start_step: int = 0) -> HeadWarmup:
-    """The warm-up: the upper level's optimizer at its base rate, on the frozen backbone."""
-    cfg = context.cfg
-    seed_everything(cfg.train.seed)
-    trunk, task = build_downstream(context, Weights(weights.backbone))
-    batches = train_batches(context, task, cfg.train.seed, start_step)
-    level = build_level(
-        cfg, HEAD_WARMUP, HEAD_WARMUP, trunk, task, batches, warmup_steps(context), train_backbone=False
-    )
-    seed_rank(cfg.train.seed)
-    return HeadWarmup(level, cfg.bilevel.head_warmup.backbone_mode, weights)
-
-
-def build_bissl(context: Context, weights: Weights, start_step: int = 0) -> Bissl:
-    """The alternations, both levels from the same backbone; `start_step` counts alternations done."""
-    cfg = context.cfg
-    settings = cfg.bilevel
-    seed_everything(cfg.train.seed)
-    lower_trunk, pretext = build_pretext(cfg, weights, context.device)
-    upper_trunk, task = build_downstream(context, weights)
-    # each alternation takes one more pretext batch, the one that defines the curvature
-    lower_batches = pretext_batches(context, pretext, cfg.train.seed + 1, start_step * (settings.lower_steps + 1))
-    upper_batches = train_batches(context, task, cfg.train.seed + 1, start_step * settings.upper_steps)
-    lower_total, upper_total = (n * settings.alternations for n in (settings.lower_steps, settings.upper_steps))
-    problem = BiLevel(
-        lower=build_level(cfg, "lower", "lower", lower_trunk, pretext, lower_batches, lower_total),
-        upper=build_level(cfg, "upper", "upper", upper_trunk, task, upper_batches, upper_total),
-        solver=build_part(cfg.solver),
-        lam=settings["lambda"],
-        gamma=settings.gamma,
-        lower_steps=settings.lower_steps,
-        upper_steps=settings.upper_steps,
-        alternations=settings.alternations,
-        adaptation=Adaptation(**settings.adaptation) if settings.adaptation else None,
-        curvature_batch_size=settings.curvature_batch_size,
-        update_bn_stats=settings.update_bn_stats,
-        hvp_mode=settings.hvp_mode,
-        on_bad_hypergradient=settings.on_bad_hypergradient,
-    )
-    seed_rank(cfg.train.seed + 1)
-    return Bissl(problem)
+    def build(self, context: Context, weights: Weights, start_step: int = 0) -> HeadWarmupTrainer:
+        """Return the trainer of a new head, with the optimizer `head_warmup`."""
+        cfg = context.cfg
+        seed_everything(cfg.train.seed)
+        trunk, task = build_downstream(context, Weights(weights.backbone))
+        batches = train_batches(context, task, cfg.train.seed, start_step)
+        level = build_level(
+            cfg, self.name, self.name, trunk, task, batches, self.steps(context), train_backbone=False
+        )
+        seed_rank(cfg.train.seed)
+        return HeadWarmupTrainer(level, cfg.bilevel.head_warmup.backbone_mode, weights)
 
 
 def coupling(context: Context) -> float | None:
-    """`lambda * lr_eff * lower steps`: how many time constants the lower level has to follow the upper one.
+    """Return `lambda * lr_eff * lower steps`, the number of time constants in which the lower level follows the upper.
 
-    `lr_eff = lr / (1 - momentum)`, summed over the schedule. Of the order of 1 to 10 is wanted. None where the lower
-    optimizer is not SGD: steps of LARS, LAMB and Adam are not the rate times the gradient but scaled anew each time,
-    so that the pull `lambda * (theta_P - theta_D)` has no rate of its own.
+    `lr_eff = lr / (1 - momentum)`, summed over the schedule. Values from 1 to 10 are useful. None if the lower
+    optimizer is not SGD: LARS, LAMB and Adam rescale each step, so the pull `lambda * (theta_P - theta_D)` has no
+    constant rate.
     """
     cfg = context.cfg
     optimizer = build_part(cfg.optimizer.lower, params=[torch.zeros(1, requires_grad=True)])

@@ -1,5 +1,6 @@
-"""The finetune stage: backbone and a new head are trained on the downstream task."""
+"""The finetune stage: train backbone and a new head on the downstream task, and evaluate on the test set."""
 
+from collections.abc import Sequence
 from typing import Any
 
 from omegaconf import DictConfig
@@ -9,29 +10,20 @@ from torch import Tensor, nn
 from bissl_zoo.backbones import Backbone
 from bissl_zoo.bilevel.level import Level
 from bissl_zoo.downstream import DownstreamTask
-from bissl_zoo.engine.build import (
-    Context,
-    Weights,
-    build_downstream,
-    build_level,
-    count_steps,
-    seed_everything,
-    seed_rank,
-    train_batches,
-)
-from bissl_zoo.engine.trainer import SingleLevelTrainer, load_state
-from bissl_zoo.errors import ConfigError
-
-#: the fine-tuning from the backbone that entered the BiSSL stage
-BASELINE = "finetune_pretrained"
+from bissl_zoo.engine.build import build_downstream, build_level, build_part, train_batches
+from bissl_zoo.engine.evaluate import metric_names
+from bissl_zoo.engine.resume import seed_everything, seed_rank
+from bissl_zoo.engine.trainer import Context, SingleLevelTrainer, Stage, Weights, load_state
+from bissl_zoo.errors import ConfigError, did_you_mean
+from bissl_zoo.registry import STAGES
 
 
-class Finetune(SingleLevelTrainer):
+class FinetuneTrainer(SingleLevelTrainer):
     """Train backbone and task head on the downstream task.
 
     Attributes:
-        best: the weights that were best on validation data, with their `step`, the `value` and the number of
-            evaluations `since`; None where nobody remembers any.
+        best: the weights that were best on the validation set, with their `step`, the metric's `value` and the number
+            of evaluations `since`; None before the first evaluation.
     """
 
     def __init__(self, level: Level) -> None:
@@ -39,31 +31,27 @@ class Finetune(SingleLevelTrainer):
         self.best: dict[str, Any] | None = None
 
     def remember(self, value: float) -> None:
-        """The present weights are the best so far."""
+        """Save a copy of the current weights as the best so far."""
         weights = {part: _copy(module) for part, module in self._parts().items()}
         self.best = {"step": self.step, "value": value, "since": 0, "weights": weights}
 
     def take_best(self) -> None:
-        """Go back to the best weights, where some are remembered."""
+        """Load the best weights, if there are any."""
         for part, module in self._parts().items() if self.best else ():
             load_state(module, self.best["weights"][part], f"best {part}")
 
     def state_dict(self) -> dict[str, Any]:
-        """The level, and the best weights where there are some."""
+        """Return the state of the level, and the best weights."""
         return {**super().state_dict(), **({"best": self.best} if self.best else {})}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue where `state_dict` was taken.
+        """Continue where `state_dict` was called.
 
         Raises:
-            CheckpointError: the state is of another architecture.
+            CheckpointError: the state belongs to another architecture.
         """
         super().load_state_dict(state)
         self.best = state.get("best")
-
-    def result(self) -> Weights:
-        """The fine-tuned trunk and its head."""
-        return Weights(backbone=self.level.backbone.state_dict(), task=self.level.head.state_dict())
 
     def _parts(self) -> dict[str, nn.Module]:
         return {"backbone": self.level.backbone, "head": self.level.head}
@@ -73,32 +61,73 @@ def _copy(module: nn.Module) -> dict[str, Tensor]:
     return {name: tensor.detach().clone() for name, tensor in module.state_dict().items()}
 
 
-def finetune_steps(context: Context) -> int:
-    """Optimizer steps of the stage."""
-    cfg = context.cfg
-    return count_steps(cfg.finetune, "finetune", context.data["train"], cfg.dataloader.train.batch_size)
+@STAGES.register("finetune")
+class Finetune(Stage):
+    """Fine-tune from a backbone; reads `finetune` of the config.
 
+    Args:
+        start: the label of the backbone, for the results.
+        baseline: fine-tune from the backbone that entered the stage before, for comparison.
+    """
 
-def build_finetune(context: Context, weights: Weights, start_step: int = 0, name: str = "finetune") -> Finetune:
-    """The stage from `weights.backbone` and a new head; two of the same seed get the same head and the same batches."""
-    cfg = context.cfg
-    seed_everything(cfg.train.seed + 2)
-    trunk, task = build_downstream(context, Weights(weights.backbone))
-    batches = train_batches(context, task, cfg.train.seed + 2, start_step)
-    groups = trained_parameters(cfg, trunk, task)
-    level = build_level(cfg, name, "finetune", trunk, task, batches, finetune_steps(context), groups=groups)
-    seed_rank(cfg.train.seed + 2)
-    return Finetune(level)
+    name = "finetune"
+    data_roles = ("train", "val", "test")
+    optimizers = ("finetune",)
+    section, epoch_role = "finetune", "train"
+    follows = ("pretrain", "bissl")
+    evaluates = True
+
+    def __init__(self, start: str | None = "init", baseline: bool = False) -> None:
+        self.start, self.baseline = start, baseline
+        if baseline:
+            self.name = "finetune_pretrained"
+
+    def expand(self, context: Context, earlier: Sequence[Stage]) -> list[Stage]:
+        """Return the stage, after the baseline if `finetune.baseline` asks for one and there is something to compare."""
+        last = next((stage for stage in reversed(earlier) if stage.label), None)
+        if last is None:
+            return [self]
+        self.start = last.label
+        if not (context.cfg.finetune.baseline and last.baseline_label):
+            return [self]
+        return [type(self)(last.baseline_label, baseline=True), self]
+
+    def check(self, context: Context, weights: Weights) -> None:
+        """Check the optimizer's parameter groups and the metric of early stopping."""
+        cfg = context.cfg
+        if self.baseline:
+            return
+        trunk, task = build_downstream(context, Weights(weights.backbone))
+        build_part(cfg.optimizer.finetune, params=trained_parameters(cfg, trunk, task))
+        metric = cfg.finetune.early_stopping.metric
+        names = metric_names(context, trunk, task, "val") if metric else ()
+        if metric and metric not in names:
+            raise ConfigError(
+                f"finetune.early_stopping.metric is '{metric}', which the task '{cfg.task.name}' does not measure."
+                f"{did_you_mean(metric, names)} Its metrics: {', '.join(name for name in names if '/' not in name)}."
+            )
+
+    def build(self, context: Context, weights: Weights, start_step: int = 0) -> FinetuneTrainer:
+        """Return the trainer from a backbone and a new head; baseline and fine-tuning get equal heads and batches."""
+        cfg = context.cfg
+        source = weights.previous or weights if self.baseline else weights
+        seed_everything(cfg.train.seed + 2)
+        trunk, task = build_downstream(context, Weights(source.backbone))
+        batches = train_batches(context, task, cfg.train.seed + 2, start_step)
+        groups = trained_parameters(cfg, trunk, task)
+        level = build_level(cfg, self.name, "finetune", trunk, task, batches, self.steps(context), groups=groups)
+        seed_rank(cfg.train.seed + 2)
+        return FinetuneTrainer(level)
 
 
 def trained_parameters(cfg: DictConfig, trunk: Backbone, task: DownstreamTask) -> list[Any]:
-    """What the stage's optimizer is given: the parameters, in groups with a learning rate each where rates decay.
+    """Freeze the backbone up to `finetune.freeze_at` and return the parameters for the stage's optimizer.
 
-    What `finetune.freeze_at` excludes is frozen here.
+    With `finetune.layer_decay` they are groups, each with its learning rate.
 
     Raises:
-        ConfigError: the backbone does not say what its layers are, or the optimizer has no learning rate to scale.
-        SplitError: it has no stage of that name.
+        ConfigError: timm does not define layers for the backbone, or the optimizer has no learning rate.
+        SplitError: the backbone has no stage of that name.
     """
     settings = cfg.finetune
     if settings.freeze_at:
@@ -107,9 +136,7 @@ def trained_parameters(cfg: DictConfig, trunk: Backbone, task: DownstreamTask) -
     if settings.layer_decay is None:
         return trained
     if not hasattr(trunk.model, "group_matcher"):
-        raise ConfigError(
-            f"finetune.layer_decay: timm's '{trunk.name}' does not say which its layers are. Set it to null."
-        )
+        raise ConfigError(f"finetune.layer_decay: timm defines no layers for '{trunk.name}'. Set it to null.")
     rate = cfg.optimizer.finetune.get("lr")
     if rate is None:
         raise ConfigError("finetune.layer_decay needs optimizer.finetune.lr, the rate of the task's head.")
