@@ -23,7 +23,7 @@ from pathlib import Path
 import torch
 from tabulate import tabulate
 
-from bissl_zoo.engine.randomness import random_state
+from bissl_zoo.engine.resume import random_state
 from bissl_zoo.registry import build_backbone, build_pretext
 from bissl_zoo.runs.checkpoint import Checkpointer, verify
 from bissl_zoo.runs.state_files import read_state

@@ -36,8 +36,8 @@ from torch.utils.data import DataLoader
 from bissl_zoo.config import LazyCall as L
 from bissl_zoo.config import load_config
 from bissl_zoo.data.datasets.catalog import datasets_root
-from bissl_zoo.engine.build import seed_everything
-from bissl_zoo.engine.features import CentralCrops, drawn, extract_features, load_frozen
+from bissl_zoo.engine.features import CentralCrops, extract_features, load_frozen, sample_indices
+from bissl_zoo.engine.resume import seed_everything
 from bissl_zoo.engine.runner import run
 from bissl_zoo.evaluation import knn_accuracy
 from bissl_zoo.evaluation.collapse import effective_rank
@@ -132,7 +132,7 @@ def figures(model: nn.Module) -> dict[str, float]:
 def crops(split: str) -> list[tuple[Tensor, int]]:
     """Labelled images as a network is shown them; in memory, since every run looks at them."""
     images = build_dataset(**FOLDER, split=split)
-    chosen = CentralCrops(images, drawn(len(images), LABELLED[split], seed=0), SIZE)
+    chosen = CentralCrops(images, sample_indices(len(images), LABELLED[split], seed=0), SIZE)
     return [chosen[position] for position in range(len(chosen))]
 
 

@@ -40,7 +40,7 @@ from bissl_zoo.data.loaders import build_train_loader
 from bissl_zoo.data.samples import TransformedDataset
 from bissl_zoo.data.views import two_views
 from bissl_zoo.engine.build import ViewsOnly
-from bissl_zoo.engine.stages.pretrain import Pretrain, compile_backbones
+from bissl_zoo.engine.stages.pretrain import PretrainTrainer, compile_backbones
 from bissl_zoo.optim import LRMultiplier
 from bissl_zoo.registry import build_backbone, build_pretext
 
@@ -113,7 +113,7 @@ class Bench:
         constant = LRMultiplier(ConstantParamScheduler(1.0))
         size = self.args.batch
         level = Level("pretrain", trunk, method, optimizer, batches, constant, 10**6, 10.0, self.amp, batch_size=size)
-        return Pretrain(level).run_step
+        return PretrainTrainer(level).run_step
 
     def bare(self, batches: Iterator) -> Callable[[], None]:
         """A step of the loop that one would write by hand, clipped as the stage's is."""

@@ -27,7 +27,7 @@ from bissl_zoo.distributed import (
     on_main_process,
     unflatten_like,
 )
-from bissl_zoo.engine.build import seed_rank
+from bissl_zoo.engine.resume import seed_rank
 from bissl_zoo.errors import BisslZooError, ConfigError
 from bissl_zoo.evaluation import DetectionEvaluator, TopKEvaluator
 

@@ -41,7 +41,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--config-file", metavar="FILE", help="take the data sets of this config")
     parser.add_argument("--train-folder", type=Path, metavar="DIR", help="or images to learn from, by class folder")
     parser.add_argument("--test-folder", type=Path, metavar="DIR", help="and images to be tested on, likewise")
-    parser.add_argument("--images", type=int, metavar="N", help="most images of either set, drawn; default: all")
+    parser.add_argument("--images", type=int, metavar="N", help="largest number of images of each set; default: all")
     parser.add_argument("--size", type=int, metavar="S", help="side of the crop; default: the backbone's own, or 224")
     for statistic in ("mean", "std"):
         parser.add_argument(f"--{statistic}", type=float, nargs=3, metavar="X", help="of RGB in [0, 1], if not stated")
@@ -49,7 +49,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--temperature", type=float, default=0.07, metavar="T", help="of the neighbours' votes (0.07)")
     parser.add_argument("--linear", action="store_true", help="train a linear classifier as well")
     parser.add_argument("--epochs", type=int, default=100, metavar="N", help="of the linear classifier (100)")
-    parser.add_argument("--seed", type=int, default=0, help="of what is drawn (0)")
+    parser.add_argument("--seed", type=int, default=0, help="of what is sample_indices (0)")
     parser.add_argument("--batch-size", type=int, default=128, metavar="N", help="images at a time (128)")
     parser.add_argument("--num-workers", type=int, default=4, metavar="N", help="processes that read images (4)")
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
@@ -114,11 +114,11 @@ def open_sets(args: argparse.Namespace) -> "dict[str, Dataset]":
 
 def embed(frozen: "FrozenBackbone", sets: "dict[str, Dataset]", size: int, args: argparse.Namespace) -> "list[Tensor]":
     """Embeddings and labels of each set in turn, on the device of the network."""
-    from bissl_zoo.engine.features import drawn, extract_features
+    from bissl_zoo.engine.features import extract_features, sample_indices
 
     device, found = next(frozen.model.parameters()).device, []
     for role, dataset in sets.items():
-        chosen = drawn(len(dataset), args.images or len(dataset), args.seed)
+        chosen = sample_indices(len(dataset), args.images or len(dataset), args.seed)
         crops = frozen.central_crops(dataset, chosen, size, args.mean, args.std)
         found += extract_features(frozen.model, crops, device, args.batch_size, args.num_workers, role)
     return [part.to(device) for part in found]

@@ -60,8 +60,9 @@ def main(args: argparse.Namespace) -> int:
     from bissl_zoo.distributed import is_main_process
     from bissl_zoo.engine.checks import open_config
     from bissl_zoo.engine.dry_run import describe
+    from bissl_zoo.engine.evaluate import results_table
     from bissl_zoo.engine.launch import restarted
-    from bissl_zoo.engine.runner import evaluate_only, results_table, run
+    from bissl_zoo.engine.runner import evaluate_only, run
     from bissl_zoo.progress.display import choose_display, console
     from bissl_zoo.report.ending import report_after
 
@@ -81,7 +82,7 @@ def main(args: argparse.Namespace) -> int:
 
 def summary(outcome: dict, quiet: bool) -> str:
     """Return the table of results and, unless `quiet`, how to load the published entry."""
-    from bissl_zoo.engine.runner import results_table
+    from bissl_zoo.engine.evaluate import results_table
 
     parts = [f"\n{results_table(outcome['results'])}"] if outcome["results"] else []
     entry = outcome["entry"]

@@ -25,10 +25,9 @@ from bissl_zoo.bilevel.level import Level
 from bissl_zoo.engine.build import Context, Weights
 from bissl_zoo.engine.checks import open_config
 from bissl_zoo.engine.launch import choose_device
-from bissl_zoo.engine.randomness import deterministic
-from bissl_zoo.engine.runner import phases_of
-from bissl_zoo.engine.stages.bissl import Bissl
-from bissl_zoo.engine.stages.finetune import BASELINE
+from bissl_zoo.engine.resume import deterministic
+from bissl_zoo.engine.stages import plan_stages
+from bissl_zoo.engine.stages.bissl import BisslTrainer
 from bissl_zoo.engine.trainer import Trainer
 from bissl_zoo.optim import LRMultiplier
 from bissl_zoo.pretext import PretextMethod
@@ -112,9 +111,9 @@ def measure(context: Context, initial: Weights) -> list[Cost]:
         initial: decides on the phases; none of these weights are loaded.
     """
     gauge, costs = Gauge(context.device), []
-    for phase in phases_of(context, initial):
-        if phase.name == BASELINE:
-            continue  # its steps are those of fine-tuning
+    for phase in plan_stages(context, initial):
+        if phase.name != phase.section and phase.evaluates:
+            continue  # the baseline, whose steps are those of fine-tuning
         print(f"measuring {phase.name}", file=sys.stderr, flush=True)
         cost = Cost(phase.name, "start", 0)
         made: list[Trainer] = []
@@ -129,7 +128,7 @@ def measure(context: Context, initial: Weights) -> list[Cost]:
 def _costs(context: Context, trainer: Trainer, gauge: "Gauge") -> list[Cost]:
     for level in trainer.levels().values():
         _feed(context, level)
-    if isinstance(trainer, Bissl):
+    if isinstance(trainer, BisslTrainer):
         return _alternation(trainer.problem, gauge)
     (level,) = trainer.levels().values()
     cost = Cost(trainer.name, STEP, level.batch_size)

@@ -14,7 +14,7 @@ from torch.utils.data import Dataset, default_collate
 from bissl_zoo.data.batches import to_device
 from bissl_zoo.data.device_views import two_parts
 from bissl_zoo.data.prepare.known import catalog
-from bissl_zoo.engine.build import STAGE_DATA, Context, ViewsOnly, build_datasets
+from bissl_zoo.engine.build import Context, ViewsOnly, build_datasets, data_roles
 from bissl_zoo.errors import DatasetError
 
 #: width and height of the images that augmentations start from, those of a photograph of VOC or ImageNet
@@ -60,7 +60,7 @@ class Noise(Dataset):
 
 def look_at_data(cfg: DictConfig) -> KnownData:
     """Open the data sets that the config's stages train on, as far as they are there."""
-    roles = sorted({role for stage in cfg.train.stages for role in STAGE_DATA[stage]} - {"test"})
+    roles = sorted(data_roles(cfg) - {"val", "test"})
     lengths: dict[str, int | None] = {}
     classes: list[str] | None = None
     notes = []

@@ -23,11 +23,10 @@ from bissl_zoo.analysis.solver_diagnosis import (
 )
 from bissl_zoo.bilevel import BiLevel
 from bissl_zoo.engine.build import Context, Weights, build_part
-from bissl_zoo.engine.checks import check_parts
+from bissl_zoo.engine.checks import check_parts, open_context
 from bissl_zoo.engine.hooks import Progress
 from bissl_zoo.engine.init import load_init
-from bissl_zoo.engine.runner import open_context
-from bissl_zoo.engine.stages.bissl import build_bissl, build_head_warmup
+from bissl_zoo.engine.stages import Bissl, HeadWarmup
 from bissl_zoo.errors import BisslZooError, ConfigError
 from bissl_zoo.hypergradient import CurvatureOperator
 from bissl_zoo.registry import SOLVERS
@@ -103,7 +102,7 @@ def check_on_real(context: Context, initial: Weights, effort: Effort) -> dict[st
     notes = _describe_weights(context.cfg, initial) + notes
     for note in notes:
         logger.info(f"   {note}")
-    trainer = build_bissl(context, weights)
+    trainer = Bissl().build(context, weights)
     problem = trainer.problem
     try:
         views, batch = next(problem.lower.data_iterator), next(problem.upper.data_iterator)
@@ -132,7 +131,7 @@ def _describe_weights(cfg: DictConfig, initial: Weights) -> list[str]:
 def _warm_head(context: Context, initial: Weights, most: int) -> tuple[Weights, list[str]]:
     if initial.task is not None:
         return initial, ["downstream head: from the same place"]
-    trainer = build_head_warmup(context, initial)
+    trainer = HeadWarmup().build(context, initial)
     planned = trainer.total_steps
     trainer.total_steps = min(planned, most)
     trainer.train([Progress(period=max(trainer.total_steps, 1))])

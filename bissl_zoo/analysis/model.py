@@ -26,18 +26,10 @@ from bissl_zoo.engine.build import Context, Weights
 from bissl_zoo.engine.checks import check_config, open_config
 from bissl_zoo.engine.init import load_init
 from bissl_zoo.engine.launch import choose_device
-from bissl_zoo.engine.runner import Phase, phases_of
-from bissl_zoo.engine.stages.bissl import PRETEXT_WARMUP
-from bissl_zoo.engine.stages.finetune import BASELINE
+from bissl_zoo.engine.stages import plan_stages
+from bissl_zoo.engine.trainer import Stage
 from bissl_zoo.errors import BisslZooError, ConfigError
 
-#: the section whose `steps` or `epochs` a phase has, and the data that it counts epochs of
-_LENGTHS = {
-    "pretrain": ("pretrain", "pretext"),
-    PRETEXT_WARMUP: ("bilevel.pretext_warmup", "pretext"),
-    "head_warmup": ("bilevel.head_warmup", "train"),
-    "finetune": ("finetune", "train"),
-}
 _LEVELS = {"pretext": "lower loss", "train": "upper loss"}
 _FIGURES = ["parameters", "trained", "GFLOPs", "M activations"]
 _COUNTED = (
@@ -113,10 +105,9 @@ def analyse(config_file: str, overrides: Sequence[str] = (), timing: bool = True
     found = Analysis(config_file, _describe(device), image, stages, whole, losses, notes=[*known.notes, *told])
     if timing:
         found.costs = measure_in_a_process(config_file, overrides, scale, known, initial)
-        phases = phases_of(context, initial)
         found.durations = [
-            Duration(phase.name, _steps(phase, context, known), _seconds_per_step(phase, cfg, found.costs))
-            for phase in phases
+            Duration(stage.name, _steps(stage, context, known), _seconds_per_step(stage, cfg, found.costs))
+            for stage in plan_stages(context, initial)
         ]
         found.notes += _on_measuring(cfg, found.costs, scale)
     return found
@@ -136,23 +127,23 @@ def _describe(device: torch.device) -> str:
     return f"{device}, {torch.get_num_threads()} threads"
 
 
-def _steps(phase: Phase, context: Context, known: KnownData) -> int | None:
-    section, role = _LENGTHS.get("finetune" if phase.name == BASELINE else phase.name, (None, None))
-    if section and known.lengths[role] is None and OmegaConf.select(context.cfg, section).steps is None:
+def _steps(stage: Stage, context: Context, known: KnownData) -> int | None:
+    unknown = stage.section and known.lengths[stage.epoch_role] is None
+    if unknown and OmegaConf.select(context.cfg, stage.section).steps is None:
         return None
-    return phase.steps(context)
+    return stage.steps(context)
 
 
-def _seconds_per_step(phase: Phase, cfg: DictConfig, costs: Sequence[Cost]) -> float | None:
+def _seconds_per_step(stage: Stage, cfg: DictConfig, costs: Sequence[Cost]) -> float | None:
     """With the config's own batches, each cost growing with its images; of the BiSSL stage those of an alternation."""
-    stage = "finetune" if phase.name == BASELINE else phase.name
-    of_stage = {cost.what: cost for cost in costs if cost.stage == stage and cost.seconds is not None}
-    wanted = (LOWER, CURVATURE, PRODUCT, UPPER) if stage == "bissl" else (STEP,)
+    name = stage.section if stage.evaluates else stage.name  # the baseline takes as long as the fine-tuning
+    of_stage = {cost.what: cost for cost in costs if cost.stage == name and cost.seconds is not None}
+    wanted = (LOWER, CURVATURE, PRODUCT, UPPER) if stage.unit == "alternation" else (STEP,)
     if any(what not in of_stage for what in wanted):
         return None
-    if stage != "bissl":
+    if stage.unit != "alternation":
         cost = of_stage[STEP]
-        return cost.seconds * cfg.dataloader[_LENGTHS[stage][1]].batch_size / cost.images
+        return cost.seconds * cfg.dataloader[stage.epoch_role].batch_size / cost.images
     lower, curvature, product, upper = (of_stage[what] for what in wanted)
     pretext, train = cfg.dataloader.pretext.batch_size, cfg.dataloader.train.batch_size
     stretch = min(cfg.bilevel.curvature_batch_size or pretext, pretext) / product.images

@@ -78,7 +78,9 @@ def _check_classes(role: str, classes: Sequence[str], other: str, others: Sequen
     if list(classes) == list(others):
         return
     lacks = {other: [c for c in classes if c not in set(others)], role: [c for c in others if c not in set(classes)]}
-    differences = [f"dataloader.{each} lacks {shorten([repr(c) for c in names])}" for each, names in lacks.items() if names]
+    differences = [
+        f"dataloader.{each} lacks {shorten([repr(c) for c in names])}" for each, names in lacks.items() if names
+    ]
     raise DatasetError(
         f"dataloader.{role} has the classes {shorten([repr(c) for c in classes])} and dataloader.{other} "
         f"{shorten([repr(c) for c in others])}. {'; '.join(differences) or 'Only the order differs'}. Let both read "

@@ -8,7 +8,7 @@ from tabulate import tabulate
 from torch import nn
 
 from bissl_zoo.config import LazyConfig
-from bissl_zoo.engine.build import Context, Weights, build_downstream, build_pretext, build_split_backbone
+from bissl_zoo.engine.build import Weights, build_downstream, build_pretext, build_split_backbone
 from bissl_zoo.engine.checks import check_parts, open_context
 from bissl_zoo.engine.init import load_init
 from bissl_zoo.engine.stages import coupling, plan_stages
@@ -41,7 +41,9 @@ def describe(cfg: DictConfig, source: str) -> str:
     if any(stage.unit == "alternation" for stage in stages):
         value, product = coupling(context), "lambda * lr_eff * lower steps"
         kind = cfg.optimizer.lower["_target_"].rpartition(".")[2]
-        parts.append(f"{product} = {value:.3g} (useful: 1 to 10)" if value is not None else f"{product}: unknown for {kind}")
+        parts.append(
+            f"{product} = {value:.3g} (useful: 1 to 10)" if value is not None else f"{product}: unknown for {kind}"
+        )
     return "\n\n".join(parts)
 
 

@@ -67,7 +67,9 @@ class Guard:
                 reached = f"{self.trainer.skipped} steps of {self.trainer.name} were skipped before, and"
                 raise NonFiniteLoss(f"{message} {reached} train.max_skipped={self.limit}.", error.rank) from error
             self._undo(saved)
-            logger.warning(f"{message} The step is skipped, {self.trainer.skipped} of at most {self.limit} in this stage.")
+            logger.warning(
+                f"{message} The step is skipped, {self.trainer.skipped} of at most {self.limit} in this stage."
+            )
             return {}
         except BadHypergradient as error:
             # the newest batch of the lower level is the one of the curvature
@@ -77,7 +79,9 @@ class Guard:
         return metrics
 
     def _buffers(self) -> list[tuple[nn.Module, str, Tensor, Tensor]]:
-        backbones = [level.backbone for level in self.trainer.levels().values()]  # an upper step changes the lower one's
+        backbones = [
+            level.backbone for level in self.trainer.levels().values()
+        ]  # an upper step changes the lower one's
         modules = {id(m): m for root in (*backbones, self.level.head) for m in root.modules()}.values()
         return [
             (module, name, buffer, buffer.clone())
@@ -204,9 +208,9 @@ class Health(Hook):
         names = next(filter(None, all_gather_objects(_not_finite(tensors))), None)
         if names:
             raise NonFiniteLoss(
-                f"{what}, after step {self.trainer.step} of {self.trainer.name}: NaN or Inf in {shorten(names, NAMED)}, "
-                "though the losses are finite. Checkpoints are checked before they are written, so --resume starts from "
-                "a valid one. If it fails again, start a new run with a lower learning rate or a longer warm-up."
+                f"{what}, after step {self.trainer.step} of {self.trainer.name}: NaN or Inf in {shorten(names, NAMED)} "
+                "although the losses are finite. Checkpoints are checked before they are written, so --resume starts "
+                "from a valid one. If it fails again, start a new run with a lower learning rate or a longer warm-up."
             )
 
 

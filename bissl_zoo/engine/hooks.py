@@ -394,7 +394,9 @@ class PeriodicCheckpoint(Hook):
         """Log the time that checkpoints took."""
         seconds = self.trainer.timings["checkpoint"]
         share = seconds / max(time.perf_counter() - self.start, 1e-9)
-        logger.info(f"[{self.trainer.name}] checkpoints: {self.count}, {seconds:.1f} s, {share:.1%} of the stage's time")
+        logger.info(
+            f"[{self.trainer.name}] checkpoints: {self.count}, {seconds:.1f} s, {share:.1%} of the stage's time"
+        )
 
     def _save(self, random_states: list[dict[str, Any]]) -> None:
         trainer = self.trainer

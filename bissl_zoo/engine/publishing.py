@@ -1,19 +1,25 @@
 """From a finished run to an entry of the zoo."""
 
 import json
+import time
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import timm
 from omegaconf import DictConfig
 
 from bissl_zoo.backbones import merge_split_states
+from bissl_zoo.engine.evaluate import Details, write_details
 from bissl_zoo.engine.features import pretext_pixels
 from bissl_zoo.engine.init import newest_weights, zoo_of
+from bissl_zoo.engine.resume import is_done
+from bissl_zoo.engine.trainer import Context, Stage
 from bissl_zoo.errors import CheckpointError, ConfigError, ZooError
 from bissl_zoo.registry import BACKBONES, STAGES
 from bissl_zoo.runs.checkpoint import write_atomically
 from bissl_zoo.runs.directory import CONFIG_FILE, load_run_config
-from bissl_zoo.runs.metadata import arguments_of, read_facts, read_json
+from bissl_zoo.runs.metadata import add_wall_time, arguments_of, read_facts, read_json
 from bissl_zoo.zoo import PublishedEntry, Zoo, publish_entry
 
 RESULTS_FILE, RECEIPT_FILE = "results.json", "zoo_entry.json"
@@ -34,13 +40,19 @@ def published(folder: Path) -> PublishedEntry | None:
         return None
 
 
-def publish_when_done(folder: Path, cfg: DictConfig) -> PublishedEntry | None:
-    """Publish a finished run if its config asks for it and it was not published before.
+def finish_run(
+    context: Context, results: dict[str, dict[str, float]], details: dict[str, Details]
+) -> PublishedEntry | None:
+    """Write the results of a run, and publish it if its config names an entry and it was not published before.
 
     Raises:
         ZooError: the zoo refused.
     """
-    if not publishes(cfg):
+    folder = context.folder
+    write_details(folder, details)
+    write_atomically(folder / RESULTS_FILE, json.dumps(results, indent=2) + "\n")
+    add_wall_time(folder, time.monotonic() - context.begin)
+    if not publishes(context.cfg):
         return None
     try:
         return published(folder) or publish_run(folder, once=True)
@@ -49,6 +61,16 @@ def publish_when_done(folder: Path, cfg: DictConfig) -> PublishedEntry | None:
             f"{error} The training is complete, and its results are in {folder / RESULTS_FILE}; --resume publishes "
             "again."
         ) from error
+
+
+def finished_outcome(context: Context, stages: Sequence[Stage]) -> dict[str, Any] | None:
+    """Return results and entry of a run that has come to its end; None if it has not."""
+    folder, publishing = context.folder, publishes(context.cfg)
+    entry = published(folder) if publishing else None
+    written = (folder / RESULTS_FILE).exists()
+    if not written or (publishing and entry is None) or not all(is_done(stage, context) for stage in stages):
+        return None
+    return {"results": read_results(folder), "entry": entry}
 
 
 def check_entry_name(cfg: DictConfig, source: str) -> None:
@@ -68,11 +90,6 @@ def check_entry_name(cfg: DictConfig, source: str) -> None:
             f"{source}: train.publish.name is '{name}', and the backbone is no {prefix} but {architecture}. Set "
             f"train.publish.name={expected}{dot}{rest}, another name, or null to publish nothing."
         )
-
-
-def write_results(folder: Path, results: dict[str, dict[str, float]]) -> None:
-    """Write `results.json`."""
-    write_atomically(folder / RESULTS_FILE, json.dumps(results, indent=2) + "\n")
 
 
 def read_results(folder: Path) -> dict[str, dict[str, float]]:

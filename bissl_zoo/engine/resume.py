@@ -4,17 +4,19 @@ import contextlib
 import logging
 import os
 import random
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import torch
 
 from bissl_zoo.distributed import get_rank, get_world_size, on_main_process
 from bissl_zoo.engine.trainer import Context, Stage, Trainer
-from bissl_zoo.errors import CheckpointError
+from bissl_zoo.errors import CheckpointError, Interrupted
 from bissl_zoo.runs.checkpoint import Checkpointer, read_info
+from bissl_zoo.runs.metadata import add_wall_time
 from bissl_zoo.runs.state_files import read_state
 
 logger = logging.getLogger(__name__)
@@ -58,6 +60,20 @@ def build_resumed(context: Context, stage: Stage, weights: Any, checkpoint: Path
     status = "done" if trainer.done else "resuming"
     logger.info(f"{status}: {stage.name} at step {trainer.step} of {trainer.total_steps}, from {checkpoint}, verified")
     return trainer
+
+
+def interrupt(context: Context, trainer: Trainer) -> NoReturn:
+    """Raise `Interrupted` for a stage whose state is saved."""
+    trainer.close()
+    try:
+        on_main_process(lambda: add_wall_time(context.folder, time.monotonic() - context.begin))
+    except CheckpointError as error:  # the checkpoint is saved
+        logger.warning(str(error))
+    raise Interrupted(
+        f"Interrupted at {trainer.name} step {trainer.step}/{trainer.total_steps}; checkpoint saved. Continue with "
+        "--resume.",
+        context.stop.status,
+    )
 
 
 def is_done(stage: Stage, context: Context) -> bool:

@@ -6,28 +6,28 @@ import logging
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal, NoReturn
+from typing import Any, Literal
 
 from omegaconf import DictConfig
 
 from bissl_zoo.distributed import barrier, on_main_process, stop_request
 from bissl_zoo.engine.build import build_downstream
 from bissl_zoo.engine.checks import check_parts, open_context
-from bissl_zoo.engine.evaluate import Details, evaluate, format_metrics, results_table, safe_details, write_details
+from bissl_zoo.engine.evaluate import Details, evaluate, format_metrics, results_table, safe_details
 from bissl_zoo.engine.hooks import default_hooks
 from bissl_zoo.engine.init import load_init, pinned_init
-from bissl_zoo.engine.publishing import RESULTS_FILE, publish_when_done, published, publishes, read_results, write_results
-from bissl_zoo.engine.resume import build_resumed, deterministic, is_done, newest_checkpoint
+from bissl_zoo.engine.publishing import finish_run, finished_outcome
+from bissl_zoo.engine.resume import build_resumed, deterministic, interrupt, newest_checkpoint
 from bissl_zoo.engine.stages import plan_stages
 from bissl_zoo.engine.trainer import Context, Stage, Trainer, Weights
-from bissl_zoo.errors import CheckpointError, Interrupted
+from bissl_zoo.errors import CheckpointError
 from bissl_zoo.progress.display import FILE_ONLY, console_by_default, doing, end_display, logged, show, signals_aside
 from bissl_zoo.progress.run_view import PlannedStage
 from bissl_zoo.progress.writers import open_writers
 from bissl_zoo.runs.checkpoint import Checkpointer
 from bissl_zoo.runs.directory import check_run_dir, has_begun, pointing_to_report, prepare_run_dir
 from bissl_zoo.runs.lock import run_lock
-from bissl_zoo.runs.metadata import add_wall_time, write_facts
+from bissl_zoo.runs.metadata import write_facts
 
 logger = logging.getLogger(__name__)
 
@@ -49,10 +49,10 @@ def run(
     Raises:
         Interrupted: a signal stopped the run, which is saved.
     """
-    begin = time.monotonic()
     resume = on_main_process(lambda: has_begun(cfg)) if resume == "auto" else resume
     context = open_context(cfg, source)
-    initial, lineage = load_init(pinned_init(cfg.train.init, Path(cfg.train.output_dir)) if resume else cfg.train.init, cfg)
+    init = pinned_init(cfg.train.init, Path(cfg.train.output_dir)) if resume else cfg.train.init
+    initial, lineage = load_init(init, cfg)
     stages = plan_stages(context, initial)
     plan = [PlannedStage(stage.name, type(stage), stage.steps(context)) for stage in stages]
     check_parts(context, initial)
@@ -79,10 +79,9 @@ def run(
         for stage in stages:
             stage.announce(context, initial, stages)
         context.writers = stack.enter_context(open_writers(cfg, folder))
-        with pointing_to_report(folder), _counted_time(folder, begin):
+        with pointing_to_report(folder):
             results, details = run_stages(context, stages, initial, resume)
-            on_main_process(lambda: (write_details(folder, details), write_results(folder, results)) and None)
-        entry = on_main_process(lambda: publish_when_done(folder, cfg))
+            entry = on_main_process(lambda: finish_run(context, results, details))
         if results:
             logger.info(results_table(results), extra=FILE_ONLY)
         if write_report and cfg.train.report:
@@ -110,7 +109,7 @@ def run_stages(
         if trainer.stopping or context.stop.pending(context.device):
             interrupt(context, trainer)
         if stage.evaluates:
-            results[stage.start] = test(context, stage, trainer, details)
+            results[stage.start] = evaluate_stage(context, stage, trainer, details)
         else:
             weights = trainer.result()
         trainer.close()
@@ -119,10 +118,10 @@ def run_stages(
     return results, details
 
 
-def test(context: Context, stage: Stage, trainer: Trainer, details: dict[str, Details]) -> dict[str, float]:
+def evaluate_stage(context: Context, stage: Stage, trainer: Trainer, details: dict[str, Details]) -> dict[str, float]:
     """Return the metrics of a fine-tuned model on the test set, and add their details to `details`."""
     trainer.take_best()
-    level, begin = trainer.level, time.monotonic()
+    level, begin = trainer.levels()["level"], time.monotonic()
 
     def inspect(evaluator: Any) -> None:
         details[stage.start] = safe_details(evaluator, time.monotonic() - begin)
@@ -137,46 +136,8 @@ def test(context: Context, stage: Stage, trainer: Trainer, details: dict[str, De
     return metrics
 
 
-def interrupt(context: Context, trainer: Trainer) -> NoReturn:
-    """Raise `Interrupted` for a stage whose state is saved."""
-    trainer.close()
-    raise Interrupted(
-        f"Interrupted at {trainer.name} step {trainer.step}/{trainer.total_steps}; checkpoint saved. Continue with "
-        "--resume.",
-        context.stop.status,
-    )
-
-
-@contextlib.contextmanager
-def _counted_time(folder: Path, begin: float) -> Any:
-    """Add the time of this process to the run's wall time, also if a signal stops it."""
-    try:
-        yield
-    except Interrupted:
-        try:
-            on_main_process(lambda: add_wall_time(folder, time.monotonic() - begin))
-        except CheckpointError as error:  # the checkpoint is saved
-            logger.warning(str(error))
-        raise
-    on_main_process(lambda: add_wall_time(folder, time.monotonic() - begin))
-
-
-def finished_outcome(context: Context, stages: list[Stage]) -> dict[str, Any] | None:
-    """Return what :func:`run` returned if the run came to its end; None otherwise."""
-    cfg, folder = context.cfg, context.folder
-    entry = published(folder)
-    written = (folder / RESULTS_FILE).exists()
-    if not all(is_done(stage, context) for stage in stages) or not written or (publishes(cfg) and entry is None):
-        return None
-    return {"results": read_results(folder), "entry": entry if publishes(cfg) else None}
-
-
 def evaluate_only(cfg: DictConfig, source: str) -> dict[str, dict[str, float]]:
-    """Evaluate the fine-tuned model of the run directory `train.init` on the config's test set.
-
-    Raises:
-        CheckpointError: there is no fine-tuned model in it.
-    """
+    """Evaluate the fine-tuned model of the run directory `train.init` on the config's test set."""
     context = open_context(cfg, source, roles={"test"})
     weights, _ = load_init(cfg.train.init, cfg, evaluate=True)
     if weights.task is None:

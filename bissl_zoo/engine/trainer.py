@@ -1,5 +1,6 @@
 """The contracts of the engine: weights, context, stage, trainer and hook; and the training loop."""
 
+import time
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -46,9 +47,10 @@ class Context:
 
     Attributes:
         data: the data sets that were opened, by role: `pretext`, `train`, `val`, `test`.
-        folder: the run directory; None outside of a run, as in an analysis. The next three belong to it.
+        folder: the run directory; None outside of a run, as in an analysis. The rest belongs to it.
         stop: the request to stop that a signal makes.
         writers: destinations of the metrics.
+        begin: start of this process's part of the run, as `time.monotonic`.
     """
 
     cfg: DictConfig
@@ -58,6 +60,7 @@ class Context:
     stop: StopRequest = field(default_factory=StopRequest)
     writers: Sequence[Writer] = ()
     checkpointer: Checkpointer | None = None
+    begin: float = field(default_factory=time.monotonic)
 
     @property
     def classes(self) -> list[str]:
@@ -83,7 +86,7 @@ class Hook:
         """Run once, after the last step of this process."""
 
 
-class Stage(ABC):
+class Stage:
     """One stage of the pipeline: what it reads, how long it takes, and how its trainer is built.
 
     A stage of your own is one file: subclass this, register the class with `@STAGES.register("name")`, and name the
@@ -128,9 +131,9 @@ class Stage(ABC):
         loader, data = context.cfg.dataloader[self.epoch_role], context.data[self.epoch_role]
         return count_steps(OmegaConf.select(context.cfg, self.section), self.section, data, loader.batch_size)
 
-    @abstractmethod
     def build(self, context: Context, weights: Weights, start_step: int = 0) -> "Trainer":
         """Return the trainer that starts from `weights`, with its data at step `start_step`."""
+        raise NotImplementedError
 
     def expand(self, context: Context, earlier: Sequence["Stage"]) -> list["Stage"]:
         """Return the stages that one entry of `train.stages` stands for, given the stages before it."""
@@ -239,6 +242,9 @@ class Trainer(ABC):
         """Return the weights that the stage leaves."""
         raise NotImplementedError
 
+    def take_best(self) -> None:  # noqa: B027
+        """Load the best weights, if the trainer remembers any."""
+
     def averages(self) -> dict[str, nn.Module]:
         """Return averages of the weights that belong to no level, by name; they are checked for NaN and Inf as well."""
         return {}
@@ -279,7 +285,9 @@ class Trainer(ABC):
         self.ended = state.get("ended", False)
         self.bad = state.get("bad", {})
         # found by its content, since its name has changed
-        pending = [value for value in state.values() if isinstance(value, dict) and {"metrics", "records"} == set(value)]
+        pending = [
+            value for value in state.values() if isinstance(value, dict) and {"metrics", "records"} == set(value)
+        ]
         self.pending = bool(pending)
         if pending:
             self.metrics, self.records = pending[0]["metrics"], pending[0]["records"]

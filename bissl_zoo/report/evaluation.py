@@ -30,7 +30,7 @@ def detail_blocks(details: Mapping[str, Details], prefix: str) -> list[Block]:
     """
     blocks: list[Block] = []
     drawn = next(
-        (name for name in DRAWN if any(name in one for d in details.values() for one in d.figures.values())), ""
+        (name for name in DRAWN if any(name in one for d in details.values() for one in d.per_class.values())), ""
     )
     if drawn:
         title = f"{drawn} by class"
@@ -42,9 +42,9 @@ def detail_blocks(details: Mapping[str, Details], prefix: str) -> list[Block]:
             chart = to_svg(draw_precision(one.curves), f"{prefix}-pr{number}", "precision over recall")
             few = f" The {MOST_CURVES} classes that differ most in area." if len(one.curves) > MOST_CURVES else ""
             blocks.append(Picture(chart, f"Precision over recall{aside}: the best at each recall or above.{few}"))
-        elif len(one.figures) > MOST_RANKED:
+        elif len(one.per_class) > MOST_RANKED:
             blocks.append(Note(f"Precision over recall and confusion{aside} are not kept above {MOST_RANKED} classes."))
-        elif one.figures:
+        elif one.per_class:
             blocks.append(Note(f"Precision over recall{aside} was not recorded."))
         if one.confusion and len(one.classes) <= _DRAWN:
             chart = to_svg(draw_confusion(one), f"{prefix}-confusion{number}", "confusion matrix")
@@ -58,14 +58,14 @@ def detail_blocks(details: Mapping[str, Details], prefix: str) -> list[Block]:
 
 
 def _table(details: Mapping[str, Details]) -> Table:
-    names = list(dict.fromkeys(name for d in details.values() for one in d.figures.values() for name in one))
-    rows = [[label, start, *map(one.get, names)] for start, d in details.items() for label, one in d.figures.items()]
+    names = list(dict.fromkeys(name for d in details.values() for one in d.per_class.values() for name in one))
+    rows = [[label, start, *map(one.get, names)] for start, d in details.items() for label, one in d.per_class.items()]
     return Table(["class", "fine-tuned from", *names], rows, "", range(2, 2 + len(names)))
 
 
 def _ranked(details: Mapping[str, Details], name: str) -> tuple[list[str], bool]:
     """The classes from best to worst of the last fine-tuning, and whether some are left out."""
-    last = list(details.values())[-1].figures
+    last = list(details.values())[-1].per_class
     ranked = sorted(last, key=lambda label: -last[label].get(name, 0.0))
     half = MOST_BARS // 2
     return (ranked[:half] + ranked[-half:], True) if len(ranked) > MOST_BARS else (ranked, False)
@@ -85,7 +85,7 @@ def draw_classes(details: Mapping[str, Details], name: str) -> Figure:
         panel = figure.subplots()
         for number, (start, one) in enumerate(details.items()):
             rows = [place + (number - (len(details) - 1) / 2) * thick for place in range(len(labels))]
-            values = [one.figures.get(label, {}).get(name, 0.0) for label in labels]
+            values = [one.per_class.get(label, {}).get(name, 0.0) for label in labels]
             panel.barh(rows, values, height=thick, color=COLOURS[number % 6], label=plain_label(f"from {start}"))
             for row, value in zip(rows, values, strict=True):
                 place = {"xytext": (3, 0), "textcoords": "offset points", "va": "center", "fontsize": TEXT - 2}

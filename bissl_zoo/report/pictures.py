@@ -17,9 +17,10 @@ from bissl_zoo.downstream import DownstreamTask, Evaluator
 from bissl_zoo.engine.build import Context, build_datasets, build_downstream
 from bissl_zoo.engine.checks import check_config, open_config
 from bissl_zoo.engine.evaluate import Details, details_of, evaluate
-from bissl_zoo.engine.features import drawn, own_randomness
+from bissl_zoo.engine.features import sample_indices
 from bissl_zoo.engine.init import load_init
 from bissl_zoo.engine.launch import choose_device
+from bissl_zoo.engine.resume import preserved_randomness
 from bissl_zoo.errors import CheckpointError, DatasetError
 from bissl_zoo.report.images.data import draw_samples, samples_of
 from bissl_zoo.report.images.embeddings import draw_embeddings
@@ -81,14 +82,14 @@ class RunPictures:
         weights, _ = load_init(str(self.folder), self.cfg, evaluate=True)
         device = choose_device(self.cfg.train.device)
         context = Context(self.cfg, build_datasets(self.cfg, {"test"}), device)
-        with own_randomness(device):
+        with preserved_randomness(device):
             return Model(context, *build_downstream(context, weights))
 
     def data(self) -> list[Block]:
         """A sheet of images per kind of data set, with their boxes or labels."""
         role = "train" if {"bissl", "finetune"} & set(self.cfg.train.stages) else "pretext"
         dataset = build_datasets(self.cfg, {role})[role]
-        chosen = drawn(len(dataset), SAMPLES, seed=0)
+        chosen = sample_indices(len(dataset), SAMPLES, seed=0)
         blocks: list[Block] = []
         for start in range(0, len(chosen), SHEET):
             samples = samples_of(dataset, chosen[start : start + SHEET])
@@ -114,8 +115,8 @@ class RunPictures:
             return [Note(NO_MODEL)]
         model = self.model
         dataset, loader = model.context.data["test"], self.cfg.dataloader.test
-        with own_randomness(model.context.device):
-            chosen = drawn(len(dataset), self.images, seed=0)
+        with preserved_randomness(model.context.device):
+            chosen = sample_indices(len(dataset), self.images, seed=0)
             settings = (model.context.device, loader.batch_size, loader.get("num_workers", 0))
             found = predict(model.backbone, model.task, dataset, chosen, *settings)
         found.sort(key=lambda one: one.quality)
@@ -167,8 +168,8 @@ class RunPictures:
         def keep(evaluator: Evaluator) -> None:
             found.append(details_of(evaluator))
 
-        with own_randomness(model.context.device), torch.no_grad():
-            evaluate(model.context, model.backbone, model.task, look=keep)
+        with preserved_randomness(model.context.device), torch.no_grad():
+            evaluate(model.context, model.backbone, model.task, inspect=keep)
         return found[0]
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from tabulate import tabulate
 
-from bissl_zoo.engine.runner import results_table
+from bissl_zoo.engine.evaluate import results_table
 from bissl_zoo.progress.console import printable
 from bissl_zoo.runs.listing import RUNNING, RunState, StageProgress
 from bissl_zoo.runs.pruning import Pruning

@@ -16,10 +16,9 @@ from tabulate import tabulate
 
 from bissl_zoo.config import LazyConfig, load_config
 from bissl_zoo.engine.build import Weights, build_downstream
-from bissl_zoo.engine.checks import check_parts
-from bissl_zoo.engine.evaluate import figures_of
+from bissl_zoo.engine.checks import check_parts, open_context
+from bissl_zoo.engine.evaluate import metric_names
 from bissl_zoo.engine.init import load_init
-from bissl_zoo.engine.runner import open_context
 from bissl_zoo.errors import BisslZooError, ConfigError, DatasetError, did_you_mean
 from bissl_zoo.files import replacing, write_atomically
 from bissl_zoo.progress.file_writers import METRICS_FILE
@@ -245,7 +244,7 @@ def check_trials(cfg: DictConfig, trial: DictConfig, settings: SearchSettings, s
     check_parts(context, initial)
     backbone, task = build_downstream(context, Weights(initial.backbone))
     try:
-        _check_metric(settings.metric, figures_of(context, backbone, task, "test"), cfg.task.name)
+        _check_metric(settings.metric, metric_names(context, backbone, task, "test"), cfg.task.name)
     except DatasetError as error:  # for example, no image has an object
         logger.warning(f"cannot check search.metric={settings.metric} before the first trial: {error}")
     if OmegaConf.to_container(cfg.dataloader.test) == OmegaConf.to_container(trial.dataloader.test):

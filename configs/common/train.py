@@ -5,6 +5,7 @@ train = dict(
     stages=["bissl", "finetune"],  # of pretrain, bissl, finetune: each goes on from what the one before left
     init=None,  # where the first stage starts: a .safetensors file, a run directory, zoo:NAME; null: random
     imports=None,  # Python files or modules that register parts of your own, such as [mine/rotation.py]
+    hooks=None,  # hooks of your own, a list of described calls such as [L(MyHook)(period=10)], see the engine reference
     zoo=None,  # folder or address, or a list of them, where zoo:NAME is looked up; null: $BISSL_ZOO, or model_zoo/
     seed=0,  # of weights, data order and augmentation
     deterministic=False,  # algorithms that give the same bits every time, and a resumed run too; slower on GPUs

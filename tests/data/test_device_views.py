@@ -15,9 +15,10 @@ from bissl_zoo.data import device_views
 from bissl_zoo.data.device_views import in_batch, two_parts
 from bissl_zoo.data.loaders import build_train_loader
 from bissl_zoo.data.views import Views, masked_view, multi_crop, two_views
-from bissl_zoo.engine.build import Context, ViewsOnly, Weights, build_pretext, pretext_batches, seed_everything
-from bissl_zoo.engine.runner import open_context
-from bissl_zoo.engine.stages.pretrain import build_pretrain
+from bissl_zoo.engine.build import Context, ViewsOnly, Weights, build_pretext, pretext_batches
+from bissl_zoo.engine.checks import open_context
+from bissl_zoo.engine.resume import seed_everything
+from bissl_zoo.engine.stages import Pretrain
 from bissl_zoo.errors import ConfigError
 
 PLAIN = dict(mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0))
@@ -314,7 +315,7 @@ def test_a_stage_trains_on_such_views_and_a_seed_draws_the_same(tiny_config, at_
     context = open_context(on_device(tiny_config), "test")
     left = []
     for _ in range(2):
-        trainer = build_pretrain(context, Weights())
+        trainer = Pretrain().build(context, Weights())
         trainer.train()
         left.append(trainer.result())
         trainer.close()

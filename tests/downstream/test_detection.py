@@ -11,9 +11,9 @@ from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
 
 from bissl_zoo.config import instantiate, load_config
 from bissl_zoo.engine.build import Weights, build_downstream
+from bissl_zoo.engine.checks import open_context
 from bissl_zoo.engine.evaluate import evaluate
-from bissl_zoo.engine.runner import open_context
-from bissl_zoo.engine.stages.bissl import build_bissl
+from bissl_zoo.engine.stages import Bissl
 from bissl_zoo.errors import BisslZooError, ConfigError
 from bissl_zoo.registry import build_backbone, build_task
 
@@ -344,7 +344,7 @@ def pyramid_config(tiny_config, **changed):
 
 def test_a_pyramid_goes_through_the_bilevel_stage_and_is_evaluated(tiny_config, at_scenes):
     context = open_context(pyramid_config(tiny_config), "test")
-    trainer = build_bissl(context, Weights())
+    trainer = Bissl().build(context, Weights())
     problem = trainer.problem
     assert problem.upper.backbone.out_features == PYRAMID_MAPS
     # the pyramid is the head's, so what the levels share is the backbone alone
@@ -365,7 +365,7 @@ def test_a_pyramid_goes_through_the_bilevel_stage_and_is_evaluated(tiny_config, 
 def test_a_map_beyond_the_shared_stage_is_refused(tiny_config, at_scenes):
     cfg = pyramid_config(tiny_config, bilevel__shared_stage="c4")
     with pytest.raises(BisslZooError, match="split after 'c4', .* no map 'c5'.*bilevel.shared_stage=c5"):
-        build_bissl(open_context(cfg, "test"), Weights())
+        Bissl().build(open_context(cfg, "test"), Weights())
 
 
 @pytest.mark.parametrize(

@@ -7,10 +7,9 @@ from torch.utils.data import Dataset
 from bissl_zoo.config import instantiate, load_config
 from bissl_zoo.downstream.multilabel import binary_cross_entropy, softmax_cross_entropy
 from bissl_zoo.engine.build import Context, Weights
-from bissl_zoo.engine.checks import check_parts
+from bissl_zoo.engine.checks import check_parts, open_context
 from bissl_zoo.engine.evaluate import evaluate
-from bissl_zoo.engine.runner import open_context
-from bissl_zoo.engine.stages.bissl import build_bissl
+from bissl_zoo.engine.stages import Bissl
 from bissl_zoo.errors import ConfigError, DatasetError, RegistryError
 from bissl_zoo.registry import build_backbone, build_task
 
@@ -159,7 +158,7 @@ def test_it_goes_through_the_bilevel_stage_and_is_evaluated(tiny_config, at_scen
     data = {role: WhichDigits(opened.data[role]) for role in ("train", "test")} | {"pretext": opened.data["pretext"]}
     context = Context(opened.cfg, data, opened.device)
     check_parts(context, Weights())
-    trainer = build_bissl(context, Weights())
+    trainer = Bissl().build(context, Weights())
     before = {key: value.clone() for key, value in trainer.problem.upper.head.state_dict().items()}
     trainer.train()
     level = trainer.problem.upper

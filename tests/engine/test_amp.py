@@ -9,8 +9,9 @@ from safetensors.torch import load_file
 
 from bissl_zoo.downstream import FasterRCNN
 from bissl_zoo.engine.build import Weights
-from bissl_zoo.engine.runner import open_context, run
-from bissl_zoo.engine.stages.bissl import build_bissl
+from bissl_zoo.engine.checks import open_context
+from bissl_zoo.engine.runner import run
+from bissl_zoo.engine.stages import Bissl
 from bissl_zoo.pretext import SimCLR
 from bissl_zoo.runs.checkpoint import load_checkpoint
 
@@ -66,7 +67,7 @@ def test_without_amp_everything_is_float32(tiny_config, at_scenes, tmp_path, com
 @pytest.mark.parametrize("hvp_mode", ["retain_graph", "recompute"])
 def test_hessian_products_do_not_feel_amp_and_the_lower_loss_does(tiny_config, at_scenes, hvp_mode):
     context = open_context(tiny_config(train__amp="bf16", bilevel__hvp_mode=hvp_mode), "test")
-    problem = build_bissl(context, Weights()).problem
+    problem = Bissl().build(context, Weights()).problem
     lower, batch = problem.lower, next(problem.lower.data_iterator)
     u = torch.randn(sum(p.numel() for p in lower.backbone_parameters), generator=torch.Generator().manual_seed(0))
     assert lower.amp_dtype == problem.upper.amp_dtype == torch.bfloat16

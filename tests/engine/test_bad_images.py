@@ -9,14 +9,12 @@ from forked_runs import exit_status, start_run
 
 from bissl_zoo.data import samples
 from bissl_zoo.engine import build
-from bissl_zoo.engine.build import Readable, Weights, skips
-from bissl_zoo.engine.checks import check_parts
-from bissl_zoo.engine.evaluate import figures_of
+from bissl_zoo.engine.build import Decodable, Weights, skips_undecodable
+from bissl_zoo.engine.checks import check_parts, open_context
+from bissl_zoo.engine.evaluate import metric_names, results_table
 from bissl_zoo.engine.features import build_probe
 from bissl_zoo.engine.hooks import SKIPPED
-from bissl_zoo.engine.runner import open_context, results_table
-from bissl_zoo.engine.stages.finetune import build_finetune
-from bissl_zoo.engine.stages.pretrain import build_pretrain
+from bissl_zoo.engine.stages import Finetune, Pretrain
 from bissl_zoo.errors import DatasetError
 from bissl_zoo.report.run import RunReport
 
@@ -157,12 +155,12 @@ def test_what_is_looked_at_before_a_run_ends_it_where_its_loader_does_not_skip(o
 
 def test_the_names_of_figures_are_had_without_a_bad_image_where_the_test_skips(open_run):
     context = open_run(train__stages="[finetune]")
-    level = build_finetune(context, Weights()).level
+    level = Finetune().build(context, Weights()).level
     spoil(context, "test", 0)
     with pytest.raises(DatasetError, match="does not decode"):
-        figures_of(context, level.backbone, level.head, "test")
+        metric_names(context, level.backbone, level.head, "test")
     context.cfg.dataloader.test.on_bad = "skip"
-    assert "AP50" in figures_of(context, level.backbone, level.head, "test")
+    assert "AP50" in metric_names(context, level.backbone, level.head, "test")
 
 
 @pytest.mark.parametrize("on_bad", ["skip", "error"])
@@ -170,7 +168,7 @@ def test_a_probe_takes_the_image_that_follows_a_bad_one(open_run, on_bad):
     context = open_run(train__stages="[pretrain]", train__probe__period=1, train__probe__k=0)
     context.cfg.dataloader.pretext.on_bad = on_bad
     spoil(context, "pretext", 3, 4)
-    probe = build_probe(context, build_pretrain(context, Weights()))
+    probe = build_probe(context, Pretrain().build(context, Weights()))
     if on_bad == "error":
         with pytest.raises(DatasetError, match="does not decode"):
             probe._measure()
@@ -180,9 +178,9 @@ def test_a_probe_takes_the_image_that_follows_a_bad_one(open_run, on_bad):
 
 def test_neighbours_stand_in_and_loaders_of_training_skip_unless_told(open_run):
     context = open_run()
-    assert [skips(context.cfg, role) for role in ("pretext", "train", "test")] == [True, True, False]
+    assert [skips_undecodable(context.cfg, role) for role in ("pretext", "train", "test")] == [True, True, False]
     spoil(context, "pretext", 22, 23)
-    stand_in = Readable(context.data["pretext"], context.cfg, "pretext")
+    stand_in = Decodable(context.data["pretext"], context.cfg, "pretext")
     assert stand_in[22][0].tobytes() == context.data["pretext"][0][0].tobytes()  # after the last comes the first
     context.cfg.dataloader.test.on_bad = "skip"
-    assert skips(context.cfg, "test")
+    assert skips_undecodable(context.cfg, "test")

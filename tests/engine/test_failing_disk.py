@@ -15,7 +15,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from bissl_zoo.engine import hooks
 from bissl_zoo.engine.hooks import MetricsWriter, PeriodicCheckpoint
-from bissl_zoo.engine.trainer import HookBase, Trainer
+from bissl_zoo.engine.trainer import Hook, Trainer
 from bissl_zoo.errors import CheckpointError
 from bissl_zoo.progress import log_files
 from bissl_zoo.progress.log_files import AppendedFile
@@ -80,7 +80,7 @@ class Growing(Trainer):
         return {"step": self.step, "weight": torch.full((MIB // 4,), float(self.step))}
 
 
-class At(HookBase):
+class At(Hook):
     """Does something after the steps that are named."""
 
     def __init__(self, **actions):
@@ -227,7 +227,7 @@ def test_metrics_that_find_no_room_wait_and_are_written_in_order(small_disk, cap
     assert len([line for line in lines if "tfevents" in line]) == 1 and len(lines) == len(told) + 1
 
 
-class HalfLines(HookBase):
+class HalfLines(Hook):
     """Finds after every step that the metrics end with a line."""
 
     def __init__(self, folder):

@@ -18,9 +18,10 @@ from bissl_zoo.config import LazyCall as L
 from bissl_zoo.config import LazyConfig
 from bissl_zoo.engine import runner
 from bissl_zoo.engine.build import Weights
+from bissl_zoo.engine.checks import open_context
 from bissl_zoo.engine.hooks import EarlyStopping, PeriodicEvaluation
-from bissl_zoo.engine.runner import evaluate_only, open_context, run
-from bissl_zoo.engine.stages.finetune import build_finetune
+from bissl_zoo.engine.runner import evaluate_only, run
+from bissl_zoo.engine.stages import Finetune
 from bissl_zoo.engine.trainer import SingleLevelTrainer
 from bissl_zoo.errors import BisslZooError, ConfigError, DatasetError
 from bissl_zoo.registry import build_backbone, build_dataset, build_task
@@ -54,7 +55,7 @@ def changed(before, after):
 
 def test_stages_that_are_frozen_stay_as_they_are_their_statistics_too(config):
     context = open_context(config(finetune__frozen_stage="c2", finetune__steps=3, finetune__eval_period=1), "test")
-    trainer = build_finetune(context, Weights())
+    trainer = Finetune().build(context, Weights())
     backbone = trainer.level.backbone
     before = states(backbone)
     evaluation = PeriodicEvaluation(lambda: runner.evaluate(context, backbone, trainer.level.head, "val"), 1, "val")
@@ -83,7 +84,7 @@ def test_rates_decay_from_layer_to_layer_as_timm_has_it(config, name):
     overrides += ["+backbone.dynamic_img_size=true", "~backbone.zero_init_last"] if vit else []
     cfg = config(backbone__name=name, bilevel__shared_stage="null", finetune__layer_decay=0.5)
     cfg = LazyConfig.apply_overrides(cfg, overrides)
-    trainer = build_finetune(open_context(cfg, "test"), Weights())
+    trainer = Finetune().build(open_context(cfg, "test"), Weights())
     rates = {id(p): group["lr"] for group in trainer.level.optimizer.param_groups for p in group["params"]}
     assert len(rates) == len(trainer.level.parameters)
     base = cfg.optimizer.finetune.lr
@@ -103,7 +104,7 @@ def test_rates_decay_from_layer_to_layer_as_timm_has_it(config, name):
 
 def trained(config, values, patience=None, steps=6):
     """A fine-tuning whose evaluations find these values."""
-    trainer = build_finetune(open_context(config(finetune__steps=steps), "test"), Weights())
+    trainer = Finetune().build(open_context(config(finetune__steps=steps), "test"), Weights())
     found = iter(values)
     kept = {}
 

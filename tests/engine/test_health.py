@@ -25,7 +25,7 @@ from sick_stages import (
 
 from bissl_zoo.data.loaders import build_train_loader
 from bissl_zoo.engine.build import Batches
-from bissl_zoo.engine.stages.pretrain import Pretrain
+from bissl_zoo.engine.stages.pretrain import PretrainTrainer
 from bissl_zoo.errors import NonFiniteLoss
 
 # which samples a batch holds
@@ -150,7 +150,7 @@ def test_a_resumed_run_skips_the_same_steps_and_goes_on_counting():
 
 
 def test_the_average_of_the_weights_does_not_follow_a_skipped_step():
-    trainer = Pretrain(level_of("pretrain", batches(), lambda *_: torch.tensor(math.nan)), average_decay=0.5)
+    trainer = PretrainTrainer(level_of("pretrain", batches(), lambda *_: torch.tensor(math.nan)), average_decay=0.5)
     trainer.total_steps = 1
     trainer.train(health("skip"))
     assert trainer.average.updates == 0

@@ -12,8 +12,8 @@ from sick_stages import batches, drawn, fine, health, level_of, same, stage, sta
 from bissl_zoo.bilevel import BiLevel
 from bissl_zoo.bilevel.level import Level
 from bissl_zoo.engine.checks import check_config
-from bissl_zoo.engine.stages.bissl import Bissl
-from bissl_zoo.engine.stages.pretrain import Pretrain, WeightAverage
+from bissl_zoo.engine.stages.bissl import BisslTrainer
+from bissl_zoo.engine.stages.pretrain import PretrainTrainer, WeightAverage
 from bissl_zoo.errors import BadHypergradient, ConfigError, NonFiniteLoss
 from bissl_zoo.hypergradient import MinRes, Solution
 from bissl_zoo.pretext.simclr import SimCLR
@@ -28,7 +28,7 @@ def bilevel(lower=fine, upper=fine, solver=None, start=0, **options):
         level_of("upper", batches(2 * start, seed=2), upper, seed=1),
     ]
     problem = BiLevel(*levels, solver or MinRes(damping=10.0), lam=0.1, lower_steps=2, upper_steps=2, **options)
-    trainer = Bissl(problem)
+    trainer = BisslTrainer(problem)
     trainer.total_steps = 3
     return trainer
 
@@ -119,7 +119,7 @@ def byol_stage(steps=3):
     parameters = [p for module in (trunk, head) for p in module.parameters() if p.requires_grad]
     views = tuple(torch.randn(2, 4, 3, 32, 32, generator=torch.Generator().manual_seed(0)))
     optimizer = torch.optim.SGD(parameters, lr=0.01)
-    trainer = Pretrain(Level("pretrain", trunk, head, optimizer, iter([views] * steps), lambda *_: 1.0, 10))
+    trainer = PretrainTrainer(Level("pretrain", trunk, head, optimizer, iter([views] * steps), lambda *_: 1.0, 10))
     trainer.total_steps = steps
     return trainer
 

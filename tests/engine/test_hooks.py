@@ -9,7 +9,7 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from bissl_zoo.engine.hooks import MetricsWriter, PeriodicCheckpoint, PeriodicEvaluation, Progress
-from bissl_zoo.engine.trainer import HookBase, Trainer, load_state
+from bissl_zoo.engine.trainer import Hook, Trainer, load_state
 from bissl_zoo.errors import CheckpointError
 from bissl_zoo.progress import log_files
 from bissl_zoo.progress.display import ConsoleHandler, console
@@ -28,7 +28,7 @@ class Counter(Trainer):
         return {}
 
 
-class Recorder(HookBase):
+class Recorder(Hook):
     def __init__(self):
         self.calls = []
 

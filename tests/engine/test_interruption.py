@@ -52,10 +52,10 @@ def test_a_run_that_is_asked_to_stop_saves_within_a_step_and_says_how_to_go_on(c
 
 def test_a_second_ctrl_c_stops_at_once(config, tmp_path):
     def slow():
-        from bissl_zoo.engine.stages.pretrain import Pretrain
+        from bissl_zoo.engine.stages.pretrain import PretrainTrainer
 
-        step = Pretrain.run_step
-        Pretrain.run_step = lambda self: (time.sleep(60) if self.step == 2 else None, step(self))[1]
+        step = PretrainTrainer.run_step
+        PretrainTrainer.run_step = lambda self: (time.sleep(60) if self.step == 2 else None, step(self))[1]
 
     pid = start_run(config(), before=slow, errors=tmp_path / "errors")
     wait_for(lambda: len(lines(tmp_path / "run")) >= 2, pid)

@@ -9,10 +9,11 @@ import torch
 from safetensors.torch import save_file
 
 from bissl_zoo.config import LazyConfig
+from bissl_zoo.engine.checks import open_context
 from bissl_zoo.engine.dry_run import describe
 from bissl_zoo.engine.init import load_init
-from bissl_zoo.engine.runner import open_context, phases_of, run
-from bissl_zoo.engine.stages.bissl import build_bissl, build_pretext_warmup
+from bissl_zoo.engine.runner import run
+from bissl_zoo.engine.stages import Bissl, PretextWarmup, plan_stages
 from bissl_zoo.runs.checkpoint import load_checkpoint
 
 # two views of an image that no chance enters: the whole of it, once sharp and once blurred
@@ -89,7 +90,7 @@ def warmed_up(folder, step=4):
 @pytest.mark.parametrize("method", ["simclr", "byol"])
 def test_the_loss_of_the_new_head_falls_and_the_backbone_stays_as_it_was(config, method):
     context, weights = opened(config(method, bilevel__pretext_warmup__steps=40))
-    trainer = build_pretext_warmup(context, weights)
+    trainer = PretextWarmup().build(context, weights)
     level = trainer.level
     views = next(level.data_iterator)
 
@@ -110,9 +111,9 @@ def test_the_loss_of_the_new_head_falls_and_the_backbone_stays_as_it_was(config,
 
 def test_the_bissl_stage_goes_on_from_the_warm_head_with_all_of_it_to_be_trained(config):
     context, weights = opened(config("byol"))
-    warmup = build_pretext_warmup(context, weights)
+    warmup = PretextWarmup().build(context, weights)
     warmup.train()
-    problem = build_bissl(context, warmup.result()).problem
+    problem = Bissl().build(context, warmup.result()).problem
     assert same(problem.lower.head.state_dict(), warmup.level.head.state_dict())
     for level in (problem.lower, problem.upper):
         assert same(level.backbone.state_dict(), weights.backbone)
@@ -123,7 +124,7 @@ def test_the_bissl_stage_goes_on_from_the_warm_head_with_all_of_it_to_be_trained
 
 def test_the_teacher_of_byol_keeps_the_frozen_backbone_and_follows_the_head(config):
     context, weights = opened(config("byol", bilevel__pretext_warmup__steps=2))
-    trainer = build_pretext_warmup(context, weights)
+    trainer = PretextWarmup().build(context, weights)
     head = trainer.level.head
     expected = dict(copied(head.projector))
     for _ in range(2):
@@ -141,7 +142,7 @@ def test_the_teacher_of_byol_keeps_the_frozen_backbone_and_follows_the_head(conf
 def test_the_new_head_is_that_of_the_seed(config):
     def head(seed):
         context, weights = opened(config(train__seed=seed))
-        return build_pretext_warmup(context, weights).level.head
+        return PretextWarmup().build(context, weights).level.head
 
     first = head(3)
     torch.randn(7)
@@ -151,7 +152,7 @@ def test_the_new_head_is_that_of_the_seed(config):
 
 def test_the_warm_up_runs_at_the_base_rate_of_the_lower_level(config):
     context, weights = opened(config())  # whose schedule would begin at a fifth of it
-    trainer = build_pretext_warmup(context, weights)
+    trainer = PretextWarmup().build(context, weights)
     assert isinstance(trainer.level.optimizer, torch.optim.SGD)
     assert [trainer.run_step()["lr"] for _ in range(2)] == [0.05, 0.05]
 
@@ -180,12 +181,12 @@ def test_without_steps_there_is_no_phase_but_a_warning(config, tmp_path, capsys)
 def test_steps_may_be_given_as_epochs(config):
     epochs = dict(bilevel__pretext_warmup__steps="null", bilevel__pretext_warmup__epochs=2.5)
     context, weights = opened(config(**epochs, dataloader__pretext__batch_size=8))
-    assert build_pretext_warmup(context, weights).total_steps == 8  # of 24 images, 8 at a step: 7.5
+    assert PretextWarmup().build(context, weights).total_steps == 8  # of 24 images, 8 at a step: 7.5
 
 
 def test_the_phase_is_there_only_where_the_head_is_missing(config, finished, weights_file):
     def names(**changed):
-        return [phase.name for phase in phases_of(*opened(config(**changed)))]
+        return [phase.name for phase in plan_stages(*opened(config(**changed)))]
 
     assert names() == ["pretext_warmup", "head_warmup", "bissl"]
     assert names(train__stages="[pretrain,bissl]") == ["pretrain", "head_warmup", "bissl"]
@@ -249,17 +250,17 @@ PROGRAM = """
 import hashlib, json, sys
 from bissl_zoo.config import LazyConfig
 from bissl_zoo.distributed import all_gather_objects, get_rank, is_main_process
-from bissl_zoo.engine.stages.bissl import build_pretext_warmup
+from bissl_zoo.engine.stages import PretextWarmup
 from bissl_zoo.engine.init import load_init
 from bissl_zoo.engine.launch import launch
-from bissl_zoo.engine.runner import open_context
+from bissl_zoo.engine.checks import open_context
 
 def digest(module):
     return hashlib.sha256(b"".join(p.detach().numpy().tobytes() for p in module.parameters())).hexdigest()
 
 def main(config):
     cfg = LazyConfig.load(config)
-    trainer = build_pretext_warmup(open_context(cfg, config), load_init(cfg.train.init, cfg)[0])
+    trainer = PretextWarmup().build(open_context(cfg, config), load_init(cfg.train.init, cfg)[0])
     mine = [digest(trainer.level.head)]
     trainer.train()
     everyone = all_gather_objects([*mine, digest(trainer.level.head)])

@@ -13,9 +13,10 @@ from torch import nn
 from bissl_zoo.bilevel.level import Level
 from bissl_zoo.data.batches import split_samples
 from bissl_zoo.engine.build import Weights
+from bissl_zoo.engine.checks import open_context
 from bissl_zoo.engine.init import weights_of
-from bissl_zoo.engine.runner import open_context
-from bissl_zoo.engine.stages.pretrain import WeightAverage, build_pretrain
+from bissl_zoo.engine.stages import Pretrain
+from bissl_zoo.engine.stages.pretrain import WeightAverage
 from bissl_zoo.engine.trainer import SingleLevelTrainer
 from bissl_zoo.errors import CheckpointError, ConfigError
 from bissl_zoo.registry import build_backbone, build_pretext
@@ -33,7 +34,7 @@ def build(tiny_config, at_scenes):
     """The stage of the tiny config: `build(pretrain__ema=0.9)`."""
 
     def make(weights=None, **changed):
-        return build_pretrain(open_context(tiny_config(**changed), "test"), weights or Weights())
+        return Pretrain().build(open_context(tiny_config(**changed), "test"), weights or Weights())
 
     return make
 

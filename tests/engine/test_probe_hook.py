@@ -19,12 +19,12 @@ from bissl_zoo.backbones import evaluating
 from bissl_zoo.config import LazyCall as L
 from bissl_zoo.config import LazyConfig
 from bissl_zoo.engine.build import Weights
-from bissl_zoo.engine.checks import check_config
-from bissl_zoo.engine.features import CentralCrops, FixedViews, build_probe, extract_features, own_randomness
+from bissl_zoo.engine.checks import check_config, open_context
+from bissl_zoo.engine.features import CentralCrops, FixedViews, build_probe, extract_features
 from bissl_zoo.engine.hooks import MetricsWriter
-from bissl_zoo.engine.runner import open_context, run
-from bissl_zoo.engine.stages.bissl import build_bissl
-from bissl_zoo.engine.stages.pretrain import build_pretrain
+from bissl_zoo.engine.resume import preserved_randomness
+from bissl_zoo.engine.runner import run
+from bissl_zoo.engine.stages import Bissl, Pretrain
 from bissl_zoo.errors import ConfigError, DatasetError
 from bissl_zoo.evaluation import effective_rank, normalized_std
 from bissl_zoo.registry import build_dataset, build_task
@@ -106,7 +106,7 @@ def test_a_run_with_and_without_the_probe_ends_bit_equal(labelled_config, tmp_pa
 
 def test_the_figures_are_those_of_the_embedding_as_scikit_learn_and_the_formulas_have_them(labelled_config, capsys):
     context = open_context(labelled_config(train__probe__period=2, train__probe__k=5, pretrain__steps=2), "test")
-    trainer = build_pretrain(context, Weights())
+    trainer = Pretrain().build(context, Weights())
     trainer.train([build_probe(context, trainer)])
     figures = {name: value for name, value in trainer.metrics.items() if name.startswith("probe/")}
     backbone, method = trainer.level.backbone.eval(), trainer.level.head.eval()
@@ -124,7 +124,7 @@ def test_the_figures_are_those_of_the_embedding_as_scikit_learn_and_the_formulas
     assert figures["probe/knn_top1"] == reference.fit(*train).score(*test)
     linear = make_pipeline(StandardScaler(), LogisticRegression(C=100.0, max_iter=1000)).fit(*train)
     assert figures["probe/linear_top1"] == pytest.approx(linear.score(*test), abs=0.15)
-    with own_randomness(CPU), torch.no_grad():
+    with preserved_randomness(CPU), torch.no_grad():
         samples = FixedViews(context.data["pretext"], range(60), method.views(), seed=0)
         first = method.embed(backbone, torch.stack([samples[i][0] for i in range(60)]))
     # batches of 8 there, of 60 here
@@ -142,7 +142,7 @@ def test_the_figures_are_those_of_the_embedding_as_scikit_learn_and_the_formulas
 
 def test_boxes_are_no_labels_and_leave_the_monitors(tiny_config, at_scenes, tmp_path, capsys):
     context = open_context(tiny_config(train__probe__period=3, pretrain__steps=4), "test")
-    trainer = build_pretrain(context, Weights())
+    trainer = Pretrain().build(context, Weights())
     trainer.train([build_probe(context, trainer), MetricsWriter(tmp_path, period=100)])
     lines = [line for line in capsys.readouterr().out.splitlines() if "probe" in line]
     assert len(lines) == 2 and lines[0].startswith("[pretrain 3/4] probe  effective rank ")
@@ -158,9 +158,9 @@ def test_labelled_sets_that_the_stage_does_not_read_are_opened_and_must_be_there
     cfg = labelled_config(train__probe__period=1, train__stages="[pretrain]")
     context = open_context(cfg, "test")
     assert context.data.keys() == {"pretext"}
-    assert build_probe(context, build_pretrain(context, Weights())).labelled.keys() == {"train", "test"}
+    assert build_probe(context, Pretrain().build(context, Weights())).labelled.keys() == {"train", "test"}
     cfg.dataloader.test.dataset.root = str(tmp_path / "absent")
-    trainer = build_pretrain(context, Weights())
+    trainer = Pretrain().build(context, Weights())
     with pytest.raises(DatasetError, match=r"(?s)absent.*train\.probe\.k=0 leaves that out"):
         build_probe(context, trainer)
     cfg.train.probe.k = 0  # the monitors alone need no labels
@@ -172,17 +172,17 @@ def test_labelled_sets_that_the_stage_does_not_read_are_opened_and_must_be_there
 
 def test_the_lower_level_is_what_bissl_is_probed_for_and_other_stages_are_not(tiny_config, at_scenes):
     context = open_context(tiny_config(train__probe__period=1), "test")
-    trainer = build_bissl(context, Weights())
+    trainer = Bissl().build(context, Weights())
     assert build_probe(context, trainer).level is trainer.problem.lower
     trainer.name = "head_warmup"
     assert build_probe(context, trainer) is None
     off = open_context(tiny_config(), "test")
-    assert build_probe(off, build_pretrain(off, Weights())) is None
+    assert build_probe(off, Pretrain().build(off, Weights())) is None
 
 
 def test_no_more_images_are_looked_at_than_asked_for_and_always_the_same(labelled_config):
     context = open_context(labelled_config(train__probe__period=1, train__probe__images=25), "test")
-    trainer = build_pretrain(context, Weights())
+    trainer = Pretrain().build(context, Weights())
     probe = build_probe(context, trainer)
     figures, line = probe._measure()
     assert "25 images" in line and "/25 " in line
@@ -194,7 +194,7 @@ def test_no_more_images_are_looked_at_than_asked_for_and_always_the_same(labelle
 
 def test_an_embedding_that_is_not_finite_is_said_and_does_not_end_the_run(tiny_config, at_scenes, capsys):
     context = open_context(tiny_config(train__probe__period=1, pretrain__steps=1), "test")
-    trainer = build_pretrain(context, Weights())
+    trainer = Pretrain().build(context, Weights())
     next(module for module in trainer.level.backbone.modules() if hasattr(module, "running_var")).running_var.fill_(-1)
     trainer.train([build_probe(context, trainer)])  # batch statistics are used to train, running ones to probe
     assert "probe  the embedding is not finite in eval mode" in capsys.readouterr().out
@@ -204,7 +204,7 @@ def test_an_embedding_that_is_not_finite_is_said_and_does_not_end_the_run(tiny_c
 def test_modes_and_random_states_are_put_back_even_after_an_error():
     module = torch.nn.Sequential(torch.nn.Dropout(), torch.nn.BatchNorm1d(2).eval())
     before = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()
-    with pytest.raises(KeyError), own_randomness(CPU), evaluating(module):
+    with pytest.raises(KeyError), preserved_randomness(CPU), evaluating(module):
         assert not module[0].training
         random.random(), np.random.rand(), torch.rand(1)
         raise KeyError
@@ -217,7 +217,7 @@ def test_a_view_and_its_mask_or_many_crops_give_two_views_that_every_pass_sees_a
     crop = v2.Compose([v2.PILToTensor(), v2.RandomCrop(16), v2.ToDtype(torch.float32, True)])
     for others in (lambda image: torch.ones(2, 2, dtype=torch.bool), lambda image: crop(image)[:, :8, :8]):
         samples = FixedViews(dataset, [5, 3], lambda image, others=others: (crop(image), others(image)), seed=0)
-        with own_randomness(CPU):
+        with preserved_randomness(CPU):
             first, second = extract_features(torch.clone, samples, CPU, batch_size=2)
             again = extract_features(torch.clone, samples, CPU, batch_size=1)
         assert first.shape == second.shape == (2, 3, 16, 16) and not torch.equal(first, second)
@@ -251,9 +251,9 @@ from bissl_zoo.config import LazyConfig
 from bissl_zoo.distributed import all_gather_objects, is_main_process
 from bissl_zoo.engine.build import Weights
 from bissl_zoo.engine.launch import launch
-from bissl_zoo.engine.stages.pretrain import build_pretrain
+from bissl_zoo.engine.stages import Pretrain
 from bissl_zoo.engine.features import build_probe
-from bissl_zoo.engine.runner import open_context
+from bissl_zoo.engine.checks import open_context
 
 def main(config):
     digests = []
@@ -261,7 +261,7 @@ def main(config):
         cfg = LazyConfig.load(config)
         cfg.train.probe.period = period
         context = open_context(cfg, config)
-        trainer = build_pretrain(context, Weights())
+        trainer = Pretrain().build(context, Weights())
         trainer.train([hook for hook in [build_probe(context, trainer)] if hook])
         state = {**trainer.level.backbone.state_dict(), **trainer.level.head.state_dict()}
         digests.append(hashlib.sha256(b"".join(t.numpy().tobytes() for t in state.values())).hexdigest())

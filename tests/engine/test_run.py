@@ -12,7 +12,8 @@ from safetensors.torch import save_file
 
 from bissl_zoo.config import LazyConfig
 from bissl_zoo.engine.build import Context, Weights
-from bissl_zoo.engine.runner import phases_of, run
+from bissl_zoo.engine.runner import run
+from bissl_zoo.engine.stages import plan_stages
 from bissl_zoo.runs.checkpoint import load_checkpoint, read_info
 from bissl_zoo.zoo import get_entry
 
@@ -187,18 +188,18 @@ def test_a_file_of_timm_weights_is_what_the_first_stage_starts_from(tiny_config,
     assert all(torch.equal(value, state[key]) for key, value in published.items())
 
 
-def test_phases_name_what_each_fine_tuning_starts_from(tiny_config):
-    def phases(stages, baseline=True, pretext=None):
+def test_the_plan_of_a_run_has_the_warm_ups_and_names_what_each_fine_tuning_starts_from(tiny_config):
+    def planned(stages, baseline=True, pretext=None):
         cfg = tiny_config(train__stages=stages, finetune__baseline=baseline)
-        context = Context(cfg, {"pretext": range(8)}, torch.device("cpu"))
-        return [(phase.name, phase.finetunes) for phase in phases_of(context, Weights(pretext=pretext))]
+        context = Context(cfg, {"pretext": range(8), "train": range(8)}, torch.device("cpu"))
+        return [(stage.name, stage.start) for stage in plan_stages(context, Weights(pretext=pretext))]
 
     walk = [("head_warmup", None), ("bissl", None), ("finetune_pretrained", "pretrained"), ("finetune", "bissl")]
-    assert phases("[bissl,finetune]", pretext={}) == walk
-    assert phases("[bissl,finetune]") == [("pretext_warmup", None), *walk]
-    assert phases("[pretrain,bissl,finetune]", baseline=False) == [("pretrain", None), *walk[:2], walk[3]]
-    assert phases("[pretrain,finetune]") == [("pretrain", None), ("finetune", "pretrained")]
-    assert phases("[finetune]") == [("finetune", "init")]
+    assert planned("[bissl,finetune]", pretext={}) == walk
+    assert planned("[bissl,finetune]") == [("pretext_warmup", None), *walk]
+    assert planned("[pretrain,bissl,finetune]", baseline=False) == [("pretrain", None), *walk[:2], walk[3]]
+    assert planned("[pretrain,finetune]") == [("pretrain", None), ("finetune", "pretrained")]
+    assert planned("[finetune]") == [("finetune", "init")]
 
 
 def test_a_resumed_run_starts_from_the_version_that_it_began_with(tiny_config, at_scenes, tmp_path):

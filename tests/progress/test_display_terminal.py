@@ -23,9 +23,9 @@ def arguments(tiny, at_scenes, tmp_path):
 
 def test_a_run_in_a_terminal_ends_with_its_last_state_and_the_table_below_it(tool, arguments):
     def noisy():
-        from bissl_zoo.engine.stages.bissl import Bissl
+        from bissl_zoo.engine.stages.bissl import BisslTrainer
 
-        step = Bissl.run_step
+        step = BisslTrainer.run_step
 
         def run_step(self):
             print("a library speaks")
@@ -33,7 +33,7 @@ def test_a_run_in_a_terminal_ends_with_its_last_state_and_the_table_below_it(too
             time.sleep(0.6)  # longer than the display waits
             return step(self)
 
-        Bissl.run_step = run_step
+        BisslTrainer.run_step = run_step
 
     status, output = Terminal(tool, arguments(), noisy).end()
     plain, last = shown(output)
@@ -61,13 +61,13 @@ def test_ctrl_c_is_answered_below_the_lines_and_the_run_says_how_to_go_on(tool, 
 
 def test_an_error_is_told_below_the_display(tool, arguments):
     def sick():
-        from bissl_zoo.engine.stages.pretrain import Pretrain
+        from bissl_zoo.engine.stages.pretrain import PretrainTrainer
         from bissl_zoo.errors import NonFiniteLoss
 
         def run_step(self):
             raise NonFiniteLoss("the loss is not finite")
 
-        Pretrain.run_step = run_step
+        PretrainTrainer.run_step = run_step
 
     status, output = Terminal(tool, arguments(), sick).end()
     _, last = shown(output)

@@ -18,7 +18,7 @@ from bissl_zoo.data.loaders import build_train_loader
 from bissl_zoo.distributed import barrier
 from bissl_zoo.engine.build import Batches
 from bissl_zoo.engine.health import Health
-from bissl_zoo.engine.stages.pretrain import Pretrain
+from bissl_zoo.engine.stages.pretrain import PretrainTrainer
 from bissl_zoo.errors import NonFiniteLoss
 from bissl_zoo.optim import LRMultiplier
 
@@ -90,7 +90,7 @@ def level_of(name, stream, wrong=fine, seed=0):
 
 
 def stage(wrong=fine, steps=10, stream=None):
-    trainer = Pretrain(level_of("pretrain", stream or batches(), wrong))
+    trainer = PretrainTrainer(level_of("pretrain", stream or batches(), wrong))
     trainer.total_steps = steps
     return trainer
 

@@ -28,6 +28,8 @@ from bissl_zoo.registry import STAGES
 
 logger = logging.getLogger(__name__)
 
+PRETEXT_WARMUP, HEAD_WARMUP = "pretext_warmup", "head_warmup"
+
 #: smallest `lambda * lr_eff * lower steps` with which the lower level can follow the upper one
 MIN_COUPLING = 0.3
 
@@ -94,7 +96,7 @@ class Bissl(Stage):
     name = "bissl"
     data_roles = ("pretext", "train")
     optimizers = ("lower", "upper")
-    requires = {"pretext": "pretext_warmup", "task": "head_warmup"}
+    requires = {"pretext": PRETEXT_WARMUP, "task": HEAD_WARMUP}
     provides = ("backbone", "pretext", "task")
     follows = ("pretrain",)
     unit = "alternation"
@@ -144,7 +146,9 @@ class Bissl(Stage):
         if steps:
             logger.info(f"{missing}: a new one is trained for {steps} steps on the frozen backbone before this stage.")
         else:
-            logger.warning(f"{missing} and bilevel.pretext_warmup has 0 steps: the BiSSL stage starts with a random one.")
+            logger.warning(
+                f"{missing} and bilevel.pretext_warmup has 0 steps: the BiSSL stage starts with a random one."
+            )
 
     def build(self, context: Context, weights: Weights, start_step: int = 0) -> BisslTrainer:
         """Return the trainer of both levels, which start from the same backbone."""
@@ -189,11 +193,11 @@ class PretextWarmupTrainer(PretrainTrainer):
         level.backbone.eval()
 
 
-@STAGES.register("pretext_warmup")
+@STAGES.register(PRETEXT_WARMUP)
 class PretextWarmup(Stage):
     """Train a new pretext head on the frozen backbone, so that the lower level does not start from a random one."""
 
-    name = "pretext_warmup"
+    name = PRETEXT_WARMUP
     data_roles = ("pretext",)
     optimizers = ("lower",)
     section, epoch_role = "bilevel.pretext_warmup", "pretext"
@@ -208,9 +212,7 @@ class PretextWarmup(Stage):
             if isinstance(module, (Backbone, Tail)):
                 module.requires_grad_(False).eval()
         batches = pretext_batches(context, pretext, cfg.train.seed, start_step)
-        level = build_level(
-            cfg, self.name, "lower", trunk, pretext, batches, self.steps(context), train_backbone=False
-        )
+        level = build_level(cfg, self.name, "lower", trunk, pretext, batches, self.steps(context), train_backbone=False)
         level.lr_scheduler = LRMultiplier(ConstantParamScheduler(1.0))  # that of `lower` is made for the alternations
         seed_rank(cfg.train.seed)
         return PretextWarmupTrainer(level)
@@ -229,13 +231,13 @@ class HeadWarmupTrainer(SingleLevelTrainer):
         return replace(self.weights, task=self.level.head.state_dict())
 
 
-@STAGES.register("head_warmup")
+@STAGES.register(HEAD_WARMUP)
 class HeadWarmup(Stage):
     """Train the downstream head on the frozen backbone, so that the first hypergradients are meaningful."""
 
-    name = "head_warmup"
+    name = HEAD_WARMUP
     data_roles = ("train",)
-    optimizers = ("head_warmup",)
+    optimizers = (HEAD_WARMUP,)
     section, epoch_role = "bilevel.head_warmup", "train"
     provides = ("task",)
 
@@ -245,9 +247,7 @@ class HeadWarmup(Stage):
         seed_everything(cfg.train.seed)
         trunk, task = build_downstream(context, Weights(weights.backbone))
         batches = train_batches(context, task, cfg.train.seed, start_step)
-        level = build_level(
-            cfg, self.name, self.name, trunk, task, batches, self.steps(context), train_backbone=False
-        )
+        level = build_level(cfg, self.name, self.name, trunk, task, batches, self.steps(context), train_backbone=False)
         seed_rank(cfg.train.seed)
         return HeadWarmupTrainer(level, cfg.bilevel.head_warmup.backbone_mode, weights)
 

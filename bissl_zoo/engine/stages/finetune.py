@@ -17,6 +17,9 @@ from bissl_zoo.engine.trainer import Context, SingleLevelTrainer, Stage, Weights
 from bissl_zoo.errors import ConfigError, did_you_mean
 from bissl_zoo.registry import STAGES
 
+#: the fine-tuning from the backbone that entered the stage before
+BASELINE = "finetune_pretrained"
+
 
 class FinetuneTrainer(SingleLevelTrainer):
     """Train backbone and task head on the downstream task.
@@ -80,10 +83,10 @@ class Finetune(Stage):
     def __init__(self, start: str | None = "init", baseline: bool = False) -> None:
         self.start, self.baseline = start, baseline
         if baseline:
-            self.name = "finetune_pretrained"
+            self.name = BASELINE
 
     def expand(self, context: Context, earlier: Sequence[Stage]) -> list[Stage]:
-        """Return the stage, after the baseline if `finetune.baseline` asks for one and there is something to compare."""
+        """Return the stage, after its baseline if `finetune.baseline` is True and a stage with such a baseline ran."""
         last = next((stage for stage in reversed(earlier) if stage.label), None)
         if last is None:
             return [self]

@@ -6,9 +6,10 @@ from omegaconf import DictConfig
 
 from bissl_zoo.backbones import merge_split_states
 from bissl_zoo.config import instantiate
-from bissl_zoo.engine.build import Weights, build_split_backbone, seed_everything
+from bissl_zoo.engine.build import Weights, build_split_backbone
 from bissl_zoo.engine.features import FrozenBackbone, load_frozen, pretext_pixels
-from bissl_zoo.engine.init import as_begun, load_init, resplit, weights_of
+from bissl_zoo.engine.init import load_init, pinned_init, resplit, weights_of
+from bissl_zoo.engine.resume import seed_everything
 from bissl_zoo.engine.trainer import load_state
 from bissl_zoo.errors import CheckpointError
 from bissl_zoo.runs.checkpoint import Checkpointer, load_checkpoint
@@ -43,7 +44,7 @@ def _entering(folder: Path, cfg: DictConfig) -> tuple[str, FrozenBackbone]:
     if "pretrain" in cfg.train.stages:
         weights, name = _of_stage(folder, cfg, "pretrain"), "pretrained"
     elif cfg.train.init is not None:
-        init = as_begun(cfg.train.init, folder)
+        init = pinned_init(cfg.train.init, folder)
         weights, name = load_init(init, cfg)[0], f"from {Path(init).name}"
     else:  # as the stage's networks are built
         seed_everything(cfg.train.seed)

@@ -17,13 +17,13 @@ from bissl_zoo.engine.build import Context, Weights, build_datasets, build_downs
 from bissl_zoo.engine.features import (
     CentralCrops,
     FrozenBackbone,
-    drawn,
     extract_features,
-    own_randomness,
     pretext_pixels,
+    sample_indices,
 )
 from bissl_zoo.engine.init import load_init
 from bissl_zoo.engine.launch import choose_device
+from bissl_zoo.engine.resume import preserved_randomness
 from bissl_zoo.errors import CheckpointError, DatasetError
 from bissl_zoo.report.images.box_crops import BoxCrops
 from bissl_zoo.report.images.data import draw_samples, draw_views, samples_of
@@ -45,7 +45,7 @@ def picture_data(cfg: DictConfig, role: str, images: int = 16, seed: int = 0) ->
         DatasetError: the set is missing or damaged.
     """
     dataset = build_datasets(cfg, {role})[role]
-    chosen = drawn(len(dataset), images, seed)
+    chosen = sample_indices(len(dataset), images, seed)
     title = f"{_described(cfg, role)}: {len(chosen)} of {len(dataset)} images"
     return draw_samples(samples_of(dataset, chosen), getattr(dataset, "classes", None), title)
 
@@ -59,9 +59,9 @@ def picture_views(cfg: DictConfig, images: int = 6, seed: int = 0) -> Figure:
     """
     dataset = build_datasets(cfg, {"pretext"})["pretext"]
     cpu = torch.device("cpu")
-    with own_randomness(cpu):
+    with preserved_randomness(cpu):
         _, method = build_pretext(cfg, Weights(), cpu)
-    samples = samples_of(dataset, drawn(len(dataset), images, seed))
+    samples = samples_of(dataset, sample_indices(len(dataset), images, seed))
     pixels = pretext_pixels(cfg)
     title = f"Views of {cfg.pretext.name}, {_described(cfg, 'pretext')}"
     return draw_views(samples, method.views(), pixels["mean"], pixels["std"], title, seed)
@@ -93,9 +93,9 @@ def picture_predictions(
     device = choose_device(cfg.train.device)
     context = Context(cfg, build_datasets(cfg, {"test"}), device)
     dataset, loader = context.data["test"], cfg.dataloader.test
-    with own_randomness(device):
+    with preserved_randomness(device):
         backbone, task = build_downstream(context, weights)
-        chosen = drawn(len(dataset), len(dataset) if worst else images, seed)
+        chosen = sample_indices(len(dataset), len(dataset) if worst else images, seed)
         settings = (device, loader.batch_size, loader.get("num_workers", 0))
         predictions = predict(backbone, task, dataset, chosen, *settings)
     if worst:
@@ -138,14 +138,14 @@ def picture_embeddings(
     classes, target = data["test"].classes, data["test"][0][1]
     crops, several = isinstance(target, dict), isinstance(target, Tensor)
     sets = {role: _single_labels(data[role], role) for role in ("train", "test")}
-    chosen = {role: drawn(len(dataset), images, seed) for role, dataset in sets.items()}
+    chosen = {role: sample_indices(len(dataset), images, seed) for role, dataset in sets.items()}
     if len(chosen["test"]) < LEAST_POINTS:
         what = "objects" if crops else "images"
         raise DatasetError(
             f"dataloader.test gives {len(chosen['test'])} {what}; a map of embeddings needs {LEAST_POINTS} or more."
         )
     embeddings, counts = [], [0, 0]
-    with own_randomness(device):
+    with preserved_randomness(device):
         for source in sources:
             for name, backbone in load_stages(source, architecture):
                 parts: list[Tensor] = []

@@ -25,9 +25,10 @@ from bissl_zoo.config import LazyConfig, load_config
 from bissl_zoo.data.views import MaskedView, Views
 from bissl_zoo.downstream import Classification
 from bissl_zoo.engine.build import Weights, build_datasets, build_downstream
+from bissl_zoo.engine.checks import open_context
 from bissl_zoo.engine.init import load_init
-from bissl_zoo.engine.runner import open_context, run
-from bissl_zoo.engine.stages.bissl import build_bissl, build_pretext_warmup
+from bissl_zoo.engine.runner import run
+from bissl_zoo.engine.stages import Bissl, PretextWarmup
 from bissl_zoo.errors import CheckpointError, ConfigError, DatasetError
 from bissl_zoo.evaluation import DetectionEvaluator, knn_accuracy
 from bissl_zoo.registry import PRETEXT_METHODS, build_backbone, build_dataset
@@ -449,7 +450,7 @@ def test_the_backbone_that_enters_the_stage_is_the_one_it_started_from(finished,
     assert any(not torch.equal(state[key], value) for key, value in leaving.model.state_dict().items())
     context = open_context(cfg, "test")
     # whether or not a new pretext head is warmed up before the stage
-    for level in (build_pretext_warmup(context, Weights()).level, build_bissl(context, Weights()).problem.lower):
+    for level in (PretextWarmup().build(context, Weights()).level, Bissl().build(context, Weights()).problem.lower):
         started = merge_split_states(level.backbone.state_dict(), level.head.tail.state_dict())
         assert state.keys() == started.keys() and all(torch.equal(state[key], started[key]) for key in state)
     cfg.train.init = str(finished)
