@@ -13,7 +13,8 @@ TIMES = ("time", "speed/")
 def outcome(folder, zoo=None):
     """Return the metrics, checkpoints and results of a run without times; with `zoo`, also the digests it published."""
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    metrics = [{k: v for k, v in line.items() if not k.startswith(TIMES)} for line in lines]
+    # a killed process leaves no record of the end of a stage
+    metrics = [{k: v for k, v in line.items() if not k.startswith(TIMES)} for line in lines if "event" not in line]
     states = {}
     for path in sorted((folder / "checkpoints").glob("*/step_*")):
         states[f"{path.parent.name}/{path.name}"] = load_checkpoint(path)[1]
