@@ -86,6 +86,8 @@ def test_every_metrics_line_parses_and_the_solver_is_in_them(walk):
 
     lines = (walk[0] / "run" / "metrics.jsonl").read_text().splitlines()
     lines = [json.loads(line, parse_constant=refuse) for line in lines]
+    assert [line["stage"] for line in lines if line.get("event") == "stage_end"] == STAGES
+    lines = [line for line in lines if "event" not in line]
     records = [line for line in lines if "upper_step" not in line]
     logged = [(record["stage"], record["step"]) for record in records]
     three, two = [2, 3], [2]

@@ -18,6 +18,12 @@ from bissl_zoo.runs.checkpoint import Checkpointer
 CPU = torch.device("cpu")
 
 
+def records_of(folder):
+    """Return the records of metrics.jsonl without the events."""
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [line for line in lines if "event" not in line]
+
+
 class Counter(Trainer):
     """A trainer whose metrics are functions of the step."""
 
@@ -35,6 +41,9 @@ class Recorder(Hook):
     def before_train(self):
         self.calls.append("before")
 
+    def before_step(self):
+        self.calls.append(f"before {self.trainer.step + 1}")
+
     def after_step(self):
         self.calls.append(self.trainer.step)
 
@@ -46,7 +55,7 @@ def test_hooks_are_called_around_the_steps_that_are_left():
     trainer, hook = Counter("stage", 5), Recorder()
     trainer.load_state_dict({"step": 2, "levels": {}})
     trainer.train([hook])
-    assert hook.calls == ["before", 3, 4, 5, "after"]
+    assert hook.calls == ["before", "before 3", 3, "before 4", 4, "before 5", 5, "after"]
 
 
 def test_the_progress_line_has_losses_speed_and_eta(capsys):
@@ -59,7 +68,7 @@ def test_the_progress_line_has_losses_speed_and_eta(capsys):
 
 def test_the_length_of_a_step_is_with_the_metrics_of_every_line(tmp_path):
     Counter("stage", 5).train([Progress(period=2), MetricsWriter(tmp_path, period=1)])
-    records = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    records = records_of(tmp_path)
     told = {record["step"]: record.get("speed/seconds_per_step") for record in records}
     assert [step for step, seconds in told.items() if seconds] == [1, 2, 4, 5]
     assert all(0 < seconds < 60 for seconds in told.values() if seconds)
@@ -103,14 +112,14 @@ def test_what_holds_up_the_steps_is_shown_and_the_checkpoint_that_was_written(tm
 
     checkpoints = PeriodicCheckpoint(Checkpointer(tmp_path, keep=1), 3, "resnet18", CPU)
     with console(Listening()):
-        Counter("stage", 3).train([PeriodicEvaluation(lambda: {"AP50": 0.25}, period=2), checkpoints])
+        Counter("stage", 3).train([PeriodicEvaluation(lambda trainer: {"AP50": 0.25}, period=2), checkpoints])
     assert [value for name, value in shown if name == "doing"] == ["evaluating on test", "", "writing a checkpoint", ""]
     assert [value[0] for name, value in shown if name == "checkpoint"] == ["stage step 3"]
 
 
 def test_metrics_are_written_every_period_and_at_the_last_step(tmp_path):
     Counter("stage", 5).train([MetricsWriter(tmp_path, period=2)])
-    records = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    records = records_of(tmp_path)
     assert [record["step"] for record in records] == [2, 4, 5]
     assert records[0]["total_loss"] == 0.5 and records[0]["status"] == "fine" and records[0]["stage"] == "stage"
     board = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
@@ -144,8 +153,28 @@ def test_figures_that_are_not_finite_are_text_in_the_metrics(tmp_path):
     def refuse(constant):
         raise ValueError(f"{constant} is not JSON")
 
-    record = json.loads((tmp_path / "metrics.jsonl").read_text(), parse_constant=refuse)
+    line = (tmp_path / "metrics.jsonl").read_text().splitlines()[0]
+    record = json.loads(line, parse_constant=refuse)
     assert (record["solver/residual"], record["loss"], record["fine"]) == ("inf", "nan", 1.0)
+
+
+def test_the_last_record_of_a_stage_has_its_seconds_by_activity(tmp_path):
+    checkpoints = PeriodicCheckpoint(Checkpointer(tmp_path, keep=1), 1, "resnet18", CPU)
+    hooks = [PeriodicEvaluation(lambda trainer: {"AP50": 0.25}, 1), MetricsWriter(tmp_path, 1), checkpoints]
+    trainer = Counter("stage", 2)
+    trainer.train(hooks, stop=lambda: trainer.step == 1)
+    trainer.stopping = False
+    trainer.train(hooks)
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    events = [line for line in lines if "event" in line]
+    assert [(line["event"], line["stage"], line["step"]) for line in events] == [
+        ("interrupted", "stage", 1),
+        ("stage_end", "stage", 2),
+    ]
+    for line in events:
+        seconds = line["seconds"]
+        assert seconds["checkpoint"] > 0 and seconds["data"] == 0
+        assert 0 <= seconds["evaluation"] + seconds["checkpoint"] <= seconds["total"] < 60
 
 
 class Fine(Counter):
@@ -170,7 +199,7 @@ def test_finer_records_are_written_at_every_step_whatever_the_period(tmp_path, m
         raise ValueError(f"{constant} is not JSON")
 
     lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
-    lines = [json.loads(line, parse_constant=refuse) for line in lines]
+    lines = [json.loads(line, parse_constant=refuse) for line in lines][:-1]  # the last is an event
     assert [(line["step"], line.get("part")) for line in lines] == [
         *((1, 1), (1, 2), (2, 3), (2, 4), (3, 5), (3, 6)),
         (3, None),
@@ -178,7 +207,7 @@ def test_finer_records_are_written_at_every_step_whatever_the_period(tmp_path, m
     assert all(line["stage"] == "stage" and line["time"] > 0 for line in lines)
     assert [line["residual"] for line in lines[:-1]] == [1.0, 1 / 2, 1 / 3, "inf", 1 / 5, 1 / 6]
     assert lines[-1]["total_loss"] == 1 / 3 and "residual" not in lines[-1]
-    assert opened.count("metrics.jsonl") == 3  # once a step
+    assert opened.count("metrics.jsonl") == 4  # once a step, and the event
     board = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
     assert board.Tags()["scalars"] == ["stage/part/residual", "stage/total_loss", "stage/lr", "stage/hidden"]
     events = board.Scalars("stage/part/residual")
@@ -194,9 +223,9 @@ def test_checkpoints_are_written_every_period_and_at_the_last_step_and_their_cos
 
 
 def test_evaluation_joins_the_metrics_of_its_step_but_not_at_the_last(tmp_path, capsys):
-    evaluation = PeriodicEvaluation(lambda: {"AP50": 0.25, "AP50/cat": 0.1}, period=2)
+    evaluation = PeriodicEvaluation(lambda trainer: {"AP50": 0.25, "AP50/cat": 0.1}, period=2)
     Counter("finetune", 6).train([evaluation, MetricsWriter(tmp_path, period=1)])
-    records = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    records = records_of(tmp_path)
     assert [record["step"] for record in records if record.get("test/AP50") == 0.25] == [2, 4]
     assert records[1]["test/AP50/cat"] == 0.1
     timed = {record["step"]: record["time/evaluation"] for record in records if "time/evaluation" in record}
