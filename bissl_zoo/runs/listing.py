@@ -202,7 +202,7 @@ def _value(cfg: DictConfig, key: str, kind: type) -> Any:
 
 
 def _expected(cfg: DictConfig, checkpoints: Path) -> list[str]:
-    """The phases of the config's stages, in order; see `walk.phases_of`."""
+    """The phases of the config's stages, in order; see `plan_stages`."""
     names: list[str] = []
     for stage in _value(cfg, "train.stages", list) or []:
         if stage == "bissl":

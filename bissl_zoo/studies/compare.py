@@ -14,10 +14,10 @@ from torch.utils.data import Dataset
 
 from bissl_zoo.config import LazyConfig
 from bissl_zoo.data.datasets.catalog import sample_digest
-from bissl_zoo.engine.build import STAGE_DATA, Context, build_datasets
+from bissl_zoo.engine.build import Context, build_datasets, data_roles
 from bissl_zoo.engine.checks import check_config, check_parts
 from bissl_zoo.engine.init import ZOO_PREFIX, load_init
-from bissl_zoo.engine.stages.bissl import LEAST_COUPLING, coupling, pretext_head_is_new
+from bissl_zoo.engine.stages.bissl import MIN_COUPLING, coupling
 from bissl_zoo.errors import BisslZooError, ConfigError, did_you_mean
 from bissl_zoo.files import read_json, write_atomically
 from bissl_zoo.runs.listing import FINISHED as RUN_FINISHED
@@ -192,18 +192,16 @@ class Comparison:
             search_data = build_datasets(self.search_base, {"train", *evaluated})
             self.samples |= _samples(self.search_base, search_data, "search ")
         for cfg in configs.values():
-            roles = {role for stage in cfg.train.stages for role in STAGE_DATA[stage]}
-            roles |= evaluated if "finetune" in cfg.train.stages else set()
-            check_parts(Context(cfg, {role: data[role] for role in roles}, torch.device("cpu")), initial)
+            check_parts(Context(cfg, {role: data[role] for role in data_roles(cfg)}, torch.device("cpu")), initial)
         if "bissl" not in configs:
             return
         value = coupling(Context(configs["bissl"], data, torch.device("cpu")))
-        if value is not None and value < LEAST_COUPLING:
+        if value is not None and value < MIN_COUPLING:
             logger.warning(
-                f"lambda * lr_eff * lower steps = {value:.2g}, below {LEAST_COUPLING}: the BiSSL stage will "
+                f"lambda * lr_eff * lower steps = {value:.2g}, below {MIN_COUPLING}: the BiSSL stage will "
                 "have almost no effect. Raise bilevel.lambda."
             )
-        head_is_new = not self.pretrains and pretext_head_is_new(configs["bissl"], initial)
+        head_is_new = not self.pretrains and initial.pretext is None
         if head_is_new and "longer_pretraining" in self.settings.arms:
             logger.warning(
                 "train.init has no pretext head. The BiSSL stage warms a new one up on the frozen backbone, "
