@@ -55,7 +55,7 @@ def go(cfg, processes=1, meeting=None):
 
 
 def counts(lines, stage):
-    return [line.get(SKIPPED, 0) for line in lines if line["stage"] == stage]
+    return [line.get(SKIPPED, 0) for line in lines if line["stage"] == stage and "event" not in line]
 
 
 def test_a_run_goes_on_counts_and_names_what_it_could_not_read(open_run):
@@ -68,8 +68,8 @@ def test_a_run_goes_on_counts_and_names_what_it_could_not_read(open_run):
     total = len(bad["pretext"]) + len(bad["train"])
     assert counts(lines, "bissl")[-1] == total  # of both levels
     for role, (all_of_it, stage) in {"pretext": (24, "bissl"), "train": (16, "bissl")}.items():
-        (line,) = [one for one in log.splitlines() if f"[{stage}] data: " in one and f"images of {role}" in one]
-        assert f"{len(bad[role])} of {all_of_it} images of {role} could not be read and were replaced: " in line
+        (line,) = [one for one in log.splitlines() if f"[{stage}] " in one and f"images of dataloader.{role}" in one]
+        assert f"{len(bad[role])} of {all_of_it} images of dataloader.{role} could not be decoded" in line
         assert sum(file in line for file in bad[role]) == min(5, len(bad[role]))
         assert ("and 1 more" in line) == (role == "pretext")
     results = json.loads((Path(context.cfg.train.output_dir) / "results.json").read_text())
@@ -82,7 +82,7 @@ def test_a_run_goes_on_counts_and_names_what_it_could_not_read(open_run):
 def test_a_run_without_bad_images_says_nothing_of_them(open_run):
     context = open_run(train__stages="[pretrain, finetune]", skip_test=True)
     lines, log = go(context.cfg)
-    assert not any(SKIPPED in line for line in lines) and "could not be read" not in log
+    assert not any(SKIPPED in line for line in lines) and "could not be decoded" not in log
     results = json.loads((Path(context.cfg.train.output_dir) / "results.json").read_text())
     assert "left_out" not in results["pretrained"]
     assert RunReport(Path(context.cfg.train.output_dir), images=0)._bad_images() == []
@@ -98,7 +98,9 @@ def test_a_resumed_run_and_one_of_two_processes_count_the_same(open_run, tmp_pat
     for cfg in parts:
         lines, resumed = go(cfg)
     assert counts(lines, "pretrain") == unbroken
-    (end,) = [one.partition("warning: ")[2] for one in log.splitlines() if "images of pretext could not be" in one]
+    (end,) = [
+        one.partition("warning: ")[2] for one in log.splitlines() if "images of dataloader.pretext could not be" in one
+    ]
     assert resumed.count(end) == 1
     two = open_run("two", train__stages="[pretrain]", pretrain__steps=8)
     lines, _ = go(two.cfg, processes=2, meeting=tmp_path / "meeting")
@@ -121,7 +123,7 @@ def test_a_test_set_of_which_nothing_can_be_used_has_no_figures(open_run):
     spoil(context, "test", *range(8))
     assert exit_status(start_run(context.cfg, errors=context.cfg.train.output_dir + ".err")) == 1
     said = Path(context.cfg.train.output_dir + ".err").read_text()
-    assert "None of the 8 images of dataloader.test can be used; they were named." in said
+    assert "None of the 8 images of dataloader.test can be decoded" in said
 
 
 def test_results_show_how_many_images_were_left_out_of_which():
@@ -139,7 +141,7 @@ def test_what_is_looked_at_before_a_run_may_be_bad_where_its_loader_skips(open_r
     check_parts(context, Weights())
     said = [record.getMessage() for record in caplog.records]
     assert len(said) == 2 and first in said[0] and second in said[1]
-    assert said[0].endswith("The one that follows is looked at in its place.")
+    assert said[0].endswith("Using the next sample instead.")
     spoil(context, "train", *range(2, build.TRIES + 1))
     with pytest.raises(DatasetError, match="does not decode"):
         check_parts(context, Weights())
@@ -168,7 +170,8 @@ def test_a_probe_takes_the_image_that_follows_a_bad_one(open_run, on_bad):
     context = open_run(train__stages="[pretrain]", train__probe__period=1, train__probe__k=0)
     context.cfg.dataloader.pretext.on_bad = on_bad
     spoil(context, "pretext", 3, 4)
-    probe = build_probe(context, Pretrain().build(context, Weights()))
+    probe = build_probe(context, Pretrain())
+    probe.trainer = Pretrain().build(context, Weights())
     if on_bad == "error":
         with pytest.raises(DatasetError, match="does not decode"):
             probe._measure()

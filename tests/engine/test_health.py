@@ -67,7 +67,7 @@ def test_a_loss_that_goes_wrong_names_the_samples_their_files_and_what_came_befo
     message = str(error.value)
     assert "pretrain level, step 2, rank 0: the loss is not finite (square=" in message and f"wrong={bad}" in message
     assert f"Batch 2 of pretrain has 4 samples: {numbers[0]} (images/{numbers[0]}.png), {numbers[1]} (" in message
-    assert f"Last finite figures, of step 1: total_loss={trainer.metrics['total_loss']:.4g}, square=" in message
+    assert f"Last finite metrics, of step 1: total_loss={trainer.metrics['total_loss']:.4g}, square=" in message
     assert "train.on_nonfinite=skip" in message and trainer.step == 2
 
 

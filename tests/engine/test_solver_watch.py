@@ -84,5 +84,5 @@ def test_a_run_warns_of_its_solver(tiny_config, at_scenes, tmp_path, capsys, sol
     run(cfg, "test")
     lines = [line for line in capsys.readouterr().out.splitlines() if "solves for the hypergradient failed" in line]
     assert len(lines) == expected
-    assert all(f"--config-file {tmp_path / 'run' / 'config.yaml'} " in line for line in lines)
+    assert all(f"--config-file {tmp_path / 'run' / 'config.yaml'}" in line for line in lines)
     assert (tmp_path / "run" / "config.yaml").exists()

@@ -26,8 +26,8 @@ CPU = torch.device("cpu")
 SIZE, BATCH = 20, 4
 
 
-class Numbers:
-    """A data set whose sample is its number, in files of that name."""
+class Unnamed:
+    """A data set whose sample is its number."""
 
     def __len__(self):
         return SIZE
@@ -35,12 +35,12 @@ class Numbers:
     def __getitem__(self, index):
         return index, None
 
+
+class Numbers(Unnamed):
+    """The same in files of that name."""
+
     def source(self, index):
         return f"images/{index}.png"
-
-
-class Unnamed(Numbers):
-    source = None
 
 
 def sample(number, target):
