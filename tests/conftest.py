@@ -1,6 +1,7 @@
 """Shared fixtures: the command line, a tiny version of the quickstart, and the tier of each test.
 
-A test that uses a fixture of `SLOW_FIXTURES` belongs to the slow tier without a marker of its own.
+A test that uses a fixture of `SLOW_FIXTURES` belongs to the slow tier without a marker. A unit test that starts a
+process fails.
 """
 
 import contextlib
@@ -24,6 +25,9 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 QUICKSTART = "quickstart/digit_scenes_det.py"
 #: fixtures that train a run or start a process
 SLOW_FIXTURES = {"finished", "process", "train_net_process"}
+#: audit events of a process that starts
+STARTS = {"subprocess.Popen", "os.fork", "os.forkpty", "os.posix_spawn"}
+started: list[str] = []
 SCENES = {"image_size": 64, "unlabeled": 24, "train": 16, "val": 1, "test": 8}
 
 
@@ -35,6 +39,21 @@ def pytest_collection_modifyitems(items):
             item.add_marker(pytest.mark.slow)
         if item.get_closest_marker("gpu") and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+@sys.addaudithook
+def _record_start(event, _):
+    if event in STARTS:
+        started.append(event)
+
+
+@pytest.fixture(autouse=True)
+def unit_tests_start_no_process(request):
+    """Fail a unit test during which, or in whose fixtures, a process was started."""
+    yield
+    events, started[:] = set(started), []
+    if request.node.get_closest_marker("slow") is None and request.node.get_closest_marker("soak") is None:
+        assert not events, f"a unit test started a process ({', '.join(events)}): add @pytest.mark.slow"
 
 
 class Outcome(NamedTuple):
