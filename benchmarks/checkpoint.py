@@ -25,8 +25,7 @@ from tabulate import tabulate
 
 from bissl_zoo.engine.resume import random_state
 from bissl_zoo.registry import build_backbone, build_pretext
-from bissl_zoo.runs.checkpoint import Checkpointer, verify
-from bissl_zoo.runs.state_files import read_state
+from bissl_zoo.runs.checkpoint import STATE_FILE, Checkpointer, read_state, verify
 
 PERIOD = 300.0
 
@@ -77,7 +76,7 @@ def main() -> None:
             shutil.rmtree(folder, ignore_errors=True)
             seconds["save"].append(timed(lambda n=number: checkpointer.save("bissl", n, 9, args.architecture, state)))
             path = checkpointer.newest("bissl")
-            tensors = path / "state.safetensors"
+            tensors = path / STATE_FILE
             seconds["write"].append(timed(lambda t=tensors: write_file(t, t.with_name("copy"))))
             seconds["verify"].append(timed(lambda p=path: verify(p)))
             seconds["read"].append(timed(lambda p=path: read_state(p)))

@@ -77,7 +77,7 @@ def test_the_run_directory_says_what_was_run(walk):
     assert all(0.0 <= figures["AP50"] <= 1.0 for figures in results.values())
     left = {path.name for path in run.iterdir()}
     expected = {"config.yaml", "environment.txt", "metrics.jsonl", "tensorboard", "checkpoints", "results.json"}
-    assert left == expected | {"facts.json", "zoo_entry.json", "log.txt", "per_class.json", "report.html"}
+    assert left == expected | {"metadata.json", "zoo_entry.json", "log.txt", "per_class.json", "report.html"}
 
 
 def test_every_metrics_line_parses_and_the_solver_is_in_them(walk):

@@ -40,7 +40,7 @@ from bissl_zoo.engine.publishing import published
 from bissl_zoo.errors import BisslZooError
 from bissl_zoo.progress.log_files import drop_lines_after
 from bissl_zoo.runs.checkpoint import Checkpointer, load_checkpoint
-from bissl_zoo.runs.metadata import add_wall_time, read_facts
+from bissl_zoo.runs.directory import add_wall_time, read_metadata
 from bissl_zoo.weights.backbone_file import read_backbone
 from bissl_zoo.zoo import get_config, list_backbones, load_entry_weights
 from bissl_zoo.zoo.cache import Cache
@@ -136,21 +136,17 @@ def checkpoint(tmp_path_factory):
 
 
 @fuzzing
-@given(
-    data=st.data(), which=st.sampled_from(["manifest.json", "state.json", "state.safetensors"]), vouched=st.booleans()
-)
+@given(data=st.data(), which=st.sampled_from(["manifest.json", "state.pt"]), vouched=st.booleans())
 def test_any_checkpoint_is_read_or_refused_and_the_next_one_is_taken(place, checkpoint, data, which, vouched):
     folder = place / "run"
     shutil.rmtree(folder, ignore_errors=True)
     files = dict(checkpoint)
     manifest = json.loads(files["manifest.json"])
     if which == "manifest.json":
-        moved = {**manifest, "files": {data.draw(st.sampled_from(NAMES)): manifest["files"]["state.json"]}}
+        moved = {**manifest, "files": {data.draw(st.sampled_from(NAMES)): manifest["files"]["state.pt"]}}
         files[which] = data.draw(json_files(manifest) | json_files(moved))
-    elif which == "state.json":
-        files[which] = data.draw(json_files(json.loads(files[which])))
     else:
-        files[which] = data.draw(safetensors_files(files[which]))
+        files[which] = data.draw(damaged([files[which]]))
     if vouched and which != "manifest.json":
         facts = {"size": len(files[which]), "sha256": hashlib.sha256(files[which]).hexdigest()}
         files["manifest.json"] = as_json(manifest | {"files": manifest["files"] | {which: facts}})
@@ -328,9 +324,9 @@ RECEIPT = {"name": "tiny", "location": "/zoo/tiny", "sha256": SHA256}
 @fuzzing
 @given(facts=json_files(RUN_FACTS), receipt=json_files(RECEIPT))
 def test_any_facts_of_a_run_are_read_or_refused(place, facts, receipt):
-    (place / "facts.json").write_bytes(facts)
+    (place / "metadata.json").write_bytes(facts)
     (place / "zoo_entry.json").write_bytes(receipt)
     entry = read(place, published, place)
     assert entry is None or all(isinstance(value, str) for value in (entry.name, entry.location, entry.sha256))
-    if read(place, read_facts, place) is not None:
+    if read(place, read_metadata, place) is not None:
         read(place, add_wall_time, place, 1.0)

@@ -20,8 +20,8 @@ from bissl_zoo.downstream import DownstreamTask, Evaluator
 from bissl_zoo.engine.build import Context, Decodable, test_loader
 from bissl_zoo.errors import CheckpointError, DatasetError
 from bissl_zoo.evaluation.ranking import MOST_RANKED
-from bissl_zoo.runs.checkpoint import write_atomically
-from bissl_zoo.runs.metadata import read_json
+from bissl_zoo.files import write_atomically
+from bissl_zoo.runs.directory import read_json
 
 logger = logging.getLogger(__name__)
 

@@ -12,11 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from bissl_zoo.progress.log_files import AppendedFile, EventFile, drop_lines_after
+from bissl_zoo.runs.directory import METRICS_FILE
 from bissl_zoo.runs.disk import reason_of
 
 logger = logging.getLogger(__name__)
-
-METRICS_FILE = "metrics.jsonl"
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from rich.text import Text
 
 from bissl_zoo.progress.console import clock, printable, short
 from bissl_zoo.progress.run_view import RunView, StageView
-from bissl_zoo.runs.disk import in_words
+from bissl_zoo.runs.disk import format_size
 
 #: columns of the names on the left, and of the progress bar at most
 LABEL, BAR = 15, 80
@@ -107,9 +107,9 @@ def _memory(device: torch.device | None) -> str:
     if device is not None and device.type == "cuda":
         stats = torch.cuda.memory_stats(device)
         now, peak = (stats.get(f"allocated_bytes.all.{which}", 0) for which in ("current", "peak"))
-        return f"GPU {in_words(now)} allocated, {in_words(peak)} peak"
+        return f"GPU {format_size(now)} allocated, {format_size(peak)} peak"
     pages = Path("/proc/self/statm")
     if pages.exists():
-        return f"{in_words(int(pages.read_text().split()[1]) * resource.getpagesize())} of this process"
+        return f"{format_size(int(pages.read_text().split()[1]) * resource.getpagesize())} of this process"
     unit = 1 if sys.platform == "darwin" else 1024
-    return f"{in_words(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit)} of this process at most"
+    return f"{format_size(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit)} of this process at most"

@@ -23,9 +23,8 @@ from bissl_zoo.report.page import Block, Chapters, Fold, Note, Picture, Section,
 from bissl_zoo.report.pictures import RunPictures
 from bissl_zoo.report.svg import to_svg
 from bissl_zoo.report.timing import time_of
-from bissl_zoo.runs.directory import load_run_config
+from bissl_zoo.runs.directory import load_run_config, read_metadata
 from bissl_zoo.runs.listing import FINISHED, RunState, look_at
-from bissl_zoo.runs.metadata import read_facts
 
 FILES_ONLY = "Left out, since only the files of the run were to be read (--files-only)."
 
@@ -100,7 +99,7 @@ class RunReport:
 
     def head(self) -> list[tuple[str, str]]:
         """The run in a few lines."""
-        run, facts = self.state, self.state.facts
+        run, facts = self.state, self.state.metadata
         wall = facts.get("wall_time_s")
         told = {
             "folder": str(self.folder),
@@ -153,7 +152,7 @@ class RunReport:
 
     def data_facts(self) -> list[Block]:
         """The data sets with their sizes."""
-        datasets = read_facts(self.folder).get("datasets", {})
+        datasets = read_metadata(self.folder).get("datasets", {})
         rows = [
             [role, one.get("name"), one.get("root"), one.get("split") or one.get("splits"), one.get("samples")]
             for role, one in datasets.items()
@@ -254,7 +253,7 @@ class RunReport:
 
     def timing(self) -> list[Block]:
         """Where the time went."""
-        timing = time_of(self.history, self.state.facts, read_text(self.folder / LOG_FILE), self._tested())
+        timing = time_of(self.history, self.state.metadata, read_text(self.folder / LOG_FILE), self._tested())
         notes: list[Block] = [Note(note) for note in timing.notes]
         if not timing.stages:
             return [Note("No record with a time has been written yet.")]

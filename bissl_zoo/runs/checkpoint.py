@@ -1,10 +1,12 @@
-"""Checkpoints: each is complete or absent, verified before it is used, and holds data only."""
+"""Checkpoints: each is complete or absent, is verified before it is read, and holds data only."""
 
 import contextlib
 import hashlib
+import io
 import json
 import os
 import shutil
+import sys
 import uuid
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
@@ -12,28 +14,30 @@ from pathlib import Path
 from typing import Any
 
 from bissl_zoo.errors import CheckpointError
+from bissl_zoo.files import fsync, is_sha256, read_json, sha256_of
 from bissl_zoo.runs.disk import write_error
-from bissl_zoo.runs.state_files import PLAIN_FILE, TENSORS_FILE, read_state, tensor_bytes, write_state
 
-FORMAT = 2
-MANIFEST_FILE = "manifest.json"
-LATEST = "latest"
+# torch is imported in the functions that read or write tensors, so that manifests are read without it
+
+FORMAT = 3
+MANIFEST_FILE, STATE_FILE, LATEST = "manifest.json", "state.pt", "latest"
 DAMAGED = "damaged_"
 
-#: bytes of a manifest, far above what any has
+#: format 2 of bissl_zoo 0.1, which is still read: tensors in safetensors, the rest as JSON with tags
+_OLD_FORMAT, _OLD_FILES = 2, ("state.json", "state.safetensors")
 _MANIFEST_LIMIT = 1 << 20
-#: what the manifest's fields are
 _KINDS = {"stage": str, "step": int, "total_steps": int, "done": bool, "architecture": str, "metrics": dict}
 
 
 @dataclass(frozen=True)
 class CheckpointInfo:
-    """What the manifest says.
+    """The manifest of a checkpoint.
 
     Attributes:
-        architecture: of the backbone; done: whether the stage ended with this step.
-        files: sha256 and size in bytes by name.
-        metrics: what was measured after this step, such as `test/AP50`.
+        architecture: name of the backbone.
+        done: True if the stage ended with this step.
+        files: sha256 and size in bytes by file name.
+        metrics: measured after this step, such as `test/AP50`.
     """
 
     stage: str
@@ -47,26 +51,25 @@ class CheckpointInfo:
 
     @property
     def ended(self) -> bool:
-        """Whether the stage ended before its last step."""
+        """True if the stage ended before its last step."""
         return self.done and self.step < self.total_steps
 
     @property
     def sha256(self) -> str:
-        """One digest for the checkpoint: of those of its files."""
-        digests = (f"{name} {facts['sha256']}\n" for name, facts in sorted(self.files.items()))
+        """One digest of the checkpoint, made of those of its files."""
+        digests = (f"{name} {file['sha256']}\n" for name, file in sorted(self.files.items()))
         return hashlib.sha256("".join(digests).encode()).hexdigest()
 
 
 class Checkpointer:
-    """The `checkpoints/` folder of a run: `<stage>/step_000120/` with the state, its manifest, and `latest`.
+    """The `checkpoints/` folder of a run: `<stage>/step_000120/` with the state and its manifest, and `latest`.
 
-    What stays is decided by what is there, so that a run that was interrupted goes on as it began.
+    Retention is decided by what is on disk, so that an interrupted run continues as it began.
 
     Args:
-        folder: of the run's checkpoints.
-        keep: how many of a stage's newest checkpoints stay.
-        every: checkpoints at multiples of so many steps stay too; None for none.
-        best: a measured figure, such as `test/AP50`; the checkpoint of its highest value stays too.
+        keep: number of newest checkpoints of a stage that are kept.
+        every: also keep checkpoints at multiples of this step.
+        best: a metric, such as `test/AP50`; also keep the checkpoint with its highest value.
     """
 
     def __init__(self, folder: Path, keep: int = 2, every: int | None = None, best: str | None = None) -> None:
@@ -83,69 +86,64 @@ class Checkpointer:
         metrics: Mapping[str, float] | None = None,
         ended: bool = False,
     ) -> Path:
-        """Write a checkpoint beside its final place, force it to disk, rename it there, and drop what need not stay.
+        """Write a checkpoint to a temporary folder, flush it to disk, rename it, and remove checkpoints not kept.
 
         Args:
+            state: nested dicts, lists and tuples of tensors and plain values.
             ended: the stage ends with this step although it is not the last.
         Raises:
-            DiskError: the disk is full or fails; there is how much room is needed, and nothing half-written.
-            CheckpointError: it could not be written for another reason.
+            DiskError: the disk is full or fails; nothing half-written remains.
+            CheckpointError: it cannot be written for another reason, or the state holds another type.
         """
         target = self.folder / stage / f"step_{step:06d}"
         draft = _draft_of(target)
-        for left in target.parent.glob(".step_*"):  # by a process that was killed while it wrote, or a failing disk
-            shutil.rmtree(left, ignore_errors=True)
+        state = _plain(state)
+        for leftover in target.parent.glob(".step_*"):  # of a killed process or a failing disk
+            shutil.rmtree(leftover, ignore_errors=True)
         try:
             draft.mkdir(parents=True)
-            write_state(draft, state)
-            files = {path.name: _facts(path) for path in sorted(draft.iterdir())}
+            files = {STATE_FILE: _write_state(draft / STATE_FILE, state)}
             done = ended or step >= total_steps
             info = CheckpointInfo(stage, step, total_steps, done, architecture, files, dict(metrics or {}))
             (draft / MANIFEST_FILE).write_text(json.dumps(asdict(info), indent=2) + "\n")
-            (draft / LATEST).write_text(f"{stage}/{target.name}\n")  # while a lack of room still leaves no checkpoint
+            (draft / LATEST).write_text(f"{stage}/{target.name}\n")  # here, so that a full disk leaves no checkpoint
             for path in (*draft.iterdir(), draft):
-                _fsync(path)
-            if target.exists():  # the same step again, from a run that was taken up before it
+                fsync(path)
+            if target.exists():  # the same step again, after a resume from an earlier one
                 _remove(target)
             os.replace(draft, target)
             os.replace(target / LATEST, self.folder / LATEST)
             for folder in (target, target.parent, self.folder):
-                _fsync(folder)
+                fsync(folder)
         except OSError as error:
             shutil.rmtree(draft, ignore_errors=True)
             last = self.newest_step(stage)
-            raise write_error(
-                f"Could not write checkpoint {target}",
-                error,
-                target,
-                tensor_bytes(state),
-                "Earlier checkpoints are untouched; once that is mended, --resume goes on from "
-                f"{f'the beginning of {stage}' if last is None else f'step {last} of {stage}'}.",
-            ) from error
-        self._drop(stage)
+            start = f"the beginning of {stage}" if last is None else f"step {last} of {stage}"
+            advice = f"Earlier checkpoints are intact. Free space or fix the disk; --resume goes on from {start}."
+            raise write_error(f"Could not write checkpoint {target}", error, target, _size(state), advice) from error
+        self._apply_retention(stage)
         return target
 
     def newest(self, stage: str) -> Path | None:
-        """The stage's newest checkpoint, not verified, or None."""
+        """Return the stage's newest checkpoint, not verified, or None."""
         complete = self._complete(stage)
         return complete[-1] if complete else None
 
     def newest_step(self, stage: str) -> int | None:
-        """The step of the stage's newest checkpoint, or None."""
+        """Return the step of the stage's newest checkpoint, or None."""
         newest = self.newest(stage)
         return None if newest is None else _step_of(newest)
 
     def newest_intact(self, stage: str) -> tuple[Path | None, list[str]]:
-        """The stage's newest checkpoint that verifies, or None, and what was wrong with those that do not.
+        """Return the stage's newest checkpoint that verifies, or None, and a message for each that does not.
 
-        These are renamed to `damaged_...`, for someone to look at, and never looked at again. What need not stay goes,
-        as it does after saving: a process may have been killed between the two.
+        Damaged checkpoints are renamed to `damaged_...` and never read again.
         """
         damaged = []
         for path in reversed(self._complete(stage)):
             try:
                 verify(path)
-                self._drop(stage)
+                self._apply_retention(stage)  # a process may have been killed before it did
                 return path, damaged
             except CheckpointError as error:
                 aside = path.with_name(f"{DAMAGED}{path.name}-{uuid.uuid4().hex[:8]}")
@@ -155,108 +153,200 @@ class Checkpointer:
 
     def _complete(self, stage: str) -> list[Path]:
         complete = (path.parent for path in (self.folder / stage).glob(f"step_*/{MANIFEST_FILE}"))
-        own = (path for path in complete if path.name.partition("_")[2].isdecimal())  # and not "step_000003 (copy)"
-        return sorted(own, key=_step_of)
+        numbered = (path for path in complete if path.name.partition("_")[2].isdecimal())  # not "step_000003 (copy)"
+        return sorted(numbered, key=_step_of)
 
-    def _drop(self, stage: str) -> None:
+    def _apply_retention(self, stage: str) -> None:
         complete = self._complete(stage)
-        stay = set(complete[-self.keep :])
+        keep = set(complete[-self.keep :])
         if self.every:
-            stay |= {path for path in complete if _step_of(path) % self.every == 0}
+            keep |= {path for path in complete if _step_of(path) % self.every == 0}
         values = {}
         for path in complete if self.best else ():
             try:
                 value = read_info(path).metrics.get(self.best)
-            except CheckpointError:  # perhaps the best; a resume tells of it when it sets it aside
-                stay.add(path)
+            except CheckpointError:  # perhaps the best; a resume reports it
+                keep.add(path)
                 continue
             if value is not None:
                 values[path] = value
         if values:
-            stay.add(max(values, key=lambda path: (values[path], path.name)))
+            keep.add(max(values, key=lambda path: (values[path], path.name)))
         for path in complete:
-            if path not in stay:
+            if path not in keep:
                 _remove(path)
 
 
 def read_info(path: Path) -> CheckpointInfo:
-    """The facts of the checkpoint folder `path`.
+    """Read the manifest of the checkpoint folder `path`; its files are not verified.
 
     Raises:
-        CheckpointError: it has no manifest, or one that is damaged or of another version.
+        CheckpointError: the manifest is missing, damaged, or of another format.
     """
     try:
-        manifest = path / MANIFEST_FILE
-        if not manifest.is_file() or manifest.stat().st_size > _MANIFEST_LIMIT:
-            raise ValueError(f"it is missing, no file, or has more than {_MANIFEST_LIMIT:,} bytes")
-        fields = json.loads(manifest.read_text())
-        if fields["format"] != FORMAT:
+        fields = read_json(path / MANIFEST_FILE, _MANIFEST_LIMIT)
+        if fields["format"] not in (FORMAT, _OLD_FORMAT):
             raise CheckpointError(
-                f"Checkpoint {path} has format {fields['format']!r:.50}; this version reads format {FORMAT}."
+                f"Checkpoint {path} has format {fields['format']!r:.50}, and this version reads 2 and {FORMAT}. "
+                "Use the version of bissl_zoo that wrote it, see environment.txt of the run."
             )
         info = CheckpointInfo(**fields)
-        if info.files.keys() != {TENSORS_FILE, PLAIN_FILE}:  # nothing that is not verified, and nothing elsewhere
-            raise ValueError(f"its files are not {TENSORS_FILE} and {PLAIN_FILE}")
-        if not all(isinstance(facts["sha256"], str) and type(facts["size"]) is int for facts in info.files.values()):
-            raise ValueError("sizes or digests that are none")
+        expected = {STATE_FILE} if info.format == FORMAT else set(_OLD_FILES)
+        if info.files.keys() != expected:  # every file that is read is verified, and none is outside the folder
+            raise ValueError(f"its files are not {', '.join(sorted(expected))}")
+        if not all(is_sha256(file["sha256"]) and type(file["size"]) is int for file in info.files.values()):
+            raise ValueError("a file has no valid size or sha256")
         wrong = [name for name, kind in _KINDS.items() if not isinstance(getattr(info, name), kind)]
         if wrong or not all(isinstance(value, (int, float)) for value in info.metrics.values()):
-            raise ValueError(f"{', '.join(wrong) or 'metrics'}: of another kind than a manifest has")
+            raise ValueError(f"wrong type of {', '.join(wrong) or 'metrics'}")
         return info
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(
             f"{path / MANIFEST_FILE} cannot be read: {error}. Remove the checkpoint's folder to use the one before it."
         ) from error
 
 
 def verify(path: Path) -> CheckpointInfo:
-    """Compare a checkpoint's files with its manifest.
+    """Compare a checkpoint's files with its manifest, and return the manifest.
 
     Raises:
-        CheckpointError: with the file that is missing or damaged.
+        CheckpointError: with the name of the file that is missing or damaged.
     """
     info = read_info(path)
-    for name, facts in info.files.items():
+    for name, expected in info.files.items():
         file = path / name
-        size = file.stat().st_size if file.is_file() else None
-        if size != facts["size"]:
-            found = "is missing" if size is None else f"has {size:,} bytes instead of {facts['size']:,}"
+        try:
+            size = file.stat().st_size if file.is_file() else None
+            digest = sha256_of(file) if size == expected["size"] else ""
+        except OSError as error:
+            raise CheckpointError(f"{file} cannot be read: {error}.") from error
+        if size != expected["size"]:
+            found = "is missing" if size is None else f"has {size:,} bytes instead of {expected['size']:,}"
             raise CheckpointError(f"{file} {found}.")
-        found = sha256_of(file)
-        if found != facts["sha256"]:
-            raise CheckpointError(f"{file} is damaged: sha256 {found[:16]}..., expected {facts['sha256'][:16]}....")
+        if digest != expected["sha256"]:
+            raise CheckpointError(f"{file} is damaged: sha256 {digest[:16]}..., expected {expected['sha256'][:16]}....")
     return info
 
 
 def load_checkpoint(path: Path) -> tuple[CheckpointInfo, dict[str, Any]]:
-    """Read a checkpoint onto the CPU, verified first; what it holds is data and cannot run anything.
+    """Verify a checkpoint and read its state onto the CPU.
 
     Raises:
-        CheckpointError: missing, damaged, or of another format.
+        CheckpointError: it is missing, damaged, or of another format.
     """
     info = verify(path)
     return info, read_state(path)
 
 
-def write_atomically(path: Path, text: str) -> None:
-    """Replace a text file in one step: readers see the old or the new content, never a part.
+def read_state(path: Path) -> dict[str, Any]:
+    """Read the state of a checkpoint that was verified before, onto the CPU; no code in it can run.
 
     Raises:
-        CheckpointError: it could not be written, and is as it was; a DiskError where the disk is full or fails.
+        CheckpointError: the file is missing or holds something else.
     """
-    draft = _draft_of(path)
+    import torch
+
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        draft.write_text(text)
-        _fsync(draft)
-        os.replace(draft, path)
-        _fsync(path.parent)
-    except OSError as error:
-        then = "It is as it was; once that is mended, go on with --resume."
-        raise write_error(f"{path} could not be written", error, path, len(text), then) from error
-    finally:
-        with contextlib.suppress(OSError):  # it is there only where something else is raised
-            draft.unlink()
+        if (path / _OLD_FILES[0]).exists():
+            state = _read_old_state(path)
+        else:
+            state = torch.load(path / STATE_FILE, map_location="cpu", weights_only=True)
+        if not isinstance(state, dict):
+            raise ValueError(f"it holds {type(state).__name__}, not a dict")
+        return state
+    except Exception as error:  # a crafted file makes torch raise any type
+        reason = str(error).partition("\n")[0][:200]
+        raise CheckpointError(f"The state in {path} cannot be read ({type(error).__name__}: {reason}).") from error
+
+
+def _write_state(path: Path, state: dict[str, Any]) -> dict[str, Any]:
+    """Save a state; return the size and sha256 of the file."""
+    import torch
+
+    with open(path, "wb") as file:
+        output = _HashedOutput(file)
+        try:
+            torch.save(state, output)
+        except RuntimeError as error:  # torch raises it after an error of the disk
+            raise output.error or error from error
+    return {"size": output.size, "sha256": output.digest.hexdigest()}
+
+
+class _HashedOutput:
+    """A binary file that hashes what is written and remembers the first error of the disk."""
+
+    def __init__(self, file: io.BufferedWriter) -> None:
+        self.file, self.size, self.digest = file, 0, hashlib.sha256()
+        self.error: OSError | None = None
+
+    def write(self, data: bytes) -> int:
+        try:
+            self.file.write(data)
+        except OSError as error:
+            self.error = self.error or error
+            raise
+        self.size += len(data)
+        self.digest.update(data)
+        return len(data)
+
+    def flush(self) -> None:
+        self.file.flush()
+
+
+def _plain(value: Any, place: str = "") -> Any:
+    """Return a state with tensors copied to the CPU, so that equal states make equal files.
+
+    Raises:
+        CheckpointError: it holds something that `torch.load` would refuse to read.
+    """
+    import torch
+
+    if isinstance(value, torch.Tensor):  # a copy, since a view would store the memory of the whole tensor
+        return torch.empty_like(value, device="cpu", memory_format=torch.contiguous_format).copy_(value.detach())
+    if isinstance(value, dict):
+        return {_plain(key, place): _plain(item, f"{place}/{key}".lstrip("/")) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        items = (_plain(item, f"{place}/{number}".lstrip("/")) for number, item in enumerate(value))
+        return tuple(items) if isinstance(value, tuple) else list(items)
+    if isinstance(value, str):
+        return sys.intern(str(value))  # pickle refers to an equal string only if it is the same object
+    if value is None or isinstance(value, (bool, int, float)):
+        return value
+    raise CheckpointError(
+        f"A checkpoint holds tensors and plain values; '{place}' is a {type(value).__name__}. Store it as a tensor (a "
+        "buffer), a number or text."
+    )
+
+
+def _size(state: Any) -> int:
+    """Return the bytes of the tensors in a state, about the size of its file."""
+    if isinstance(state, dict):
+        return sum(map(_size, state.values()))
+    if isinstance(state, (list, tuple)):
+        return sum(map(_size, state))
+    return getattr(state, "nbytes", 0)
+
+
+def _read_old_state(path: Path) -> Any:
+    """Read a state of format 2."""
+    from safetensors.torch import load_file
+
+    tensors = load_file(path / _OLD_FILES[1])
+
+    def decode(value: Any) -> Any:
+        if isinstance(value, list):
+            return [decode(item) for item in value]
+        if not isinstance(value, dict):
+            return value
+        if "$tensor" in value:
+            return tensors[value["$tensor"]]
+        if "$tuple" in value:
+            return tuple(decode(item) for item in value["$tuple"])
+        if "$dict" in value:
+            return {key: decode(item) for key, item in value["$dict"]}
+        return {key: decode(item) for key, item in value.items()}
+
+    return decode(read_json(path / _OLD_FILES[0]))
 
 
 def _draft_of(path: Path) -> Path:
@@ -268,33 +358,8 @@ def _step_of(path: Path) -> int:
 
 
 def _remove(path: Path) -> None:
-    """Take a checkpoint away whole; what a failing disk keeps of it is taken away when the next one is saved."""
+    """Remove a checkpoint as a whole; what a failing disk keeps is removed by the next `save`."""
     aside = _draft_of(path)
     with contextlib.suppress(OSError):
         os.replace(path, aside)
     shutil.rmtree(aside, ignore_errors=True)
-
-
-def sha256_of(path: Path) -> str:
-    """The sha256 of a file, 64 hex digits."""
-    digest = hashlib.sha256()
-    try:
-        with open(path, "rb") as file:
-            while chunk := file.read(1 << 20):
-                digest.update(chunk)
-    except OSError as error:
-        raise CheckpointError(f"{path} cannot be read: {error}.") from error
-    return digest.hexdigest()
-
-
-def _facts(path: Path) -> dict[str, Any]:
-    return {"size": path.stat().st_size, "sha256": sha256_of(path)}
-
-
-def _fsync(path: Path) -> None:
-    """Force a file, or a folder's list of names, to disk."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

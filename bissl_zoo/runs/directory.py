@@ -1,32 +1,37 @@
-"""The run directory: what is refused before a run starts, and what describes it."""
+"""The run directory: names of its files, checks before a run starts, and the metadata of the run."""
 
 import contextlib
+import json
 import logging
 import platform
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import omegaconf
-import timm
-import torch
-import torchvision
 from omegaconf import DictConfig, OmegaConf
 from tabulate import tabulate
 
-from bissl_zoo import __version__
+from bissl_zoo import __version__, files
 from bissl_zoo.config import LazyConfig, with_defaults
-from bissl_zoo.distributed import is_main_process
-from bissl_zoo.errors import ConfigError
-from bissl_zoo.runs.checkpoint import write_atomically
+from bissl_zoo.errors import CheckpointError, ConfigError
+from bissl_zoo.runs.disk import write_error
 from bissl_zoo.runs.lock import LOCK_FILE
+
+if TYPE_CHECKING:  # torch is imported in the functions that need it, so that runs are listed without it
+    from torch.utils.data import Dataset
 
 logger = logging.getLogger(__name__)
 
-CONFIG_FILE = "config.yaml"
-#: keys a resumed run may change: where and how it runs, not what it computes as long as its numbers are sound
+CONFIG_FILE, METADATA_FILE, METRICS_FILE = "config.yaml", "metadata.json", "metrics.jsonl"
+RESULTS_FILE, RECEIPT_FILE = "results.json", "zoo_entry.json"
+#: name of METADATA_FILE in runs of bissl_zoo 0.1
+OLD_METADATA_FILE = "facts.json"
+_JSON_LIMIT = 16 << 20
+
+#: keys that a resumed run may change: where and how it runs, not what it computes
 FREE_KEYS = (
     "train.device",
     "train.log_period",
@@ -34,6 +39,7 @@ FREE_KEYS = (
     "train.report",
     "train.checkpoint",
     "train.imports",
+    "train.lock",
     "train.zoo",
     "train.probe",
     "train.publish",
@@ -43,14 +49,14 @@ FREE_KEYS = (
     "bilevel.hvp_mode",
     "bilevel.on_bad_hypergradient",
 )
-#: and of every loader
+#: and of every data loader
 LOADER_KEYS = (".num_workers", ".on_bad", ".timeout")
-#: keys a resumed run may raise, as long as no later stage has begun
+#: keys that a resumed run may raise if no later stage has begun
 LENGTHS = ("pretrain.steps", "pretrain.epochs", "bilevel.alternations", "finetune.steps", "finetune.epochs")
 
 
 def load_run_config(folder: Path) -> DictConfig:
-    """The config of the run in `folder`; keys that came later than the run have their defaults.
+    """Load the config of the run in `folder`; keys that are newer than the run have their defaults.
 
     Raises:
         ConfigError: it cannot be read.
@@ -59,22 +65,23 @@ def load_run_config(folder: Path) -> DictConfig:
 
 
 def has_begun(cfg: DictConfig) -> bool:
-    """Whether there is a run in `train.output_dir`."""
+    """Return True if there is a run in `train.output_dir`."""
     return (Path(cfg.train.output_dir) / CONFIG_FILE).is_file()
 
 
 def check_run_dir(cfg: DictConfig, resume: bool) -> Path:
-    """The folder `train.output_dir`, if this run may have it; nothing is written.
+    """Check that this run may use the folder `train.output_dir`, and return it; nothing is written.
 
     Raises:
-        ConfigError: it holds another run; with `resume`, it holds none, or one of another configuration.
+        ConfigError: it holds another run; with `resume`, it holds none, or one with another config.
     """
     folder = Path(cfg.train.output_dir)
     config = folder / CONFIG_FILE
     if resume:
         if not config.is_file():
             raise ConfigError(
-                f"There is no run to resume in {folder} (no config.yaml). Leave out --resume to start one."
+                f"There is no run to resume in {folder} (no config.yaml). Start one without --resume, or with "
+                "--auto-resume."
             )
         changed = _differences(load_run_config(folder), with_defaults(cfg))
         if changed:
@@ -86,49 +93,42 @@ def check_run_dir(cfg: DictConfig, resume: bool) -> Path:
                 f"{', '.join(LENGTHS)}."
             )
     elif folder.exists() and not folder.is_dir():
-        raise ConfigError(f"train.output_dir '{folder}' is a file; give the name of a folder.")
+        raise ConfigError(f"train.output_dir '{folder}' is a file. Give the name of a folder.")
     elif folder.exists() and any(path.name != LOCK_FILE for path in folder.iterdir()):
         raise ConfigError(
-            f"train.output_dir '{folder}' is not empty: it may hold another run. Go on with that one by --resume, or "
+            f"train.output_dir '{folder}' is not empty; it may hold another run. Continue that run with --resume, or "
             "give another folder, as in train.output_dir=runs/another."
         )
     return folder
 
 
 def prepare_run_dir(cfg: DictConfig, resume: bool) -> Path:
-    """Make `train.output_dir` this run's.
+    """Create `train.output_dir` with `config.yaml` and `environment.txt`.
 
     Raises:
-        ConfigError: as `check_run_dir` does, or it cannot be written.
+        ConfigError: see `check_run_dir`; or it cannot be written.
     """
     folder = check_run_dir(cfg, resume)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         LazyConfig.save(cfg, folder / CONFIG_FILE)
-        write_atomically(folder / "environment.txt", describe_environment())
+        files.write_atomically(folder / "environment.txt", describe_environment())
     except OSError as error:
         raise ConfigError(f"train.output_dir '{folder}' cannot be written: {error.strerror}.") from error
     return folder
 
 
 def _differences(old: DictConfig, new: DictConfig) -> list[tuple[str, Any, Any]]:
-    """Keys that change what is computed, with the old and the new value."""
+    """Return the keys that change what is computed, with the old and the new value."""
 
-    def leaves(cfg: DictConfig) -> dict[str, Any]:
-        found: dict[str, Any] = {}
+    def leaves(node: Any, key: str = "") -> dict[str, Any]:
+        items = node.items() if isinstance(node, dict) else enumerate(node) if isinstance(node, list) else None
+        if items is None:
+            return {key: node}
+        return {k: v for name, item in items for k, v in leaves(item, f"{key}.{name}".lstrip(".")).items()}
 
-        def walk(node: Any, key: str) -> None:
-            items = node.items() if isinstance(node, dict) else enumerate(node) if isinstance(node, list) else None
-            if items is None:
-                found[key] = node
-            for name, item in items or ():
-                walk(item, f"{key}.{name}".lstrip("."))
-
-        walk(OmegaConf.to_container(cfg, resolve=True), "")
-        return found
-
-    before, after = leaves(old), leaves(new)
-    # absent is null: a key that came with a later version, and asks for nothing
+    before, after = (leaves(OmegaConf.to_container(cfg, resolve=True)) for cfg in (old, new))
+    # an absent key equals null: it is from a later version, and null is its default
     return [
         (key, before.get(key, "absent"), after.get(key, "absent"))
         for key in sorted(before.keys() | after.keys())
@@ -143,12 +143,16 @@ def _is_free(key: str, before: Any, after: Any) -> bool:
 
 
 def describe_environment() -> str:
-    """Versions, hardware, git revision and command line, for `environment.txt`."""
+    """Return versions, hardware, git revision and command line, for `environment.txt`."""
+    import timm
+    import torch
+    import torchvision
+
     git = subprocess.run(
         ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"], capture_output=True, text=True
     )
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
-    facts = {
+    environment = {
         "command": " ".join(sys.argv),
         "bissl_zoo": f"{__version__} ({git.stdout.strip() or 'no git revision'})",
         "python": platform.python_version(),
@@ -160,20 +164,156 @@ def describe_environment() -> str:
         "cpu threads": torch.get_num_threads(),
         "gpus": ", ".join(gpus) or "none",
     }
-    return "".join(f"{key}: {value}\n" for key, value in facts.items())
+    return "".join(f"{key}: {value}\n" for key, value in environment.items())
 
 
 def report_command(folder: Path) -> str:
-    """What writes the report of the run in `folder`."""
+    """Return the command that writes the report of the run in `folder`."""
     return f"python tools/report.py {folder}"
 
 
 @contextlib.contextmanager
 def pointing_to_report(folder: Path) -> Iterator[None]:
-    """Where the block ends before its time, say how to look at what there is of the run."""
+    """If the block fails, log how to look at the run."""
     try:
         yield
     except Exception:
-        if is_main_process():
-            logger.info(f"look at it with {report_command(folder)}")
+        logger.info(f"look at it with {report_command(folder)}")
         raise
+
+
+def write_metadata(
+    folder: Path,
+    cfg: DictConfig,
+    data: "Mapping[str, Dataset]",
+    parents: list[dict[str, str]],
+    stages: Mapping[str, int],
+) -> None:
+    """Write `metadata.json`: stages, data sets with their samples, parents, hardware and wall time so far.
+
+    Args:
+        data: data sets by role.
+        parents: the weights that the run started from, see `EntryMetadata`.
+        stages: planned steps by name of the stage, in order.
+    Raises:
+        CheckpointError: it cannot be written.
+    """
+    datasets = {role: _describe_dataset(cfg.dataloader[role].dataset, dataset) for role, dataset in data.items()}
+    metadata = {
+        "stages": dict(stages),
+        "datasets": datasets,
+        "ancestors": parents,
+        "hardware": _hardware(),
+        "wall_time_s": read_metadata(folder).get("wall_time_s", 0.0),
+    }
+    _write_json(folder / METADATA_FILE, metadata)
+
+
+def read_metadata(folder: Path) -> dict[str, Any]:
+    """Read what `write_metadata` wrote; empty for a run that has not begun.
+
+    Raises:
+        CheckpointError: the file is damaged or holds something else.
+    """
+    path = folder / METADATA_FILE
+    if not path.exists() and (folder / OLD_METADATA_FILE).exists():
+        path = folder / OLD_METADATA_FILE
+    metadata = read_json(path)
+    problem = _problem_of(metadata)
+    if problem:
+        raise CheckpointError(f"{path} {problem}. Restore the file from a copy.")
+    return metadata
+
+
+def add_wall_time(folder: Path, seconds: float) -> None:
+    """Add the time of one process to the wall time of the run.
+
+    Raises:
+        CheckpointError: the metadata cannot be read or written.
+    """
+    metadata = read_metadata(folder)
+    _write_json(
+        folder / METADATA_FILE, metadata | {"wall_time_s": round(metadata.get("wall_time_s", 0.0) + seconds, 1)}
+    )
+
+
+def read_results(folder: Path) -> dict[str, dict[str, float]]:
+    """Read the test metrics of a finished run, by what was fine-tuned; empty if there are none.
+
+    Raises:
+        CheckpointError: the file is damaged or holds something else.
+    """
+    results = read_json(folder / RESULTS_FILE)
+    if not all(isinstance(metrics, dict) and all(map(_is_number, metrics.values())) for metrics in results.values()):
+        raise CheckpointError(f"{folder / RESULTS_FILE} holds other things than numbers. Restore the file from a copy.")
+    return results
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a JSON object of a run directory; empty if there is no such file.
+
+    Raises:
+        CheckpointError: the file cannot be read, is too large, or holds something else.
+    """
+    try:
+        return files.read_json(path, _JSON_LIMIT) if path.exists() else {}
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path} cannot be read: {error}. Restore the file from a copy.") from error
+
+
+def arguments_of(call: DictConfig, *leave_out: str) -> dict[str, Any]:
+    """Return the arguments of a config that describes a call."""
+    arguments = OmegaConf.to_container(call, resolve=True)
+    return {key: value for key, value in arguments.items() if key not in ("_target_", *leave_out)}
+
+
+def _write_json(path: Path, content: dict[str, Any]) -> None:
+    text = json.dumps(content, indent=2) + "\n"
+    try:
+        files.write_atomically(path, text)
+    except OSError as error:
+        advice = "It is unchanged. Free space or fix the disk, then continue with --resume."
+        raise write_error(f"{path} could not be written", error, path, len(text), advice) from error
+
+
+def _describe_dataset(described: DictConfig, dataset: "Dataset") -> dict[str, Any]:
+    from bissl_zoo.data.datasets.catalog import sample_digest
+
+    digest = sample_digest(dataset)
+    return {**arguments_of(described), "samples": len(dataset)} | ({"sample_list_sha256": digest} if digest else {})
+
+
+def _problem_of(metadata: dict[str, Any]) -> str:
+    """Return why an entry of the zoo cannot have this metadata, or an empty string."""
+    datasets, parents, stages = metadata.get("datasets", {}), metadata.get("ancestors", []), metadata.get("stages", {})
+    if not isinstance(datasets, dict) or not all(isinstance(dataset, dict) for dataset in datasets.values()):
+        return "has 'datasets' that are not an object of objects"
+    if not isinstance(parents, list) or not all(map(_is_parent, parents)):
+        return "has 'ancestors' that are not a list of objects with a name and a sha256"
+    if not isinstance(stages, dict) or not all(type(steps) is int for steps in stages.values()):
+        return "has 'stages' that are not numbers of steps by name"
+    if not isinstance(metadata.get("hardware", ""), str):
+        return "has a 'hardware' that is not text"
+    seconds = metadata.get("wall_time_s", 0.0)
+    if type(seconds) not in (int, float) or not 0 <= seconds < 1e12:
+        return "has a 'wall_time_s' that is not a number of seconds"
+    return ""
+
+
+def _is_parent(value: Any) -> bool:
+    return isinstance(value, dict) and isinstance(value.get("name"), str) and files.is_sha256(value.get("sha256"))
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, float) or (type(value) is int and abs(value) < 1 << 1000)
+
+
+def _hardware() -> str:
+    import torch
+
+    from bissl_zoo.distributed import get_world_size
+
+    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    kinds = ", ".join(f"{gpus.count(kind)} x {kind}" for kind in dict.fromkeys(gpus))
+    hardware = kinds or f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
+    return f"{hardware}, {get_world_size()} processes" if get_world_size() > 1 else hardware

@@ -1,149 +1,104 @@
-"""One process writes to a run directory at a time."""
+"""One process at a time writes to a run directory."""
 
 import contextlib
-import json
-import logging
 import os
 import socket
-import threading
 import time
-import uuid
 from collections.abc import Iterator
 from pathlib import Path
+from typing import IO
 
 import portalocker
 
 from bissl_zoo.errors import CheckpointError, ConfigError
 
-logger = logging.getLogger(__name__)
-
 LOCK_FILE = "run.lock"
+#: seconds to wait for a lock, longer than `runs list` holds one to look at it
+PATIENCE = 0.5
 
-#: seconds between signs of life of a run, and how many of them may be missed
-HEARTBEAT, MISSED = 15.0, 4
-#: seconds after which a lock that was made has been written
-WRITTEN = 1.0
+_EXCLUSIVE = portalocker.LockFlags.EXCLUSIVE | portalocker.LockFlags.NON_BLOCKING
+_SHARED = portalocker.LockFlags.SHARED | portalocker.LockFlags.NON_BLOCKING
+#: a forked process, such as a loader's worker, inherits the lock; it closes these so as not to outlive the run with it
+_held: set[IO[str]] = set()
+os.register_at_fork(after_in_child=lambda: [file.close() for file in _held])
 
 
 @contextlib.contextmanager
-def run_lock(folder: Path) -> Iterator[None]:
-    """Hold `folder` for this process, and show a sign of life every 15 seconds.
+def run_lock(folder: Path, lock: bool = True) -> Iterator[None]:
+    """Hold the lock of the run directory `folder`, and create the directory if necessary.
 
-    A lock that a dead process left is taken over: on this machine at once, of another machine (where a node was lost)
-    once it has shown no sign of life for a minute.
+    The lock is the kernel's, on the open file `run.lock`: it is released when the process ends in any way, and holds
+    across containers and while the process is stopped.
 
+    Args:
+        lock: False for a file system without locks (`train.lock=False`); the user excludes other processes.
     Raises:
-        CheckpointError: another process that lives holds it.
-        ConfigError: the folder cannot be made or written.
+        CheckpointError: another process holds it.
+        ConfigError: the directory cannot be written, or its file system has no locks.
     """
-    path, mine = folder / LOCK_FILE, uuid.uuid4().hex
     try:
-        _acquire(path, mine)
+        folder.mkdir(parents=True, exist_ok=True)
+        file = _locked(folder / LOCK_FILE) if lock else None
     except OSError as error:
         raise ConfigError(f"train.output_dir '{folder}' cannot be written: {error.strerror}.") from error
-    ended = threading.Event()
-    heart = threading.Thread(target=_beat, args=(path, mine, ended), daemon=True)
-    heart.start()
+    if file is None:
+        yield
+        return
+    _held.add(file)
     try:
         yield
     finally:
-        ended.set()
-        heart.join()
-        if read_lock(path).get("id") == mine:
-            path.unlink()
+        _held.discard(file)
+        with contextlib.suppress(OSError):  # while it is locked: a process that waits for it looks at the name again
+            os.unlink(folder / LOCK_FILE)
+        file.close()
 
 
-def _acquire(path: Path, mine: str) -> None:
-    facts = {"id": mine, "host": socket.gethostname(), "pid": os.getpid(), "started": started_at(os.getpid())}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with _alone_in(path.parent):
-        if path.exists():
-            holder = read_lock(path)
-            if not holder:  # perhaps not written yet
-                time.sleep(WRITTEN)
-                holder = read_lock(path)
-            if _lives(path, holder):
+def _locked(path: Path) -> IO[str]:
+    """Open a lock file, lock it, and write the name of this process into it."""
+    deadline = time.monotonic() + PATIENCE
+    while True:
+        file = open(path, "a+")
+        try:
+            portalocker.lock(file, _EXCLUSIVE)
+            if path.exists() and os.path.samestat(os.stat(path), os.fstat(file.fileno())):
+                file.truncate(0)
+                file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+                file.flush()
+                return file
+            file.close()  # the process that held it has just removed it
+        except portalocker.AlreadyLocked as error:
+            holder = _holder(file)
+            file.close()
+            if time.monotonic() > deadline:
                 raise CheckpointError(
-                    f"The run in {path.parent} is being written by process {holder['pid']} on {holder['host']}. Stop "
-                    "that one, or give another train.output_dir."
-                )
-            logger.info(
-                f"taking over {path.parent} from process {holder.get('pid')} on {holder.get('host')}, which is gone"
-            )
-            path.unlink()
-        handle = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY)
-        os.write(handle, json.dumps(facts).encode())
-        os.close(handle)
+                    f"The run in {path.parent} is being written by {holder}. Stop that process, or give another "
+                    "train.output_dir."
+                ) from error
+        except portalocker.LockException as error:
+            file.close()
+            raise ConfigError(
+                f"The file system of {path.parent} has no file locks ({error}), so that two runs could write to this "
+                "directory. Give another train.output_dir, or train.lock=False if no other process uses this one."
+            ) from error
+        time.sleep(0.05)
 
 
-@contextlib.contextmanager
-def _alone_in(folder: Path) -> Iterator[None]:
-    """Look at a lock and take it in one piece: two processes may find the same one stale.
+def _holder(file: IO[str]) -> str:
+    file.seek(0)
+    return file.read(200).strip() or "another process"
 
-    Some file systems of clusters have no such locks; there both may have it, if they begin within the same millisecond.
-    """
-    handle = os.open(folder, os.O_RDONLY)
+
+def writer_of(folder: Path) -> str | None:
+    """Return the process that holds the lock of a run directory, as text, or None; never waits."""
     try:
-        with contextlib.suppress(portalocker.LockException):
-            portalocker.lock(handle, portalocker.LockFlags.EXCLUSIVE)
-        yield
-    finally:
-        os.close(handle)
-
-
-def _lives(path: Path, holder: dict) -> bool:
-    """Whether the process that a lock names runs; of another machine's, whether it shows a sign of life."""
-    if not holder:
-        return False
-    if holder["host"] == socket.gethostname():
-        return holder["started"] is not None and started_at(holder["pid"]) == holder["started"]
-    logger.info(f"{path.parent} was written by process {holder['pid']} on {holder['host']}; waiting for a sign of life")
-    seen, deadline = _mtime(path), time.monotonic() + HEARTBEAT * MISSED
-    while time.monotonic() < deadline:
-        if _mtime(path) != seen:
-            return path.exists()
-        time.sleep(HEARTBEAT / 20)
-    return False
-
-
-def _beat(path: Path, mine: str, ended: threading.Event) -> None:
-    while not ended.wait(HEARTBEAT):
-        with contextlib.suppress(OSError):  # a file system that does not answer now may at the next beat
-            if read_lock(path).get("id") == mine:
-                os.utime(path)
-
-
-def read_lock(path: Path) -> dict:
-    """What a lock says; nothing where there is none, or none that can be read."""
-    try:
-        facts = json.loads(path.read_text())
-        return facts if {"id", "host", "pid", "started"} <= facts.keys() else {}
-    except (OSError, ValueError, AttributeError, RecursionError):
-        return {}
-
-
-def _mtime(path: Path) -> float | None:
-    try:
-        return path.stat().st_mtime
+        with open(folder / LOCK_FILE, errors="replace") as file:
+            try:
+                portalocker.lock(file, _SHARED)
+            except portalocker.AlreadyLocked:
+                return _holder(file)
+            except portalocker.LockException:  # no locks here, so that nobody holds one
+                return None
     except OSError:
         return None
-
-
-def started_at(pid: int) -> str | None:
-    """When a process of this machine began, in a form that tells it from a later one of its number; None if it is gone.
-
-    Where the system has no /proc, a process that answers has begun at an unknown time.
-    """
-    if Path("/proc/self/stat").exists():
-        try:
-            # the name in parentheses may hold anything; the start time is the 20th field after it
-            return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
-        except (OSError, IndexError):
-            return None
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return None
-    except PermissionError:
-        return "unknown"
-    return "unknown"
+    return None

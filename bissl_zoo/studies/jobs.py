@@ -26,15 +26,23 @@ from bissl_zoo.config import LazyConfig, with_defaults
 from bissl_zoo.distributed import StopRequest, stop_request
 from bissl_zoo.engine.checks import check_config, open_config
 from bissl_zoo.engine.launch import GRACE, launch
-from bissl_zoo.engine.publishing import published, read_results
+from bissl_zoo.engine.publishing import published
 from bissl_zoo.engine.runner import run
 from bissl_zoo.errors import CheckpointError, ConfigError, Interrupted
 from bissl_zoo.progress.console import clock
-from bissl_zoo.runs.directory import FREE_KEYS, LENGTHS, LOADER_KEYS, check_run_dir, has_begun, load_run_config
+from bissl_zoo.runs.directory import (
+    FREE_KEYS,
+    LENGTHS,
+    LOADER_KEYS,
+    check_run_dir,
+    has_begun,
+    load_run_config,
+    read_metadata,
+    read_results,
+)
 from bissl_zoo.runs.listing import FINISHED as RUN_FINISHED
 from bissl_zoo.runs.listing import look_at
 from bissl_zoo.runs.lock import run_lock
-from bissl_zoo.runs.metadata import read_facts
 
 logger = logging.getLogger(__name__)
 
@@ -290,7 +298,7 @@ def finished_outcome(cfg: DictConfig) -> JobOutcome | None:
         return None
     if cfg.train.publish.name and {"pretrain", "bissl"} & set(cfg.train.stages) and published(folder) is None:
         return None
-    seconds = read_facts(folder).get("wall_time_s", 0.0)
+    seconds = read_metadata(folder).get("wall_time_s", 0.0)
     return JobOutcome(folder.name, folder, FINISHED, state.results, seconds=seconds, ran=False)
 
 
@@ -414,7 +422,7 @@ class JobProcess:
         if code:
             return JobOutcome(name, self.run_dir, FAILED, message=self._error_message(code), seconds=seconds)
         try:
-            results, total = read_results(self.run_dir), read_facts(self.run_dir).get("wall_time_s", seconds)
+            results, total = read_results(self.run_dir), read_metadata(self.run_dir).get("wall_time_s", seconds)
         except CheckpointError as error:
             return JobOutcome(name, self.run_dir, FAILED, message=str(error), seconds=seconds)
         return JobOutcome(name, self.run_dir, FINISHED, results, seconds=total)

@@ -15,6 +15,7 @@ train = dict(
     max_skipped=10,  # most steps skipped in a stage (in bissl of both levels together); one more ends the run
     log_period=10,  # steps between progress lines and records in metrics.jsonl; bissl records every alternation
     writers=["json", "tensorboard"],  # of the figures: json (metrics.jsonl, always), tensorboard, wandb
+    lock=True,  # refuse a second process on output_dir; false only for a file system without file locks
     report=True,  # write report.html when the run has ended; what goes wrong with it is a warning
     checkpoint=dict(
         period=500,  # steps between checkpoints; the last step of a stage always has one

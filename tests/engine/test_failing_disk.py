@@ -20,7 +20,8 @@ from bissl_zoo.errors import CheckpointError
 from bissl_zoo.progress import log_files
 from bissl_zoo.progress.log_files import AppendedFile
 from bissl_zoo.runs import disk
-from bissl_zoo.runs.checkpoint import Checkpointer, load_checkpoint, write_atomically
+from bissl_zoo.runs.checkpoint import Checkpointer, load_checkpoint
+from bissl_zoo.runs.directory import add_wall_time
 from bissl_zoo.runs.disk import DiskError
 
 logger = logging.getLogger("bissl_zoo.tests")
@@ -129,7 +130,7 @@ def test_a_checkpoint_on_the_way_that_finds_no_room_is_a_warning_and_the_next_is
 
 
 def test_without_any_checkpoint_the_warning_says_so(tmp_path, failing_fsync, pauses, capsys):
-    recover = failing_fsync("state.safetensors", errno.EIO)
+    recover = failing_fsync("state.pt", errno.EIO)
     Growing("stage", 3).train([At(step2=recover), checkpoints(tmp_path)])
     (line,) = warnings(capsys)
     assert "Input/output error; it needs about 1.0 MiB, " in line
@@ -303,17 +304,15 @@ def test_a_stage_begins_on_a_full_disk_though_lines_are_to_be_dropped(small_disk
     assert path.read_text() == "".join(lines[:200])
 
 
-def test_a_text_that_cannot_be_written_is_named_and_stays_as_it_was(small_disk):
-    path = small_disk / "facts.json"
-    write_atomically(path, "{}\n")
+def test_metadata_that_cannot_be_written_is_named_and_unchanged(small_disk):
+    path = small_disk / "metadata.json"
+    path.write_text(json.dumps({"hardware": 10_000 * "x"}))
     Filler(small_disk).fill()
-    with pytest.raises(DiskError) as raised:
-        write_atomically(path, "[" + 10_000 * " " + "]")
-    assert str(raised.value) == (
-        f"{path} could not be written: No space left on device; it needs about 9.8 KiB, 0 bytes are free. It is as it "
-        "was; once that is mended, go on with --resume."
-    )
-    assert path.read_text() == "{}\n" and not list(small_disk.glob(".*"))
+    with pytest.raises(
+        DiskError, match=f"{path} could not be written: No space left on device; it needs about 9.8 KiB"
+    ):
+        add_wall_time(small_disk, 1.0)
+    assert json.loads(path.read_text()) == {"hardware": 10_000 * "x"} and not list(small_disk.glob(".*"))
 
 
 def test_output_to_a_full_disk_does_not_end_the_run_but_a_closed_pipe_does(monkeypatch):

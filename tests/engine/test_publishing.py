@@ -8,10 +8,10 @@ import pytest
 
 from bissl_zoo.config import LazyConfig
 from bissl_zoo.engine.checks import check_config
-from bissl_zoo.engine.publishing import publish_run, published, read_results
+from bissl_zoo.engine.publishing import publish_run, published
 from bissl_zoo.engine.runner import run
 from bissl_zoo.errors import BisslZooError, CheckpointError, ConfigError
-from bissl_zoo.runs.metadata import read_facts
+from bissl_zoo.runs.directory import read_metadata, read_results
 from bissl_zoo.zoo import Zoo, get_config, get_entry, list_backbones
 
 
@@ -22,7 +22,7 @@ def test_a_run_is_published_later_into_another_zoo_with_all_that_it_left(run_cop
     assert facts["metrics"]["AP50 (bissl)"]["mean"] == results["bissl"]["AP50"]
     assert facts["metrics"]["AP50 (pretrained)"]["mean"] == results["pretrained"]["AP50"]
     assert (facts["pretext"], facts["task"], facts["seeds"]) == ("simclr", "faster_rcnn", [0])
-    assert facts["wall_time_s"] == read_facts(run_copy)["wall_time_s"] > 0 and "CPU" in facts["hardware"]
+    assert facts["wall_time_s"] == read_metadata(run_copy)["wall_time_s"] > 0 and "CPU" in facts["hardware"]
     assert {"pretext_head.safetensors", "task_head.safetensors", "metrics.png"} <= set(facts["files"])
     assert published(run_copy) == entry
     assert get_config("mine", zoo=tmp_path / "zoo") == LazyConfig.load(run_copy / "config.yaml")
@@ -34,7 +34,7 @@ def test_publishing_again_makes_a_version_and_the_weights_are_the_same(run_copy,
 
 
 def test_the_samples_of_every_data_set_are_counted_and_their_list_has_a_digest(finished, scenes):
-    facts = read_facts(finished)["datasets"]
+    facts = read_metadata(finished)["datasets"]
     assert {role: found["samples"] for role, found in facts.items()} == {"pretext": 24, "train": 16, "test": 8}
     devkit = next(scenes.glob("*/VOCdevkit/VOC2007"))
     ids = (devkit / "ImageSets" / "Main" / "test.txt").read_text().split()
@@ -138,8 +138,8 @@ def test_figures_that_lie_are_one_error(tmp_path, figures):
     "change", [{"surprise": 1}, {"pretext": "other", "hardware": 3}, {"datasets": {"train": {}}}, {"ancestors": 3}]
 )
 def test_facts_that_no_entry_can_state_publish_nothing(run_copy, tmp_path, change):
-    facts = json.loads((run_copy / "facts.json").read_text())
-    (run_copy / "facts.json").write_text(json.dumps(facts | change))
+    facts = json.loads((run_copy / "metadata.json").read_text())
+    (run_copy / "metadata.json").write_text(json.dumps(facts | change))
     with pytest.raises(BisslZooError):
         publish_run(run_copy, name="mine", zoo=Zoo(tmp_path / "zoo"))
     assert not (tmp_path / "zoo").exists()

@@ -220,5 +220,5 @@ def test_a_resumed_run_starts_from_the_version_that_it_began_with(tiny_config, a
     again = run(later, "test", resume=True)["entry"]
     assert (
         again.sha256 == before
-        and json.loads((tmp_path / "later/facts.json").read_text())["ancestors"][0]["name"] == "origin@1"
+        and json.loads((tmp_path / "later/metadata.json").read_text())["ancestors"][0]["name"] == "origin@1"
     )

@@ -168,7 +168,7 @@ def test_the_same_run_gives_the_same_page(whole, finished, at_scenes, tmp_path):
     ]
 
 
-@pytest.mark.parametrize("gone", ["metrics.jsonl", "results.json", "checkpoints", "config.yaml", "facts.json"])
+@pytest.mark.parametrize("gone", ["metrics.jsonl", "results.json", "checkpoints", "config.yaml", "metadata.json"])
 def test_a_run_without_one_of_its_parts_has_a_page_that_says_so(run_copy, gone):
     path = run_copy / gone
     shutil.rmtree(path) if path.is_dir() else path.unlink()
@@ -179,7 +179,7 @@ def test_a_run_without_one_of_its_parts_has_a_page_that_says_so(run_copy, gone):
         "results.json": "There are no results yet",
         "checkpoints": "no checkpoint",
         "config.yaml": "cannot read this config file",
-        "facts.json": "The whole wall time of the run is not known",
+        "metadata.json": "The whole wall time of the run is not known",
     }
     assert expected[gone] in said
     assert "Environment." in said

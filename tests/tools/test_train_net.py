@@ -215,16 +215,16 @@ def test_a_folder_that_is_no_run_is_refused_as_start(refused, tmp_path):
 
 def test_a_damaged_checkpoint_is_named_and_set_aside_and_the_one_before_it_is_resumed(train_net, tiny, run_copy):
     newest = run_copy / "checkpoints" / "bissl" / "step_000002"
-    state = bytearray((newest / "state.safetensors").read_bytes())
+    state = bytearray((newest / "state.pt").read_bytes())
     state[len(state) // 2] ^= 1
-    (newest / "state.safetensors").write_bytes(state)
+    (newest / "state.pt").write_bytes(state)
     (run_copy / "results.json").unlink()  # a finished run is left alone
     outcome = train_net("--resume", *tiny(), f"train.output_dir={run_copy}")
     assert outcome.status == 0, outcome.err
-    assert f"warning: {newest / 'state.safetensors'} is damaged: sha256" in outcome.out
+    assert f"warning: {newest / 'state.pt'} is damaged: sha256" in outcome.out
     assert f"resuming: bissl at step 1 of 2, from {newest.with_name('step_000001')}, verified" in outcome.out
     aside = [path for path in newest.parent.iterdir() if path.name.startswith("damaged_step_000002")]
-    assert len(aside) == 1 and (aside[0] / "state.safetensors").read_bytes() == state
+    assert len(aside) == 1 and (aside[0] / "state.pt").read_bytes() == state
 
 
 def test_manifests_that_cannot_be_read_are_set_aside_and_the_stages_begin_anew(train_net, tiny, run_copy):

@@ -1,0 +1,71 @@
+"""The weights that a run starts from."""
+
+import json
+
+import pytest
+import timm
+import torch
+
+from bissl_zoo.backbones import merge_split_states
+from bissl_zoo.engine.build import Weights
+from bissl_zoo.engine.init import load_init, resplit
+from bissl_zoo.errors import CheckpointError
+from bissl_zoo.registry import build_backbone
+from bissl_zoo.runs.checkpoint import load_checkpoint, read_info
+from bissl_zoo.zoo.names import pin
+
+
+def test_the_weights_of_a_run_are_those_its_last_stage_left(finished, tiny_config):
+    weights, ancestors = load_init(str(finished), tiny_config())
+    path = finished / "checkpoints" / "bissl" / "step_000002"
+    levels = load_checkpoint(path)[1]["levels"]
+    lower = levels["lower"]["backbone"]
+    assert all(torch.equal(weights.backbone[key], value) for key, value in lower.items())
+    digest = read_info(path).sha256
+    assert [ancestor["sha256"] for ancestor in ancestors] == [digest]
+    tuned, _ = load_init(str(finished), tiny_config(), evaluate=True)
+    levels = load_checkpoint(finished / "checkpoints" / "finetune" / "step_000002")[1]["levels"]
+    assert all(torch.equal(tuned.backbone[key], value) for key, value in levels["level"]["backbone"].items())
+    assert tuned.task.keys() == levels["level"]["head"].keys() and tuned.pretext is None
+
+
+def test_an_unfinished_stage_is_not_started_from(run_copy, tiny_config):
+    checkpoints = run_copy / "checkpoints" / "bissl"
+    for file in (checkpoints / "step_000002").iterdir():
+        file.unlink()
+    with pytest.raises(CheckpointError, match="unfinished stage .step 1 of 2.; --resume it first"):
+        load_init(str(run_copy), tiny_config())
+
+
+def test_a_zoo_entry_is_started_from_and_becomes_the_parent(finished, tiny_config, monkeypatch):
+    entry = json.loads((finished / "zoo_entry.json").read_text())
+    monkeypatch.setenv("BISSL_ZOO", entry["location"].rpartition("/")[0])
+    weights, ancestors = load_init(f"zoo:{pin(entry['name'])}", tiny_config())
+    assert ancestors == [{"name": pin(entry["name"]), "sha256": entry["sha256"]}]
+    plain = timm.create_model(f"local-dir:{entry['location']}", pretrained=True).state_dict()
+    whole = merge_split_states(weights.backbone, weights.tail)
+    assert whole.keys() == plain.keys() and all(torch.equal(value, plain[key]) for key, value in whole.items())
+    levels = load_checkpoint(finished / "checkpoints" / "bissl" / "step_000002")[1]["levels"]
+    head = levels["lower"]["head"]
+    assert weights.pretext.keys() == head.keys() and all(torch.equal(v, head[k]) for k, v in weights.pretext.items())
+    other, _ = load_init(f"zoo:{pin(entry['name'])}", tiny_config(pretext__name="byol"))
+    assert other.pretext is None  # a head of another method is not taken
+
+
+def test_weights_cut_at_one_stage_are_cut_again_at_another():
+    whole = build_backbone(name="test_resnet")
+    cuts = {stage: whole.split(stage) for stage in ("c3", "c5")}
+    parts = {stage: (trunk.state_dict(), tail.state_dict()) for stage, (trunk, tail) in cuts.items()}
+
+    def weights(stage):
+        trunk, tail = parts[stage]
+        head = {"projector.weight": torch.ones(2), **{f"tail.{key}": value for key, value in tail.items()}}
+        teacher = {f"teacher.backbone.{k}": v + 1 for k, v in trunk.items()}
+        return Weights(trunk, pretext=head | teacher | {f"teacher.tail.{k}": v + 1 for k, v in tail.items()})
+
+    for before, after in (("c5", "c3"), ("c3", "c5"), ("c3", "c3")):
+        cut, expected = resplit(weights(before), *cuts[after]), weights(after)
+        assert cut.backbone.keys() == expected.backbone.keys() and cut.pretext.keys() == expected.pretext.keys()
+        assert all(torch.equal(value, expected.pretext[key]) for key, value in cut.pretext.items())
+    alone = resplit(Weights(parts["c5"][0]), *cuts["c3"])
+    assert alone.backbone.keys() == parts["c3"][0].keys() and alone.tail.keys() == parts["c3"][1].keys()
