@@ -177,10 +177,8 @@ def test_the_last_checkpoint_and_one_on_stopping_end_the_run_where_the_disk_stay
         trainer.train(
             [At(step3=Filler(small_disk).fill), checkpoints(folder, period=2)], lambda: trainer.step == stop_at
         )
-    assert str(raised.value) == (
-        f"Could not write checkpoint {folder}/stage/step_000003: No space left on device; it needs about 1.0 MiB, 0 "
-        "bytes are free. Earlier checkpoints are untouched; once that is mended, --resume goes on from step 2 of stage."
-    )
+    assert f"Could not write checkpoint {folder}/stage/step_000003: No space left on device" in str(raised.value)
+    assert "needs about 1.0 MiB, 0 bytes are free" in str(raised.value) and "step 2 of stage" in str(raised.value)
     assert [path.name for path in (folder / "stage").iterdir()] == ["step_000002"]
     assert pauses == list(hooks.LAST_PAUSES) and len(warnings(capsys)) == len(pauses)
 
