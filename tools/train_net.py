@@ -60,11 +60,11 @@ def main(args: argparse.Namespace) -> int:
     from bissl_zoo.distributed import is_main_process
     from bissl_zoo.engine.checks import open_config
     from bissl_zoo.engine.dry_run import describe
-    from bissl_zoo.engine.evaluate import results_table
     from bissl_zoo.engine.launch import restarted
     from bissl_zoo.engine.runner import evaluate_only, run
     from bissl_zoo.progress.display import choose_display, console
     from bissl_zoo.report.ending import report_after
+    from bissl_zoo.runs.listing import results_table
 
     with console(choose_display(args.plain, args.quiet, args.verbose)):
         cfg = open_config(args.config_file, args.overrides)
@@ -82,7 +82,7 @@ def main(args: argparse.Namespace) -> int:
 
 def summary(outcome: dict, quiet: bool) -> str:
     """Return the table of results and, unless `quiet`, how to load the published entry."""
-    from bissl_zoo.engine.evaluate import results_table
+    from bissl_zoo.runs.listing import results_table
 
     parts = [f"\n{results_table(outcome['results'])}"] if outcome["results"] else []
     entry = outcome["entry"]

@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from tabulate import tabulate
 
 from bissl_zoo.backbones import Backbone, evaluating
 from bissl_zoo.data.batches import to_device
@@ -98,17 +97,6 @@ def format_metrics(metrics: dict[str, Any]) -> str:
     """Return metrics on one line, without those of single classes."""
     texts = {name: value if isinstance(value, int) else f"{value:.4f}" for name, value in metrics.items()}
     return "  ".join(f"{name} {value}" for name, value in texts.items() if "/" not in name)
-
-
-def results_table(results: dict[str, dict[str, float]]) -> str:
-    """Return the metrics of one or more fine-tunings as a table; rows are named by what they were fine-tuned from."""
-    names = [m for m in dict.fromkeys(m for metrics in results.values() for m in metrics) if "/" not in m]
-    absent = {LEFT_OUT: 0}
-    rows = [
-        [start, *(metrics.get(name, absent.get(name, float("nan"))) for name in names)]
-        for start, metrics in results.items()
-    ]
-    return tabulate(rows, headers=["fine-tuned from", *names], floatfmt=".4f")
 
 
 @dataclass(frozen=True)

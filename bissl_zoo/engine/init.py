@@ -16,8 +16,7 @@ from bissl_zoo.errors import CheckpointError, did_you_mean
 from bissl_zoo.files import sha256_of
 from bissl_zoo.registry import STAGES
 from bissl_zoo.runs.checkpoint import Checkpointer, CheckpointInfo, load_checkpoint
-from bissl_zoo.runs.directory import load_run_config
-from bissl_zoo.runs.metadata import read_facts
+from bissl_zoo.runs.directory import load_run_config, read_metadata
 from bissl_zoo.zoo import Zoo, default_zoo
 from bissl_zoo.zoo.hub import WEIGHTS_FILE
 from bissl_zoo.zoo.names import pin, split_version
@@ -67,7 +66,7 @@ def load_init(init: str | None, cfg: DictConfig, evaluate: bool = False) -> tupl
 
 def pinned_init(init: str | None, folder: Path) -> str | None:
     """Return `train.init` of the run in `folder`; of `zoo:NAME` with the version that the run started from."""
-    lineage = read_facts(folder).get("ancestors")
+    lineage = read_metadata(folder).get("ancestors")
     if not init or not init.startswith(ZOO_PREFIX) or not lineage:
         return init
     name = lineage[0]["name"]
@@ -121,7 +120,7 @@ def _from_run(folder: Path, cfg: DictConfig, evaluate: bool) -> tuple[Weights, l
             f"{folder} holds a '{info.architecture}', the configuration a '{cfg.backbone.name}'. "
             f"Set backbone.name={info.architecture}, or start from another run."
         )
-    lineage = [{"name": f"{folder.name} ({stage})", "sha256": info.sha256}, *read_facts(folder).get("ancestors", [])]
+    lineage = [{"name": f"{folder.name} ({stage})", "sha256": info.sha256}, *read_metadata(folder).get("ancestors", [])]
     if evaluate:
         return weights, lineage
     weights = resplit(weights, *build_split_backbone(cfg))

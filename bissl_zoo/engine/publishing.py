@@ -16,13 +16,20 @@ from bissl_zoo.engine.init import newest_weights, zoo_of
 from bissl_zoo.engine.resume import is_done
 from bissl_zoo.engine.trainer import Context, Stage
 from bissl_zoo.errors import CheckpointError, ConfigError, ZooError
+from bissl_zoo.files import write_atomically
 from bissl_zoo.registry import BACKBONES, STAGES
-from bissl_zoo.runs.checkpoint import write_atomically
-from bissl_zoo.runs.directory import CONFIG_FILE, load_run_config
-from bissl_zoo.runs.metadata import add_wall_time, arguments_of, read_facts, read_json
+from bissl_zoo.runs.directory import (
+    CONFIG_FILE,
+    RECEIPT_FILE,
+    RESULTS_FILE,
+    add_wall_time,
+    arguments_of,
+    load_run_config,
+    read_json,
+    read_metadata,
+    read_results,
+)
 from bissl_zoo.zoo import PublishedEntry, Zoo, publish_entry
-
-RESULTS_FILE, RECEIPT_FILE = "results.json", "zoo_entry.json"
 
 
 def publishes(cfg: DictConfig) -> bool:
@@ -92,22 +99,6 @@ def check_entry_name(cfg: DictConfig, source: str) -> None:
         )
 
 
-def read_results(folder: Path) -> dict[str, dict[str, float]]:
-    """Return the metrics of a run by what was fine-tuned from; empty if there are none.
-
-    Raises:
-        CheckpointError: the file is damaged or holds something else.
-    """
-    results = read_json(folder / RESULTS_FILE)
-    if not all(isinstance(metrics, dict) and all(map(_is_number, metrics.values())) for metrics in results.values()):
-        raise CheckpointError(f"{folder / RESULTS_FILE} holds values that are not numbers. Restore it from a copy.")
-    return results
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, float) or (type(value) is int and abs(value) < 1 << 1000)
-
-
 def publish_run(folder: Path, name: str | None = None, zoo: Zoo | None = None, once: bool = False) -> PublishedEntry:
     """Publish the backbone of the last pretext stage of a run, with its pretext head and the task's head.
 
@@ -130,7 +121,7 @@ def publish_run(folder: Path, name: str | None = None, zoo: Zoo | None = None, o
     tail = {k[len("tail.") :]: value for k, value in (weights.pretext or {}).items() if k.startswith("tail.")}
     aligned = weights.task is not None
     metadata = {
-        **read_facts(folder),
+        **{key: value for key, value in read_metadata(folder).items() if key != "stages"},
         "pretext": cfg.pretext.name,
         "task": cfg.task.name if aligned else None,
         "solver": cfg.solver.name if aligned else None,

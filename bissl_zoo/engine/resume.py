@@ -15,9 +15,8 @@ import torch
 from bissl_zoo.distributed import get_rank, get_world_size, on_main_process
 from bissl_zoo.engine.trainer import Context, Stage, Trainer
 from bissl_zoo.errors import CheckpointError, Interrupted
-from bissl_zoo.runs.checkpoint import Checkpointer, read_info
-from bissl_zoo.runs.metadata import add_wall_time
-from bissl_zoo.runs.state_files import read_state
+from bissl_zoo.runs.checkpoint import Checkpointer, read_info, read_state
+from bissl_zoo.runs.directory import add_wall_time
 
 logger = logging.getLogger(__name__)
 

@@ -13,7 +13,7 @@ from omegaconf import DictConfig
 from bissl_zoo.distributed import barrier, on_main_process, stop_request
 from bissl_zoo.engine.build import build_downstream
 from bissl_zoo.engine.checks import check_parts, open_context
-from bissl_zoo.engine.evaluate import Details, evaluate, format_metrics, results_table, safe_details
+from bissl_zoo.engine.evaluate import Details, evaluate, format_metrics, safe_details
 from bissl_zoo.engine.hooks import default_hooks
 from bissl_zoo.engine.init import load_init, pinned_init
 from bissl_zoo.engine.publishing import finish_run, finished_outcome
@@ -25,9 +25,9 @@ from bissl_zoo.progress.display import FILE_ONLY, console_by_default, doing, end
 from bissl_zoo.progress.run_view import PlannedStage
 from bissl_zoo.progress.writers import open_writers
 from bissl_zoo.runs.checkpoint import Checkpointer
-from bissl_zoo.runs.directory import check_run_dir, has_begun, pointing_to_report, prepare_run_dir
+from bissl_zoo.runs.directory import check_run_dir, has_begun, pointing_to_report, prepare_run_dir, write_metadata
+from bissl_zoo.runs.listing import results_table
 from bissl_zoo.runs.lock import run_lock
-from bissl_zoo.runs.metadata import write_facts
 
 logger = logging.getLogger(__name__)
 
@@ -64,14 +64,15 @@ def run(
         context.stop = stack.enter_context(stop_request())
         stack.enter_context(signals_aside())
         stack.enter_context(deterministic(cfg.train.deterministic))
-        on_main_process(lambda: stack.enter_context(run_lock(folder)))
+        on_main_process(lambda: stack.enter_context(run_lock(folder, cfg.train.lock)))
         if resume and (outcome := on_main_process(lambda: finished_outcome(context, stages))):
             logger.info(f"the run in {folder} is finished; there is nothing to resume")
             return outcome
         on_main_process(lambda: prepare_run_dir(cfg, resume))
         stack.enter_context(logged(folder))
         stack.callback(end_display)
-        on_main_process(lambda: write_facts(folder, cfg, context.data, lineage))
+        steps = {stage.name: stage.steps for stage in plan}
+        on_main_process(lambda: write_metadata(folder, cfg, context.data, lineage, steps))
         show(folder=str(folder), device=context.device, stages=plan)
         logger.info(f"run: {folder}  stages: {', '.join(cfg.train.stages)}  device: {context.device}")
         for role, dataset in context.data.items():

@@ -11,12 +11,13 @@ from bissl_zoo.data import samples
 from bissl_zoo.engine import build
 from bissl_zoo.engine.build import Decodable, Weights, skips_undecodable
 from bissl_zoo.engine.checks import check_parts, open_context
-from bissl_zoo.engine.evaluate import metric_names, results_table
+from bissl_zoo.engine.evaluate import metric_names
 from bissl_zoo.engine.features import build_probe
 from bissl_zoo.engine.hooks import SKIPPED
 from bissl_zoo.engine.stages import Finetune, Pretrain
 from bissl_zoo.errors import DatasetError
 from bissl_zoo.report.run import RunReport
+from bissl_zoo.runs.listing import results_table
 
 
 @pytest.fixture(autouse=True)
