@@ -44,7 +44,7 @@ setup(
         "tqdm>=4.60",
         "platformdirs>=4",
         "portalocker>=2.7",
-        "fsspec>=2023.5",
+        "fsspec[http]>=2023.5",
     ],
     extras_require={
         "s3": ["boto3>=1.35.69"],  # first version with conditional writes

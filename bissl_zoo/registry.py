@@ -128,7 +128,12 @@ DOWNSTREAM_TASKS = Registry("DOWNSTREAM_TASKS", "downstream task", ["bissl_zoo.d
 SOLVERS = Registry("SOLVERS", "hypergradient solver", ["bissl_zoo.bilevel"])
 HYPERGRADIENT_SOLVERS = SOLVERS  # the name in earlier versions
 # map-style data sets of (PIL image, target)
-DATASETS = Registry("DATASETS", "data set", ["bissl_zoo.data"])
+DATASETS = Registry(
+    "DATASETS",
+    "data set",
+    ["bissl_zoo.data.shards"]
+    + [f"bissl_zoo.data.datasets.{name}" for name in ("classification", "coco", "digit_scenes", "folder", "voc")],
+)
 # stages of the pipeline: pretrain, bissl, finetune, ...
 STAGES = Registry("STAGES", "stage", ["bissl_zoo.engine.stages"])
 

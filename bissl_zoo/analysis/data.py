@@ -13,7 +13,7 @@ from torch.utils.data import Dataset, default_collate
 
 from bissl_zoo.data.batches import to_device
 from bissl_zoo.data.device_views import two_parts
-from bissl_zoo.data.prepare.known import catalog
+from bissl_zoo.data.prepare.check import known_sets
 from bissl_zoo.engine.build import Context, ViewsOnly, build_datasets, data_roles
 from bissl_zoo.errors import DatasetError
 
@@ -87,7 +87,7 @@ def _stated_classes(cfg: DictConfig) -> list[str] | None:
     given = described.get("classes")
     if OmegaConf.is_list(given):
         return [str(name) for name in given]
-    known = catalog().get(described.get("name"))
+    known = known_sets().get(described.get("name"))
     return _names(known.classes) if known else None
 
 

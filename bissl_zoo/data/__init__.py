@@ -1,27 +1,30 @@
-"""Data sets by name.
+"""Data sets by name, their loaders and augmentations.
 
-Importing this package registers `voc_detection`, `coco_detection`, `image_folder`, `shards`, `digit_scenes` and the
-classification sets of `classification_sets.py`.
+Names are imported on first use, since torch takes seconds to import. The data sets that `build_dataset` knows are in
+the registry `bissl_zoo.registry.DATASETS`.
 """
 
-from bissl_zoo.data.datasets.catalog import datasets_root, load_image, require_folder
-from bissl_zoo.data.datasets.classification_sets import ClassificationSet, register_classification_set
-from bissl_zoo.data.datasets.coco import COCODetection
-from bissl_zoo.data.datasets.digit_scenes import DigitScenes
-from bissl_zoo.data.datasets.folder import ImageFolder
-from bissl_zoo.data.datasets.voc import VOC_CLASSES, VOCDetection
-from bissl_zoo.data.shards import ShardDataset
+import importlib
+from typing import Any
 
-__all__ = [
-    "VOC_CLASSES",
-    "COCODetection",
-    "ClassificationSet",
-    "DigitScenes",
-    "ImageFolder",
-    "ShardDataset",
-    "VOCDetection",
-    "datasets_root",
-    "load_image",
-    "register_classification_set",
-    "require_folder",
-]
+_MODULES = {
+    "ClassificationSet": "datasets.classification",
+    "register_classification_set": "datasets.classification",
+    "datasets_root": "datasets.catalog",
+    "load_image": "datasets.catalog",
+    "require_folder": "datasets.catalog",
+    "COCODetection": "datasets.coco",
+    "DigitScenes": "datasets.digit_scenes",
+    "ImageFolder": "datasets.folder",
+    "VOC_CLASSES": "datasets.voc",
+    "VOCDetection": "datasets.voc",
+    "ShardDataset": "shards",
+}
+
+__all__ = sorted(_MODULES)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_MODULES[name]}"), name)

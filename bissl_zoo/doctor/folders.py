@@ -91,10 +91,10 @@ def check_datasets() -> list[Finding]:
 
 def check_known_datasets() -> list[Finding]:
     """Which of the data sets that are known by name are there; whether they are whole, tools/prepare_data.py tells."""
-    from bissl_zoo.data.prepare.known import catalog, folder_of
+    from bissl_zoo.data.prepare.check import folder_of, known_sets
 
-    there = [name for name in catalog() if folder_of(name).is_dir()]
-    missing = len(catalog()) - len(there)
+    there = [name for name in known_sets() if folder_of(name).is_dir()]
+    missing = len(known_sets()) - len(there)
     return [Finding(OK, "known sets", f"{', '.join(there) or 'none'} ({missing} known by name are not there)")]
 
 

@@ -1,6 +1,5 @@
 import io
 import json
-import logging
 import re
 import tarfile
 from itertools import islice
@@ -11,15 +10,19 @@ from faulty_server import Answer, FaultyServer
 from PIL import Image
 
 from bissl_zoo.config import LazyCall, instantiate
-from bissl_zoo.data import ShardDataset, loaders, shards_reading
+from bissl_zoo.data import ShardDataset, loaders
+from bissl_zoo.data import shards as shards_module
 from bissl_zoo.data.datasets.catalog import sample_digest
 from bissl_zoo.data.loaders import build_test_loader, build_train_loader
-from bissl_zoo.data.shards_index import digest_shard, expand, find_shards, scan_shard, write_index
-from bissl_zoo.data.shards_reading import buffered_order
-from bissl_zoo.errors import BisslZooError, ConfigError, DatasetError
+from bissl_zoo.data.prepare.pack import scan_shard, write_index
+from bissl_zoo.data.shards import buffered_order, epoch_bounds, epoch_share, expand, find_shards
+from bissl_zoo.errors import ConfigError, DatasetError
 from bissl_zoo.registry import build_dataset
 
+WORKERS = [0, pytest.param(2, marks=pytest.mark.slow)]
 SIZES = [9, 5, 12, 7, 11, 4]  # of the shards; 48 in all
+#: the first batches of six with seed 7, recorded from the first version of the stream
+GOLDEN = [[18, 14, 17, 19, 22, 46], [24, 0, 20, 47, 44, 25], [5, 2, 45, 6, 21, 34], [4, 36, 8, 16, 38, 3]]
 
 
 def jpeg(number):
@@ -52,7 +55,7 @@ def original(tmp_path_factory):
             members += [(f"{number:04d}.txt", b"a caption"), (f"{number:04d}.jpg", jpeg(number))]
             number += 1
         write_tar(folder / f"s-{shard:06d}.tar", members)
-    write_index(folder, [digest_shard(str(path)) for path in folder.glob("*.tar")])
+    write_index(folder, [scan_shard(str(path)) for path in folder.glob("*.tar")])
     return folder
 
 
@@ -95,7 +98,10 @@ def test_each_epoch_holds_every_sample_once_in_another_order(original, buffer):
     assert len({tuple(epoch) for epoch in epochs}) == 3
 
 
-@pytest.mark.parametrize(("world", "workers"), [(1, 2), (2, 0), (2, 2), (3, 1)])
+@pytest.mark.parametrize(
+    ("world", "workers"),
+    [(2, 0), *(pytest.param(*case, marks=pytest.mark.slow) for case in ((1, 2), (2, 2), (3, 1)))],
+)
 def test_ranks_and_workers_share_each_epoch_without_overlap(original, monkeypatch, world, workers):
     per_rank = []
     for rank in range(world):
@@ -107,14 +113,18 @@ def test_ranks_and_workers_share_each_epoch_without_overlap(original, monkeypatc
 
 
 @pytest.mark.parametrize(("world", "rank"), [(1, 0), (2, 0), (2, 1)])
-@pytest.mark.parametrize("workers", [0, 1, 2])
+@pytest.mark.parametrize("workers", [0, pytest.param(1, marks=pytest.mark.slow), WORKERS[1]])
 def test_a_stream_from_a_step_is_the_rest_of_the_whole_one(original, monkeypatch, workers, world, rank):
     as_rank(monkeypatch, rank, world)
     # batches of 5 do not divide the epoch, so several hold samples of two
     dataset = shards(original)
     whole = stream(dataset, 30, 5 * world, workers)
-    for start in (1, 4, 9, 10, 17, 26):
+    for start in (1, 10, 17):
         assert stream(dataset, 30 - start, 5 * world, workers, start) == whole[start:]
+
+
+def test_the_stream_is_the_one_of_earlier_versions(original):
+    assert stream(shards(original), 4, 6, seed=7) == GOLDEN
 
 
 def test_the_seed_decides_the_order(original):
@@ -128,7 +138,7 @@ def test_consumers_draw_differently(original, monkeypatch):
     for rank in range(2):
         as_rank(monkeypatch, rank, 2)
         numbers = flat(stream(shards(original), 12, 4))
-        pieces = shards_reading.epoch_share(np.array(SIZES), 0, 0, *shards_reading.epoch_bounds(48, 0, rank, 2))
+        pieces = epoch_share(np.array(SIZES), 0, 0, *epoch_bounds(48, 0, rank, 2))
         lying = [sum(SIZES[: piece.shard]) + n for piece in pieces for n in range(piece.start, piece.stop)]
         drawn.append([lying.index(number) for number in numbers])
     assert sorted(drawn[0]) == sorted(drawn[1]) == list(range(24))
@@ -140,8 +150,8 @@ def test_shares_of_an_epoch_that_does_not_divide_stay_level(original):
     for consumer in range(5):
         taken = 0
         for epoch in range(1, 100):
-            first, last = shards_reading.epoch_bounds(48, epoch - 1, consumer, 5)
-            pieces = shards_reading.epoch_share(sizes, 0, epoch - 1, first, last)
+            first, last = epoch_bounds(48, epoch - 1, consumer, 5)
+            pieces = epoch_share(sizes, 0, epoch - 1, first, last)
             assert sum(piece.stop - piece.start for piece in pieces) == last - first
             taken += last - first
             assert abs(taken - epoch * 48 / 5) < 2
@@ -189,18 +199,14 @@ def damaged(folder, shard=2, sample=3):
     return number
 
 
-def test_a_member_that_does_not_decode_is_named(folder):
+def test_an_image_that_cannot_be_decoded_is_named(folder):
     number = damaged(folder)
-    with pytest.raises(DatasetError) as caught:
+    with pytest.raises(DatasetError, match=rf"'{number:04d}.jpg' in shard {folder}/s-000002.tar .*on_bad=\"skip\""):
         stream(shards(folder, on_bad="error"), 12)
-    message = str(caught.value)
-    assert f"'{number:04d}.jpg' in shard {folder}/s-000002.tar does not decode" in message
-    assert re.search(r"\(UnidentifiedImageError: cannot identify image file of \d+ bytes\)", message)
-    assert 'on_bad="skip"' in message
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-def test_skipping_fills_the_place_of_a_broken_member_and_moves_no_other(original, folder, workers):
+@pytest.mark.parametrize("workers", WORKERS)
+def test_skipping_replaces_an_image_and_moves_no_other(original, folder, workers):
     broken = {damaged(folder, 2, 3), damaged(folder, 4, 0), damaged(folder, 4, 1)}
     good, dataset = stream(shards(original), 26, 4, workers), shards(folder, on_bad="skip")
     filled = stream(dataset, 26, 4, workers)
@@ -210,60 +216,51 @@ def test_skipping_fills_the_place_of_a_broken_member_and_moves_no_other(original
         assert stream(dataset, 26 - start, 4, workers, start) == filled[start:]
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-def test_a_broken_member_is_replaced_unless_asked_told_of_once_and_counted_over_all_workers(folder, workers, caplog):
+@pytest.mark.parametrize("workers", WORKERS)
+def test_a_skipped_image_is_logged_once_and_counted_over_all_workers_and_iterators(folder, workers, caplog):
     damaged(folder, 2, 3), damaged(folder, 4, 0)
-    with caplog.at_level(logging.WARNING):
-        stream(shards(folder), 60, num_workers=workers)
-    told = [record.getMessage() for record in caplog.records]
-    assert len(told) == 2 and all("does not decode" in line for line in told)
-    assert "(1 bad so far)" in told[0] and "(2 bad so far)" in told[1]
-
-
-def test_a_stream_begins_anew_with_what_it_met(folder):
-    damaged(folder, 2, 3)
-    dataset, found = shards(folder), []
+    dataset = shards(folder)
     for _ in range(2):
-        loader = build_train_loader(dataset, 4, number_of)
-        list(islice(loader, 12))
-        found.append(list(loader.skipped))
-    assert found[0] == found[1] and len(found[0]) == 1 and "s-000002.tar" in found[0][0]
+        caplog.clear()
+        loader = build_train_loader(dataset, 4, number_of, num_workers=workers)
+        list(islice(loader, 60))
+        assert len(caplog.records) == len(loader.skipped) == 2
+        assert "(2 skipped so far)" in caplog.text and "s-000002.tar" in caplog.text
 
 
-@pytest.mark.parametrize("how", ["missing", "truncated", "no tar"])
-def test_a_broken_shard_is_named_or_others_stand_in(original, folder, how, caplog):
+@pytest.mark.parametrize("on_bad", ["skip", "error"])
+@pytest.mark.parametrize("how", ["missing", "truncated", "cut between members", "no tar"])
+def test_a_missing_or_damaged_shard_ends_the_run_with_its_name(folder, how, on_bad):
     path = folder / "s-000002.tar"
     content = path.read_bytes()
+    with tarfile.open(path) as tar:
+        header = tar.getmember("0017.jpg").offset
     if how == "missing":
         path.unlink()
     else:
-        path.write_bytes(content[: len(content) // 2] if how == "truncated" else b"x" * len(content))
-    reason = {"missing": "does not exist", "truncated": "index says", "no tar": "cannot be read: ReadError"}[how]
-    with pytest.raises(DatasetError, match=rf'Shard {path} .*{reason}.*on_bad="skip"'):
-        stream(shards(folder, on_bad="error"), 12)
-    dataset, lost = shards(folder, on_bad="skip"), range(14, 26)
-    good, filled = flat(stream(shards(original), 24)), flat(stream(dataset, 24))
-    stand_ins = [after for before, after in zip(good, filled, strict=True) if before in lost]
-    assert [(b, a) for b, a in zip(good, filled, strict=True) if b not in lost and a != b] == []
-    assert not set(stand_ins) & set(lost) and len(set(stand_ins)) > 6  # many samples, not one again and again
-    assert sum(reason.removesuffix(": ReadError") in record.getMessage() for record in caplog.records) == 1
-    for start in (3, 10, 15):
-        assert flat(stream(dataset, 24 - start, start_step=start)) == filled[4 * start :]
+        kept = {"truncated": content[: header + 700], "cut between members": content[:header], "no tar": b"x" * 2000}
+        path.write_bytes(kept[how])
+    with pytest.raises(DatasetError, match=f"{path} (does not exist|cannot be read)"):
+        stream(shards(folder, on_bad=on_bad), 12)
 
 
-def test_where_nothing_decodes_it_ends(folder, monkeypatch):
+def test_a_shard_with_fewer_images_than_its_index_says_ends_the_run(folder):
+    write_tar(folder / "s-000002.tar", [("a.jpg", jpeg(1))])
+    with pytest.raises(DatasetError, match="s-000002.tar holds 1 images, but its index says 12.*--index-shards"):
+        stream(shards(folder), 12)
+    with pytest.raises(DatasetError, match="holds 1 images"):
+        shards(folder)[20]
+
+
+def test_a_run_of_which_no_image_can_be_decoded_ends(folder):
     for shard, size in enumerate(SIZES):
         for sample in range(size):
             damaged(folder, shard, sample)
-    with pytest.raises(DatasetError, match="1,000 samples in a row do not decode"):
-        stream(shards(folder, on_bad="skip"), 1)
-    for file in folder.glob("*.tar"):
-        file.unlink()
-    with pytest.raises(DatasetError, match="No shard can stand in for"):
+    with pytest.raises(DatasetError, match="1,000 images in a row cannot be decoded"):
         stream(shards(folder, on_bad="skip"), 1)
 
 
-def test_an_index_reads_one_sample(original, folder):
+def test_an_index_reads_one_image_of_a_local_shard(original, folder):
     dataset = build_dataset(name="shards", urls=str(original))
     assert (len(dataset), dataset.classes) == (48, None)
     assert [number_of(*dataset[index]) for index in range(48)] == list(range(48))
@@ -271,45 +268,27 @@ def test_an_index_reads_one_sample(original, folder):
     with pytest.raises(IndexError):
         dataset[48]
     assert flat(batch.tolist() for batch in build_test_loader(dataset, 7, number_of)) == list(range(48))
-    (folder / "s-000001.tar").unlink()
     number = damaged(folder)
-    skipping = shards(folder, on_bad="skip")
-    assert number_of(*skipping[number]) == number + 1
-    assert number_of(*skipping[9]) == 14  # the first of the shard that follows
     with pytest.raises(DatasetError, match=f"'{number:04d}.jpg' in shard"):
-        shards(folder, on_bad="error")[number]
+        shards(folder)[number]
 
 
-def test_pictures_are_upright(tmp_path):
+def test_images_are_upright(tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6
     file = io.BytesIO()
     Image.new("L", (40, 20)).save(file, "JPEG", exif=exif)
     write_tar(tmp_path / "a.tar", [("x.jpeg", file.getvalue())])
+    write_index(tmp_path, [scan_shard(str(tmp_path / "a.tar"))])
     image, target = shards(tmp_path)[0]
     assert (image.size, image.mode, target) == ((20, 40), "RGB", None)
 
 
-def test_local_shards_are_counted_on_first_use_and_entered_in_the_index(folder):
-    (folder / "index.json").unlink()
-    first = shards(f"{folder}/s-{{000001..000002}}.tar")
-    assert [shard.samples for shard in first.shards] == SIZES[1:3]
-    assert [entry["name"] for entry in json.loads((folder / "index.json").read_text())["shards"]] == [
-        "s-000001.tar",
-        "s-000002.tar",
-    ]
-    assert [shard.samples for shard in shards(folder).shards] == SIZES
-    listed = json.loads((folder / "index.json").read_text())["shards"]
-    assert [entry["samples"] for entry in listed] == SIZES and listed[0]["sha256"] is None
-    (folder / "s-000000.tar").touch()  # the index is believed, not made anew
-    assert len(shards(folder)) == 48
-
-
-def test_the_digest_tells_other_shards_from_the_same(original, folder):
+def test_the_digest_differs_for_other_shards_only(original, folder):
     digest = sample_digest(shards(original))
     assert digest == sample_digest(shards(folder)) != sample_digest(shards(folder / "s-000001.tar"))
     number = damaged(folder)
-    write_index(folder, [digest_shard(str(path)) for path in folder.glob("*.tar")])
+    write_index(folder, [scan_shard(str(path)) for path in folder.glob("*.tar")])
     assert digest != sample_digest(shards(folder)), number
 
 
@@ -332,122 +311,111 @@ def test_braces_mean_what_they_mean_in_webdataset(tmp_path):
         assert expand(pattern) == list(webdataset.shardlists.expand_urls(pattern))
 
 
-def test_what_is_wrong_with_an_address_or_an_index_is_told(folder, tmp_path):
+def test_an_invalid_address_is_refused(folder, tmp_path):
     for urls, message in {
         "/a-{1,2}.tar": "braces hold a range",
         "/a-{5..2}.tar": "runs backwards",
-        "nope://host/a.tar": "'nope://' of 'nope://host/index.json' is not known",
-        str(tmp_path / "nowhere"): "no folder of shards",
-        str(tmp_path / "nowhere" / "a.tar"): "does not exist",
+        "nope://host/a.tar": "nope://host/index.json cannot be read .*[pP]rotocol",
+        str(tmp_path / "nowhere"): "index.json does not exist",
+        f"{folder}/s-9.tar": "s-9.tar is not in .*index.json.*--index-shards",
     }.items():
-        with pytest.raises(BisslZooError, match=message):
+        with pytest.raises(DatasetError, match=re.compile(message, re.DOTALL)):
             find_shards(urls)
-    with pytest.raises(DatasetError, match="is named more than once"):
+    with pytest.raises(DatasetError, match="is given more than once"):
         find_shards([str(folder), f"{folder}/s-000001.tar"])
-    (tmp_path / "empty").mkdir()
-    with pytest.raises(DatasetError, match="holds no .tar files"):
-        shards(tmp_path / "empty")
     with pytest.raises(DatasetError, match='on_bad is "ignore"'):
         shards(folder, on_bad="ignore")
     with pytest.raises(DatasetError, match="shuffle_buffer is 0"):
         shards(folder, shuffle_buffer=0)
-    for content in (
-        '{"shardlist": []}',
-        "x",
-        '{"format": 9}',
-        json.dumps({"format": 1, "shards": [{"name": "../a.tar"}]}),
-    ):
-        (folder / "index.json").write_text(content)
-        with pytest.raises(DatasetError, match="index.json is no index of shards"):
-            shards(folder)
-        assert (folder / "index.json").read_text() == content
 
 
-@pytest.mark.parametrize("look", [scan_shard, digest_shard])
-def test_a_damaged_shard_is_not_counted(folder, look):
+@pytest.mark.parametrize(
+    "content",
+    [
+        *('{"shardlist": []}', "x", '{"format": 9}', "[1]"),
+        json.dumps({"format": 1, "shards": [{"name": "../a.tar", "samples": 1, "bytes": 9, "sha256": None}]}),
+        json.dumps({"format": 1, "shards": [{"name": "a.tar"}]}),
+    ],
+)
+def test_an_invalid_index_is_refused(folder, content):
+    (folder / "index.json").write_text(content)
+    with pytest.raises(DatasetError, match="index.json is not an index of shards"):
+        shards(folder)
+
+
+def test_a_damaged_shard_is_not_indexed(folder):
     path = folder / "s-000002.tar"
     content = path.read_bytes()
-    expected = scan_shard(str(path))
-    assert expected.samples == 12 and look(str(path)).bytes == len(content)
+    assert (scan_shard(str(path)).samples, scan_shard(str(path)).bytes) == (12, len(content))
     with tarfile.open(path) as tar:
         header = tar.getmember("0017.jpg").offset
-    for broken in (
+    for damaged_content in (
         content[:header],
         content[: header + 700],
         content[:header] + b"x" * 512 + content[header + 512 :],
         b"",
     ):
-        path.write_bytes(broken)
-        with pytest.raises(DatasetError, match=f"Shard {path} cannot be read"):
-            look(str(path))
+        path.write_bytes(damaged_content)
+        with pytest.raises(DatasetError, match=f"{path} cannot be read"):
+            scan_shard(str(path))
     write_tar(path, [("a.txt", b"no image"), ("._a.jpg", b"left by a file manager")])
     with pytest.raises(DatasetError, match="holds no images"):
-        look(str(path))
+        scan_shard(str(path))
 
 
 @pytest.fixture
 def server(original, monkeypatch):
     """A web server that has the shards."""
-    monkeypatch.setattr(shards_reading, "PAUSE", 0.0)
+    monkeypatch.setattr(shards_module, "PAUSE", 0.0)
     with FaultyServer() as server:
         server.files = {f"/set/{path.name}": path.read_bytes() for path in original.iterdir()}
         yield server
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("workers", [0, 2])
 def test_remote_shards_give_the_same_stream(original, server, workers):
     address = f"{server.address}/set"
     assert stream(shards(address), 14, 4, workers) == stream(shards(original), 14, 4, workers)
     pattern = f"{address}/s-{{000000..000005}}.tar"
     assert stream(shards(pattern), 5, 4, workers, 7) == stream(shards(original), 5, 4, workers, 7)
-    assert number_of(*shards(address)[13]) == 13
     assert sample_digest(shards(address)) == sample_digest(shards(original))
+    with pytest.raises(DatasetError, match="only read as a stream"):
+        shards(address)[0]
 
 
-def test_a_server_without_ranges_will_do(original, server):
-    server.plans = {path: [Answer(ranges=False)] * 20 for path in server.files}
-    assert stream(shards(f"{server.address}/set"), 12) == stream(shards(original), 12)
-
-
-def test_a_connection_that_breaks_is_taken_up_again(original, server):
+@pytest.mark.slow
+def test_a_connection_that_breaks_is_retried_and_ranges_are_not_needed(original, server):
     dataset = shards(f"{server.address}/set")
-    broken = [Answer(sends=5000, end="reset"), Answer(status=503), Answer(sends=9000), Answer(sends=0, end="reset")]
-    server.plans = {path: list(broken) for path in server.files if path.endswith(".tar")}
+    broken = [Answer(sends=5000, end="reset"), Answer(status=503), Answer(sends=9000)]
+    plans = {path: list(broken) + [Answer(ranges=False)] * 20 for path in server.files if path.endswith(".tar")}
+    server.plans = plans
     server.requests.clear()
     assert stream(dataset, 12) == stream(shards(original), 12)
     assert min(sum(r.path == path for r in server.requests) for path in server.plans) >= 3
 
 
-def test_a_remote_shard_that_is_missing_or_short_is_named_or_replaced(original, server):
-    path = f"/set/s-{2:06d}.tar"
-    whole, good = server.files[path], flat(stream(shards(original), 24))
-    for content in (None, whole[: len(whole) // 2]):
-        server.files.pop(path)
-        if content:
-            server.files[path] = content
-        with pytest.raises(DatasetError, match=f"Shard {server.address}{path} "):
-            stream(shards(f"{server.address}/set", on_bad="error"), 12)
-        dataset = shards(f"{server.address}/set", on_bad="skip")
-        filled = flat(stream(dataset, 24))
-        assert [a for b, a in zip(good, filled, strict=True) if b not in range(14, 26)] == [
-            b for b in good if b not in range(14, 26)
-        ]
-        assert flat(stream(dataset, 9, start_step=15)) == filled[60:]
-        server.files[path] = whole
+@pytest.mark.slow
+@pytest.mark.parametrize("kept", [None, 0.5])
+def test_a_remote_shard_that_is_missing_or_short_is_named(server, kept):
+    path = "/set/s-000002.tar"
+    content = server.files.pop(path)
+    if kept:
+        server.files[path] = content[: int(len(content) * kept)]
+    with pytest.raises(DatasetError, match=f"{server.address}{path} "):
+        stream(shards(f"{server.address}/set"), 12)
 
 
+@pytest.mark.slow
 def test_remote_shards_without_an_index_name_the_command(server, original):
-    index = server.files.pop("/set/index.json")
+    server.files.pop("/set/index.json")
     for urls in (f"{server.address}/set", f"{server.address}/set/s-000000.tar"):
         with pytest.raises(DatasetError, match="tools/prepare_data.py --index-shards"):
             shards(urls)
-    assert index == (original / "index.json").read_bytes()
     elsewhere = shards(f"{server.address}/set/s-{{000000..000005}}.tar", index=str(original / "index.json"))
     assert len(elsewhere) == 48
-    with pytest.raises(DatasetError, match="There is no index"):
+    with pytest.raises(DatasetError, match="nothing.json does not exist"):
         shards(f"{server.address}/set/s-000000.tar", index=str(original / "nothing.json"))
-    with pytest.raises(DatasetError, match=r"s-9.tar: .*does not count its samples"):
-        shards(f"{server.address}/set/s-9.tar", index=str(original / "index.json"))
 
 
 def test_shards_of_the_webdataset_library_are_read_and_ours_by_it(tmp_path, original):
@@ -455,6 +423,7 @@ def test_shards_of_the_webdataset_library_are_read_and_ours_by_it(tmp_path, orig
     with webdataset.ShardWriter(str(tmp_path / "w-%06d.tar"), maxcount=4, verbose=0) as writer:
         for number in range(10):
             writer.write({"__key__": f"{number:03d}", "jpg": jpeg(number), "json": {"label": number}})
+    write_index(tmp_path, [scan_shard(str(path)) for path in tmp_path.glob("*.tar")])
     assert [number_of(*sample) for sample in shards(tmp_path)] == list(range(10))
     theirs = webdataset.WebDataset([str(path) for path in sorted(original.glob("*.tar"))], shardshuffle=False)
     assert [sample["jpg"] for sample in theirs] == [jpeg(number) for number in range(48)]

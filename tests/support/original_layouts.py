@@ -292,3 +292,9 @@ def sizes_of(name):
     own_val = name in ("fgvc_aircraft", "voc2007_classification", "dtd", "flowers102")
     parts = ("train", "val", "test") if own_val else ("trainval", "test")
     return {**{part: 3 * SIZES[part] for part in parts}, **({"unlabeled": 6} if name == "stl10" else {})}
+
+
+def accept_small_copies(monkeypatch):
+    """Let torchvision read small sets, whose files do not have the checksums of the originals."""
+    monkeypatch.setattr("torchvision.datasets.cifar.check_integrity", lambda *_: True)
+    monkeypatch.setattr("torchvision.datasets.Flowers102._check_integrity", lambda self: True)

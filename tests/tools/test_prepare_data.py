@@ -5,7 +5,10 @@ import json
 import os
 import re
 import socket
+import subprocess
+import sys
 import tarfile
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,7 +18,9 @@ from original_layouts import WRITERS, sizes_of, write_coco_detection
 from PIL import Image
 
 from bissl_zoo.data import ShardDataset
-from bissl_zoo.data.datasets.classification_sets import CLASSIFICATION_SETS
+from bissl_zoo.data.datasets.classification import CLASSIFICATION_SETS
+
+REPOSITORY = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(scope="module")
@@ -63,22 +68,22 @@ def content_of(folder):
 
 
 def test_a_folder_becomes_shards_that_hold_its_files_as_they_are(prepare, images, tmp_path):
-    out = tmp_path / "out"
-    status, said = prepare("--to-shards", images, "--out", out, "--samples-per-shard", 5, "--name", "few")
-    assert status == 0 and "3 shards, 14 images" in said and "0 images that do not decode" in said
-    packed = members(out)
+    folder = tmp_path / "out"
+    status, out = prepare("--to-shards", images, "--out", folder, "--samples-per-shard", 5, "--name", "few")
+    assert status == 0 and "3 shards, 14 images" in out and "0 images that cannot be decoded" in out
+    packed = members(folder)
     assert [shard for shard, _, _ in packed] == ["few-000000.tar"] * 5 + ["few-000001.tar"] * 5 + ["few-000002.tar"] * 4
     assert sorted(content for _, _, content in packed) == content_of(images)
     keys = [name.rpartition(".")[0] for _, name, _ in packed]
     assert len(set(keys)) == 14 and not any("." in key or "/" in key for key in keys)
     assert {name.rpartition(".")[2] for _, name, _ in packed} == {"jpg", "jpeg", "png"}
     assert max(len(name) for _, name, _ in packed) < 100
-    listed = json.loads((out / "index.json").read_text())["shards"]
+    listed = json.loads((folder / "index.json").read_text())["shards"]
     assert [entry["samples"] for entry in listed] == [5, 5, 4]
     for entry in listed:
-        content = (out / entry["name"]).read_bytes()
+        content = (folder / entry["name"]).read_bytes()
         assert (entry["bytes"], entry["sha256"]) == (len(content), hashlib.sha256(content).hexdigest())
-    assert len(ShardDataset(str(out))) == 14 and sorted(os.listdir(out)) == [
+    assert len(ShardDataset(str(folder))) == 14 and sorted(os.listdir(folder)) == [
         *(f"few-00000{n}.tar" for n in range(3)),
         "index.json",
     ]
@@ -124,25 +129,25 @@ def test_sizes_are_written_as_usual(tool, text, count):
 def test_images_that_do_not_decode_are_refused_or_left_out_and_counted(prepare, images, tmp_path):
     (images / "class.0" / "broken.jpg").write_bytes(content_of(images)[0][:200])
     (images / "empty.png").write_bytes(b"")
-    status, said = prepare("--to-shards", images, "--out", tmp_path / "out", "--samples-per-shard", 1)
-    assert status == 1 and "does not decode" in said and "--on-bad skip" in said
+    status, out = prepare("--to-shards", images, "--out", tmp_path / "out", "--samples-per-shard", 1)
+    assert status == 1 and "does not decode" in out and "--on-bad skip" in out
     assert not (tmp_path / "out" / "index.json").exists()
     for path in (tmp_path / "out").glob("*.tar"):  # what is there is whole
         with tarfile.open(path) as tar:
             assert len(tar.getmembers()) == 1
-    status, said = prepare("--to-shards", images, "--out", tmp_path / "skipped", "--on-bad", "skip")
-    assert status == 0 and "14 images," in said and "2 images that do not decode" in said
-    assert f"{images}/empty.png" in said and f"{images}/class.0/broken.jpg" in said
+    status, out = prepare("--to-shards", images, "--out", tmp_path / "skipped", "--on-bad", "skip")
+    assert status == 0 and "14 images," in out and "2 images that cannot be decoded" in out
+    assert f"{images}/empty.png" in out and f"{images}/class.0/broken.jpg" in out
 
 
-def test_what_cannot_be_packed_is_told(prepare, images, tmp_path):
+def test_invalid_packing_is_refused(prepare, images, tmp_path):
     assert "is not empty" in prepare("--to-shards", images, "--out", images)[1]
     assert "no folder" in prepare("--to-shards", tmp_path / "nowhere", "--out", tmp_path / "out")[1]
     assert "letters, digits" in prepare("--to-shards", images, "--out", tmp_path / "out", "--name", "a.b")[1]
     (tmp_path / "broken").mkdir()
     (tmp_path / "broken" / "a.jpg").write_bytes(b"x")
-    status, said = prepare("--to-shards", tmp_path / "broken", "--out", tmp_path / "none", "--on-bad", "skip")
-    assert status == 1 and "None of the 1 images" in said
+    status, out = prepare("--to-shards", tmp_path / "broken", "--out", tmp_path / "none", "--on-bad", "skip")
+    assert status == 1 and "None of the 1 images" in out
 
 
 @pytest.mark.parametrize(
@@ -152,7 +157,7 @@ def test_what_cannot_be_packed_is_told(prepare, images, tmp_path):
         *(["food101", "--list"], ["food101", "--check", "x"], ["food101", "dtd"]),
     ],
 )
-def test_a_command_line_that_does_not_add_up_is_refused(tool, arguments, capsys):
+def test_an_invalid_command_line_is_refused(tool, arguments, capsys):
     with pytest.raises(SystemExit) as caught:
         tool.cli(arguments)
     assert caught.value.code == 2 and "usage" in capsys.readouterr().err
@@ -165,9 +170,9 @@ def packed(prepare, images, tmp_path):
     return tmp_path / "packed"
 
 
-def test_check_finds_what_is_wrong_and_only_that(prepare, packed):
-    status, said = prepare("--check", packed)
-    assert status == 0 and f"\nchecked    {packed}: 3 shards, 14 images: 0 problems" in said and "split" not in said
+def test_the_check_finds_every_problem(prepare, packed):
+    status, out = prepare("--check", packed)
+    assert status == 0 and f"\nchecked    {packed}: 3 shards, 14 images: 0 problems" in out and "split" not in out
     path = packed / "s-000001.tar"
     with tarfile.open(path) as tar:
         member = tar.getmembers()[2]
@@ -176,22 +181,23 @@ def test_check_finds_what_is_wrong_and_only_that(prepare, packed):
     path.write_bytes(content)
     (packed / "s-000002.tar").write_bytes((packed / "s-000002.tar").read_bytes()[:3000])
     (packed / "s-000007.tar").write_bytes(b"")
-    status, said = prepare("--check", packed)
-    wrong = [line for line in said.splitlines() if line.startswith("wrong")]
-    assert status == 1 and len(wrong) == 4 and "4 problems" in said
+    status, out = prepare("--check", packed)
+    wrong = [line for line in out.splitlines() if line.startswith("wrong")]
+    assert status == 1 and len(wrong) == 4 and "4 problems" in out
     for expected in (
         "s-000007.tar is not in index.json",
         "s-000001.tar: sha256",
         f"'{member.name}' in shard",
-        "s-000002.tar cannot be read: ReadError: unexpected end of data",
+        "s-000002.tar cannot be read (ReadError: unexpected end of data",
     ):
         assert sum(expected in line for line in wrong) == 1, expected
     (packed / "s-000000.tar").unlink()
     assert "s-000000.tar does not exist" in prepare("--check", packed)[1]
     (packed / "index.json").unlink()
-    assert "There is no index" in prepare("--check", packed)[1]
+    assert "index.json does not exist" in prepare("--check", packed)[1]
 
 
+@pytest.mark.slow
 def test_shards_from_elsewhere_get_the_index_that_packing_wrote(prepare, packed, tmp_path):
     index = (packed / "index.json").read_bytes()
     (packed / "index.json").unlink()
@@ -205,11 +211,12 @@ def test_shards_from_elsewhere_get_the_index_that_packing_wrote(prepare, packed,
         assert (tmp_path / "index" / "index.json").read_bytes() == index
         assert len(ShardDataset(urls, index=str(tmp_path / "index" / "index.json"))) == 14
         server.files["/s-000001.tar"] = server.files["/s-000001.tar"][:4000]
-        status, said = prepare("--index-shards", urls, "--out", tmp_path / "other")
-        assert status == 1 and f"{server.address}/s-000001.tar cannot be read" in said
+        status, out = prepare("--index-shards", urls, "--out", tmp_path / "other")
+        assert status == 1 and f"{server.address}/s-000001.tar cannot be read" in out
         assert not (tmp_path / "other").exists()
 
 
+@pytest.mark.slow
 def test_workers_change_nothing_but_the_time(prepare, tool, packed, images, tmp_path, capsys):
     command = ["--to-shards", images, "--out", tmp_path / "two", "--name", "s", "--samples-per-shard", 5]
     assert tool.cli([*map(str, command), "--num-workers", "2"]) == 0
@@ -221,86 +228,97 @@ def test_workers_change_nothing_but_the_time(prepare, tool, packed, images, tmp_
 @pytest.fixture
 def originals(tmp_path, monkeypatch):
     """A folder of data sets with a small DTD, which counts as the original."""
-    monkeypatch.delenv("BISSL_ZOO_DATASETS", raising=False)
-    dtd = CLASSIFICATION_SETS["dtd"]._replace(parts=sizes_of("dtd"), classes=3)
+    monkeypatch.setenv("BISSL_ZOO_DATASETS", "nowhere")  # restored afterwards, also after --root
+    dtd = CLASSIFICATION_SETS["dtd"]._replace(images=sizes_of("dtd"), classes=3)
     monkeypatch.setitem(CLASSIFICATION_SETS, "dtd", dtd)
     WRITERS["dtd"](tmp_path / "originals")
     return tmp_path / "originals"
 
 
 def test_a_set_by_name_is_counted_and_checked(prepare, originals):
-    status, said = prepare("dtd", "--root", originals)
-    assert status == 0 and f"checked    {originals}/dtd/dtd: 0 problems" in said and "fetched" not in said
-    rows = [line.split() for line in said.splitlines()]
+    status, out = prepare("dtd", "--root", originals)
+    assert status == 0 and f"checked    {originals}/dtd/dtd: 0 problems" in out and "fetched" not in out
+    rows = [line.split() for line in out.splitlines()]
     assert [["train", "18", "3"], ["val", "12", "3"], ["trainval", "30", "3"], ["test", "15", "3"]] == rows[2:6]
-    status, said = prepare("--check", "dtd", "--root", originals)
-    assert status == 0 and "0 problems" in said and "30/30" in said and "15/15" in said
+    status, out = prepare("--check", "dtd", "--root", originals)
+    assert status == 0 and "0 problems" in out and "30/30" in out and "15/15" in out
     victim = originals / "dtd" / "dtd" / "images" / "moa" / "moa_0000.jpg"
     victim.write_bytes(b"")
-    status, said = prepare("--check", "dtd", "--root", originals)
-    assert status == 1 and said.count("wrong ") == 1 and f"wrong      Image {victim} does not decode" in said
+    status, out = prepare("--check", "dtd", "--root", originals)
+    assert status == 1 and out.count("wrong ") == 1 and f"wrong      Image {victim} does not decode" in out
     victim.unlink()
-    status, said = prepare("dtd", "--root", originals)
-    assert status == 1 and f"The image {victim}" in said and "does not exist" in said
-    assert "BISSL_ZOO_DATASETS" not in os.environ
+    status, out = prepare("dtd", "--root", originals)
+    assert status == 1 and f"The image {victim}" in out and "does not exist" in out
 
 
 def test_the_root_may_be_in_the_environment(prepare, originals, monkeypatch):
     monkeypatch.setenv("BISSL_ZOO_DATASETS", str(originals))
     assert prepare("dtd")[0] == 0
-    status, said = prepare("--check", "food101")
-    assert status == 1 and f"no folder {originals}/food-101" in said and "prepare_data.py food101" in said
+    status, out = prepare("--check", "food101")
+    assert status == 1 and f"no folder {originals}/food-101" in out and "prepare_data.py food101" in out
 
 
-def test_the_list_says_what_is_there(prepare, originals):
-    status, said = prepare("--list", "--root", originals)
-    rows = {line.split()[0]: line for line in said.splitlines()}
+def test_the_list_shows_every_set_and_where_it_lies(prepare, originals):
+    status, out = prepare("--list", "--root", originals)
+    rows = {line.split()[0]: line for line in out.splitlines()}
     assert status == 0 and rows.keys() >= {*CLASSIFICATION_SETS, "voc_detection", "coco_detection"}
-    assert "trainval 30, test 15" in rows["dtd"] and rows["dtd"].endswith("test 15")
+    assert "trainval 30, test 15" in rows["dtd"] and rows["dtd"].rstrip().endswith(f"{originals}/dtd/dtd")
     assert sum(line.endswith("not there") for line in rows.values()) == len(CLASSIFICATION_SETS) + 1
-    (originals / "dtd" / "dtd" / "labels" / "test1.txt").unlink()
-    assert "(4 problems)" in prepare("--list", "--root", originals)[1]
 
 
-def test_names_that_are_not_known_are_told_with_the_nearest(prepare, originals):
+@pytest.mark.slow
+@pytest.mark.parametrize("option", ["--list", "--help"])
+def test_the_list_and_the_help_import_no_slow_library(option):
+    program = (
+        "import sys, runpy\n"
+        f"sys.argv = ['prepare_data.py', '{option}']\n"
+        "try:\n    runpy.run_path('tools/prepare_data.py', run_name='__main__')\n"
+        "finally:\n    assert not {'torch', 'torchvision', 'timm', 'sklearn'} & set(sys.modules)\n"
+    )
+    result = subprocess.run([sys.executable, "-c", program], cwd=REPOSITORY, capture_output=True, text=True)
+    assert result.returncode == 0 and "AssertionError" not in result.stderr, result.stderr
+
+
+def test_an_unknown_name_is_refused_with_the_nearest(prepare, originals):
     for arguments in (["--check", "food11"], ["food11"]):
-        status, said = prepare(*arguments, "--root", originals)
-        assert status == 1 and "There is no data set 'food11'. Did you mean 'food101'?" in said
+        status, out = prepare(*arguments, "--root", originals)
+        assert status == 1 and "There is no data set 'food11'. Did you mean 'food101'?" in out
 
 
 def test_a_name_wins_over_a_folder_of_the_same_name_and_a_path_does_not(prepare, packed, originals, monkeypatch):
     monkeypatch.chdir(packed.parent)
     packed.rename("dtd")
-    status, said = prepare("--check", "dtd", "--root", originals)
-    assert status == 0 and "trainval" in said
+    status, out = prepare("--check", "dtd", "--root", originals)
+    assert status == 0 and "trainval" in out
     for path in ("./dtd", packed.parent / "dtd"):
-        status, said = prepare("--check", path)
-        assert status == 0 and "3 shards" in said
+        status, out = prepare("--check", path)
+        assert status == 0 and "3 shards" in out
 
 
-def test_without_a_network_the_page_and_the_files_are_told(prepare, tmp_path, monkeypatch):
+@pytest.mark.slow
+def test_without_a_network_the_page_and_the_files_are_named(prepare, tmp_path, monkeypatch):
     # a port of this machine that nobody listens at
     with socket.socket() as nobody:
         nobody.bind(("127.0.0.1", 0))
         address = f"http://127.0.0.1:{nobody.getsockname()[1]}"
     monkeypatch.setattr("torchvision.datasets.DTD._URL", f"{address}/dtd-r1.0.1.tar.gz")
-    status, said = prepare("dtd", "--root", tmp_path / "new")
-    assert status == 1 and "dtd is not downloaded (URLError" in said
-    assert "https://www.robots.ox.ac.uk/~vgg/data/dtd/" in said and "dtd-r1.0.1.tar.gz unpacks" in said
+    status, out = prepare("dtd", "--root", tmp_path / "new")
+    assert status == 1 and "Downloading dtd failed (URLError" in out
+    assert "https://www.robots.ox.ac.uk/~vgg/data/dtd/" in out and "dtd-r1.0.1.tar.gz" in out
     assert os.listdir(tmp_path / "new") == []
 
 
-def test_data_of_ones_own_are_counted_and_every_file_is_opened(prepare, tmp_path):
+def test_data_at_a_path_is_counted_and_every_file_is_opened(prepare, tmp_path):
     for name in ("cat/1.jpg", "cat/2.jpg", "dog/1.jpg"):
         (tmp_path / "mine" / name).parent.mkdir(parents=True, exist_ok=True)
         Image.new("RGB", (8, 8)).save(tmp_path / "mine" / name)
-    status, said = prepare("--check", tmp_path / "mine")
-    assert status == 0 and ["images", "3", "2"] in [line.split() for line in said.splitlines()]
-    assert f'note       images is read by L(build_dataset)(name="image_folder", root="{tmp_path}/mine")' in said
-    assert said.endswith(f"checked    {tmp_path}/mine: 0 problems\n")
+    status, out = prepare("--check", tmp_path / "mine")
+    assert status == 0 and ["images", "3", "2"] in [line.split() for line in out.splitlines()]
+    assert f'note       images is read by L(build_dataset)(name="image_folder", root="{tmp_path}/mine")' in out
+    assert out.endswith(f"checked    {tmp_path}/mine: 0 problems\n")
     (tmp_path / "mine" / "dog" / "1.jpg").write_bytes(b"")
-    status, said = prepare("--check", tmp_path / "mine")
-    assert status == 1 and "wrong      Image" in said and "dog/1.jpg does not decode" in said
+    status, out = prepare("--check", tmp_path / "mine")
+    assert status == 1 and "wrong      Image" in out and "dog/1.jpg does not decode" in out
 
 
 def test_boxes_of_ones_own_are_measured_and_those_of_coco_found_by_file_and_folder(prepare, tmp_path, monkeypatch):
@@ -308,10 +326,10 @@ def test_boxes_of_ones_own_are_measured_and_those_of_coco_found_by_file_and_fold
     file = tmp_path / "coco" / "annotations" / "instances_val2017.json"
     (tmp_path / "coco" / "val2017").rename(tmp_path / "far away")
     monkeypatch.chdir(tmp_path)
-    status, said = prepare("--check", file, "--images", "far away")
-    assert status == 0 and "0 problems" in said
-    (line,) = [line for line in said.splitlines() if "height / width" in line]
+    status, out = prepare("--check", file, "--images", "far away")
+    assert status == 0 and "0 problems" in out
+    (line,) = [line for line in out.splitlines() if "height / width" in line]
     expected = np.percentile([4 / 8, 5 / 8], [5, 25, 50, 75, 95])
     assert [float(number) for number in line.split()[-5:]] == pytest.approx(expected, rel=1e-3)
-    status, said = prepare("--check", "coco_detection", "--root", tmp_path)
-    assert status == 1 and "note       coco_detection, split train2017: left out 1 objects" in said
+    status, out = prepare("--check", "coco_detection", "--root", tmp_path)
+    assert status == 1 and "note       coco_detection, split train2017: left out 1 objects" in out

@@ -20,8 +20,6 @@ logger = logging.getLogger(__name__)
 SIDE_LIMIT = 1 << 24
 #: pixels of a side of a box: tools write hundredths, and the logarithm of what rounding leaves is no target
 _LEAST_SIDE = 1e-3
-#: names of classes in one message
-_MAX_LISTED = 20
 
 Box = tuple[float, float, float, float]
 
@@ -151,18 +149,3 @@ def has_area(box: Box) -> bool:
 def first_repeated(values: Sequence[Any]) -> Any:
     """The first of `values` that is there more than once, None where all differ."""
     return next((value for value, count in Counter(values).items() if count > 1), None)
-
-
-def shown_names(names: Sequence[str]) -> str:
-    """Names for a message, the first `_MAX_LISTED` of them."""
-    return ", ".join(names[:_MAX_LISTED]) + (f", ... ({len(names)} in all)" if len(names) > _MAX_LISTED else "")
-
-
-def distinct_classes(classes: Sequence[str]) -> list[str]:
-    """Class names as a list; `DatasetError` for one that is there twice, or text in place of a list."""
-    if isinstance(classes, str):
-        raise DatasetError(f'classes is "{classes}"; give a list of names, or None for all.')
-    names = [str(name) for name in classes]
-    if (repeated := first_repeated(names)) is not None:
-        raise DatasetError(f"classes names {repeated} more than once.")
-    return names

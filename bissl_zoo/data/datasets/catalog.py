@@ -1,4 +1,4 @@
-"""Where data sets lie, and what all of them share: the root folder, its error message, and reading one image."""
+"""What all data sets share: the datasets root, its error message, the digest of a sample list, and reading images."""
 
 import contextlib
 import hashlib
@@ -7,26 +7,24 @@ import os
 import stat
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 from PIL import Image, ImageOps
-from torch import Tensor
-from torchvision.io import ImageReadMode, decode_jpeg
-from torchvision.transforms.v2.functional import pil_to_tensor
 
 from bissl_zoo.errors import DatasetError
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
 DATASETS_VARIABLE = "BISSL_ZOO_DATASETS"
 IMAGE_EXTENSIONS = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff"})
-#: of files by their content, whatever they are called; Pillow reads others too, EPS by starting Ghostscript
+#: formats by content, whatever the file's name; Pillow reads others too, EPS by starting Ghostscript
 IMAGE_FORMATS = ("JPEG", "PNG", "GIF", "BMP", "TIFF", "WEBP")
-JPEG = b"\xff\xd8"
 
 
 def datasets_root() -> Path:
-    """The folder that holds the data sets: `$BISSL_ZOO_DATASETS`, or `datasets` in the working directory."""
+    """Return the folder of the data sets: `$BISSL_ZOO_DATASETS`, or `datasets` in the working directory."""
     return Path(os.environ.get(DATASETS_VARIABLE) or "datasets").expanduser()
 
 
@@ -34,12 +32,11 @@ def require_folder(path: str | os.PathLike, what: str, fetch: str = "") -> Path:
     """Return `path` if it is a folder.
 
     Args:
-        path: the folder that a data set needs.
-        what: the data set in words; the message begins with it.
-        fetch: the command that brings it, where there is one.
+        what: name of the data set, with which the message begins.
+        fetch: the command that downloads it, if any.
 
     Raises:
-        DatasetError: with the absolute path, the command, and the variable that moves the root and its present value.
+        DatasetError: with the absolute path, the command, and the variable of the datasets root and its value.
     """
     path = Path(path)
     if path.is_dir():
@@ -53,28 +50,28 @@ def require_folder(path: str | os.PathLike, what: str, fetch: str = "") -> Path:
     )
 
 
-def require_plain(path: str | os.PathLike, what: str) -> os.stat_result:
-    """Raise where `path` is a pipe, a device or a folder: opening a pipe waits for ever, and a device may never end.
+def require_regular_file(path: str | os.PathLike, what: str) -> os.stat_result:
+    """Return the status of `path` if it is a regular file; reading a pipe may wait forever, and a device never end.
 
     Args:
-        what: the file in words; the message begins with it.
+        what: the kind of file, with which the message begins.
 
     Raises:
-        DatasetError: it is not a plain file, nor a link to one.
-        OSError: it does not exist, or cannot be looked at.
+        DatasetError: it is a folder, a pipe or a device.
+        OSError: it does not exist or cannot be accessed.
     """
-    found = os.stat(path)
-    if not stat.S_ISREG(found.st_mode):
-        raise DatasetError(f"{what} {path} is not a plain file but a folder, pipe or device, so it is not read.")
-    return found
+    status = os.stat(path)
+    if not stat.S_ISREG(status.st_mode):
+        raise DatasetError(f"{what} {path} is not a regular file but a folder, pipe or device.")
+    return status
 
 
 def sample_digest(dataset: Any) -> str | None:
-    """The sha256 of a data set's list of samples: its own `digest()`, or their files' names, sorted.
+    """Return the sha256 of a data set's list of samples, so that runs can be checked to have read the same split.
 
-    Names begin below the data sets root; those of a set that lies elsewhere begin below its own folder (`root`, or else
-    the nearest that holds all of it), so that a copy has the same. Two runs with the same digest have read the same
-    split. None for a data set that does not know its files (it has no `source(index)` either).
+    This is the data set's own `digest()`, or else that of the sorted file names from `source(index)`. Names are
+    relative to the datasets root; those of a set elsewhere to its `root`, or else the nearest common folder, so that a
+    copy has the same digest. None if the data set has neither method.
     """
     if hasattr(dataset, "digest"):
         return dataset.digest()
@@ -83,69 +80,68 @@ def sample_digest(dataset: Any) -> str | None:
     files = [os.path.abspath(dataset.source(i)) for i in range(len(dataset))]
     root = os.path.abspath(datasets_root())
     if os.path.commonpath([root, *files]) != root:
-        own = getattr(dataset, "root", None)
-        root = os.path.abspath(own) if own else os.path.commonpath([os.path.dirname(file) for file in files])
+        folder = getattr(dataset, "root", None)
+        root = os.path.abspath(folder) if folder else os.path.commonpath([os.path.dirname(file) for file in files])
     names = sorted(os.path.relpath(file, root) for file in files)
     return hashlib.sha256("\n".join(names).encode("utf-8", "surrogateescape")).hexdigest()
 
 
 def load_image(path: str | os.PathLike | IO[bytes], upright: bool = True, name: str = "") -> Image.Image:
-    """Read and fully decode one image file as RGB.
+    """Read and decode one image file as RGB.
 
-    Of 16 bits the upper 8 are kept, of transparent pixels the colour that they have, and CMYK comes as viewers show it.
+    16-bit images keep their upper 8 bits, transparent pixels their colour, and CMYK is converted as viewers do.
 
     Args:
-        path: the file, or what is open for reading.
-        upright: turn the picture as its EXIF orientation says, as every viewer does. Detection sets pass False, because
-            their boxes count the pixels as they are stored.
-        name: the image in messages, where it is no file of its own.
+        path: a path or an open file.
+        upright: apply the EXIF orientation. Detection sets pass False, because boxes count stored pixels.
+        name: name of the image in messages, if it is not a file.
 
     Raises:
-        DatasetError: naming the file, where it is missing, truncated, no image, no plain file, one of more pixels than
-            are decoded, or of 32-bit pixels, which have no range.
+        DatasetError: the image is missing, not a regular file, truncated, of an unknown format, has 32-bit pixels or
+            more pixels than Pillow decodes.
     """
-    with _telling(name or path):
+    with _naming(name or path):
         if not hasattr(path, "read"):
-            require_plain(path, "Image")
+            require_regular_file(path, "Image")
         with Image.open(path, formats=IMAGE_FORMATS) as image:
             image.load()
-            kind = image.format
+            is_png = image.format == "PNG"
             if upright:
                 image = ImageOps.exif_transpose(image)
-            return _as_rgb(image, kind)
+            # Pillow's own conversion turns all above 255 white; its older releases give 16-bit PNG the mode I
+            if image.mode.startswith("I;16") or (image.mode == "I" and is_png):
+                image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+            elif image.mode in ("I", "F"):
+                raise ValueError(f"32-bit pixels, mode {image.mode}, have no known range; save it with 8 or 16 bits")
+            return image.convert("RGB")
 
 
-def load_pixels(path: str | os.PathLike | IO[bytes], name: str = "") -> Tensor:
-    """The image that `load_image` reads, upright, as `(3, H, W)` uint8.
+def load_pixels(path: str | os.PathLike | IO[bytes], name: str = "") -> "Tensor":
+    """Return the upright image of :func:`load_image` as `(3, H, W)` uint8.
 
     JPEG files are decoded by torchvision, to the same pixels in two thirds of the time.
 
     Raises:
-        DatasetError: as there.
+        DatasetError: as :func:`load_image`.
     """
-    with _telling(name or path):
+    import torch
+    from torchvision.io import ImageReadMode, decode_jpeg
+    from torchvision.transforms.v2.functional import pil_to_tensor
+
+    with _naming(name or path):
         if not hasattr(path, "read"):
-            require_plain(path, "Image")
+            require_regular_file(path, "Image")
         content = path.read() if hasattr(path, "read") else Path(path).read_bytes()
-        if content.startswith(JPEG):
-            Image.open(io.BytesIO(content), formats=IMAGE_FORMATS)  # the header only, which a bomb's size is in
+        if content.startswith(b"\xff\xd8"):  # JPEG
+            Image.open(io.BytesIO(content), formats=IMAGE_FORMATS)  # reads the header and refuses too many pixels
             stream = torch.frombuffer(bytearray(content), dtype=torch.uint8)
             return decode_jpeg(stream, ImageReadMode.RGB, apply_exif_orientation=True)
     return pil_to_tensor(load_image(io.BytesIO(content), name=name or str(path)))
 
 
-def _as_rgb(image: Image.Image, kind: str | None) -> Image.Image:
-    # Pillow's own conversion makes white of all beyond 255; in its older releases a PNG of 16 bits has the mode I
-    if image.mode.startswith("I;16") or (image.mode == "I" and kind == "PNG"):
-        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-    elif image.mode in ("I", "F"):
-        raise ValueError(f"pixels of 32 bits, mode {image.mode}, have no range of their own: save it with 8 or 16")
-    return image.convert("RGB")
-
-
 @contextlib.contextmanager
-def _telling(image: str | os.PathLike | IO[bytes]) -> Iterator[None]:
-    """Turn what goes wrong with an image into an error that names it."""
+def _naming(image: str | os.PathLike | IO[bytes]) -> Iterator[None]:
+    """Raise any error as a DatasetError that names the image."""
     try:
         yield
     except DatasetError:
@@ -154,11 +150,10 @@ def _telling(image: str | os.PathLike | IO[bytes]) -> Iterator[None]:
         raise DatasetError(f"Image {image} does not exist.") from error
     except Image.DecompressionBombError as error:
         raise DatasetError(
-            f"Image {image} is not decoded, as it would fill the memory: {error} If the image is genuine, raise "
-            "PIL.Image.MAX_IMAGE_PIXELS, or scale it down."
+            f"Image {image} is too large to decode: {error} If it is genuine, raise PIL.Image.MAX_IMAGE_PIXELS, or "
+            "scale it down."
         ) from error
-    # Decoders raise whatever a damaged stream leads them to: OSError, SyntaxError, struct.error, ValueError, ...
-    except Exception as error:
+    except Exception as error:  # on damaged data, decoders raise OSError, SyntaxError, struct.error, ValueError, ...
         raise DatasetError(
             f"Image {image} does not decode ({type(error).__name__}: {error}). Replace the file, or remove it from "
             "the set."

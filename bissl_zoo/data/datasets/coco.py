@@ -8,8 +8,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from bissl_zoo.data.datasets.boxes import SIDE_LIMIT, Box, DetectionSet, distinct_classes, has_area, shown_names
-from bissl_zoo.data.datasets.catalog import datasets_root, require_folder, require_plain
+from bissl_zoo.data.datasets.boxes import SIDE_LIMIT, Box, DetectionSet, has_area
+from bissl_zoo.data.datasets.catalog import datasets_root, require_folder, require_regular_file
+from bissl_zoo.data.datasets.folder import distinct_classes, shown_names
 from bissl_zoo.errors import DatasetError, did_you_mean
 from bissl_zoo.registry import DATASETS
 
@@ -279,7 +280,7 @@ def read_annotations(path: Path, keys: Sequence[str]) -> dict[str, list[Any]]:
         DatasetError: where the file is missing, no plain file, too large, no JSON, or does not hold these lists.
     """
     try:
-        if require_plain(path, "COCO annotations").st_size > _BYTES_LIMIT:
+        if require_regular_file(path, "COCO annotations").st_size > _BYTES_LIMIT:
             raise DatasetError(f"COCO annotations {path} have more than {_BYTES_LIMIT:,} bytes, so they are not read.")
         content = json.loads(path.read_bytes(), object_hook=_without_mask)
     except FileNotFoundError as error:

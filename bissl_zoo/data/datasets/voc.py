@@ -10,8 +10,9 @@ from typing import Any, NamedTuple
 from defusedxml import DefusedXmlException
 from defusedxml import ElementTree as SafeXML
 
-from bissl_zoo.data.datasets.boxes import SIDE_LIMIT, Box, DetectionSet, distinct_classes, first_repeated, has_area
-from bissl_zoo.data.datasets.catalog import IMAGE_EXTENSIONS, datasets_root, require_folder, require_plain
+from bissl_zoo.data.datasets.boxes import SIDE_LIMIT, Box, DetectionSet, first_repeated, has_area
+from bissl_zoo.data.datasets.catalog import IMAGE_EXTENSIONS, datasets_root, require_folder, require_regular_file
+from bissl_zoo.data.datasets.folder import distinct_classes
 from bissl_zoo.errors import DatasetError, did_you_mean
 from bissl_zoo.registry import DATASETS
 
@@ -177,7 +178,7 @@ def read_annotation(path: Path) -> Annotation:
         DatasetError: where the file is missing, no plain file, too large, does not parse, or gives no image size.
     """
     try:
-        require_plain(path, "VOC annotation")
+        require_regular_file(path, "VOC annotation")
         with open(path, "rb") as file:
             if len(content := file.read(_BYTES_LIMIT + 1)) > _BYTES_LIMIT:
                 raise DatasetError(f"VOC annotation {path} has more than {_BYTES_LIMIT:,} bytes, so it is not read.")

@@ -125,7 +125,7 @@ def test_image_that_would_fill_the_memory_is_refused_before_it_is_decoded(tmp_pa
     content = bytearray(path.read_bytes())
     content[18:26] = struct.pack("<ii", 30_000, 20_000)
     path.write_bytes(content)
-    with pytest.raises(DatasetError, match=rf"Image {path} is not decoded.*600000000 pixels.*MAX_IMAGE_PIXELS"):
+    with pytest.raises(DatasetError, match=rf"Image {path} is too large to decode.*600000000 pixels.*MAX_IMAGE_PIXELS"):
         load_image(path)
 
 
@@ -173,7 +173,7 @@ def test_pixels_that_cannot_be_read_are_told_as_images_are(tmp_path, damage, mon
     if damage == "missing":
         path.unlink()
     for load in (load_image, load_pixels):
-        message = {"missing": "does not exist", "bomb": "would fill the memory"}.get(damage, "does not decode")
+        message = {"missing": "does not exist", "bomb": "is too large to decode"}.get(damage, "does not decode")
         with pytest.raises(DatasetError, match=f"Image .*photo.jpg .*{message}|Image .*photo.jpg {message}"):
             load(path)
 

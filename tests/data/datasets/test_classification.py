@@ -1,0 +1,523 @@
+import gzip
+import hashlib
+import json
+import os
+import pickle
+import shutil
+
+import numpy as np
+import pytest
+import torch
+import torchvision.datasets as tv
+from original_layouts import CLASSES, WRITERS, accept_small_copies, picture, shade, sizes_of
+from scipy.io import savemat
+
+from bissl_zoo.config import LazyConfig, config_root, instantiate
+from bissl_zoo.data.datasets.catalog import sample_digest
+from bissl_zoo.data.datasets.classification import (
+    CLASSIFICATION_SETS,
+    ClassificationSet,
+    Layout,
+    register_classification_set,
+)
+from bissl_zoo.data.datasets.voc import VOC_CLASSES, read_annotation
+from bissl_zoo.engine.build import build_datasets
+from bissl_zoo.errors import ConfigError, DatasetError, RegistryError
+from bissl_zoo.registry import DATASETS, build_dataset
+
+NAMES = sorted(CLASSIFICATION_SETS)
+DRAWN = [name for name in NAMES if "val" not in CLASSIFICATION_SETS[name].images]
+FILES = [name for name in NAMES if name not in ("cifar10", "cifar100", "stl10", "fashion_mnist")]
+OPTIONS = {
+    "dtd": [{}, {"partition": 3}],
+    "sun397": [{}, {"partition": 4}],
+    "caltech101": [{}, {"partition": 2}],
+    "stl10": [{}, {"fold": 3}],
+    "voc2007_classification": [{"difficult": how} for how in ("ignore", "positive", "negative")],
+}
+#: sha256 of files, labels, class names and digests of all splits, recorded from readers that were compared with
+#: torchvision's, official list by official list
+GOLDEN = {
+    "caltech101": "15a8e18a76923933",
+    "cifar10": "a58c6cf8360e0bc1",
+    "cifar100": "ac73d2a5cd104f15",
+    "cub200": "eae39ac13525edb9",
+    "dtd": "dae03b5abcbb5acd",
+    "fashion_mnist": "2f61ac131beaf4c0",
+    "fgvc_aircraft": "c7753874f5059f16",
+    "flowers102": "bfd6026a6bc44045",
+    "food101": "c575459c6ec2ff39",
+    "imagenet": "405ad3059c405460",
+    "oxford_pets": "90b4bb32d3206b89",
+    "stanford_cars": "ceb37b9ebf32fef8",
+    "stl10": "e9bad62accbd40cd",
+    "sun397": "743521badcce5809",
+    "voc2007_classification": "0a9fce818672e2dc",
+}
+
+
+@pytest.fixture(scope="module")
+def originals(tmp_path_factory):
+    """A folder with a small set in every original layout."""
+    root = tmp_path_factory.mktemp("originals")
+    for write in WRITERS.values():
+        write(root)
+    return root
+
+
+@pytest.fixture(autouse=True)
+def datasets(originals, monkeypatch):
+    monkeypatch.setenv("BISSL_ZOO_DATASETS", str(originals))
+    accept_small_copies(monkeypatch)
+    return originals
+
+
+@pytest.fixture
+def copy(datasets, tmp_path, monkeypatch):
+    """Return a copy of a set that a test may damage: `copy("dtd")` -> its folder."""
+
+    def make(name):
+        folder = CLASSIFICATION_SETS[name].folders[0]
+        shutil.copytree(datasets / folder, tmp_path / folder, dirs_exist_ok=True)
+        monkeypatch.setenv("BISSL_ZOO_DATASETS", str(tmp_path))
+        return tmp_path / folder
+
+    return make
+
+
+def sources(dataset):
+    return [dataset.source(index) for index in range(len(dataset))]
+
+
+def names_in(dataset):
+    return {os.path.relpath(source, dataset.root) for source in sources(dataset)}
+
+
+def test_every_set_has_a_small_original():
+    assert NAMES == sorted(WRITERS)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_splits_labels_and_class_names_are_those_of_earlier_versions(name, datasets):
+    content = []
+    for options in OPTIONS.get(name, [{}]):
+        for drawing in ({}, {"seed": 1, "val_fraction": 0.4}):
+            for split in CLASSIFICATION_SETS[name].splits:
+                dataset = build_dataset(name, split=split, **options, **drawing)
+                files = [os.path.relpath(file, datasets) for file in sources(dataset)]
+                labels = None if dataset.targets is None else [str(dataset.targets.dtype), dataset.targets.tolist()]
+                key = f"{name} {options} {drawing} {split}"
+                content.append([key, files, labels, dataset.classes, dataset.digest()])
+    assert hashlib.sha256(json.dumps(sorted(content)).encode()).hexdigest()[:16] == GOLDEN[name]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_image_comes_with_its_label(name):
+    sizes = sizes_of(name)
+    for part, size in sizes.items():
+        dataset = build_dataset(name, split=part)
+        assert len(dataset) == size
+        for index in range(len(dataset)):
+            image, label = dataset[index]
+            assert image.mode == "RGB"
+            red = image.getpixel((0, 0))[0]
+            if part == "unlabeled":
+                assert label is None and dataset.classes is None
+            elif name == "voc2007_classification":
+                assert label.dtype == torch.float32 and label.shape == (20,) and label[round(red / 40)] == 1
+                assert label.tolist() == dataset.label(index).tolist() == dataset.targets[index].tolist()
+            else:
+                assert type(label) is int and label == dataset.label(index) == dataset.targets[index]
+                assert abs(red - shade(label)) <= 3, dataset.source(index)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_train_and_val_share_trainval_and_test_shares_nothing(name):
+    train, val, trainval, test = (build_dataset(name, split=split) for split in ("train", "val", "trainval", "test"))
+    assert names_in(train) | names_in(val) == names_in(trainval)
+    assert not names_in(train) & names_in(val) and not names_in(trainval) & names_in(test)
+    assert len(train) + len(val) == len(trainval) == len(names_in(trainval))
+    assert train.classes == val.classes == trainval.classes == test.classes
+    assert len(set(train.classes)) == len(train.classes) and not any("_" in name for name in train.classes)
+    if name in DRAWN:
+        assert np.bincount(val.targets).tolist() == [len(trainval) // 3 // 5] * 3
+        assert names_in(val) != names_in(build_dataset(name, split="val", seed=1))
+        with pytest.raises(DatasetError, match=f"{name}.*val_fraction is 2"):
+            build_dataset(name, split="train", val_fraction=2)
+    else:
+        assert val.digest() == build_dataset(name, split="val", seed=1, val_fraction=0.5).digest()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_digest_depends_on_the_split_and_not_on_the_machine(name, copy, monkeypatch):
+    digests = {split: sample_digest(build_dataset(name, split=split)) for split in CLASSIFICATION_SETS[name].splits}
+    assert len(set(digests.values())) == len(digests)
+    folder = copy(name)
+    listdir, scandir = os.listdir, os.scandir
+    monkeypatch.setattr(os, "listdir", lambda path: sorted(listdir(path), key=lambda entry: entry[::-1]))
+    monkeypatch.setattr(os, "scandir", lambda path: Entries(sorted(scandir(path), key=lambda entry: entry.name[::-1])))
+    for split, digest in digests.items():
+        assert sample_digest(build_dataset(name, split=split)) == digest
+    assert build_dataset(name, split="train").source(0).startswith(str(folder))
+
+
+class Entries(list):
+    """The result of os.scandir in another order."""
+
+    def __enter__(self):
+        return iter(self)
+
+    def __exit__(self, *error):
+        pass
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_an_unlabelled_set_another_root_and_a_pickled_copy_read_the_same_images(name, datasets):
+    dataset = build_dataset(name, split="trainval", labelled=False)
+    image, label = dataset[0]
+    assert label is None and dataset.classes is None and dataset.targets is None and image.mode == "RGB"
+    root = str(datasets / CLASSIFICATION_SETS[name].folders[0])
+    labelled = build_dataset(name, split="trainval", root=root)
+    assert dataset.digest() == labelled.digest()
+    pickled = pickle.loads(pickle.dumps(labelled))
+    for index in (0, len(dataset) - 1, -1):
+        assert pickled[index][0].tobytes() == dataset[index][0].tobytes()
+        assert repr(pickled[index][1]) == repr(labelled[index][1])
+    with pytest.raises(IndexError):
+        pickled[len(pickled)]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_missing_set_names_the_folder_the_command_and_the_variable(name, tmp_path, monkeypatch):
+    monkeypatch.setenv("BISSL_ZOO_DATASETS", str(tmp_path))
+    with pytest.raises(DatasetError, match=f"python tools/prepare_data.py {name}\n.*BISSL_ZOO_DATASETS") as caught:
+        build_dataset(name)
+    assert str(tmp_path / CLASSIFICATION_SETS[name].folders[0]) in str(caught.value)
+
+
+def test_a_misspelt_argument_is_refused_with_the_nearest():
+    with pytest.raises(DatasetError, match="food101 has no split 'tset'. Did you mean 'test'\\? There are train, val"):
+        build_dataset("food101", split="tset")
+    with pytest.raises(RegistryError, match="'dtd' does not take 'partion'. Did you mean 'partition'"):
+        build_dataset("dtd", partion=2)
+    with pytest.raises(RegistryError, match="'food101' does not take 'partition'"):
+        build_dataset("food101", partition=2)
+
+
+@pytest.mark.parametrize("name", sorted(set(FILES) - {"caltech101", "imagenet"}))  # those have no lists of files
+def test_a_listed_image_that_does_not_exist_is_named(name, copy):
+    copy(name)
+    victim = build_dataset(name, split="test").source(3)
+    os.unlink(victim)
+    with pytest.raises(DatasetError, match=f"'{name}', split 'test'.*{victim} is listed, but does not exist"):
+        build_dataset(name, split="test")
+
+
+LISTS = {
+    "food101": "meta/train.json",
+    "cifar10": "data_batch_3",
+    "cifar100": "meta",
+    "cub200": "train_test_split.txt",
+    "sun397": "Partitions/Training_01.txt",
+    "stanford_cars": "devkit/cars_train_annos.mat",
+    "fgvc_aircraft": "data/variants.txt",
+    "voc2007_classification": "ImageSets/Main/dog_val.txt",
+    "dtd": "labels/train1.txt",
+    "oxford_pets": "annotations/trainval.txt",
+    "flowers102": "setid.mat",
+    "stl10": "train_y.bin",
+    "fashion_mnist": "train-labels-idx1-ubyte.gz",
+}
+
+
+@pytest.mark.parametrize("name", LISTS)
+@pytest.mark.parametrize("damage", ["missing", "empty", "noise"])
+def test_a_missing_or_damaged_list_is_an_error_that_names_the_set_and_the_check(name, damage, copy):
+    file = copy(name) / LISTS[name]
+    if damage == "missing":
+        file.unlink()
+    else:
+        file.write_bytes({"empty": b"", "noise": bytes(range(256))}[damage])
+    with pytest.raises(
+        DatasetError, match=f"Data set '{name}', split 'trainval', in {file.parents[0].anchor}"
+    ) as error:
+        build_dataset(name, split="trainval")
+    assert str(error.value).endswith(f"python tools/prepare_data.py --check {name}")
+
+
+@pytest.mark.parametrize("kept", [0, 10, -1])
+@pytest.mark.parametrize(
+    ("name", "file"),
+    [
+        ("cifar10", "data_batch_5"),
+        ("fashion_mnist", "train-images-idx3-ubyte.gz"),
+        ("fashion_mnist", "train-images-idx3-ubyte"),
+        ("stl10", "train_X.bin"),
+    ],
+)
+def test_a_truncated_array_is_refused(name, file, kept, copy):
+    path = copy(name) / file
+    packed = path.with_name(f"{file}.gz")
+    content = gzip.decompress(packed.read_bytes()) if packed.exists() else path.read_bytes()
+    path.write_bytes(content[:kept])
+    with pytest.raises(DatasetError, match=f"Data set '{name}'"):
+        build_dataset(name, split="trainval")
+
+
+def test_an_array_file_that_is_truncated_later_raises_when_it_is_read(copy):
+    folder = copy("stl10")
+    dataset = build_dataset("stl10", split="unlabeled")
+    (folder / "unlabeled_X.bin").write_bytes((folder / "unlabeled_X.bin").read_bytes()[:-1])
+    assert dataset[4][0].size == (96, 96)
+    with pytest.raises(DatasetError, match="Image 5 of .*unlabeled_X.bin cannot be read"):
+        dataset[5]
+
+
+def test_a_pickle_with_another_checksum_is_not_loaded(copy, tmp_path, monkeypatch):
+    class Program:
+        def __reduce__(self):
+            return os.mkdir, (str(tmp_path / "canary"),)
+
+    file = copy("cifar10") / "data_batch_1"
+    monkeypatch.undo()
+    monkeypatch.setenv("BISSL_ZOO_DATASETS", str(tmp_path))
+    file.write_bytes(pickle.dumps({"data": Program()}, protocol=2))
+    with pytest.raises(DatasetError, match="not found or corrupted"):
+        build_dataset("cifar10", split="trainval")
+    assert not (tmp_path / "canary").exists()
+
+
+def test_labels_that_do_not_fit_are_refused(copy):
+    folder = copy("cub200")
+    labels = folder / "image_class_labels.txt"
+    labels.write_text(labels.read_text().replace("1 ", "1 9", 1))
+    with pytest.raises(DatasetError, match="Labels from 0 to 9"):
+        build_dataset("cub200", split="trainval")
+    folder = copy("flowers102")
+    savemat(folder / "imagelabels.mat", {"labels": np.full((1, 100), 103)})
+    with pytest.raises(DatasetError, match="Labels from 102 to 102 for 102 classes"):
+        build_dataset("flowers102", split="trainval")
+    folder = copy("stl10")
+    (folder / "test_y.bin").write_bytes((folder / "test_y.bin").read_bytes()[:-2])
+    with pytest.raises(DatasetError, match="13 labels for the 15 images"):
+        build_dataset("stl10", split="test")
+
+
+def test_an_image_that_is_listed_twice_is_refused(copy):
+    file = copy("dtd") / "labels" / "train1.txt"
+    file.write_text(file.read_text() + file.read_text().splitlines()[0])
+    with pytest.raises(DatasetError, match="more than once"):
+        build_dataset("dtd", split="train")
+
+
+def test_a_set_that_torchvision_reads_needs_its_usual_folder_name(copy):
+    copy("food101").rename(os.path.join(os.environ["BISSL_ZOO_DATASETS"], "mine"))
+    with pytest.raises(DatasetError, match="a folder called food-101"):
+        build_dataset("food101", root="mine")
+
+
+def test_sun397_without_its_lists_names_their_address(copy):
+    shutil.rmtree(copy("sun397") / "Partitions")
+    with pytest.raises(DatasetError, match="SUN/download/Partitions.zip"):
+        build_dataset("sun397")
+
+
+def test_imagenet_with_unsorted_val_images_names_the_command(copy):
+    folder = copy("imagenet")
+    shutil.rmtree(folder / "val")
+    picture(folder / "val" / "ILSVRC2012_val_00000001.JPEG", 0)
+    with pytest.raises(DatasetError, match="no class folders.*tools/prepare_data.py imagenet"):
+        build_dataset("imagenet", split="test")
+    assert len(build_dataset("imagenet", split="trainval")) == 30
+
+
+def test_imagenet_classes_with_the_same_words_carry_their_ids(copy):
+    folder = copy("imagenet")
+    for wnid in ("n02012849", "n03126707", "n99999999"):  # the bird and the machine
+        picture(folder / "val" / wnid / "a.JPEG", 0)
+    classes = build_dataset("imagenet", split="test").classes
+    assert classes[:2] == ["tench, Tinca tinca", "goldfish, Carassius auratus"]
+    assert classes[2:] == [
+        "crane (n02012849)",
+        "English springer, English springer spaniel",
+        "crane (n03126707)",
+        "n99999999",
+    ]
+
+
+def test_caltech101_needs_images_to_test_on(copy):
+    folder = copy("caltech101")
+    for number in range(29, 35):
+        (folder / "101_ObjectCategories" / "dodo" / f"image_{number:04d}.jpg").unlink()
+    with pytest.raises(DatasetError, match="Class 1 has 29 images"):
+        build_dataset("caltech101")
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("dtd", {"partition": 11}, "trainval|train11.txt"),
+        ("sun397", {"partition": 0}, "Training_00.txt"),
+        ("caltech101", {"partition": -1}, "seed is -1"),
+        ("stl10", {"fold": 10}, "fold is 10; it must be 0 to 9"),
+        ("voc2007_classification", {"difficult": "positiv"}, "Did you mean 'positive'"),
+    ],
+)
+def test_an_invalid_option_is_refused(name, options, message):
+    with pytest.raises(DatasetError, match=message):
+        build_dataset(name, **options)
+
+
+@pytest.mark.parametrize(("difficult", "value"), [("ignore", -1), ("positive", 1), ("negative", 0)])
+def test_voc_labels_agree_with_the_boxes_of_the_images(difficult, value, datasets):
+    only_difficult = 0
+    for split in ("train", "val", "trainval", "test"):
+        dataset = build_dataset("voc2007_classification", split=split, difficult=difficult)
+        assert dataset.classes == list(VOC_CLASSES)
+        for index in range(len(dataset)):
+            stem = os.path.splitext(os.path.basename(dataset.source(index)))[0]
+            annotation = read_annotation(datasets / "VOCdevkit" / "VOC2007" / "Annotations" / f"{stem}.xml")
+            for label, name in enumerate(VOC_CLASSES):
+                flags = [flag for n, flag in zip(annotation.names, annotation.difficult, strict=True) if n == name]
+                only_difficult += bool(flags) and all(flags)
+                assert dataset.label(index)[label] == (0 if not flags else value if all(flags) else 1)
+    assert only_difficult > 3
+
+
+# sets that are read here, against torchvision
+
+
+def pairs_of(samples, root):
+    return sorted((os.path.relpath(file, root), int(label)) for file, label in samples)
+
+
+def ours(name, split, **options):
+    dataset = build_dataset(name, split=split, **options)
+    return pairs_of(zip(sources(dataset), dataset.targets, strict=True), dataset.root)
+
+
+@pytest.mark.parametrize("partition", [1, 10])
+@pytest.mark.parametrize("split", ["train", "val", "test"])
+def test_dtd_is_read_as_torchvision_reads_it(split, partition, datasets):
+    reference = tv.DTD(datasets, split=split, partition=partition)
+    pairs = zip(reference._image_files, reference._labels, strict=True)
+    assert ours("dtd", split, partition=partition) == pairs_of(pairs, datasets / "dtd" / "dtd")
+
+
+def test_sun397_and_caltech101_hold_the_images_and_labels_that_torchvision_finds(datasets):
+    reference = tv.SUN397(datasets)
+    pairs = pairs_of(zip(reference._image_files, reference._labels, strict=True), datasets / "SUN397")
+    assert sorted(ours("sun397", "trainval") + ours("sun397", "test")) == pairs
+    reference = tv.Caltech101(datasets)
+    files = [
+        f"101_ObjectCategories/{reference.categories[label]}/image_{number:04d}.jpg"
+        for number, label in zip(reference.index, reference.y, strict=True)
+    ]
+    assert sorted(ours("caltech101", "trainval") + ours("caltech101", "test")) == sorted(
+        zip(files, reference.y, strict=True)
+    )
+    assert np.bincount(build_dataset("caltech101", split="trainval").targets).tolist() == [30, 30, 30]
+
+
+def same_samples(dataset, reference):
+    assert len(dataset) == len(reference)
+    for index in range(len(reference)):
+        (image, label), (expected, target) = dataset[index], reference[index]
+        assert image.tobytes() == expected.convert("RGB").tobytes()
+        assert label == (None if target == -1 else target)
+
+
+@pytest.mark.parametrize(("split", "fold"), [("trainval", None), ("trainval", 3), ("test", None), ("unlabeled", None)])
+def test_stl10_is_read_as_torchvision_reads_it(split, fold, datasets, monkeypatch):
+    monkeypatch.setattr(tv.STL10, "_check_integrity", lambda self: True)
+    # np.fromstring of text, with which torchvision reads the folds, is deprecated
+    reference = tv.STL10(datasets, split="train" if split == "trainval" else split, folds=fold)
+    same_samples(build_dataset("stl10", split=split, fold=fold), reference)
+
+
+@pytest.mark.parametrize("split", ["trainval", "test"])
+def test_fashion_mnist_is_read_as_torchvision_reads_it_packed_or_not(split, datasets, tmp_path):
+    raw = tmp_path / "FashionMNIST" / "raw"
+    shutil.copytree(datasets / "FashionMNIST" / "raw", raw)
+    for file in list(raw.iterdir()):
+        tv.utils.extract_archive(str(file), remove_finished=True)
+    reference = tv.FashionMNIST(tmp_path, train=split == "trainval")
+    for root in (None, str(raw)):
+        same_samples(build_dataset("fashion_mnist", split=split, root=root), reference)
+    assert build_dataset("fashion_mnist").classes == reference.classes
+
+
+def test_a_registered_set_behaves_like_the_others(copy, monkeypatch):
+    monkeypatch.setattr(DATASETS, "_obj_map", dict(DATASETS._obj_map))
+    monkeypatch.setattr("bissl_zoo.data.datasets.classification.CLASSIFICATION_SETS", dict(CLASSIFICATION_SETS))
+    dtd = CLASSIFICATION_SETS["dtd"]
+    mine = Layout("mine", ("mine",), lambda folder, part: dtd.read(folder, part, partition=1), dtd.images, 3)
+    copy("dtd").rename(os.path.join(os.environ["BISSL_ZOO_DATASETS"], "mine"))
+    register_classification_set("mine", mine)
+    dataset = build_dataset("mine", split="trainval")
+    assert (
+        isinstance(dataset, ClassificationSet)
+        and len(dataset) == 30
+        and dataset.classes == sorted(name.replace("_", " ") for name in CLASSES)
+    )
+    with pytest.raises(RegistryError, match="registered already"):
+        register_classification_set("food101", mine)
+
+
+# configs
+
+
+@pytest.fixture
+def experiment(tmp_path):
+    """Write a config beside a copy of the shipped sections: `experiment("loaders('dtd')")` -> the config."""
+
+    def write(loaders, pretext="unlabelled('dtd')"):
+        (tmp_path / "common").symlink_to(config_root() / "common", target_is_directory=True)
+        (tmp_path / "mine").mkdir()
+        (tmp_path / "mine" / "config.py").write_text(
+            "from ..common.data.classification import loaders, unlabelled\n"
+            f"dataloader = dict(pretext={pretext}, **{loaders})\n"
+        )
+        return LazyConfig.load(tmp_path / "mine" / "config.py")
+
+    return write
+
+
+@pytest.mark.parametrize("name", ["food101", "stl10", "voc2007_classification"])
+def test_the_config_section_has_the_loaders_of_every_set(name, experiment, tmp_path):
+    cfg = experiment(f"loaders('{name}', batch_size=6)", f"unlabelled('{name}')")
+    LazyConfig.save(cfg, tmp_path / "config.yaml")
+    assert LazyConfig.load(tmp_path / "config.yaml") == cfg
+    sets = {role: instantiate(cfg.dataloader[role].dataset) for role in ("train", "test", "pretext")}
+    assert sets["train"].classes == sets["test"].classes and sets["pretext"].classes is None
+    assert sets["pretext"].digest() == sets["train"].digest() != sets["test"].digest()
+    test = instantiate(cfg.dataloader.test, transform=lambda image, label: label, num_workers=0)
+    assert sum(len(batch) for batch in test) == len(sets["test"])
+
+
+def test_splits_and_arguments_reach_both_loaders_and_can_be_overridden(experiment):
+    cfg = experiment("loaders('dtd', train='train', test='val', partition=3, seed=2)")
+    train, test = cfg.dataloader.train.dataset, cfg.dataloader.test.dataset
+    assert (train.split, test.split) == ("train", "val")
+    assert (train.partition, test.partition, train.seed, test.seed) == (3, 3, 2, 2)
+    cfg = LazyConfig.apply_overrides(cfg, ["dataloader.train.batch_size=32", "dataloader.train.dataset.split=trainval"])
+    assert cfg.dataloader.train.batch_size == 32 and cfg.dataloader.train.dataset.split == "trainval"
+
+
+@pytest.mark.parametrize("name", ["dtd", "food101"])  # with official validation images, and with drawn ones
+def test_validation_images_are_held_out_of_training(name, experiment):
+    cfg = experiment(f"loaders('{name}', val='val', batch_size=6, seed=3)", f"unlabelled('{name}')")
+    assert cfg.dataloader.train.dataset.split == "train" and cfg.dataloader.val.batch_size == 6
+    files = {role: set(sources(data)) for role, data in build_datasets(cfg, {"train", "val", "test"}).items()}
+    assert all(files.values()) and not (files["train"] & files["val"] or files["val"] & files["test"])
+    assert files["train"] | files["val"] == set(sources(build_dataset(name, split="trainval")))
+
+
+def test_without_a_validation_split_all_images_are_trained_on(experiment):
+    cfg = experiment("loaders('dtd')")
+    assert set(cfg.dataloader) == {"pretext", "train", "test"} and cfg.dataloader.train.dataset.split == "trainval"
+
+
+def test_the_test_split_is_refused_for_validation(experiment):
+    with pytest.raises(ConfigError, match="dataloader.val and dataloader.test are the same samples"):
+        build_datasets(experiment("loaders('dtd', val='test')"), {"train", "val", "test"})

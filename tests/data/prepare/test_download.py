@@ -1,0 +1,184 @@
+"""Downloads of small sets by torchvision from a local server."""
+
+import gzip
+import hashlib
+import io
+import os
+import shutil
+import tarfile
+
+import numpy as np
+import pytest
+import torchvision.datasets as tv
+from faulty_server import Answer, FaultyServer
+from original_layouts import WRITERS, sizes_of
+from scipy.io import savemat
+
+from bissl_zoo.data.datasets.classification import CLASSIFICATION_SETS
+from bissl_zoo.data.prepare.check import folder_of, known_sets, prepare, survey
+from bissl_zoo.data.prepare.download import SOURCES, from_archive
+from bissl_zoo.errors import DatasetError
+from bissl_zoo.registry import DATASETS
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(autouse=True)
+def small(tmp_path, monkeypatch):
+    """A datasets root in which small sets count as the originals."""
+    root = tmp_path / "datasets"
+    monkeypatch.setenv("BISSL_ZOO_DATASETS", str(root))
+    for name, layout in CLASSIFICATION_SETS.items():
+        changed = layout._replace(images=sizes_of(name), classes={"fashion_mnist": 10}.get(name, 3))
+        monkeypatch.setitem(CLASSIFICATION_SETS, name, changed)
+    return root
+
+
+def test_every_known_set_is_registered_and_has_a_source():
+    assert known_sets().keys() == SOURCES.keys() == set(WRITERS) | {"voc_detection", "coco_detection"}
+    for name, known in known_sets().items():
+        assert name in DATASETS
+        source = SOURCES[name]
+        assert source.page.startswith("http") and source.by_hand
+        # what is fetched is where the set is searched
+        assert any(known.folder in piece or piece in known.folder for piece in source.pieces)
+
+
+def archive_of(folder):
+    """A .tar.gz of a folder."""
+    stream = io.BytesIO()
+    with tarfile.open(fileobj=stream, mode="w:gz") as tar:
+        tar.add(folder, folder.name)
+    return stream.getvalue()
+
+
+@pytest.fixture
+def server(tmp_path, monkeypatch):
+    """Serves what torchvision downloads of three sets, from where it is told to."""
+    for name in ("food101", "fgvc_aircraft", "fashion_mnist", "sun397"):
+        WRITERS[name](tmp_path / "originals")
+    originals = tmp_path / "originals"
+    with FaultyServer() as server:
+        food = archive_of(originals / "food-101")
+        raw = originals / "FashionMNIST" / "raw"
+        server.files = {
+            "/food-101.tar.gz": food,
+            "/aircraft.tar.gz": archive_of(originals / "fgvc-aircraft-2013b"),
+            **{f"/{file.name}": file.read_bytes() for file in raw.iterdir()},
+        }
+        monkeypatch.setattr(tv.Food101, "_URL", f"{server.address}/food-101.tar.gz")
+        monkeypatch.setattr(tv.Food101, "_MD5", hashlib.md5(food).hexdigest())
+        monkeypatch.setattr(tv.FGVCAircraft, "_URL", f"{server.address}/aircraft.tar.gz")
+        monkeypatch.setattr(tv.FashionMNIST, "mirrors", [f"{server.address}/"])
+        sums = [(name, hashlib.md5((raw / name).read_bytes()).hexdigest()) for name, _ in tv.FashionMNIST.resources]
+        monkeypatch.setattr(tv.FashionMNIST, "resources", sums)
+        yield server
+
+
+@pytest.mark.parametrize(
+    ("name", "folder"),
+    [("food101", "food-101"), ("fgvc_aircraft", "fgvc-aircraft-2013b"), ("fashion_mnist", "FashionMNIST")],
+)
+def test_what_is_not_there_is_downloaded_once_and_found_whole(name, folder, small, server):
+    fetched, result = prepare(name)
+    assert fetched == [folder] and result.problems == []
+    assert os.listdir(small) == [folder]
+    assert survey(name, open_files=True, num_workers=0).problems == []
+    asked = len(server.requests)
+    assert prepare(name) == ([], result) and len(server.requests) == asked
+
+
+@pytest.mark.parametrize("end", ["close", "reset"])
+@pytest.mark.parametrize(("name", "file"), [("food101", "/food-101.tar.gz"), ("fgvc_aircraft", "/aircraft.tar.gz")])
+def test_a_download_that_is_interrupted_leaves_nothing_and_is_done_again(name, file, end, small, server):
+    # the first request asks for redirections only
+    server.plans[file] = [Answer(), Answer(sends=len(server.files[file]) // 2, end=end)] * 2
+    with pytest.raises(DatasetError) as caught:
+        prepare(name)
+    assert f"Downloading {name} failed" in str(caught.value) and SOURCES[name].page in str(caught.value)
+    assert os.listdir(small) == []
+    server.plans.clear()
+    assert prepare(name)[1].problems == []
+
+
+def test_a_process_that_was_killed_over_a_download_leaves_nothing_in_the_way(small, server):
+    # what it leaves: half an archive, which torchvision takes for a whole one, and half of its folder
+    hidden = small / ".downloading-fgvc_aircraft"
+    (hidden / "fgvc-aircraft-2013b" / "data").mkdir(parents=True)
+    (hidden / "aircraft.tar.gz").write_bytes(gzip.compress(b"half"))
+    assert not folder_of("fgvc_aircraft").is_dir()
+    assert prepare("fgvc_aircraft")[1].problems == []
+    assert os.listdir(small) == ["fgvc-aircraft-2013b"]
+
+
+def test_a_second_piece_is_fetched_where_only_the_first_is_there(small, server, tmp_path, monkeypatch):
+    shutil.copytree(tmp_path / "originals" / "SUN397", small / "SUN397")
+    lists = small / "SUN397" / "Partitions"
+    archive = shutil.make_archive(str(tmp_path / "Partitions"), "zip", lists)
+    shutil.rmtree(lists)
+    server.files["/Partitions.zip"] = open(archive, "rb").read()
+    bring = from_archive(f"{server.address}/Partitions.zip", None, "SUN397/Partitions")
+    pieces = {**SOURCES["sun397"].pieces, "SUN397/Partitions": bring}
+    monkeypatch.setitem(SOURCES, "sun397", SOURCES["sun397"]._replace(pieces=pieces))
+    fetched, result = prepare("sun397")
+    assert fetched == ["SUN397/Partitions"] and result.problems == []
+
+
+def test_the_archives_of_imagenet_are_unpacked_and_sorted(small, tmp_path, monkeypatch):
+    WRITERS["imagenet"](tmp_path)
+    original, archives = tmp_path / "imagenet", small / "imagenet"
+    archives.mkdir(parents=True)
+    inner = tmp_path / "inner"
+    inner.mkdir()
+    for place in (original / "train").iterdir():
+        shutil.make_archive(str(inner / place.name), "tar", place)
+    shutil.make_archive(str(archives / "ILSVRC2012_img_train"), "tar", inner)
+    heap, wordnet = tmp_path / "heap", ["n01440764", "n01443537", "n02102040"]
+    heap.mkdir()
+    images = sorted((original / "val").rglob("*.JPEG"), key=lambda image: image.name)
+    for image in images:
+        shutil.copy(image, heap)
+    shutil.make_archive(str(archives / "ILSVRC2012_img_val"), "tar", heap)
+    devkit = tmp_path / "ILSVRC2012_devkit_t12" / "data"
+    devkit.mkdir(parents=True)
+    fields = [(name, object) for name in ("ILSVRC2012_ID", "WNID", "words", "gloss", "num_children")]
+    synsets = [(n, wnid, f"{wnid}, thing", "a thing", 0) for n, wnid in enumerate(wordnet, 1)]
+    savemat(devkit / "meta.mat", {"synsets": np.array([*synsets, (4, "n00001740", "entity", "all", 3)], fields)})
+    truth = [wordnet.index(image.parent.name) + 1 for image in images]
+    (devkit / "ILSVRC2012_validation_ground_truth.txt").write_text("".join(f"{label}\n" for label in truth))
+    (archives / "ILSVRC2012_devkit_t12.tar.gz").write_bytes(archive_of(devkit.parent))
+    sums = {
+        part: (name, hashlib.md5((archives / name).read_bytes()).hexdigest())
+        for part, (name, _) in tv.imagenet.ARCHIVE_META.items()
+    }
+    monkeypatch.setattr(tv.imagenet, "ARCHIVE_META", sums)
+    fetched, result = prepare("imagenet")
+    assert fetched == ["imagenet/train", "imagenet/val"] and result.problems == []
+    for split, place in (("trainval", "train"), ("test", "val")):
+        unpacked, expected = (DATASETS.build("imagenet", split=split, root=root) for root in (None, str(original)))
+        assert unpacked.digest() == expected.digest(), place
+    assert sorted(os.listdir(small)) == ["imagenet"] and len(os.listdir(archives)) == 5
+
+
+def test_what_no_program_downloads_is_told_with_its_files(small):
+    with pytest.raises(DatasetError) as caught:
+        prepare("stanford_cars")
+    for file in ("cars_train_annos.mat", "cars_meta.mat", "cars_test_annos_withlabels.mat", str(small)):
+        assert file in str(caught.value)
+    with pytest.raises(DatasetError) as caught:
+        prepare("imagenet")
+    for file in ("ILSVRC2012_img_train.tar does not exist", "ILSVRC2012_devkit_t12.tar.gz", "image-net.org"):
+        assert file in str(caught.value)
+    assert os.listdir(small) == []
+
+
+def test_a_set_that_is_where_the_official_archive_unpacks_is_not_fetched(small):
+    WRITERS["dtd"](small)
+    (small / "dtd" / "dtd").rename(small / "moved")
+    (small / "dtd").rmdir()
+    (small / "moved").rename(small / "dtd")
+    WRITERS["caltech101"](small)
+    (small / "caltech101").rename(small / "caltech-101")
+    for name in ("dtd", "caltech101"):
+        fetched, result = prepare(name)
+        assert fetched == [] and result.problems == []
