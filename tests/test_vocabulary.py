@@ -34,7 +34,6 @@ WORDS = {
     r"\bnot told apart\b": 0.0,
     r"\bancestors?\b": 0.0,  # lineage, parents
     r"(?<![.\w])(the |a |this |whole )[Ww]alk\b": 0.0,  # pipeline, run
-    r"\b[Ff]loors? (of|above|below)\b": 0.0,  # layer
     r"\bthicken\w*|\bthin image": 0.0,  # pad
     r"\bbad images?\b": 0.0,  # image that cannot be decoded
     r"\b[Pp]ictures?\b": 4.0,  # image
