@@ -12,37 +12,37 @@ import os
 import sys
 from collections.abc import Sequence
 
-# loader workers share the cores with OpenMP threads, which spin where they wait unless told: ten times slower
+# OpenMP threads spin while they wait and would slow loader workers on the same cores down by a factor of ten
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # read once, when torch is imported
-# what takes seconds to import is imported in the functions: --help and wrong options are answered at once
+# modules that take seconds to import are imported in functions, so that --help and errors in options are instant
 
 EXIT_STATUSES = """exit status:
-  0    the run came to its end
-  1    an error in config, data, disk or numbers, told in one message
-  2    a command line that cannot be
-  130  Ctrl-C; 143 SIGTERM; 138 SIGUSR1: what there was is saved, go on with --resume
-  137  killed, as for want of memory; go on with --resume
-  141  nobody reads the output any more
+  0    the run is complete
+  1    an error in config, data, disk or numbers; one message on standard error
+  2    an invalid command line
+  130  Ctrl-C; 143 SIGTERM; 138 SIGUSR1: the run is saved, continue with --resume
+  137  killed (for example, out of memory); continue with --resume
+  141  the reader of standard output has closed it
 """
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """The command line; what is no option is an override."""
+    """Parse the command line; positional arguments are overrides."""
     parser = argparse.ArgumentParser(
         description=__doc__, epilog=EXIT_STATUSES, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
-        "--config-file", required=True, metavar="FILE", help="a config of configs/, your own, or zoo:NAME"
+        "--config-file", required=True, metavar="FILE", help="a config of configs/, a file, or zoo:NAME"
     )
     parser.add_argument("--resume", action="store_true", help="continue the run in train.output_dir")
     parser.add_argument(
         "--auto-resume", action="store_true", help="continue the run in train.output_dir if there is one, else start it"
     )
-    parser.add_argument("--eval-only", action="store_true", help="measure the fine-tuned model of the run train.init")
-    parser.add_argument("--dry-run", action="store_true", help="show what would run, train nothing")
-    parser.add_argument("--plain", action="store_true", help="lines alone, as where the output is no terminal")
-    parser.add_argument("--quiet", action="store_true", help="warnings, errors and the final table alone")
-    parser.add_argument("--verbose", action="store_true", help="also a line of every step, and what the package logs")
+    parser.add_argument("--eval-only", action="store_true", help="evaluate the fine-tuned model of the run train.init")
+    parser.add_argument("--dry-run", action="store_true", help="describe the run without training")
+    parser.add_argument("--plain", action="store_true", help="log lines only, no live display")
+    parser.add_argument("--quiet", action="store_true", help="print warnings, errors and the final table only")
+    parser.add_argument("--verbose", action="store_true", help="log a line after every step")
     parser.add_argument("--num-gpus", type=int, default=1, metavar="N", help="processes to start on this machine")
     parser.add_argument(
         "overrides", nargs="*", metavar="KEY=VALUE", help="a.b=c changes a key, +a.b=c adds one, ~a.b removes one"
@@ -56,7 +56,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def main(args: argparse.Namespace) -> int:
-    """What one process does."""
+    """Run, evaluate or describe the config in one process."""
     from bissl_zoo.distributed import is_main_process
     from bissl_zoo.engine.checks import open_config
     from bissl_zoo.engine.dry_run import describe

@@ -170,7 +170,7 @@ class Trainer(ABC):
         step: steps done, of `total_steps`.
         metrics: metrics of the last step.
         records: metrics of finer grain than a step, numbered under `record_key`; those of the last step.
-        timings: seconds since the start of this process, by activity, as `checkpoint`.
+        timings: seconds by activity, such as `checkpoint`, since `train` was called.
         skipped: steps, of any level, that were undone because of NaN or Inf.
         bad: names of the samples that could not be decoded, of all processes, by level.
         ended: True if a hook has ended the stage before its last step.
@@ -206,7 +206,7 @@ class Trainer(ABC):
         Args:
             stop: called after each step on every rank; must return the same value on each.
         """
-        self.hooks = list(hooks)
+        self.hooks, self.timings = list(hooks), Counter()
         for hook in self.hooks:
             hook.trainer = self
             hook.before_train()

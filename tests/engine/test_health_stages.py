@@ -89,7 +89,7 @@ def test_a_solver_without_an_answer_ends_the_run_and_both_batches_are_named(poli
         trainer.train(health(policy))
     curvature, downstream = drawn(3, seed=1)[2], drawn(1, seed=2)[0]
     for fact in (
-        "upper level, step 0: function gave no usable hypergradient: status diverged, residual nan, |x| nan",
+        "upper level, step 0: function returned no usable hypergradient: status diverged, residual nan, |x| nan",
         f"Batch 2 of lower has 4 samples: {curvature[0]} (",
         f"Batch 0 of upper has 4 samples: {downstream[0]} (",
     ):
@@ -143,7 +143,7 @@ def test_a_poisoned_teacher_ends_the_run_when_it_is_looked_at(kind, log_period, 
     with pytest.raises(NonFiniteLoss) as error:
         trainer.train(health("skip", log_period=log_period, period=checkpoint_period))
     where = f"head.teacher.{name}".replace(".model.", ".")  # as it is called in a checkpoint
-    assert f"pretrain level, after step 2 of pretrain: NaN or infinite numbers in {where}," in str(error.value)
+    assert f"pretrain level, after step 2 of pretrain: NaN or Inf in {where}" in str(error.value)
 
 
 def test_so_does_a_poisoned_average_of_the_weights():
@@ -208,6 +208,7 @@ def test_a_run_that_stops_keeps_its_last_checkpoint_and_is_resumed_without_the_b
     assert outcome.status == 0, outcome.err
     assert "The step is skipped, 1 of at most 10 in this stage." in outcome.out
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    lines = [line for line in lines if "event" not in line]
     assert [(line["step"], line.get("skipped"), "total_loss" in line) for line in lines] == [
         (1, None, True),
         (2, 1, False),
@@ -227,7 +228,7 @@ def test_a_run_that_stops_keeps_its_last_checkpoint_and_is_resumed_without_the_b
             "on_nonfinite is 'skpi'; accepted are stop and skip. Did you mean 'skip'",
         ),
         ("bilevel__on_bad_hypergradient", "skip", "on_bad_hypergradient is 'skip'; accepted are stop and plain"),
-        ("train__max_skipped", -1, "train.max_skipped is -1; it must be 0 or more"),
+        ("train__max_skipped", -1, "train.max_skipped is -1; it must be a number, 0 or more"),
         ("train__max_skipped", "many", "train.max_skipped is 'many'; it must be a whole number"),
     ],
 )

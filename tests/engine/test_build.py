@@ -1,0 +1,89 @@
+"""Data sets of a config: their classes must agree, and validation images must not be test images."""
+
+import pytest
+from omegaconf import OmegaConf
+from original_layouts import WRITERS
+from PIL import Image
+
+from bissl_zoo.config import LazyCall as L
+from bissl_zoo.engine.build import build_datasets
+from bissl_zoo.errors import ConfigError, DatasetError
+from bissl_zoo.registry import build_dataset
+
+
+def class_folders(root, **classes):
+    """`train="a b"` -> root/train/a/0.jpg, root/train/b/0.jpg."""
+    for split, names in classes.items():
+        for name in names if isinstance(names, list) else names.split():
+            (root / split / name).mkdir(parents=True)
+            Image.new("RGB", (8, 8)).save(root / split / name / "0.jpg")
+
+
+@pytest.fixture
+def config(tmp_path, monkeypatch):
+    """A config that reads two splits: `config(test=dict(split="val"))`, of image folders unless it says otherwise."""
+    monkeypatch.setenv("BISSL_ZOO_DATASETS", str(tmp_path))
+
+    def build(**roles):
+        sets = {role: dict(name="image_folder", root="mine", split=role) | changed for role, changed in roles.items()}
+        loaders = {role: {"dataset": L(build_dataset)(**arguments)} for role, arguments in sets.items()}
+        return OmegaConf.create({"dataloader": loaders})
+
+    return build
+
+
+def open_sets(cfg):
+    return build_datasets(cfg, set(cfg.dataloader))
+
+
+@pytest.mark.parametrize(
+    ("folders", "changed", "parts"),
+    [
+        ({"train": "a b c", "test": "a c"}, {}, ["dataloader.train has the classes 'a', 'b', 'c'", "test lacks 'b'"]),
+        ({"train": "a 1", "test": "a b"}, {}, ["dataloader.test lacks '1'", "dataloader.train lacks 'b'"]),
+        ({"train": "a b", "test": "a b"}, {"classes": ["b", "a"]}, ["Only the order differs"]),
+    ],
+)
+def test_data_sets_with_other_classes_are_refused_with_the_difference(config, tmp_path, folders, changed, parts):
+    class_folders(tmp_path / "mine", **folders)
+    with pytest.raises(DatasetError) as caught:
+        open_sets(config(train={}, test=changed))
+    assert all(part in str(caught.value) for part in [*parts, "dataloader.test.dataset.classes=["])
+
+
+def test_many_classes_are_abbreviated(config, tmp_path):
+    names = [f"class{number:03d}" for number in range(200)]
+    class_folders(tmp_path / "mine", train=names, test=names[1:])
+    with pytest.raises(DatasetError, match="and 192 more.*dataloader.test lacks 'class000'") as caught:
+        open_sets(config(train={}, test={}))
+    assert len(str(caught.value)) < 600
+
+
+@pytest.mark.parametrize("same", [{"split": "test"}, {"root": "link", "split": "../mine/test"}, {"root": "mine/test"}])
+def test_validation_on_the_test_images_is_refused(config, tmp_path, same):
+    class_folders(tmp_path / "mine", train="a b", test="a b")
+    (tmp_path / "link").mkdir()
+    same = {"split": "", **same}
+    with pytest.raises(ConfigError, match="dataloader.val and dataloader.test are the same samples"):
+        open_sets(config(train={}, val=same, test={}))
+    open_sets(config(train={}, val={"split": "train"}, test={}))
+
+
+def test_other_folders_with_the_same_file_names_are_accepted(config, tmp_path, monkeypatch):
+    class_folders(tmp_path / "mine", train="a b", val="a b", test="a b")
+    monkeypatch.setenv("BISSL_ZOO_DATASETS", str(tmp_path / "elsewhere"))
+    away = {"root": str(tmp_path / "mine")}
+    open_sets(config(train=away, val=away, test=away))
+    with pytest.raises(ConfigError, match="the same samples"):
+        open_sets(config(train=away, val={**away, "split": "test"}, test=away))
+
+
+def test_splits_of_a_named_data_set_are_compared_by_their_samples(config, tmp_path):
+    WRITERS["dtd"](tmp_path)
+    cfg = OmegaConf.create({"dataloader": {}})
+    for role, split in (("val", "test"), ("test", "test")):
+        cfg.dataloader[role] = {"dataset": L(build_dataset)(name="dtd", split=split)}
+    with pytest.raises(ConfigError, match="the same samples"):
+        open_sets(cfg)
+    cfg.dataloader.val.dataset.split = "val"
+    open_sets(cfg)

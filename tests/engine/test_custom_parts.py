@@ -1,0 +1,145 @@
+"""Stages and hooks of a user: one file, named in the config, goes through the whole pipeline."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from run_outcomes import assert_same, outcome
+
+from bissl_zoo.engine.build import Context
+from bissl_zoo.engine.checks import open_config, open_context
+from bissl_zoo.engine.hooks import custom_hooks, default_hooks
+from bissl_zoo.engine.runner import run
+from bissl_zoo.engine.stages import Bissl, Finetune, plan_stages
+from bissl_zoo.engine.trainer import Weights
+from bissl_zoo.errors import ConfigError
+from bissl_zoo.runs.checkpoint import Checkpointer
+
+PARTS = '''
+from bissl_zoo.engine.build import build_level, build_pretext, pretext_batches
+from bissl_zoo.engine.resume import seed_everything, seed_rank
+from bissl_zoo.engine.stages.pretrain import PretrainTrainer
+from bissl_zoo.engine.trainer import Hook, Stage
+from bissl_zoo.registry import STAGES
+
+
+@STAGES.register("second_pretraining")
+class SecondPretraining(Stage):
+    """Continue pretraining with the optimizer of the lower level."""
+
+    name = "second_pretraining"
+    data_roles = ("pretext",)
+    optimizers = ("lower",)
+    section, epoch_role = "pretrain", "pretext"
+    provides = ("backbone", "pretext")
+    follows = ("pretrain",)
+    label = "pretrained twice"
+
+    def build(self, context, weights, start_step=0):
+        seed_everything(7)
+        trunk, pretext = build_pretext(context.cfg, weights, context.device)
+        batches = pretext_batches(context, pretext, 7, start_step)
+        level = build_level(context.cfg, self.name, "lower", trunk, pretext, batches, self.steps(context))
+        seed_rank(7)
+        return PretrainTrainer(level)
+
+
+class Doubled(Hook):
+    """Add twice the number of started steps to the metrics."""
+
+    def __init__(self, factor):
+        self.factor, self.started = factor, 0
+
+    def before_step(self):
+        self.started += 1
+
+    def after_step(self):
+        self.trainer.metrics["started"] = self.factor * self.started
+'''
+
+
+@pytest.fixture(scope="module")
+def parts(tmp_path_factory):
+    file = tmp_path_factory.mktemp("parts") / "custom_parts_of_a_test.py"
+    file.write_text(PARTS)
+    return file
+
+
+@pytest.fixture
+def open_custom(tiny, at_scenes, tmp_path, parts):
+    """Return the tiny config with the custom parts: `open_custom("train.stages=[finetune]", name="run")`."""
+
+    def build(*overrides, name="run", **changed):
+        settings = tiny(train__output_dir=tmp_path / name, train__publish__zoo=tmp_path / f"{name}-zoo", **changed)
+        imports = f"train.imports=[{parts}]"
+        return open_config("quickstart/digit_scenes_det.py", [*settings, imports, *overrides])
+
+    return build
+
+
+def lines(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.slow
+def test_a_custom_stage_takes_part_in_the_pipeline_and_resumes_bit_equal(open_custom, tmp_path):
+    stages = "train.stages=[pretrain,second_pretraining,bissl,finetune]"
+    cfg = open_custom(stages, train__deterministic=True)
+    results = run(cfg, "test")["results"]
+    assert list(results) == ["pretrained", "bissl"]
+    folder = tmp_path / "run"
+    whole = outcome(folder, tmp_path / "run-zoo")
+    assert f"second_pretraining/step_{2:06d}" in whole["states"]
+
+    shutil.rmtree(folder / "checkpoints" / "second_pretraining" / "step_000002")
+    for later in ("head_warmup", "bissl", "finetune_pretrained", "finetune"):
+        shutil.rmtree(folder / "checkpoints" / later)
+    (folder / "results.json").unlink()
+    run(cfg, "test", resume=True)
+    assert_same(outcome(folder, tmp_path / "run-zoo"), whole)
+
+
+def test_the_plan_has_a_custom_stage_at_its_place_and_labels_what_is_fine_tuned_from_it(open_custom):
+    def planned(stages):
+        cfg = open_custom(f"train.stages={stages}")
+        context = Context(cfg, {"pretext": range(8), "train": range(8)}, torch.device("cpu"))
+        return [(stage.name, stage.start) for stage in plan_stages(context, Weights())]
+
+    assert planned("[second_pretraining,finetune]") == [("second_pretraining", None), ("finetune", "pretrained twice")]
+    # it provides a pretext head, so the warm-up of a new one is left out
+    assert [name for name, _ in planned("[second_pretraining,bissl]")] == ["second_pretraining", "head_warmup", "bissl"]
+
+
+@pytest.mark.slow
+def test_a_custom_hook_runs_around_every_step_and_its_metrics_are_written(open_custom, tmp_path):
+    hooks = "train.hooks=[{_target_: custom_parts_of_a_test.Doubled, factor: 2}]"
+    run(open_custom("train.stages=[pretrain,finetune]", hooks, train__publish__name="null"), "test")
+    started = [(line["stage"], line["step"], line["started"]) for line in lines(tmp_path / "run") if "started" in line]
+    assert started == [("pretrain", 1, 2), ("pretrain", 2, 4), ("finetune", 1, 2), ("finetune", 2, 4)]
+
+
+@pytest.mark.parametrize("call", ["{_target_: collections.Counter}", "{factor: 2}", "3"])
+def test_an_entry_of_train_hooks_that_makes_no_hook_is_refused(open_custom, call):
+    cfg = open_custom(f"train.hooks=[{call}]")
+    with pytest.raises(ConfigError, match="train.hooks|_target_"):
+        custom_hooks(Context(cfg, {}, torch.device("cpu")))
+
+
+def test_the_default_hooks_of_a_stage_are_one_ordered_list(open_custom, tmp_path):
+    hooks = "train.hooks=[{_target_: custom_parts_of_a_test.Doubled, factor: 2}]"
+    context = open_context(open_custom(hooks, "finetune.eval_period=1", train__probe__period=1), "test")
+    context.folder, context.checkpointer = tmp_path, Checkpointer(tmp_path)
+    names = [type(hook).__name__ for hook in default_hooks(Bissl(), context)]
+    first, last = ["Progress"], ["Health", "UndecodableImages", "Doubled", "MetricsWriter", "PeriodicCheckpoint"]
+    assert names == [*first, "SolverWatch", "Probe", *last]
+    names = [type(hook).__name__ for hook in default_hooks(Finetune(), context)]
+    assert names == [*first, "PeriodicEvaluation", *last]
+
+
+def test_stages_in_a_wrong_order_or_twice_are_refused_with_the_order(open_custom):
+    for stages in ("[second_pretraining,pretrain]", "[bissl,pretrain]", "[pretrain,pretrain]", "[]"):
+        with pytest.raises(ConfigError, match="each once, in order"):
+            open_context(open_custom(f"train.stages={stages}"), "test")
+    with pytest.raises(ConfigError, match="Did you mean 'second_pretraining'"):
+        open_context(open_custom("train.stages=[second_pretrainin]"), "test")
