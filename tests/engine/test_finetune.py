@@ -203,7 +203,7 @@ def test_a_run_that_is_killed_stops_as_early_and_tests_the_same_weights_as_one_t
 def test_evaluations_on_the_way_are_on_validation_data_where_there_is_some(config, tmp_path):
     run(config(finetune__steps=2, finetune__eval_period=1), "test")
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
-    assert ["val/AP50" in line for line in lines] == [True, True]
+    assert ["val/AP50" in line for line in lines if "event" not in line] == [True, True]
     assert not any("test/AP50" in line for line in lines)
 
 

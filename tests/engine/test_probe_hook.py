@@ -252,6 +252,7 @@ from bissl_zoo.engine.launch import launch
 from bissl_zoo.engine.stages import Pretrain
 from bissl_zoo.engine.features import build_probe
 from bissl_zoo.engine.checks import open_context
+from bissl_zoo.progress.display import console
 
 def main(config):
     digests = []
@@ -260,7 +261,8 @@ def main(config):
         cfg.train.probe.period = period
         context = open_context(cfg, config)
         trainer = Pretrain().build(context, Weights())
-        trainer.train([hook for hook in [build_probe(context, Pretrain())] if hook])
+        with console():
+            trainer.train([hook for hook in [build_probe(context, Pretrain())] if hook])
         state = {**trainer.level.backbone.state_dict(), **trainer.level.head.state_dict()}
         digests.append(hashlib.sha256(b"".join(t.numpy().tobytes() for t in state.values())).hexdigest())
     everyone = all_gather_objects((digests, trainer.metrics["probe/knn_top1"]))
