@@ -89,4 +89,4 @@ def shorten(names: Sequence[str], limit: int = 8) -> str:
 
 def printable(text: str) -> str:
     """Escape characters that would move the cursor, colour or reorder text on a terminal, as `\\u001b`."""
-    return _CONTROL.sub(lambda found: f"\\u{ord(found[0]):04x}", text)
+    return _CONTROL.sub(lambda match: f"\\u{ord(match[0]):04x}", text)

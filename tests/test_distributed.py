@@ -1,4 +1,4 @@
-"""Collectives, loaders, evaluators: two processes over gloo; also their program (`test_distributed.py FOLDER`)."""
+"""Collectives, loaders and evaluators in two processes over gloo; this file is also their program (`FILE FOLDER`)."""
 
 import datetime
 import os
@@ -29,10 +29,10 @@ from bissl_zoo.distributed import (
 )
 from bissl_zoo.engine.resume import seed_rank
 from bissl_zoo.errors import BisslZooError, ConfigError
-from bissl_zoo.evaluation import DetectionEvaluator, TopKEvaluator
+from bissl_zoo.evaluation import DetectionEvaluator, MultilabelEvaluator, TopKEvaluator
 
 WORLD = 2
-PATIENCE = datetime.timedelta(seconds=60)  # for ranks that no longer do the same
+TIMEOUT = datetime.timedelta(seconds=60)
 WORKERS = (0, 2)
 TEST_SETS = (7, 1)  # shards of 4 and 3 samples, and of 1 and none
 
@@ -118,28 +118,35 @@ def augmented(workers):
     return torch.cat(list(islice(loader, 17)))
 
 
-def figures(size):
-    """Metrics of a fixed random classifier and detector over a test set of `size` samples."""
+def evaluated(size):
+    """Metrics, rankings and confusion of a fixed random classifier and detector over a test set of `size` samples."""
     generator = torch.Generator().manual_seed(0)
-    logits, labels = torch.randn(size, 3, generator=generator), torch.randint(0, 3, (size,), generator=generator)
+    logits = torch.randint(0, 4, (size, 3), generator=generator) / 4  # with ties within and between samples
+    labels = torch.randint(0, 3, (size,), generator=generator)
+    multi = torch.randint(-1, 2, (size, 3), generator=generator)
+    multi[0] = 1
     boxes = torch.tensor([[0.0, 0.0, 10.0, 10.0], [20.0, 20.0, 30.0, 30.0]]).repeat(size, 1, 1)
-    found = boxes + 4 * torch.rand(size, 2, 4, generator=generator)
-    scores = torch.randint(1, 4, (size, 2), generator=generator) / 4  # with ties between images
-    top_k, detection = TopKEvaluator(["a", "b", "c"]), DetectionEvaluator(["a", "b"])
+    detected = boxes + 4 * torch.rand(size, 2, 4, generator=generator)
+    scores = torch.randint(1, 4, (size, 2), generator=generator) / 4
+    evaluators = TopKEvaluator("abc"), MultilabelEvaluator("abc"), DetectionEvaluator(["a", "b"])
+    top_k, multilabel, detection = evaluators
     for batch in build_test_loader(Numbers(size), 2, image_only):
         top_k.process(logits[batch], labels[batch])
+        multilabel.process(logits[batch], multi[batch])
         for image in batch.tolist():
             truth = {"boxes": boxes[image], "labels": [0, 1], "difficult": [False, False], "image_id": image}
-            detection.process([{"boxes": found[image], "scores": scores[image], "labels": [0, 1]}], [truth])
-    metrics = {}
-    for evaluator in (top_k, detection):
+            detection.process([{"boxes": detected[image], "scores": scores[image], "labels": [0, 1]}], [truth])
+    results = {}
+    for evaluator in evaluators:
         evaluator.synchronize()
-        metrics |= evaluator.evaluate()
-    return metrics
+        results |= evaluator.evaluate()
+        for name, (ranked, positives) in evaluator.rankings().items():
+            results[f"{type(evaluator).__name__}/{name}"] = (ranked.tolist(), positives)
+    return results | {"confusion": top_k.confusion().tolist()}
 
 
 def work(rank, world):
-    """Everything the tests look at, as one rank sees it."""
+    """Return the results of one rank that the tests inspect."""
     model = net(seed=rank)
     model.register_buffer("statistics", torch.full((2,), float(rank)))
     broadcast_module(model)
@@ -161,22 +168,22 @@ def work(rank, world):
         "stream": list(islice(TrainingSampler(17, 6, seed=3), 51)),
         "loaded": torch.stack(list(islice(loader, 3))),
         "augmented": {workers: augmented(workers) for workers in WORKERS},
-        "figures": {size: figures(size) for size in TEST_SETS},
+        "evaluated": {size: evaluated(size) for size in TEST_SETS},
     }
 
 
 def run_rank(rank, folder):
     torch.set_num_threads(1)
     meeting = f"file://{folder}/meeting"
-    dist.init_process_group("gloo", init_method=meeting, rank=rank, world_size=WORLD, timeout=PATIENCE)
+    dist.init_process_group("gloo", init_method=meeting, rank=rank, world_size=WORLD, timeout=TIMEOUT)
     torch.save(work(rank, WORLD), folder / f"{rank}.pt")
     distributed.barrier()
     dist.destroy_process_group()
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="module", params=[pytest.param(WORLD, marks=pytest.mark.slow)])
 def ranks(tmp_path_factory):
-    """What each of two processes saw."""
+    """Return the results of each of two processes."""
     folder = tmp_path_factory.mktemp("ranks")
     paths = [str(Path(__file__).resolve().parents[1]), os.environ.get("PYTHONPATH", "")]
     program = subprocess.run(
@@ -200,7 +207,7 @@ def test_objects_reach_every_rank_in_order(ranks):
     assert all(seen["broadcast"] == "from 0" for seen in ranks)
 
 
-def test_what_the_main_process_returns_or_raises_reaches_every_rank(ranks):
+def test_results_and_errors_of_the_main_process_reach_every_rank(ranks):
     assert all(seen["on_main"] == "done on 0" for seen in ranks)
     assert all(seen["on_main_error"] == "ConfigError: no such key" for seen in ranks)
 
@@ -218,7 +225,7 @@ def test_mean_over_ranks(ranks):
     assert all(seen["mean"].tolist() == [0.5, 4.0] for seen in ranks)
 
 
-def test_gradients_are_averaged_with_zero_where_a_rank_has_none(ranks):
+def test_a_missing_gradient_counts_as_zero_in_the_average(ranks):
     for seen in ranks:
         assert seen["gradients"][0].tolist() == [1.5] * 3
         assert seen["gradients"][1].tolist() == [[1.0, 1.0], [1.0, 1.0]]
@@ -236,7 +243,7 @@ def test_rows_are_gathered_in_rank_order(ranks):
     assert all(torch.equal(seen["gathered"], expected) for seen in ranks)
 
 
-def test_the_gather_can_be_differentiated_again_and_again(ranks):
+def test_the_gather_has_three_derivatives(ranks):
     whole, u = point_and_direction()
     whole.requires_grad_()
     # what each rank's loss sends to a row adds up, so in one process it is the gradient of the sum of the losses
@@ -261,7 +268,7 @@ def test_a_loader_that_starts_at_a_step_continues_the_stream(ranks):
 
 
 @pytest.mark.parametrize("workers", WORKERS)
-def test_every_rank_augments_by_a_random_stream_of_its_own(ranks, workers):
+def test_every_rank_has_another_random_stream_for_augmentation(ranks, workers):
     numbers, draws = torch.stack([seen["augmented"][workers] for seen in ranks]).unbind(dim=2)  # each (ranks, 51)
     in_order = numbers.view(WORLD, 17, 3).transpose(0, 1).flatten()
     assert all(sorted(epoch.tolist()) == list(range(17)) for epoch in in_order.view(6, 17))
@@ -269,10 +276,10 @@ def test_every_rank_augments_by_a_random_stream_of_its_own(ranks, workers):
 
 
 @pytest.mark.parametrize("size", TEST_SETS)
-def test_figures_over_ranks_are_exactly_those_of_one_process(ranks, size):
-    alone = figures(size)
-    assert {"top1", "mean_per_class", "AP", "voc_AP50"} <= alone.keys()
-    assert all(seen["figures"][size] == alone for seen in ranks)
+def test_metrics_and_rankings_over_ranks_equal_those_of_one_process(ranks, size):
+    alone = evaluated(size)
+    assert {"top1", "mean_per_class", "mAP11", "AP", "voc_AP50", "MultilabelEvaluator/a"} <= alone.keys()
+    assert all(seen["evaluated"][size] == alone for seen in ranks)
 
 
 def test_a_single_process_needs_no_process_group():

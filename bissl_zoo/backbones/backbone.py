@@ -1,4 +1,4 @@
-"""Any timm model as feature maps by stage, and its split into a trunk (shared by both levels) and a tail."""
+"""timm models as feature maps by stage, and their split into a trunk (shared by both levels) and a tail."""
 
 import contextlib
 import copy
@@ -16,11 +16,11 @@ from bissl_zoo.registry import BACKBONES
 
 
 class SplitError(BisslZooError):
-    """A backbone that cannot be split at the stage asked for, and why."""
+    """A backbone that cannot be split at a stage."""
 
 
 class FeatureInfo(NamedTuple):
-    """What a stage yields: maps of `channels` at 1/`stride` of the image; `module` is timm's name of the layer."""
+    """Feature maps of a stage: `channels` at 1/`stride` of the image size; `module` is timm's name of the layer."""
 
     channels: int
     stride: int
@@ -28,16 +28,19 @@ class FeatureInfo(NamedTuple):
 
 
 class Backbone(nn.Module):
-    """A timm model that returns the feature maps of the stages it was asked for.
+    """A timm model that returns the feature maps of selected stages.
 
-    Stages of a pyramid are named by their stride, `c2` (1/4) to `c5` (1/32); stages that share a stride, as in a plain
-    ViT, by timm's module names (`blocks.11`). The state dict has timm's own names, so files are exchanged with timm.
+    Stages of a pyramid are named by their stride, `c2` (1/4) to `c5` (1/32). Stages with equal strides, as in a plain
+    ViT, have timm's module names (`blocks.11`). The state dict has timm's parameter names, so timm can load it.
 
     Args:
         model: a timm model with `forward_intermediates`, built with `num_classes=0`.
-        name: its timm architecture name.
-        out_features: stages that `forward` returns; the last one where none are given.
-        model_args: the arguments it was built with beyond timm's defaults; published with its weights.
+        name: name of its timm architecture.
+        out_features: stages that `forward` returns; by default the last one.
+        model_args: arguments of `timm.create_model` beyond its defaults; published with the weights.
+    Raises:
+        RegistryError: the model has no `forward_intermediates`.
+        SplitError: `out_features` names an unknown stage.
     """
 
     def __init__(
@@ -45,7 +48,7 @@ class Backbone(nn.Module):
     ) -> None:
         super().__init__()
         if not hasattr(model, "forward_intermediates"):
-            raise RegistryError(f"timm's '{name}' has no forward_intermediates, so it gives no feature maps by stage.")
+            raise RegistryError(f"timm's '{name}' has no forward_intermediates, so it has no feature maps by stage.")
         self.model = model
         self.name = name
         self.model_args = dict(model_args or {})
@@ -62,46 +65,47 @@ class Backbone(nn.Module):
         return list(self.feature_info)
 
     def check_stage(self, stage: str) -> None:
-        """Raise `SplitError` naming the stages there are, where `stage` is none of them."""
+        """Raise `SplitError` with the available stages if `stage` is not one of them."""
         if stage not in self.feature_info:
             hint = did_you_mean(stage, self.stages)
             raise SplitError(f"Backbone '{self.name}' has no stage '{stage}'.{hint} Stages: {', '.join(self.stages)}.")
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
-        """Map normalised images `(B, 3, H, W)` to `{stage: (B, C, H/stride, W/stride)}`."""
+        """Map normalized images `(B, 3, H, W)` to `{stage: (B, C, H/stride, W/stride)}`."""
         indices = sorted(self.stages.index(stage) for stage in self.out_features)
         maps = self.model.forward_intermediates(images, indices=indices, stop_early=True, intermediates_only=True)
         return {self.stages[index]: features for index, features in zip(indices, maps, strict=True)}
 
     def split(self, stage: str, out_features: Sequence[str] = ()) -> tuple["Backbone", "Tail"]:
-        """Cut the model after `stage` into a trunk that returns that stage's map and a tail that takes it.
+        """Split the model after `stage` into copies: a trunk that returns that stage's map, and a tail that takes it.
 
-        `tail(trunk(images)[stage])` is what the whole model computes (checked here on a probe, bit for bit), and every
-        parameter is in exactly one of the two, under the name it has in the whole. Both are copies.
+        `tail(trunk(images)[stage])` equals the output of the whole model, bit for bit on a probe image. Each parameter
+        is in exactly one of the two parts, under its name in the whole model.
 
         Args:
-            out_features: earlier stages whose maps the trunk is to return as well.
+            stage: last stage of the trunk.
+            out_features: earlier stages whose maps the trunk returns as well.
         Raises:
-            SplitError: there is no such stage, what follows it needs more than its map (class tokens, skips), or a map
-                is asked for that lies beyond it.
+            SplitError: there is no such stage, the layers after it need more than its map (class tokens, skip
+                connections), or `out_features` names a later stage.
         """
-        kept = self._stages_up_to(stage, out_features)
+        stages = self._stages_up_to(stage, out_features)
         if isinstance(self.model, VisionTransformer) and self.model.num_prefix_tokens:
             raise SplitError(
-                f"Backbone '{self.name}' cannot be split into trunk and tail: its class or register tokens are not "
-                "part of the feature map. Build it without them: class_token=False, reg_tokens=0, global_pool='avg'."
+                f"Backbone '{self.name}' cannot be split: its class or register tokens are not part of the feature "
+                "map. Build it without them: class_token=False, reg_tokens=0, global_pool='avg'."
             )
         trunk_model = copy.deepcopy(self.model)
         trunk_model.prune_intermediate_layers([self.stages.index(stage)], prune_norm=True, prune_head=True)
-        maps = [name for name in kept if name == stage or name in out_features]
+        maps = [name for name in stages if name == stage or name in out_features]
         trunk = Backbone(trunk_model, self.name, maps, self.model_args)
-        trunk.feature_info = {name: self.feature_info[name] for name in kept}
+        trunk.feature_info = {name: self.feature_info[name] for name in stages}
         tail = Tail(self.model, self.feature_info[stage].module, self._probe())
         self._check_split(stage, trunk, tail)
         return trunk, tail
 
     def freeze(self, stage: str) -> None:
-        """Train no more what runs up to `stage`: no gradients, and batch norm by its running statistics.
+        """Freeze all layers up to `stage`: no gradients, and batch norm with running statistics.
 
         Raises:
             SplitError: there is no such stage.
@@ -111,20 +115,20 @@ class Backbone(nn.Module):
         frozen = [module for name, module in self.model.named_modules() if name in finished]
         for module in frozen:
             module.requires_grad_(False).eval()
-        for parameter in self.model.parameters(recurse=False):  # embeddings of positions, which the first layers take
+        for parameter in self.model.parameters(recurse=False):  # position embeddings, inputs of the first layers
             parameter.requires_grad_(False)
 
     def _stages_up_to(self, stage: str, wanted: Sequence[str]) -> list[str]:
         for name in (stage, *wanted):
             self.check_stage(name)
-        kept = self.stages[: self.stages.index(stage) + 1]
-        beyond = [name for name in wanted if name not in kept]
+        stages = self.stages[: self.stages.index(stage) + 1]
+        beyond = [name for name in wanted if name not in stages]
         if beyond:
             raise SplitError(
-                f"Backbone '{self.name}' is split after '{stage}', so that its trunk has no map '{beyond[0]}'. Leave "
-                f"that out of backbone.out_features, or set bilevel.shared_stage={beyond[-1]}."
+                f"Backbone '{self.name}' is split after '{stage}', so its trunk has no map '{beyond[0]}'. Remove it "
+                f"from backbone.out_features, or set bilevel.shared_stage={beyond[-1]}."
             )
-        return kept
+        return stages
 
     def _check_split(self, stage: str, trunk: "Backbone", tail: "Tail") -> None:
         whole = set(self.state_dict())
@@ -132,11 +136,11 @@ class Backbone(nn.Module):
         try:
             with torch.no_grad(), evaluating(self, trunk, tail):
                 same = torch.equal(tail(trunk(self._probe())[stage]), self.model(self._probe()))
-            problem = None if same else "the two parts do not compute what the whole does"
+            problem = None if same else "the output of the two parts differs from that of the whole"
         except (RuntimeError, TypeError, ValueError, AttributeError) as error:
-            problem = f"the part after it does not take the feature map alone ({error})"
+            problem = f"the layers after it need more than the feature map ({error})"
         if problem is None and (len(parts) != len(set(parts)) or set(parts) != whole):
-            problem = f"parameters are lost or doubled ({', '.join(sorted(whole ^ set(parts))[:3])} ...)"
+            problem = f"parameters are missing or duplicated ({', '.join(sorted(whole ^ set(parts))[:3])} ...)"
         if problem:
             raise SplitError(f"Backbone '{self.name}' cannot be split at '{stage}': {problem}. Try another stage.")
 
@@ -151,9 +155,9 @@ class Backbone(nn.Module):
 
 
 class Tail(nn.Module):
-    """What follows a stage: feature map `(B, C, h, w)` -> embedding `(B, num_features)`, pooled.
+    """The layers after a stage: map a feature map `(B, C, h, w)` to a pooled embedding `(B, num_features)`.
 
-    It is the timm model with everything that ran up to the stage replaced by the identity, and so keeps timm's names.
+    It is the timm model with all layers up to the stage replaced by identities, so it keeps timm's parameter names.
     """
 
     def __init__(self, model: nn.Module, stage_module: str, probe: Tensor) -> None:
@@ -164,14 +168,14 @@ class Tail(nn.Module):
         if isinstance(self.model, VisionTransformer):
             self.model.patch_embed = _MapToTokens()
             self.model.pos_embed = None
-            if output.stride(-1) != 1:  # in another memory layout, pooling would add up in another order
+            if output.stride(-1) != 1:  # pooling sums in memory order: keep the layout for equal rounding
                 self.model.norm_pre = _ChannelMajor()
         self.num_features: int = self.model.head_hidden_size
         self.register_state_dict_post_hook(_strip_model_prefix)
         self.register_load_state_dict_pre_hook(_add_model_prefix)
 
     def forward(self, features: Tensor) -> Tensor:
-        """Embed a stage's feature map as the whole model would."""
+        """Map the stage's feature map to the embedding that the whole model computes."""
         return self.model(features)
 
 
@@ -187,10 +191,16 @@ class _ChannelMajor(nn.Module):
 
 @BACKBONES.register("timm")
 def timm_backbone(architecture: str, out_features: Sequence[str] = (), **model_args: Any) -> Backbone:
-    """A backbone of any timm architecture, with random weights and no classifier.
+    """Build a backbone of any timm architecture, with random weights and no classifier.
 
-    Every name of `timm.list_models()` is registered as well: `build_backbone(name="resnet50")` is the usual spelling.
-    `model_args` go to `timm.create_model` (`drop_path_rate`, `img_size`, ...).
+    All names of `timm.list_models()` are registered, too: `build_backbone(name="resnet50")` is the usual form.
+
+    Args:
+        architecture: name in `timm.list_models()`.
+        out_features: see :class:`Backbone`.
+        model_args: arguments of `timm.create_model`, such as `drop_path_rate` or `img_size`.
+    Raises:
+        RegistryError: an unknown architecture, or arguments that it does not take.
     """
     if not timm.is_model(architecture):
         hint = did_you_mean(architecture, timm.list_models())
@@ -207,7 +217,7 @@ for _architecture in timm.list_models():
 
 
 def merge_split_states(trunk: dict[str, Tensor], tail: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The whole model's state dict from the two parts that `Backbone.split` made."""
+    """Merge the state dicts of the two parts of `Backbone.split` to that of the whole model."""
     return {**trunk, **tail}
 
 
@@ -221,7 +231,7 @@ def _named_stages(model: nn.Module) -> dict[str, FeatureInfo]:
 
 @contextlib.contextmanager
 def evaluating(*roots: nn.Module) -> Iterator[None]:
-    """Eval mode for a probe, which must not move batch-norm statistics; afterwards each module's own mode again."""
+    """Context in which modules are in eval mode; afterwards each module's mode is restored."""
     modes = [(module, module.training) for root in roots for module in root.modules()]
     for root in roots:
         root.eval()
@@ -233,7 +243,7 @@ def evaluating(*roots: nn.Module) -> Iterator[None]:
 
 
 def _run_to_stage(model: nn.Module, stage_module: str, probe: Tensor) -> tuple[set[str], Any]:
-    """Names of the modules that have returned by the time `stage_module` has, on `probe`, and what that returned."""
+    """Return the names of the modules that finish up to and including `stage_module`, and the output of the latter."""
     finished: set[str] = set()
     output = None
 

@@ -26,7 +26,7 @@ from bissl_zoo.engine.init import ZOO_PREFIX, load_init
 from bissl_zoo.engine.resume import preserved_randomness, seed_everything
 from bissl_zoo.engine.trainer import Context, Hook, Stage, load_state
 from bissl_zoo.errors import CheckpointError, DatasetError
-from bissl_zoo.evaluation import collapse_figures, knn_accuracy, linear_probe
+from bissl_zoo.evaluation import collapse_metrics, knn_accuracy, linear_probe
 from bissl_zoo.progress.display import show
 from bissl_zoo.registry import DOWNSTREAM_TASKS, build_backbone
 from bissl_zoo.runs.directory import CONFIG_FILE, load_run_config
@@ -296,7 +296,7 @@ class Probe(Hook):
             first, second = self._features(samples, "pretext")
             if not (torch.isfinite(first).all() and torch.isfinite(second).all()):
                 return {"effective_rank": math.nan}, "the embedding is not finite in eval mode"
-            metrics = collapse_figures(first, second)
+            metrics = collapse_metrics(first, second)
             rank = f"effective rank {metrics['effective_rank']:.1f}/{min(first.shape)}  std {metrics['std']:.2f}"
             if self.labelled is None:
                 return metrics, rank

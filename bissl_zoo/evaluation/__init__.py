@@ -1,10 +1,10 @@
-"""Evaluators: `process` batches, `synchronize` over ranks, `evaluate` to a dict of metrics as fractions in [0, 1].
+"""Evaluators with `process`, `synchronize` (over ranks) and `evaluate`, which returns metrics as fractions in [0, 1].
 
-Probes and collapse monitors judge frozen features, without a task.
+Probes and collapse metrics evaluate frozen features without a task.
 """
 
 from bissl_zoo.evaluation.classification import TopKEvaluator
-from bissl_zoo.evaluation.collapse import alignment, collapse_figures, effective_rank, normalized_std, uniformity
+from bissl_zoo.evaluation.collapse import alignment, collapse_metrics, effective_rank, normalized_std, uniformity
 from bissl_zoo.evaluation.detection import DetectionEvaluator, average_precision, voc_average_precision
 from bissl_zoo.evaluation.multilabel import MultilabelEvaluator
 from bissl_zoo.evaluation.probes import LinearProbe, knn_accuracy, knn_probabilities, linear_probe
@@ -16,7 +16,7 @@ __all__ = [
     "TopKEvaluator",
     "alignment",
     "average_precision",
-    "collapse_figures",
+    "collapse_metrics",
     "effective_rank",
     "knn_accuracy",
     "knn_probabilities",

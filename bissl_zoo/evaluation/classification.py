@@ -1,4 +1,4 @@
-"""Top-k accuracy over a whole set, across ranks."""
+"""Top-k accuracy over a whole data set and all ranks."""
 
 from collections.abc import Sequence
 
@@ -12,15 +12,14 @@ from bissl_zoo.evaluation.ranking import MOST_RANKED, order_of_set, ranking
 
 
 class TopKEvaluator:
-    """Accuracies as fractions in [0, 1]: `top1`, `top5`, ... and `mean_per_class`, the mean of the classes' own top-1.
+    """Accuracies as fractions in [0, 1]: `top1`, `top5`, ... and `mean_per_class`, the mean of the top-1 per class.
 
-    Scores that are equal count in the order of the classes, so that constant logits do not look right. A class without
-    samples is left out of the mean. Each sample must be processed once, on one rank: samples carry no number by which
-    duplicates could be told.
+    Equal scores are ranked in the order of the classes, so constant logits do not count as correct. Classes without
+    samples are left out of the mean. Each sample must be processed once, on one rank; duplicates are not detected.
 
     Args:
-        classes: the K class names.
-        topk: which k to report; those above K are left out.
+        classes: names of the K classes.
+        topk: values of k to report; those above K are ignored.
     """
 
     def __init__(self, classes: Sequence[str], topk: Sequence[int] = (1, 5)):
@@ -29,30 +28,29 @@ class TopKEvaluator:
         self.reset()
 
     def reset(self) -> None:
-        """Forget what was processed."""
-        # [c, p]: how many samples of class c have their class at place p of the scores; last column: further back
+        """Discard all processed samples."""
+        # [c, p]: number of samples of class c whose class has place p in the scores; the last column is "later"
         self._places = torch.zeros(len(self.classes), max((1, *self.topk)) + 1, dtype=torch.int64)
-        # per sample K * label + prediction, from which a matrix of K * K is made only for those who ask
+        # K * label + prediction per sample; the K x K confusion matrix is only built on request
         self._pairs = [torch.zeros(0, dtype=torch.int64)]
-        # per sample, for rankings; with more than MOST_RANKED classes of no column
+        # scores per sample, for rankings; no columns with more than MOST_RANKED classes
         self._scores = [torch.zeros(0, len(self.classes) if self._ranks else 0)]
 
     def process(self, predictions: Tensor, targets: Tensor) -> None:
-        """Count one batch.
+        """Add one batch.
 
         Args:
-            predictions: logits or probabilities (B, K).
-            targets: class indices (B,), int64.
-
+            predictions: logits or probabilities `(B, K)`.
+            targets: class indices `(B,)`, int64.
         Raises:
-            BisslZooError: shapes or class indices that do not fit, or a score that is not finite.
+            BisslZooError: shapes or class indices do not match, or a score is not finite.
         """
         scores, labels = predictions.detach().float().cpu(), targets.detach().cpu()
         classes = len(self.classes)
         if scores.shape != (len(labels), classes) or labels.ndim != 1:
             raise BisslZooError(
                 f"Top-k evaluation of {classes} classes: predictions have shape {tuple(scores.shape)} and targets "
-                f"{tuple(labels.shape)}; expected are (B, {classes}) and (B,)."
+                f"{tuple(labels.shape)}; expected (B, {classes}) and (B,)."
             )
         if len(labels) == 0:
             return
@@ -68,7 +66,7 @@ class TopKEvaluator:
         place = ((scores > true) | ((scores == true) & earlier)).sum(dim=1)
         place = place.clamp(max=self._places.shape[1] - 1)
         self._places.index_put_((labels, place), torch.ones_like(labels), accumulate=True)
-        self._pairs.append(classes * labels + scores.argmax(dim=1))  # of equal scores the first, as above
+        self._pairs.append(classes * labels + scores.argmax(dim=1))  # the first of equal scores, as above
         self._scores.append(scores if self._ranks else scores[:, :0])
 
     @property
@@ -76,9 +74,9 @@ class TopKEvaluator:
         return len(self.classes) <= MOST_RANKED
 
     def synchronize(self) -> None:
-        """Bring together the samples of all ranks; call it once, on every rank, before `evaluate`.
+        """Gather the samples of all ranks; call it once, on every rank, before `evaluate`.
 
-        Rank r of W has read the samples r, r + W, ... of the test set; equal scores rank in the order of that set.
+        Rank r of W must have processed samples r, r + W, ... of the test set; equal scores are ranked in its order.
         """
         mine = self._places, torch.cat(self._pairs), torch.cat(self._scores)
         places, pairs, scores = zip(*all_gather_objects(mine), strict=True)
@@ -87,10 +85,10 @@ class TopKEvaluator:
         self._pairs, self._scores = [torch.cat(pairs)[order]], [torch.cat(scores)[order]]
 
     def evaluate(self) -> dict[str, float]:
-        """The metrics of what was processed since `reset`.
+        """Return the metrics of all samples since `reset`.
 
         Raises:
-            DatasetError: where nothing was.
+            DatasetError: there are no samples.
         """
         samples = self._places.sum(dim=1)
         total = int(samples.sum())
@@ -102,7 +100,7 @@ class TopKEvaluator:
         return metrics
 
     def per_class(self) -> dict[str, dict[str, float]]:
-        """The accuracies by class, of those with samples: `{"cat": {"top1": 0.5}}`."""
+        """Return the accuracies of each class with samples: `{"cat": {"top1": 0.5}}`."""
         samples = self._places.sum(dim=1).tolist()
         reached = self._places.cumsum(dim=1).tolist()
         return {
@@ -112,24 +110,24 @@ class TopKEvaluator:
         }
 
     def confusion(self) -> Tensor:
-        """How many samples of class i were taken for class j, int64 `(K, K)`."""
+        """Return the confusion matrix: entry (i, j) counts samples of class i predicted as j, int64 `(K, K)`."""
         classes = len(self.classes)
         return torch.cat(self._pairs).bincount(minlength=classes**2).view(classes, classes)
 
     def rankings(self) -> dict[str, tuple[np.ndarray, int]]:
-        """By class, of those with samples: all samples as ranked against the rest, bool (M,), and how many are its own.
+        """Return for each class with samples a one-vs-rest ranking of all M samples, and its number of samples.
 
-        Whether each sample is of the class, the highest softmax of its scores, taken as logits, first; as
-        :func:`bissl_zoo.evaluation.detection.average_precision` takes it. Empty with more than 200 classes, of which
-        no scores are kept.
+        The ranking is bool `(M,)`: True for samples of the class, in the order of falling softmax of the scores, which
+        are taken as logits; see :func:`bissl_zoo.evaluation.detection.average_precision`. Empty with more than
+        :data:`MOST_RANKED` classes, whose scores are not kept.
         """
         if not self._ranks:
             return {}
-        # in float64 and as logarithms, where confident scores are not equal yet
-        shares = torch.cat(self._scores).double().log_softmax(dim=1)
+        # log probabilities in float64 still distinguish confident scores
+        log_probabilities = torch.cat(self._scores).double().log_softmax(dim=1)
         labels = torch.cat(self._pairs) // len(self.classes)
         return {
-            name: ranking(share, labels == label)
-            for label, (name, share) in enumerate(zip(self.classes, shares.T, strict=True))
+            name: ranking(column, labels == label)
+            for label, (name, column) in enumerate(zip(self.classes, log_probabilities.T, strict=True))
             if (labels == label).any()
         }

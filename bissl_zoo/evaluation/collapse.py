@@ -1,4 +1,4 @@
-"""Whether embeddings have collapsed: monitors that need no labels."""
+"""Metrics that detect collapsed embeddings without labels."""
 
 import math
 
@@ -8,18 +8,18 @@ from torch.nn import functional
 
 from bissl_zoo.errors import BisslZooError
 
-#: rows of a block of pairs, so that memory stays bounded
+#: number of rows per block of pairs, which bounds memory
 _ROWS = 1024
 
 
 @torch.no_grad()
-def collapse_figures(first: Tensor, second: Tensor) -> dict[str, float]:
-    """All figures of this module, of embeddings `(N, D)` of two views of N images.
+def collapse_metrics(first: Tensor, second: Tensor) -> dict[str, float]:
+    """Return all metrics of this module for embeddings `(N, D)` of two views of N images.
 
-    `std` and `effective_rank` are those of the first view, `uniformity` the mean of both views'.
+    `std` and `effective_rank` are computed on the first view; `uniformity` is the mean over both views.
 
     Raises:
-        BisslZooError: as the functions do.
+        BisslZooError: the embeddings are empty, not finite, or of different shapes.
     """
     return {
         "effective_rank": effective_rank(first),
@@ -31,11 +31,11 @@ def collapse_figures(first: Tensor, second: Tensor) -> dict[str, float]:
 
 @torch.no_grad()
 def normalized_std(embeddings: Tensor) -> float:
-    """Deviation of l2-normalised embeddings `(N, D)`, mean over dimensions, times sqrt(D).
+    """Return the standard deviation of l2-normalized embeddings `(N, D)`, mean over dimensions, times sqrt(D).
 
-    From SimSiam (arXiv 2011.10566, section 4.1), where it is compared with 1 / sqrt(D). It is 0 where all embeddings
-    point one way, and 1 where they spread evenly about the origin. Features that are pooled after a ReLU have no
-    negative half, and stay below 1 in the best of health: their fall is the sign, not their level.
+    SimSiam (arXiv 2011.10566, section 4.1) compares it with 1 / sqrt(D). It is 0 if all embeddings have the same
+    direction, and 1 if they are spread evenly around the origin. Features pooled after a ReLU are not negative and
+    therefore stay below 1: a falling value indicates collapse, not its level.
     """
     z = _unit(embeddings)
     return z.std(dim=0, correction=0).mean().item() * math.sqrt(z.shape[1])
@@ -43,23 +43,24 @@ def normalized_std(embeddings: Tensor) -> float:
 
 @torch.no_grad()
 def effective_rank(embeddings: Tensor) -> float:
-    """Exponential of the entropy of the singular values' shares (RankMe, arXiv 2210.02885, equation 1), `(N, D)`.
+    """Return the effective rank of embeddings `(N, D)`: RankMe (arXiv 2210.02885, equation 1).
 
-    Between 1 and min(N, D); the paper takes N = 25,600, and N should exceed D. Its 1e-7 beside each share, which only
-    keeps the logarithm from 0, is left out: 0 log 0 is 0.
+    It is the exponential of the entropy of the normalized singular values, between 1 and min(N, D). N should exceed D;
+    the paper uses N = 25,600. The paper's 1e-7 inside the logarithm is omitted, since 0 log 0 is defined as 0.
     """
     _check(embeddings, 1)
     values = torch.linalg.svdvals(embeddings.double())
-    if values[0] == 0:  # embeddings that are all zero, as constant as can be
+    if values[0] == 0:  # all embeddings are zero, which is constant
         return 1.0
     return torch.special.entr(values / values.sum()).sum().exp().item()
 
 
 @torch.no_grad()
 def alignment(first: Tensor, second: Tensor) -> float:
-    """Mean squared distance of l2-normalised embeddings `(N, D)` of two views (Wang and Isola, arXiv 2005.10242).
+    """Return the mean squared distance between l2-normalized embeddings `(N, D)` of two views.
 
-    Section 4.1.1 with alpha = 2: from 0, where the views are as one, to 4; 2 where they know nothing of each other.
+    Wang and Isola (arXiv 2005.10242), section 4.1.1 with alpha = 2: 0 for equal views, 2 for independent ones, at
+    most 4.
 
     Raises:
         BisslZooError: the shapes differ.
@@ -71,10 +72,10 @@ def alignment(first: Tensor, second: Tensor) -> float:
 
 @torch.no_grad()
 def uniformity(embeddings: Tensor, t: float = 2.0) -> float:
-    """Logarithm of the mean Gaussian potential of all pairs of l2-normalised embeddings `(N, D)`, N > 1.
+    """Return the logarithm of the mean Gaussian potential over pairs of l2-normalized embeddings `(N, D)`.
 
-    Wang and Isola (arXiv 2005.10242), section 4.1.2: 0 where all embeddings are equal, and the lower the more evenly
-    they cover the sphere; about -2t for points drawn evenly in many dimensions.
+    Wang and Isola (arXiv 2005.10242), section 4.1.2: 0 if all embeddings are equal, and lower the more evenly they
+    cover the sphere; about -2t for uniform points in high dimensions.
 
     Raises:
         BisslZooError: fewer than two embeddings.
@@ -93,8 +94,8 @@ def _unit(embeddings: Tensor) -> Tensor:
     return functional.normalize(embeddings.double(), dim=1)
 
 
-def _check(embeddings: Tensor, least: int) -> None:
-    if embeddings.ndim != 2 or len(embeddings) < least:
-        raise BisslZooError(f"Embeddings are (N, D) with N >= {least}; these are {tuple(embeddings.shape)}.")
+def _check(embeddings: Tensor, minimum: int) -> None:
+    if embeddings.ndim != 2 or len(embeddings) < minimum:
+        raise BisslZooError(f"Embeddings must be (N, D) with N >= {minimum}, not {tuple(embeddings.shape)}.")
     if not torch.isfinite(embeddings).all():
         raise BisslZooError("An embedding is NaN or infinite; the network has diverged.")

@@ -1,4 +1,4 @@
-"""What frozen features are worth: a weighted nearest-neighbour classifier and a linear one."""
+"""Probes of frozen features: a weighted k-nearest-neighbor classifier and a linear classifier."""
 
 import math
 from collections.abc import Iterator, Sequence
@@ -11,10 +11,10 @@ from torch.nn import functional
 from bissl_zoo.errors import BisslZooError
 from bissl_zoo.evaluation.classification import TopKEvaluator
 
-#: similarities that are held at once, 128 MB of float32
+#: maximum number of similarities in memory at once, 128 MB of float32
 CHUNK = 2**25
 
-#: rates for standardised features: the least are slow on any set, the largest unstable on wide features
+#: learning rates for standardized features: the smallest is slow on any set, the largest unstable on wide features
 LEARNING_RATES = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0)
 
 
@@ -27,20 +27,24 @@ def knn_probabilities(
     temperature: float = 0.07,
     chunk: int = CHUNK,
 ) -> Tensor:
-    """Weighted k-nearest-neighbour classification (Wu et al., arXiv 1805.01978, section 3.4, with k = 200).
+    """Classify by weighted k-nearest neighbors (Wu et al., arXiv 1805.01978, section 3.4, with k = 200).
 
-    The k training features of largest cosine similarity s vote for their classes by `exp(s / temperature)`; k = 20 is
-    DINO's (arXiv 2104.14294, section 3.2). Where several share the k-th similarity, they share the places that are
-    left, so that the order of the training set does not matter. A k above N means all N.
+    The k training features with the largest cosine similarity s vote for their classes with weight
+    `exp(s / temperature)`. DINO uses k = 20 (arXiv 2104.14294, section 3.2). Features tied at the k-th similarity share
+    the remaining votes, so the order of the training set does not matter. If k exceeds N, all N vote.
 
     Args:
-        train_features: `(N, D)`; train_labels: `(N,)` int64 in [0, num_classes).
+        train_features: `(N, D)`.
+        train_labels: `(N,)`, int64 in [0, num_classes).
         test_features: `(M, D)`, on the same device.
-        chunk: most similarities to hold at once; the memory needed is a small multiple of it.
+        num_classes: number of classes.
+        k: number of neighbors.
+        temperature: temperature of the weights.
+        chunk: maximum number of similarities in memory; the memory needed is a small multiple of it.
     Returns:
-        `(M, num_classes)` float32 shares of the votes; rows sum to 1.
+        Shares of the votes, float32 `(M, num_classes)`; rows sum to 1.
     Raises:
-        BisslZooError: shapes, labels, k or temperature that cannot be, or features that are not finite.
+        BisslZooError: shapes, labels, k or temperature are invalid, or a feature is not finite.
     """
     _check(train_features, train_labels, num_classes)
     _check(test_features, None, num_classes)
@@ -56,10 +60,10 @@ def knn_accuracy(
     temperature: float = 0.07,
     chunk: int = CHUNK,
 ) -> dict[str, float]:
-    """`top1`, `top5` (of 5 classes or more) and `mean_per_class` of :func:`knn_probabilities`, as fractions.
+    """Return `top1`, `top5` (with 5 or more classes) and `mean_per_class` of :func:`knn_probabilities`, as fractions.
 
     Raises:
-        BisslZooError: as there.
+        BisslZooError: see :func:`knn_probabilities`.
     """
     num_classes = _num_classes(train_labels, test_labels)
     _check(train_features, train_labels, num_classes)
@@ -93,7 +97,7 @@ def _votes(
         above, tied = similarity > last, similarity == last
         share = (k - above.sum(dim=1, keepdim=True)) / tied.sum(dim=1, keepdim=True)
         rows, columns = (above | tied).nonzero(as_tuple=True)
-        # the largest similarity is taken off, which leaves the shares as they are and exp() in range
+        # subtract the largest similarity: the shares are equal, and exp() does not overflow
         weight = ((similarity[rows, columns] - first[rows, 0]) / temperature).exp()
         weight = torch.where(tied[rows, columns], weight * share[rows, 0], weight)
         votes = weight.new_zeros(len(part), num_classes)
@@ -103,10 +107,12 @@ def _votes(
 
 @dataclass(frozen=True)
 class LinearProbe:
-    """What :func:`linear_probe` found: `metrics` on the test set, the rate chosen, and what it was chosen by.
+    """Result of :func:`linear_probe`.
 
     Attributes:
-        held_out: per learning rate, top-1 on the part of the training set that was held out.
+        metrics: metrics on the test set.
+        learning_rate: the selected learning rate.
+        held_out: top-1 on the held-out part of the training set per learning rate.
     """
 
     metrics: dict[str, float]
@@ -127,26 +133,31 @@ def linear_probe(
     held_out: float = 0.1,
     seed: int = 0,
 ) -> LinearProbe:
-    """A linear classifier on frozen features, trained by SGD for several learning rates side by side.
+    """Train a linear classifier on frozen features by SGD, with several learning rates in parallel.
 
-    As in DINOv2 (arXiv 2304.07193, appendix B.3) one pass over the data serves all rates. The rate is chosen on a
-    stratified part of the training set; with it a last classifier is trained on the whole of that set, and the test set
-    is looked at once. Features are standardised by the training set's mean and deviation, which gives the rates one
-    scale and leaves what is linear linear (the batch norm of MAE's probe, arXiv 2111.06377, appendix A.1). Rates fall
-    to zero by half a cosine.
+    As in DINOv2 (arXiv 2304.07193, appendix B.3), all rates share each pass over the data. The rate is selected on a
+    stratified held-out part of the training set; then a classifier is trained with it on the whole training set and
+    evaluated once on the test set. Features are standardized with mean and deviation of the training set, so that one
+    range of rates fits all features (like the batch norm in MAE's probe, arXiv 2111.06377, appendix A.1). The rates
+    follow half a cosine to zero.
 
     Args:
-        train_features: `(N, D)`; train_labels: `(N,)` int64; likewise of the test set, all on one device.
-        held_out: share of each class that the rate is chosen on; at least one sample of a class that has two.
-        seed: of that part and of the order of samples; the same seed gives the same result.
+        train_features, test_features: `(N, D)` and `(M, D)`, on one device.
+        train_labels, test_labels: `(N,)` and `(M,)`, int64.
+        learning_rates: rates to compare.
+        epochs: passes over the training set.
+        batch_size: samples per step.
+        momentum, weight_decay: of SGD.
+        held_out: share of each class that is held out; at least one sample of a class with two.
+        seed: seed of the held-out part and of the order of samples; the result is deterministic.
     Raises:
-        BisslZooError: shapes or labels that do not fit, features that are not finite, or no class with two samples.
+        BisslZooError: shapes or labels are invalid, a feature is not finite, or no class has two samples.
     """
     num_classes = _num_classes(train_labels, test_labels)
     _check(train_features, train_labels, num_classes)
     _check(test_features, test_labels, num_classes)
     std, mean = torch.std_mean(train_features.float(), dim=0, correction=0)
-    # a constant feature says nothing, and its deviation is what rounding makes of it
+    # a constant feature has no information, and its deviation is rounding error
     scale = torch.where(std > 1e-5 * mean.abs(), 1 / std, torch.zeros_like(std))
     train, test = ((part.float() - mean) * scale for part in (train_features, test_features))
     generator = torch.Generator().manual_seed(seed)
@@ -157,30 +168,30 @@ def linear_probe(
         return _train_side_by_side(features, labels, *settings)
 
     weight, bias = fit(train[~choosing], train_labels[~choosing], learning_rates)
-    right = [
+    accuracies = [
         ((train[choosing] @ w + b).argmax(dim=1) == train_labels[choosing]).double().mean().item()
         for w, b in zip(weight, bias, strict=True)
     ]
-    rate = learning_rates[right.index(max(right))]
+    rate = learning_rates[accuracies.index(max(accuracies))]
     weight, bias = fit(train, train_labels, [rate])
     evaluator = TopKEvaluator([str(label) for label in range(num_classes)])
     evaluator.process(test @ weight[0] + bias[0], test_labels)
-    return LinearProbe(evaluator.evaluate(), rate, dict(zip(learning_rates, right, strict=True)))
+    return LinearProbe(evaluator.evaluate(), rate, dict(zip(learning_rates, accuracies, strict=True)))
 
 
 def stratified(labels: Tensor, share: float, generator: torch.Generator) -> Tensor:
-    """A random part of a labelled set, bool `(N,)`: `share` of each class, one or more, and never all of it.
+    """Select a random part of a labelled set, bool `(N,)`: `share` of each class, at least one sample but never all.
 
     Raises:
-        BisslZooError: there is no class with two samples to tell apart.
+        BisslZooError: no class has two samples.
     """
     chosen = torch.zeros(len(labels), dtype=torch.bool)
     order = torch.randperm(len(labels), generator=generator)
     for label in labels.unique():
-        mine = order[labels[order] == label]
-        chosen[mine[: min(max(1, round(share * len(mine))), len(mine) - 1)]] = True
+        members = order[labels[order] == label]
+        chosen[members[: min(max(1, round(share * len(members))), len(members) - 1)]] = True
     if not chosen.any():
-        raise BisslZooError("Linear probe: every class has a single sample, so that none can be held out.")
+        raise BisslZooError("Linear probe: every class has a single sample, so none can be held out.")
     return chosen
 
 
@@ -196,7 +207,7 @@ def _train_side_by_side(
     weight_decay: float,
     generator: torch.Generator,
 ) -> tuple[Tensor, Tensor]:
-    """Weights `(L, D, C)` and biases `(L, C)` of L classifiers that see the same batches, from zero."""
+    """Train L classifiers on the same batches, from zero; return weights `(L, D, C)` and biases `(L, C)`."""
     weight = features.new_zeros(len(rates), features.shape[1], num_classes)
     bias = features.new_zeros(len(rates), 1, num_classes)
     velocity = torch.zeros_like(weight), torch.zeros_like(bias)
@@ -205,7 +216,7 @@ def _train_side_by_side(
     for _ in range(epochs):
         for batch in torch.randperm(len(features), generator=generator).split(batch_size):
             x, y = features[batch.to(features.device)], labels[batch.to(features.device)]
-            error = (torch.matmul(x, weight) + bias).softmax(dim=2)  # (L, B, C), of cross entropy
+            error = (torch.matmul(x, weight) + bias).softmax(dim=2)  # (L, B, C), gradient of the cross entropy
             error = (error - functional.one_hot(y, num_classes)) / len(x)
             gradients = x.T @ error + weight_decay * weight, error.sum(dim=1, keepdim=True)
             rate = base * (0.5 + 0.5 * math.cos(math.pi * step / total))
@@ -222,14 +233,14 @@ def _num_classes(*labels: Tensor) -> int:
 
 def _check(features: Tensor, labels: Tensor | None, num_classes: int) -> None:
     if features.ndim != 2 or len(features) == 0:
-        raise BisslZooError(f"Probe: features are (N, D) and not empty; these are {tuple(features.shape)}.")
+        raise BisslZooError(f"Probe: features must be (N, D) and not empty, not {tuple(features.shape)}.")
     if not torch.isfinite(features).all():
         raise BisslZooError("Probe: a feature is NaN or infinite; the backbone has diverged.")
     if labels is None:
         return
     if labels.shape != features.shape[:1] or labels.is_floating_point():
         raise BisslZooError(
-            f"Probe: labels are whole numbers, one per row of features {tuple(features.shape)}; these are "
+            f"Probe: labels must be integers, one per row of features {tuple(features.shape)}, not "
             f"{labels.dtype} {tuple(labels.shape)}."
         )
     if labels.min() < 0 or labels.max() >= num_classes:

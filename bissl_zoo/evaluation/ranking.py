@@ -1,4 +1,4 @@
-"""Rankings of the samples of a whole set for one class, from which precision over recall is told."""
+"""Rankings of all samples for one class, the basis of precision-recall curves."""
 
 from collections.abc import Sequence
 
@@ -6,24 +6,23 @@ import numpy as np
 import torch
 from torch import Tensor
 
-#: classes up to which scores are kept for the sake of rankings alone, and curves and confusions are told: 200 float32
-#: of 50,000 images are 40 MB
+#: maximum number of classes with which scores are kept for rankings: 200 float32 scores of 50,000 images are 40 MB
 MOST_RANKED = 200
 
 
-def ranking(scores: Tensor, right: Tensor) -> tuple[np.ndarray, int]:
-    """Whether each sample is right, bool (M,), the best score first, equal ones as given; and how many are.
+def ranking(scores: Tensor, positive: Tensor) -> tuple[np.ndarray, int]:
+    """Return `positive (M,)`, bool, sorted by falling score, and the number of positives.
 
-    As :func:`bissl_zoo.evaluation.detection.average_precision` takes it.
+    Equal scores keep their order. These are arguments of :func:`bissl_zoo.evaluation.detection.average_precision`.
     """
-    return right[scores.argsort(descending=True, stable=True)].numpy(), int(right.sum())
+    return positive[scores.argsort(descending=True, stable=True)].numpy(), int(positive.sum())
 
 
 def order_of_set(counts: Sequence[int]) -> Tensor:
-    """The order in which samples, rank after rank, are those of the test set, int64 (N,).
+    """Return the permutation int64 `(N,)` that sorts concatenated samples of all ranks into the order of the test set.
 
     Args:
-        counts: samples of each rank; rank r of W has read the samples r, r + W, ...
+        counts: number of samples of each rank; rank r of W has samples r, r + W, ...
     """
     places = [rank + len(counts) * torch.arange(count) for rank, count in enumerate(counts)]
     return torch.cat(places).argsort()

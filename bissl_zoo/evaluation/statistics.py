@@ -1,4 +1,4 @@
-"""What a handful of seeds can say: means, paired differences, their intervals and tests."""
+"""Statistics of a few seeds: means, paired differences, confidence intervals and tests."""
 
 import math
 from collections.abc import Sequence
@@ -9,7 +9,7 @@ from scipy import stats
 
 from bissl_zoo.errors import BisslZooError
 
-#: of the largest value; a spread below it is that of rounding
+#: a spread below this share of the largest value is rounding error
 _ROUNDING = 1e-12
 
 
@@ -18,9 +18,10 @@ class Summary:
     """Mean and spread of some values.
 
     Attributes:
-        std: of the sample (n - 1); None of a single value.
-        low, high: ends of the t interval of the mean; None of a single value and of values without spread, from which
-            nothing can be inferred about others.
+        count: number of values.
+        mean: their mean.
+        std: sample standard deviation (n - 1); None for a single value.
+        low, high: t confidence interval of the mean; None for a single value or values without spread.
     """
 
     count: int
@@ -32,13 +33,13 @@ class Summary:
 
 @dataclass(frozen=True)
 class Difference(Summary):
-    """Mean and spread of paired differences, with two tests of no difference, both two-sided.
+    """Mean and spread of paired differences, with two-sided tests of a zero difference.
 
     Attributes:
-        paired_p: of the paired t test, which takes out what a seed does to both sides.
-        welch_p: of Welch's t test, which does not pair and assumes no equal variances.
+        paired_p: p value of the paired t test, which removes the effect of the seed.
+        welch_p: p value of Welch's t test, which is unpaired and allows unequal variances.
 
-    Either is None where it has too few values or no spread to work with.
+    Both are None if there are too few values or no spread.
     """
 
     paired_p: float | None
@@ -46,19 +47,19 @@ class Difference(Summary):
 
     @property
     def half_width(self) -> float | None:
-        """Of the interval: about the smallest difference that would have shown."""
+        """Half the width of the interval, about the smallest detectable difference."""
         return None if self.high is None else self.high - self.mean
 
 
 def summarize(values: Sequence[float], confidence: float = 0.95) -> Summary:
-    """Mean, standard deviation and t interval of the mean.
+    """Return mean, standard deviation and t interval of the mean.
 
     Raises:
-        BisslZooError: no values, one that is not finite, or a confidence outside (0, 1).
+        BisslZooError: there are no values, a value is not finite, or the confidence is outside (0, 1).
     """
     array = _checked(values)
     if not 0.0 < confidence < 1.0:
-        raise BisslZooError(f"The confidence is {confidence}; it lies between 0 and 1, such as 0.95.")
+        raise BisslZooError(f"The confidence is {confidence}; use a value between 0 and 1, such as 0.95.")
     count, mean = len(array), float(array.mean())
     if count == 1:
         return Summary(1, mean, None, None, None)
@@ -70,17 +71,17 @@ def summarize(values: Sequence[float], confidence: float = 0.95) -> Summary:
 
 
 def compare_paired(values: Sequence[float], reference: Sequence[float], confidence: float = 0.95) -> Difference:
-    """`values` less `reference`, the value of a seed with that of the same seed.
+    """Return statistics of `values - reference`, paired by seed.
 
     Raises:
-        BisslZooError: of different lengths, or as `summarize` does.
+        BisslZooError: the lengths differ, or as :func:`summarize`.
     """
     array, other = _checked(values), _checked(reference)
     if len(array) != len(other):
-        raise BisslZooError(f"Paired values come in pairs: there are {len(array)} of the one and {len(other)}.")
+        raise BisslZooError(f"Paired values must have equal lengths, not {len(array)} and {len(other)}.")
     differences, size = array - other, max(np.abs(array).max(), np.abs(other).max())
     if not _has_spread(differences, size):
-        # what is left of it is rounding, of which a test would make certainty
+        # the remaining spread is rounding error, which a test would find significant
         differences = np.full_like(differences, differences.mean())
     summary = summarize(differences, confidence)
     paired_p = None
@@ -91,10 +92,10 @@ def compare_paired(values: Sequence[float], reference: Sequence[float], confiden
 
 
 def _welch(values: np.ndarray, reference: np.ndarray) -> float | None:
-    one, other = ((s.mean, s.std, s.count) for s in (summarize(values), summarize(reference)))
-    if not one[1] and not other[1]:
+    first, second = ((s.mean, s.std, s.count) for s in (summarize(values), summarize(reference)))
+    if not first[1] and not second[1]:
         return None
-    return float(stats.ttest_ind_from_stats(*one, *other, equal_var=False).pvalue)
+    return float(stats.ttest_ind_from_stats(*first, *second, equal_var=False).pvalue)
 
 
 def _has_spread(values: np.ndarray, size: float) -> bool:
@@ -104,7 +105,7 @@ def _has_spread(values: np.ndarray, size: float) -> bool:
 def _checked(values: Sequence[float]) -> np.ndarray:
     array = np.asarray(list(values), dtype=np.float64)
     if not len(array):
-        raise BisslZooError("There are no values to take the mean of.")
+        raise BisslZooError("There are no values to average.")
     if not np.isfinite(array).all():
-        raise BisslZooError(f"Values to compare must be finite; these are {array.tolist()}. Leave out what failed.")
+        raise BisslZooError(f"Values to compare must be finite, not {array.tolist()}. Leave out failed runs.")
     return array

@@ -1,4 +1,4 @@
-"""Pretext methods, the lower level: one method per file, registered in `PRETEXT_METHODS`."""
+"""Self-supervised methods, the lower level of BiSSL: one method per file, registered in `PRETEXT_METHODS`."""
 
 from bissl_zoo.pretext.barlow_twins import BarlowTwins
 from bissl_zoo.pretext.byol import BYOL

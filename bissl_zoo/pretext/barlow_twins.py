@@ -15,41 +15,42 @@ from bissl_zoo.registry import PRETEXT_METHODS
 
 
 def off_diagonal_squares(a: Tensor, b: Tensor) -> Tensor:
-    """The squares of the entries of `a.T @ b` off its diagonal, added up: two `(N, D)` -> scalar.
+    """Return the sum of the squared off-diagonal entries of `a.T @ b` for two `(N, D)` tensors, a scalar.
 
-    The sum over all entries is also that of the products of `a @ a.T` and `b @ b.T`, which are smaller than `(D, D)`
-    where the heads are wider than the batch, as the published ones are.
+    The sum over all entries equals `sum((a @ a.T) * (b @ b.T))`, which needs less memory than `(D, D)` if the head is
+    wider than the batch, as published heads are.
     """
     rows, width = a.shape
-    everything = (a.T @ b).square().sum() if width < rows else ((a @ a.T) * (b @ b.T)).sum()
-    return everything - (a * b).sum(dim=0).square().sum()
+    total = (a.T @ b).square().sum() if width < rows else ((a @ a.T) * (b @ b.T)).sum()
+    return total - (a * b).sum(dim=0).square().sum()
 
 
 def cross_correlation_losses(first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
-    """How far the cross-correlation matrix of two views is from the identity (arXiv 2103.03230, equation 1).
+    """Compare the cross-correlation matrix of two views with the identity (arXiv 2103.03230, equation 1).
 
     Args:
-        first, second: `(N, D)` projections of the two views; statistics are those of the batch of all ranks.
+        first, second: `(N, D)` projections of the two views; the statistics are over the batch of all ranks.
     Returns:
-        Scalars, the same on every rank: the invariance term, on the diagonal, and the redundancy term, off it.
+        The invariance term (diagonal) and the redundancy term (off-diagonal): scalars, equal on every rank.
     """
     a, b = (_standardized(gather_with_gradient(view)) for view in (first, second))
     return ((a * b).sum(dim=0) - 1).square().sum(), off_diagonal_squares(a, b)
 
 
 def _standardized(z: Tensor) -> Tensor:
-    """Columns of mean 0 and, up to the batch norm's epsilon, length 1."""
+    """Standardize the columns of `z (N, D)` to mean 0 and, up to the epsilon of batch norm, norm 1."""
     return functional.batch_norm(z, None, None, training=True) / len(z) ** 0.5
 
 
 @PRETEXT_METHODS.register("barlow_twins")
 class BarlowTwins(PretextMethod):
-    """Correlate each feature of one view with the same feature of the other, and with no other feature.
+    """Make each feature equal in both views and uncorrelated with all other features.
 
     Args:
+        backbone, tail: see :class:`PretextMethod`.
         projector: widths of the projection head after the embedding.
         redundancy: weight of the redundancy term, the paper's lambda.
-        augmentation: BYOL's asymmetric pair at 96 pixels by default, as in the paper.
+        augmentation: BYOL's asymmetric views at 96 pixels by default, as in the paper.
     """
 
     def __init__(
@@ -65,7 +66,7 @@ class BarlowTwins(PretextMethod):
         self.redundancy = redundancy
 
     def losses(self, backbone: Backbone, views: tuple[Tensor, ...]) -> dict[str, Tensor]:
-        """`{"invariance": scalar, "redundancy": scalar}` of two views `(N, 3, S, S)`, the second weighted."""
+        """Return `{"invariance": scalar, "redundancy": scalar}`, the latter weighted, for two views `(N, 3, S, S)`."""
         first, second = (self.projector(self.embed(backbone, view)) for view in views)
         invariance, redundancy = cross_correlation_losses(first, second)
         return {"invariance": invariance, "redundancy": self.redundancy * redundancy}

@@ -14,18 +14,20 @@ from bissl_zoo.registry import PRETEXT_METHODS
 
 
 def regression_loss(prediction: Tensor, target: Tensor) -> Tensor:
-    """`2 - 2 cos(prediction, target)` per row (arXiv 2006.07733, equation 2): two `(N, D)` -> `(N,)`."""
+    """Return `2 - 2 cos(prediction, target)` per row of two `(N, D)` tensors, `(N,)` (arXiv 2006.07733, equation 2)."""
     return 2.0 - 2.0 * functional.cosine_similarity(prediction, target, dim=1)
 
 
 @PRETEXT_METHODS.register("byol")
 class BYOL(PretextMethod):
-    """Predict a slowly moving teacher's projection of one view from the student's projection of the other.
+    """Predict a momentum teacher's projection of one view from the student's projection of the other.
 
     Args:
-        projector: widths of the projection head after the embedding; also the teacher's.
-        predictor: widths of the prediction head after the projection; its last must be the projector's.
-        decay: of the teacher's exponential moving average over optimizer steps.
+        backbone, tail: see :class:`PretextMethod`.
+        projector: widths of the projection head after the embedding, for student and teacher.
+        predictor: widths of the prediction head; the last must equal the last of the projector.
+        decay: decay of the teacher's exponential moving average per optimizer step.
+        augmentation: see :class:`PretextMethod`.
     """
 
     supports_grad_accumulation = True
@@ -46,7 +48,7 @@ class BYOL(PretextMethod):
         self.teacher = Teacher(backbone=backbone, tail=tail, projector=self.projector)
 
     def losses(self, backbone: Backbone, views: tuple[Tensor, ...]) -> dict[str, Tensor]:
-        """`{"regression": scalar}` of two views `(N, 3, S, S)`: both directions added, mean over N."""
+        """Return `{"regression": scalar}` for two views `(N, 3, S, S)`: sum of both directions, mean over N."""
         predictions = [self.predictor(self.projector(self.embed(backbone, view))) for view in views]
         targets = [self.teacher(view) for view in views]
         first = regression_loss(predictions[0], targets[1])
@@ -54,5 +56,5 @@ class BYOL(PretextMethod):
         return {"regression": (first + second).mean()}
 
     def after_step(self, backbone: Backbone) -> None:
-        """Move the teacher's parameters towards the student's; its batch-norm statistics are its own."""
+        """Update the teacher's parameters; its batch-norm statistics come from its own forward passes."""
         self.teacher.follow(self.decay, backbone=backbone, tail=self.tail, projector=self.projector)

@@ -22,12 +22,13 @@ GLOBAL_CROPS = 2
 def self_distillation(
     student: Tensor, teacher: Tensor, center: Tensor, student_temperature: float, teacher_temperature: float
 ) -> Tensor:
-    """Cross entropy of the student's crops under the teacher's of the same images (arXiv 2104.14294, equation 3).
+    """Return the cross entropy between teacher and student on different crops (arXiv 2104.14294, equation 3).
 
     Args:
         student: `(V, N, K)` logits of V crops of N images.
         teacher: `(T, N, K)` logits of the first T of these crops, constants; centered and sharpened here.
         center: `(K,)`.
+        student_temperature, teacher_temperature: temperatures of the two softmaxes.
     Returns:
         Scalar, the mean over images and over pairs of two different crops.
     """
@@ -38,18 +39,18 @@ def self_distillation(
 
 
 class Prototypes(nn.Linear):
-    """Cosine of each row with K directions: an l2-normalised bottleneck and a weight-normalised layer of norm 1."""
+    """Cosine similarity to K prototypes: an l2-normalized input and a weight-normalized layer with norm 1."""
 
     def __init__(self, in_features: int, out_features: int) -> None:
         super().__init__(in_features, out_features, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Map `(N, D)` to `(N, K)`, all in [-1, 1]."""
+        """Map `(N, D)` to `(N, K)` with values in [-1, 1]."""
         return functional.linear(functional.normalize(x, dim=1), functional.normalize(self.weight, dim=1))
 
 
 def dino_head(widths: Sequence[int]) -> nn.Sequential:
-    """Perceptron through `widths` (input first) with GELU, without batch norm, and prototypes of the last width."""
+    """Build an MLP with the given widths (input first), GELU and no batch norm; the last layer are prototypes."""
     layers: list[nn.Module] = []
     for wide, narrow in zip(widths[:-2], widths[1:-1], strict=True):
         layers += [nn.Linear(wide, narrow), nn.GELU()]
@@ -60,18 +61,19 @@ def dino_head(widths: Sequence[int]) -> nn.Sequential:
 
 @PRETEXT_METHODS.register("dino")
 class DINO(PretextMethod):
-    """Predict a slowly moving teacher's distribution for a global crop from the student's other crops.
+    """Predict a momentum teacher's distribution for a global crop from the student's other crops.
 
-    A method knows no schedule, so momentum and temperatures are constant, where the paper raises the momentum to 1
-    along a cosine and the teacher's temperature from 0.04 to 0.07; and the last layer learns from the first step on,
-    where the paper's code freezes it for an epoch. That layer's norm stays at 1, as in the paper's code by default.
+    Differences from the paper: momentum and temperatures are constant (the paper raises the momentum to 1 along a
+    cosine, and the teacher's temperature from 0.04 to 0.07), and the last layer is trained from the first step (the
+    authors' code freezes it for an epoch). The norm of that layer stays 1, the default of the authors' code.
 
     Args:
-        projector: widths of the head after the embedding; the last are the bottleneck and the number of prototypes.
-        student_temperature, teacher_temperature: of the two softmaxes.
-        center_decay: of the moving average of the teacher's outputs, which is subtracted from them.
-        decay: of the teacher's exponential moving average over optimizer steps.
-        augmentation: its first two views are global crops of one size, which the teacher sees too.
+        backbone, tail: see :class:`PretextMethod`.
+        projector: widths of the head after the embedding; the last two are the bottleneck and the number of prototypes.
+        student_temperature, teacher_temperature: temperatures of the two softmaxes.
+        center_decay: decay of the moving average of the teacher's outputs, which is subtracted from them.
+        decay: decay of the teacher's exponential moving average per optimizer step.
+        augmentation: its first two views must be global crops of one size; the teacher sees only these.
     """
 
     def __init__(
@@ -91,15 +93,15 @@ class DINO(PretextMethod):
         self.center_decay, self.decay = center_decay, decay
         self.teacher = Teacher(backbone=backbone, tail=tail, projector=self.projector)
         self.register_buffer("center", torch.zeros(projector[-1]))
-        self.teacher_mean: Tensor | None = None  # of the latest losses; no buffer, so that a solve leaves no trace
+        self.teacher_mean: Tensor | None = None  # from the last losses; not a buffer, so that a solve does not keep it
 
     def losses(self, backbone: Backbone, views: tuple[Tensor, ...]) -> dict[str, Tensor]:
-        """`{"cross_entropy": scalar}` of V views `(N, 3, S, S)`, the first two global.
+        """Return `{"cross_entropy": scalar}` for V views `(N, 3, S, S)`, of which the first two are global.
 
-        Neighbours of one size pass through the networks as one batch, of which batch norm takes its statistics.
+        Consecutive views of one size are one batch for the networks and therefore for batch-norm statistics.
 
         Raises:
-            ConfigError: the views are of several sizes and the backbone takes one only.
+            ConfigError: the views have several sizes, and the backbone takes only one.
         """
         _check_sizes(backbone, views)
         groups = [torch.cat(list(group)) for _, group in groupby(views, key=lambda view: view.shape)]
@@ -112,7 +114,7 @@ class DINO(PretextMethod):
 
     @torch.no_grad()
     def after_step(self, backbone: Backbone) -> None:
-        """Move the teacher's parameters towards the student's, and the center towards the outputs of this step."""
+        """Update the teacher, and move the center towards the teacher's outputs in this step."""
         self.teacher.follow(self.decay, backbone=backbone, tail=self.tail, projector=self.projector)
         if self.teacher_mean is not None:
             self.center.lerp_(all_reduce_mean(self.teacher_mean), 1.0 - self.center_decay)
@@ -124,6 +126,6 @@ def _check_sizes(backbone: nn.Module, views: Sequence[Tensor]) -> None:
     sizes = sorted({tuple(view.shape[-2:]) for view in views})
     if len(sizes) > 1 and getattr(embedding, "strict_img_size", False):
         raise ConfigError(
-            f"DINO: the backbone '{backbone.name}' takes images of {embedding.img_size} pixels only, and the views are "
-            f"of {sizes}. Build it with dynamic_img_size=True, or give augmentation.local_size the global size."
+            f"DINO: the backbone '{backbone.name}' takes only images of {embedding.img_size} pixels, but the views "
+            f"have {sizes}. Set backbone.dynamic_img_size=True, or augmentation.local_size to the global size."
         )

@@ -1,4 +1,4 @@
-"""Projectors and predictors."""
+"""Projection and prediction heads."""
 
 from collections.abc import Sequence
 
@@ -8,15 +8,16 @@ from torch import nn
 def mlp(
     widths: Sequence[int], norm: bool = True, output_bias: bool = False, output_norm: bool = False
 ) -> nn.Sequential:
-    """Perceptron through `widths` (input first): Linear, batch norm, ReLU between; the last Linear without bias.
+    """Build an MLP with the given widths (input first): Linear, batch norm and ReLU; the last Linear has no bias.
 
-    This is the projector and the predictor of BiSSL's SimCLR and BYOL (arXiv 2410.02387, appendix on pretraining). A
-    bias before a batch norm changes nothing, so methods that leave it out have the same head.
+    It is the projector and predictor of SimCLR and BYOL in BiSSL (arXiv 2410.02387, appendix on pretraining). A bias
+    before batch norm has no effect, so methods without that bias have the same head.
 
     Args:
-        norm: batch norm between the layers.
-        output_bias: of the last Linear.
-        output_norm: batch norm without parameters after the last Linear.
+        widths: input width, hidden widths and output width.
+        norm: use batch norm between the layers.
+        output_bias: use a bias in the last Linear.
+        output_norm: add batch norm without parameters after the last Linear.
     """
     layers: list[nn.Module] = []
     for wide, narrow in zip(widths[:-2], widths[1:-1], strict=True):

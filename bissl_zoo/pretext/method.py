@@ -1,4 +1,4 @@
-"""The contract of a pretext method: a head and a loss; the backbone is an argument."""
+"""The interface of pretext methods: a head and a loss; the backbone is an argument."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
@@ -11,23 +11,23 @@ from bissl_zoo.data.views import two_views
 
 
 class PretextMethod(nn.Module, ABC):
-    """Base of all pretext methods, the lower level of BiSSL (arXiv 2410.02387, section 3).
+    """Base class of pretext methods, the lower level of BiSSL (arXiv 2410.02387, section 3).
 
-    A method owns the tail of the split backbone, which takes the shared feature map to an embedding, and its own head;
-    the shared trunk is handed to each call. Subclass it, register it, name it in a config:
+    A method contains its head and the tail of the split backbone, which maps the shared feature map to an embedding.
+    The shared trunk is an argument of each call. Subclass it, register it and name it in a config:
 
         @PRETEXT_METHODS.register("mine")
         class Mine(PretextMethod):
             def losses(self, backbone, views): ...
 
     Args:
-        backbone: the trunk that the method will be called with; for shapes and copies, never kept as a member.
-        tail: feature map of the trunk -> embedding `(B, tail.num_features)`.
-        augmentation: PIL image -> tuple of views; the two views of the BiSSL paper at 96 pixels by default.
+        backbone: the trunk that the method will be called with; used for shapes and copies, never stored.
+        tail: maps the feature map of the trunk to embeddings `(B, tail.num_features)`.
+        augmentation: maps a PIL image to a tuple of views; by default the two views of the BiSSL paper at 96 pixels.
     """
 
-    #: whether the loss is a mean over images each of which counts by itself, and a step leaves nothing of its batch, so
-    #: that the parts of a batch can be taken one by one; batch norm then takes its statistics of each part
+    #: True if the loss is a mean of independent terms per image and no state depends on the batch, so that gradients
+    #: can be accumulated over parts of a batch; batch norm then uses the statistics of each part
     supports_grad_accumulation: ClassVar[bool] = False
 
     def __init__(
@@ -39,16 +39,20 @@ class PretextMethod(nn.Module, ABC):
         self.augmentation = augmentation or two_views()
 
     def views(self) -> Callable[[Any], tuple[Tensor, ...]]:
-        """The transform from a PIL image to the views `losses` takes, each `(3, S, S)`."""
+        """Return the transform from a PIL image to the views that `losses` takes, each `(3, S, S)`."""
         return self.augmentation
 
     def embed(self, backbone: Backbone, images: Tensor) -> Tensor:
-        """Images `(B, 3, S, S)` -> embeddings `(B, tail.num_features)`, as the whole backbone computes them."""
+        """Map images `(B, 3, S, S)` to embeddings `(B, tail.num_features)`, equal to those of the unsplit backbone."""
         return self.tail(backbone(images)[self.stage])
 
     @abstractmethod
     def losses(self, backbone: Backbone, views: tuple[Tensor, ...]) -> dict[str, Tensor]:
-        """Scalar losses by name, means over the batch, to be added up; no side effects but batch-norm statistics."""
+        """Return named scalar losses whose sum is minimized, means over the batch.
+
+        Hessian-vector products call it repeatedly: it may only change batch-norm statistics, and must not draw random
+        numbers outside of the networks.
+        """
 
     def after_step(self, backbone: Backbone) -> None:
-        """Update what is not trained (teachers, queues); called once per optimizer step, never within a solve."""
+        """Update state that is not trained, such as teachers and queues; called once per optimizer step."""

@@ -17,11 +17,12 @@ from bissl_zoo.registry import PRETEXT_METHODS
 
 
 def info_nce(query: Tensor, key: Tensor, queue: Tensor, temperature: float) -> Tensor:
-    """Cross entropy of finding each query's key among it and the queue (arXiv 1911.05722, equation 1).
+    """Return the InfoNCE loss with one positive key per query and negatives from a queue (1911.05722, equation 1).
 
     Args:
-        query, key: `(N, D)`, of unit length; rows of the same number belong together.
-        queue: `(K, D)` keys of other images.
+        query, key: `(N, D)`, normalized; row i of both belongs to image i.
+        queue: `(K, D)` normalized keys of other images.
+        temperature: temperature of the softmax.
     Returns:
         Scalar, the mean over this rank's queries.
     """
@@ -32,18 +33,19 @@ def info_nce(query: Tensor, key: Tensor, queue: Tensor, temperature: float) -> T
 
 @PRETEXT_METHODS.register("moco_v2")
 class MoCoV2(PretextMethod):
-    """Find the teacher's key of the other view among a queue of keys of past batches.
+    """Identify the teacher's key of the other view among a queue of keys from past batches.
 
-    The queue holds the keys of all ranks, in rank order, and is the same on each. Shuffling batch norm (section 3.3) is
-    left out: within one process it does nothing, and drawing an order would move the random state of a loss that must
-    repeat itself in a solve. A query and its key so have batch statistics of the same images, which the loss can
-    exploit the more, the smaller the batch of a process; a backbone without batch norm has no such leak.
+    The queue contains the keys of all ranks, in rank order, and is equal on all ranks. Shuffling batch norm (section
+    3.3) is omitted: it has no effect in a single process, and its random order would change the loss within a solve.
+    A query and its key therefore share batch statistics, which leaks information, more so with small batches per
+    process; a backbone without batch norm has no such leak.
 
     Args:
-        projector: widths of the projection head after the embedding, without batch norm; also the teacher's.
-        queue_length: keys to compare with; any number, also one that the batch does not divide.
-        temperature: of the softmax over cosine similarities.
-        decay: of the teacher's exponential moving average over optimizer steps.
+        backbone, tail: see :class:`PretextMethod`.
+        projector: widths of the projection head after the embedding, without batch norm, for student and teacher.
+        queue_length: number of keys in the queue; need not be a multiple of the batch size.
+        temperature: temperature of the softmax over cosine similarities.
+        decay: decay of the teacher's exponential moving average per optimizer step.
         augmentation: the paper's views (arXiv 2003.04297) at 96 pixels by default.
     """
 
@@ -71,12 +73,11 @@ class MoCoV2(PretextMethod):
         self.teacher = Teacher(backbone=backbone, tail=tail, projector=self.projector)
         self.register_buffer("queue", functional.normalize(torch.randn(queue_length, projector[-1]), dim=1))
         self.register_buffer("position", torch.zeros((), dtype=torch.long))
-        # No buffer: it is written by a loss and belongs to the step under way. A step takes its loss directly before
-        # `after_step`; what the losses of a solve leave here is overwritten by the next step's.
+        # not a buffer, since `losses` writes it; the losses of a solve are overwritten before the next `after_step`
         self._newest_keys: Tensor | None = None
 
     def losses(self, backbone: Backbone, views: tuple[Tensor, ...]) -> dict[str, Tensor]:
-        """`{"info_nce": scalar}` of two views `(N, 3, S, S)`: queries of the first, keys of the second."""
+        """Return `{"info_nce": scalar}` for two views `(N, 3, S, S)`: queries from the first, keys from the second."""
         query = functional.normalize(self.projector(self.embed(backbone, views[0])), dim=1)
         key = functional.normalize(self.teacher(views[1]), dim=1)
         self._newest_keys = key
@@ -84,7 +85,7 @@ class MoCoV2(PretextMethod):
 
     @torch.no_grad()
     def after_step(self, backbone: Backbone) -> None:
-        """Move the teacher towards the student, and let the step's keys of all ranks replace the oldest."""
+        """Update the teacher, and replace the oldest keys by those of this step from all ranks."""
         self.teacher.follow(self.decay, backbone=backbone, tail=self.tail, projector=self.projector)
         if self._newest_keys is not None:
             self._enqueue(gather_with_gradient(self._newest_keys))

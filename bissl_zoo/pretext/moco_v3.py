@@ -17,33 +17,36 @@ from bissl_zoo.registry import PRETEXT_METHODS
 
 
 def info_nce_in_batch(query: Tensor, key: Tensor, temperature: float) -> Tensor:
-    """`2 * temperature` times the cross entropy of finding each query's key in the batch (algorithm 1).
+    """Return `2 * temperature` times the InfoNCE loss within the batch (arXiv 2104.02057, algorithm 1).
 
     Args:
-        query, key: `(N, D)`, not normalised; rows of the same number belong together, keys are constants.
+        query, key: `(N, D)`, not normalized; row i of both belongs to image i, keys are constants.
+        temperature: temperature of the softmax.
     Returns:
         Scalar, the mean over this rank's queries; each is compared with the keys of all ranks.
     """
     query = functional.normalize(query, dim=1)
     keys = gather_with_gradient(functional.normalize(key.detach(), dim=1))
-    own = torch.arange(len(query), device=query.device) + get_rank() * len(query)
-    return 2 * temperature * functional.cross_entropy(query @ keys.T / temperature, own)
+    positives = torch.arange(len(query), device=query.device) + get_rank() * len(query)
+    return 2 * temperature * functional.cross_entropy(query @ keys.T / temperature, positives)
 
 
 @PRETEXT_METHODS.register("moco_v3")
 class MoCoV3(PretextMethod):
-    """Find the teacher's key of the other view among those of the batch, in both directions.
+    """Identify the teacher's key of the other view among those of the batch, in both directions.
 
-    The heads are those of the paper's text, which the authors' code has for vision transformers; for a ResNet it has a
-    projector of two layers and temperature 1. The decay is constant here (the authors' rises to 1 along a cosine), and
-    the patch projection of a transformer is trained (section 4.2 freezes it), since both levels share it.
+    The heads are those of the paper's text, which the authors' code uses for vision transformers; for ResNets it uses a
+    projector of two layers and temperature 1. Differences from the paper: the decay is constant (the paper raises it to
+    1 along a cosine), and the patch projection of a transformer is trained (section 4.2 freezes it), since both levels
+    share it.
 
     Args:
-        projector: widths of the projection head after the embedding, batch norm on its output; also the teacher's.
-        predictor: widths of the prediction head after the projection; its last must be the projector's.
-        temperature: of the softmax over cosine similarities.
-        decay: of the teacher's exponential moving average over optimizer steps.
-        augmentation: BYOL's asymmetric pair at 96 pixels by default, as in the paper.
+        backbone, tail: see :class:`PretextMethod`.
+        projector: widths of the projection head, with batch norm on its output, for student and teacher.
+        predictor: widths of the prediction head; the last must equal the last of the projector.
+        temperature: temperature of the softmax over cosine similarities.
+        decay: decay of the teacher's exponential moving average per optimizer step.
+        augmentation: BYOL's asymmetric views at 96 pixels by default, as in the paper.
     """
 
     def __init__(
@@ -64,7 +67,7 @@ class MoCoV3(PretextMethod):
         self.teacher = Teacher(backbone=backbone, tail=tail, projector=self.projector)
 
     def losses(self, backbone: Backbone, views: tuple[Tensor, ...]) -> dict[str, Tensor]:
-        """`{"info_nce": scalar}` of two views `(N, 3, S, S)`: both directions added."""
+        """Return `{"info_nce": scalar}` for two views `(N, 3, S, S)`: the sum of both directions."""
         first, second = (self.predictor(self.projector(self.embed(backbone, view))) for view in views)
         keys = [self.teacher(view) for view in views]
         forth = info_nce_in_batch(first, keys[1], self.temperature)
@@ -72,5 +75,5 @@ class MoCoV3(PretextMethod):
         return {"info_nce": forth + back}
 
     def after_step(self, backbone: Backbone) -> None:
-        """Move the teacher's parameters towards the student's."""
+        """Update the teacher's parameters."""
         self.teacher.follow(self.decay, backbone=backbone, tail=self.tail, projector=self.projector)

@@ -15,19 +15,20 @@ from bissl_zoo.registry import PRETEXT_METHODS
 
 
 def nt_xent(z: Tensor, temperature: float) -> Tensor:
-    """Normalised temperature-scaled cross entropy (arXiv 2002.05709, equation 1).
+    """Return the normalized temperature-scaled cross entropy, NT-Xent (arXiv 2002.05709, equation 1).
 
     Args:
-        z: `(2N, D)` projections, not normalised; rows i and N + i are the two views of image i.
+        z: `(2N, D)` projections, not normalized; rows i and N + i are the two views of image i.
+        temperature: temperature of the softmax.
     Returns:
         Scalar, the mean over this rank's 2N anchors; each is compared with the projections of all ranks.
     """
     z = functional.normalize(z, dim=1)
-    everything = gather_with_gradient(z)
+    candidates = gather_with_gradient(z)
     anchors = torch.arange(len(z), device=z.device)
     offset = get_rank() * len(z)
-    similarity = z @ everything.T / temperature
-    is_self = functional.one_hot(anchors + offset, len(everything)).bool()
+    similarity = z @ candidates.T / temperature
+    is_self = functional.one_hot(anchors + offset, len(candidates)).bool()
     similarity = similarity.masked_fill(is_self, float("-inf"))
     positives = (anchors + len(z) // 2) % len(z) + offset
     return functional.cross_entropy(similarity, positives)
@@ -35,11 +36,13 @@ def nt_xent(z: Tensor, temperature: float) -> Tensor:
 
 @PRETEXT_METHODS.register("simclr")
 class SimCLR(PretextMethod):
-    """Contrast the two views of an image with all other images of the batch.
+    """Identify the other view of an image among all views of the batch.
 
     Args:
+        backbone, tail: see :class:`PretextMethod`.
         projector: widths of the projection head after the embedding.
-        temperature: of the softmax over cosine similarities.
+        temperature: temperature of the softmax over cosine similarities.
+        augmentation: see :class:`PretextMethod`.
     """
 
     def __init__(
@@ -55,6 +58,6 @@ class SimCLR(PretextMethod):
         self.temperature = temperature
 
     def losses(self, backbone: Backbone, views: tuple[Tensor, ...]) -> dict[str, Tensor]:
-        """`{"nt_xent": scalar}` of two views `(N, 3, S, S)`; batch norm sees each view by itself."""
+        """Return `{"nt_xent": scalar}` for two views `(N, 3, S, S)`; batch norm uses the statistics of each view."""
         z = torch.cat([self.projector(self.embed(backbone, view)) for view in views])
         return {"nt_xent": nt_xent(z, self.temperature)}

@@ -14,20 +14,21 @@ from bissl_zoo.registry import PRETEXT_METHODS
 
 
 def negative_cosine(prediction: Tensor, target: Tensor) -> Tensor:
-    """`-cos(prediction, target)` with the gradient stopped at the target (equation 1): two `(N, D)` -> scalar."""
+    """Return the mean of `-cos(prediction, stop_gradient(target))` over rows of two `(N, D)` tensors (equation 1)."""
     return -functional.cosine_similarity(prediction, target.detach(), dim=1).mean()
 
 
 @PRETEXT_METHODS.register("simsiam")
 class SimSiam(PretextMethod):
-    """Predict the projection of one view from that of the other, without a teacher: its gradient is stopped instead.
+    """Predict the projection of one view from that of the other, with a stopped gradient instead of a teacher.
 
-    What is stopped counts as constant in the Hessian too, as a teacher's output does. The paper's variant with a
-    learning rate of the predictor that does not decay (table 1) is left to the optimizer's parameter groups.
+    The stopped branch is constant in the Hessian, too, like the output of a teacher. For the paper's constant learning
+    rate of the predictor (table 1), use the optimizer's parameter groups.
 
     Args:
+        backbone, tail: see :class:`PretextMethod`.
         projector: widths of the projection head after the embedding, with batch norm on its output.
-        predictor: widths of the prediction head after the projection; its last must be the projector's.
+        predictor: widths of the prediction head; the last must equal the last of the projector.
         augmentation: MoCo v2's views at 96 pixels by default, as in the paper.
     """
 
@@ -53,7 +54,7 @@ class SimSiam(PretextMethod):
         self.predictor = mlp([projector[-1], *predictor], output_bias=True)
 
     def losses(self, backbone: Backbone, views: tuple[Tensor, ...]) -> dict[str, Tensor]:
-        """`{"negative_cosine": scalar}` of two views `(N, 3, S, S)`: mean of both directions (equation 2)."""
+        """Return `{"negative_cosine": scalar}` for two views `(N, 3, S, S)`: mean of both directions (equation 2)."""
         first, second = (self.projector(self.embed(backbone, view)) for view in views)
         forth = negative_cosine(self.predictor(first), second)
         back = negative_cosine(self.predictor(second), first)

@@ -1,4 +1,4 @@
-"""The slowly moving copy of the student that gives targets or keys."""
+"""The momentum teacher that provides targets or keys."""
 
 import copy
 
@@ -7,9 +7,9 @@ from torch import Tensor, nn
 
 
 class Teacher(nn.ModuleDict):
-    """Copy of `backbone`, `tail` and `projector` that no gradient reaches: momentum encoder (arXiv 1911.05722).
+    """Momentum encoder: a copy of `backbone`, `tail` and `projector` without gradients (arXiv 1911.05722, section 3.2).
 
-    It is part of the method's state. Its batch-norm statistics are its own.
+    It is part of the method's state dict. Its batch-norm statistics come from its own forward passes.
     """
 
     def __init__(self, **student: nn.Module) -> None:
@@ -18,13 +18,13 @@ class Teacher(nn.ModuleDict):
 
     @torch.no_grad()
     def forward(self, images: Tensor) -> Tensor:
-        """Images `(B, 3, S, S)` -> projections `(B, D)`, constants."""
+        """Map images `(B, 3, S, S)` to projections `(B, D)` without gradients."""
         features = self["backbone"](images)[self["backbone"].out_features[-1]]
         return self["projector"](self["tail"](features))
 
     @torch.no_grad()
     def follow(self, decay: float, **student: nn.Module) -> None:
-        """Move the parameters to `decay * own + (1 - decay) * student`."""
+        """Set the parameters to `decay * teacher + (1 - decay) * student` (arXiv 1911.05722, equation 2)."""
         for name, module in student.items():
             for slow, fast in zip(self[name].parameters(), module.parameters(), strict=True):
                 slow.lerp_(fast, 1.0 - decay)

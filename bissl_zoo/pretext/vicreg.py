@@ -16,38 +16,39 @@ from bissl_zoo.registry import PRETEXT_METHODS
 
 
 def variance_loss(z: Tensor, epsilon: float = 1e-4) -> Tensor:
-    """How far the standard deviations of the columns of `(N, D)` fall short of 1, mean over them (equation 1)."""
+    """Return the hinge loss on the standard deviations of the columns of `z (N, D)` (arXiv 2105.04906, equation 1)."""
     return functional.relu(1 - (z.var(dim=0) + epsilon).sqrt()).mean()
 
 
 def covariance_loss(z: Tensor) -> Tensor:
-    """Squares of the covariances of different columns of `(N, D)`, added up, by D (equation 4)."""
+    """Return the sum of squared covariances of different columns of `z (N, D)`, divided by D (equation 4)."""
     centered = (z - z.mean(dim=0)) / (len(z) - 1) ** 0.5
     return off_diagonal_squares(centered, centered) / z.shape[1]
 
 
 def vicreg_losses(first: Tensor, second: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The terms of arXiv 2105.04906, equation 6, before they are weighted, as the authors' code scales them.
+    """Return the unweighted terms of arXiv 2105.04906, equation 6, scaled as in the authors' code.
 
-    The variance term is the mean over the two views, where the paper adds them up, and a distance is the mean over
-    features, where the paper adds them up (equation 5).
+    The variance term is the mean over the two views, and the distance the mean over features, where the paper uses
+    sums (equation 5).
 
     Args:
         first, second: `(N, D)` projections of the two views.
     Returns:
-        Scalars: the invariance of this rank's rows, and variance and covariance of the batch of all ranks.
+        Scalars: invariance over this rank's rows, and variance and covariance over the batch of all ranks.
     """
-    everything = [gather_with_gradient(view) for view in (first, second)]
-    variance = sum(variance_loss(view) for view in everything) / 2
-    covariance = sum(covariance_loss(view) for view in everything)
+    gathered = [gather_with_gradient(view) for view in (first, second)]
+    variance = sum(variance_loss(view) for view in gathered) / 2
+    covariance = sum(covariance_loss(view) for view in gathered)
     return functional.mse_loss(first, second), variance, covariance
 
 
 @PRETEXT_METHODS.register("vicreg")
 class VICReg(PretextMethod):
-    """Bring the two views of an image together, keep each feature's variance up and the features uncorrelated.
+    """Match the two views of an image, with variance and covariance regularization against collapse.
 
     Args:
+        backbone, tail: see :class:`PretextMethod`.
         projector: widths of the expander after the embedding.
         invariance, variance, covariance: weights of the terms, the paper's lambda, mu and nu.
         augmentation: the paper's views at 96 pixels by default.
@@ -71,7 +72,7 @@ class VICReg(PretextMethod):
         self.invariance, self.variance, self.covariance = invariance, variance, covariance
 
     def losses(self, backbone: Backbone, views: tuple[Tensor, ...]) -> dict[str, Tensor]:
-        """`{"invariance", "variance", "covariance"}`, weighted scalars of two views `(N, 3, S, S)`."""
+        """Return weighted scalars `invariance`, `variance` and `covariance` for two views `(N, 3, S, S)`."""
         first, second = (self.projector(self.embed(backbone, view)) for view in views)
         invariance, variance, covariance = vicreg_losses(first, second)
         return {

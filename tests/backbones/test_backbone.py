@@ -113,7 +113,7 @@ def test_a_trunk_returns_the_earlier_maps_that_are_asked_for_and_its_tail_takes_
 
 
 def test_a_map_beyond_the_split_is_refused():
-    with pytest.raises(SplitError, match="split after 'c3', so that its trunk has no map 'c4'"):
+    with pytest.raises(SplitError, match="split after 'c3', so its trunk has no map 'c4'"):
         build("test_resnet").split("c3", ("c2", "c4", "c5"))
     with pytest.raises(SplitError, match=r"no stage 'c22'\. Did you mean 'c2'"):
         build("test_resnet").split("c3", ("c22",))

@@ -33,12 +33,14 @@ from bissl_zoo.optim import LRMultiplier
 from bissl_zoo.pretext import simclr
 from bissl_zoo.registry import PRETEXT_METHODS, SOLVERS, build_pretext, build_solver, build_task
 
+pytestmark = pytest.mark.slow
+
 WORLDS = (2, 4)
 METHODS = PRETEXT_METHODS.list()
 SOLVER_NAMES = SOLVERS.list()
 SIZES = {"moco_v2": {"queue_length": 20}}  # shorter than a run, so that it wraps, and no multiple of the batch
 BATCH = 8
-PATIENCE = datetime.timedelta(seconds=60)  # for ranks that no longer do the same
+TIMEOUT = datetime.timedelta(seconds=60)
 CONSTANT = LRMultiplier(ConstantParamScheduler(1.0))
 
 
@@ -163,7 +165,7 @@ def keep_digests(bilevel):
 
 
 def derivatives(method, rank, world):
-    """What one batch gives, from the loss to the hypergradient."""
+    """Return the results of one batch, from the loss to the hypergradient."""
     bilevel = problem(method, rank, world)
     lower, batch = bilevel.lower, next(bilevel.lower.data_iterator)
     operator = bilevel.curvature(batch).prepare()
@@ -260,7 +262,7 @@ SPOILT = {
     "upper loss": "upper level, step 0, rank {last}: the loss is not finite (square=",
     "lower gradient": "lower level, step 0: the loss is finite but the norm of its gradient is nan",
     "upper gradient": "upper level, step 0: the loss is finite but the norm of its gradient is nan",
-    "lower product": "upper level, step 0: ConjugateGradient gave no usable hypergradient: status non_finite",
+    "lower product": "upper level, step 0: ConjugateGradient returned no usable hypergradient: status non_finite",
 }
 
 
@@ -282,10 +284,10 @@ def spoilt(case, rank, world):
     bilevel = small_problem(rank, terms, ConjugateGradient(damping=1.0), gamma=0.0)
     digests = keep_digests(bilevel)
     try:
-        said = bilevel.alternate(0)["solver/status"]
+        outcome = bilevel.alternate(0)["solver/status"]
     except (BadHypergradient, NonFiniteLoss) as error:
-        said = str(error)
-    return {"said": said, "digests": [*digests, digest(bilevel)]}
+        outcome = str(error)
+    return {"outcome": outcome, "digests": [*digests, digest(bilevel)]}
 
 
 def solved(name, rank):
@@ -293,11 +295,11 @@ def solved(name, rank):
     bilevel = small_problem(rank, ["nothing"] * 2, build_solver(name=name), gamma=1.0)
     digests = keep_digests(bilevel)
     metrics = bilevel.alternate(0)
-    return {"said": [metrics["solver/status"], metrics["solver/products"]], "digests": digests}
+    return {"outcome": [metrics["solver/status"], metrics["solver/products"]], "digests": digests}
 
 
 def work(rank, world):
-    """Everything the tests look at, as one rank sees it."""
+    """Return the results of one rank that the tests inspect."""
     seen = {"derivatives": {}, "alternations": {}, "batch statistics": {}, "spoilt": {}}
     for method in METHODS:
         seen["derivatives"][method] = derivatives(method, rank, world)
@@ -316,7 +318,7 @@ def run_rank(rank, world, folder):
     torch.set_num_threads(1)
     if world > 1:
         meeting = f"file://{folder}/meeting{world}"
-        dist.init_process_group("gloo", init_method=meeting, rank=rank, world_size=world, timeout=PATIENCE)
+        dist.init_process_group("gloo", init_method=meeting, rank=rank, world_size=world, timeout=TIMEOUT)
     torch.save(work(rank, world), folder / f"{world}_{rank}.pt")
     if world > 1:
         barrier()
@@ -336,7 +338,7 @@ def main(folder):
 
 @pytest.fixture(scope="module")
 def worlds(tmp_path_factory):
-    """What each rank of each world saw: `worlds[4][0]` is rank 0 of 4."""
+    """Return the results of each rank of each world: `worlds[4][0]` is rank 0 of 4."""
     folder = tmp_path_factory.mktemp("worlds")
     paths = [str(Path(__file__).resolve().parents[2]), os.environ.get("PYTHONPATH", "")]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(filter(None, paths))}
@@ -388,7 +390,7 @@ def test_three_alternations_over_ranks_end_where_one_process_does(worlds, world,
 
 @pytest.mark.parametrize("world", WORLDS)
 @pytest.mark.parametrize("method", METHODS)
-def test_all_ranks_hold_the_same_bits_after_each_step(worlds, world, method):
+def test_all_ranks_are_bit_equal_after_each_step(worlds, world, method):
     first = worlds[world][0]["alternations"][method]["digests"]
     assert len(first) == len(set(first)) == 12  # three alternations of two steps and two
     assert all(seen["alternations"][method]["digests"] == first for seen in worlds[world])
@@ -396,14 +398,14 @@ def test_all_ranks_hold_the_same_bits_after_each_step(worlds, world, method):
 
 @pytest.mark.parametrize("world", WORLDS)
 @pytest.mark.parametrize("method", METHODS)
-def test_all_ranks_hold_the_same_bits_where_each_has_its_own_batch_statistics(worlds, world, method):
+def test_all_ranks_are_bit_equal_with_batch_statistics_per_rank(worlds, world, method):
     ranks = [seen["batch statistics"][method] for seen in worlds[world]]
     assert len(set(ranks[0]["digests"])) == 4
     assert all(seen["digests"] == ranks[0]["digests"] for seen in ranks)
     assert not torch.equal(ranks[0]["mean"], ranks[1]["mean"])
 
 
-def test_a_gather_that_can_be_differentiated_only_once_would_be_noticed(worlds):
+def test_a_gather_that_can_be_differentiated_only_once_is_detected(worlds):
     expected, missing = worlds[1][0]["derivatives"]["simclr"], []
     for world in WORLDS:
         faulty = worlds[world][0]["faulty"]
@@ -425,7 +427,7 @@ def test_a_product_through_the_rows_of_such_a_gather_alone_is_divided_by_the_num
 
 @pytest.mark.parametrize("world", WORLDS)
 @pytest.mark.parametrize("name", SOLVER_NAMES)
-def test_every_solver_takes_all_ranks_to_the_same_bits(worlds, world, name):
+def test_all_ranks_are_bit_equal_with_every_solver(worlds, world, name):
     outcomes = [seen["solved"][name] for seen in worlds[world]]
     assert len(set(outcomes[0]["digests"])) == 3
     assert all(outcome == outcomes[0] for outcome in outcomes)
@@ -433,9 +435,9 @@ def test_every_solver_takes_all_ranks_to_the_same_bits(worlds, world, name):
 
 @pytest.mark.parametrize("world", WORLDS)
 @pytest.mark.parametrize("case", SPOILT)
-def test_what_is_not_finite_on_one_rank_is_the_same_news_on_all(worlds, world, case):
+def test_a_number_that_is_not_finite_on_one_rank_is_the_same_error_on_all(worlds, world, case):
     outcomes = [seen["spoilt"][case] for seen in worlds[world]]
-    assert SPOILT[case].format(last=world - 1) in outcomes[0]["said"]
+    assert SPOILT[case].format(last=world - 1) in outcomes[0]["outcome"]
     assert all(outcome == outcomes[0] for outcome in outcomes)
 
 

@@ -140,7 +140,7 @@ def test_a_run_that_is_asked_to_stop_while_it_evaluates_ends_at_once_and_evaluat
 
 def test_a_run_that_is_asked_to_stop_while_it_probes_does_so_when_it_goes_on(config, tmp_path):
     settings = dict(pretrain__steps=4, train__probe__period=2, train__deterministic=True)
-    pid = start_run(config("asked", **settings), before=stopping_at_call(1, features, "collapse_figures"))
+    pid = start_run(config("asked", **settings), before=stopping_at_call(1, features, "collapse_metrics"))
     assert exit_status(pid) == 143  # asked after the features were there: this probe is finished
     assert sum("probe/std" in line for line in lines(tmp_path / "asked")) == 1
     pid = start_run(config("asked", **settings), before=stopping_at_call(1, SimCLR, "embed"))

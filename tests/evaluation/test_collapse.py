@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from bissl_zoo.errors import BisslZooError
-from bissl_zoo.evaluation import alignment, collapse_figures, effective_rank, normalized_std, uniformity
+from bissl_zoo.evaluation import alignment, collapse_metrics, effective_rank, normalized_std, uniformity
 
 
 def gaussian(*shape, seed=0):
@@ -85,7 +85,7 @@ def test_uniformity_of_a_constant_set_is_0_and_of_a_wide_gaussian_near_minus_4()
 @given(st.integers(2, 30), st.integers(2, 12), st.integers(0, 1000))
 def test_figures_stay_within_their_bounds(count, width, seed):
     first, second = gaussian(count, width, seed=seed), gaussian(count, width, seed=seed + 1)
-    figures = collapse_figures(first, second)
+    figures = collapse_metrics(first, second)
     assert 1 - 1e-9 <= figures["effective_rank"] <= min(count, width) + 1e-9
     assert 0 <= figures["std"] <= 1 + 1e-9  # mean squared components add up to 1
     assert 0 <= figures["alignment"] <= 4 and -8 - 1e-9 <= figures["uniformity"] <= 1e-9
@@ -100,5 +100,5 @@ def test_what_cannot_be_measured_is_refused():
         uniformity(torch.ones(1, 3))
     with pytest.raises(BisslZooError, match=r"shapes \(2, 3\) and \(3, 3\)"):
         alignment(torch.ones(2, 3), torch.ones(3, 3))
-    with pytest.raises(BisslZooError, match=r"are \(N, D\)"):
+    with pytest.raises(BisslZooError, match=r"must be \(N, D\)"):
         normalized_std(torch.ones(3))

@@ -193,14 +193,14 @@ def test_what_is_held_out_is_a_share_of_every_class_that_has_two():
     ("changed", "message"),
     [
         ({"train_features": torch.full((4, 2), math.nan)}, "NaN or infinite"),
-        ({"train_features": torch.zeros(4)}, r"features are \(N, D\)"),
+        ({"train_features": torch.zeros(4)}, r"features must be \(N, D\)"),
         ({"train_labels": torch.zeros(3, dtype=torch.int64)}, "one per row"),
-        ({"train_labels": torch.zeros(4)}, "whole numbers"),
+        ({"train_labels": torch.zeros(4)}, "integers"),
         ({"train_labels": torch.tensor([0, 1, -1, 0])}, "range from -1 to 1"),
         ({"test_features": torch.zeros(0, 2)}, "not empty"),
     ],
 )
-def test_what_cannot_be_probed_is_refused(changed, message):
+def test_invalid_inputs_are_refused(changed, message):
     arguments = {
         "train_features": torch.randn(4, 2),
         "train_labels": torch.tensor([0, 1, 0, 1]),

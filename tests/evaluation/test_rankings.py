@@ -1,8 +1,4 @@
-"""What evaluators tell for curves: rankings worked out by hand, and the average precision that follows from them."""
-
-import json
-import subprocess
-import sys
+"""Rankings of the evaluators, computed by hand, and the average precision that follows from them."""
 
 import numpy as np
 import pytest
@@ -15,7 +11,7 @@ from bissl_zoo.evaluation.ranking import MOST_RANKED, order_of_set, ranking
 BOX, FAR, OUT = [0.0, 0.0, 10.0, 10.0], [50.0, 50.0, 60.0, 60.0], [80.0, 80.0, 90.0, 90.0]
 
 
-def told(rankings):
+def as_lists(rankings):
     """Rankings as lists."""
     return {name: (right.tolist(), positives) for name, (right, positives) in rankings.items()}
 
@@ -55,21 +51,21 @@ def detections(*images):
     return evaluator
 
 
-def test_the_detections_of_a_class_rank_over_all_images_and_of_an_object_found_twice_one_is_wrong():
+def test_detections_are_ranked_over_all_images_and_a_second_match_is_wrong():
     evaluator = detections(
         ([(BOX, 0, 0.5), (BOX, 0, 0.9), (OUT, 0, 0.7)], [(BOX, 0, False), (FAR, 0, False)]),
         ([(FAR, 0, 0.8), (BOX, 1, 0.6)], [(FAR, 0, False), (BOX, 1, False)]),
     )
     # 0.9 finds the first object, 0.8 that of the second image, 0.7 none, 0.5 the first object again
-    assert told(evaluator.rankings()) == {"a": ([True, True, False, False], 3), "b": ([True], 1)}
+    assert as_lists(evaluator.rankings()) == {"a": ([True, True, False, False], 3), "b": ([True], 1)}
 
 
-def test_detections_of_difficult_objects_are_in_no_ranking_and_classes_of_them_alone_have_none():
+def test_difficult_objects_and_their_detections_are_in_no_ranking():
     evaluator = detections(
         ([(BOX, 0, 0.9), (FAR, 0, 0.8), (FAR, 1, 0.7)], [(BOX, 0, True), (FAR, 0, False), (FAR, 1, True)]),
         ([(OUT, 0, 0.95), (OUT, 2, 0.4)], []),
     )
-    assert told(evaluator.rankings()) == {"a": ([False, True], 1)}
+    assert as_lists(evaluator.rankings()) == {"a": ([False, True], 1)}
 
 
 def test_average_precision_of_the_rankings_of_detections_is_that_of_the_evaluator():
@@ -81,14 +77,14 @@ def test_average_precision_of_the_rankings_of_detections_is_that_of_the_evaluato
         keep = generator.random(len(found)) < 0.6
         images.append(([one for one, kept in zip(found, keep, strict=True) if kept], truth))
     evaluator = detections(*images)
-    figures, rankings = evaluator.per_class(), told(evaluator.rankings())
-    assert list(figures) == list(rankings) == ["a", "b", "c"]
+    metrics, rankings = evaluator.per_class(), as_lists(evaluator.rankings())
+    assert list(metrics) == list(rankings) == ["a", "b", "c"]
     for name, (right, positives) in rankings.items():
         assert positives == 4 and 0 < sum(right) < len(right)
-        assert figures[name]["voc_AP50"] == pytest.approx(envelope(right, 4), rel=1e-12)
-        assert figures[name]["voc07_AP50"] == pytest.approx(best_at(right, 4, 10), rel=1e-12)
+        assert metrics[name]["voc_AP50"] == pytest.approx(envelope(right, 4), rel=1e-12)
+        assert metrics[name]["voc07_AP50"] == pytest.approx(best_at(right, 4, 10), rel=1e-12)
         # COCO's 101 recalls, with quarters that floats hold; it adds a rounding unit to each denominator
-        assert figures[name]["AP50"] == pytest.approx(best_at(right, 4, 100), rel=1e-12)
+        assert metrics[name]["AP50"] == pytest.approx(best_at(right, 4, 100), rel=1e-12)
 
 
 def test_several_labels_rank_without_ignored_images_and_equal_scores_as_in_the_set():
@@ -98,7 +94,7 @@ def test_several_labels_rank_without_ignored_images_and_equal_scores_as_in_the_s
         torch.tensor([[1, 0, 0], [0, 1, 0], [1, 1, -1], [-1, 0, 0]]),
     )
     # a: the images 1, 2, 0; b: 3, then 0, 1, 2, which are equal; c is nowhere
-    assert told(evaluator.rankings()) == {"a": ([False, True, True], 2), "b": ([False, False, True, True], 2)}
+    assert as_lists(evaluator.rankings()) == {"a": ([False, True, True], 2), "b": ([False, False, True, True], 2)}
 
 
 def test_average_precision_of_the_rankings_of_several_labels_is_that_of_the_evaluator():
@@ -107,11 +103,11 @@ def test_average_precision_of_the_rankings_of_several_labels_is_that_of_the_eval
     targets = torch.randint(-1, 2, (80, 4), generator=generator)
     evaluator = MultilabelEvaluator("abcd")
     evaluator.process(scores, targets)
-    figures, rankings = evaluator.per_class(), told(evaluator.rankings())
+    metrics, rankings = evaluator.per_class(), as_lists(evaluator.rankings())
     for column, name in enumerate("abcd"):
         assert len(rankings[name][0]) == (targets[:, column] >= 0).sum() < 80
-        assert figures[name]["AP"] == pytest.approx(steps(*rankings[name]), rel=1e-12)
-        assert figures[name]["AP11"] == pytest.approx(best_at(*rankings[name], 10), rel=1e-12)
+        assert metrics[name]["AP"] == pytest.approx(steps(*rankings[name]), rel=1e-12)
+        assert metrics[name]["AP11"] == pytest.approx(best_at(*rankings[name], 10), rel=1e-12)
 
 
 def test_single_labels_rank_each_class_against_the_rest_by_softmax():
@@ -119,7 +115,7 @@ def test_single_labels_rank_each_class_against_the_rest_by_softmax():
     # as logits 3 of image 0 is the most; as a share of its image that of image 1 is
     evaluator.process(torch.tensor([[3.0, 2.0, 2.0]]), torch.tensor([1]))
     evaluator.process(torch.tensor([[2.0, 0.0, 0.0], [0.0, 1.0, 0.0]]), torch.tensor([0, 1]))
-    assert told(evaluator.rankings()) == {"a": ([True, False, False], 1), "b": ([True, True, False], 2)}
+    assert as_lists(evaluator.rankings()) == {"a": ([True, False, False], 1), "b": ([True, True, False], 2)}
     evaluator.reset()
     assert evaluator.rankings() == {}
 
@@ -131,7 +127,7 @@ def test_curves_of_single_labels_are_scikit_learns_on_the_same_predictions():
     evaluator = TopKEvaluator([f"class{n}" for n in range(6)])
     for start in range(0, 300, 64):
         evaluator.process(logits[start : start + 64], labels[start : start + 64])
-    rankings = told(evaluator.rankings())
+    rankings = as_lists(evaluator.rankings())
     assert list(rankings) == [f"class{n}" for n in range(5)]  # the last has no sample
     shares = logits.double().softmax(dim=1).numpy()
     for label, (right, positives) in enumerate(rankings.values()):
@@ -147,7 +143,7 @@ def test_curves_of_single_labels_are_scikit_learns_on_the_same_predictions():
 def test_confident_scores_that_are_one_in_float32_still_rank():
     evaluator = TopKEvaluator(["a", "b"])
     evaluator.process(torch.tensor([[30.0, 0.0], [20.0, 0.0], [25.0, 0.0]]), torch.tensor([1, 1, 0]))
-    assert told(evaluator.rankings())["a"] == ([False, True, False], 1)
+    assert as_lists(evaluator.rankings())["a"] == ([False, True, False], 1)
 
 
 def test_above_two_hundred_classes_no_scores_are_kept():
@@ -166,40 +162,3 @@ def test_the_order_of_the_set_is_that_before_it_was_shared_out():
         shared = torch.tensor([sample for part in parts for sample in part], dtype=torch.int64)
         assert shared[order_of_set([len(part) for part in parts])].tolist() == list(range(samples))
     assert ranking(torch.zeros(3), torch.tensor([False, True, True]))[0].tolist() == [False, True, True]
-
-
-# seven samples, some of equal scores, so that their order matters
-LOGITS, LABELS = [[2, 0], [1, 0], [1, 0], [1, 0], [1, 0], [0, 0], [0, 3]], [1, 1, 0, 1, 0, 0, 1]
-RANK = f"""
-import json, sys
-import torch
-import torch.distributed as dist
-from bissl_zoo.data.loaders import build_test_loader
-from bissl_zoo.evaluation import TopKEvaluator
-
-dist.init_process_group("gloo", init_method=sys.argv[1], rank=int(sys.argv[2]), world_size=2)
-evaluator = TopKEvaluator(["a", "b"])
-samples = [(torch.tensor(logits, dtype=torch.float32), label) for logits, label in zip({LOGITS}, {LABELS})]
-for scores, labels in build_test_loader(samples, 2, lambda score, label: (score, label)):
-    evaluator.process(scores, labels)
-evaluator.synchronize()
-rankings = {{name: (right.tolist(), count) for name, (right, count) in evaluator.rankings().items()}}
-print(json.dumps([rankings, evaluator.confusion().tolist(), evaluator.evaluate()]))
-dist.barrier()
-dist.destroy_process_group()
-"""
-
-
-def test_rankings_of_two_processes_are_those_of_the_whole_set_in_its_order(tmp_path):
-    script = tmp_path / "rank.py"
-    script.write_text(RANK)
-    command = [sys.executable, str(script), f"file://{tmp_path / 'rendezvous'}"]
-    ranks = [subprocess.Popen([*command, str(rank)], stdout=subprocess.PIPE, text=True) for rank in range(2)]
-    alone = TopKEvaluator(["a", "b"])
-    alone.process(torch.tensor(LOGITS, dtype=torch.float32), torch.tensor(LABELS))
-    expected = json.loads(json.dumps([told(alone.rankings()), alone.confusion().tolist(), alone.evaluate()]))
-    assert expected[0]["a"] == [[False, False, True, False, True, True, False], 3]
-    for process in ranks:
-        output = process.communicate(timeout=120)[0]
-        assert process.returncode == 0
-        assert json.loads(output.splitlines()[-1]) == expected

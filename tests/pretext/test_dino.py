@@ -205,7 +205,7 @@ def test_small_crops_are_embedded_by_a_vit_of_any_size_and_refused_by_one_of_a_f
     trunk, method = build(VIT, "blocks.5")
     assert method.losses(trunk, crops())["cross_entropy"].isfinite()
     trunk, method = build(VIT | {"dynamic_img_size": False}, "blocks.5")
-    with pytest.raises(ConfigError, match=r"'test_vit' takes images of \(32, 32\).*dynamic_img_size=True"):
+    with pytest.raises(ConfigError, match=r"'test_vit' takes only images of \(32, 32\).*dynamic_img_size=True"):
         method.losses(trunk, crops())
 
 

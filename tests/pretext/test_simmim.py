@@ -97,7 +97,7 @@ def test_cells_of_the_mask_may_be_of_several_patches():
     losses = [method.losses(trunk, (images(), mask))["l1"] for mask in (MASK, fine)]
     torch.testing.assert_close(*losses)
     coarse_on_fine = torch.ones(2, 3, 3, dtype=torch.bool)
-    with pytest.raises(ConfigError, match=r"\(3, 3\) cells does not fall on whole patches.*\(4, 4\).*multiple of 8"):
+    with pytest.raises(ConfigError, match=r"\(3, 3\) cells.*whole patches.*\(4, 4\).*multiple of 8"):
         method.losses(trunk, (images(), coarse_on_fine))
 
 
@@ -152,7 +152,7 @@ def test_products_equal_finite_differences_of_the_gradient():
 
 def test_a_backbone_that_embeds_no_patches_is_refused():
     trunk, tail = build_backbone(name="test_resnet").split("c3")
-    with pytest.raises(ConfigError, match="'test_resnet' does not embed patches that lie side by side. Take a ViT"):
+    with pytest.raises(ConfigError, match="'test_resnet' has no embedding of non-overlapping patches. Use a ViT"):
         build_pretext(name="simmim", backbone=trunk, tail=tail)
 
 
@@ -160,12 +160,12 @@ def test_patches_that_overlap_are_refused():
     torch.manual_seed(0)
     trunk, tail = build_backbone(**VIT).split("blocks.5")
     trunk.model.patch_embed.proj = nn.Conv2d(3, 64, 24, stride=16, padding=4)
-    with pytest.raises(ConfigError, match="does not embed patches that lie side by side"):
+    with pytest.raises(ConfigError, match="no embedding of non-overlapping patches"):
         build_pretext(name="simmim", backbone=trunk, tail=tail)
 
 
 def test_a_split_that_leaves_blocks_in_the_tail_is_refused():
-    with pytest.raises(ConfigError, match="leaves blocks of the backbone after it.*bilevel.shared_stage=null"):
+    with pytest.raises(ConfigError, match="leaves blocks after it.*bilevel.shared_stage=null"):
         build(stage="blocks.3")
 
 
