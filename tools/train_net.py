@@ -63,7 +63,7 @@ def main(args: argparse.Namespace) -> int:
     from bissl_zoo.engine.launch import restarted
     from bissl_zoo.engine.runner import evaluate_only, run
     from bissl_zoo.progress.display import choose_display, console
-    from bissl_zoo.report.ending import report_after
+    from bissl_zoo.report import report_after
     from bissl_zoo.runs.listing import results_table
 
     with console(choose_display(args.plain, args.quiet, args.verbose)):

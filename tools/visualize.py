@@ -1,13 +1,14 @@
 #!/usr/bin/env python
-"""Pictures of data, of views, of predictions and of embeddings.
+"""Draw data, views, predictions and embeddings as images.
 
 python tools/visualize.py data --config-file configs/bissl/voc_det.py --split test
 python tools/visualize.py views --config-file configs/pretrain/dino_imagenet.py pretext.augmentation.local_crops=4
 python tools/visualize.py predictions runs/a --worst
 python tools/visualize.py embeddings runs/a zoo:resnet18.simclr --csv
 
-A run directory stands for its config where no --config-file is given. Pictures go to pictures/ in the directory of the
-run, or here: data.png, views.png and so on; --output names another file, whose ending (.png, .pdf, .svg) is the format.
+Without --config-file the config of the run directory is used. Images are written to images/ in the run directory or in
+the working directory: data_train.png, views.png and so on. --output names another file; its suffix (.png, .pdf, .svg)
+is the format.
 """
 
 import argparse
@@ -23,26 +24,26 @@ from bissl_zoo.engine import ROLES
 from bissl_zoo.errors import ConfigError
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # read once, when torch is imported
-# what takes seconds to import is imported in the functions: --help and wrong options are answered at once
+# slow modules are imported inside functions, so that --help and wrong options are answered at once
 
-#: what each is for, images by default, and words beside overrides
+#: help text, default number of images, and name of the positional arguments
 COMMANDS = {
-    "data": ("Images with their boxes or labels.", 16, "RUN"),
-    "views": ("Images and the views that the pretext method is given.", 6, "RUN"),
-    "predictions": ("Test images with what a run's fine-tuned model predicts, and what is true.", 16, "RUN"),
-    "embeddings": ("Test features of backbones before fine-tuning, by t-SNE, side by side.", 1000, "SOURCE"),
+    "data": ("Draw images with their targets.", 16, "RUN"),
+    "views": ("Draw images and the views that the pretext method trains on.", 6, "RUN"),
+    "predictions": ("Draw test images with their targets and the predictions of a run's model.", 16, "RUN"),
+    "embeddings": ("Draw test features of backbones before fine-tuning by t-SNE, side by side.", 1000, "SOURCE"),
 }
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """The command line; of its words, those with a `=` that name no file are overrides of the config."""
+    """Parse the command line; words with `=` that are not the name of a file are overrides of the config."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     help = f"{', '.join(COMMANDS)}; COMMAND --help lists the options of each"
     parser.add_argument("command", choices=COMMANDS, metavar="COMMAND", help=help)
     parser.add_argument("rest", nargs=argparse.REMAINDER, metavar="...", help="its arguments")
     first = parser.parse_args(argv)
     command = command_parser(first.command)
-    args = command.parse_intermixed_args(first.rest)  # words may stand before and after options
+    args = command.parse_intermixed_args(first.rest)  # words before and after options
     args.command = first.command
     args.sources = [word for word in args.words if "=" not in word or Path(word).exists()]
     args.overrides = [word for word in args.words if word not in args.sources]
@@ -56,63 +57,65 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def command_parser(name: str) -> argparse.ArgumentParser:
-    """The arguments of one command."""
+    """Return the parser of one command."""
     help, images, sources = COMMANDS[name]
     parser = argparse.ArgumentParser(prog=f"visualize.py {name}", description=help)
-    parser.add_argument("words", nargs="*", metavar=sources, help="and overrides of the config, as KEY=VALUE")
+    parser.add_argument("words", nargs="*", metavar=sources, help="also overrides of the config, as KEY=VALUE")
     parser.add_argument("--config-file", metavar="FILE", help="a config of configs/ or your own; default: the run's")
-    parser.add_argument("--images", type=int, default=images, metavar="N", help=f"most images ({images})")
-    parser.add_argument("--seed", type=int, default=0, help="of what is drawn (0)")
-    parser.add_argument("--output", type=Path, metavar="FILE", help="that ends in .png, .pdf or .svg")
+    parser.add_argument("--images", type=int, default=images, metavar="N", help=f"maximum number of images ({images})")
+    parser.add_argument("--seed", type=int, default=0, help="random seed of the chosen images (0)")
+    parser.add_argument("--output", type=Path, metavar="FILE", help="output file (.png, .pdf or .svg)")
     if name == "data":
-        parser.add_argument("--split", choices=ROLES, default="train", help="which of the config's data sets (train)")
+        parser.add_argument("--split", choices=ROLES, default="train", help="data set of the config (train)")
     if name == "predictions":
         which = parser.add_mutually_exclusive_group()
-        which.add_argument("--worst", action="store_true", help="the images that the model is worst at")
-        which.add_argument("--random", dest="worst", action="store_false", help="drawn with --seed (the default)")
-        parser.add_argument("--threshold", type=float, default=0.5, metavar="S", help="least score of boxes (0.5)")
+        which.add_argument("--worst", action="store_true", help="images with the lowest scores")
+        which.add_argument("--random", dest="worst", action="store_false", help="random images (default)")
+        parser.add_argument(
+            "--threshold", type=float, default=0.5, metavar="S", help="minimum score of drawn boxes (0.5)"
+        )
     if name == "embeddings":
-        parser.add_argument("--architecture", metavar="NAME", help="timm's name, for a file that does not say it")
-        parser.add_argument("--csv", action="store_true", help="write the coordinates beside the picture, too")
+        parser.add_argument("--architecture", metavar="NAME", help="timm name, for files without one")
+        parser.add_argument("--csv", action="store_true", help="also write the coordinates")
     return parser
 
 
 def main(args: argparse.Namespace) -> int:
-    """Draw, save, say where."""
-    from bissl_zoo.report.images.drawing import check_format, save_figure
+    """Draw and save an image."""
+    from bissl_zoo.report.images import visualize
     from bissl_zoo.report.images.embeddings import write_csv
-    from bissl_zoo.report.images.visualize import picture_data, picture_embeddings, picture_predictions, picture_views
+    from bissl_zoo.report.images.sheets import check_format, save_figure
 
     if args.output:
         check_format(args.output)
     cfg = config(args)
     output = args.output or default_output(args, cfg)
     if args.command == "data":
-        figure = picture_data(cfg, args.split, args.images, args.seed)
+        figure = visualize.data_figure(cfg, args.split, args.images, args.seed)
     elif args.command == "views":
-        figure = picture_views(cfg, args.images, args.seed)
+        figure = visualize.views_figure(cfg, args.images, args.seed)
     elif args.command == "predictions":
-        figure = picture_predictions(cfg, args.images, args.seed, args.worst, args.threshold)
+        figure = visualize.predictions_figure(cfg, args.images, args.seed, args.worst, args.threshold)
     else:
-        picture = picture_embeddings(cfg, args.sources, args.images, args.seed, args.architecture)
-        figure = picture.figure
+        result = visualize.embeddings_figure(cfg, args.sources, args.images, args.seed, args.architecture)
+        figure = result.figure
         if args.csv:
-            write_csv(picture.embeddings, picture.classes, picture.names, output.with_suffix(".csv"))
+            write_csv(result.embeddings, result.classes, result.names, output.with_suffix(".csv"))
             print(f"coordinates {output.with_suffix('.csv')}")
     save_figure(figure, output)
-    print(f"picture {output}")
+    print(f"image {output}")
     return 0
 
 
 def config(args: argparse.Namespace) -> DictConfig:
-    """The config, of the file or of the first run among the sources."""
+    """Return the config of --config-file or of the first run among the sources."""
     from bissl_zoo.engine.checks import check_config, open_config
     from bissl_zoo.runs.directory import CONFIG_FILE
 
     name, overrides, run = args.config_file, args.overrides, first_run(args)
     if name is None and run is None:
-        none = f": {', '.join(args.sources)} is none" if args.sources else ""
-        raise ConfigError(f"Give --config-file, or the directory of a run{none}.")
+        given = f"; {', '.join(args.sources)} is not one" if args.sources else ""
+        raise ConfigError(f"Give --config-file or the directory of a run{given}.")
     if name is None:
         name = str(run / CONFIG_FILE)
         overrides = [f"train.init={json.dumps(str(run))}", *overrides] if args.command == "predictions" else overrides
@@ -122,21 +125,21 @@ def config(args: argparse.Namespace) -> DictConfig:
 
 
 def first_run(args: argparse.Namespace) -> Path | None:
-    """The first run directory among the sources."""
+    """Return the first run directory among the sources, or None."""
     from bissl_zoo.runs.directory import CONFIG_FILE
 
     return next((Path(source) for source in args.sources if (Path(source) / CONFIG_FILE).is_file()), None)
 
 
 def default_output(args: argparse.Namespace, cfg: DictConfig) -> Path:
-    """Where a picture goes that has no --output."""
+    """Return the file to write without --output."""
     run = first_run(args) or (Path(cfg.train.init or ".") if args.command == "predictions" else Path("."))
     name = f"data_{args.split}" if args.command == "data" else args.command
-    return run / "pictures" / f"{name}.png"
+    return run / "images" / f"{name}.png"
 
 
 def cli(argv: Sequence[str] | None = None) -> int:
-    """Run the command line `argv` (`sys.argv` by default) and return the exit status."""
+    """Run the command line `argv` (default: `sys.argv`) and return the exit status."""
     args = parse_args(argv)
     from bissl_zoo.engine.launch import launch
 

@@ -1,6 +1,27 @@
-"""One HTML file on a run, on several side by side, or on a zoo."""
+"""Reports: one HTML file on a run, on several runs side by side, or on a zoo."""
 
-#: what the report of one run is called, in its directory
+import logging
+from pathlib import Path
+
+logger = logging.getLogger(__name__)
+
+#: file name of the report in a run directory
 REPORT_FILE = "report.html"
-#: images of a data set that a report on demand looks at
-IMAGES = 500
+#: maximum number of images of a data set in a report on demand, and at the end of a run (few enough for a CPU)
+IMAGES, IMAGES_AFTER_RUN = 500, 200
+
+
+def report_after(folder: Path) -> None:
+    """Write the report of a run that has just finished; any error is a warning, since the run is complete."""
+    from bissl_zoo.progress.display import doing
+    from bissl_zoo.runs.directory import report_command
+
+    try:
+        from bissl_zoo.report.write import write_report  # imports matplotlib
+
+        with doing("writing the report"):
+            write_report([folder], folder / REPORT_FILE, images=IMAGES_AFTER_RUN, ended=True)
+        logger.info(f"report {folder / REPORT_FILE}")
+    except Exception as error:
+        reason = f"{type(error).__name__}: {error}"
+        logger.warning(f"the report was not written: {reason}. Try {report_command(folder)}")

@@ -1,33 +1,38 @@
-"""Charts of what a run wrote while it went on: losses, the hypergradient, evaluations, probes, and where time went."""
+"""Charts of a run: losses, other curves, time by stage, and the last evaluation by class."""
 
 import math
 from collections.abc import Mapping, Sequence
 
+import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator, NullFormatter
 
+from bissl_zoo.downstream.drawing import COLOURS, shorten
+from bissl_zoo.engine.evaluate import Details, worst_confusions
 from bissl_zoo.engine.stages.bissl import HEAD_WARMUP, PRETEXT_WARMUP
 from bissl_zoo.engine.stages.finetune import BASELINE
-from bissl_zoo.report.history import MOST_FIGURES, Axis, History, Series
-from bissl_zoo.report.images.drawing import COLOURS
-from bissl_zoo.report.page import shown
-from bissl_zoo.report.svg import TEXT, chart_style
-from bissl_zoo.report.timing import Timing
+from bissl_zoo.evaluation.ranking import MOST_RANKED
+from bissl_zoo.report.history import MAX_CURVES, Axis, History, Series, Timing
+from bissl_zoo.report.page import TEXT, Block, Chart, Fold, Note, Table, chart_style, embed, shown
 
-#: inches; a chart is as wide as a phone at its natural size
+#: inches; the width of a phone
 WIDTH, HEIGHT = 5.0, 2.9
-#: tints behind the stages, light and dark pages alike
+#: backgrounds of the stages
 _SHADES = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9")
 _SHADE = 0.16
 _DASHES = ("-", "--", ":", "-.")
-
-Curves = Mapping[str, Series]
+#: bars of one chart and curves of precision; of more classes the best and the worst are shown
+MAX_BARS, MAX_PRECISIONS = 24, 6
+#: classes of a confusion matrix with numbers in its cells, and of the largest one that is drawn
+_NUMBERED, _DRAWN = 12, 60
+#: characters of a class name
+_NAME = 18
 
 
 def draw_losses(history: History, axis: Axis) -> Figure | None:
-    """The pretext loss above and the downstream loss below, over the steps of all stages, which are shaded."""
+    """Draw the pretext loss above the downstream loss over the steps of all stages; None without any loss."""
     levels = loss_parts(history, axis)
     if not levels:
         return None
@@ -35,23 +40,24 @@ def draw_losses(history: History, axis: Axis) -> Figure | None:
         figure = Figure(figsize=(WIDTH, 1.0 + 1.6 * len(levels)), layout="constrained")
         panels = figure.subplots(len(levels), 1, sharex=True, squeeze=False)[:, 0]
         for number, (panel, (name, parts)) in enumerate(zip(panels, levels.items(), strict=True)):
-            _shade(panel, axis)
+            for place, span in enumerate(axis.spans):
+                colour = _SHADES[place % len(_SHADES)]
+                panel.axvspan(span.start, span.start + span.length, color=colour, alpha=_SHADE, linewidth=0)
             for part in parts:
                 _line(panel, part.thinned(), COLOURS[0] if number == 0 else COLOURS[4])
             panel.set_ylabel(name)
         panels[-1].set_xlabel("optimizer steps since the run began")
-        ends = max((span.start + span.length for span in axis.spans), default=1)
-        panels[-1].set_xlim(0, max(ends, 1))
+        panels[-1].set_xlim(0, max([1, *(span.start + span.length for span in axis.spans)]))
         patches = [
-            Patch(color=_SHADES[number % len(_SHADES)], alpha=_SHADE * 2, label=f"{span.stage}, {span.length} steps")
-            for number, span in enumerate(axis.spans)
+            Patch(color=_SHADES[place % len(_SHADES)], alpha=_SHADE * 2, label=f"{span.stage}, {span.length} steps")
+            for place, span in enumerate(axis.spans)
         ]
         figure.legend(handles=patches, loc="outside lower center", ncols=2)
     return figure
 
 
 def loss_parts(history: History, axis: Axis) -> dict[str, list[Series]]:
-    """The losses of both levels, of which there are any, each as its parts on the common axis."""
+    """Return the losses of both levels, if there are any, as one series per stage on the common axis."""
     levels = {
         "pretext loss": _level(history, axis, "lower", ("pretrain", PRETEXT_WARMUP)),
         "downstream loss": _level(history, axis, "upper", (HEAD_WARMUP, BASELINE, "finetune")),
@@ -60,17 +66,16 @@ def loss_parts(history: History, axis: Axis) -> dict[str, list[Series]]:
 
 
 def _level(history: History, axis: Axis, level: str, stages: Sequence[str]) -> list[Series]:
-    """The loss of a level in the order of the stages, a part for each: of `stages`, and of bissl."""
     parts = []
     for span in axis.spans:
-        part = Series()
         if span.stage in stages:
             entries, name = history.of([span.stage]), "total_loss"
         elif span.stage == "bissl":
-            finer = level == "upper" and any(True for _ in history.of(["bissl"], upper=True))
-            entries, name = history.of(["bissl"], upper=finer), f"{level}/total_loss"
+            by_step = level == "upper" and any(True for _ in history.of(["bissl"], upper=True))
+            entries, name = history.of(["bissl"], upper=by_step), f"{level}/total_loss"
         else:
             continue
+        part = Series()
         for entry in entries:
             value, place = entry.number(name), axis.place(entry, level)
             if value is not None and place is not None:
@@ -80,85 +85,186 @@ def _level(history: History, axis: Axis, level: str, stages: Sequence[str]) -> l
     return parts
 
 
-def _shade(panel: Axes, axis: Axis) -> None:
-    for number, span in enumerate(axis.spans):
-        colour = _SHADES[number % len(_SHADES)]
-        panel.axvspan(span.start, span.start + span.length, color=colour, alpha=_SHADE, linewidth=0)
-
-
 def _line(panel: Axes, series: Series, colour: str, dashes: str = "-", label: str | None = None) -> None:
     marker = "o" if len(series.x) <= 40 else ""
     panel.plot(series.x, series.y, color=colour, linestyle=dashes, marker=marker, markersize=2.6, label=label)
 
 
-def draw_curves(curves: Curves, x_label: str, y_label: str, log: bool = False, level: float | None = None) -> Figure:
-    """Curves in one panel, told apart by colour and dashes; `level`: a value to be compared with, as a grey line."""
+def draw_curves(
+    curves: Mapping[str, Series], x_label: str, y_label: str, log: bool = False, level: float | None = None
+) -> Figure:
+    """Draw at most 6 curves in one panel; `level`: the solver's tolerance, as a grey line."""
     with chart_style():
         figure = Figure(figsize=(WIDTH, HEIGHT), layout="constrained")
         panel = figure.subplots()
-        for number, (name, series) in enumerate(list(curves.items())[:MOST_FIGURES]):
-            series = series.thinned()
-            _line(panel, series, COLOURS[number % 6], _DASHES[number % 4], plain_label(name))
-        if log and all(value > 0 for series in curves.values() for value in series.y):
+        for number, (name, series) in enumerate(list(curves.items())[:MAX_CURVES]):
+            _line(panel, series.thinned(), COLOURS[number], _DASHES[number % 4], plain_label(name))
+        values = [value for series in curves.values() for value in series.y]
+        if log and min(values) > 0:
             panel.set_yscale("log")
             panel.yaxis.set_major_formatter("{x:g}")
-            panel.yaxis.set_minor_formatter(NullFormatter() if _decades(curves) > 1 else "{x:g}")
+            decades = math.log10(max(values) / min(values))
+            panel.yaxis.set_minor_formatter(NullFormatter() if decades > 1 else "{x:g}")
         if level is not None:
             panel.axhline(level, color="0.55", linewidth=1, dashes=(4, 2), label=f"tolerance {level:g}")
         panel.set(xlabel=x_label, ylabel=y_label)
-        places = {x for series in curves.values() for x in series.x}
-        if len(places) == 1:  # or the axis would have fractions of a step
-            panel.set_xlim(min(places) - 1, max(places) + 1)
+        steps = {x for series in curves.values() for x in series.x}
+        if len(steps) == 1:  # no fractions of a step on the axis
+            panel.set_xlim(min(steps) - 1, max(steps) + 1)
         panel.xaxis.set_major_locator(MaxNLocator(6, integer=True))
-        if all(value == int(value) for series in curves.values() for value in series.y):
+        if all(value == int(value) for value in values):
             panel.yaxis.set_major_locator(MaxNLocator(6, integer=True))
         figure.legend(loc="outside lower center", ncols=2)
     return figure
 
 
-def _decades(curves: Curves) -> float:
-    values = [value for series in curves.values() for value in series.y]
-    return math.log10(max(values) / min(values))
-
-
 def plain_label(name: str) -> str:
-    """A name as a legend can show it."""
-    # matplotlib leaves lines out of a legend whose label begins with an underscore
+    """Return a name for a legend; matplotlib drops labels that begin with an underscore."""
     return f"\u200b{shown(name)}" if name.startswith("_") else shown(name)
 
 
 def draw_timing(timing: Timing) -> Figure:
-    """A bar per stage in colours of what took the time, and one of what lies outside of the records."""
-    names = [stage.name for stage in timing.stages]
+    """Draw a bar per stage, divided into computing, evaluating, waiting for data and writing checkpoints."""
+    stages = timing.stages
     with chart_style():
-        figure = Figure(figsize=(WIDTH, 0.9 + 0.36 * len(names)), layout="constrained")
+        figure = Figure(figsize=(WIDTH, 0.9 + 0.36 * len(stages)), layout="constrained")
         panel = figure.subplots()
-        rows = range(len(names))
-        left = [0.0] * len(names)
+        rows, left = range(len(stages)), np.zeros(len(stages))
         parts = {
-            "computing": [stage.computing for stage in timing.stages],
-            "evaluating": [stage.evaluating for stage in timing.stages],
-            "waiting for data": [stage.waiting for stage in timing.stages],
-            "writing checkpoints": [stage.saving for stage in timing.stages],
+            "computing": [stage.computing for stage in stages],
+            "evaluating": [stage.evaluating for stage in stages],
+            "waiting for data": [stage.waiting for stage in stages],
+            "writing checkpoints": [stage.saving for stage in stages],
         }
         for (label, values), colour in zip(parts.items(), COLOURS, strict=False):
             if any(values):
                 panel.barh(rows, values, left=left, color=colour, height=0.62, label=label)
-            left = [before + value for before, value in zip(left, values, strict=True)]
-        for row, stage in zip(rows, timing.stages, strict=True):
-            place = {"xytext": (3, 0), "textcoords": "offset points", "va": "center", "fontsize": TEXT - 1}
-            panel.annotate(in_time(stage.seconds), (stage.seconds, row), **place)
-        panel.set_yticks(list(rows), names)
+            left += values
+        for row, stage in enumerate(stages):
+            _annotate(panel, in_time(stage.seconds), stage.seconds, row, TEXT - 1)
+        panel.set_yticks(list(rows), [stage.name for stage in stages])
         panel.invert_yaxis()
-        panel.set_xlim(0, max((stage.seconds for stage in timing.stages), default=1) * 1.18 or 1)
+        panel.set_xlim(0, max((stage.seconds for stage in stages), default=1) * 1.18 or 1)
         panel.set_xlabel("seconds")
         figure.legend(loc="outside lower center", ncols=2)
     return figure
 
 
+def _annotate(panel: Axes, text: str, x: float, y: float, size: float) -> None:
+    panel.annotate(text, (x, y), xytext=(3, 0), textcoords="offset points", va="center", fontsize=size)
+
+
 def in_time(seconds: float) -> str:
-    """A duration for people."""
+    """Return a duration as text."""
     if seconds < 60:
         return f"{seconds:.1f} s"
     minutes = round(seconds / 60)
     return f"{seconds / 60:.1f} min" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+def detail_blocks(details: Mapping[str, Details]) -> list[Block]:
+    """Return the charts and tables of the metrics by class, for every fine-tuning."""
+    by_class = [metrics for one in details.values() for metrics in one.per_class.values()]
+    names = dict.fromkeys(name for metrics in by_class for name in metrics)
+    metric = next((name for name in ("AP50", "AP", "top1", "AP11", *names) if name in names), None)
+    blocks: list[Block] = []
+    if metric:
+        labels, cut = _ranked(details, metric)
+        which = f"; the {MAX_BARS // 2} best and the {MAX_BARS // 2} worst" if cut else ""
+        title = f"{metric} by class"
+        blocks.append(Chart(embed(draw_classes(details, metric, labels), title), f"{title}, fractions{which}."))
+    for start, one in details.items():
+        aside = f", fine-tuned from {start}"
+        if one.curves:
+            few = f" The {MAX_PRECISIONS} classes that differ most." if len(one.curves) > MAX_PRECISIONS else ""
+            caption = f"Precision over recall{aside}: the best at each recall or above.{few}"
+            blocks.append(Chart(embed(draw_precision(one.curves), "precision over recall"), caption))
+        elif len(one.per_class) > MOST_RANKED:
+            blocks.append(Note(f"Precision over recall and confusion{aside} are not kept above {MOST_RANKED} classes."))
+        elif one.per_class:
+            blocks.append(Note(f"Precision over recall{aside} was not recorded."))
+        if one.confusion and len(one.classes) <= _DRAWN:
+            caption = f"Confusion{aside}: images by true and predicted class; shares of a row."
+            blocks.append(Chart(embed(draw_confusion(one), "confusion matrix"), caption))
+        confused = worst_confusions(one)
+        if confused:
+            blocks.append(Table(["true", "predicted", "images"], confused, f"Most frequent errors{aside}", [2]))
+    if details:
+        rows = [
+            [label, start, *map(m.get, names)] for start, one in details.items() for label, m in one.per_class.items()
+        ]
+        table = Table(["class", "fine-tuned from", *names], rows, "", range(2, 2 + len(names)))
+        blocks.append(Fold("All metrics by class", [table]))
+    return blocks or [Note("The evaluation has no metrics by class.")]
+
+
+def _ranked(details: Mapping[str, Details], metric: str) -> tuple[list[str], bool]:
+    """Return the classes from best to worst of the last fine-tuning, and whether some are left out."""
+    last = list(details.values())[-1].per_class
+    ranked = sorted(last, key=lambda label: -last[label].get(metric, 0.0))
+    half = MAX_BARS // 2
+    return (ranked[:half] + ranked[-half:], True) if len(ranked) > MAX_BARS else (ranked, False)
+
+
+def draw_classes(details: Mapping[str, Details], metric: str, labels: Sequence[str]) -> Figure:
+    """Draw a group of bars per class, one bar for each fine-tuning."""
+    thick = 0.8 / len(details)
+    with chart_style():
+        height = 0.9 + 0.26 * len(labels) * max(1.0, 0.6 * len(details))
+        figure = Figure(figsize=(WIDTH, height), layout="constrained")
+        panel = figure.subplots()
+        for number, (start, one) in enumerate(details.items()):
+            rows = [place + (number - (len(details) - 1) / 2) * thick for place in range(len(labels))]
+            values = [one.per_class.get(label, {}).get(metric, 0.0) for label in labels]
+            panel.barh(rows, values, height=thick, color=COLOURS[number % 6], label=plain_label(f"from {start}"))
+            for row, value in zip(rows, values, strict=True):
+                _annotate(panel, f"{value:.3f}", value, row, TEXT - 2)
+        panel.set_yticks(range(len(labels)), [shown(shorten(label, _NAME)) for label in labels])
+        panel.set(xlim=(0, 1.12), xlabel=f"{shown(metric)} (fraction)", xticks=[0, 0.25, 0.5, 0.75, 1])
+        panel.invert_yaxis()
+        if len(details) > 1:
+            figure.legend(loc="outside lower center", ncols=2)
+    return figure
+
+
+def draw_precision(curves: Mapping[str, Sequence[float]]) -> Figure:
+    """Draw precision over recall of the best and the worst classes, and the mean of all."""
+    recall = np.linspace(0, 1, 101)
+    chosen = sorted(curves, key=lambda label: -sum(curves[label]))
+    if len(chosen) > MAX_PRECISIONS:
+        chosen = chosen[: MAX_PRECISIONS // 2] + chosen[-MAX_PRECISIONS // 2 :]
+    with chart_style():
+        figure = Figure(figsize=(WIDTH, HEIGHT + 0.3), layout="constrained")
+        panel = figure.subplots()
+        for number, label in enumerate(chosen):
+            style = {"linestyle": _DASHES[number % 3], "color": COLOURS[number % 6]}
+            panel.plot(recall, curves[label], label=plain_label(shorten(label, 28)), **style)
+        if len(curves) > 1:
+            mean = np.mean(list(curves.values()), axis=0)
+            panel.plot(recall, mean, color="0.5", linewidth=2.4, label=f"mean of {len(curves)} classes")
+        panel.set(xlim=(0, 1), ylim=(0, 1.03), xlabel="recall (fraction)", ylabel="precision (fraction)")
+        figure.legend(loc="outside lower center", ncols=2)
+    return figure
+
+
+def draw_confusion(details: Details) -> Figure:
+    """Draw the matrix in colours of the share of each true class, with numbers if it is small."""
+    counts = np.array(details.confusion)
+    shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
+    size = len(details.classes)
+    names = [shown(shorten(label, _NAME)) for label in details.classes]
+    with chart_style():
+        figure = Figure(figsize=(WIDTH, WIDTH * 0.92), layout="constrained")
+        panel = figure.subplots()
+        drawn = panel.imshow(shares, cmap="cividis", vmin=0, vmax=1)
+        if size <= _NUMBERED:
+            for row, column in np.ndindex(counts.shape):
+                colour = "black" if shares[row, column] > 0.55 else "white"
+                style = {"ha": "center", "va": "center", "color": colour, "fontsize": TEXT - 2}
+                panel.text(column, row, str(counts[row, column]), **style)
+        step = max(1, size // 30)
+        panel.set_xticks(range(0, size, step), names[::step], rotation=90)
+        panel.set_yticks(range(0, size, step), names[::step])
+        panel.set(xlabel="predicted class", ylabel="true class")
+        figure.colorbar(drawn, ax=panel, label="share of the true class", shrink=0.7, pad=0.02)
+    return figure

@@ -1,4 +1,4 @@
-"""What was run: how a run's config differs from the one it came from, and what its parts are."""
+"""The config of a run: how it differs from its base config, and its parts."""
 
 import re
 import shlex
@@ -12,17 +12,17 @@ from omegaconf import DictConfig, OmegaConf
 from bissl_zoo.config import config_root, load_config, with_defaults
 from bissl_zoo.errors import ConfigError
 
-#: sections that common/train.py has defaults of
+#: sections with defaults in common/train.py
 PLAIN = ("train", "pretrain", "bilevel", "finetune", "clip_grad")
-#: sections that describe one call, and those that describe several
+#: sections with one call, and sections with several
 PARTS, GROUPS = ("backbone", "pretext", "task", "solver"), ("dataloader", "optimizer", "lr_multiplier")
-#: bytes of a text file that are read
+#: maximum bytes of a text file that are read
 _LIMIT = 4 << 20
 
 
 @dataclass(frozen=True)
 class Difference:
-    """A key with its value in the base and in the run; None where there is none."""
+    """A key with its value in the base and in the run; None if it is missing."""
 
     key: str
     base: Any
@@ -31,60 +31,55 @@ class Difference:
 
 @dataclass(frozen=True)
 class Differences:
-    """Against which config, and in which keys, a run differs."""
+    """The keys in which a run differs from its base config."""
 
     base: str
     changed: list[Difference]
 
 
 def leaves(cfg: Any) -> dict[str, Any]:
-    """The values of a config by dotted key, lists whole."""
+    """Return the values of a config by dotted key; lists are values."""
     plain = OmegaConf.to_container(cfg, resolve=False) if OmegaConf.is_config(cfg) else cfg
-    found: dict[str, Any] = {}
+    values: dict[str, Any] = {}
 
-    def walk(node: Any, key: str) -> None:
+    def visit(node: Any, key: str) -> None:
         if isinstance(node, dict) and node:
             for name, value in node.items():
-                walk(value, f"{key}.{name}" if key else str(name))
+                visit(value, f"{key}.{name}" if key else str(name))
         else:
-            found[key] = node
+            values[key] = node
 
-    walk(plain, "")
-    return found
+    visit(plain, "")
+    return values
 
 
 def differences(cfg: DictConfig, environment: str) -> Differences:
-    """How `cfg` differs from the shipped config that its command line names, or else from the defaults.
+    """Return how `cfg` differs from the shipped config on its command line or, without one, from the defaults.
 
-    A config of anybody else's is not opened: it is a program, and the run is perhaps a stranger's.
+    No other config is opened: configs are programs, and the run may come from a stranger.
 
     Args:
-        environment: the text of the run's `environment.txt`.
+        environment: text of the run's `environment.txt`.
     """
     name = shipped_config(environment)
     if name:
-        base, there = with_defaults(load_config(config_root() / name)), leaves(cfg)
-        known = leaves(base)
-        keys = [*known, *(key for key in there if key not in known)]
-        return Differences(f"configs/{name}", _changed(known, there, keys))
-    known = leaves(load_config("common/train.py"))
-    there = leaves(cfg)
-    keys = [key for key in there if key.split(".")[0] in PLAIN]
-    return Differences("configs/common/train.py", _changed(known, there, keys))
+        base, run = leaves(with_defaults(load_config(config_root() / name))), leaves(cfg)
+        return Differences(f"configs/{name}", _changed(base, run, list(dict.fromkeys([*base, *run]))))
+    base, run = leaves(load_config("common/train.py")), leaves(cfg)
+    return Differences("configs/common/train.py", _changed(base, run, [k for k in run if k.split(".")[0] in PLAIN]))
 
 
-def _changed(known: dict[str, Any], there: dict[str, Any], keys: Sequence[str]) -> list[Difference]:
-    """Where the run lies is no difference."""
-    pairs = [(key, known.get(key), there.get(key)) for key in keys if key != "train.output_dir"]
-    return [Difference(*pair) for pair in pairs if pair[1] != pair[2]]
+def _changed(base: dict[str, Any], run: dict[str, Any], keys: Sequence[str]) -> list[Difference]:
+    pairs = [Difference(key, base.get(key), run.get(key)) for key in keys if key != "train.output_dir"]
+    return [pair for pair in pairs if pair.base != pair.value]
 
 
 def shipped_config(environment: str) -> str | None:
-    """The config in `configs/` that the command of a run names, if it does and the config is there."""
-    found = re.search(r"^command: (.*)$", environment, re.MULTILINE)
+    """Return the config in `configs/` that the command of a run names, or None."""
+    match = re.search(r"^command: (.*)$", environment, re.MULTILINE)
     try:
-        words = shlex.split(found[1]) if found else []
-    except ValueError:  # a quote that is not closed
+        words = shlex.split(match[1]) if match else []
+    except ValueError:  # unbalanced quotes
         return None
     place = words.index("--config-file") + 1 if "--config-file" in words else len(words)
     name = words[place].removeprefix("configs/") if place < len(words) else ""
@@ -93,7 +88,7 @@ def shipped_config(environment: str) -> str | None:
 
 
 def parts_of(cfg: DictConfig) -> list[tuple[str, str]]:
-    """The described calls of a config, a line each."""
+    """Return the calls of a config, one line each."""
     plain = OmegaConf.to_container(cfg, resolve=False)
     calls = [(name, plain.get(name)) for name in PARTS]
     for group in GROUPS:
@@ -110,18 +105,18 @@ def _call(value: Any) -> str:
 
 
 def differing(configs: Sequence[DictConfig]) -> list[tuple[str, list[Any]]]:
-    """The keys in which several configs differ, but for where they were written, with the value of each."""
-    found = [leaves(cfg) for cfg in configs]
-    keys = dict.fromkeys(key for one in found for key in one)
-    rows = [(key, [one.get(key) for one in found]) for key in keys if key != "train.output_dir"]
+    """Return the keys in which several configs differ, except for the output directory, with the value of each."""
+    flat = [leaves(cfg) for cfg in configs]
+    keys = dict.fromkeys(key for values in flat for key in values)
+    rows = [(key, [values.get(key) for values in flat]) for key in keys if key != "train.output_dir"]
     return [(key, values) for key, values in rows if any(value != values[0] for value in values)]
 
 
 def read_text(path: Path) -> str:
-    """The beginning of a text file of a run directory; empty where there is none.
+    """Return the first 4 MiB of a text file of a run directory; empty if there is no file.
 
     Raises:
-        ConfigError: it cannot be read.
+        ConfigError: the file cannot be read.
     """
     if not path.is_file():
         return ""

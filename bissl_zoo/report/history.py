@@ -1,38 +1,50 @@
-"""The records of `metrics.jsonl` as series over steps, read whatever is in the file, and their common axis."""
+"""The records of `metrics.jsonl`: series over steps, the common axis of all stages, and the time of each stage."""
 
 import json
 import math
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-#: bytes of the file that are read, and of one line; far above what a run leaves
-MOST_BYTES, LONGEST_LINE = 256 << 20, 1 << 20
-#: points of a curve; of more, each is a mean
-MOST_POINTS = 300
-#: figures that a drawing tells apart
-MOST_FIGURES = 6
+from bissl_zoo.engine.stages.finetune import BASELINE
+
+#: bytes that are read of the file, and of one line; far above what a run writes
+MAX_BYTES, MAX_LINE = 256 << 20, 1 << 20
+#: points of a curve; longer ones are averaged
+MAX_POINTS = 300
+#: curves in one chart
+MAX_CURVES = 6
+#: seconds that no run takes
+_MAX_SECONDS = 1e12
+#: keys with the seconds of an interruption, and the prefixes of the metrics that it measures
+_MEASUREMENTS = {"time/evaluation": ("val/", "test/"), "time/probe": ("probe/",)}
+CHECKPOINT_TIME = "time/checkpoint"
 
 
 @dataclass(frozen=True)
 class Entry:
-    """A line: the figures after a step of a stage, or of an upper step, whose number is `upper`."""
+    """A line: the metrics after a step of a stage, or after the upper step number `upper`."""
 
     stage: str
     step: int
     time: float
     upper: int | None
-    figures: dict[str, Any]
+    metrics: dict[str, Any]
 
     def number(self, key: str) -> float | None:
-        """A figure, if it is one; None also where it was infinite or NaN."""
-        value = self.figures.get(key)
+        """Return a metric if it is a finite number."""
+        value = self.metrics.get(key)
         if type(value) not in (int, float) or abs(value) > 1e300 or not math.isfinite(value):
             return None
         return float(value)
+
+    def seconds(self, *keys: str) -> float:
+        """Return the sum of the metrics that are valid durations."""
+        values = (self.number(key) for key in keys)
+        return math.fsum(value for value in values if value and 0 < value < _MAX_SECONDS)
 
 
 @dataclass
@@ -43,8 +55,8 @@ class Series:
     y: list[float] = field(default_factory=list)
 
     def thinned(self) -> "Series":
-        """At most 300 points, each the mean of those it stands for."""
-        size = math.ceil(len(self.x) / MOST_POINTS)
+        """Return at most 300 points, each the mean of its neighbours."""
+        size = math.ceil(len(self.x) / MAX_POINTS)
         if size <= 1:
             return self
         parts = [slice(start, start + size) for start in range(0, len(self.x), size)]
@@ -55,102 +67,56 @@ def _mean(values: Sequence[float]) -> float:
     return math.fsum(values) / len(values)
 
 
-@dataclass(frozen=True)
-class Span:
-    """A stage on the axis that all stages share, counted in optimizer steps."""
-
-    stage: str
-    start: int
-    length: int
-
-
 @dataclass
 class History:
-    """What a run wrote, in the order of the file.
-
-    Attributes:
-        problem: what of it could not be read, or empty.
-    """
+    """The records of a run in the order of the file; `problem`: what could not be read, or empty."""
 
     entries: list[Entry] = field(default_factory=list)
     problem: str = ""
 
     def of(self, stages: Sequence[str], upper: bool = False) -> Iterator[Entry]:
-        """The records of these stages; `upper`: those of single upper steps, rather than of steps."""
+        """Yield the records of steps of these stages or, with `upper`, of single upper steps."""
         return (entry for entry in self.entries if entry.stage in stages and (entry.upper is not None) == upper)
 
     def series(self, key: str, stage: str, upper: bool = False) -> Series:
-        """A figure over the steps of a stage."""
-        found = Series()
+        """Return a metric over the steps of a stage."""
+        series = Series()
         for entry in self.of([stage], upper):
             value = entry.number(key)
             if value is not None:
-                found.x.append(entry.upper if upper else entry.step)
-                found.y.append(value)
-        return found
+                series.x.append(entry.upper if upper else entry.step)
+                series.y.append(value)
+        return series
 
     def stages(self) -> list[str]:
-        """In the order in which they began."""
+        """Return the stages in the order in which they began."""
         return list(dict.fromkeys(entry.stage for entry in self.entries))
 
-    def names(self, *beginnings: str) -> list[str]:
-        """The figures that begin so, without those of single classes."""
-        names = dict.fromkeys(name for entry in self.entries for name in entry.figures)
-        return [name for name in names if name.startswith(beginnings) and name.count("/") == 1]
-
-
-@dataclass(frozen=True)
-class Axis:
-    """Optimizer steps, one stage after the other; an alternation of `bissl` takes its lower and its upper steps."""
-
-    spans: tuple[Span, ...]
-    lower_steps: int
-    upper_steps: int
-
-    def place(self, entry: Entry, level: str = "") -> float | None:
-        """Where a record lies; `level`: which one's loss it tells, in `bissl`."""
-        span = next((span for span in self.spans if span.stage == entry.stage), None)
-        if span is None:
-            return None
-        if entry.stage != "bissl":
-            return span.start + entry.step
-        before = span.start + (entry.step - 1) * (self.lower_steps + self.upper_steps) + self.lower_steps
-        if entry.upper is not None:
-            return before + entry.upper - (entry.step - 1) * self.upper_steps
-        return before if level == "lower" else before + self.upper_steps
-
-
-def make_axis(history: History, lower_steps: int, upper_steps: int) -> Axis:
-    """The axis of all that a run has told so far."""
-    spans: list[Span] = []
-    start = 0
-    for stage in history.stages():
-        last = max(entry.step for entry in history.entries if entry.stage == stage)
-        length = last * (lower_steps + upper_steps if stage == "bissl" else 1)
-        spans.append(Span(stage, start, length))
-        start += length
-    return Axis(tuple(spans), lower_steps, upper_steps)
+    def names(self, *prefixes: str) -> list[str]:
+        """Return the metrics with these prefixes, without those of single classes."""
+        names = dict.fromkeys(name for entry in self.entries for name in entry.metrics)
+        return [name for name in names if name.startswith(prefixes) and name.count("/") == 1]
 
 
 def read_history(path: Path) -> History:
-    """All records of `metrics.jsonl`; what cannot be read is counted, and left out."""
-    history, unread = History(), 0
+    """Read `metrics.jsonl`; lines that cannot be read are counted and left out."""
+    history, unreadable = History(), 0
     if not os.path.isfile(path):
         return history
     try:
         with open(path, "rb") as file:
-            while file.tell() < MOST_BYTES and (line := file.readline(LONGEST_LINE)):
+            while file.tell() < MAX_BYTES and (line := file.readline(MAX_LINE)):
                 entry = _entry(line)
                 if entry:
                     history.entries.append(entry)
-                elif line.endswith(b"\n"):  # else it is being written
-                    unread += 1
+                elif line.endswith(b"\n"):  # otherwise it is being written
+                    unreadable += 1
             if file.read(1):
-                history.problem = f"{path.name} is larger than {MOST_BYTES >> 20} MiB; what follows is not shown."
+                history.problem = f"{path.name} is larger than {MAX_BYTES >> 20} MiB; the rest is not shown."
     except OSError as error:
-        history.problem = f"{path.name} cannot be read: {error.strerror}"
-    if unread:
-        history.problem += f" {path.name}: {unread} lines cannot be read, and are left out."
+        history.problem = f"{path.name} cannot be read: {error.strerror}."
+    if unreadable:
+        history.problem += f" {path.name}: {unreadable} lines cannot be read and are left out."
     return history
 
 
@@ -165,15 +131,169 @@ def _entry(line: bytes) -> Entry | None:
     if not (isinstance(stage, str) and re.fullmatch(r"\w{1,64}", stage, re.ASCII)) or not _is_count(step):
         return None
     time = record.pop("time", None)
-    figures = {name[:200]: value for name, value in record.items() if isinstance(value, (int, float, str))}
-    return Entry(
-        stage,
-        step,
-        float(time) if type(time) in (int, float) and 0 < time < 1e11 else math.nan,
-        upper if _is_count(upper) else None,
-        figures,
-    )
+    metrics = {name[:200]: value for name, value in record.items() if isinstance(value, (int, float, str))}
+    time = float(time) if type(time) in (int, float) and 0 < time < 1e11 else math.nan
+    return Entry(stage, step, time, upper if _is_count(upper) else None, metrics)
 
 
 def _is_count(value: Any) -> bool:
     return type(value) is int and 0 <= value < 1 << 53
+
+
+@dataclass(frozen=True)
+class Span:
+    """A stage on the common axis, in optimizer steps."""
+
+    stage: str
+    start: int
+    length: int
+
+
+@dataclass(frozen=True)
+class Axis:
+    """Optimizer steps of all stages in order; an alternation of `bissl` has its lower and its upper steps."""
+
+    spans: tuple[Span, ...]
+    lower_steps: int
+    upper_steps: int
+
+    def place(self, entry: Entry, level: str = "") -> float | None:
+        """Return the position of a record; `level`: "lower" or "upper", whose loss it has in `bissl`."""
+        span = next((span for span in self.spans if span.stage == entry.stage), None)
+        if span is None:
+            return None
+        if entry.stage != "bissl":
+            return span.start + entry.step
+        before = span.start + (entry.step - 1) * (self.lower_steps + self.upper_steps) + self.lower_steps
+        if entry.upper is not None:
+            return before + entry.upper - (entry.step - 1) * self.upper_steps
+        return before if level == "lower" else before + self.upper_steps
+
+
+def make_axis(history: History, lower_steps: int, upper_steps: int) -> Axis:
+    """Return the axis of all records so far."""
+    spans: list[Span] = []
+    start = 0
+    for stage in history.stages():
+        last = max(entry.step for entry in history.entries if entry.stage == stage)
+        length = last * (lower_steps + upper_steps if stage == "bissl" else 1)
+        spans.append(Span(stage, start, length))
+        start += length
+    return Axis(tuple(spans), lower_steps, upper_steps)
+
+
+@dataclass(frozen=True)
+class StageTime:
+    """Seconds of a stage: from the end of the stage before to its last record or the test evaluation after it.
+
+    Attributes:
+        evaluating, waiting, saving: parts of it, in evaluations and probes, for data, and in checkpoints.
+        speed: last measured images per second, or NaN.
+    """
+
+    name: str
+    seconds: float
+    evaluating: float = 0.0
+    waiting: float = 0.0
+    saving: float = 0.0
+    speed: float = math.nan
+
+    @property
+    def computing(self) -> float:
+        """Return the rest."""
+        return self.seconds - self.evaluating - self.waiting - self.saving
+
+
+@dataclass
+class Timing:
+    """Seconds by stage in order, then the rest of the run's wall time; `notes`: what is not known."""
+
+    stages: list[StageTime] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+
+def time_of(history: History, wall: Any, tested: Mapping[str, float]) -> Timing:
+    """Return the time of each stage.
+
+    Args:
+        wall: seconds of the whole run, anything else if unknown.
+        tested: seconds of the evaluations on the test set by the start of fine-tuning; 0 if not recorded.
+    """
+    timing = Timing()
+    entries = [entry for entry in history.entries if entry.upper is None and not math.isnan(entry.time)]
+    names = list(dict.fromkeys(entry.stage for entry in entries))
+    testing = {_finetuning(start, names): seconds for start, seconds in tested.items()}
+    outside = ["the start", "publishing"]
+    end: float | None = None
+    for name in names:
+        own = [entry for entry in entries if entry.stage == name]
+        begin = _first_step(own) if end is None else end
+        if begin is None:
+            begin = own[0].time - own[0].seconds(*_MEASUREMENTS)
+            timing.notes.append(f"Time before the first record of {name} (step {own[0].step}) is not counted.")
+            outside.append("time before the first record")
+        timing.stages.append(_stage_time(name, own, begin, testing.get(name, 0.0)))
+        end = begin + timing.stages[-1].seconds
+    if names and names[-1] in (BASELINE, "finetune") and not testing.get(names[-1]):
+        outside.append("the last evaluation")
+    _compare(timing, wall, outside)
+    if not any(entry.seconds(CHECKPOINT_TIME) for entry in entries):
+        timing.notes.append("The time of checkpoints was not recorded; it is part of the bars.")
+    if not all(tested.values()) or _unrecorded(entries):
+        timing.notes.append("The time of some evaluations was not recorded; it is part of the bars.")
+    elif not tested and {BASELINE, "finetune"} & set(names):
+        timing.notes.append("The time of the test evaluation is known when the run has ended.")
+    return timing
+
+
+def _finetuning(start: str, stages: Sequence[str]) -> str:
+    return BASELINE if start == "pretrained" and BASELINE in stages else "finetune"
+
+
+def _first_step(own: Sequence[Entry]) -> float | None:
+    """Return the time at which the first step of a run began, if a record has the seconds per step until then."""
+    for entry in own:
+        steps = entry.step * (entry.number("speed/seconds_per_step") or math.nan)
+        if 0 < steps < _MAX_SECONDS:
+            return min(own[0].time, entry.time - entry.seconds(*_MEASUREMENTS) - steps)
+    return None
+
+
+def _stage_time(name: str, own: Sequence[Entry], begin: float, testing: float) -> StageTime:
+    """Split the time of a stage from `begin` on; the parts never exceed the whole."""
+    waiting, before = 0.0, begin
+    for entry in own:
+        share = entry.number("speed/waiting")
+        if share is not None:  # since the last record that has it
+            waiting += min(max(share, 0.0), 1.0) * max(entry.time - before, 0.0)
+            before = entry.time
+    seconds = max(own[-1].time - begin, 0.0) + testing
+    speeds = [speed for entry in own if (speed := entry.number("speed/images_per_second")) is not None]
+    evaluating = min(math.fsum(entry.seconds(*_MEASUREMENTS) for entry in own) + testing, seconds)
+    waiting = min(waiting, seconds - evaluating)
+    saving = min(math.fsum(entry.seconds(CHECKPOINT_TIME) for entry in own), seconds - evaluating - waiting)
+    return StageTime(name, seconds, evaluating, waiting, saving, speeds[-1] if speeds else math.nan)
+
+
+def _unrecorded(entries: Sequence[Entry]) -> bool:
+    """Return whether a record has metrics of an evaluation or a probe without its seconds."""
+    return any(
+        entry.number(key) is None and any(name.startswith(prefixes) for name in entry.metrics)
+        for entry in entries
+        for key, prefixes in _MEASUREMENTS.items()
+    )
+
+
+def _compare(timing: Timing, wall: Any, outside: Sequence[str]) -> None:
+    """Compare the records with the wall time; `outside`: the parts of the difference."""
+    recorded = math.fsum(stage.seconds for stage in timing.stages)
+    if type(wall) not in (int, float) or not 0 < wall < _MAX_SECONDS:
+        timing.notes.append("The wall time of the run is not known, since it has not finished yet.")
+    elif recorded > wall * 1.02 + 1:
+        timing.notes.append(
+            f"The records span {recorded:.0f} s, the run measured {wall:.0f} s: it was paused, or killed and resumed. "
+            "Pauses are part of the bars."
+        )
+    else:
+        timing.stages.append(StageTime("outside of the records", max(wall - recorded, 0.0)))
+        timing.notes.append(f"Outside of the records: {', '.join(outside)}.")

@@ -1,4 +1,4 @@
-"""A zoo's index as a page: a table that is sorted and filtered in the browser, and a plain one without scripts."""
+"""The index of a zoo as an HTML page: a table that a script sorts and filters; without scripts a plain table."""
 
 import base64
 import hashlib
@@ -10,8 +10,7 @@ from typing import Any, NamedTuple
 
 from markupsafe import Markup
 
-from bissl_zoo.errors import ZooError
-from bissl_zoo.progress.console import printable
+from bissl_zoo.errors import ZooError, printable
 from bissl_zoo.report.page import footer, render, save_page
 from bissl_zoo.zoo import Zoo
 from bissl_zoo.zoo.hub import Entry
@@ -20,25 +19,25 @@ from bissl_zoo.zoo.page import format_metric
 
 logger = logging.getLogger(__name__)
 
-#: figures that get a column of their own, the commonest first
+#: metrics with a column, the most frequent first
 _MOST_METRICS = 12
 _TEXTS = ("architecture", "pretext", "task", "solver", "licence")
 
 
 class Cell(NamedTuple):
-    """What is shown, and what it is sorted by: a number or text, empty where there is nothing."""
+    """The text of a cell and its sort key: a number or text, or empty."""
 
     text: str
     key: str
 
 
 def zoo_page(records: Mapping[str, Mapping[str, Any]], location: str, datasets: Mapping[str, str]) -> str:
-    """The page of a zoo.
+    """Return the page of a zoo.
 
     Args:
-        records: of the index, by name of the entry.
-        location: of the zoo, for people.
-        datasets: by name of an entry, its data sets in words, where they are known.
+        records: the records of the index by entry name.
+        location: location of the zoo, as text.
+        datasets: names of the data sets by entry name, if known.
     """
     counts: dict[str, int] = {}
     for record in records.values():
@@ -56,7 +55,7 @@ def zoo_page(records: Mapping[str, Mapping[str, Any]], location: str, datasets: 
         rows=rows,
         numbers=range(first, first + len(metrics) + 1),
         location=location,
-        script=Markup(script),  # ours, and the only one that the page's policy lets run
+        script=Markup(script),  # the only script that the page's content security policy allows
         script_source=f"'sha256-{digest}'",
         footer=footer(),
     )
@@ -76,7 +75,7 @@ def _row(name: str, record: Mapping[str, Any], metrics: list[str], datasets: Map
 
 
 def write_zoo_page(zoo: Zoo, output: Path) -> None:
-    """Write the page of what a zoo holds.
+    """Write the page of a zoo.
 
     Raises:
         ZooError: the zoo cannot be read.
@@ -88,7 +87,7 @@ def write_zoo_page(zoo: Zoo, output: Path) -> None:
 
 
 def _data(entry: Entry) -> str:
-    """The names of an entry's data sets, each once, as its `entry.json` has them."""
+    """Return the distinct data sets in the `entry.json` of an entry."""
     try:
         datasets = entry.facts().get("datasets")
     except ZooError as error:

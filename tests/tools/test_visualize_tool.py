@@ -1,4 +1,4 @@
-"""tools/visualize.py: every command, where its pictures go, and what it refuses."""
+"""tools/visualize.py: every command, where its images go, and what it refuses."""
 
 import csv
 
@@ -50,18 +50,18 @@ def test_data_of_each_split_is_drawn_to_a_file_of_its_own(visualize, config, tmp
     for split in ("train", "test", "pretext"):
         status, out, err = visualize("data", "--config-file", config, "--split", split, "--images", 3)
         assert status == 0, err
-        assert out == f"picture pictures/data_{split}.png\n"
-        assert min(size(tmp_path / "pictures" / f"data_{split}.png")) > 300
-    assert size(tmp_path / "pictures" / "data_train.png") != size(tmp_path / "pictures" / "data_pretext.png")
+        assert out == f"image images/data_{split}.png\n"
+        assert min(size(tmp_path / "images" / f"data_{split}.png")) > 300
+    assert size(tmp_path / "images" / "data_train.png") != size(tmp_path / "images" / "data_pretext.png")
     status, _, err = visualize("data", "--config-file", config)
     assert status == 0, err
-    assert size(tmp_path / "pictures" / "data_train.png")[1] > 1000  # 16 images, in four rows
+    assert size(tmp_path / "images" / "data_train.png")[1] > 1000  # 16 images, in four rows
 
 
 def test_views_take_overrides_before_and_after_options(visualize, config, tmp_path):
     small = ["pretext.augmentation.size=16", "--images", 2, "--output", "a=b.png", "+pretext.augmentation.mean=[0,0,0]"]
     status, out, err = visualize("views", *small, "--config-file", config)
-    assert (status, out) == (0, "picture a=b.png\n"), err
+    assert (status, out) == (0, "image a=b.png\n"), err
     assert size(tmp_path / "a=b.png")
 
 
@@ -69,8 +69,8 @@ def test_predictions_of_a_run_go_to_its_own_folder(visualize, run_copy, tmp_path
     run_copy = run_copy.rename(tmp_path / "lr=0.1")  # a name that is no override
     status, out, err = visualize("predictions", run_copy, "--images", 2)
     assert status == 0, err
-    default = run_copy / "pictures" / "predictions.png"
-    assert out == f"picture {default}\n" and size(default)
+    default = run_copy / "images" / "predictions.png"
+    assert out == f"image {default}\n" and size(default)
     first = default.read_bytes()
     config = ["--config-file", run_copy / "config.yaml", f"train.init='{run_copy}'"]
     status, _, err = visualize("predictions", *config, "--random", "--images", 2)
@@ -86,19 +86,19 @@ def test_embeddings_of_a_run_an_entry_and_a_file_lie_side_by_side(visualize, run
     save_backbone(StoredBackbone(model.state_dict(), "test_resnet"), tmp_path / "ours.safetensors")
     status, out, err = visualize("embeddings", run_copy, "--images", 12, "--csv")
     assert status == 0, err
-    two = size(run_copy / "pictures" / "embeddings.png")
-    assert f"coordinates {run_copy / 'pictures' / 'embeddings.csv'}" in out
-    with open(run_copy / "pictures" / "embeddings.csv", newline="") as file:
+    two = size(run_copy / "images" / "embeddings.png")
+    assert f"coordinates {run_copy / 'images' / 'embeddings.csv'}" in out
+    with open(run_copy / "images" / "embeddings.csv", newline="") as file:
         rows = list(csv.DictReader(file))
     assert [row["backbone"] for row in rows] == ["run: pretrained"] * 12 + ["run: BiSSL"] * 12
     assert all(".jpg#" in row["image"] and row["class"] in "0123456789" for row in rows)
     sources = [run_copy, "plain.safetensors", "--architecture", "test_resnet", "ours.safetensors"]
     status, out, err = visualize("embeddings", *sources, "--config-file", config, "--images", 12)
     assert status == 0, err
-    four = size(run_copy / "pictures" / "embeddings.png")
+    four = size(run_copy / "images" / "embeddings.png")
     assert four[0] > 1.9 * two[0]
     status, out, err = visualize("embeddings", "ours.safetensors", "--config-file", config, "--images", 12)
-    assert (status, out) == (0, "picture pictures/embeddings.png\n"), err
+    assert (status, out) == (0, "image images/embeddings.png\n"), err
 
 
 def test_an_entry_of_the_zoo_is_embedded_by_its_name(visualize, finished, config, tmp_path, monkeypatch):
@@ -107,30 +107,28 @@ def test_an_entry_of_the_zoo_is_embedded_by_its_name(visualize, finished, config
     source = f"zoo:{published.name}"
     status, _, err = visualize("embeddings", source, "--config-file", config, "--images", 12, "--csv")
     assert status == 0, err
-    with open(tmp_path / "pictures" / "embeddings.csv", newline="") as file:
+    with open(tmp_path / "images" / "embeddings.csv", newline="") as file:
         assert {row["backbone"] for row in csv.DictReader(file)} == {source}
 
 
-def test_pictures_come_in_other_formats(visualize, config, tmp_path):
+def test_images_have_other_formats(visualize, config, tmp_path):
     for ending, begin in (("pdf", b"%PDF"), ("svg", b"<?xml")):
         output = tmp_path / f"data.{ending}"
         status, _, err = visualize("data", "--config-file", config, "--images", 2, "--output", output)
         assert status == 0 and output.read_bytes().startswith(begin), err
 
 
-def test_what_cannot_be_drawn_is_one_message(
-    visualize, config, tiny_config, tmp_path, scenes_copy, monkeypatch, capsys
-):
+def test_errors_are_one_message(visualize, config, tiny_config, tmp_path, scenes_copy, monkeypatch, capsys):
     cfg = tiny_config(train__output_dir=tmp_path / "run", train__stages="[pretrain]", train__publish__name="null")
     run(cfg, "test")
     capsys.readouterr()
     unlabelled = "dataloader.test.dataset.split=unlabeled"
     named = ["--config-file", config]
     cases = [
-        (["data"], "Give --config-file, or the directory of a run."),
-        (["data", "nowhere"], "Give --config-file, or the directory of a run: nowhere is none."),
+        (["data"], "Give --config-file or the directory of a run."),
+        (["data", "nowhere"], "Give --config-file or the directory of a run; nowhere is not one."),
         (["data", *named, "--split", "test", unlabelled], "reads an unlabelled data set"),
-        (["data", *named, "--output", "a.gif"], "a picture's name ends in .png, .pdf, .svg"),
+        (["data", *named, "--output", "a.gif"], "must end in .png, .pdf, .svg"),
         (["data", *named, "train.sed=1"], "Nearest: train.seed"),
         (["data", *named, "--split", "val"], "no usable 'dataloader.val'"),
         (["predictions", *named], "Predictions need a fine-tuned model"),
@@ -142,7 +140,7 @@ def test_what_cannot_be_drawn_is_one_message(
     for arguments, told in cases:
         status, out, err = visualize(*arguments)
         assert (status, out) == (1, "") and told in err and err.count("error: ") == 1, (arguments, err)
-    assert not (tmp_path / "pictures").exists()
+    assert not (tmp_path / "images").exists()
     root, folder = scenes_copy
     monkeypatch.setenv("BISSL_ZOO_DATASETS", str(root))
     for image in (folder / "JPEGImages").glob("test_*"):

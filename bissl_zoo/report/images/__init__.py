@@ -1,1 +1,1 @@
-"""Images of data, views, predictions and features."""
+"""Figures of data, views, predictions and features."""

@@ -1,41 +1,49 @@
-"""What backbones make of images, seen from above: t-SNE of their features, with what they are worth in figures."""
+"""Maps of features by t-SNE: the parts of a data set that are embedded, the backbones, kNN and silhouettes."""
 
 import csv
+import io
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from omegaconf import DictConfig
+from PIL import Image
 from sklearn.manifold import TSNE
 from sklearn.metrics import silhouette_score
 from torch import Tensor
 from torch.nn import functional
+from torch.utils.data import Dataset
 
-from bissl_zoo.errors import DatasetError
+from bissl_zoo.backbones import merge_split_states
+from bissl_zoo.config import instantiate
+from bissl_zoo.downstream import DownstreamTask
+from bissl_zoo.downstream.drawing import CAPTION, COLOURS, as_pixels, shorten
+from bissl_zoo.engine.build import Weights, build_split_backbone
+from bissl_zoo.engine.features import CROP, FrozenBackbone, load_frozen, pretext_pixels
+from bissl_zoo.engine.init import load_init, pinned_init, resplit, weights_of
+from bissl_zoo.engine.resume import seed_everything
+from bissl_zoo.engine.trainer import load_state
+from bissl_zoo.errors import CheckpointError, ConfigError, DatasetError
 from bissl_zoo.evaluation import knn_accuracy
-from bissl_zoo.report.images.drawing import (
-    COLOURS,
-    DPI,
-    TEXT,
-    TITLE,
-    add_legend,
-    fitted,
-    legend_height,
-    line_height,
-    written,
-)
+from bissl_zoo.files import write_atomically
+from bissl_zoo.report.images.sheets import DPI
+from bissl_zoo.runs.checkpoint import Checkpointer, load_checkpoint
+from bissl_zoo.runs.directory import CONFIG_FILE, load_run_config
 
-#: shapes of points; with the colours they tell 72 classes apart
+#: shapes of points; with 8 colours they distinguish 72 classes
 MARKERS = "o^sDvP*X<"
 #: the usual perplexity of t-SNE (van der Maaten and Hinton, JMLR 2008: 5 to 50)
 PERPLEXITY = 30.0
-LEAST_POINTS = 3
-#: inches of a panel and of what is around all of them; lines above a panel; panels in a row
-_PANEL, _MARGIN, _HEADS, _ROW = 3.3, 0.12, 2.2, 4
+MIN_POINTS = 3
+#: name of the label after those of the classes
+NO_CLASS = "no single class"
+#: inches of a map; maps in a row
+_MAP, _ROW = 3.3, 4
 
 
 @dataclass(frozen=True)
@@ -44,8 +52,7 @@ class Embedding:
 
     Attributes:
         points: `(N, 2)`, see :func:`project`; labels: `(N,)`.
-        knn: top-1 accuracy from the training features to these; NaN where there are none.
-        silhouette: see :func:`silhouette`.
+        knn: top-1 accuracy of kNN from the training features, silhouette: see :func:`silhouette`; NaN if undefined.
     """
 
     name: str
@@ -53,6 +60,108 @@ class Embedding:
     labels: np.ndarray
     knn: float
     silhouette: float
+
+
+class Objects(Dataset):
+    """`(image, label)` of the parts of images that a task names (`DownstreamTask.objects`): images or square crops.
+
+    Parts without a class have the label K, the number of classes. The longer side of a box is 0.875 of its crop, the
+    share that :class:`bissl_zoo.engine.features.CentralCrops` keeps.
+
+    Args:
+        indices: images of the data set whose objects are listed.
+    """
+
+    def __init__(self, dataset: Dataset, task: DownstreamTask, indices: Sequence[int]) -> None:
+        self.dataset = dataset
+        read = getattr(dataset, "target", None) or (lambda index: dataset[index][1])  # without decoding, if possible
+        self.items = [
+            (index, number, box, len(task.classes) if label is None else label)
+            for index in indices
+            for number, (box, label) in enumerate(task.objects(read(index)))
+        ]
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def __getitem__(self, place: int) -> tuple[Image.Image, int]:
+        index, _, box, label = self.items[place]
+        image = self.dataset[index][0]
+        if box is None:
+            return image, label
+        if not isinstance(image, Image.Image):
+            image = Image.fromarray(as_pixels(image))
+        return image.crop(square_around(box, image.size)), label
+
+    def source(self, place: int) -> str:
+        """Return the file or the index of the image, and for crops the number of the object in it."""
+        index, number, box, _ = self.items[place]
+        source = getattr(self.dataset, "source", None)
+        return f"{source(index) if source else index}{'' if box is None else f'#{number}'}"
+
+
+def square_around(box: tuple[float, ...], size: tuple[int, int]) -> tuple[int, int, int, int]:
+    """Return the square x0, y0, x1, y1 in whole pixels around a box, within an image of size (width, height)."""
+    x0, y0, x1, y1 = box
+    side = max(1, min(round(max(x1 - x0, y1 - y0) / CROP), *size))
+    corner = [round((low + high - side) / 2) for low, high in ((x0, x1), (y0, y1))]
+    left, top = (min(max(start, 0), whole - side) for start, whole in zip(corner, size, strict=True))
+    return left, top, left + side, top + side
+
+
+def load_stages(source: str, architecture: str | None = None) -> list[tuple[str, FrozenBackbone]]:
+    """Return the backbones of a source with a name for each.
+
+    A run with a BiSSL stage has two: the backbone that entered the stage and the lower one that left it. Any other
+    source has one, see :func:`bissl_zoo.engine.features.load_frozen`. The first may draw random weights.
+
+    Raises:
+        CheckpointError: weights that do not fit, an unfinished stage, or a run without a whole backbone.
+        ZooError: no such entry or file.
+    """
+    folder = Path(source)
+    if (folder / CONFIG_FILE).is_file():
+        cfg = load_run_config(folder)
+        if "bissl" in cfg.train.stages:
+            stages = [_entering(folder, cfg), ("BiSSL", _of_stage(folder, cfg, "bissl"))]
+            return [_named(folder, cfg, *stage) for stage in stages]
+    backbone = load_frozen(source, architecture)
+    return [(backbone.source, backbone)]
+
+
+def _entering(folder: Path, cfg: DictConfig) -> tuple[str, Weights]:
+    if "pretrain" in cfg.train.stages:
+        return "pretrained", _of_stage(folder, cfg, "pretrain")
+    if cfg.train.init is not None:
+        return f"from {Path(cfg.train.init).name}", load_init(pinned_init(cfg.train.init, folder), cfg)[0]
+    seed_everything(cfg.train.seed)  # the random weights that the stage starts from
+    trunk, tail = build_split_backbone(cfg)
+    return "random weights", Weights(trunk.state_dict(), tail=tail.state_dict())
+
+
+def _of_stage(folder: Path, cfg: DictConfig, stage: str) -> Weights:
+    newest = Checkpointer(folder / "checkpoints").newest(stage)
+    if newest is None:
+        raise CheckpointError(f"{folder} has no checkpoint of the stage {stage}. Continue the run with --resume.")
+    info, state = load_checkpoint(newest)
+    if not info.done:
+        raise CheckpointError(
+            f"{newest} belongs to an unfinished stage (step {info.step} of {info.total_steps}). Continue the run with "
+            "--resume."
+        )
+    return resplit(weights_of(stage, state), *build_split_backbone(cfg))
+
+
+def _named(folder: Path, cfg: DictConfig, name: str, weights: Weights) -> tuple[str, FrozenBackbone]:
+    name = f"{folder.absolute().name}: {name}"
+    if weights.tail is None:
+        raise CheckpointError(
+            f"{name}: only the backbone up to {cfg.bilevel.shared_stage} is stored, an embedding needs all of it. Give "
+            "the run or file that this run started from."
+        )
+    backbone = instantiate(cfg.backbone)
+    load_state(backbone, merge_split_states(weights.backbone, weights.tail), f"backbone of '{name}'")
+    return name, FrozenBackbone(backbone.model.eval().requires_grad_(False), backbone.name, name, pretext_pixels(cfg))
 
 
 def embedding(
@@ -68,29 +177,29 @@ def embedding(
     """Measure and project the features `(N, D)` of a backbone; labels are `(N,)`.
 
     Args:
-        classes: images with a label from this number on are on the map, and not in the figures; None counts them all.
+        classes: items with labels from this number on are on the map but not in the metrics; None counts all.
     Raises:
         BisslZooError: features that are not finite.
-        DatasetError: fewer than 3 images.
+        DatasetError: fewer than 3 items.
     """
-    if len(test_labels) < LEAST_POINTS:
-        raise DatasetError(f"{name}: {len(test_labels)} images; a map of embeddings needs {LEAST_POINTS} or more.")
-    points, drawn = project(test_features, seed), test_labels.numpy()
+    if len(test_labels) < MIN_POINTS:
+        raise DatasetError(f"{name}: {len(test_labels)} images; a map of embeddings needs {MIN_POINTS} or more.")
+    points, labels = project(test_features, seed), test_labels.numpy()
     if classes is not None:
         train, test = train_labels < classes, test_labels < classes
         train_features, train_labels = train_features[train], train_labels[train]
         test_features, test_labels = test_features[test], test_labels[test]
     if not len(train_labels) or not len(test_labels):
-        return Embedding(name, points, drawn, math.nan, math.nan)
+        return Embedding(name, points, labels, math.nan, math.nan)
     knn = knn_accuracy(train_features, train_labels, test_features, test_labels, k=k)["top1"]
-    return Embedding(name, points, drawn, knn, silhouette(test_features, test_labels))
+    return Embedding(name, points, labels, knn, silhouette(test_features, test_labels))
 
 
 def project(features: Tensor, seed: int = 0) -> np.ndarray:
-    """t-SNE (van der Maaten and Hinton, JMLR 2008) of features `(N, D)`, scaled to norm 1: `(N, 2)` float32.
+    """Return the t-SNE (van der Maaten and Hinton, JMLR 2008) of features `(N, D)` scaled to norm 1, `(N, 2)` float32.
 
-    It starts from the first principal components, and its perplexity is 30, or a third of N - 1 where that is less.
-    Features of a collapsed network, which are all alike, come to lie on one point.
+    It starts from the first principal components; the perplexity is 30, at most a third of N - 1. Identical features of
+    a collapsed network give identical points.
     """
     rows = functional.normalize(features.float(), dim=1).numpy()
     if np.ptp(rows, axis=0).max() < 1e-6:
@@ -100,10 +209,9 @@ def project(features: Tensor, seed: int = 0) -> np.ndarray:
 
 
 def silhouette(features: Tensor, labels: Tensor) -> float:
-    """How near features `(N, D)` are to their own class rather than the next, from -1 to 1 (Rousseeuw, 1987).
+    """Return the mean silhouette (Rousseeuw, 1987) of features `(N, D)` by cosine distance, from -1 to 1.
 
-    The mean silhouette by cosine distance, in the space of the features and not on the map. NaN where it is not
-    defined: a single class, or each image a class of its own.
+    It is measured on the features, not on the map. NaN for a single class or if each image is its own class.
     """
     if not 1 < len(labels.unique()) < len(labels):
         return math.nan
@@ -114,89 +222,83 @@ def silhouette(features: Tensor, labels: Tensor) -> float:
 def draw_embeddings(
     embeddings: Sequence[Embedding], classes: Sequence[str], title: str, notes: Sequence[str] = ()
 ) -> Figure:
-    """Maps side by side, a point per image, coloured by class; figures in their titles.
+    """Draw maps side by side, one point per image in the colour of its class, with the metrics in the titles.
 
-    Where there are more classes than colours, points differ in shape as well; where there are more than can be told
-    apart at all, there is no legend, and a note says so.
+    More than 8 classes also differ in the shape of their points; more than 72 have no legend.
 
     Args:
-        notes: lines below the maps, such as what kNN is measured from.
-    Raises:
-        DatasetError: there are no embeddings.
+        classes: names by label; notes: lines below the maps.
     """
-    if not embeddings:
-        raise DatasetError("There are no embeddings to draw.")
     present = sorted({int(label) for one in embeddings for label in one.labels})
-    told = len({_look(label) for label in present}) == len(present)
-    entries = [(classes[label], _point(label)) for label in present] if told else []
-    repeated = f"{len(present)} classes, more than colours and shapes can tell apart: these repeat."
-    notes = [*notes, *([] if told else [repeated])]
+    if len(present) > len(COLOURS) * len(MARKERS):
+        notes = [*notes, f"{len(present)} classes: colours and shapes repeat."]
     columns = min(len(embeddings), _ROW)
-    width, head = columns * _PANEL + 2 * _MARGIN, _MARGIN + line_height(TITLE)
-    side = _PANEL - _MARGIN
-    extents = [np.ptp(one.points, axis=0) for one in embeddings]
-    tall = side * min(1.0, max(0.6, *(y / x if x else 1.0 for x, y in extents)))
-    step = tall + _MARGIN + _HEADS * line_height(TITLE)
-    legend = legend_height(entries, width)
-    height = head + math.ceil(len(embeddings) / columns) * step + 2 * _MARGIN + len(notes) * line_height(TEXT) + legend
-    figure = Figure(figsize=(width, height), dpi=DPI, facecolor="white")
-
-    def write(top: float, text: str, size: float, color: str, weight: str = "normal") -> None:
-        line = fitted(text, width - 2 * _MARGIN, size, weight)
-        style = {"fontsize": size, "color": color, "weight": weight, "va": "top", "parse_math": False}
-        figure.text(_MARGIN / width, 1 - top / height, line, **style)
-
-    write(_MARGIN, title, TITLE, "black", "bold")
-    for place, one in enumerate(embeddings):
-        row, column = divmod(place, columns)
-        left, bottom = _MARGIN * 1.5 + column * _PANEL, height - head - (row + 1) * step
-        _draw_map(figure.add_axes((left / width, bottom / height, side / width, tall / height)), one, side)
-    for number, line in enumerate(reversed(notes), start=1):
-        write(height - legend - number * line_height(TEXT) - _MARGIN, line, TEXT, "0.3")
-    add_legend(figure, entries, width, _MARGIN / 2)
+    rows = math.ceil(len(embeddings) / columns)
+    legend_rows = math.ceil(len(present) / (2 * columns)) if len(present) <= len(COLOURS) * len(MARKERS) else 0
+    height = rows * (_MAP + 0.3) + 0.4 + 0.16 * (len(notes) + legend_rows)
+    figure = Figure(figsize=(columns * _MAP, height), dpi=DPI, layout="constrained")
+    room = int(columns * _MAP * 72 / (0.6 * CAPTION))
+    figure.suptitle(shorten(title, int(0.8 * room)), fontsize=CAPTION + 2, weight="bold", parse_math=False)
+    lines = "\n".join(shorten(note, room) for note in notes)
+    grid = figure.subplots(rows, columns, squeeze=False)
+    grid[-1, 0].set_xlabel(lines, loc="left", fontsize=CAPTION, color="0.3", parse_math=False)
+    for axes in grid.flat[len(embeddings) :]:
+        axes.set_axis_off()
+    for axes, one in zip(grid.flat, embeddings, strict=False):
+        _draw_map(axes, one)
+    if legend_rows:
+        handles = [_handle(label, classes[label]) for label in present]
+        style = {"frameon": False, "fontsize": CAPTION, "columnspacing": 1.0, "handletextpad": 0.2}
+        legend = figure.legend(handles=handles, loc="outside lower center", ncols=2 * columns, **style)
+        for text in legend.get_texts():
+            text.set_parse_math(False)
     return figure
 
 
-def _draw_map(axes: Axes, one: Embedding, side: float) -> None:
+def _draw_map(axes: Any, one: Embedding) -> None:
     measured = "silhouette undefined" if math.isnan(one.silhouette) else f"silhouette {one.silhouette:.3f}"
     knn = "undefined" if math.isnan(one.knn) else f"{one.knn:.3f}"
     if not np.ptp(one.points):
-        measured = "all features are alike"
-    axes.set_title(f"{fitted(one.name, side, TITLE)}\nkNN {knn}   {measured}", fontsize=TITLE, pad=4, parse_math=False)
-    look = [_look(label) for label in one.labels.tolist()]
-    size = min(40.0, max(12.0, 9000 / len(look)))
-    # in an order of their own, so that no class lies on top of the others
-    order = np.random.default_rng(0).permutation(len(look))
-    for marker in dict.fromkeys(marker for _, marker in look):
-        chosen = [place for place in order if look[place][1] == marker]
-        colours = [look[place][0] for place in chosen]
+        measured = "all features are equal"
+    axes.set_title(f"{shorten(one.name, 44)}\nkNN {knn}   {measured}", fontsize=CAPTION + 1, parse_math=False)
+    looks = [_look(label) for label in one.labels.tolist()]
+    size = min(40.0, max(12.0, 9000 / len(looks)))
+    order = np.random.default_rng(0).permutation(len(looks))  # no class covers the others
+    for marker in dict.fromkeys(marker for _, marker in looks):
+        chosen = [place for place in order if looks[place][1] == marker]
+        colours = [looks[place][0] for place in chosen]
         axes.scatter(*one.points[chosen].T, s=size, c=colours, marker=marker, linewidths=0.3, edgecolors="white")
     axes.set(xticks=[], yticks=[], aspect="equal", adjustable="datalim")
     axes.margins(0.05)
-    for spine in axes.spines.values():
-        spine.set_color("0.7")
 
 
 def _look(label: int) -> tuple[str, str]:
-    """Colour and shape of a class."""
+    """Return the colour and the shape of a class."""
     return COLOURS[label % len(COLOURS)], MARKERS[label // len(COLOURS) % len(MARKERS)]
 
 
-def _point(label: int) -> Line2D:
+def _handle(label: int, name: str) -> Line2D:
     colour, marker = _look(label)
-    return Line2D([], [], linestyle="", color=colour, marker=marker, markersize=5)
+    name = shorten(f"\u200b{name}", 24)  # matplotlib drops labels that begin with an underscore
+    return Line2D([], [], linestyle="", color=colour, marker=marker, markersize=5, label=name)
 
 
 def write_csv(embeddings: Sequence[Embedding], classes: Sequence[str], names: Sequence[str], path: Path) -> None:
-    """Write a line per point: the backbone, the image, its class, x and y.
+    """Write one line per point: the backbone, the image, its class, x and y.
 
     Args:
         names: of the N images, the same for all embeddings.
+    Raises:
+        ConfigError: the file cannot be written.
     """
     lines = [
         [one.name, name, classes[label], f"{x:.6g}", f"{y:.6g}"]
         for one in embeddings
         for name, label, (x, y) in zip(names, one.labels.tolist(), one.points.tolist(), strict=True)
     ]
-    with written(path) as draft, open(draft, "w", encoding="utf-8", errors="surrogateescape", newline="") as file:
-        csv.writer(file, lineterminator="\n").writerows([["backbone", "image", "class", "x", "y"], *lines])
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows([["backbone", "image", "class", "x", "y"], *lines])
+    try:
+        write_atomically(path, text.getvalue().encode(errors="surrogateescape"))
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be written: {error.strerror or error}.") from error

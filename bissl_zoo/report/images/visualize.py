@@ -1,6 +1,6 @@
-"""Pictures of a config's data and views, of what a run's model predicts, and of what backbones make of the test set.
+"""Figures of a config's data and views, of a run's predictions, and of the features of backbones.
 
-Each function draws with a seed of its own, leaves all random states as they were, and returns a matplotlib Figure.
+Each function draws random samples with its own seed, restores all random states, and returns a matplotlib Figure.
 """
 
 from collections.abc import Sequence
@@ -13,6 +13,7 @@ from omegaconf import DictConfig
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from bissl_zoo.downstream import DownstreamTask
 from bissl_zoo.engine.build import Context, Weights, build_datasets, build_downstream, build_pretext
 from bissl_zoo.engine.features import (
     CentralCrops,
@@ -25,89 +26,94 @@ from bissl_zoo.engine.init import load_init
 from bissl_zoo.engine.launch import choose_device
 from bissl_zoo.engine.resume import preserved_randomness
 from bissl_zoo.errors import CheckpointError, DatasetError
-from bissl_zoo.report.images.box_crops import BoxCrops
-from bissl_zoo.report.images.data import draw_samples, draw_views, samples_of
-from bissl_zoo.report.images.embeddings import LEAST_POINTS, Embedding, draw_embeddings, embedding
-from bissl_zoo.report.images.one_class import MIXED, OneClass
-from bissl_zoo.report.images.predictions import draw_predictions, predict
-from bissl_zoo.report.images.run_backbones import load_stages
+from bissl_zoo.report.images.embeddings import (
+    MIN_POINTS,
+    NO_CLASS,
+    Embedding,
+    Objects,
+    draw_embeddings,
+    embedding,
+    load_stages,
+)
+from bissl_zoo.report.images.sheets import draw_predictions, draw_samples, draw_views, predict, samples_of
 
-#: images at a time that a frozen backbone embeds
+#: batch size of a frozen backbone
 BATCH = 64
-#: neighbours of kNN, as tools/probe.py has them
+#: neighbours of kNN, as in tools/probe.py
 NEIGHBOURS = 20
+_CPU = torch.device("cpu")
 
 
-def picture_data(cfg: DictConfig, role: str, images: int = 16, seed: int = 0) -> Figure:
-    """Images of `dataloader.<role>`, drawn with `seed`, with their boxes or labels.
+def untrained_task(cfg: DictConfig, data: dict[str, Dataset]) -> DownstreamTask:
+    """Return the config's task with random weights on the CPU; `data` holds its training or test set."""
+    with preserved_randomness(_CPU):
+        return build_downstream(Context(cfg, data, _CPU), Weights())[1]
+
+
+def data_figure(cfg: DictConfig, role: str, images: int = 16, seed: int = 0) -> Figure:
+    """Draw images of `dataloader.<role>`, chosen with `seed`, with their targets; pretext images have none.
 
     Raises:
-        DatasetError: the set is missing or damaged.
+        DatasetError: the data set is missing or damaged.
     """
-    dataset = build_datasets(cfg, {role})[role]
-    chosen = sample_indices(len(dataset), images, seed)
-    title = f"{_described(cfg, role)}: {len(chosen)} of {len(dataset)} images"
-    return draw_samples(samples_of(dataset, chosen), getattr(dataset, "classes", None), title)
+    data = build_datasets(cfg, {role})
+    indices = sample_indices(len(data[role]), images, seed)
+    title = f"{_describe(cfg, role)}: {len(indices)} of {len(data[role])} images"
+    task = None if role == "pretext" else untrained_task(cfg, data)
+    return draw_samples(samples_of(data[role], indices), task, title)
 
 
-def picture_views(cfg: DictConfig, images: int = 6, seed: int = 0) -> Figure:
-    """Images of `dataloader.pretext` and the views of them that the pretext method is given, drawn with `seed`.
+def views_figure(cfg: DictConfig, images: int = 6, seed: int = 0) -> Figure:
+    """Draw images of `dataloader.pretext` and the views that the pretext method trains on.
 
     Raises:
-        DatasetError: the set is missing or damaged.
-        ConfigError: a method that does not fit the backbone, or views that are no images.
+        DatasetError: the data set is missing or damaged.
+        ConfigError: the method does not fit the backbone, or its views are not images.
     """
     dataset = build_datasets(cfg, {"pretext"})["pretext"]
-    cpu = torch.device("cpu")
-    with preserved_randomness(cpu):
-        _, method = build_pretext(cfg, Weights(), cpu)
+    with preserved_randomness(_CPU):
+        _, method = build_pretext(cfg, Weights(), _CPU)
     samples = samples_of(dataset, sample_indices(len(dataset), images, seed))
     pixels = pretext_pixels(cfg)
-    title = f"Views of {cfg.pretext.name}, {_described(cfg, 'pretext')}"
+    title = f"Views of {cfg.pretext.name}, {_describe(cfg, 'pretext')}"
     return draw_views(samples, method.views(), pixels["mean"], pixels["std"], title, seed)
 
 
-def picture_predictions(
+def predictions_figure(
     cfg: DictConfig, images: int = 16, seed: int = 0, worst: bool = False, threshold: float = 0.5
 ) -> Figure:
-    """What the fine-tuned model of the run `train.init` predicts for images of `dataloader.test`, and what is true.
+    """Draw targets and predictions of the fine-tuned model of the run `train.init` on images of `dataloader.test`.
 
     Args:
-        worst: those that the model is worst at, of the whole set, rather than images drawn with `seed`.
-        threshold: least score of the boxes that are drawn.
+        worst: choose the images of the whole set with the lowest scores instead of random ones.
+        threshold: minimum score of the parts of a prediction that are drawn, such as boxes.
     Raises:
-        CheckpointError: there is no fine-tuned model.
-        DatasetError: the set is missing or damaged.
+        CheckpointError: no fine-tuned model.
+        DatasetError: the data set is missing or damaged.
     """
-    if cfg.train.init is None:
-        raise CheckpointError(
-            "Predictions need a fine-tuned model. Give the directory of a run with the stage finetune, as in "
-            "train.init=runs/a."
-        )
-    weights, _ = load_init(cfg.train.init, cfg, evaluate=True)
+    weights = Weights() if cfg.train.init is None else load_init(cfg.train.init, cfg, evaluate=True)[0]
     if weights.task is None:
         raise CheckpointError(
-            f"Predictions need a fine-tuned model: train.init='{cfg.train.init}' holds no task head. Give the "
+            f"Predictions need a fine-tuned model, but train.init={cfg.train.init} holds no task head. Give the "
             "directory of a run with the stage finetune, as in train.init=runs/a."
         )
-    device = choose_device(cfg.train.device)
-    context = Context(cfg, build_datasets(cfg, {"test"}), device)
+    context = Context(cfg, build_datasets(cfg, {"test"}), choose_device(cfg.train.device))
     dataset, loader = context.data["test"], cfg.dataloader.test
-    with preserved_randomness(device):
+    with preserved_randomness(context.device):
         backbone, task = build_downstream(context, weights)
-        chosen = sample_indices(len(dataset), len(dataset) if worst else images, seed)
-        settings = (device, loader.batch_size, loader.get("num_workers", 0))
-        predictions = predict(backbone, task, dataset, chosen, *settings)
+        indices = sample_indices(len(dataset), len(dataset) if worst else images, seed)
+        settings = (context.device, loader.batch_size, loader.get("num_workers", 0))
+        predictions = predict(backbone, task, dataset, indices, *settings)
     if worst:
-        predictions = sorted(predictions, key=lambda one: one.quality)[:images]
-    samples = samples_of(dataset, [one.index for one in predictions])
-    choice = "the worst" if worst else "drawn at random"
-    title = f"{cfg.train.init} on {_described(cfg, 'test')}: {len(samples)} of {len(dataset)} images, {choice}"
-    return draw_predictions(samples, predictions, dataset.classes, title, threshold)
+        predictions = sorted(predictions, key=lambda prediction: prediction.score)[:images]
+    samples = samples_of(dataset, [prediction.index for prediction in predictions])
+    choice = "the worst" if worst else "random"
+    title = f"{cfg.train.init} on {_describe(cfg, 'test')}: {len(samples)} of {len(dataset)} images, {choice}"
+    return draw_predictions(samples, predictions, task, title, threshold)
 
 
-class EmbeddingsPicture(NamedTuple):
-    """The figure, and what it was drawn from: the maps, the names of the classes and of the images."""
+class EmbeddingsFigure(NamedTuple):
+    """A figure and its data: the maps, the names of the classes by label, and the names of the images."""
 
     figure: Figure
     embeddings: list[Embedding]
@@ -115,94 +121,72 @@ class EmbeddingsPicture(NamedTuple):
     names: list[str]
 
 
-def picture_embeddings(
+def embeddings_figure(
     cfg: DictConfig, sources: Sequence[str], images: int = 1000, seed: int = 0, architecture: str | None = None
-) -> EmbeddingsPicture:
-    """The test features of several backbones as maps side by side, with kNN from the training set and silhouettes.
+) -> EmbeddingsFigure:
+    """Draw the test features of several backbones side by side, with kNN from the training set and silhouettes.
 
-    Of a detection set the objects are embedded, each a square crop around its box. Of a multi-label set images of one
-    class have its colour and are in the figures, the others are on the map as having several classes or none. Images
-    are normalised as a backbone's own were; where a file does not say how, as the config's pretext images are.
+    The task names the embedded parts of an image: for detection crops around the boxes, otherwise whole images. Images
+    without a single class are on the map but not in the metrics. Pixels are normalised as the backbone's own training
+    images, or as the config's pretext images if unknown.
 
     Args:
-        sources: see :func:`bissl_zoo.report.images.run_backbones.load_stages`.
-        images: most of either set, drawn with `seed`.
-        architecture: timm's name, of files that do not say it.
+        sources: see :func:`bissl_zoo.report.images.embeddings.load_stages`.
+        images: maximum number of images and of objects of each set, chosen with `seed`.
+        architecture: timm name for files without one.
     Raises:
-        DatasetError: a set is missing or damaged, has targets of another kind, or fewer than 3 images.
+        DatasetError: a data set is missing or damaged, or has fewer than 3 images.
         CheckpointError: a source without a whole backbone.
-        ZooError: there is no such entry or file.
+        ZooError: no such entry or file.
     """
     device = choose_device(cfg.train.device)
     data = build_datasets(cfg, {"train", "test"})
-    classes, target = data["test"].classes, data["test"][0][1]
-    crops, several = isinstance(target, dict), isinstance(target, Tensor)
-    sets = {role: _single_labels(data[role], role) for role in ("train", "test")}
-    chosen = {role: sample_indices(len(dataset), images, seed) for role, dataset in sets.items()}
-    if len(chosen["test"]) < LEAST_POINTS:
-        what = "objects" if crops else "images"
+    task = untrained_task(cfg, data)
+    chosen = {role: sample_indices(len(data[role]), images, seed) for role in ("train", "test")}
+    sets = {role: Objects(data[role], task, chosen[role]) for role in chosen}
+    indices = {role: sample_indices(len(objects), images, seed) for role, objects in sets.items()}
+    if len(indices["test"]) < MIN_POINTS:
         raise DatasetError(
-            f"dataloader.test gives {len(chosen['test'])} {what}; a map of embeddings needs {LEAST_POINTS} or more."
+            f"dataloader.test has {len(indices['test'])} images or objects; a map of embeddings needs {MIN_POINTS} or "
+            "more."
         )
     embeddings, counts = [], [0, 0]
     with preserved_randomness(device):
         for source in sources:
             for name, backbone in load_stages(source, architecture):
                 parts: list[Tensor] = []
-                for role, dataset in sets.items():
-                    workers = cfg.dataloader[role].get("num_workers", 0)
-                    parts += _features(backbone, dataset, chosen[role], cfg, device, workers)
-                embeddings.append(embedding(name, *parts, k=NEIGHBOURS, seed=seed, classes=len(classes)))
-                counts = [int((labels < len(classes)).sum()) for labels in parts[1::2]]
-    what = "crops of the true boxes" if crops else "images"
-    title = f"t-SNE of {len(chosen['test'])} {what}, {_described(cfg, 'test')}"
+                for role, objects in sets.items():
+                    parts += _features(backbone, objects, indices[role], cfg, device, cfg.dataloader[role])
+                embeddings.append(embedding(name, *parts, k=NEIGHBOURS, seed=seed, classes=len(task.classes)))
+                counts = [int((labels < len(task.classes)).sum()) for labels in parts[1::2]]
+    title = f"t-SNE of {len(indices['test'])} images or objects, {_describe(cfg, 'test')}"
     notes = [
-        f"kNN: top-1 with k = {NEIGHBOURS}, from {counts[0]} {what} of dataloader.train",
-        "silhouette: of the features, by cosine distance",
+        f"kNN: top-1 accuracy, k = {NEIGHBOURS}, {counts[0]} neighbours from dataloader.train; silhouette: of the "
+        "features, cosine distance"
     ]
-    if several:
-        notes += [f"both of images of one class only, here {counts[1]} of {len(chosen['test'])}"]
-        classes = [*classes, *MIXED]
-    names = [_name(sets["test"], index) for index in chosen["test"]]
-    return EmbeddingsPicture(draw_embeddings(embeddings, classes, title, notes), embeddings, classes, names)
-
-
-def _single_labels(dataset: Dataset, role: str) -> Dataset:
-    """The set itself where its targets are classes, else its objects, or its images by their only class."""
-    target = dataset[0][1]
-    if isinstance(target, dict):
-        return BoxCrops(dataset)
-    if isinstance(target, Tensor) and target.shape == (len(dataset.classes),):
-        return OneClass(dataset)
-    if not isinstance(target, int):
-        raise DatasetError(
-            f"dataloader.{role} has targets of type {type(target).__name__}; a map of embeddings colours images by "
-            "their classes, or objects by that of their box. Give the config of a classification or a detection."
-        )
-    return dataset
+    if counts[1] < len(indices["test"]):
+        notes += [f"metrics: {counts[1]} of {len(indices['test'])} have a single class"]
+    classes = [*task.classes, NO_CLASS]
+    names = [sets["test"].source(index) for index in indices["test"]]
+    return EmbeddingsFigure(draw_embeddings(embeddings, classes, title, notes), embeddings, classes, names)
 
 
 def _features(
     backbone: FrozenBackbone,
-    dataset: Dataset,
-    chosen: Sequence[int],
+    objects: Objects,
+    indices: Sequence[int],
     cfg: DictConfig,
     device: torch.device,
-    num_workers: int,
+    loader: DictConfig,
 ) -> tuple[Tensor, ...]:
     pixels: dict[str, Any] = {**pretext_pixels(cfg), **backbone.pixels}
     size = pixels["input_size"][-1]
     backbone = replace(backbone, model=backbone.model.to(device))
-    backbone.width(size)  # tells where the network takes no such images
-    crops = CentralCrops(dataset, chosen, size, pixels["mean"], pixels["std"])
-    return extract_features(backbone.model, crops, device, BATCH, num_workers)
+    backbone.width(size)  # raises if the network does not take images of this size
+    crops = CentralCrops(objects, indices, size, pixels["mean"], pixels["std"])
+    return extract_features(backbone.model, crops, device, BATCH, loader.get("num_workers", 0))
 
 
-def _name(dataset: Dataset, index: int) -> str:
-    source = getattr(dataset, "source", None)
-    return source(index) if source else str(index)
-
-
-def _described(cfg: DictConfig, role: str) -> str:
+def _describe(cfg: DictConfig, role: str) -> str:
     dataset = cfg.dataloader[role].dataset
     return f"{dataset.get('root') or dataset.name} ({role})"
