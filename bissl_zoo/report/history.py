@@ -21,7 +21,8 @@ MAX_CURVES = 6
 _MAX_SECONDS = 1e12
 #: keys with the seconds of an interruption, and the prefixes of the metrics that it measures
 _MEASUREMENTS = {"time/evaluation": ("val/", "test/"), "time/probe": ("probe/",)}
-CHECKPOINT_TIME = "time/checkpoint"
+#: seconds of all checkpoints of a stage, in the record at its end
+CHECKPOINT_TIME = "seconds/checkpoint"
 
 
 @dataclass(frozen=True)
@@ -131,6 +132,8 @@ def _entry(line: bytes) -> Entry | None:
     if not (isinstance(stage, str) and re.fullmatch(r"\w{1,64}", stage, re.ASCII)) or not _is_count(step):
         return None
     time = record.pop("time", None)
+    seconds = record.pop("seconds", None)
+    record |= {f"seconds/{name}": value for name, value in seconds.items()} if isinstance(seconds, dict) else {}
     metrics = {name[:200]: value for name, value in record.items() if isinstance(value, (int, float, str))}
     time = float(time) if type(time) in (int, float) and 0 < time < 1e11 else math.nan
     return Entry(stage, step, time, upper if _is_count(upper) else None, metrics)

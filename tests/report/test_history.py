@@ -64,7 +64,7 @@ def timing_of(run, tested=(), wall=50.0):
 def test_the_time_of_a_stage_is_split_by_its_records(tmp_path):
     run = small_run(tmp_path / "run")
     write_records(run, {"speed/waiting": 0.5}, {"speed/waiting": 0.5, "speed/images_per_second": 7.0},
-                  {"time/checkpoint": 2.0})  # fmt: skip
+                  {"seconds": {"checkpoint": 2.0}})  # fmt: skip
     timing = timing_of(run, {"bissl": 4.0})
     (stage, rest) = timing.stages
     # 20 s from the first record to the last, and 4 s of the test set after it
@@ -130,7 +130,7 @@ def test_the_time_of_the_test_set_is_unknown_before_the_end_of_the_run(tmp_path)
 @pytest.mark.parametrize("value", [-5.0, 1e300, math.nan, "x", True])
 def test_impossible_times_leave_parts_within_the_whole(tmp_path, value):
     run = small_run(tmp_path / "run")
-    keys = ("time/evaluation", "time/probe", "time/checkpoint", "speed/waiting", "speed/seconds_per_step")
+    keys = ("time/evaluation", "time/probe", "seconds/checkpoint", "speed/waiting", "speed/seconds_per_step")
     write_records(run, *[dict.fromkeys(keys, value)] * 3)
     for stage in timing_of(run).stages:
         assert min(stage.computing, stage.evaluating, stage.waiting, stage.saving) >= 0

@@ -74,7 +74,7 @@ def test_the_same_run_gives_the_same_page(whole, finished, at_scenes, tmp_path):
     ]
 
 
-@pytest.mark.parametrize("gone", ["metrics.jsonl", "results.json", "checkpoints", "config.yaml", "facts.json"])
+@pytest.mark.parametrize("gone", ["metrics.jsonl", "results.json", "checkpoints", "config.yaml", "metadata.json"])
 def test_a_run_without_one_of_its_parts_has_a_page_that_says_so(run_copy, gone):
     path = run_copy / gone
     shutil.rmtree(path) if path.is_dir() else path.unlink()
@@ -85,21 +85,20 @@ def test_a_run_without_one_of_its_parts_has_a_page_that_says_so(run_copy, gone):
         "results.json": "There are no results yet",
         "checkpoints": "no checkpoint",
         "config.yaml": "cannot read this config file",
-        "facts.json": "The wall time of the run is not known",
+        "metadata.json": "The wall time of the run is not known",
     }
     assert expected[gone] in said
     assert "Environment." in said
 
 
-def test_missing_data_is_reported_in_place_of_its_images(finished, tmp_path, monkeypatch, capsys):
+def test_missing_data_is_reported_in_place_of_its_images(finished, tmp_path, monkeypatch, caplog):
     (tmp_path / "file").touch()
     monkeypatch.setenv("BISSL_ZOO_DATASETS", str(tmp_path / "file" / "nowhere"))
     missing = write_report([finished], tmp_path / "report.html", images=8)
     parsed = harmless((tmp_path / "report.html").read_text())
     assert missing == len(parsed.problems) == 4  # samples, views, features, predictions
     assert all(str(tmp_path / "file") in problem for problem in parsed.problems)
-    said = capsys.readouterr().out.splitlines()
-    assert len([line for line in said if line.startswith("warning: report of finished, ")]) == 4
+    assert len([record for record in caplog.records if record.message.startswith("report of finished, ")]) == 4
     assert "pretext loss" in parsed.drawn
 
 
@@ -217,20 +216,18 @@ def test_missing_stages_are_no_warning(train_net, tiny, tmp_path):
     assert parsed.problems == []
 
 
-def test_a_report_that_fails_is_a_warning(finished, tmp_path, capsys, monkeypatch):
+def test_a_report_that_fails_is_a_warning(finished, caplog, monkeypatch):
     def fail(*arguments, **options):
         raise RuntimeError("no ink")
 
     monkeypatch.setattr("bissl_zoo.report.write.write_report", fail)
     report_after(finished)
-    assert f"warning: the report was not written: RuntimeError: no ink. Try python tools/report.py {finished}" in (
-        capsys.readouterr().out
-    )
+    assert f"the report was not written: RuntimeError: no ink. Try python tools/report.py {finished}" in caplog.text
 
 
 @pytest.mark.slow
 def test_a_run_that_fails_says_how_to_look_at_it(train_net, tiny, tmp_path, monkeypatch):
-    monkeypatch.setattr("bissl_zoo.engine.runner.write_details", lambda *arguments: 1 / 0)
+    monkeypatch.setattr("bissl_zoo.engine.publishing.write_details", lambda *arguments: 1 / 0)
     changed = {"train__stages": "[finetune]", "train__publish__name": "null"}
     with pytest.raises(ZeroDivisionError):
         train_net(*tiny(**changed), f"train.output_dir={tmp_path / 'run'}")

@@ -20,8 +20,8 @@ from bissl_zoo.config import LazyCall as L
 from bissl_zoo.config import LazyConfig
 from bissl_zoo.downstream import Classification, FasterRCNN, MultilabelClassification
 from bissl_zoo.engine.build import Weights, build_datasets
-from bissl_zoo.engine.runner import open_context
-from bissl_zoo.engine.stages.bissl import build_bissl, build_pretext_warmup
+from bissl_zoo.engine.checks import open_context
+from bissl_zoo.engine.stages import Bissl, PretextWarmup
 from bissl_zoo.errors import CheckpointError, DatasetError
 from bissl_zoo.evaluation import knn_accuracy
 from bissl_zoo.registry import build_backbone, build_dataset
@@ -77,6 +77,7 @@ def test_clusters_have_a_silhouette_above_a_half_and_noise_has_none():
     assert math.isnan(silhouette(features, torch.arange(len(labels))))
 
 
+@pytest.mark.slow  # scikit-learn starts a process to count cores
 def test_maps_of_one_seed_are_equal_and_keep_clusters_apart():
     features, labels = clusters(20.0)
     before = random_states()
@@ -87,6 +88,7 @@ def test_maps_of_one_seed_are_equal_and_keep_clusters_apart():
     assert (labels[distances.argmin(axis=1)] == labels).float().mean() > 0.95
 
 
+@pytest.mark.slow  # scikit-learn starts a process to count cores
 def test_few_images_make_a_map_and_fewer_than_three_do_not():
     features, labels = clusters(5.0, count=1)
     one = embedding("tiny", features, labels, features, labels)
@@ -102,6 +104,7 @@ def test_a_collapsed_network_is_one_point_and_its_title_says_so():
     assert draw_embeddings([one], CLASSES, "").axes[0].get_title() == "flat\nkNN 0.333   all features are equal"
 
 
+@pytest.mark.slow  # scikit-learn starts a process to count cores
 def test_many_classes_differ_in_shape_and_too_many_have_no_legend():
     generator = torch.Generator().manual_seed(0)
     for count, legend in ((10, True), (100, False)):
@@ -152,6 +155,7 @@ def test_a_run_with_a_bissl_stage_has_two_maps_with_their_own_knn(finished, at_s
     assert any("k = 20, 60 neighbours from dataloader.train" in word for word in words(result.figure))
 
 
+@pytest.mark.slow  # scikit-learn starts a process to count cores
 def test_the_coordinates_are_written_with_image_and_class(tmp_path):
     features, labels = clusters(5.0, count=2)
     one = embedding("a, b", features, labels, features, labels)
@@ -173,7 +177,7 @@ def test_the_backbone_that_enters_the_stage_is_the_one_it_started_from(finished,
     assert any(not torch.equal(state[key], value) for key, value in leaving.model.state_dict().items())
     context = open_context(cfg, "test")
     # whether or not a new pretext head is warmed up before the stage
-    for level in (build_pretext_warmup(context, Weights()).level, build_bissl(context, Weights()).problem.lower):
+    for level in (PretextWarmup().build(context, Weights()).level, Bissl().build(context, Weights()).problem.lower):
         started = merge_split_states(level.backbone.state_dict(), level.head.tail.state_dict())
         assert state.keys() == started.keys() and all(torch.equal(state[key], started[key]) for key in state)
     cfg.train.init = str(finished)
@@ -226,6 +230,7 @@ def test_images_of_several_classes_are_on_the_map_and_not_in_the_metrics(finishe
     assert any(f"{len(alone['train'])} neighbours from dataloader.train" in word for word in said)
 
 
+@pytest.mark.slow  # scikit-learn starts a process to count cores
 def test_if_no_image_has_one_class_there_is_a_map_without_metrics():
     features, _ = clusters(5.0, count=2)
     labels = torch.full((6,), 3)

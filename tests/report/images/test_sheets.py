@@ -15,8 +15,8 @@ from bissl_zoo.config import load_config
 from bissl_zoo.data.views import MaskedView, Views
 from bissl_zoo.downstream import Classification, FasterRCNN
 from bissl_zoo.engine.build import build_datasets, build_downstream
+from bissl_zoo.engine.checks import open_context
 from bissl_zoo.engine.init import load_init
-from bissl_zoo.engine.runner import open_context
 from bissl_zoo.errors import CheckpointError, ConfigError, DatasetError
 from bissl_zoo.evaluation import DetectionEvaluator
 from bissl_zoo.registry import PRETEXT_METHODS, build_backbone
