@@ -1,12 +1,12 @@
-"""What lambda, gamma, damping and the number of upper steps do, on a problem small enough to repeat in minutes.
+"""Measure the effect of lambda, gamma, damping and the number of upper steps on a problem that takes minutes.
 
     OMP_NUM_THREADS=1 python benchmarks/ideas.py --output docs/figures
     python benchmarks/ideas_figures.py
 
-Handwritten digits of 8 x 8 pixels (they come with scikit-learn), an MLP encoder of 20,704 parameters. Pretext: SimCLR
-on 1,000 images without labels, views made by shifts, contrast and noise. Downstream: their class, from 200 labels. Each
-value of each number is one BiSSL stage from the same pretrained encoder, and a fine-tuning of what leaves it, over
-`--seeds` seeds of pretraining, labels and batches. Written is `ideas_NAME.csv`, a line per stage.
+The data are scikit-learn's handwritten digits of 8 x 8 pixels, the encoder is an MLP of 20,704 parameters. Pretext:
+SimCLR on 1,000 images without labels, with shifts, contrast and noise as views. Downstream: the class, from 200 labels.
+For each value of each parameter, one BiSSL stage starts from the same pretrained encoder and is followed by
+fine-tuning, over `--seeds` seeds of pretraining, labels and batches. `ideas_NAME.csv` has one line per stage.
 """
 
 import argparse
@@ -43,7 +43,7 @@ VALUES = {
 
 
 class Encoder(nn.Module):
-    """Images `(N, 64)` to features `(N, 64)`; smooth, so that second derivatives exist everywhere."""
+    """Smooth MLP from images `(N, 64)` to features `(N, 64)`, with second derivatives everywhere."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -54,7 +54,7 @@ class Encoder(nn.Module):
 
 
 class Contrast(nn.Module):
-    """SimCLR's loss, as `BiLevel` wants it."""
+    """SimCLR loss with the interface of a lower level."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -64,11 +64,11 @@ class Contrast(nn.Module):
         return {"nt_xent": nt_xent(self.projector(backbone(views)), 0.5)}
 
     def after_step(self, backbone: nn.Module) -> None:
-        """There is no teacher."""
+        """Do nothing: there is no teacher."""
 
 
 class Classify(nn.Module):
-    """A linear classifier of the ten digits."""
+    """Linear classifier of the ten digits."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -79,24 +79,24 @@ class Classify(nn.Module):
 
 
 class Digits:
-    """The images in three parts, shuffled by `seed`, and endless batches of them."""
+    """Images in three parts, shuffled with `seed`, as endless batches."""
 
     def __init__(self, seed: int) -> None:
         from sklearn.datasets import load_digits
 
-        found = load_digits()
+        digits = load_digits()
         self.seed = seed
-        order = torch.randperm(len(found.target), generator=torch.Generator().manual_seed(seed))
-        images = torch.tensor(found.data, dtype=torch.float32)[order] / 8 - 1
-        classes = torch.tensor(found.target)[order]
-        pictures = images[:UNLABELLED].view(-1, 8, 8)
+        order = torch.randperm(len(digits.target), generator=torch.Generator().manual_seed(seed))
+        images = torch.tensor(digits.data, dtype=torch.float32)[order] / 8 - 1
+        classes = torch.tensor(digits.target)[order]
+        unlabelled = images[:UNLABELLED].view(-1, 8, 8)
         shifts = [(down, right) for down in (-1, 0, 1) for right in (-1, 0, 1)]
-        self.shifted = torch.stack([pictures.roll(shift, (1, 2)).flatten(1) for shift in shifts])  # (9, U, 64)
+        self.shifted = torch.stack([unlabelled.roll(shift, (1, 2)).flatten(1) for shift in shifts])  # (9, U, 64)
         self.train = images[:LABELLED], classes[:LABELLED]
         self.test = images[UNLABELLED:], classes[UNLABELLED:]
 
     def views(self, size: int = 64, seed: int = 0) -> Iterator[Tensor]:
-        """Two views of each of `size` images, `(2 size, 64)`."""
+        """Yield two views of each of `size` images, `(2 size, 64)`."""
         generator = torch.Generator().manual_seed(1000 * self.seed + seed)
         while True:
             images = torch.randint(UNLABELLED, (size,), generator=generator).repeat(2)
@@ -106,23 +106,23 @@ class Digits:
             yield moved * contrast + noise
 
     def labelled(self, size: int = 32, seed: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
-        """Images `(size, 64)` and classes of the labelled part."""
+        """Yield images `(size, 64)` and classes `(size,)` of the labelled part."""
         generator = torch.Generator().manual_seed(1000 * self.seed + seed)
         while True:
             chosen = torch.randint(LABELLED, (size,), generator=generator)
             yield self.train[0][chosen], self.train[1][chosen]
 
 
-def level(
+def make_level(
     name: str, backbone: nn.Module, head: nn.Module, batches: Iterator, optimizer: torch.optim.Optimizer
 ) -> Level:
     return Level(name, backbone, head, optimizer, batches, LRMultiplier(ConstantParamScheduler(1.0)), 10**6)
 
 
-def train(one: Level, steps: int) -> None:
+def train(level: Level, steps: int) -> None:
     for _ in range(steps):
-        one.loss(one.backbone, next(one.data_iterator))[0].backward()
-        one.optimize()
+        level.loss(level.backbone, next(level.data_iterator))[0].backward()
+        level.optimize()
 
 
 def momentum_sgd(*modules: nn.Module) -> SGD:
@@ -135,25 +135,26 @@ def accuracy(backbone: nn.Module, head: Classify, part: tuple[Tensor, Tensor]) -
 
 
 class Start:
-    """What a stage starts from: a pretrained encoder, its pretext head, and a downstream head warmed up on it."""
+    """Starting point of a stage: a pretrained encoder, its pretext head, and a warmed-up downstream head."""
 
     def __init__(self, seed: int) -> None:
         torch.manual_seed(seed)
         self.digits, self.encoder, self.contrast, self.classify = Digits(seed), Encoder(), Contrast(), Classify()
         both = [*self.encoder.parameters(), *self.contrast.parameters()]
         train(
-            level("pretrain", self.encoder, self.contrast, self.digits.views(seed=1), AdamW(both, 2e-3)), PRETRAIN_STEPS
+            make_level("pretrain", self.encoder, self.contrast, self.digits.views(seed=1), AdamW(both, 2e-3)),
+            PRETRAIN_STEPS,
         )
         frozen = copy.deepcopy(self.encoder).requires_grad_(False)
         heads = AdamW(self.classify.parameters(), 1e-2)
-        train(level("warmup", frozen, self.classify, self.digits.labelled(seed=2), heads), HEAD_STEPS)
+        train(make_level("warmup", frozen, self.classify, self.digits.labelled(seed=2), heads), HEAD_STEPS)
         self.pretrained_finetuned = self.finetuned(self.encoder)
 
     def problem(self, setting: dict[str, float]) -> BiLevel:
-        """The bilevel problem from here, solved to 5 % by up to 20 products."""
+        """Build the bilevel problem from this starting point, solved to 5 % with at most 20 products."""
         nets = [copy.deepcopy(module) for module in (self.encoder, self.contrast, self.encoder, self.classify)]
-        lower = level("lower", *nets[:2], self.digits.views(seed=3), momentum_sgd(*nets[:2]))
-        upper = level("upper", *nets[2:], self.digits.labelled(seed=4), momentum_sgd(*nets[2:]))
+        lower = make_level("lower", *nets[:2], self.digits.views(seed=3), momentum_sgd(*nets[:2]))
+        upper = make_level("upper", *nets[2:], self.digits.labelled(seed=4), momentum_sgd(*nets[2:]))
         return BiLevel(
             lower,
             upper,
@@ -164,18 +165,18 @@ class Start:
         )
 
     def finetuned(self, encoder: nn.Module) -> float:
-        """Test accuracy of a copy of the encoder, fine-tuned with a new head."""
+        """Fine-tune a copy of the encoder with a new head and return its test accuracy."""
         torch.manual_seed(self.digits.seed)
         net, head = copy.deepcopy(encoder), Classify()
-        train(level("finetune", net, head, self.digits.labelled(seed=5), momentum_sgd(net, head)), FINETUNE_STEPS)
+        train(make_level("finetune", net, head, self.digits.labelled(seed=5), momentum_sgd(net, head)), FINETUNE_STEPS)
         return accuracy(net, head, self.digits.test)
 
 
 def stage(start: Start, name: str, value: float) -> dict[str, float]:
-    """One BiSSL stage with `name` at `value`, and what it left."""
+    """Run one BiSSL stage with `name` set to `value` and return its measurements."""
     setting = SETTING | {name: value}
     problem = start.problem(setting)
-    figures = [problem.alternate(number) for number in range(setting["alternations"])]
+    metrics = [problem.alternate(number) for number in range(setting["alternations"])]
     lower, upper = problem.lower, problem.upper
     theta_p, theta_d, theta_0 = (
         flatten([p.detach() for p in net.parameters()]) for net in (lower.backbone, upper.backbone, start.encoder)
@@ -184,10 +185,10 @@ def stage(start: Start, name: str, value: float) -> dict[str, float]:
     with torch.no_grad():
         pretext = float(lower.head.losses(lower.backbone, views)["nt_xent"])
         downstream = {
-            one.name: upper.head.losses(one.backbone, start.digits.test)["cross_entropy"].item()
-            for one in (lower, upper)
+            level.name: upper.head.losses(level.backbone, start.digits.test)["cross_entropy"].item()
+            for level in (lower, upper)
         }
-    cosines = [step["solver/cosine"] for step in figures if "solver/cosine" in step]
+    cosines = [step["solver/cosine"] for step in metrics if "solver/cosine" in step]
     return {
         name: value,
         "seed": start.digits.seed,
@@ -203,7 +204,7 @@ def stage(start: Start, name: str, value: float) -> dict[str, float]:
 
 
 def solves(start: Start, damping: float) -> dict[str, float]:
-    """One hypergradient at the pretrained encoder: how far it is from `v`, and what conjugate gradient makes of it."""
+    """Measure one hypergradient at the pretrained encoder: its distance from `v` and the residuals of the solvers."""
     problem = start.problem(SETTING | {"damping": damping})
     operator = problem.curvature(problem.lower.next_batch()).prepare()
     lower, upper = problem.lower, problem.upper
@@ -226,8 +227,8 @@ def solves(start: Start, damping: float) -> dict[str, float]:
 
 def measure(name: str, starts: list[Start], output: Path) -> None:
     """Write `ideas_NAME.csv`."""
-    one = solves if name == "damping" else lambda start, value: stage(start, name, value)
-    rows = [one(start, value) for value in VALUES[name] for start in starts]
+    run = solves if name == "damping" else lambda start, value: stage(start, name, value)
+    rows = [run(start, value) for value in VALUES[name] for start in starts]
     with (output / f"ideas_{name}.csv").open("w", newline="") as file:
         table = csv.DictWriter(file, rows[0], lineterminator="\n")
         table.writeheader()

@@ -1,8 +1,8 @@
-"""Draw `ideas_NAME.svg` from the `ideas_NAME.csv` that `benchmarks/ideas.py` has written.
+"""Draw `ideas_NAME.svg` from the `ideas_NAME.csv` of `benchmarks/ideas.py`.
 
     python benchmarks/ideas_figures.py
 
-Points are means over seeds, bands reach from the least to the largest.
+Points are means over seeds, bands reach from the minimum to the maximum.
 """
 
 import argparse
@@ -20,14 +20,14 @@ from matplotlib import pyplot  # noqa: E402
 
 
 def read(name: str, output: Path) -> dict[str, list[list[float]]]:
-    """The columns of `ideas_NAME.csv`: for each value, the figures of all seeds."""
+    """Return the columns of `ideas_NAME.csv`; each has a list over seeds for each value of the parameter."""
     with (output / f"ideas_{name}.csv").open() as file:
         rows = [{key: float(value) for key, value in row.items()} for row in csv.DictReader(file)]
     values = list(dict.fromkeys(row[name] for row in rows))
     return {key: [[row[key] for row in rows if row[name] == value] for value in values] for key in rows[0]}
 
 
-BLUE, ORANGE, GREEN, PURPLE = "#0072B2", "#D55E00", "#009E73", "#CC79A7"  # Okabe and Ito's, for the colour blind
+BLUE, ORANGE, GREEN, PURPLE = "#0072B2", "#D55E00", "#009E73", "#CC79A7"  # Okabe and Ito, safe for colour-blind readers
 LABELS = {
     "lambda": "lambda",
     "gamma": "gamma (0, then logarithmic)",
@@ -37,43 +37,43 @@ LABELS = {
 
 
 def curve(axes, x: list[float], seeds: list[list[float]], colour: str, marker: str, label: str) -> None:
-    """Mean over seeds, and their range as a band."""
+    """Plot the mean over seeds, and their range as a band."""
     axes.plot(x, [statistics.mean(s) for s in seeds], color=colour, marker=marker, markersize=4, label=label)
     axes.fill_between(x, [min(s) for s in seeds], [max(s) for s in seeds], color=colour, alpha=0.15, linewidth=0)
 
 
 def plot(name: str, output: Path) -> None:
     """Draw `ideas_NAME.svg` from its CSV."""
-    found = read(name, output)
-    x = [seeds[0] for seeds in found[name]]
+    columns_of = read(name, output)
+    x = [seeds[0] for seeds in columns_of[name]]
     panels = PANELS[name]
     columns = 2 if len(panels) == 4 else len(panels)
     rows = len(panels) // columns
     figure, axes = pyplot.subplots(rows, columns, figsize=(3.3 * columns, 2.7 * rows), layout="constrained")
-    for one, (title, curves) in zip(axes.flat, panels, strict=True):
+    for panel, (title, curves) in zip(axes.flat, panels, strict=True):
         for key, colour, marker, label in curves:
-            points = [(a, s) for a, s in zip(x, found[key], strict=True) if all(map(math.isfinite, s))]
-            curve(one, *map(list, zip(*points, strict=True)), colour, marker, label)
-        one.set(title=title, xlabel=LABELS[name])
-        one.spines[["top", "right"]].set_visible(False)
-        one.grid(alpha=0.25)
+            points = [(a, s) for a, s in zip(x, columns_of[key], strict=True) if all(map(math.isfinite, s))]
+            curve(panel, *map(list, zip(*points, strict=True)), colour, marker, label)
+        panel.set(title=title, xlabel=LABELS[name])
+        panel.spines[["top", "right"]].set_visible(False)
+        panel.grid(alpha=0.25)
         if name == "upper_steps":
-            one.set_xscale("symlog", base=2, linthresh=1)
-            one.set_xticks(x, [f"{value:g}" for value in x])
+            panel.set_xscale("symlog", base=2, linthresh=1)
+            panel.set_xticks(x, [f"{value:g}" for value in x])
         elif name == "gamma":
-            one.set_xscale("symlog", linthresh=0.01)
+            panel.set_xscale("symlog", linthresh=0.01)
         else:
-            one.set_xscale("log")
+            panel.set_xscale("log")
         if len(curves) > 1:
-            one.legend(frameon=False, fontsize=8)
+            panel.legend(frameon=False, fontsize=8)
         if name == "gamma" and title.startswith("downstream"):
-            one.set_yscale("log")
+            panel.set_yscale("log")
         elif name == "upper_steps" and title.startswith("downstream"):
-            one.set_ylim(top=0.9)
-            one.legend(frameon=False, fontsize=8, loc="upper right")
+            panel.set_ylim(top=0.9)
+            panel.legend(frameon=False, fontsize=8, loc="upper right")
         if "residual" in title:
-            one.set_yscale("log")
-            one.axhline(1, color="grey", linewidth=0.8, linestyle=":")
+            panel.set_yscale("log")
+            panel.axhline(1, color="grey", linewidth=0.8, linestyle=":")
     figure.savefig(output / f"ideas_{name}.svg", metadata={"Date": None})
     pyplot.close(figure)
 

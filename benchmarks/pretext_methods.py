@@ -1,18 +1,18 @@
-"""Whether every pretext method learns: kNN accuracy of a backbone before and after minutes of it on CIFAR-10.
+"""Check that every pretext method learns: kNN accuracy before and after a few minutes on CIFAR-10.
 
     export BISSL_ZOO_DATASETS=/tmp/datasets
     python benchmarks/pretext_methods.py --unpack cifar10_jpeg.npz    # once; writes cifar10/{train,test}/<class>/*.jpg
     OMP_NUM_THREADS=1 python benchmarks/pretext_methods.py --output runs/pretext_methods
 
-Each run is the pretrain stage on unlabelled images of the training set, the method's shared config with what `METHODS`
-changes. Embeddings of labelled training images vote on those of test images, as in tools/probe.py, of
+Each run is the pretrain stage on unlabelled images of the training set, with the method's shared config and the changes
+of `METHODS`. kNN classifies the embeddings of test images by those of labelled training images, as tools/probe.py, for
 
-    trained   the backbone that the run leaves
-    random    the one it began with, in eval mode: its batch norm does nothing yet
-    settled   the same with batch norm's statistics measured, as those of the trained one are
+    trained   the backbone at the end of the run
+    random    the initial backbone in eval mode, with initial batch-norm statistics
+    settled   the initial backbone with measured batch-norm statistics, as the trained one has
 
-The least gain is the smallest of trained over random in one seed. Finished runs stay in the output folder, as figures
-with the settings they are of, and are not measured again.
+The least gain is the smallest difference of trained and random over the seeds. The metrics of finished runs are stored
+in the output folder together with their settings, and are not measured again.
 """
 
 import argparse
@@ -47,7 +47,7 @@ FOLDER = dict(name="image_folder", root="cifar10")
 SIZE, UNLABELLED, LABELLED = 32, 10_000, {"train": 5_000, "test": 2_000}
 RESNET = dict(name="resnet18", channels=[16, 32, 64, 128], output_stride=16, zero_init_last=False)
 VIT = dict(name="vit_tiny_patch16_224", patch_size=8, img_size=SIZE, class_token=False, global_pool="avg", depth=4)
-# weaker than the papers', which ask for more than minutes: no blur, no solarization, colours that keep their hue
+# weaker than in the papers, for short training: no blur, no solarization, no change of hue
 VIEWS = dict(size=SIZE, aspect_ratio=[3 / 4, 4 / 3], jitter=[0.4, 0.4, 0.4, 0.0], grayscale_probability=0.1)
 TWO = dict(VIEWS, crop_scale=[0.2, 1.0], blur_probability=[0.0] * 2, solarize_probability=[0.0] * 2)
 CROPS = dict(VIEWS, local_size=16, local_crops=2, blur_probability=[0.0] * 3, solarize_probability=[0.0] * 3)
@@ -55,7 +55,7 @@ CROPS = dict(VIEWS, local_size=16, local_crops=2, blur_probability=[0.0] * 3, so
 
 @dataclass(frozen=True)
 class Recipe:
-    """What the run of a method has in place of `configs/common/pretext`: heads for a small network, and a short run."""
+    """Changes to `configs/common/pretext` for one method: heads for a small network and a short run."""
 
     pretext: dict[str, Any]
     views: dict[str, Any] = field(default_factory=lambda: TWO)
@@ -66,7 +66,7 @@ class Recipe:
 
 
 STATES = ("settled", "random", "trained")
-SLOW = dict(lr=5e-4, batch_size=32)  # at the rate of the others DINO's outputs became uniform
+SLOW = dict(lr=5e-4, batch_size=32)  # with the learning rate of the others, outputs of DINO collapsed to uniform
 METHODS = {
     "simclr": Recipe(dict(projector=[512, 128], temperature=0.2)),
     "byol": Recipe(dict(projector=[512, 128], predictor=[512, 128], decay=0.99), **SLOW, steps=700),
@@ -81,7 +81,7 @@ METHODS = {
 
 
 def config(method: str, recipe: Recipe, seed: int, folder: str) -> DictConfig:
-    """The config of one run."""
+    """Return the config of one run."""
     cfg = load_config("quickstart/digit_scenes_det.py")
     cfg.pretext = load_config(f"common/pretext/{method}.py").pretext
     cfg.pretext.update(recipe.pretext)
@@ -98,30 +98,30 @@ def config(method: str, recipe: Recipe, seed: int, folder: str) -> DictConfig:
 
 
 def trained(method: str, recipe: Recipe, seed: int) -> dict[str, Any]:
-    """Figures of the backbone that one run leaves."""
+    """Train one run and return the metrics of its backbone."""
     with tempfile.TemporaryDirectory() as folder:
         began = time.perf_counter()
         run(config(method, recipe, seed, folder), f"benchmark of {method}")
         seconds = time.perf_counter() - began
-        return {"trained": figures(load_frozen(folder).model), "seconds": seconds}
+        return {"trained": measure(load_frozen(folder).model), "seconds": seconds}
 
 
 def untrained(backbone: dict[str, Any], seed: int) -> dict[str, Any]:
-    """Figures of the backbone that the runs of a seed begin with, and of the same with its statistics measured."""
+    """Return the metrics of the initial backbone of a seed, without and with measured batch-norm statistics."""
     seed_everything(seed)  # as the stage does before it builds the network
     model = build_backbone(**backbone).model.eval()
-    found = {"random": figures(model)}
+    metrics = {"random": measure(model)}
     for norm in (module for module in model.modules() if isinstance(module, nn.BatchNorm2d)):
         norm.reset_running_stats()
         norm.momentum = None  # the mean over all batches
     with torch.no_grad():
         for batch in DataLoader(crops("train"), batch_size=250):
             model.train()(batch[0])
-    return {**found, "settled": figures(model.eval())}
+    return {**metrics, "settled": measure(model.eval())}
 
 
-def figures(model: nn.Module) -> dict[str, float]:
-    """kNN accuracy and effective rank of the embeddings of a frozen network, pooled maps."""
+def measure(model: nn.Module) -> dict[str, float]:
+    """Return kNN accuracy and effective rank of the pooled embeddings of a frozen network."""
     (train, labels), (test, truth) = (
         extract_features(model, crops(split), torch.device("cpu"), batch_size=250) for split in LABELLED
     )
@@ -130,40 +130,40 @@ def figures(model: nn.Module) -> dict[str, float]:
 
 @cache
 def crops(split: str) -> list[tuple[Tensor, int]]:
-    """Labelled images as a network is shown them; in memory, since every run looks at them."""
+    """Return labelled images as network inputs; cached, since every run uses them."""
     images = build_dataset(**FOLDER, split=split)
     chosen = CentralCrops(images, sample_indices(len(images), LABELLED[split], seed=0), SIZE)
     return [chosen[position] for position in range(len(chosen))]
 
 
-def kept(file: Path, settings: dict[str, Any], measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """What `measure` returns, from its file where that was written with these settings."""
-    if file.is_file() and (found := json.loads(file.read_text())).pop("settings") == settings:
-        return found
-    found = measure()
-    file.write_text(json.dumps({"settings": settings, **found}, indent=2))
-    return found
+def cached(file: Path, settings: dict[str, Any], compute: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """Return the result of `compute`, from `file` if it was written with the same settings."""
+    if file.is_file() and (stored := json.loads(file.read_text())).pop("settings") == settings:
+        return stored
+    result = compute()
+    file.write_text(json.dumps({"settings": settings, **result}, indent=2))
+    return result
 
 
-def figures_of(method: str, seed: int, output: Path) -> dict[str, Any]:
-    """All figures of one run."""
+def metrics_of(method: str, seed: int, output: Path) -> dict[str, Any]:
+    """Return all metrics of one run."""
     recipe, shared = METHODS[method], {"images": [UNLABELLED, *LABELLED.values()], "seed": seed}
     files = [output / f"{name}_{seed}.json" for name in (method, f"untrained_{recipe.backbone['name']}")]
-    after = kept(files[0], asdict(recipe) | shared, lambda: trained(method, recipe, seed))
-    before = kept(files[1], recipe.backbone | shared, lambda: untrained(recipe.backbone, seed))
+    after = cached(files[0], asdict(recipe) | shared, lambda: trained(method, recipe, seed))
+    before = cached(files[1], recipe.backbone | shared, lambda: untrained(recipe.backbone, seed))
     return after | before
 
 
 def row(method: str, runs: list[dict[str, Any]]) -> list[Any]:
-    """A line of the table."""
+    """Return one row of the table."""
     cells: list[Any] = [method]
     for state in STATES:
-        values = [100 * found[state]["knn"] for found in runs]
+        values = [100 * result[state]["knn"] for result in runs]
         cells.append(f"{statistics.mean(values):.1f} ± {statistics.stdev(values) if values[1:] else 0:.1f}")
-    least = min(found["trained"]["knn"] - found["random"]["knn"] for found in runs)
-    ranks = [statistics.mean(found[state]["rank"] for found in runs) for state in ("random", "trained")]
-    seconds = statistics.mean(found["seconds"] for found in runs)
-    return [*cells, f"{100 * least:+.1f}", f"{ranks[0]:.0f} to {ranks[1]:.0f}", f"{seconds:.0f}"]
+    least_gain = min(result["trained"]["knn"] - result["random"]["knn"] for result in runs)
+    ranks = [statistics.mean(result[state]["rank"] for result in runs) for state in ("random", "trained")]
+    seconds = statistics.mean(result["seconds"] for result in runs)
+    return [*cells, f"{100 * least_gain:+.1f}", f"{ranks[0]:.0f} to {ranks[1]:.0f}", f"{seconds:.0f}"]
 
 
 def unpack(archive: Path) -> None:
@@ -180,16 +180,16 @@ def unpack(archive: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--unpack", type=Path, metavar="NPZ", help="write the data set's folders, and do nothing else")
+    parser.add_argument("--unpack", type=Path, metavar="NPZ", help="only write the folders of the data set")
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    parser.add_argument("--output", type=Path, default=Path("runs/pretext_methods"), help="folder of the figures")
+    parser.add_argument("--output", type=Path, default=Path("runs/pretext_methods"), help="folder of the metrics")
     args = parser.parse_args()
     if args.unpack:
         return unpack(args.unpack)
     args.output.mkdir(parents=True, exist_ok=True)
-    pixels = kept(args.output / "pixels.json", {"images": list(LABELLED.values())}, lambda: figures(nn.Flatten()))
-    rows = [row(method, [figures_of(method, seed, args.output) for seed in args.seeds]) for method in args.methods]
+    pixels = cached(args.output / "pixels.json", {"images": list(LABELLED.values())}, lambda: measure(nn.Flatten()))
+    rows = [row(method, [metrics_of(method, seed, args.output) for seed in args.seeds]) for method in args.methods]
     print(tabulate(rows, ["method", *STATES, "least gain", "effective rank", "s"], "github", disable_numparse=True))
     print(f"\nkNN of the pixels themselves: {100 * pixels['knn']:.1f}")
 

@@ -1,18 +1,18 @@
-"""Images per second of the pretrain stage (SimCLR) beside a bare loop and beside lightly, interleaved in one run.
+"""Compare images per second of the pretrain stage (SimCLR), a bare loop and lightly, interleaved in one run.
 
     python benchmarks/pretrain.py
     python benchmarks/pretrain.py --architecture resnet50 --size 224 --batch 256 --workers 8 --amp --options
 
-    memory, bare      the same networks, loss, optimizer and clipping in a plain loop on views that are there, the limit
-    memory, stage     our stage on the same views
-    files, bare       the plain loop on views made of JPEG files by torch's DataLoader, the views ours
-    files, stage      our stage with its own loader on the same files
+    memory, bare      a plain loop with the same networks, loss, optimizer and clipping on views in memory
+    memory, stage     the stage on the same views
+    files, bare       the plain loop with torch's DataLoader and the same augmentation of JPEG files
+    files, stage      the stage with its loader on the same files
     files, lightly    lightly's SimCLR example for plain PyTorch: its transform, projection head, loss and optimizer
-    views             no training: views made of JPEG files, by as many workers
+    views             no training: augmentation of JPEG files with the same number of workers
 
-With `--options` also the stage on views that are there with each of its options, of which a GPU may gain. Every variant
-takes the same batch and the same number of workers. A round is some steps of each variant, of which the first are not
-counted, since a loader that rested has batches ready. Ratios are medians of the ratios round by round.
+`--options` adds the stage on views in memory with each of the options that may be faster on a GPU. Every variant uses
+the same batch and the same number of workers. A round is a number of steps of each variant; the first ones are not
+counted, since an idle loader has prefetched batches. Ratios are medians of the ratios round by round.
 """
 
 import argparse
@@ -65,7 +65,7 @@ def write_photographs(folder: Path, count: int) -> Path:
 
 
 class Bench:
-    """What the variants share: the data, the sizes and the device."""
+    """Data, sizes and device that the variants share."""
 
     def __init__(self, args: argparse.Namespace, folder: Path) -> None:
         self.args = args

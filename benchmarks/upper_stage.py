@@ -1,4 +1,4 @@
-"""The upper stage beside the textbook scheme: time, products, true residuals and memory, in one process, interleaved.
+"""Compare the upper stage with the textbook scheme: time, products, true residuals and memory, interleaved.
 
     python benchmarks/upper_stage.py --architecture resnet18 --size 64 --batch 32
     python benchmarks/upper_stage.py --architecture resnet50 --size 96 --batch 16
@@ -8,8 +8,8 @@ Both levels are trained briefly first (`--state` keeps that state), since at ran
     floor  no curvature: solver `identity`
     a      the textbook scheme as the BiSSL authors' code has it: each product from a fresh forward and backward pass,
            blockwise conjugate gradient, 5 iterations, damping 10
-    b      the arithmetic of a, one graph per alternation, batch norm and convolution with our double backward
-    c      textbook conjugate gradient on the joint system, each product from a fresh pass, each solve from nothing, to
+    b      the arithmetic of a, one graph per alternation, batch norm and convolution with own double backward
+    c      textbook conjugate gradient on the joint system, each product from a fresh pass, each solve from zero, to
            a residual of 0.05 at the damping of d
     d      recycled minimal residuals to 0.05 (configs/common/solvers/minres.py), automatic damping included
     e      d with half the batch for the curvature (bilevel.curvature_batch_size)
@@ -275,14 +275,14 @@ class Round:
         }
 
     def e(self):
-        return self._ours("retain_graph", self.setting.args.batch // 2)
+        return self._run("retain_graph", self.setting.args.batch // 2)
 
     def d(self, hvp_mode: str = "retain_graph"):
-        figures = self._ours(hvp_mode, None)
-        self.shift = figures["damping"] + LAM
-        return figures
+        results = self._run(hvp_mode, None)
+        self.shift = results["damping"] + LAM
+        return results
 
-    def _ours(self, hvp_mode: str, curvature: int | None):
+    def _run(self, hvp_mode: str, curvature: int | None):
         bilevel = self.setting.problem(MinRes(), self.number, hvp_mode, curvature)
         operator = bilevel.curvature(self.batch)
         systems, seconds, spent = [], 0.0, 0
@@ -305,7 +305,7 @@ class Round:
         }
 
     def _true_residuals(self, bilevel: BiLevel, shift: float, systems) -> float:
-        """The larger `||v - A x|| / ||v||` of the last two systems, from fresh products that are not timed."""
+        """The larger `||v - A x|| / ||v||` of the last two systems, from new products that are not timed."""
         if not self.checks_residuals:
             return float("nan")
         operator = bilevel.curvature(self.batch)
@@ -317,8 +317,8 @@ class Round:
 
 
 def _step(bilevel: BiLevel, operator):
-    """An upper step of ours that also hands out v and x."""
-    solver, kept = bilevel.solver, []
+    """Run an upper step and return v, x and its metrics."""
+    solver, vectors = bilevel.solver, []
 
     class Recording:
         def __getattr__(self, name):
@@ -326,7 +326,7 @@ def _step(bilevel: BiLevel, operator):
 
         def __call__(self, operator, v):
             solution = solver(operator, v)
-            kept.extend((v, solution.x))
+            vectors.extend((v, solution.x))
             return solution
 
     bilevel.solver = Recording()
@@ -334,43 +334,43 @@ def _step(bilevel: BiLevel, operator):
         metrics = bilevel.upper_step(operator)
     finally:
         bilevel.solver = solver
-    return *kept, metrics
+    return *vectors, metrics
 
 
 def measure(setting: Setting, rounds: int) -> dict[str, list[dict]]:
-    """`rounds` interleaved rounds after one that warms up."""
-    figures: dict[str, list[dict]] = {name: [] for name in ("lower", "floor", "a", "b", "d", "c", "e")}
+    """Run `rounds` interleaved rounds after a warm-up round."""
+    results_of: dict[str, list[dict]] = {name: [] for name in ("lower", "floor", "a", "b", "d", "c", "e")}
     for number in tqdm(range(rounds + 1), desc="rounds"):
-        one = Round(setting, number)
-        results = {name: getattr(one, name)() for name in figures}
+        variants = Round(setting, number)
+        results = {name: getattr(variants, name)() for name in results_of}
         [(_, x)], [(_, y)] = results["a"].pop("first"), results["b"].pop("first")
         results["b"]["difference"] = float((x - y).norm() / x.norm())
         results["c"].pop("first")
         if number:
             for name, result in results.items():
-                figures[name].append(result)
-    return figures
+                results_of[name].append(result)
+    return results_of
 
 
-def report(figures: dict[str, list[dict]]) -> dict:
-    """Medians per variant, and the medians of the ratios taken round by round."""
+def report(results_of: dict[str, list[dict]]) -> dict:
+    """Return medians per variant and medians of the per-round ratios."""
 
     def median(values):
         return statistics.median(values)
 
-    lower = [one["lower"] for one in figures["lower"]]
+    lower = [result["lower"] for result in results_of["lower"]]
     alternation = {
-        name: [low + one["upper"] for low, one in zip(lower, ones, strict=True)]
-        for name, ones in figures.items()
+        name: [low + result["upper"] for low, result in zip(lower, results, strict=True)]
+        for name, results in results_of.items()
         if name != "lower"
     }
     rows = {
         name: {
             "alternation_s": median(alternation[name]),
-            "upper_step_s": median([one["upper"] / UPPER_STEPS for one in ones]),
-            **{key: median([one[key] for one in ones]) for key in ones[0] if key != "upper"},
+            "upper_step_s": median([result["upper"] / UPPER_STEPS for result in results]),
+            **{key: median([result[key] for result in results]) for key in results[0] if key != "upper"},
         }
-        for name, ones in figures.items()
+        for name, results in results_of.items()
         if name != "lower"
     }
     ratios = {
@@ -397,32 +397,32 @@ def show(summary: dict) -> None:
 
 
 MEMORY = {
-    "floor": lambda one: one.floor(),
-    "a": lambda one: one.a(),
-    "b graph": lambda one: one.b(),
-    "b rebuild": lambda one: one.b(hvp_mode="recompute"),
-    "d graph": lambda one: one.d(),
-    "d rebuild": lambda one: one.d(hvp_mode="recompute"),
+    "floor": lambda variants: variants.floor(),
+    "a": lambda variants: variants.a(),
+    "b graph": lambda variants: variants.b(),
+    "b rebuild": lambda variants: variants.b(hvp_mode="recompute"),
+    "d graph": lambda variants: variants.d(),
+    "d rebuild": lambda variants: variants.d(hvp_mode="recompute"),
 }
 
 
 def peak_memory(setting: Setting, variant: str) -> float:
-    """MiB at most in this process (on a GPU: allocated there) over a lower step and the variant's upper steps."""
-    one = Round(setting, 0)
-    one.checks_residuals = False  # nor are the vectors for it kept
+    """Return the peak memory in MiB (on a GPU: allocated there) of a lower step and the variant's upper steps."""
+    variants = Round(setting, 0)
+    variants.checks_residuals = False  # so that their vectors are not kept
     if setting.args.device == "cuda":
         torch.cuda.reset_peak_memory_stats()
-    one.lower(1)
-    MEMORY[variant](one)
+    variants.lower(1)
+    MEMORY[variant](variants)
     if setting.args.device == "cuda":
         return torch.cuda.max_memory_allocated() / 2**20
-    # not ru_maxrss, which a child process takes over from its parent
+    # not ru_maxrss, which a child process inherits from its parent
     status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
     return int(status["VmHWM"].split()[0]) / 1024
 
 
 def profile(setting: Setting) -> None:
-    """Where the time of a product goes, operator by operator."""
+    """Print the time of a Hessian-vector product by operator."""
     bilevel = setting.problem(Identity(), 0)
     operator = bilevel.curvature(setting.pretext_batches[0]).prepare()
     u = flatten(torch.randn_like(p) for p in bilevel.lower.backbone.parameters())
@@ -437,15 +437,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--architecture", default="resnet18")
     parser.add_argument("--size", type=int, default=64, help="side of the images in pixels")
-    parser.add_argument("--batch", type=int, default=32, help="of both levels, and of the curvature")
-    parser.add_argument("--train-steps", type=int, default=300, help="of SimCLR, before anything is measured")
+    parser.add_argument("--batch", type=int, default=32, help="batch size of both levels and of the curvature")
+    parser.add_argument("--train-steps", type=int, default=300, help="steps of SimCLR before the measurement")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
-    parser.add_argument("--state", type=Path, help="file of the trained state; made where it is not there")
-    parser.add_argument("--output", type=Path, help="JSON file for all figures")
-    parser.add_argument("--no-memory", action="store_true", help="leave the peak memory out")
+    parser.add_argument("--state", type=Path, help="file of the trained state; written if it does not exist")
+    parser.add_argument("--output", type=Path, help="JSON file for all results")
+    parser.add_argument("--no-memory", action="store_true", help="do not measure peak memory")
     parser.add_argument("--memory", choices=MEMORY, help="only the peak memory of one variant")
-    parser.add_argument("--profile", action="store_true", help="only where the time of a product goes")
+    parser.add_argument("--profile", action="store_true", help="only print the time of a product by operator")
     args = parser.parse_args()
     args.state = args.state or Path("runs/benchmark") / f"{args.architecture}_{args.size}_{args.batch}.pt"
     setting = Setting(args)
@@ -453,16 +453,16 @@ def main() -> None:
         return profile(setting)
     if args.memory:
         return print(json.dumps({args.memory: peak_memory(setting, args.memory)}))
-    figures = measure(setting, args.rounds)
-    summary = report(figures)
+    results = measure(setting, args.rounds)
+    summary = report(results)
     show(summary)
     memory = {} if args.no_memory else _peaks(args)
     if args.output:
-        args.output.write_text(json.dumps({**summary, "memory_mib": memory, "figures": figures}, indent=2))
+        args.output.write_text(json.dumps({**summary, "memory_mib": memory, "results": results}, indent=2))
 
 
 def _peaks(args: argparse.Namespace) -> dict[str, float]:
-    """Of each variant, in a process of its own, since a peak does not go down."""
+    """Return the peak memory of each variant, each measured in a new process."""
     command = [sys.executable, __file__, *sys.argv[1:], "--state", str(args.state), "--memory"]
     outputs = [subprocess.run([*command, variant], check=True, capture_output=True, text=True) for variant in MEMORY]
     memory = {key: value for output in outputs for key, value in json.loads(output.stdout.splitlines()[-1]).items()}
