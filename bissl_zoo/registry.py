@@ -7,12 +7,15 @@ imports (`train.imports`); nothing here changes.
 import fnmatch
 import functools
 import importlib
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any, TypeVar
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from fvcore.common.registry import Registry as _FvcoreRegistry
 
 from bissl_zoo.errors import RegistryError, argument_problem, did_you_mean
+
+if TYPE_CHECKING:
+    from bissl_zoo.config.domains import Domain
 
 T = TypeVar("T", bound=Callable[..., Any])
 
@@ -33,6 +36,7 @@ class Registry(_FvcoreRegistry):
     def __init__(self, name: str, kind: str, modules: Sequence[str] = ()) -> None:
         super().__init__(name)
         self.kind = kind
+        self._arguments: dict[str, dict[str, Domain]] = {}
         self._modules = list(modules)
 
     def _import_modules(self) -> None:
@@ -56,11 +60,14 @@ class Registry(_FvcoreRegistry):
         self._import_modules()
         return super().__repr__()
 
-    def register(self, name: str) -> Callable[[T], T]:
+    def register(self, name: str, args: Mapping[str, "Domain"] | None = None) -> Callable[[T], T]:
         """Return a decorator that registers a class or function as `name` and returns it unchanged.
 
         Registering the same definition again, as a reloaded module does, replaces it.
 
+        Args:
+            args: domains of its arguments (`bissl_zoo.config.domains`): they are checked before a run starts, and the
+                config of a zoo entry may set these and those of `bissl_zoo.config.arguments`, but no others.
         Raises:
             RegistryError: another definition has this name, or no name is given.
         """
@@ -77,6 +84,7 @@ class Registry(_FvcoreRegistry):
                     f"register {_definition(obj)} under another name."
                 )
             self._obj_map[name] = obj
+            self._arguments[name] = dict(args or {})
             return obj
 
         return decorate
@@ -93,6 +101,11 @@ class Registry(_FvcoreRegistry):
         if len(names) > _MAX_LISTED:
             listed += f", ... ({len(names)} in all)"
         raise RegistryError(f"Unknown {self.kind} {name!r}.{did_you_mean(str(name), names)} Registered: {listed}.")
+
+    def arguments(self, name: str) -> dict[str, "Domain"]:
+        """Return the domains that `name` was registered with; raise RegistryError as `get`."""
+        self.get(name)
+        return self._arguments[name]
 
     def list(self, pattern: str = "*") -> list[str]:
         """Return the sorted names that match a shell wildcard pattern such as "resnet*"."""
