@@ -12,6 +12,8 @@ import bissl_zoo
 from bissl_zoo.config import LazyConfig
 from bissl_zoo.runs.checkpoint import load_checkpoint
 
+pytestmark = pytest.mark.slow
+
 COUNTS = {"unlabeled": 48, "train": 24, "val": 1, "test": 12}
 OVERRIDES = [
     "train.log_period=2",

@@ -15,6 +15,8 @@ from bissl_zoo.engine.stages import Bissl
 from bissl_zoo.pretext import SimCLR
 from bissl_zoo.runs.checkpoint import load_checkpoint
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def computed_in(monkeypatch):

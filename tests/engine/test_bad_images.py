@@ -19,6 +19,8 @@ from bissl_zoo.errors import DatasetError
 from bissl_zoo.report.run import RunReport
 from bissl_zoo.runs.listing import results_table
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(autouse=True)
 def at_once(monkeypatch):

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,63 +17,16 @@ from bissl_zoo.engine.trainer import Weights
 from bissl_zoo.errors import ConfigError
 from bissl_zoo.runs.checkpoint import Checkpointer
 
-PARTS = '''
-from bissl_zoo.engine.build import build_level, build_pretext, pretext_batches
-from bissl_zoo.engine.resume import seed_everything, seed_rank
-from bissl_zoo.engine.stages.pretrain import PretrainTrainer
-from bissl_zoo.engine.trainer import Hook, Stage
-from bissl_zoo.registry import STAGES
-
-
-@STAGES.register("second_pretraining")
-class SecondPretraining(Stage):
-    """Continue pretraining with the optimizer of the lower level."""
-
-    name = "second_pretraining"
-    data_roles = ("pretext",)
-    optimizers = ("lower",)
-    section, epoch_role = "pretrain", "pretext"
-    provides = ("backbone", "pretext")
-    follows = ("pretrain",)
-    label = "pretrained twice"
-
-    def build(self, context, weights, start_step=0):
-        seed_everything(7)
-        trunk, pretext = build_pretext(context.cfg, weights, context.device)
-        batches = pretext_batches(context, pretext, 7, start_step)
-        level = build_level(context.cfg, self.name, "lower", trunk, pretext, batches, self.steps(context))
-        seed_rank(7)
-        return PretrainTrainer(level)
-
-
-class Doubled(Hook):
-    """Add twice the number of started steps to the metrics."""
-
-    def __init__(self, factor):
-        self.factor, self.started = factor, 0
-
-    def before_step(self):
-        self.started += 1
-
-    def after_step(self):
-        self.trainer.metrics["started"] = self.factor * self.started
-'''
-
-
-@pytest.fixture(scope="module")
-def parts(tmp_path_factory):
-    file = tmp_path_factory.mktemp("parts") / "custom_parts_of_a_test.py"
-    file.write_text(PARTS)
-    return file
+PARTS = Path(__file__).resolve().parents[2] / "examples" / "my_stage" / "second_pretraining.py"
 
 
 @pytest.fixture
-def open_custom(tiny, at_scenes, tmp_path, parts):
+def open_custom(tiny, at_scenes, tmp_path):
     """Return the tiny config with the custom parts: `open_custom("train.stages=[finetune]", name="run")`."""
 
     def build(*overrides, name="run", **changed):
         settings = tiny(train__output_dir=tmp_path / name, train__publish__zoo=tmp_path / f"{name}-zoo", **changed)
-        imports = f"train.imports=[{parts}]"
+        imports = f"train.imports=[{PARTS}]"
         return open_config("quickstart/digit_scenes_det.py", [*settings, imports, *overrides])
 
     return build
@@ -113,10 +67,10 @@ def test_the_plan_has_a_custom_stage_at_its_place_and_labels_what_is_fine_tuned_
 
 @pytest.mark.slow
 def test_a_custom_hook_runs_around_every_step_and_its_metrics_are_written(open_custom, tmp_path):
-    hooks = "train.hooks=[{_target_: custom_parts_of_a_test.Doubled, factor: 2}]"
+    hooks = "train.hooks=[{_target_: second_pretraining.LogLearningRate, period: 2}]"
     run(open_custom("train.stages=[pretrain,finetune]", hooks, train__publish__name="null"), "test")
     started = [(line["stage"], line["step"], line["started"]) for line in lines(tmp_path / "run") if "started" in line]
-    assert started == [("pretrain", 1, 2), ("pretrain", 2, 4), ("finetune", 1, 2), ("finetune", 2, 4)]
+    assert started == [("pretrain", 1, 1), ("pretrain", 2, 2), ("finetune", 1, 1), ("finetune", 2, 2)]
 
 
 @pytest.mark.parametrize("call", ["{_target_: collections.Counter}", "{factor: 2}", "3"])
@@ -127,11 +81,14 @@ def test_an_entry_of_train_hooks_that_makes_no_hook_is_refused(open_custom, call
 
 
 def test_the_default_hooks_of_a_stage_are_one_ordered_list(open_custom, tmp_path):
-    hooks = "train.hooks=[{_target_: custom_parts_of_a_test.Doubled, factor: 2}]"
+    hooks = "train.hooks=[{_target_: second_pretraining.LogLearningRate, period: 2}]"
     context = open_context(open_custom(hooks, "finetune.eval_period=1", train__probe__period=1), "test")
     context.folder, context.checkpointer = tmp_path, Checkpointer(tmp_path)
     names = [type(hook).__name__ for hook in default_hooks(Bissl(), context)]
-    first, last = ["Progress"], ["Health", "UndecodableImages", "Doubled", "MetricsWriter", "PeriodicCheckpoint"]
+    first, last = (
+        ["Progress"],
+        ["Health", "UndecodableImages", "LogLearningRate", "MetricsWriter", "PeriodicCheckpoint"],
+    )
     assert names == [*first, "SolverWatch", "Probe", *last]
     names = [type(hook).__name__ for hook in default_hooks(Finetune(), context)]
     assert names == [*first, "PeriodicEvaluation", *last]

@@ -11,7 +11,7 @@ from bissl_zoo.engine.runner import run
 from bissl_zoo.runs.checkpoint import load_checkpoint
 from bissl_zoo.zoo import get_config, get_entry
 
-pytestmark = needs_detectron2
+pytestmark = [pytest.mark.slow, needs_detectron2]
 
 
 @pytest.fixture

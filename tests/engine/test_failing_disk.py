@@ -331,6 +331,7 @@ def test_output_to_a_full_disk_does_not_end_the_run_but_a_closed_pipe_does(monke
             pipe.close()
 
 
+@pytest.mark.slow
 def test_a_zoo_that_refuses_leaves_a_complete_run_that_a_resume_publishes(train_net, tiny, run_copy, small_disk):
     (run_copy / "zoo_entry.json").unlink()
     Filler(small_disk, spare=64 * 1024).fill()

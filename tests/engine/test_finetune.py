@@ -182,6 +182,7 @@ def made_up_and_killed():
     SingleLevelTrainer.run_step = armed
 
 
+@pytest.mark.slow
 def test_a_run_that_is_killed_stops_as_early_and_tests_the_same_weights_as_one_that_is_not(config, tmp_path):
     assert exit_status(start_run(config("killed", **STOPPING), before=made_up_and_killed)) == -signal.SIGKILL
     for name in ("killed", "whole"):
@@ -200,6 +201,7 @@ def test_a_run_that_is_killed_stops_as_early_and_tests_the_same_weights_as_one_t
     assert look_at(tmp_path / "whole").state == FINISHED
 
 
+@pytest.mark.slow
 def test_evaluations_on_the_way_are_on_validation_data_where_there_is_some(config, tmp_path):
     run(config(finetune__steps=2, finetune__eval_period=1), "test")
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
@@ -207,6 +209,7 @@ def test_evaluations_on_the_way_are_on_validation_data_where_there_is_some(confi
     assert not any("test/AP50" in line for line in lines)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
@@ -224,6 +227,7 @@ def test_what_cannot_be_is_refused_before_anything_is_trained(config, tmp_path, 
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_weights_are_never_chosen_by_the_test_set(config):
     cfg = config(**STOPPING)
     del cfg.dataloader.val

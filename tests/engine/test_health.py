@@ -180,6 +180,7 @@ def test_a_gradient_norm_far_above_the_usual_is_warned_of_once(capsys, factor, a
 # two processes
 
 
+@pytest.mark.slow
 def test_what_goes_wrong_on_one_process_is_decided_alike_on_both(process, tmp_path):
     with process(sick_stages.__file__, tmp_path) as running:
         _, err = running.communicate(timeout=120)

@@ -185,6 +185,7 @@ def test_a_collapsed_embedding_is_warned_of_once_where_the_probe_measures_it(cap
 # runs
 
 
+@pytest.mark.slow
 def test_a_run_that_stops_keeps_its_last_checkpoint_and_is_resumed_without_the_batch(
     train_net, tiny, tmp_path, monkeypatch
 ):

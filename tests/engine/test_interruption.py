@@ -16,7 +16,7 @@ from bissl_zoo.engine import features
 from bissl_zoo.pretext.simclr import SimCLR
 from bissl_zoo.runs.checkpoint import Checkpointer, load_checkpoint
 
-pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="the system cannot fork")
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(not hasattr(os, "fork"), reason="the system cannot fork")]
 
 
 @pytest.fixture

@@ -16,6 +16,8 @@ from bissl_zoo.engine.runner import run
 from bissl_zoo.engine.stages import Bissl, PretextWarmup, plan_stages
 from bissl_zoo.runs.checkpoint import load_checkpoint
 
+pytestmark = pytest.mark.slow
+
 # two views of an image that no chance enters: the whole of it, once sharp and once blurred
 FIXED_VIEWS = dict(
     crop_scale=[1.0, 1.0],

@@ -155,6 +155,7 @@ def test_methods_that_compare_images_with_each_other_refuse_to_be_taken_in_parts
 # memory format and compilation
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("option", ["channels_last", "compile"])
 def test_the_stage_computes_the_same_in_another_memory_format_and_compiled(build, option, monkeypatch):
     # the default backend writes C++ and takes most of a minute to compile it
@@ -176,6 +177,7 @@ def test_the_stage_computes_the_same_in_another_memory_format_and_compiled(build
 # what a run with these options leaves
 
 
+@pytest.mark.slow
 def test_a_run_with_an_average_shows_its_speed_and_publishes_the_average(train_net, tiny, tmp_path, at_scenes):
     folder, zoo = tmp_path / "run", tmp_path / "zoo"
     settings = tiny(

@@ -83,6 +83,7 @@ def assert_equal(one, other):
         assert one == other
 
 
+@pytest.mark.slow
 def test_a_run_with_and_without_the_probe_ends_bit_equal(labelled_config, tmp_path):
     folders, random_states = {}, {}
     for period in (0, 1):
@@ -104,6 +105,7 @@ def test_a_run_with_and_without_the_probe_ends_bit_equal(labelled_config, tmp_pa
     assert all(record.get("time/probe", 1) > 0 for record in probed)
 
 
+@pytest.mark.slow
 def test_the_figures_are_those_of_the_embedding_as_scikit_learn_and_the_formulas_have_them(labelled_config, capsys):
     context = open_context(labelled_config(train__probe__period=2, train__probe__k=5, pretrain__steps=2), "test")
     trainer = Pretrain().build(context, Weights())
@@ -275,6 +277,7 @@ if __name__ == "__main__":
 """
 
 
+@pytest.mark.slow
 def test_two_processes_measure_once_and_train_as_if_they_had_not(process, labelled_config, tmp_path):
     (tmp_path / "program.py").write_text(PROGRAM)
     LazyConfig.save(labelled_config(), tmp_path / "config.yaml")

@@ -14,6 +14,8 @@ from bissl_zoo.errors import BisslZooError, CheckpointError, ConfigError
 from bissl_zoo.runs.directory import read_metadata, read_results
 from bissl_zoo.zoo import Zoo, get_config, get_entry, list_backbones
 
+pytestmark = pytest.mark.slow
+
 
 def test_a_run_is_published_later_into_another_zoo_with_all_that_it_left(run_copy, tmp_path):
     entry = publish_run(run_copy, name="mine", zoo=Zoo(tmp_path / "zoo"))

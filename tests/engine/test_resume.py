@@ -21,6 +21,8 @@ from bissl_zoo.hypergradient import CurvatureOperator
 from bissl_zoo.runs import checkpoint
 from bissl_zoo.zoo import stores, transactions
 
+pytestmark = pytest.mark.slow
+
 KILLS = int(os.environ.get("BISSL_ZOO_KILLS", 2))
 #: workers of the loaders, and processes
 RUNS = {"with workers": (2, 1), "two processes": (0, 2), "at any moment": (2, 1)}

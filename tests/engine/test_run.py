@@ -17,6 +17,8 @@ from bissl_zoo.engine.stages import plan_stages
 from bissl_zoo.runs.checkpoint import load_checkpoint, read_info
 from bissl_zoo.zoo import get_entry
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def folder_of_images(tmp_path, monkeypatch):

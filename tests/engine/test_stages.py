@@ -125,6 +125,7 @@ HEADS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["barlow_twins", "moco_v2", "moco_v3", "simsiam", "vicreg"])
 def test_teachers_and_queues_of_a_resumed_stage_go_on_as_if_it_had_not_stopped(
     tiny_config, at_scenes, tmp_path, method
@@ -177,6 +178,7 @@ def test_a_checkpoint_without_a_shift_loads(context):
     assert trainer.problem.shift is None
 
 
+@pytest.mark.slow
 def test_the_upper_steps_of_an_alternation_are_records_and_counted_over_the_stage(tiny_config, at_scenes):
     context = open_context(tiny_config(bilevel__upper_steps=3), "test")
     trainer = Bissl().build(context, trunk_weights(context))
@@ -196,6 +198,7 @@ def test_the_upper_steps_of_an_alternation_are_records_and_counted_over_the_stag
     assert [record["upper_step"] for record in again.records] == [7, 8, 9]
 
 
+@pytest.mark.slow
 def test_products_that_are_rebuilt_train_as_those_of_the_graph(tiny_config, at_scenes):
     states = []
     for hvp_mode in ("retain_graph", "recompute"):
@@ -289,6 +292,7 @@ def test_a_device_is_chosen_or_refused():
         choose_device("gpu")
 
 
+@pytest.mark.slow
 def test_errors_of_ours_end_in_a_message_and_others_are_raised(capsys):
     def fail(error):
         raise error
@@ -333,6 +337,7 @@ if __name__ == "__main__":
 """
 
 
+@pytest.mark.slow
 def test_two_processes_hold_the_same_parameters_and_see_different_images(process, tiny_config, tmp_path):
     (tmp_path / "program.py").write_text(PROGRAM)
     LazyConfig.save(tiny_config(), tmp_path / "config.yaml")
