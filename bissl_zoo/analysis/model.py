@@ -26,7 +26,7 @@ from bissl_zoo.engine.build import Context, Weights
 from bissl_zoo.engine.checks import check_config, open_config
 from bissl_zoo.engine.init import load_init
 from bissl_zoo.engine.launch import choose_device
-from bissl_zoo.engine.stages import plan_stages
+from bissl_zoo.engine.stages import alternates, plan_stages
 from bissl_zoo.engine.trainer import Stage
 from bissl_zoo.errors import BisslZooError, ConfigError
 
@@ -155,7 +155,7 @@ def _seconds_per_step(stage: Stage, cfg: DictConfig, costs: Sequence[Cost]) -> f
 
 def _on_measuring(cfg: DictConfig, costs: Sequence[Cost], scale: float) -> list[str]:
     notes = [_LEFT_OUT]
-    if "bissl" in cfg.train.stages:
+    if any(map(alternates, cfg.train.stages)):
         notes.append(_PRODUCTS)
     if scale != 1:
         notes.append(f"Measured with {scale:g} of each batch; for the run's own batches the seconds are stretched.")

@@ -11,6 +11,7 @@ from matplotlib.ticker import MaxNLocator, NullFormatter
 
 from bissl_zoo.downstream.drawing import COLOURS, shorten
 from bissl_zoo.engine.evaluate import Details, worst_confusions
+from bissl_zoo.engine.stages import alternates
 from bissl_zoo.engine.stages.bissl import HEAD_WARMUP, PRETEXT_WARMUP
 from bissl_zoo.engine.stages.finetune import BASELINE
 from bissl_zoo.evaluation.ranking import MOST_RANKED
@@ -70,9 +71,9 @@ def _level(history: History, axis: Axis, level: str, stages: Sequence[str]) -> l
     for span in axis.spans:
         if span.stage in stages:
             entries, name = history.of([span.stage]), "total_loss"
-        elif span.stage == "bissl":
-            by_step = level == "upper" and any(True for _ in history.of(["bissl"], upper=True))
-            entries, name = history.of(["bissl"], upper=by_step), f"{level}/total_loss"
+        elif alternates(span.stage):
+            by_step = level == "upper" and any(True for _ in history.of([span.stage], upper=True))
+            entries, name = history.of([span.stage], upper=by_step), f"{level}/total_loss"
         else:
             continue
         part = Series()

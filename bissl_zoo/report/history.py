@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from bissl_zoo.engine.stages import alternates
 from bissl_zoo.engine.stages.finetune import BASELINE
 
 #: bytes that are read of the file, and of one line; far above what a run writes
@@ -165,7 +166,7 @@ class Axis:
         span = next((span for span in self.spans if span.stage == entry.stage), None)
         if span is None:
             return None
-        if entry.stage != "bissl":
+        if not alternates(entry.stage):
             return span.start + entry.step
         before = span.start + (entry.step - 1) * (self.lower_steps + self.upper_steps) + self.lower_steps
         if entry.upper is not None:
@@ -179,7 +180,7 @@ def make_axis(history: History, lower_steps: int, upper_steps: int) -> Axis:
     start = 0
     for stage in history.stages():
         last = max(entry.step for entry in history.entries if entry.stage == stage)
-        length = last * (lower_steps + upper_steps if stage == "bissl" else 1)
+        length = last * (lower_steps + upper_steps if alternates(stage) else 1)
         spans.append(Span(stage, start, length))
         start += length
     return Axis(tuple(spans), lower_steps, upper_steps)

@@ -12,6 +12,7 @@ from omegaconf import DictConfig, OmegaConf
 from bissl_zoo.config import LazyConfig
 from bissl_zoo.engine.evaluate import DETAILS_FILE, Details, read_details
 from bissl_zoo.engine.hooks import SKIPPED
+from bissl_zoo.engine.stages import alternates
 from bissl_zoo.errors import BisslZooError, CheckpointError
 from bissl_zoo.progress.file_writers import METRICS_FILE
 from bissl_zoo.progress.run_log import LOG_FILE
@@ -195,17 +196,18 @@ class RunReport:
 
     def hypergradient(self) -> list[Block]:
         """Return how well the linear systems were solved, at what cost, and the resulting gradients."""
-        if "bissl" not in self.history.stages():
-            return [Note("There are no records of a stage bissl.")]
+        stage = next(filter(alternates, self.history.stages()), None)
+        if stage is None:
+            return [Note("There are no records of a bilevel stage.")]
         tolerance = OmegaConf.select(self.cfg, "solver.tolerance")
         blocks: list[Block] = []
         for keys, y_label, caption, options in _HYPERGRADIENT:
-            curves = self._curves(keys, "bissl", upper=True)
+            curves = self._curves(keys, stage, upper=True)
             if curves:
                 level = tolerance if keys == ["solver/residual"] and type(tolerance) is float else None
                 blocks.append(_chart(draw_curves(curves, "upper steps", y_label, level=level, **options), caption))
         statuses: dict[str, int] = {}
-        for entry in self.history.of(["bissl"], upper=True):
+        for entry in self.history.of([stage], upper=True):
             status = str(entry.metrics.get("solver/status", "unknown"))
             statuses[status] = statuses.get(status, 0) + 1
         table = Table(["status", "upper steps"], list(statuses.items()), "Status of the solves.", [1])
@@ -215,7 +217,7 @@ class RunReport:
         """Return the quality of the embedding and signs of collapse over time."""
         blocks: list[Block] = []
         for stage in self.history.stages():
-            x_label = "alternations of bissl" if stage == "bissl" else f"steps of {stage}"
+            x_label = f"{'alternations' if alternates(stage) else 'steps'} of {stage}"
             for keys, y_label, caption in _PROBES:
                 curves = self._curves(keys, stage)
                 if curves:

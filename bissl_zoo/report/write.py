@@ -6,6 +6,7 @@ from typing import Any
 
 from omegaconf import DictConfig
 
+from bissl_zoo.engine.stages import alternates
 from bissl_zoo.errors import CheckpointError
 from bissl_zoo.report import IMAGES
 from bissl_zoo.report.charts import draw_curves
@@ -96,7 +97,7 @@ def _curves(runs: Sequence[RunReport], names: Sequence[str]) -> list[Block]:
         curves: dict[str, Series] = {name: run.history.series(key, stage) for run, name in pairs}
         curves = {name: series for name, series in curves.items() if series.x}
         if curves:
-            x_label = "alternations of bissl" if stage == "bissl" else f"steps of {stage}"
+            x_label = f"{'alternations' if alternates(stage) else 'steps'} of {stage}"
             figure = draw_curves(curves, x_label, title.partition(",")[0])
             blocks.append(Chart(embed(figure, title), f"{title}."))
     if len(runs) > MAX_CURVES:

@@ -26,7 +26,7 @@ from bissl_zoo.config import LazyConfig, with_defaults
 from bissl_zoo.distributed import StopRequest, stop_request
 from bissl_zoo.engine.checks import check_config, open_config
 from bissl_zoo.engine.launch import GRACE, launch
-from bissl_zoo.engine.publishing import published
+from bissl_zoo.engine.publishing import published, publishes
 from bissl_zoo.engine.runner import run
 from bissl_zoo.errors import CheckpointError, ConfigError, Interrupted
 from bissl_zoo.progress.console import clock
@@ -296,7 +296,7 @@ def finished_outcome(cfg: DictConfig) -> JobOutcome | None:
     before = load_run_config(folder)
     if any(OmegaConf.select(before, key) != OmegaConf.select(cfg, key) for key in LENGTHS):
         return None
-    if cfg.train.publish.name and {"pretrain", "bissl"} & set(cfg.train.stages) and published(folder) is None:
+    if publishes(cfg) and published(folder) is None:
         return None
     seconds = read_metadata(folder).get("wall_time_s", 0.0)
     return JobOutcome(folder.name, folder, FINISHED, state.results, seconds=seconds, ran=False)

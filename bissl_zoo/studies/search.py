@@ -22,6 +22,7 @@ from bissl_zoo.engine.init import load_init
 from bissl_zoo.errors import BisslZooError, ConfigError, DatasetError, did_you_mean
 from bissl_zoo.files import replacing, write_atomically
 from bissl_zoo.progress.file_writers import METRICS_FILE
+from bissl_zoo.registry import STAGES
 from bissl_zoo.runs.listing import is_run
 from bissl_zoo.studies.jobs import (
     FINISHED,
@@ -222,8 +223,8 @@ def search(
     if is_run(folder):
         raise ConfigError(f"{folder} holds a run. Choose another folder, as in --output runs/another.")
     first = trial_config(cfg, settings, draw(settings, 0), source)
-    if "finetune" not in first.train.stages:
-        raise ConfigError(f"{source}: a search compares fine-tuned models, but train.stages has no finetune.")
+    if not any(STAGES.get(stage).evaluates for stage in first.train.stages):
+        raise ConfigError(f"{source}: a search compares fine-tuned models, but train.stages has none that fine-tunes.")
     if prune and not first.finetune.eval_period:
         raise ConfigError(f"{source}: --prune needs finetune.eval_period, the number of steps between evaluations.")
     if not (folder / STUDY_FILE).exists():

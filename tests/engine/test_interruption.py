@@ -46,7 +46,7 @@ def test_a_run_that_is_asked_to_stop_saves_within_a_step_and_says_how_to_go_on(c
     assert step == json.loads(lines(tmp_path / "run")[-1])["step"] < 400
     said = (tmp_path / "errors").read_text()
     assert f"{number}: saving after this step" in said
-    assert f"stopped as asked, after step {step} of 400 of pretrain, which is saved; go on with --resume" in said
+    assert f"Interrupted at pretrain step {step}/400; checkpoint saved. Continue with --resume." in said
     assert "Traceback" not in said and not (tmp_path / "run" / "run.lock").exists()
 
 
@@ -63,7 +63,7 @@ def test_a_second_ctrl_c_stops_at_once(config, tmp_path):
     wait_for(lambda: "again to stop now" in (tmp_path / "errors").read_text(), pid)
     os.kill(pid, signal.SIGINT)
     assert exit_status(pid) == 130
-    assert "interrupted; go on with --resume" in (tmp_path / "errors").read_text()
+    assert "Continue with --resume" in (tmp_path / "errors").read_text()
     assert Checkpointer(tmp_path / "run" / "checkpoints").newest("pretrain") is None
 
 
@@ -119,7 +119,7 @@ def stopping_at_call(number, owner, name):
 
 
 #: of 2 batches of the test set per evaluation: the first batch of the one after step 2, and the last of the final one
-@pytest.mark.parametrize(("call", "measured", "told"), [(3, 1, "step 2 of 3"), (6, 2, "step 3 of 3")])
+@pytest.mark.parametrize(("call", "measured", "told"), [(3, 1, "step 2/3"), (6, 2, "step 3/3")])
 def test_a_run_that_is_asked_to_stop_while_it_evaluates_ends_at_once_and_evaluates_when_it_goes_on(
     config, tmp_path, call, measured, told
 ):
@@ -127,7 +127,7 @@ def test_a_run_that_is_asked_to_stop_while_it_evaluates_ends_at_once_and_evaluat
     before = stopping_at_call(call, FasterRCNN, "predict")
     pid = start_run(config("asked", **settings), before=before, errors=tmp_path / "errors")
     assert exit_status(pid) == 143
-    assert f"stopped as asked, after {told} of finetune, which is saved" in (tmp_path / "errors").read_text()
+    assert f"Interrupted at finetune {told}; checkpoint saved" in (tmp_path / "errors").read_text()
     assert sum("test/AP" in line for line in lines(tmp_path / "asked")) == measured
     for name in ("asked", "whole"):
         assert exit_status(start_run(config(name, **settings))) == 0

@@ -56,7 +56,7 @@ def test_ctrl_c_is_answered_below_the_lines_and_the_run_says_how_to_go_on(tool, 
     assert re.search(r"^SIGINT: saving after this step; again to stop now$", plain, re.MULTILINE)
     # the display was taken away first: nothing is drawn between that and the message but the echo of the key
     assert re.search(r"\x1b\[\?25h[^─]*\r?\n?SIGINT: saving", output)
-    assert last.rstrip().endswith("of pretrain, which is saved; go on with --resume")
+    assert last.rstrip().endswith("; checkpoint saved. Continue with --resume.")
 
 
 def test_an_error_is_told_below_the_display(tool, arguments):

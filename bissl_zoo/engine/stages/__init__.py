@@ -6,7 +6,12 @@ from bissl_zoo.engine.stages.pretrain import Pretrain
 from bissl_zoo.engine.trainer import Context, Stage, Weights
 from bissl_zoo.registry import STAGES
 
-__all__ = ["Bissl", "Finetune", "HeadWarmup", "PretextWarmup", "Pretrain", "coupling", "plan_stages"]
+__all__ = ["Bissl", "Finetune", "HeadWarmup", "PretextWarmup", "Pretrain", "alternates", "coupling", "plan_stages"]
+
+
+def alternates(name: str) -> bool:
+    """Return True if a step of the registered stage `name` is an alternation between two levels."""
+    return name in STAGES and STAGES.get(name).unit == "alternation"
 
 
 def plan_stages(context: Context, initial: Weights) -> list[Stage]:
