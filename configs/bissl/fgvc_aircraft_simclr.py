@@ -3,9 +3,9 @@
 from ..common.data.classification import loaders
 from ..common.papers.classification import bilevel, clip_grad, finetune, optimizer, search, solver, task
 from ..common.papers.imagenet_simclr import backbone, dataloader, lr_multiplier, pretext, pretrain, train
-from ..common.papers.sets import figure, upper
+from ..common.papers.sets import metric, upper
 
 dataloader.update(loaders("fgvc_aircraft"))
 optimizer.upper.update(upper("fgvc_aircraft", "simclr"))
-search.metric = figure("fgvc_aircraft")
+search.metric = metric("fgvc_aircraft")
 train.output_dir = "runs/fgvc_aircraft_simclr"

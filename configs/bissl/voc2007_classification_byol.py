@@ -4,9 +4,9 @@ from ..common.data.classification import loaders
 from ..common.downstream.multilabel import task
 from ..common.papers.classification import bilevel, clip_grad, finetune, optimizer, search, solver
 from ..common.papers.imagenet_byol import backbone, dataloader, lr_multiplier, pretext, pretrain, train
-from ..common.papers.sets import figure, upper
+from ..common.papers.sets import metric, upper
 
 dataloader.update(loaders("voc2007_classification"))
 optimizer.upper.update(upper("voc2007_classification", "byol"))
-search.metric = figure("voc2007_classification")
+search.metric = metric("voc2007_classification")
 train.output_dir = "runs/voc2007_classification_byol"

@@ -3,9 +3,9 @@
 from ..common.data.classification import loaders
 from ..common.downstream.multilabel import task
 from ..common.papers.classification_v2 import bilevel, clip_grad, finetune, optimizer, search, solver
-from ..common.papers.sets import figure
+from ..common.papers.sets import metric
 from ..common.papers.stl10_simclr import backbone, dataloader, lr_multiplier, pretext, pretrain, train
 
 dataloader.update(loaders("voc2007_classification"))
-search.metric = figure("voc2007_classification")
+search.metric = metric("voc2007_classification")
 train.output_dir = "runs/voc2007_classification_v2"

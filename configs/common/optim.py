@@ -1,4 +1,4 @@
-"""The authors' optimizers and schedules; learning rates and weight decays of the upper level are set per data set."""
+"""Optimizers and schedules of the BiSSL paper; the rates of the upper level are set per data set."""
 
 from fvcore.common.param_scheduler import ConstantParamScheduler, CosineParamScheduler
 from timm.optim import Lars
@@ -17,7 +17,7 @@ optimizer = dict(
 
 
 def cosine(end_value, warmup_steps=0):
-    """A cosine from 1 to `end_value` after a linear warm-up."""
+    """Return a cosine from 1 to `end_value` after a linear warm-up."""
     return L(LRMultiplier)(
         scheduler=L(CosineParamScheduler)(start_value=1.0, end_value=end_value), warmup_steps=warmup_steps
     )

@@ -1,18 +1,18 @@
-"""Searches of fine-tuning's learning rate and weight decay with the BiSSL paper's ranges and numbers of trials.
+"""Searches of learning rate and weight decay of fine-tuning, with the ranges and trials of the BiSSL paper.
 
-A config takes one as its section `search`: `from ..common.search import detection as search`.
+A config imports one as its section `search`: `from ..common.search import detection as search`.
 """
 
 classification = dict(
-    metric="top1",  # a figure of the last fine-tuning; the highest wins
-    trials=100,  # how many are drawn; --trials says otherwise, and may add to them later
-    seed=0,  # of the draws
+    metric="top1",  # metric of the last fine-tuning; higher is better
+    trials=100,  # number of trials; --trials overrides it and can add more later
+    seed=0,  # seed of the trials
     sampler="random",  # or "tpe", which draws near the best trials so far
-    space={  # by key: [least, most] is drawn log-uniformly, {choices: [...]} evenly
+    space={  # key -> [low, high], drawn log-uniformly, or {choices: [...]}, drawn uniformly
         "optimizer.finetune.lr": [1e-4, 1.0],
         "optimizer.finetune.weight_decay": [1e-5, 1e-2],
     },
-    overrides=[],  # of the trials only, such as dataloader.test.dataset.split=val
+    overrides=[],  # overrides of the trials, such as dataloader.test.dataset.split=val
 )
 
 multilabel = dict(classification, metric="mAP11")

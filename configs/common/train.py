@@ -1,48 +1,48 @@
-"""Every key of the plain sections, with its default. Other configs import these and change what differs."""
+"""All keys of the plain sections with their defaults; other configs import them and change some."""
 
 train = dict(
-    output_dir="runs/default",  # the run directory; must be new or empty unless --resume
-    stages=["bissl", "finetune"],  # of pretrain, bissl, finetune: each goes on from what the one before left
-    init=None,  # where the first stage starts: a .safetensors file, a run directory, zoo:NAME; null: random
-    imports=None,  # Python files or modules that register parts of your own, such as [mine/rotation.py]
-    hooks=None,  # hooks of your own, a list of described calls such as [L(MyHook)(period=10)], see the engine reference
-    zoo=None,  # folder or address, or a list of them, where zoo:NAME is looked up; null: $BISSL_ZOO, or model_zoo/
-    seed=0,  # of weights, data order and augmentation
-    deterministic=False,  # algorithms that give the same bits every time, and a resumed run too; slower on GPUs
-    device="auto",  # auto (a GPU where there is one), cpu, cuda
-    amp=None,  # bf16: losses that are differentiated once run in bfloat16 autocast; null: all in float32
-    on_nonfinite="stop",  # at a loss or gradient that is NaN or infinite; skip: undo the step and take the next batch
-    max_skipped=10,  # most steps skipped in a stage (in bissl of both levels together); one more ends the run
-    log_period=10,  # steps between progress lines and records in metrics.jsonl; bissl records every alternation
-    writers=["json", "tensorboard"],  # of the figures: json (metrics.jsonl, always), tensorboard, wandb
-    lock=True,  # refuse a second process on output_dir; false only for a file system without file locks
-    report=True,  # write report.html when the run has ended; what goes wrong with it is a warning
+    output_dir="runs/default",  # run directory; must be new or empty unless --resume
+    stages=["bissl", "finetune"],  # stages to run in order; each starts from the result of the previous one
+    init=None,  # weights of the first stage: a file, a run directory, zoo:NAME, ...; null: random
+    imports=None,  # Python files or modules that register custom parts, such as [mine/rotation.py]
+    hooks=None,  # additional hooks, a list of lazy calls such as [L(MyHook)(period=10)]; see the engine reference
+    zoo=None,  # folder, address or list of them in which zoo:NAME is looked up; null: $BISSL_ZOO, or model_zoo/
+    seed=0,  # seed of weights, data order and augmentation
+    deterministic=False,  # use deterministic algorithms; resumed runs are bit-equal, too; slower on GPUs
+    device="auto",  # auto (a GPU if available), cpu, cuda
+    amp=None,  # bf16: bfloat16 autocast for losses that are differentiated once; null: float32
+    on_nonfinite="stop",  # if a loss or gradient is NaN or infinite: stop, or skip (undo the step and continue)
+    max_skipped=10,  # maximum number of skipped steps in a stage (bissl: both levels together)
+    log_period=10,  # steps between log lines and records in metrics.jsonl; bissl records every alternation
+    writers=["json", "tensorboard"],  # metric writers: json (metrics.jsonl, always on), tensorboard, wandb
+    lock=True,  # refuse a second process on output_dir; set false only on file systems without locks
+    report=True,  # write report.html at the end of the run; a failure is a warning
     checkpoint=dict(
         period=500,  # steps between checkpoints; the last step of a stage always has one
-        keep=2,  # newest checkpoints kept per stage
-        every=None,  # also kept: those at multiples of so many steps
-        best=None,  # also kept: the one of the highest value of a figure measured on the way, such as test/AP50
+        keep=2,  # number of newest checkpoints to keep per stage
+        every=None,  # also keep checkpoints at multiples of this number of steps
+        best=None,  # also keep the checkpoint with the highest value of this metric, such as test/AP50
     ),
-    probe=dict(  # of the embedding that the pretext method trains, in pretrain and bissl; the run does not notice
-        period=0,  # steps (in bissl alternations) between probes, and one at the end of the stage; 0 for none
-        images=2000,  # most images of each data set that is looked at, drawn with train.seed
-        k=20,  # of kNN from dataloader.train to dataloader.test, where their targets are classes; 0: monitors only
-        linear=True,  # also a linear classifier from the same features; not where k is 0
+    probe=dict(  # probes of the pretext embedding in pretrain and bissl; they do not affect the run
+        period=0,  # steps (bissl: alternations) between probes, plus one at the end of the stage; 0: none
+        images=2000,  # maximum number of images per data set, drawn with train.seed
+        k=20,  # k of kNN from dataloader.train to dataloader.test, if targets are classes; 0: collapse metrics only
+        linear=True,  # also train a linear classifier on the same features; not if k is 0
     ),
     publish=dict(
-        name=None,  # name of the zoo entry the run ends in; null publishes nothing
-        zoo=None,  # folder or address that it is published to; null: the first of train.zoo
-        licence="unknown",  # of the published weights, an SPDX identifier
+        name=None,  # name of the published zoo entry; null: do not publish
+        zoo=None,  # folder or address to publish to; null: the first of train.zoo
+        licence="unknown",  # licence of the published weights, an SPDX identifier
     ),
 )
 
 pretrain = dict(
-    steps=None,  # optimizer steps; give these or epochs
+    steps=None,  # optimizer steps; set these or epochs
     epochs=500,  # passes over dataloader.pretext
-    ema=None,  # decay, such as 0.999, of a moving average of the weights, which then leaves the stage; null for none
-    accumulate=1,  # equal parts of a batch to pass one by one, for want of memory; of methods for which it is exact
-    channels_last=False,  # keep the networks in that memory format: faster on GPUs with tensor cores
-    compile=False,  # torch.compile the backbone; needs a C++ compiler, and pays off in long runs on a GPU
+    ema=None,  # decay, such as 0.999, of a moving average of the weights, which becomes the result; null: none
+    accumulate=1,  # split each batch into equal parts to save memory; only for methods for which it is exact
+    channels_last=False,  # use the channels-last memory format: faster on GPUs with tensor cores
+    compile=False,  # torch.compile the backbone; needs a C++ compiler, pays off in long runs on a GPU
 )
 
 bilevel = {
@@ -51,34 +51,35 @@ bilevel = {
     "lower_steps": 20,  # N_L, pretext steps per alternation
     "upper_steps": 8,  # N_U, downstream steps per alternation
     "alternations": 500,  # T
-    "adaptation": None,  # dict(every=100, alpha=0.1) is that of versions 1 and 2 of the paper
-    "curvature_batch_size": None,  # samples of the pretext batch that defines the Hessian; null for a whole batch
-    "hvp_mode": "retain_graph",  # of Hessian-vector products; recompute: slower, less memory
-    "on_bad_hypergradient": "stop",  # if a solver's answer is not finite or far off; plain: follow v instead of x
-    "update_bn_stats": True,  # downstream images of the hypergradient move the lower backbone's batch-norm statistics
-    "shared_stage": None,  # last stage of the backbone that both levels share, such as c4; null for the whole backbone
-    "pretext_warmup": dict(  # where train.init brings no head of the pretext method, and pretrain makes none
-        steps=100,  # optimizer steps of a new pretext head on the frozen backbone; give these or epochs; 0 for none
+    "adaptation": None,  # dict(every=100, alpha=0.1) as in versions 1 and 2 of the paper
+    "curvature_batch_size": None,  # samples of the pretext batch that defines the Hessian; null: a whole batch
+    "hvp_mode": "retain_graph",  # Hessian-vector products: retain_graph, or recompute (slower, less memory)
+    "on_bad_hypergradient": "stop",  # if a solution is not finite or far off: stop, or plain (use v instead of x)
+    "update_bn_stats": True,  # update the lower backbone's batch-norm statistics with the downstream images
+    "shared_stage": None,  # last stage of the backbone that both levels share, such as c4; null: the whole backbone
+    "pretext_warmup": dict(  # if neither train.init nor pretrain provides a pretext head
+        steps=100,  # optimizer steps of a new pretext head on the frozen backbone; set these or epochs; 0: none
         epochs=None,  # passes over dataloader.pretext
     ),
     "head_warmup": dict(
-        steps=None,  # optimizer steps of the downstream head on the frozen backbone; give these or epochs
+        steps=None,  # optimizer steps of the downstream head on the frozen backbone; set these or epochs
         epochs=20,  # passes over dataloader.train
-        backbone_mode="eval",  # eval, or train as the authors have it (batch statistics, moving the running ones)
+        backbone_mode="eval",  # eval, or train as in the authors' code (batch statistics, running statistics updated)
     ),
 }
 
 finetune = dict(
-    steps=None,  # optimizer steps; give these or epochs
+    steps=None,  # optimizer steps; set these or epochs
     epochs=400,  # passes over dataloader.train
-    baseline=False,  # also fine-tune from the backbone that entered the BiSSL stage: same budget, same seed
-    eval_period=None,  # steps between evaluations on dataloader.val if there is one, else test; null for the end only
-    layer_decay=None,  # factor, such as 0.75, on the learning rate from each layer to the one below it; null for none
-    freeze_at=None,  # the backbone up to this stage, such as c2, is not trained; null trains it all
+    baseline=False,  # also fine-tune from the backbone before the BiSSL stage, with the same budget and seed
+    eval_period=None,  # steps between evaluations on dataloader.val if there is one, else test; null: only at the end
+    layer_decay=None,  # factor, such as 0.75, on the learning rate from each layer to the one below; null: none
+    freeze_at=None,  # freeze the backbone up to this stage, such as c2; null: train all of it
     early_stopping=dict(
-        metric=None,  # such as AP50: the weights that are best by it on dataloader.val are tested; null: the last ones
-        patience=None,  # evaluations without a better one after which the stage ends; null for all its steps
+        metric=None,  # test the weights that are best by this metric, such as AP50, on dataloader.val; null: the last
+        patience=None,  # number of evaluations without improvement after which the stage ends; null: run all steps
     ),
 )
 
-clip_grad = dict(pretrain=None, head_warmup=10.0, lower=10.0, upper=10.0, finetune=None)  # limit of the global norm
+# limits of the global gradient norm
+clip_grad = dict(pretrain=None, head_warmup=10.0, lower=10.0, upper=10.0, finetune=None)

@@ -24,7 +24,7 @@ from ..quickstart.digit_scenes_det import (
 
 
 def cells(split, **kwargs):
-    """One split of the set."""
+    """Return a split of the data set."""
     return L(build_dataset)(name="voc_detection", root="bccd_voc", splits=[f"2007_{split}"], **kwargs)
 
 

@@ -1,6 +1,6 @@
 """Does BiSSL help on photographs of clothes? Folders by class at $BISSL_ZOO_DATASETS/clothing10/{train,val,test}.
 
-The pretext data are the training photographs without their classes; any other pile of images does as well:
+The pretext data are the training photographs without their classes; any other folder of images works as well, such as
 dataloader.pretext.dataset.root=cifar10/train, which `benchmarks/pretext_methods.py --unpack` writes.
 """
 
@@ -25,7 +25,7 @@ from ..quickstart.digit_scenes_det import (
 
 
 def clothes(split, **kwargs):
-    """One split of the set."""
+    """Return a split of the data set."""
     return L(build_dataset)(name="image_folder", root=f"clothing10/{split}", **kwargs)
 
 

@@ -3,7 +3,7 @@
     python tools/compare.py --config-file configs/compare/papers_byol.py --datasets food101,dtd,voc_det
 
 Per set and arm a search of 100 draws (50 of detection), then 10 seeds of fine-tuning at the best of them, from one
-BiSSL stage. Without --datasets it is Food-101. The controls that the papers have not:
+BiSSL stage. Without --datasets it is Food-101. Controls that the papers do not have:
 --arms pretrained,bissl,longer_pretraining,joint.
 """
 

@@ -1,7 +1,7 @@
 """MoCo v2 pretraining of a ResNet-50 on ImageNet, at BiSSL's 96 pixels.
 
 SGD with 0.03 at batch 256 as in MoCo (arXiv 1911.05722, section 4), by half a cosine over 200 epochs as in MoCo v2
-(arXiv 2003.04297, section 3), whose best figure is of 800 epochs.
+(arXiv 2003.04297, section 3), whose best result needs 800 epochs.
 """
 
 from torch.optim import SGD

@@ -1,6 +1,6 @@
 """SimCLR pretraining of a ResNet-18 on STL-10's unlabelled images, where versions 1 and 2 of the BiSSL paper start.
 
-The authors fine-tune their baseline from a run of its own with pretrain.epochs=600, for the pretext steps of the stage.
+The authors fine-tune their baseline from a separate run with pretrain.epochs=600, for the pretext steps of the stage.
 """
 
 from ..common.data.classification import loaders

@@ -1,4 +1,4 @@
-"""The whole walk in minutes on two CPU cores: digits on photographs, SimCLR, Faster R-CNN, resnet18 to stride 8."""
+"""All stages in minutes on two CPU cores: digits on photographs, SimCLR, Faster R-CNN, resnet18 up to stride 8."""
 
 from torch.optim import SGD, AdamW
 
@@ -15,7 +15,7 @@ from ..common.train import bilevel, clip_grad, finetune, pretrain, train
 
 
 def digit_scenes(split):
-    """One split of the embedded data set."""
+    """Return a split of the embedded data set."""
     return L(build_dataset)(name="digit_scenes", split=split)
 
 
@@ -25,7 +25,7 @@ dataloader = dict(
     test=L(build_test_loader)(dataset=digit_scenes("test"), batch_size=16, num_workers=1),
 )
 
-backbone.zero_init_last = False  # residual branches that start at zero cost a short training much of its time
+backbone.zero_init_last = False  # residual branches initialized with zero delay a short training
 
 train.output_dir = "runs/quickstart"
 train.stages = ["pretrain", "bissl", "finetune"]
@@ -33,7 +33,7 @@ train.log_period = 20
 train.publish.name = "resnet18.simclr_bissl_digit_scenes"
 train.publish.licence = "Apache-2.0"
 
-# views show digits at the size the detector sees them at, and do not mirror them
+# views show digits at the detector's scale, without mirroring
 pretext.augmentation.update(size=48, crop_scale=[0.15, 0.6], flip_probability=0.0)
 task.flip_probability = 0.0
 

@@ -1,4 +1,4 @@
-"""ResNets of timm."""
+"""timm's ResNets."""
 
 from bissl_zoo.config import LazyCall as L
 from bissl_zoo.registry import build_backbone

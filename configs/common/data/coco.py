@@ -1,7 +1,7 @@
 """COCO 2017 detection: train2017 to train, val2017 to test.
 
-An image that does not decode is replaced in training and counted, or ends it by `+dataloader.train.on_bad=error`; it
-ends an evaluation, or is left out of it by `+dataloader.test.on_bad=skip`.
+An image that cannot be decoded is replaced in training and counted; `+dataloader.train.on_bad=error` stops instead. It
+stops an evaluation; `+dataloader.test.on_bad=skip` leaves it out instead.
 """
 
 from bissl_zoo.config import LazyCall as L

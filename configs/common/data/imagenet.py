@@ -1,6 +1,6 @@
 """ImageNet-1k's training images without their labels, the pretext data of the papers.
 
-An image that does not decode is replaced by another and counted; `+dataloader.pretext.on_bad=error` ends the run there.
+An image that cannot be decoded is replaced and counted; `+dataloader.pretext.on_bad=error` stops instead.
 """
 
 from bissl_zoo.config import LazyCall as L

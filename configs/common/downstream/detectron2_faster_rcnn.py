@@ -1,4 +1,4 @@
-"""Detectron2's Faster R-CNN with the numbers of `faster_rcnn.py`; what they leave open is Detectron2's own."""
+"""Detectron2's Faster R-CNN with the numbers of `faster_rcnn.py` and its own defaults otherwise."""
 
 from bissl_zoo.config import LazyCall as L
 from bissl_zoo.registry import build_task
@@ -12,7 +12,7 @@ task = L(build_task)(
     anchor_ratios=[0.5, 1.0, 2.0],
     roi_size=7,
     sampling_ratio=2,
-    box_head=1024,  # null for Detectron2's res5
-    evaluator="detectron2",  # the common figures and its own; common for the former alone
+    box_head=1024,  # null: Detectron2's res5
+    evaluator="detectron2",  # detectron2: the common metrics and its own; common: the former only
     overrides={},  # further values by their key in Detectron2's model: {proposal_generator.nms_thresh: 0.6}
 )

@@ -1,4 +1,4 @@
-"""Faster R-CNN on one map, R50-C4 in the papers."""
+"""Faster R-CNN on a single feature map, R50-C4 in the papers."""
 
 from bissl_zoo.config import LazyCall as L
 from bissl_zoo.registry import build_task

@@ -1,4 +1,4 @@
-"""Faster R-CNN on a feature pyramid; its maps are asked for with backbone.out_features = ["c2", "c3", "c4", "c5"]."""
+"""Faster R-CNN on a feature pyramid; set backbone.out_features = ["c2", "c3", "c4", "c5"]."""
 
 from bissl_zoo.config import LazyCall as L
 from bissl_zoo.registry import build_task

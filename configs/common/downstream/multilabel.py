@@ -1,4 +1,4 @@
-"""Multi-label classification; the authors of BiSSL have loss="softmax" for VOC2007."""
+"""Multi-label classification; the BiSSL authors use loss="softmax" for VOC2007."""
 
 from bissl_zoo.config import LazyCall as L
 from bissl_zoo.registry import build_task

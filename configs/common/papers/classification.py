@@ -1,7 +1,7 @@
 """BiSSL and fine-tuning on a classification set as in versions 3 to 5 of the BiSSL paper (arXiv 2410.02387).
 
-The upper level's rates are in each set's own config. Those of fine-tuning come from the search, whose trials train on
-`train` and test on `val`. What the last runs train on is left open: here `trainval`, to be tested on `test`.
+The rates of the upper level are in the config of each data set, those of fine-tuning come from a search, whose trials
+train on `train` and are tested on `val`. The final runs train on `trainval` and are tested on `test`.
 """
 
 from ..downstream.classification import task

@@ -4,4 +4,4 @@ from .classification import bilevel, clip_grad, finetune, optimizer, search, sol
 
 bilevel.gamma = 0.01
 bilevel.adaptation = dict(every=100, alpha=0.1)
-optimizer.upper.update(lr=0.015, weight_decay=0.01)  # of all sets
+optimizer.upper.update(lr=0.015, weight_decay=0.01)  # for all data sets

@@ -1,4 +1,4 @@
-"""Where versions 3 to 5 of the BiSSL paper (arXiv 2410.02387) start: BYOL, a ResNet-50, ImageNet at 96 pixels."""
+"""Start of versions 3 to 5 of the BiSSL paper (arXiv 2410.02387): BYOL, a ResNet-50, ImageNet at 96 pixels."""
 
 from ..pretext.byol import pretext
 from .imagenet_simclr import backbone, dataloader, lr_multiplier, pretrain, train

@@ -1,4 +1,4 @@
-"""Where versions 3 to 5 of the BiSSL paper (arXiv 2410.02387) start: SimCLR, a ResNet-50, ImageNet at 96 pixels."""
+"""Start of versions 3 to 5 of the BiSSL paper (arXiv 2410.02387): SimCLR, a ResNet-50, ImageNet at 96 pixels."""
 
 from ..backbones.resnet import resnet50 as backbone
 from ..data.imagenet import pretext as pretext_loader

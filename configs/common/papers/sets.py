@@ -1,7 +1,6 @@
-"""What differs from set to set in the BiSSL paper (arXiv 2410.02387): the upper level's rates and the figure.
+"""Settings per data set in the BiSSL paper (arXiv 2410.02387): rates of the upper level and metric.
 
-The one table of them: the configs of `bissl/` read their set's row, those of `compare/papers_*.py` make of each row the
-overrides of a data set.
+The configs in `bissl/` read the row of their data set; `compare/papers_*.py` turn each row into overrides.
 """
 
 import json
@@ -26,48 +25,49 @@ _UPPER = {
     "flowers102": dict(simclr=(0.05, 0.0005), byol=(0.035, 0.002)),
     "voc_det": dict(simclr=(0.015, 0.0), byol=(0.03, 0.0002)),
 }
-_FIGURES = {"fgvc_aircraft": "mean_per_class", "voc2007_classification": "mAP11"}  # of FGVC Aircraft also top1
+_METRICS = {"fgvc_aircraft": "mean_per_class", "voc2007_classification": "mAP11"}  # FGVC Aircraft also has top1
 
 
 def upper(name, method):
-    """The upper level's rates for a set in versions 3 to 5, for `optimizer.upper.update`."""
+    """Return the rates of the upper level in versions 3 to 5, for `optimizer.upper.update`."""
     lr, weight_decay = _UPPER[name][method]
     return dict(lr=lr, weight_decay=weight_decay)
 
 
-def figure(name):
-    """What the papers compare on a classification set."""
-    return _FIGURES.get(name, "top1")
+def metric(name):
+    """Return the metric of a classification set."""
+    return _METRICS.get(name, "top1")
 
 
 def _changes(values):
-    """A mapping of keys to values or sections as overrides."""
-    plain = {key: OmegaConf.to_container(one) if OmegaConf.is_config(one) else one for key, one in values.items()}
+    """Return a mapping of keys to values or sections as a list of overrides."""
+    plain = {key: OmegaConf.to_container(v) if OmegaConf.is_config(v) else v for key, v in values.items()}
     return [f"{key}={json.dumps(value)}" for key, value in plain.items()]
 
 
 def names():
-    """The classification sets of versions 3 to 5."""
+    """Return the classification sets of versions 3 to 5."""
     return [name for name in _UPPER if name != "voc_det"]
 
 
 def classification_set(name, method=None):
-    """The overrides that make a comparison on one classification set one on another.
+    """Return the overrides that change a comparison to another classification set.
 
     Args:
-        method: whose rates the upper level takes; None leaves it those of versions 1 and 2, which all sets share.
+        name: the data set.
+        method: pretext method whose rates the upper level uses; None keeps those of versions 1 and 2.
     """
     values = {f"dataloader.{role}.dataset.name": name for role in ("train", "test")}
     if method:
         values |= {f"optimizer.upper.{key}": value for key, value in upper(name, method).items()}
-    values |= {f"{section}.metric": figure(name) for section in ("compare", "search")}
+    values |= {f"{section}.metric": metric(name) for section in ("compare", "search")}
     if name == "voc2007_classification":
         values["task"] = load_config("common/downstream/multilabel.py").task
     return _changes(values)
 
 
 def detection_set(method):
-    """The overrides that make a comparison on a classification set one on VOC07+12 detection."""
+    """Return the overrides that change a comparison on a classification set to VOC07+12 detection."""
     cfg, values = load_config("bissl/voc_det.py"), {}
     for role in ("train", "test"):
         values |= {f"dataloader.{role}.{key}": cfg.dataloader[role][key] for key in ("dataset", "batch_size")}

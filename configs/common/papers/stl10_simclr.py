@@ -1,4 +1,4 @@
-"""Where versions 1 and 2 of the BiSSL paper (arXiv 2410.02387) start: SimCLR, a ResNet-18, STL-10 without labels."""
+"""Start of versions 1 and 2 of the BiSSL paper (arXiv 2410.02387): SimCLR, a ResNet-18, STL-10 without labels."""
 
 from ..backbones.resnet import resnet18 as backbone
 from ..data.classification import unlabelled

@@ -1,4 +1,4 @@
-"""DINO as its paper has it, at BiSSL's 96 pixels."""
+"""DINO with the numbers of its paper (arXiv 2104.14294), at 96 pixels."""
 
 from bissl_zoo.config import LazyCall as L
 from bissl_zoo.data.views import multi_crop

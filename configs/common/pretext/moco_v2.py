@@ -7,7 +7,7 @@ from bissl_zoo.registry import build_pretext
 pretext = L(build_pretext)(
     name="moco_v2",
     projector=[2048, 128],
-    queue_length=65536,  # keys; no more than the unlabelled images, or an image is compared with its own past keys
+    queue_length=65536,  # keys; at most the number of unlabelled images, or images are compared with their own old keys
     temperature=0.2,
     decay=0.999,
     augmentation=L(two_views)(

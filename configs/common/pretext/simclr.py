@@ -1,4 +1,4 @@
-"""SimCLR as the BiSSL paper has it."""
+"""SimCLR with the numbers of the BiSSL paper."""
 
 from bissl_zoo.config import LazyCall as L
 from bissl_zoo.data.views import two_views

@@ -1,4 +1,4 @@
-"""SimMIM as its paper has it; for ViTs, such as those of common/backbones/vit_small.py."""
+"""SimMIM with the numbers of its paper (arXiv 2111.09886); needs a ViT, see common/backbones/vit_small.py."""
 
 from bissl_zoo.config import LazyCall as L
 from bissl_zoo.data.views import masked_view

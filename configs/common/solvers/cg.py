@@ -1,4 +1,4 @@
-"""Conjugate gradient with the authors' numbers, as a joint solve; solver.blockwise=True gives theirs."""
+"""Conjugate gradient with the authors' numbers as a joint solve; solver.blockwise=True is their variant."""
 
 from bissl_zoo.config import LazyCall as L
 from bissl_zoo.registry import build_solver

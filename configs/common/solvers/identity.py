@@ -1,4 +1,4 @@
-"""No curvature: joint training, the cheap baseline."""
+"""No curvature: joint training of both objectives, the cheap baseline."""
 
 from bissl_zoo.config import LazyCall as L
 from bissl_zoo.registry import build_solver

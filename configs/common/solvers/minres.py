@@ -1,4 +1,4 @@
-"""Minimal residuals that start from the earlier solves of the alternation, automatic damping: solved, and cheap."""
+"""Minimal residuals recycled between the solves of an alternation, with automatic damping: accurate and cheap."""
 
 from bissl_zoo.config import LazyCall as L
 from bissl_zoo.registry import build_solver

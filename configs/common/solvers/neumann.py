@@ -1,4 +1,4 @@
-"""Truncated Neumann series, for comparisons: it needs more products than minres or cg."""
+"""Truncated Neumann series, for comparisons; it needs more products than minres or cg."""
 
 from bissl_zoo.config import LazyCall as L
 from bissl_zoo.registry import build_solver

@@ -1,4 +1,4 @@
-"""A low-rank approximation of the curvature, once per alternation; with check=False its solves cost no product."""
+"""Low-rank approximation of the curvature, once per alternation; with check=False, solves need no products."""
 
 from bissl_zoo.config import LazyCall as L
 from bissl_zoo.registry import build_solver
