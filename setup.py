@@ -47,7 +47,7 @@ setup(
         "fsspec[http]>=2023.5",
     ],
     extras_require={
-        "s3": ["boto3>=1.35.69"],  # first version with conditional writes
+        "s3": ["s3fs>=2023.5"],
         "hub": ["huggingface_hub>=1.0"],
         "gs": ["fsspec", "gcsfs"],
         "shards": ["fsspec", "s3fs"],  # shards on s3://; local folders and http need nothing
@@ -58,7 +58,7 @@ setup(
         "onnx": ["onnx>=1.16", "onnxscript>=0.2"],
         "test": [
             *("pytest>=8", "pytest-xdist>=3.5", "hypothesis>=6", "ruff>=0.9"),
-            *("boto3>=1.35.69", "moto[server]>=5.1.5"),
+            "huggingface_hub>=1.0",
             *("onnx>=1.16", "onnxscript>=0.2", "onnxruntime>=1.18"),
             "optuna>=4",
             *("lightly>=1.6", "webdataset>=1.0", "torchmetrics>=1.4"),  # references for losses, shards and metrics

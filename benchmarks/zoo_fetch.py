@@ -1,14 +1,15 @@
-"""Fetching and checking a file of a zoo over loopback beside curl and sha256sum, interleaved on the same file.
+"""Compare downloading and verifying a file of a zoo over loopback with curl and sha256sum, interleaved.
 
     python benchmarks/zoo_fetch.py
     python benchmarks/zoo_fetch.py --mib 500 --rounds 7 --folder /dev/shm
 
-    fetch      Cache.fetch into an empty cache from `bissl_zoo.zoo.serve`: received, hashed, written, synced
+    fetch      Cache.fetch into an empty cache: received, hashed, written, synced
     load       Cache.fetch again, which reads and hashes the copy
-    curl       curl of the same address into a file, neither checked nor synced
+    curl       curl of the same address into a file, neither verified nor synced
     sha256sum  of the served file
 
-The ratio is the throughput of fetch over that of the slower of the two tools; both do in turn what fetch does at once.
+The server is `python -m http.server`. The ratio is the throughput of fetch over that of the slower of the two tools,
+which together do what fetch does.
 """
 
 import argparse
@@ -18,6 +19,7 @@ import json
 import os
 import random
 import shutil
+import socket
 import statistics
 import subprocess
 import sys
@@ -28,36 +30,24 @@ from pathlib import Path
 
 from bissl_zoo.zoo.cache import Cache
 from bissl_zoo.zoo.stores.http import HttpStore
-from bissl_zoo.zoo.stores.store import Body, Content
 
 FILE = "name/model.safetensors"
 
 
 class CountingStore(HttpStore):
-    """Counts the requests made and the bytes received."""
+    """Count the requests made and the bytes received."""
 
     requests = received = 0
 
-    def read(self, path: str, limit: int) -> Content | None:
+    def read(self, path: str, start: int = 0) -> Iterator[bytes]:
         self.requests += 1
-        found = super().read(path, limit)
-        self.received += len(found.content) if found else 0
-        return found
-
-    @contextlib.contextmanager
-    def open(self, path: str, offset: int = 0) -> Iterator[Body]:
-        self.requests += 1
-        with super().open(path, offset) as body:
-            yield Body(body.start, self._counted(body.blocks))
-
-    def _counted(self, blocks: Iterator[bytes]) -> Iterator[bytes]:
-        for block in blocks:
+        for block in super().read(path, start):
             self.received += len(block)
             yield block
 
 
 def write_zoo(folder: Path, mib: int) -> str:
-    """A zoo with one random file; its sha256."""
+    """Write a zoo with one random file; return its sha256."""
     (folder / FILE).parent.mkdir(parents=True)
     (folder / "index.json").write_text("{}")
     generator, digest = random.Random(0), hashlib.sha256()
@@ -73,12 +63,18 @@ def write_zoo(folder: Path, mib: int) -> str:
 
 @contextlib.contextmanager
 def served(folder: Path) -> Iterator[str]:
-    """The address at which another process serves a folder."""
-    program = "import sys; from bissl_zoo.zoo.serve import serve; serve(sys.argv[1], port=0)"
-    command = [sys.executable, "-c", program, str(folder)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as process:
+    """Serve a folder in another process and yield its address."""
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))
+        port = unused.getsockname()[1]
+    command = [sys.executable, "-m", "http.server", str(port), "--bind", "127.0.0.1", "--directory", str(folder)]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
         try:
-            yield next(line.partition("=")[2].strip() for line in process.stdout if "export" in line)
+            for _ in range(100):
+                with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port)):
+                    break
+                time.sleep(0.05)
+            yield f"http://127.0.0.1:{port}"
         finally:
             process.kill()
 
@@ -90,7 +86,7 @@ def seconds(call: Callable[[], object]) -> float:
 
 
 def measure(folder: Path, address: str, sha256: str, rounds: int) -> dict[str, list[float]]:
-    """Seconds of each round after one that warms up."""
+    """Return the seconds of each round after a warm-up round."""
     source, copy, store = folder / "zoo" / FILE, folder / "copy", HttpStore(address)
     size = source.stat().st_size
 
@@ -106,22 +102,22 @@ def measure(folder: Path, address: str, sha256: str, rounds: int) -> dict[str, l
         "curl": lambda: run("curl", "--silent", "--fail", "--output", str(copy), f"{address}/{FILE}"),
         "sha256sum": lambda: run("sha256sum", str(source)),
     }
-    figures: dict[str, list[float]] = {name: [] for name in calls}
+    times: dict[str, list[float]] = {name: [] for name in calls}
     for number in range(rounds + 1):
         shutil.rmtree(folder / "cache", ignore_errors=True)
         copy.unlink(missing_ok=True)
-        os.sync()  # what one wrote is not written during another's time
+        os.sync()  # no delayed writes in the time of the next call
         for name, call in calls.items():
             took = seconds(call)
             if name == "curl":
                 os.sync()
             if number:
-                figures[name].append(took)
-    return figures
+                times[name].append(took)
+    return times
 
 
 def traffic(folder: Path, address: str, sha256: str) -> dict[str, int]:
-    """Requests and bytes of an index and a file fetched into an empty cache, and of both once more."""
+    """Return requests and bytes of an index and a file downloaded into an empty cache, and of a second download."""
     size = (folder / "zoo" / FILE).stat().st_size
     cache, counts = Cache(folder / "counted"), {}
     for name in ("first", "second"):
@@ -137,24 +133,24 @@ def main() -> None:
     parser.add_argument("--mib", type=int, default=500)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--folder", type=Path, help="where to write; the system's temporary folder by default")
-    parser.add_argument("--output", type=Path, help="JSON file for all figures")
+    parser.add_argument("--output", type=Path, help="JSON file for all results")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=args.folder) as name:
         folder = Path(name)
         sha256 = write_zoo(folder / "zoo", args.mib)
         with served(folder / "zoo") as address:
-            figures = measure(folder, address, sha256, args.rounds)
+            times = measure(folder, address, sha256, args.rounds)
             counts = traffic(folder, address, sha256)
-    medians = {name: statistics.median(values) for name, values in figures.items()}
+    medians = {name: statistics.median(values) for name, values in times.items()}
     slower = max(medians["curl"], medians["sha256sum"])
     print("| | s (median) | s (least to most) | MiB/s |\n|---|---|---|---|")
-    for name, values in figures.items():
+    for name, values in times.items():
         rate = args.mib / medians[name]
         print(f"| {name} | {medians[name]:.2f} | {min(values):.2f} to {max(values):.2f} | {rate:.0f} |")
     print(f"\nfetch over the slower of curl and sha256sum: {slower / medians['fetch']:.2f}")
     print(", ".join(f"{what.replace('_', ' ')}: {count:,}" for what, count in counts.items()))
     if args.output:
-        args.output.write_text(json.dumps({"medians": medians, "figures": figures, **counts}, indent=2))
+        args.output.write_text(json.dumps({"medians": medians, "times": times, **counts}, indent=2))
 
 
 if __name__ == "__main__":

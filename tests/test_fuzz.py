@@ -41,12 +41,10 @@ from bissl_zoo.errors import BisslZooError
 from bissl_zoo.progress.log_files import drop_lines_after
 from bissl_zoo.runs.checkpoint import Checkpointer, load_checkpoint
 from bissl_zoo.runs.directory import add_wall_time, read_metadata
-from bissl_zoo.weights.backbone_file import read_backbone
-from bissl_zoo.zoo import get_config, list_backbones, load_entry_weights
+from bissl_zoo.zoo import get_config, list_backbones, load_entry_weights, read_backbone
 from bissl_zoo.zoo.cache import Cache
 from bissl_zoo.zoo.hub import Zoo
-from bissl_zoo.zoo.index import parse_index
-from bissl_zoo.zoo.names import check_name, is_name, split_version
+from bissl_zoo.zoo.index import check_name, is_name, parse_index, split_version
 
 TARGETS = 13
 fuzzing = settings(
@@ -217,8 +215,8 @@ def test_any_file_of_an_entry_is_read_or_refused(place, zoo, data, file):
         (zoo / "index.json").write_text(json.dumps(record))
         entry = Zoo(zoo).find("tiny")
         for use in (
-            entry.facts,
-            entry.ancestors,
+            entry.metadata,
+            entry.parents,
             lambda: get_config("tiny", zoo),
             lambda: read_backbone("tiny", zoo=zoo),
         ):
@@ -254,7 +252,7 @@ def test_any_web_server_is_a_zoo_or_is_refused(place, zoo, server, data, file, l
     remote = Zoo(server.address, cache=Cache(cache, sleep=lambda seconds: None))
     for use in (
         lambda: list_backbones(zoo=remote),
-        lambda: remote.find("tiny").facts(),
+        lambda: remote.find("tiny").metadata(),
         lambda: get_config("tiny", remote),
         lambda: read_backbone("tiny", zoo=remote),
         lambda: load_entry_weights("tiny", "pretext_head.safetensors", remote),

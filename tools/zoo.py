@@ -4,9 +4,8 @@
 python tools/zoo.py list                                   # of $BISSL_ZOO, the checkout's model_zoo/, or the user's
 python tools/zoo.py list "*simclr*" --metric "AP50*" --zoo https://zoo.example.org
 python tools/zoo.py fetch resnet18.simclr_bissl_digit_scenes --to backbones
-python tools/zoo.py publish runs/quickstart --zoo s3://bucket/zoo
+python tools/zoo.py publish runs/quickstart --zoo /data/zoo
 python tools/zoo.py verify --repair
-python tools/zoo.py serve
 """
 
 import argparse
@@ -17,48 +16,48 @@ from pathlib import Path
 
 from bissl_zoo.progress.console import exit_status
 
-# what takes seconds to import is imported in the functions: --help and wrong options are answered at once
+# slow imports are in the functions, so that --help is instant
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """The command line."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     def add(name: str, help: str, json: bool = True) -> argparse.ArgumentParser:
         command = subparsers.add_parser(name, help=help, description=help)
         command.add_argument(
-            "--zoo", action="append", metavar="LOCATION", help="folder or address; several: the first wins"
+            "--zoo",
+            action="append",
+            metavar="LOCATION",
+            help="folder or address; repeat for several, the first has priority",
         )
         if json:
             command.add_argument("--json", action="store_true", help="print JSON, for programs")
         return command
 
-    command = add("list", "what a zoo holds")
+    command = add("list", "list the entries of a zoo")
     command.add_argument("filter", nargs="?", default="*", help="shell pattern of names")
     for key in ("pretext", "task", "architecture", "metric"):
         command.add_argument(f"--{key}", metavar="PATTERN", help=f"only entries with this {key}")
-    add("show", "what an entry says of itself").add_argument("name")
-    add("card", "the card (README.md) of an entry", json=False).add_argument("name")
-    command = add("fetch", "bring an entry to this machine")
+    add("show", "print the metadata of an entry").add_argument("name")
+    add("card", "print the card (README.md) of an entry", json=False).add_argument("name")
+    command = add("fetch", "download and verify an entry")
     command.add_argument("name")
-    command.add_argument("--to", type=Path, metavar="FOLDER", help="copy it there, where timm loads it by local-dir:")
-    command = add("verify", "compare every file with the index, and find what interrupted publishers left")
-    command.add_argument("--repair", action="store_true", help="remove what is left over and write MODEL_ZOO.md anew")
-    command = add("publish", "publish what a finished run left")
+    command.add_argument("--to", type=Path, metavar="FOLDER", help="copy it to FOLDER/NAME, for timm's local-dir:")
+    command = add("verify", "compare every file with the index, and find leftovers of interrupted publishers")
+    command.add_argument("--repair", action="store_true", help="remove the leftovers and rewrite MODEL_ZOO.md")
+    command = add("publish", "publish the backbone of a finished run")
     command.add_argument("run", type=Path, help="the run directory")
-    command.add_argument("--name", help="of the entry; the one in the run's configuration by default")
-    command = add("remove", "take an entry out of a zoo")
-    command.add_argument("name", help="with its version: x@1 for the first")
-    command.add_argument("--yes", action="store_true", help="do not ask")
-    command = add("serve", "offer a zoo folder over HTTP, to this machine or a lab network", json=False)
-    command.add_argument("--host", default="127.0.0.1", help="0.0.0.0 offers it to other machines")
-    command.add_argument("--port", type=int, default=8000)
+    command.add_argument("--name", help="name of the entry; default: train.publish.name of the run")
+    command = add("remove", "remove an entry from a zoo")
+    command.add_argument("name", help="with its version, for example x@1")
+    command.add_argument("--yes", action="store_true", help="skip the question")
     return parser.parse_args(argv)
 
 
 def run(args: argparse.Namespace) -> int:
-    """Do what the command line asks for."""
+    """Run the command and return its exit status."""
     from bissl_zoo.zoo import Zoo, default_zoo
     from bissl_zoo.zoo.commands import COMMANDS
 
@@ -68,14 +67,14 @@ def run(args: argparse.Namespace) -> int:
 
 
 def publish(args: argparse.Namespace) -> int:
-    """Publish what a finished run left."""
+    """Publish the backbone of a finished run."""
     from bissl_zoo.engine.publishing import publish_run
     from bissl_zoo.zoo import Zoo
     from bissl_zoo.zoo.commands import print_json
 
     entry = publish_run(args.run, name=args.name, zoo=Zoo(*args.zoo) if args.zoo else None)
-    told = {"name": entry.name, "location": entry.location, "sha256": entry.sha256}
-    return print_json(told) if args.json else print(f"published {entry.name} at {entry.location}") or 0
+    result = {"name": entry.name, "location": entry.location, "sha256": entry.sha256}
+    return print_json(result) if args.json else print(f"published {entry.name} at {entry.location}") or 0
 
 
 def main(argv: Sequence[str] | None = None) -> int:

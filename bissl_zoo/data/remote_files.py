@@ -41,7 +41,7 @@ class UnknownScheme(AddressError):
     def __init__(self, scheme: str, shown: str) -> None:
         super().__init__(
             f"'{scheme}://' of '{shown}' is not known. Accepted are paths, http://, https://, s3://, gs://, what else "
-            "fsspec knows (fsspec.available_protocols()), and handlers of your own on bissl_zoo.zoo.stores.remote."
+            "fsspec knows (fsspec.available_protocols()), and handlers of your own on bissl_zoo.data.remote_files."
             "PATH_MANAGER."
         )
         self.scheme = scheme

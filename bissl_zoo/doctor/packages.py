@@ -17,7 +17,7 @@ PYTHON = ">=3.10,<3.14"
 PINS = {"omegaconf": ">=2.3,<2.4", "iopath": ">=0.1.7,<0.1.10", "fvcore": ">=0.1.5,<0.1.6"}
 #: what `pip install "bissl_zoo[NAME]"` is for, and the distributions that it brings
 EXTRAS = {
-    "s3": ("zoos on s3://", ["boto3"]),
+    "s3": ("zoos on s3://", ["s3fs"]),
     "hub": ("zoos and weights on the Hugging Face Hub, hf://", ["huggingface_hub"]),
     "gs": ("checkpoints and zoos on gs://", ["fsspec", "gcsfs"]),
     "shards": ("shards on s3://", ["fsspec", "s3fs"]),

@@ -30,7 +30,7 @@ from bissl_zoo.evaluation import collapse_metrics, knn_accuracy, linear_probe
 from bissl_zoo.progress.display import show
 from bissl_zoo.registry import DOWNSTREAM_TASKS, build_backbone
 from bissl_zoo.runs.directory import CONFIG_FILE, load_run_config
-from bissl_zoo.weights.backbone_file import read_backbone
+from bissl_zoo.zoo import read_backbone
 
 logger = logging.getLogger(__name__)
 

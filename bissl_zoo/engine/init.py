@@ -19,7 +19,7 @@ from bissl_zoo.runs.checkpoint import Checkpointer, CheckpointInfo, load_checkpo
 from bissl_zoo.runs.directory import load_run_config, read_metadata
 from bissl_zoo.zoo import Zoo, default_zoo
 from bissl_zoo.zoo.hub import WEIGHTS_FILE
-from bissl_zoo.zoo.names import pin, split_version
+from bissl_zoo.zoo.index import pin, split_version
 
 PRETEXT_FILE = "pretext_head.safetensors"
 ZOO_PREFIX = "zoo:"
@@ -45,7 +45,7 @@ def load_init(init: str | None, cfg: DictConfig, evaluate: bool = False) -> tupl
         if PRETEXT_FILE in entry.record["files"] and entry.record.get("pretext") == cfg.pretext.name:
             pretext = entry.weights(PRETEXT_FILE)
         origin = {"name": pin(entry.name), "sha256": entry.record["files"][WEIGHTS_FILE]["sha256"]}
-        lineage = [origin, *entry.ancestors()]
+        lineage = [origin, *entry.parents()]
     elif path.is_dir():
         return _from_run(path, cfg, evaluate)
     elif path.is_file():

@@ -19,7 +19,7 @@ from bissl_zoo.distributed import StopRequest, average_gradients
 from bissl_zoo.errors import CheckpointError
 from bissl_zoo.progress.file_writers import Writer
 from bissl_zoo.runs.checkpoint import Checkpointer
-from bissl_zoo.zoo.create import state_difference
+from bissl_zoo.weights.files import state_difference
 
 
 @dataclass

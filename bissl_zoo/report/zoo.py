@@ -13,9 +13,9 @@ from markupsafe import Markup
 from bissl_zoo.errors import ZooError, printable
 from bissl_zoo.report.page import footer, render, save_page
 from bissl_zoo.zoo import Zoo
+from bissl_zoo.zoo.card import format_metric
 from bissl_zoo.zoo.hub import Entry
-from bissl_zoo.zoo.names import split_version
-from bissl_zoo.zoo.page import format_metric
+from bissl_zoo.zoo.index import split_version
 
 logger = logging.getLogger(__name__)
 
@@ -89,7 +89,7 @@ def write_zoo_page(zoo: Zoo, output: Path) -> None:
 def _data(entry: Entry) -> str:
     """Return the distinct data sets in the `entry.json` of an entry."""
     try:
-        datasets = entry.facts().get("datasets")
+        datasets = entry.metadata().get("datasets")
     except ZooError as error:
         logger.warning(f"the data sets of '{entry.name}' are not shown. {printable(str(error))}")
         return ""

@@ -1,1 +1,4 @@
-"""Weights in and out: files of other projects, and exports of a backbone."""
+"""Load weights of other projects (load), read and write files (files), and export backbones (export)."""
+
+#: libraries that a backbone can be exported to
+TARGETS = ("timm", "torchvision", "detectron2", "onnx", "export")

@@ -1,40 +1,47 @@
-"""Backbones out: as files that timm, torchvision, Detectron2, ONNX runtimes and torch.export load without us."""
+"""Export backbones for timm, torchvision, Detectron2, ONNX runtimes and torch.export, which load them without us."""
 
-import contextlib
 import importlib.util
+import json
 import os
 import pickle
 import re
 import shutil
 import uuid
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import safetensors.torch
 import timm
 import torch
+import torchvision
 from safetensors import SafetensorError
+from timm.models.resnet import ResNet
 from torch import Tensor, nn
 
-from bissl_zoo.errors import ZooError, did_you_mean
-from bissl_zoo.weights.plain_resnets import check_plain_resnet, check_same_features, detectron2_state, example_images
-from bissl_zoo.weights.timm_format import PIXEL_KEYS, timm_config
-from bissl_zoo.zoo import TARGETS
-from bissl_zoo.zoo.index import to_json
-from bissl_zoo.zoo.names import shorten
+from bissl_zoo.errors import ZooError, did_you_mean, shorten
+from bissl_zoo.files import replacing, write_atomically
+from bissl_zoo.weights import TARGETS
+from bissl_zoo.weights.files import save_tensors, state_difference, unshared
 
 ONNX_OPSET = 18
-_UNSTATED = "not stated by the source"
+PIXEL_KEYS = ("input_size", "mean", "std", "interpolation", "crop_pct", "crop_mode")  # of timm's pretrained_cfg
+_UNKNOWN = "not stated by the source"
+
+#: ResNets of timm that compute the same as torchvision's of the same name
+TORCHVISION_RESNETS = (
+    *("resnet18", "resnet34", "resnet50", "resnet101", "resnet152", "wide_resnet50_2", "wide_resnet101_2"),
+    *("resnext50_32x4d", "resnext101_32x8d", "resnext101_64x4d"),
+)
+_EPS = 1e-5  # of batch norm in torchvision and Detectron2
 
 
 @dataclass(frozen=True)
 class Exported:
-    """A written file or folder, and what whoever loads it must know, by name."""
+    """A written file or folder, and what its user must know, by name."""
 
     path: Path
-    facts: dict[str, str]
+    details: dict[str, str]
 
 
 def export_backbone(
@@ -46,7 +53,7 @@ def export_backbone(
     pixels: Mapping[str, Any] | None = None,
     image_size: Sequence[int] | None = None,
 ) -> Exported:
-    """Write a backbone for another library; `output` appears complete or not at all.
+    """Write a backbone for another library, atomically.
 
     Args:
         state: under the names of `timm.create_model(architecture, num_classes=0, **model_args)`.
@@ -56,37 +63,18 @@ def export_backbone(
         pixels: `mean` and `std` of RGB images scaled to [0, 1], as a zoo entry's "input" has them.
         image_size: height and width of the images that "onnx" and "export" trace with; None for the architecture's own.
     Raises:
-        ZooError: the state does not fit, or the target cannot hold this network; the message says why.
+        ZooError: the state does not fit, or the target cannot represent this network; the message says why.
     """
     if target not in TARGETS:
         raise ZooError(f"Unknown target '{target}'.{did_you_mean(target, TARGETS)} Targets: {', '.join(TARGETS)}.")
     model = _loaded(architecture, state, dict(model_args or {}))
     output = Path(output)
-    facts = {"architecture": architecture, **_pixel_facts(pixels)}
+    details = {"architecture": architecture, **_pixel_details(pixels)}
     try:
-        facts |= _WRITERS[target](model, architecture, output, dict(model_args or {}), pixels, image_size)
+        details |= _WRITERS[target](model, architecture, output, dict(model_args or {}), pixels, image_size)
     except (OSError, SafetensorError) as error:
-        raise ZooError(f"{output} could not be written: {error}.") from error
-    return Exported(output, facts)
-
-
-@contextlib.contextmanager
-def draft(output: Path) -> Iterator[Path]:
-    """A path beside `output` to write to, which takes its place once the block has ended well."""
-    output.parent.mkdir(parents=True, exist_ok=True)
-    beside = output.with_name(f".{uuid.uuid4().hex}-{output.name}")
-    beside.touch()
-    mode = beside.stat().st_mode  # safetensors lets only the owner read
-    beside.unlink()
-    try:
-        yield beside
-        for path in [*beside.iterdir()] if beside.is_dir() else [beside]:
-            path.chmod(mode)
-            with open(path, "rb") as file:
-                os.fsync(file.fileno())
-        os.replace(beside, output)
-    finally:
-        beside.unlink(missing_ok=True) if beside.is_file() else shutil.rmtree(beside, ignore_errors=True)
+        raise ZooError(f"{output} cannot be written: {error}.") from error
+    return Exported(output, details)
 
 
 def _loaded(architecture: str, state: Mapping[str, Tensor], model_args: dict[str, Any]) -> nn.Module:
@@ -95,38 +83,37 @@ def _loaded(architecture: str, state: Mapping[str, Tensor], model_args: dict[str
         raise ZooError(f"timm {timm.__version__} has no architecture '{architecture}'.{hint}")
     with torch.random.fork_rng(devices=[]):
         model = timm.create_model(architecture, num_classes=0, **model_args)
-    expected = model.state_dict()
-    wrong = [key for key in expected if key not in state or state[key].shape != expected[key].shape]
-    if wrong := wrong + [key for key in state if key not in expected]:
-        raise ZooError(
-            f"The state does not fit {architecture}(num_classes=0): {len(wrong)} tensors are missing, of another shape "
-            f"or unexpected: {shorten(wrong)}. Only a whole backbone is exported."
-        )
+    if difference := state_difference(model.state_dict(), state):
+        raise ZooError(f"The state does not fit {architecture}(num_classes=0): {difference}.")
     model.load_state_dict(state)
     return model.eval()
 
 
-def _pixel_facts(pixels: Mapping[str, Any] | None) -> dict[str, str]:
-    said = {key: ", ".join(f"{v:.4g}" for v in pixels[key]) if pixels else _UNSTATED for key in ("mean", "std")}
-    return {"images": "RGB, scaled to [0, 1], then normalised", **said}
+def _pixel_details(pixels: Mapping[str, Any] | None) -> dict[str, str]:
+    values = {key: ", ".join(f"{v:.4g}" for v in pixels[key]) if pixels else _UNKNOWN for key in ("mean", "std")}
+    return {"images": "RGB, scaled to [0, 1], then normalised", **values}
 
 
 def _to_timm(
     model: nn.Module, architecture: str, output: Path, model_args: dict[str, Any], pixels: Any, image_size: Any
 ) -> dict[str, str]:
     if not pixels:
-        raise ZooError("timm's config.json states the pixel statistics, which are not known here: give mean and std.")
+        raise ZooError("timm's config.json needs the pixel statistics, which are unknown: pass mean and std.")
     if output.exists():
-        raise ZooError(f"{output} exists. Name a folder that does not.")
-    stated = {key: pixels[key] for key in PIXEL_KEYS if key in pixels}
-    stated.setdefault("input_size", [3, *_image_size(model, image_size)])
-    _, config = timm_config(architecture, stated, model_args, licence="unknown")
-    with draft(output) as folder:
-        folder.mkdir()
-        safetensors.torch.save_file(_own_memory(model.state_dict()), folder / "model.safetensors", {"format": "pt"})
-        (folder / "config.json").write_text(to_json(config))
-        again = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
-        check_same_features("timm", model, again, _image_size(model, image_size))
+        raise ZooError(f"{output} exists. Name another folder.")
+    known = {key: pixels[key] for key in PIXEL_KEYS if key in pixels}
+    known.setdefault("input_size", [3, *_image_size(model, image_size)])
+    _, config = timm_config(architecture, known, model_args, licence="unknown")
+    folder = output.with_name(f".{output.name}-{uuid.uuid4().hex}")
+    try:
+        folder.mkdir(parents=True)
+        save_tensors(model.state_dict(), folder / "model.safetensors")
+        write_atomically(folder / "config.json", json.dumps(config, indent=2) + "\n")
+        loaded = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
+        check_same_features("timm", model, loaded, _image_size(model, image_size))
+        os.replace(folder, output)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
     return {"load with": f'timm.create_model("local-dir:{output}", pretrained=True)'}
 
 
@@ -134,12 +121,11 @@ def _to_torchvision(model: nn.Module, architecture: str, output: Path, *_: Any) 
     check_plain_resnet(model, architecture, "torchvision")
     if output.suffix not in (".pth", ".pt", ".safetensors"):
         raise ZooError(f"{output}: a torchvision state is written as .pth, .pt or .safetensors.")
-    state = _own_memory(model.state_dict())
-    with draft(output) as file:
-        if output.suffix == ".safetensors":
-            safetensors.torch.save_file(state, file, {"format": "pt"})
-        else:
-            torch.save(state, file)
+    if output.suffix == ".safetensors":
+        save_tensors(model.state_dict(), output)
+    else:
+        with replacing(output) as file:
+            torch.save(unshared(model.state_dict()), file)
     return {
         "load with": f"torchvision.models.{architecture}().load_state_dict(state, strict=False)",
         "not in the file": "fc.weight, fc.bias",
@@ -156,15 +142,15 @@ def _to_detectron2(
     content: dict[str, Any] = {"model": arrays, "__author__": "bissl_zoo", "matching_heuristics": True}
     block = model.layer1[0]
     depth = re.search(r"(18|34|50|101|152)", architecture)[1]
-    facts = {
+    details = {
         "MODEL.RESNETS.DEPTH": depth,
         "MODEL.RESNETS.STRIDE_IN_1X1": "False",
         "MODEL.RESNETS.NUM_GROUPS": str(block.conv2.groups),
         "MODEL.RESNETS.WIDTH_PER_GROUP": str(block.conv2.out_channels // block.conv2.groups),
         "MODEL.RESNETS.RES2_OUT_CHANNELS": str(model.layer1[-1].bn2.num_features if depth in ("18", "34") else 256),
         "INPUT.FORMAT": "RGB",
-        "MODEL.PIXEL_MEAN": _UNSTATED,
-        "MODEL.PIXEL_STD": _UNSTATED,
+        "MODEL.PIXEL_MEAN": _UNKNOWN,
+        "MODEL.PIXEL_STD": _UNKNOWN,
         "numpy": ">= 1.26 to read the file",
     }
     if pixels:
@@ -174,10 +160,10 @@ def _to_detectron2(
             "pixel_std": [255 * value for value in pixels["std"]],
         }
         for key in ("pixel_mean", "pixel_std"):
-            facts[f"MODEL.{key.upper()}"] = "[" + ", ".join(f"{value:.6g}" for value in content["input"][key]) + "]"
-    with draft(output) as file, open(file, "wb") as stream:
+            details[f"MODEL.{key.upper()}"] = "[" + ", ".join(f"{value:.6g}" for value in content["input"][key]) + "]"
+    with replacing(output) as file, open(file, "wb") as stream:
         pickle.dump(content, stream, protocol=4)
-    return facts
+    return details
 
 
 def _to_onnx(
@@ -187,7 +173,7 @@ def _to_onnx(
     if absent:
         raise ZooError(f"The target 'onnx' needs {' and '.join(absent)}: pip install \"bissl_zoo[onnx]\".")
     images = _example(model, architecture, image_size)
-    with draft(output) as file:
+    with replacing(output) as file:
         try:
             torch.onnx.export(
                 model,
@@ -216,7 +202,7 @@ def _to_export(
         program = torch.export.export(model, (images,), dynamic_shapes=({0: torch.export.Dim("batch")},))
     except (RuntimeError, ValueError, TypeError) as error:
         raise ZooError(f"torch.export cannot trace {architecture}: {_first_line(error)}") from error
-    with draft(output) as file:
+    with replacing(output) as file:
         torch.export.save(program, file)
     return {
         "input": f"images (batch, 3, {images.shape[2]}, {images.shape[3]})",
@@ -224,7 +210,6 @@ def _to_export(
     }
 
 
-#: how each is written
 _WRITERS: dict[str, Callable[..., dict[str, str]]] = {
     "timm": _to_timm,
     "torchvision": _to_torchvision,
@@ -234,26 +219,143 @@ _WRITERS: dict[str, Callable[..., dict[str, str]]] = {
 }
 
 
-def _example(model: nn.Module, architecture: str, told: Sequence[int] | None) -> Tensor:
-    images = example_images(_image_size(model, told))
+def _example(model: nn.Module, architecture: str, size: Sequence[int] | None) -> Tensor:
+    images = example_images(_image_size(model, size))
     try:
         with torch.no_grad():
             model(images)
     except (RuntimeError, AssertionError, ValueError) as error:
-        size = " x ".join(str(side) for side in images.shape[2:])
-        raise ZooError(f"{architecture} does not take images of {size}: {_first_line(error)}") from error
+        sides = " x ".join(str(side) for side in images.shape[2:])
+        raise ZooError(f"{architecture} does not take images of {sides}: {_first_line(error)}") from error
     return images
 
 
-def _image_size(model: nn.Module, told: Sequence[int] | None) -> tuple[int, int]:
+def _image_size(model: nn.Module, size: Sequence[int] | None) -> tuple[int, int]:
     grid = getattr(getattr(model, "patch_embed", None), "img_size", None)
-    height, width = told or grid or model.pretrained_cfg["input_size"][1:]
+    height, width = size or grid or model.pretrained_cfg["input_size"][1:]
     return height, width
-
-
-def _own_memory(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {name: tensor.detach().cpu().clone().contiguous() for name, tensor in state.items()}
 
 
 def _first_line(error: Exception) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def timm_config(
+    architecture: str, pretrained_cfg: Mapping[str, Any], model_args: dict[str, Any], licence: str
+) -> tuple[nn.Module, dict[str, Any]]:
+    """Return the model that timm builds for an entry, and its `config.json` in timm's format."""
+    if architecture not in timm.list_models():
+        hint = did_you_mean(architecture, timm.list_models())
+        raise ZooError(f"'{architecture}' is not an architecture of timm {timm.__version__}.{hint}")
+    for key in pretrained_cfg:
+        if key not in PIXEL_KEYS:
+            hint = did_you_mean(key, PIXEL_KEYS)
+            raise ZooError(f"Unknown key '{key}' in pretrained_cfg.{hint} Accepted: {', '.join(PIXEL_KEYS)}.")
+    if absent := [key for key in ("input_size", "mean", "std") if key not in pretrained_cfg]:
+        raise ZooError(f"pretrained_cfg lacks {', '.join(absent)}, which users of the entry need.")
+    model = _untrained(architecture, num_classes=0, **model_args)
+    own = model.pretrained_cfg
+    inherited = {key: own[key] for key in ("interpolation", "crop_pct", "crop_mode", "first_conv", "classifier")}
+    pixels = {
+        key: value if isinstance(value, str | int | float) else list(value) for key, value in pretrained_cfg.items()
+    }
+    fixed = own.get("fixed_input_size", False) and not model_args.get("dynamic_img_size", False)
+    built_for = model_args.get("img_size", own["input_size"][1:])
+    built_for = [built_for, built_for] if isinstance(built_for, int) else list(built_for)
+    if fixed and built_for != pixels["input_size"][1:]:
+        raise ZooError(
+            f"pretrained_cfg has input_size {pixels['input_size']}, but this {architecture} was built for images of "
+            f"{built_for}. Use that size, or build it with img_size."
+        )
+    config = {
+        "architecture": architecture,
+        "num_classes": 0,
+        "num_features": model.num_features,
+        "global_pool": _pooling(model),
+        "pretrained_cfg": {**inherited, **pixels, "fixed_input_size": fixed, "num_classes": 0, "license": licence},
+    }
+    return model, {**config, "model_args": model_args} if model_args else config
+
+
+def _untrained(architecture: str, **kwargs: Any) -> nn.Module:
+    with torch.random.fork_rng(devices=[]):  # the random state of a running training must not change
+        return timm.create_model(architecture, **kwargs)
+
+
+def _pooling(model: nn.Module) -> str:
+    for owner in (model, getattr(model, "head", None)):
+        pool = getattr(owner, "global_pool", None)
+        pool = getattr(pool, "pool_type", pool)
+        if isinstance(pool, str):
+            return pool
+    return ""
+
+
+def check_loads_in_timm(folder: Path, expected: Mapping[str, Tensor]) -> None:
+    """Load the written files with timm and compare every tensor bit for bit."""
+    try:
+        loaded = _untrained(f"local-dir:{folder}", pretrained=True).state_dict()
+    except (RuntimeError, TypeError, ValueError, KeyError, AssertionError) as error:
+        raise ZooError(f"timm {timm.__version__} cannot load the entry: {error}") from error
+    changed = [key for key, tensor in expected.items() if key not in loaded or not torch.equal(loaded[key], tensor)]
+    if changed:
+        raise ZooError(f"timm {timm.__version__} loads other values than were published: {shorten(changed)}.")
+
+
+def detectron2_state(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Rename a ResNet's state to Detectron2's names: `layer1.0.bn1.weight` becomes `res2.0.conv1.norm.weight`."""
+    renamed = {}
+    for name, tensor in state.items():
+        name = re.sub(r"^layer(\d)", lambda stage: f"res{int(stage[1]) + 1}", name)
+        name = re.sub(r"\bbn(\d)\.", r"conv\1.norm.", name)
+        name = name.replace("downsample.0.", "shortcut.").replace("downsample.1.", "shortcut.norm.")
+        renamed[name if name.startswith("res") else f"stem.{name}"] = tensor
+    return renamed
+
+
+def check_plain_resnet(model: nn.Module, architecture: str, target: str) -> None:
+    """Raise `ZooError` unless torchvision's network of this name (Detectron2's is equal) computes the same features."""
+    supported = f"It supports: {', '.join(TORCHVISION_RESNETS)}."
+    if reason := _why_not_plain(model):
+        raise ZooError(f"{target} has no network for {architecture}: {reason}. {supported}")
+    if architecture not in TORCHVISION_RESNETS:
+        raise ZooError(f"{target} has no ResNet with the blocks of {architecture}. {supported}")
+    with torch.random.fork_rng(devices=[]):
+        reference = getattr(torchvision.models, architecture)()
+    reference.fc = nn.Identity()
+    reference.load_state_dict(model.state_dict())
+    check_same_features(target, model, reference.eval(), (64, 64))
+
+
+def _why_not_plain(model: nn.Module) -> str:
+    if not isinstance(model, ResNet):
+        return f"it is a {type(model).__name__}, not a ResNet"
+    if isinstance(model.conv1, nn.Sequential):
+        return "its stem is several convolutions, not one of 7x7"
+    blocks = [block for stage in (model.layer1, model.layer2, model.layer3, model.layer4) for block in stage]
+    if any(getattr(block, "se", None) is not None for block in blocks):
+        return "its blocks have an attention module (se)"
+    if any(isinstance(module, nn.AvgPool2d) for block in blocks for module in block.modules()):
+        return "its shortcuts or blocks pool by averaging"
+    if any(not isinstance(block.act3 if hasattr(block, "act3") else block.act2, nn.ReLU) for block in blocks):
+        return "its activation is not ReLU"
+    norms = [module for name, module in model.named_modules() if re.search(r"(bn\d|downsample\.1)$", name)]
+    if any(not isinstance(norm, nn.BatchNorm2d) for norm in norms):
+        return f"it normalises with {type(norms[0]).__name__}, not batch norm"
+    if any(norm.eps != _EPS for norm in norms):
+        return f"its batch norm has eps {norms[0].eps:g}, not {_EPS:g}"
+    return ""
+
+
+def check_same_features(target: str, model: nn.Module, other: nn.Module, size: Sequence[int]) -> None:
+    """Raise `ZooError` if two networks give different pooled features for the same random images."""
+    images = example_images(size)
+    with torch.no_grad():
+        ours, theirs = model(images), other(images)
+    if ours.shape != theirs.shape or not torch.allclose(ours, theirs, rtol=1e-4, atol=1e-4 * float(ours.abs().max())):
+        raise ZooError(f"{target}'s network computes other features from these weights; nothing was written.")
+
+
+def example_images(size: Sequence[int]) -> Tensor:
+    """Return two random images of this height and width, always the same."""
+    return torch.randn(2, 3, *size, generator=torch.Generator().manual_seed(0))

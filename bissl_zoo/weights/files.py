@@ -1,52 +1,174 @@
-"""Checkpoint files of other projects as plain containers and tensors, with nothing in them ever run."""
+"""Files with weights: checkpoints of other projects, of which nothing is run, and backbones as .safetensors."""
 
+import json
+import os
 import pickle
 import re
 import zipfile
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import safetensors.torch
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from bissl_zoo.errors import ZooError
+from bissl_zoo.errors import ZooError, shorten
+from bissl_zoo.files import replacing
 
-TORCH_SUFFIXES = (".pth", ".pt", ".tar", ".ckpt", ".bin", ".torch", ".th")
-SUFFIXES = (*TORCH_SUFFIXES, ".safetensors", ".pkl")
+SUFFIXES = (".pth", ".pt", ".tar", ".ckpt", ".bin", ".torch", ".th", ".safetensors", ".pkl")
 
-#: what a pickle that is cut short or made up raises
+#: arguments of `build_backbone` and `timm.create_model` that would replace the model or load other files
+FORBIDDEN_MODEL_ARGS = {
+    *("name", "architecture", "out_features", "features_only", "num_classes", "device", "dtype"),
+    *("pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "checkpoint_path", "cache_dir"),
+}
+_METADATA_KEY = "bissl_zoo"
+
+#: errors of a pickle that is truncated or crafted
 _DAMAGE = (EOFError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError, MemoryError, RecursionError)
 
-#: what a training run keeps beside its model; it may be large and holds no weights
+#: top-level keys of the training state beside a model, without weights
 _TRAINING_STATE = re.compile(
     r"(optimi[sz]er|lr_sched|sched|scaler|fp16_scaler|amp|native_amp|callbacks|loops|hyper_parameters|dino_loss|args)"
 )
 
 
-def read_file(path: Path, skip_objects: bool = False) -> Any:
-    """What a checkpoint file holds: containers, numbers, strings and tensors.
-
-    `.pth`, `.pt`, `.tar`, `.ckpt`, `.bin`, `.torch` and `.th` are read with `torch.load(weights_only=True)`, `.pkl` by
-    a reader that knows numeric numpy arrays and builtin containers, numbers and strings, and nothing else.
+@dataclass(frozen=True)
+class StoredBackbone:
+    """The weights of a backbone and what its user must know.
 
     Args:
-        skip_objects: put an inert placeholder where a torch file has an object of any other class (argparse.Namespace).
+        state: under the names of `timm.create_model(architecture, num_classes=0, **model_args)`.
+        pixels: `mean` and `std` of RGB images scaled to [0, 1]; None if unknown.
+        source: the checkpoint layout or zoo entry it came from.
+    """
+
+    state: Mapping[str, Tensor]
+    architecture: str
+    model_args: Mapping[str, Any] = field(default_factory=dict)
+    pixels: Mapping[str, Any] | None = None
+    source: str = ""
+
+    def checked(self, where: str, architecture: str | None = None) -> "StoredBackbone":
+        """Return self; raise `ZooError` for metadata of a wrong type, or an architecture that does not match."""
+        if not isinstance(self.architecture, str) or not self.architecture:
+            problem = "an architecture that is not a name"
+        elif not isinstance(self.model_args, dict) or FORBIDDEN_MODEL_ARGS & self.model_args.keys():
+            problem = f"invalid model_args: {self.model_args!r:.200}"
+        elif self.pixels is not None and not _are_pixels(self.pixels):
+            problem = "pixels without a mean and a std of three numbers each"
+        elif not isinstance(self.source, str):
+            problem = "a source that is not text"
+        elif architecture not in (None, self.architecture):
+            raise ZooError(f"{where} is a {self.architecture}, not a {architecture}.")
+        else:
+            return self
+        raise ZooError(f"{where} has {problem}. Download it again, or report it to its author.")
+
+
+def save_backbone(backbone: StoredBackbone, output: str | os.PathLike[str]) -> None:
+    """Write a backbone to a .safetensors file, with its metadata; see :func:`save_tensors`."""
+    metadata = {key: getattr(backbone, key) for key in ("architecture", "model_args", "pixels", "source")}
+    save_tensors(backbone.state, output, {_METADATA_KEY: json.dumps(metadata)})
+
+
+def save_tensors(
+    state: Mapping[str, Tensor], output: str | os.PathLike[str], metadata: Mapping[str, str] | None = None
+) -> None:
+    """Write tensors to a .safetensors file atomically.
+
     Raises:
-        ZooError: missing, damaged, of no known kind, or with objects in it.
+        ZooError: another suffix, or the file cannot be written.
+    """
+    output = Path(output)
+    if output.suffix != ".safetensors":
+        raise ZooError(f"{output}: tensors are written as .safetensors.")
+    try:
+        with replacing(output) as temporary:
+            temporary.touch()
+            mode = temporary.stat().st_mode  # safetensors lets only the owner read
+            safetensors.torch.save_file(unshared(state), temporary, {"format": "pt", **(metadata or {})})
+            temporary.chmod(mode)
+    except (OSError, SafetensorError) as error:
+        raise ZooError(f"{output} cannot be written: {error}.") from error
+
+
+def read_backbone_file(path: Path, architecture: str | None = None) -> StoredBackbone:
+    """Read a .safetensors file under timm's names, as :func:`save_backbone` writes it.
+
+    Args:
+        architecture: required for a file without metadata of this package; otherwise it must match.
+    Raises:
+        ZooError: the file is missing, damaged, or of another or unknown architecture.
+    """
+    if not path.is_file():
+        raise ZooError(f"There is no file {path}.")
+    try:
+        with safe_open(path, "pt") as file:
+            metadata = file.metadata() or {}
+        state = safetensors.torch.load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise ZooError(f"{path} cannot be read as safetensors: {error}.") from error
+    try:
+        stored = StoredBackbone(
+            state, **{"architecture": architecture, **json.loads(metadata.get(_METADATA_KEY, "{}"))}
+        )
+    except (ValueError, TypeError, RecursionError) as error:
+        raise ZooError(f"{path} has invalid metadata of this package: {error}.") from error
+    if not stored.architecture:
+        raise ZooError(f"{path} does not state its architecture. Name it: --architecture resnet50.")
+    return stored.checked(str(path), architecture)
+
+
+def state_difference(expected: Mapping[str, Tensor], actual: Mapping[str, Tensor]) -> str:
+    """Return how two state dicts differ in names and shapes; empty if they do not."""
+    shared = [key for key in expected if key in actual]
+    reshaped = [key for key in shared if actual[key].shape != expected[key].shape]
+    parts = {
+        "missing": [key for key in expected if key not in actual],
+        "unexpected": sorted(key for key in actual if key not in expected),
+        "of another shape": [f"{k} {tuple(actual[k].shape)} instead of {tuple(expected[k].shape)}" for k in reshaped],
+    }
+    lines = [f"{len(names)} {what}: {shorten(names)}" for what, names in parts.items() if names]
+    return f"{len(shared) - len(reshaped)} of {len(expected)} tensors match; {'; '.join(lines)}" if lines else ""
+
+
+def unshared(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return contiguous copies on the CPU that share no memory, which safetensors refuses."""
+    return {name: tensor.detach().cpu().clone().contiguous() for name, tensor in state.items()}
+
+
+def _are_pixels(pixels: Any) -> bool:
+    values = [pixels.get(key) for key in ("mean", "std")] if isinstance(pixels, dict) else [None]
+    return all(
+        isinstance(v, list) and len(v) == 3 and all(type(n) in (int, float) and abs(n) < 1e6 for n in v) for v in values
+    )
+
+
+def read_file(path: Path, skip_objects: bool = False) -> Any:
+    """Read a checkpoint file: containers, numbers, strings and tensors.
+
+    `.pth`, `.pt`, `.tar`, `.ckpt`, `.bin`, `.torch` and `.th` are read with `torch.load(weights_only=True)`, `.pkl` by
+    an unpickler for numeric numpy arrays, builtin containers, numbers and strings, and nothing else.
+
+    Args:
+        skip_objects: replace objects of other classes in a torch file (argparse.Namespace) by an inert placeholder.
+    Raises:
+        ZooError: the file is missing, damaged, of an unknown kind, or contains objects.
     """
     if not path.is_file():
         raise ZooError(f"There is no file {path}.")
     if path.suffix not in SUFFIXES:
-        raise ZooError(f"{path} does not end like a checkpoint file. Accepted: {', '.join(SUFFIXES)}.")
+        raise ZooError(f"{path} is not a checkpoint file. Accepted suffixes: {', '.join(SUFFIXES)}.")
     try:
         if path.suffix == ".safetensors":
             return safetensors.torch.load_file(path)
-        # torch.save writes a zip archive under any name it is given
+        # torch.save writes a zip archive, whatever the suffix
         if path.suffix == ".pkl" and not zipfile.is_zipfile(path):
             return _read_pickle(path)
         return _read_torch(path, skip_objects)
@@ -55,7 +177,7 @@ def read_file(path: Path, skip_objects: bool = False) -> Any:
 
 
 def named_tensors(content: Any) -> dict[str, Tensor]:
-    """Every tensor of nested containers by its path, as in `state_dict.module.conv1.weight`; no training state."""
+    """Return every tensor of nested containers by its path (`state_dict.module.conv1.weight`); no training state."""
     if isinstance(content, Mapping):
         content = {key: value for key, value in content.items() if not _TRAINING_STATE.match(str(key))}
     return dict(_walk(content, ""))
@@ -74,7 +196,7 @@ def _walk(content: Any, path: str) -> Iterator[tuple[str, Tensor]]:
 
 
 class _Skipped:
-    """Stands where a torch file has an object of a class that is not loaded; takes any arguments, keeps none."""
+    """Placeholder for an object of a class that is not loaded; ignores its arguments."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None: ...
 
@@ -84,7 +206,7 @@ class _Skipped:
 def _read_torch(path: Path, skip_objects: bool) -> Any:
     skipped: set[str] = set()
     while True:
-        # one class for each name, since torch keeps the names by class
+        # one class per name, since torch stores the names by class
         placeholders = [(type("_Skipped", (_Skipped,), {}), name) for name in skipped]
         try:
             with torch.serialization.safe_globals(placeholders):
@@ -96,11 +218,13 @@ def _read_torch(path: Path, skip_objects: bool) -> Any:
             skipped |= names
         except (RuntimeError, EOFError, ValueError, KeyError, TypeError, AttributeError) as error:
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-            raise ZooError(f"{path} cannot be read as a file of torch.save: {reason} Is the download whole?") from error
+            raise ZooError(
+                f"{path} cannot be read as a file of torch.save: {reason} Is the download complete?"
+            ) from error
 
 
 def _objects_in(path: Path, error: Exception) -> set[str]:
-    """Names of what a torch file holds beside plain data: all of them, or of the old form the one in the error."""
+    """Return the names of classes in a torch file beside plain data: all, or in the old format the one in the error."""
     if zipfile.is_zipfile(path):
         return set(torch.serialization.get_unsafe_globals_in_checkpoint(path))
     return set(re.findall(r"GLOBAL ([\w.]+) ", str(error))[:1])
@@ -112,17 +236,17 @@ def _refusal(path: Path, error: Exception, names: set[str], skipped: bool) -> st
         return f"{path} cannot be read as a file of torch.save (weights only): {reason}"
     if skipped:
         reason = str(error).strip().splitlines()
-        told = next((line for line in reason if "blocked" in line), reason[-1])
-        return f"{path} is refused even without its objects ({', '.join(sorted(names))}): {told} Do not use this file."
+        line = next((line for line in reason if "blocked" in line), reason[-1])
+        return f"{path} is refused even without its objects ({', '.join(sorted(names))}): {line} Do not use this file."
     return (
-        f"{path} holds more than tensors and plain values: {', '.join(sorted(names))}. Loading such objects can run "
-        "code, so it is refused. Read it with skip_objects=True (tools/convert.py in --skip-objects), which leaves "
-        "them out, or save the weights alone where the file comes from: torch.save(model.state_dict(), FILE)."
+        f"{path} contains objects that could run code: {', '.join(sorted(names))}. Leave them out with "
+        "skip_objects=True (tools/convert.py in --skip-objects), or save only the weights: "
+        "torch.save(model.state_dict(), FILE)."
     )
 
 
 class _Dtype:
-    """What a pickle says of a numpy dtype: a numeric one, its byte order given later."""
+    """A numeric numpy dtype in a pickle; its byte order follows."""
 
     def __init__(self, code: str, *_: Any) -> None:
         if not re.fullmatch(r"[<>|=]?(b1|\?|[iu][1248]|f[248]|c(8|16))", str(code)):
@@ -135,7 +259,7 @@ class _Dtype:
 
 
 class _Array:
-    """What a pickle says of a numpy array, gathered without numpy's own code, which trusts its input."""
+    """A numpy array in a pickle, rebuilt without numpy's own code, which trusts its input."""
 
     def __init__(self, *_: Any) -> None:
         self.array = np.zeros(0, np.float32)
@@ -166,12 +290,12 @@ def _encode(text: str, encoding: str) -> bytes:
 
 def _bytes(data: bytes = b"", *_: Any) -> bytes:
     if not isinstance(data, bytes):  # a number would ask for that much memory
-        raise pickle.UnpicklingError("bytes made of something else")
+        raise pickle.UnpicklingError("bytes of another type")
     return data
 
 
 class _Call:
-    """A function that a pickle may call but not change, as it otherwise may the attributes of what it names."""
+    """A function that a pickle may call; its attributes cannot be changed."""
 
     def __init__(self, function: Callable[..., Any]) -> None:
         self._function = function
@@ -180,7 +304,7 @@ class _Call:
         return self._function(*args)
 
     def __setstate__(self, state: Any) -> None:
-        raise pickle.UnpicklingError("a change of the reader itself")
+        raise pickle.UnpicklingError("a change of the unpickler itself")
 
 
 _ALLOWED: dict[tuple[str, str], Any] = {
@@ -188,7 +312,7 @@ _ALLOWED: dict[tuple[str, str], Any] = {
     ("numpy", "dtype"): _Dtype,
     ("collections", "OrderedDict"): OrderedDict,
     ("_codecs", "encode"): _Call(_encode),  # how Python 3 writes bytes for Python 2
-    # numpy 2 renamed numpy.core; Python 2 called builtins otherwise
+    # numpy 2 renamed numpy.core; Python 2 has another name for builtins
     **{(f"numpy.{core}.multiarray", "_reconstruct"): _Array for core in ("core", "_core")},
     **{(f"numpy.{core}.multiarray", "scalar"): _Call(_scalar) for core in ("core", "_core")},
     **{(f"numpy.{core}.numeric", "_frombuffer"): _Call(_from_buffer) for core in ("core", "_core")},
@@ -198,7 +322,7 @@ _ALLOWED: dict[tuple[str, str], Any] = {
 
 
 class _ArrayUnpickler(pickle.Unpickler):
-    """Unpickles the names in `_ALLOWED`, as the stand-ins given there, and refuses every other."""
+    """Unpickler that resolves the names in `_ALLOWED` to their replacements and refuses all others."""
 
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) not in _ALLOWED:
@@ -209,13 +333,12 @@ class _ArrayUnpickler(pickle.Unpickler):
 def _read_pickle(path: Path) -> Any:
     try:
         with open(path, "rb") as stream:
-            # what Python 2 wrote as str is bytes or text; latin-1 keeps both
+            # a str of Python 2 is bytes or text; latin-1 keeps both
             return _with_tensors(_ArrayUnpickler(stream, encoding="latin1").load())
     except pickle.UnpicklingError as error:
         raise ZooError(
-            f"{path} is refused: it asks for {error}. Of a pickle only numeric numpy arrays, builtin containers, "
-            "numbers and strings are read, since all else can run code. Detectron2's model files hold nothing else, so "
-            "find out what this one is before you use it anywhere."
+            f"{path} is refused: it contains {error}, which could run code. Only numeric numpy arrays, builtin "
+            "containers, numbers and strings are read; Detectron2's model files contain nothing else."
         ) from error
     except _DAMAGE as error:
         raise ZooError(f"{path} is not a pickle of arrays ({type(error).__name__}: {error}).") from error

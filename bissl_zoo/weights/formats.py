@@ -1,4 +1,4 @@
-"""The checkpoint layouts of other projects, one row each, and how their names become timm's."""
+"""Checkpoint layouts of other projects, one row each, and how their tensor names map to timm's."""
 
 import re
 from collections.abc import Callable, Iterable, Mapping
@@ -12,7 +12,7 @@ from bissl_zoo.errors import ZooError
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))  # mean and std of RGB images scaled to [0, 1]
 CAFFE = ((123.675 / 255, 116.28 / 255, 103.53 / 255), (1 / 255, 1 / 255, 1 / 255))  # [0, 255] with the mean subtracted
 
-#: what saving wraps around a model's own names
+#: prefixes that saving adds to the names of a model
 _WRAPPING = (
     r"(?:(?:state_dict|state_dict_ema|model|model_state_dict|model_state|model_ema)\.)?(?:module\.)?(?:_orig_mod\.)?"
 )
@@ -20,14 +20,14 @@ _CLASSIFIER = r"(?:fc|head|heads|classifier|linear|last_linear)\."
 
 
 def torchvision_name(name: str) -> str:
-    """timm's name of a torchvision tensor: the same, but for those of `nn.Sequential(*resnet.children())`."""
+    """Return timm's name of a torchvision tensor; only those of `nn.Sequential(*resnet.children())` differ."""
     parts = {"0": "conv1", "1": "bn1", "4": "layer1", "5": "layer2", "6": "layer3", "7": "layer4"}
     first, _, rest = name.partition(".")
     return f"{parts[first]}.{rest}" if first in parts else name
 
 
 def detectron2_name(name: str) -> str:
-    """timm's name of a tensor of Detectron2's ResNet: `res2.0.conv1.norm.weight` is `layer1.0.bn1.weight`."""
+    """Return timm's name of a tensor of Detectron2's ResNet: `res2.0.conv1.norm.weight` is `layer1.0.bn1.weight`."""
     name = re.sub(r"^stem\.", "", name)
     name = re.sub(r"^res([2-5])\.", lambda stage: f"layer{int(stage[1]) - 1}.", name)
     name = re.sub(r"conv([123])\.norm\.", r"bn\1.", name)
@@ -35,7 +35,7 @@ def detectron2_name(name: str) -> str:
 
 
 def caffe2_name(name: str) -> str:
-    """timm's name of a tensor of a Caffe2 (Detectron, MSRA) ResNet: `res2_0_branch2a_bn_s` is `layer1.0.bn1.weight`."""
+    """Return timm's name of a Caffe2 (Detectron, MSRA) tensor: `res2_0_branch2a_bn_s` is `layer1.0.bn1.weight`."""
     kinds = {"w": "weight", "b": "bias"}
     norms = {"s": "weight", "gamma": "weight", "b": "bias", "beta": "bias", "rm": "running_mean", "riv": "running_var"}
     found = re.fullmatch(r"(?:(?:res_)?(conv1)|res([2-5])_(\d+)_branch(1|2[abc]))_(bn_)?(\w+)", name)
@@ -52,15 +52,15 @@ def caffe2_name(name: str) -> str:
 
 @dataclass(frozen=True)
 class Format:
-    """Where a project's checkpoints keep the backbone. Patterns are matched after what saving wraps around names.
+    """Where the checkpoints of a project have the backbone. Patterns are matched after the prefixes of saving.
 
     Args:
         backbone: prefix of the backbone's tensors.
-        head: prefixes of the classifier or pretext head, which is handed on.
-        marks: prefixes that must all be there, which tell formats with the same backbone prefix apart.
-        other: tensors under the backbone's prefix that belong to neither.
-        rename: from the name after the prefix to timm's.
-        pixels: mean and std that the project's public training code normalises with; None where it does not say.
+        head: prefixes of the classifier or pretext head.
+        marks: prefixes that must all exist; they distinguish formats with the same backbone prefix.
+        other: tensors under the backbone's prefix that belong to neither part.
+        rename: maps the name after the prefix to timm's.
+        pixels: mean and std in the project's public training code; None if unknown.
     """
 
     name: str
@@ -72,28 +72,28 @@ class Format:
     pixels: tuple[tuple[float, ...], tuple[float, ...]] | None = IMAGENET
 
     def fits(self, names: Iterable[str]) -> bool:
-        """Whether every mark is there."""
+        """Return True if every mark exists."""
         return all(any(re.match(_WRAPPING + mark, name) for name in names) for mark in self.marks)
 
     def backbone_name(self, name: str) -> str | None:
-        """timm's name of a tensor under the backbone's prefix, or None for one elsewhere."""
+        """Return timm's name of a tensor under the backbone's prefix, otherwise None."""
         prefix = re.match(_WRAPPING + self.backbone, name)
         return self.rename(name[prefix.end() :]) if prefix else None
 
     def head_name(self, name: str) -> str | None:
-        """The name, without wrapping, of a tensor of the head, or None for one elsewhere."""
+        """Return the name of a tensor of the head without prefixes of saving, otherwise None."""
         found = re.match(f"({_WRAPPING}){self.head}", name)
         return name[found.end(1) :] if found else None
 
     def is_other(self, name: str) -> bool:
-        """Whether a tensor under the backbone's prefix is known to belong to something else."""
+        """Return True for a tensor under the backbone's prefix that belongs to another part."""
         return re.match(f"{_WRAPPING}(?:{self.other})", name) is not None
 
 
-#: Most telling first. Sources: the public training and conversion code of each project.
+#: The most specific first. Sources: the public training and conversion code of each project.
 FORMATS = (
-    # Caffe2 blobs: Detectron, and the MSRA models that Detectron2 starts from. Like Detectron2, leave out the
-    # convolutions' biases, which batch norm follows.
+    # Caffe2 blobs: Detectron, and the MSRA models that Detectron2 starts from. As in Detectron2, the biases of
+    # convolutions before a batch norm are left out.
     Format(
         "caffe2",
         r"(?:blobs\.)?",
@@ -110,7 +110,7 @@ FORMATS = (
         (r"(?:backbone\.(?:bottom_up\.)?)?stem\.conv1\.weight",),
         r"proposal_generator|roi_heads|(?:backbone\.)?(?:fpn_|top_block)|sem_seg_head|head\.|pixel_|anchor",
         detectron2_name,
-        None,  # RGB or BGR: see `weights.py`
+        None,  # RGB or BGR: see `load.find_pixels`
     ),
     Format(
         "vissl",
@@ -137,7 +137,7 @@ FORMATS = (
     Format("timm", pixels=None),
 )
 
-#: by whether blocks are bottlenecks, and the number of blocks in each stage
+#: by (bottleneck blocks, number of blocks in each stage)
 _RESNETS = {
     (False, (2, 2, 2, 2)): "resnet18",
     (False, (3, 4, 6, 3)): "resnet34",
@@ -148,10 +148,10 @@ _RESNETS = {
 
 
 def infer_architecture(tensors: Mapping[str, Tensor], source: str | Path = "these tensors") -> str:
-    """timm's name of the ResNet that a checkpoint's tensors are of, from the number and kind of its blocks.
+    """Return timm's name of the plain ResNet in a checkpoint, from the number and kind of its blocks.
 
     Raises:
-        ZooError: they are of no plain ResNet, or could be of several.
+        ZooError: the tensors are not of a plain ResNet.
     """
     for layout in FORMATS:
         if not layout.fits(tensors):
@@ -162,4 +162,6 @@ def infer_architecture(tensors: Mapping[str, Tensor], source: str | Path = "thes
         widths = [tuple(found[key].shape) for key in ("conv1.weight", "layer1.0.conv2.weight") if key in found]
         if name and widths == [(64, 3, 7, 7), (64, 64, 3, 3)]:
             return name
-    raise ZooError(f"The architecture of {source} is not plain from its tensors. Name it: architecture='resnet50'.")
+    raise ZooError(
+        f"The architecture of {source} cannot be inferred from its tensors. Name it: architecture='resnet50'."
+    )

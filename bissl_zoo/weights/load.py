@@ -1,7 +1,9 @@
-"""Foreign checkpoints in: the backbone that other projects' files hold, under timm's names."""
+"""Load backbones from checkpoints of other projects, under timm's names."""
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from operator import sub
 from pathlib import Path
 from typing import Any
 
@@ -9,30 +11,30 @@ import timm
 import torch
 from torch import Tensor, nn
 
-from bissl_zoo.errors import ZooError, did_you_mean
+from bissl_zoo.errors import ZooError, did_you_mean, shorten
 from bissl_zoo.weights.files import named_tensors, read_file
-from bissl_zoo.weights.formats import FORMATS, Format, infer_architecture
-from bissl_zoo.weights.pixels import as_pixels, find_pixels
-from bissl_zoo.zoo.names import shorten
+from bissl_zoo.weights.formats import CAFFE, FORMATS, IMAGENET, Format, infer_architecture
 
 BATCH_NORM_EPS = 1e-5  # of every ResNet in torchvision, timm and Detectron2
+
+#: authors of Detectron2 files of networks that were trained on RGB images
+_RGB_AUTHORS = ("torchvision", "MOCO", "solo-learn", "timm", "bissl_zoo")
 
 
 @dataclass(frozen=True)
 class ForeignBackbone:
-    """A backbone from another project's checkpoint.
+    """A backbone from a checkpoint of another project.
 
     Args:
         state: on the CPU in float32, under the names of `timm.create_model(architecture, num_classes=0, **model_args)`;
             without the tensors in `missing`.
-        format: the layout that was recognised, a name of `foreign_formats.FORMATS` or "timm:...".
+        format: the recognised layout, a name in `formats.FORMATS` or "timm:...".
         matched: names of the tensors in `state`.
-        missing: the backbone's tensors that the file lacks or has in another shape, with shapes.
-        unexpected: the file's tensors that went neither into `state` nor into `head`, with shapes.
-        head: the classifier or pretext head, under the file's names.
-        pixels: `mean` and `std` of RGB images scaled to [0, 1], and `channel_order` "RGB", as `state` wants images;
-            None where the file's project does not say.
-        notes: sentences on what else a user must know.
+        missing: tensors of the backbone that the file lacks or has in another shape, with shapes.
+        unexpected: tensors of the file that are neither in `state` nor in `head`, with shapes.
+        head: the classifier or pretext head, under the names in the file.
+        pixels: `mean` and `std` of RGB images scaled to [0, 1], and `channel_order` "RGB", for `state`, or None.
+        notes: further sentences for the user.
     """
 
     state: dict[str, Tensor]
@@ -55,24 +57,24 @@ def read_foreign(
     skip_objects: bool = False,
     head_path: str | Path | None = None,
 ) -> ForeignBackbone:
-    """Read the backbone out of a checkpoint of torchvision, timm, Detectron2 and the projects of self-supervision.
+    """Read the backbone from a checkpoint of torchvision, timm, Detectron2 or a self-supervised learning project.
 
-    The layout is recognised by its names (`foreign_formats.FORMATS`). A first convolution that was trained on BGR
-    images is turned to RGB. Nothing in the file is run (`foreign_files.read_file`).
+    The layout is recognised by the tensor names (`formats.FORMATS`). A first convolution for BGR images is converted
+    to RGB. Nothing in the file is run (`files.read_file`).
 
     Args:
-        path: a file, or `timm:NAME` for weights that timm finds itself, such as `timm:resnet50.a1_in1k`.
-        architecture: timm's name; None infers ResNet-18, 34, 50, 101 and 152 from their names and shapes.
-        allow_partial: take what there is of the backbone. Otherwise it must be there whole, and nothing beside it.
-        channel_order: "RGB" or "BGR", for Detectron2 files that do not say what their network was trained on.
-        skip_objects: leave out objects that are not plain data (argparse.Namespace); see `foreign_files.read_file`.
-        head_path: a second file that holds the pretext head alone, as the BiSSL authors save it.
+        path: a file, or `timm:NAME` for weights that timm downloads, such as `timm:resnet50.a1_in1k`.
+        architecture: timm's name; None infers ResNet-18, 34, 50, 101 and 152 from names and shapes.
+        allow_partial: accept an incomplete backbone, and unknown tensors in it.
+        channel_order: "RGB" or "BGR", for Detectron2 files that do not state it.
+        skip_objects: leave out objects that are not plain data (argparse.Namespace); see `files.read_file`.
+        head_path: a second file with only the pretext head, as the BiSSL authors save it.
     Raises:
-        ZooError: the file is refused, not recognised, or not a whole backbone of this architecture.
+        ZooError: the file is refused, not recognised, or not a complete backbone of this architecture.
     """
-    beside = named_tensors(read_file(Path(head_path), skip_objects)) if head_path else {}
+    separate_head = named_tensors(read_file(Path(head_path), skip_objects)) if head_path else {}
     if str(path).startswith("timm:"):
-        return replace(_from_timm(str(path).removeprefix("timm:"), architecture), head=beside)
+        return replace(_from_timm(str(path).removeprefix("timm:"), architecture), head=separate_head)
     path = Path(path)
     content = read_file(path, skip_objects)
     tensors = named_tensors(content)
@@ -85,7 +87,7 @@ def read_foreign(
     state, missing = _fit(parts.backbone, expected)
     notes = _complete(state, missing, expected, layout)
     if (missing or parts.stray) and not allow_partial:
-        raise ZooError(_not_whole(path, layout, architecture, expected, missing, parts, tensors))
+        raise ZooError(_incomplete(path, layout, architecture, expected, missing, parts, tensors))
     if order == "BGR" and "conv1.weight" in state:
         state["conv1.weight"] = state["conv1.weight"].flip(1)
     model_args = _model_args(layout, state)
@@ -96,7 +98,7 @@ def read_foreign(
         matched=[name for name in expected if name in state],
         missing=missing,
         unexpected=[f"{name} {_shape(tensors[name])}" for name in [*parts.stray, *parts.rest]],
-        head=parts.head | beside,
+        head=parts.head | separate_head,
         pixels=pixels,
         model_args=model_args,
         notes=(*notes, *_notes(layout, order, state, model_args)),
@@ -104,14 +106,14 @@ def read_foreign(
 
 
 def _from_timm(name: str, architecture: str | None) -> ForeignBackbone:
-    if ":" not in name and not timm.models.is_model_pretrained(name):  # timm would go on with random weights
+    if ":" not in name and not timm.models.is_model_pretrained(name):  # timm would continue with random weights
         hint = did_you_mean(name, timm.list_pretrained())
         raise ZooError(
             f"timm {timm.__version__} has no weights '{name}'.{hint} timm.list_pretrained() lists the names."
         )
     try:
         model = timm.create_model(name, pretrained=True, num_classes=0)
-    except Exception as error:  # timm passes on what its downloader, its cache and torch raise
+    except Exception as error:  # errors of the downloader, the cache and torch
         raise ZooError(
             f"timm {timm.__version__} does not load 'timm:{name}' ({type(error).__name__}: {error}). Without a "
             "network, give a file, or a folder with timm's config.json as 'timm:local-dir:FOLDER'."
@@ -133,7 +135,7 @@ def _from_timm(name: str, architecture: str | None) -> ForeignBackbone:
 
 @dataclass
 class _Parts:
-    """A file's tensors: the backbone's under timm's names, the head's, those of no part known, and the rest."""
+    """The tensors of a file: backbone (timm's names), head, unknown ones in the backbone (stray), and the rest."""
 
     backbone: dict[str, Tensor] = field(default_factory=dict)
     head: dict[str, Tensor] = field(default_factory=dict)
@@ -150,15 +152,15 @@ def _empty_model(architecture: str) -> nn.Module:
 
 
 def _recognise(tensors: Mapping[str, Tensor], expected: Mapping[str, Tensor], path: Path) -> Format:
-    """The first format whose marks are there and whose backbone has a name in common with the architecture."""
+    """Return the first format whose marks exist and whose backbone shares a name with the architecture."""
     for layout in FORMATS:
         if layout.fits(tensors) and any(layout.backbone_name(name) in expected for name in tensors):
             return layout
     known = ", ".join(dict.fromkeys(layout.name for layout in FORMATS))
     if tensors and all(name.startswith(("projector.", "predictor.")) for name in tensors):
-        known += ". These are a pretext head's tensors: give the backbone's file, and this one as head_path"
+        known += ". These are tensors of a pretext head: pass the file of the backbone, and this one as head_path"
     raise ZooError(
-        f"{path} holds no backbone of this architecture in a known layout. It has {len(tensors)} tensors: "
+        f"{path} has no backbone of this architecture in a known layout. It has {len(tensors)} tensors: "
         f"{shorten(list(tensors))}. Known layouts: {known}."
     )
 
@@ -178,22 +180,22 @@ def _divide(layout: Format, tensors: Mapping[str, Tensor], expected: Mapping[str
     return parts
 
 
-def _fit(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:
+def _fit(tensors: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:
     state, missing = {}, []
     for name, wanted in expected.items():
-        if name not in found:
+        if name not in tensors:
             missing.append(f"{name} {_shape(wanted)}")
-        elif found[name].shape != wanted.shape:
-            missing.append(f"{name} {_shape(wanted)}, in the file {_shape(found[name])}")
+        elif tensors[name].shape != wanted.shape:
+            missing.append(f"{name} {_shape(wanted)}, in the file {_shape(tensors[name])}")
         else:
-            state[name] = found[name].detach().to("cpu", wanted.dtype)
+            state[name] = tensors[name].detach().to("cpu", wanted.dtype)
     return state, missing
 
 
 def _complete(
     state: dict[str, Tensor], missing: list[str], expected: Mapping[str, Tensor], layout: Format
 ) -> list[str]:
-    """Add what batch norm has by definition where a format leaves it out; the sentences that say so."""
+    """Add batch-norm buffers that a format leaves out; return notes about them."""
     notes = []
     values = {"num_batches_tracked": 0.0}
     if layout.name in ("caffe2", "detectron2"):
@@ -202,12 +204,12 @@ def _complete(
         absent = [
             name for name in expected if name.endswith(f".{kind}") and name not in state and _sibling(name) in state
         ]
-        # frozen batch norm is a scale and a shift: its mean is 0 and its variance such that it divides by 1
+        # frozen batch norm is a scale and a shift: its mean is 0, and its variance plus eps is 1
         for name in absent:
             state[name] = torch.full(expected[name].shape, value, dtype=expected[name].dtype)
             missing.remove(f"{name} {_shape(expected[name])}")
         if absent:
-            notes.append(f"The file has no {kind} for {len(absent)} batch norms; it is set to {value:g}.")
+            notes.append(f"The file lacks {kind} of {len(absent)} batch norms; set to {value:g}.")
     return notes
 
 
@@ -216,24 +218,24 @@ def _sibling(name: str) -> str:
 
 
 def _model_args(layout: Format, state: Mapping[str, Tensor]) -> dict[str, Any]:
-    """MoCo v3's ViT-S has 12 heads of 32 channels (arXiv 2104.02057), timm's 6 of 64; the shapes agree."""
+    """Return model arguments: the ViT-S of MoCo v3 has 12 heads (arXiv 2104.02057), timm's has 6 of equal shapes."""
     is_vit_small = "cls_token" in state and state["cls_token"].shape[-1] == 384
     return {"num_heads": 12} if layout.name == "moco_v3" and is_vit_small else {}
 
 
 def _notes(layout: Format, order: str, state: Mapping[str, Tensor], model_args: Mapping[str, Any]) -> list[str]:
-    notes = [f"Build the model with {key}={value}: timm's own differs." for key, value in model_args.items()]
+    notes = [f"Build the model with {key}={value}, which is not timm's default." for key, value in model_args.items()]
     if order == "BGR":
-        notes.append("The file's network takes BGR images; its first convolution was turned to RGB.")
+        notes.append("The network takes BGR images; its first convolution was converted to RGB.")
     if layout.name in ("caffe2", "detectron2") and order == "BGR" and "layer1.0.conv3.weight" in state:
         notes.append(
-            "MSRA's bottlenecks, which Detectron2's own models start from, have their stride in the 1x1 convolution, "
-            "timm's in the 3x3: every tensor fits, but the features differ until it is trained further."
+            "MSRA's bottlenecks have their stride in the 1x1 convolution, timm's in the 3x3 one: every tensor fits, "
+            "but the features differ until it is trained further."
         )
     return notes
 
 
-def _not_whole(
+def _incomplete(
     path: Path,
     layout: Format,
     architecture: str,
@@ -243,19 +245,78 @@ def _not_whole(
     tensors: Mapping[str, Tensor],
 ) -> str:
     matched = len(expected) - len(missing)
-    text = f"{path} (layout '{layout.name}') is not a whole {architecture}: {matched} of {len(expected)} tensors match"
+    text = (
+        f"{path} (layout '{layout.name}') is not a complete {architecture}: {matched} of {len(expected)} tensors match"
+    )
     if missing:
         text += f"; {len(missing)} missing: {shorten(missing)}"
     if parts.stray:
         stray = [f"{name} {_shape(tensors[name])}" for name in parts.stray]
-        text += f"; {len(stray)} that {architecture} does not have: {shorten(stray)}"
+        text += f"; {len(stray)} unknown to {architecture}: {shorten(stray)}"
     if missing and all(name.startswith("layer4.") for name in missing):
         text += ". It ends at layer3, as a C4 backbone does"
     return (
-        f"{text}. Name another architecture, or take what there is with allow_partial=True (tools/convert.py in "
+        f"{text}. Name another architecture, or accept a partial backbone with allow_partial=True (tools/convert.py in "
         "--allow-partial)."
     )
 
 
 def _shape(tensor: Tensor) -> tuple[int, ...]:
     return tuple(tensor.shape)
+
+
+def find_pixels(
+    layout: Format, content: Any, tensors: Mapping[str, Tensor], stated: str | None, path: Path
+) -> tuple[str, dict[str, Any] | None]:
+    """Return the channel order of the first convolution in a file, and the pixel statistics in RGB order.
+
+    Args:
+        stated: "RGB" or "BGR" from the caller, for files that do not state it.
+    Raises:
+        ZooError: neither the file nor the caller states the order.
+    """
+    if stated not in (None, "RGB", "BGR"):
+        raise ZooError(f"channel_order is 'RGB' or 'BGR', not {stated!r}.")
+    if layout.name == "caffe2":
+        return "BGR", as_pixels(*CAFFE)
+    if layout.name != "detectron2":
+        return stated or "RGB", layout.pixels and as_pixels(*layout.pixels)
+    mean, std = (_stated(tensors, content, key) for key in ("pixel_mean", "pixel_std"))
+    order = stated or _stated_order(content, mean)
+    if order is None:
+        raise ZooError(
+            f"{path} (layout 'detectron2') does not state whether its network takes RGB or BGR images. Pass "
+            "channel_order='BGR' for Detectron2's own models (BGR is its default for INPUT.FORMAT), or 'RGB' "
+            "(tools/convert.py in --channel-order)."
+        )
+    if mean is None:
+        return order, as_pixels(*(IMAGENET if order == "RGB" else CAFFE))
+    turn = slice(None, None, -1 if order == "BGR" else 1)
+    return order, as_pixels([v / 255 for v in mean[turn]], [v / 255 for v in (std or [1.0] * 3)[turn]])
+
+
+def _stated_order(content: Any, mean: list[float] | None) -> str | None:
+    """Return the order that the file states, or that follows from its author or from the mean of ImageNet."""
+    content = content if isinstance(content, Mapping) else {}
+    pixels = content.get("input")
+    if isinstance(pixels, Mapping) and pixels.get("format") in ("RGB", "BGR"):
+        return pixels["format"]
+    if content.get("__author__") in _RGB_AUTHORS:
+        return "RGB"
+    known = {"RGB": [255 * value for value in CAFFE[0]], "BGR": [255 * value for value in reversed(CAFFE[0])]}
+    return next((o for o, values in known.items() if mean and max(map(abs, map(sub, mean, values))) < 0.01), None)
+
+
+def _stated(tensors: Mapping[str, Tensor], content: Any, key: str) -> list[float] | None:
+    """Return pixel statistics from Detectron2's buffers, or as this package writes them beside a model."""
+    for name, tensor in tensors.items():
+        if re.fullmatch(rf"(model\.)?{key}", name) and tensor.numel() == 3:
+            return tensor.flatten().tolist()
+    pixels = content.get("input") if isinstance(content, Mapping) else None
+    values = pixels.get(key) if isinstance(pixels, Mapping) else None
+    return [float(value) for value in values] if isinstance(values, list | tuple) and len(values) == 3 else None
+
+
+def as_pixels(mean: Any, std: Any) -> dict[str, Any]:
+    """Return mean and standard deviation of RGB images scaled to [0, 1], in the form of a zoo entry."""
+    return {"channel_order": "RGB", "mean": [float(value) for value in mean], "std": [float(value) for value in std]}

@@ -1,31 +1,27 @@
-"""The model zoo: find, check and load backbones (hub), publish them (publish), and weights of other projects."""
+"""The model zoo: find and load backbones (hub, create), publish them (publish), and where zoos are stored (stores)."""
 
 import importlib
 from typing import Any
 
-#: what a backbone can be exported to
-TARGETS = ("timm", "torchvision", "detectron2", "onnx", "export")
-
-#: the public names and where they are; imported when they are first asked for, since torch and timm take seconds
+#: public names and their modules, imported on first use: torch and timm take seconds
 _PUBLIC = {
     "Entry": "hub",
-    "EntryMetadata": "card",
+    "EntryMetadata": "publish",
     "PublishedEntry": "publish",
     "Zoo": "hub",
     "as_zoo": "hub",
     "create_backbone": "create",
     "default_zoo": "hub",
-    "export_backbone": "export",
     "get_config": "hub",
     "get_entry": "hub",
     "list_backbones": "hub",
     "load_entry_weights": "hub",
     "publish_entry": "publish",
-    "read_foreign": "weights",
+    "read_backbone": "create",
     "render_card": "card",
 }
 
-__all__ = sorted(["TARGETS", *_PUBLIC])
+__all__ = sorted(_PUBLIC)
 
 
 def __getattr__(name: str) -> Any:

@@ -1,58 +1,88 @@
-"""Copies of what was fetched from zoos elsewhere, each under its sha256 and compared with it on every use."""
+"""Local copies of remote files, stored by sha256 and verified before every use."""
 
-import contextlib
 import errno
 import hashlib
+import itertools
 import logging
 import os
-import secrets
+import random
 import shutil
-import stat
 import time
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, TypeVar
 
 import platformdirs
-import portalocker
+from tqdm import tqdm
 
 from bissl_zoo.errors import ZooError
-from bissl_zoo.zoo.download import Download, retrying
-from bissl_zoo.zoo.stores.store import Content, Store
+from bissl_zoo.files import write_atomically
+from bissl_zoo.zoo.locks import NotAFile, locked, open_plain
+from bissl_zoo.zoo.stores import Store, Transient
 
-SILENT_WAIT_S = 3.0
-_MIB = 1 << 20
+#: limits of one fetch: attempts in a row without a new byte, attempts, and seconds (plus one per `MIN_RATE` bytes)
+ATTEMPTS, TOTAL_ATTEMPTS = 5, 50
+FETCH_SECONDS, MIN_RATE = 900.0, 16 << 10
+_LONGEST_WAIT_S, _LONGEST_ASKED_WAIT_S = 30.0, 120.0
+_PROGRESS_FROM = 8 << 20
+_BLOCK = 1 << 20
 
 logger = logging.getLogger(__name__)
+T = TypeVar("T")
 
 
 def default_cache() -> "Cache":
-    """The cache in $BISSL_ZOO_CACHE, else in the user's cache directory."""
+    """Return the cache in $BISSL_ZOO_CACHE, or in the user's cache directory."""
     return Cache(os.environ.get("BISSL_ZOO_CACHE") or platformdirs.user_cache_path("bissl_zoo", appauthor=False))
 
 
 def is_offline() -> bool:
-    """Whether BISSL_ZOO_OFFLINE forbids the network."""
-    value = os.environ.get("BISSL_ZOO_OFFLINE", "")
-    if value.lower() in ("1", "true"):
-        return True
-    if value.lower() in ("", "0", "false"):
-        return False
-    raise ZooError(f"BISSL_ZOO_OFFLINE is {value!r}. Set it to 1 to use only what is on this machine, else to 0.")
+    """Return True if BISSL_ZOO_OFFLINE forbids network access."""
+    value = os.environ.get("BISSL_ZOO_OFFLINE", "").lower()
+    if value not in ("", "0", "false", "1", "true"):
+        raise ZooError(f"BISSL_ZOO_OFFLINE is {value!r}. Set it to 1 to use only local files, otherwise to 0.")
+    return value in ("1", "true")
+
+
+def retrying(
+    attempt: Callable[[], T], received: Callable[[], int] = lambda: 0, sleep: Callable[[float], None] = time.sleep
+) -> T:
+    """Return the result of the first attempt that does not raise `Transient`, waiting longer after each failure.
+
+    Args:
+        received: number of bytes received; an attempt with new bytes resets the count of failures.
+        sleep: called with seconds.
+    Raises:
+        ZooError: after `ATTEMPTS` failures in a row without a new byte, or `TOTAL_ATTEMPTS`.
+    """
+    best, failures = received(), 0
+    for number in itertools.count(1):
+        try:
+            return attempt()
+        except Transient as error:
+            failures = 1 if received() > best else failures + 1
+            best = max(best, received())
+            if failures == ATTEMPTS or number == TOTAL_ATTEMPTS:
+                raise ZooError(f"{error} Gave up after {number} attempts.") from error
+            # the system's generator: the random state of a run must not change, and forked processes share theirs
+            wait = min(2.0 ** (failures - 1), _LONGEST_WAIT_S) * random.SystemRandom().uniform(0.75, 1.25)
+            wait = max(wait, min(error.retry_after, _LONGEST_ASKED_WAIT_S))
+            logger.warning("%s Attempt %d follows in %.1f s.", error, number + 1, wait)
+            sleep(wait)
+    raise AssertionError
 
 
 class Cache:
-    """A folder of files by digest, which any number of processes may share; it may be deleted at any time between uses.
+    """A folder of files by sha256, shared by any number of processes; it may be deleted between uses.
 
-        blobs/AB/ABCD...    whole files by sha256
-        partial/ABCD...     what has arrived of one, which the next attempt continues
-        locks/ABCD...       held by the process that fetches it
-        indexes/...         the last copy of each index read, by the sha256 of its address
+        blobs/AB/ABCD...    complete files
+        partial/ABCD...     incomplete files, which the next fetch resumes
+        locks/ABCD...       locked by the process that fetches the file
+        indexes/...         the last copy of each index, by the sha256 of its address
 
     Args:
-        sleep: called with seconds between attempts.
-    Raises:
-        ZooError: from every method, with the file, the address, and what to do.
+        sleep: called with the seconds to wait between attempts.
     """
 
     def __init__(self, root: str | os.PathLike[str], sleep: Callable[[float], None] = time.sleep) -> None:
@@ -60,208 +90,195 @@ class Cache:
         self._sleep = sleep
 
     def fetch(self, store: Store, path: str, sha256: str, size: int) -> Path:
-        """A file of a store on this machine, compared with its size (bytes) and sha256 (64 hex digits).
+        """Return a verified local file of a store; of several processes, one downloads it.
 
-        Of the processes that want a file one fetches it. What a store keeps on this machine is not copied.
+        Raises:
+            ZooError: the file is damaged, cannot be read or stored, or a limit of the download is exceeded.
         """
         local = store.local_path(path)
         if local is not None:
-            problem = _difference(local, sha256, size, follow=True)
-            if problem:
-                raise ZooError(
-                    f"{local} is not what was published: {problem}. Copy the entry again from where it came, or "
-                    "publish it again; do not use this copy."
-                )
+            if problem := _difference(local, sha256, size, follow=True):
+                raise ZooError(f"{local} differs from what was published: {problem}. Do not use it; copy it again.")
             return local
         blob = self.root / "blobs" / sha256[:2] / sha256
-        if os.path.lexists(blob):
-            self._verify(blob, sha256, size)
-            return blob
-        address = f"{store.location}/{path}"
-        if is_offline():
-            raise ZooError(
-                f"{address} is not in the cache {self.root}, and BISSL_ZOO_OFFLINE forbids fetching it. Unset that "
-                "once where there is a network."
-            )
-        with self._lock(sha256, address):
-            fetched_meanwhile = os.path.lexists(blob)
-            if not fetched_meanwhile:
-                self._download(store, path, sha256, size, blob)
-        if fetched_meanwhile:
-            self._verify(blob, sha256, size)
+        if not os.path.lexists(blob):
+            address = f"{store.location}/{path}"
+            if is_offline():
+                raise ZooError(
+                    f"{address} is not in the cache {self.root}, and BISSL_ZOO_OFFLINE forbids downloads. Unset it."
+                )
+            with self._lock(sha256, address):
+                if not os.path.lexists(blob):
+                    self._download(store, path, sha256, size, blob)
+                    return blob
+        if problem := _difference(blob, sha256, size):
+            with self._lock(sha256, str(blob)), self._writing(blob):
+                if _difference(blob, sha256, size):  # another process may have replaced it
+                    blob.unlink(missing_ok=True)
+            raise ZooError(f"{blob} was damaged: {problem}. It was removed; the next call downloads it again.")
         return blob
 
-    def read_index(self, store: Store, path: str, limit: int) -> Content | None:
-        """A small file of a store as it is now, or offline as it was when it was last read; None where there is none.
+    def read_index(self, store: Store, path: str, limit: int) -> bytes | None:
+        """Return a small file of a store, offline its last copy; None if the store does not have it.
 
         Args:
-            limit: bytes that it may have.
+            limit: the largest number of bytes.
         """
         if store.local_path(path) is not None:
-            return store.read(path, limit)
+            return store.read_bytes(path, limit)
         address = f"{store.location}/{path}"
         copy = self.root / "indexes" / hashlib.sha256(address.encode()).hexdigest()
+        last = _read(copy)  # empty if the store did not have the file
         if is_offline():
-            kept = _read(copy)
-            if kept is None:
-                raise ZooError(
-                    f"{address} has never been read on this machine with the cache {self.root}, and BISSL_ZOO_OFFLINE "
-                    "forbids reading it. Unset that once where there is a network."
-                )
-            return Content(kept, hashlib.sha256(kept).hexdigest()) if kept else None
+            if last is None:
+                raise ZooError(f"{address} is not in the cache {self.root}. Unset BISSL_ZOO_OFFLINE to read it.")
+            return last or None
         try:
-            found = retrying(lambda: store.read(path, limit), sleep=self._sleep)
+            content = retrying(lambda: store.read_bytes(path, limit), sleep=self._sleep)
         except ZooError as error:
-            if _read(copy) is None:
+            if last is None:
                 raise
-            raise ZooError(f"{error} BISSL_ZOO_OFFLINE=1 works with what was read here before.") from error
-        self._keep(copy, found.content if found else b"")
-        return found
+            raise ZooError(f"{error} BISSL_ZOO_OFFLINE=1 works with the last copy.") from error
+        if last != (content or b""):
+            with self._writing(copy):
+                write_atomically(copy, content or b"")
+        return content
 
     def _download(self, store: Store, path: str, sha256: str, size: int, blob: Path) -> None:
         partial = self.root / "partial" / sha256
         with self._writing(partial, size):
             blob.parent.mkdir(parents=True, exist_ok=True)
+            partial.parent.mkdir(parents=True, exist_ok=True)
             with _open_partial(partial) as stream:
-                download = Download(stream, size)
+                download = _Download(store, path, stream, size)
                 if shutil.disk_usage(self.root).free < size - download.received:
                     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-                download.complete(store, path, self._sleep)
+                download.run(self._sleep)
                 stream.flush()
                 os.fsync(stream.fileno())
-            if download.sha256 != sha256:
+            if (received := download.digest.hexdigest()) != sha256:
                 partial.unlink()
                 raise ZooError(
-                    f"{store.location}/{path} is not what the zoo's index lists: expected sha256 {sha256}, found "
-                    f"{download.sha256}. The copy was removed. Fetch it again; where that brings the same, the file or "
-                    "the index there is damaged or was exchanged: tell whoever keeps this zoo."
+                    f"{store.location}/{path} differs from the index: expected sha256 {sha256}, received {received}. "
+                    "The copy was removed. Try again; if it fails again, report it to the owner of the zoo."
                 )
             os.replace(partial, blob)
 
-    def _verify(self, blob: Path, sha256: str, size: int) -> None:
-        problem = _difference(blob, sha256, size, follow=False)
-        if not problem:
-            return
-        try:
-            with self._lock(sha256, str(blob)), self._writing(blob, 0):
-                # another process may have found the same and fetched the file again
-                if _difference(blob, sha256, size, follow=False):
-                    blob.unlink(missing_ok=True)
-        except ZooError as error:
-            raise ZooError(f"{blob} is damaged: {problem}. It could not be removed: {error}") from error
-        raise ZooError(f"{blob} is damaged: {problem}. It was removed; the next call fetches it anew.")
-
-    def _keep(self, copy: Path, content: bytes) -> None:
-        """Have `copy` hold `content`, of which none stands for a file that the store does not have."""
-        if _read(copy) == content:
-            return
-        pending = copy.with_name(f"{copy.name}.{secrets.token_hex(4)}")
-        with self._writing(copy, len(content)):
-            copy.parent.mkdir(parents=True, exist_ok=True)
-            try:
-                with open(pending, "xb") as stream:
-                    stream.write(content)
-                    stream.flush()
-                    os.fsync(stream.fileno())
-                os.replace(pending, copy)
-            finally:
-                pending.unlink(missing_ok=True)
-
-    @contextlib.contextmanager
-    def _lock(self, sha256: str, awaited: str) -> Iterator[None]:
-        """Held by one process or thread; one that waits for long says for what."""
+    @contextmanager
+    def _lock(self, sha256: str, address: str) -> Iterator[None]:
         file = self.root / "locks" / sha256
-        with self._writing(file, 0):
-            file.parent.mkdir(parents=True, exist_ok=True)
-            lock = portalocker.Lock(str(file), "a", timeout=SILENT_WAIT_S, opener=_open_unlinked)
-            try:
-                lock.acquire()
-            except portalocker.LockException:
-                logger.warning("Waiting for another process to fetch %s. It holds %s.", awaited, file)
-                lock = portalocker.Lock(
-                    str(file), "a", flags=portalocker.LockFlags.EXCLUSIVE, opener=_open_unlinked
-                )  # without a limit, since it may be hours of fetching; the lock of a process that dies is freed
-                try:
-                    lock.acquire()
-                except portalocker.LockException as error:
-                    raise OSError(f"it cannot be locked ({error})") from error
-        try:
+        with ExitStack() as stack:
+            with self._writing(file):
+                file.parent.mkdir(parents=True, exist_ok=True)
+                stack.enter_context(locked(file, f"download {address}"))
             yield
-        finally:
-            lock.release()
 
-    @contextlib.contextmanager
-    def _writing(self, file: Path, size: int) -> Iterator[None]:
-        """What the file system refuses becomes a `ZooError`; nothing is removed."""
+    @contextmanager
+    def _writing(self, file: Path, size: int = 0) -> Iterator[None]:
         try:
             yield
         except OSError as error:
             existing = next(folder for folder in file.parents if folder.exists())
-            missing = size - (file.lstat().st_size if os.path.lexists(file) else 0)
-            room = (
-                f" It takes {missing / _MIB:.1f} MiB more, and {shutil.disk_usage(existing).free / _MIB:.1f} MiB are "
-                "free there: make room, and what has arrived is continued."
-            )
+            missing = (size - (file.lstat().st_size if os.path.lexists(file) else 0)) / 2**20
+            free = shutil.disk_usage(existing).free / 2**20
+            space = f" {missing:.1f} MiB are missing and {free:.1f} MiB are free; make room, and the download resumes."
             raise ZooError(
-                f"{file} cannot be written: {error.strerror or error}.{room if missing > 0 else ''} BISSL_ZOO_CACHE "
-                "names another folder for the cache."
+                f"{file} cannot be written: {error.strerror or error}.{space if missing > 0 else ''} BISSL_ZOO_CACHE "
+                "names another cache folder."
             ) from error
 
 
-class _NotAFile(OSError):
-    """A link or something else in the place of a file."""
+class _Download:
+    """A file that is received and hashed; the first bytes may already be in `stream`."""
 
+    def __init__(self, store: Store, path: str, stream: BinaryIO, size: int) -> None:
+        self.store, self.path, self.size = store, path, size
+        self.received, self.digest = 0, hashlib.sha256()
+        self._stream = stream
+        self._deadline = time.monotonic() + FETCH_SECONDS + size / MIN_RATE
+        while block := stream.read(_BLOCK):
+            self._count(block)
+        if self.received > size:
+            self._restart()
 
-def _open_unlinked(path: str, flags: int, follow: bool = False) -> int:
-    """A descriptor of a plain file and nothing else, for `open`'s `opener`."""
-    # not waiting for whoever would write into a pipe
-    flags |= getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
-    try:
-        descriptor = os.open(path, flags if follow else flags | getattr(os, "O_NOFOLLOW", 0), 0o666)
-    except OSError as error:
-        if os.path.islink(path) and not follow:
-            raise _NotAFile("it is a link, which the cache does not follow") from error
-        raise
-    if stat.S_ISREG(os.fstat(descriptor).st_mode):
-        return descriptor
-    os.close(descriptor)
-    raise _NotAFile("it is not a plain file")
+    def run(self, sleep: Callable[[float], None]) -> None:
+        """Receive the missing bytes; on an error the received ones are kept."""
+        large = self.size >= _PROGRESS_FROM
+        bar = tqdm(
+            total=self.size,
+            initial=self.received,
+            desc=self.path,
+            unit="B",
+            unit_scale=True,
+            unit_divisor=1024,
+            disable=None if large else True,  # None: unless the output is not a terminal
+        )
+        if large and bar.disable:
+            logger.info("Downloading %s/%s (%.1f MiB).", self.store.location, self.path, self.size / 2**20)
+        with bar:
+            try:
+                retrying(lambda: self._receive(bar), lambda: self.received, sleep)
+            except ZooError as error:
+                raise ZooError(f"{error} {self.received:,} of {self.size:,} bytes were received and kept.") from error
+
+    def _receive(self, bar: tqdm) -> None:
+        address = f"{self.store.location}/{self.path}"
+        if self.received == self.size:
+            return
+        for block in self.store.read(self.path, self.received):
+            if self.received + len(block) > self.size:
+                self._restart()
+                raise ZooError(f"{address} is larger than its limit, the {self.size:,} bytes in the index.")
+            if time.monotonic() > self._deadline:
+                limit = FETCH_SECONDS + self.size / MIN_RATE
+                raise ZooError(f"{address} took longer than the limit of {limit:,.0f} s for {self.size:,} bytes.")
+            self._stream.write(block)
+            self._count(block)
+            bar.update(len(block))
+        if self.received < self.size:
+            raise Transient(f"{address} ended after {self.received:,} of {self.size:,} bytes.")
+
+    def _count(self, block: bytes) -> None:
+        self.digest.update(block)
+        self.received += len(block)
+
+    def _restart(self) -> None:
+        self._stream.seek(0)
+        self._stream.truncate()
+        self.received, self.digest = 0, hashlib.sha256()
 
 
 def _open_partial(partial: Path) -> BinaryIO:
-    partial.parent.mkdir(parents=True, exist_ok=True)
     try:
-        return os.fdopen(_open_unlinked(str(partial), os.O_RDWR | os.O_CREAT), "r+b")
-    except _NotAFile as error:
+        return os.fdopen(open_plain(str(partial), os.O_RDWR | os.O_CREAT), "r+b")
+    except NotAFile as error:
         partial.unlink()
-        raise ZooError(f"{partial} was not used: {error}. It was removed; the next call fetches anew.") from error
+        raise ZooError(f"{partial} was removed: {error}. The next call downloads the file again.") from error
 
 
 def _read(copy: Path) -> bytes | None:
     try:
-        with open(copy, "rb", opener=_open_unlinked) as stream:
+        with open(copy, "rb", opener=open_plain) as stream:
             return stream.read()
-    except (FileNotFoundError, _NotAFile):
+    except (FileNotFoundError, NotAFile):
         return None
     except OSError as error:
         raise ZooError(f"{copy} cannot be read: {error.strerror}.") from error
 
 
-def _difference(path: Path, sha256: str, size: int, follow: bool) -> str:
-    """How a file differs from what it should be, an empty string where it does not."""
+def _difference(path: Path, sha256: str, size: int, follow: bool = False) -> str:
+    """Return how a file differs from its size and sha256; empty if it does not."""
     try:
-        with os.fdopen(_open_unlinked(str(path), os.O_RDONLY, follow), "rb") as stream:
-            found_size = os.fstat(stream.fileno()).st_size
-            if found_size != size:
-                return f"expected {size} bytes, found {found_size}"
+        with os.fdopen(open_plain(str(path), os.O_RDONLY, follow), "rb") as stream:
+            if (actual := os.fstat(stream.fileno()).st_size) != size:
+                return f"expected {size} bytes, found {actual}"
             digest = hashlib.sha256()
-            while block := stream.read(_MIB):
+            while block := stream.read(_BLOCK):
                 digest.update(block)
     except FileNotFoundError:
-        return "it is in the zoo's index but not on disk"
-    except _NotAFile as error:
+        return "the index lists it, but it is not on disk"
+    except NotAFile as error:
         return str(error)
     except OSError as error:
         raise ZooError(f"{path} cannot be read: {error.strerror}.") from error
-    found = digest.hexdigest()
-    return "" if found == sha256 else f"expected sha256 {sha256}, found {found}"
+    return "" if digest.hexdigest() == sha256 else f"expected sha256 {sha256}, found {digest.hexdigest()}"

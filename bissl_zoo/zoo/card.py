@@ -1,99 +1,23 @@
-"""What a zoo entry says of itself: the facts of its entry.json, and its card (README.md) generated from them alone."""
+"""Pages of a zoo: the card (README.md) of an entry with its plot, and MODEL_ZOO.md; text from entries is escaped."""
 
-import math
-import platform
-import statistics
+import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, fields
-from datetime import datetime, timedelta, timezone
+from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
-import timm
-import torch
 import yaml
 
-from bissl_zoo.errors import ZooError, did_you_mean
-from bissl_zoo.zoo.figure import FIGURE_FILE
-from bissl_zoo.zoo.names import is_sha256, pin
-from bissl_zoo.zoo.page import format_number, markdown_table
+from bissl_zoo.zoo.index import Index, is_name, pin, split_version
 
+PAGE_FILE, PLOT_FILE = "MODEL_ZOO.md", "metrics.png"
 
-@dataclass(frozen=True)
-class EntryMetadata:
-    """What an entry says of itself beyond its weights.
-
-    Args:
-        pretext, task, solver: registered names of the methods the backbone came from; None where there was none.
-        shared_stage: the stage up to which both levels shared the backbone.
-        metrics: by name, one value per seed (a number for a single seed).
-        seeds: the seeds the metrics were measured with.
-        datasets: by role ("pretext", "train", "test"), a name, or a mapping with "name" and further facts.
-        ancestors: the weights that training started from, those that these started from, up to the root: `name` and
-            `sha256` of each; empty for random weights.
-        hardware: that the run had.
-        wall_time_s: of the run, in seconds.
-        licence: of the weights, as an SPDX identifier.
-        notes: Markdown for the card.
-    """
-
-    pretext: str | None = None
-    task: str | None = None
-    solver: str | None = None
-    shared_stage: str | None = None
-    metrics: Mapping[str, float | Sequence[float]] = field(default_factory=dict)
-    seeds: Sequence[int] = ()
-    datasets: Mapping[str, str | Mapping[str, Any]] = field(default_factory=dict)
-    ancestors: Sequence[Mapping[str, str]] = ()
-    hardware: str | None = None
-    wall_time_s: float | None = None
-    licence: str = "unknown"
-    notes: str = ""
-
-
-def entry_facts(metadata: EntryMetadata | Mapping[str, Any]) -> dict[str, Any]:
-    """The part of an `entry.json` that follows from its metadata, with versions and the time (UTC) added.
-
-    Raises:
-        ZooError: for a field that does not exist, and for metrics, data sets or a parent that are not well formed.
-    """
-    from bissl_zoo import __version__  # here, since the package imports this module to offer publish_entry
-
-    if not isinstance(metadata, EntryMetadata):
-        metadata = _from_mapping(metadata)
-    seeds, ancestors = [int(seed) for seed in metadata.seeds], [dict(ancestor) for ancestor in metadata.ancestors]
-    for ancestor in ancestors:
-        if not is_sha256(ancestor.get("sha256")):
-            raise ZooError(f"The ancestor {ancestor} has no sha256 (64 hex digits) of the weights that it stands for.")
-    metrics = {metric: _statistics(metric, values, seeds) for metric, values in metadata.metrics.items()}
-    datasets = {
-        role: {"name": facts} if isinstance(facts, str) else dict(facts) for role, facts in metadata.datasets.items()
-    }
-    if unnamed := [role for role, facts in datasets.items() if "name" not in facts]:
-        raise ZooError(f"The data set for '{unnamed[0]}' has no 'name'.")
-    return {
-        **{key: getattr(metadata, key) for key in ("shared_stage", "pretext", "task", "solver", "licence", "notes")},
-        "metrics": metrics,
-        "seeds": seeds,
-        "datasets": datasets,
-        "lineage": {"parent": ancestors[0]["sha256"] if ancestors else None, "ancestors": ancestors},
-        "hardware": metadata.hardware,
-        "wall_time_s": metadata.wall_time_s,
-        "versions": {
-            "bissl_zoo": __version__,
-            "torch": torch.__version__,
-            "timm": timm.__version__,
-            "python": platform.python_version(),
-        },
-        "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-    }
+#: colours that people with colour blindness can distinguish (Okabe and Ito, 2008)
+_COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00")
 
 
 def render_card(entry: Mapping[str, Any]) -> str:
-    """Markdown card of an entry: what it is, how to load it, metrics, data, lineage, licence, versions.
-
-    Args:
-        entry: the content of an `entry.json`. Only facts that it states appear; what is None or empty is left out.
-    """
+    """Return the Markdown card of an entry from the content of its `entry.json`; empty fields are left out."""
     front_matter = {
         "library_name": "timm",
         "license": entry["licence"].lower(),
@@ -114,20 +38,102 @@ def render_card(entry: Mapping[str, Any]) -> str:
     return "\n\n".join(section for section in sections if section) + "\n"
 
 
-def _from_mapping(metadata: Mapping[str, Any]) -> EntryMetadata:
-    accepted = [known.name for known in fields(EntryMetadata)]
-    for key in metadata:
-        if key not in accepted:
-            raise ZooError(f"Unknown metadata '{key}'.{did_you_mean(key, accepted)} Accepted: {', '.join(accepted)}.")
-    return EntryMetadata(**metadata)
+def render_page(index: Index) -> str:
+    """Return MODEL_ZOO.md: for each task a table of its entries with their metrics, and commands that repeat them."""
+    names = sorted(index.records, key=split_version)
+    tasks = sorted({index.records[name].get("task") or "" for name in names}, key=lambda task: (task == "", task))
+    sections = [
+        "# Model zoo",
+        "Generated from `index.json` when an entry is published or removed.",
+        *(_section(task, {name: index.records[name] for name in names}) for task in tasks),
+    ]
+    return "\n\n".join(sections if names else [*sections, "It has no entries."]) + "\n"
 
 
-def _statistics(metric: str, values: float | Sequence[float], seeds: Sequence[int]) -> dict[str, Any]:
-    per_seed = [float(value) for value in (values if isinstance(values, Sequence) else [values])]
-    if len(per_seed) != len(seeds) or not all(math.isfinite(value) for value in per_seed):
-        raise ZooError(f"Metric '{metric}' needs one finite value per seed; it has {per_seed} for the seeds {seeds}.")
-    spread = statistics.stdev(per_seed) if len(per_seed) > 1 else None
-    return {"mean": statistics.fmean(per_seed), "std": spread, "values": per_seed}
+def draw_metrics(metrics: Mapping[str, Mapping[str, Any]], path: Path) -> None:
+    """Plot metrics as bars: one group per metric, one colour per initial weights, one dot per seed.
+
+    Args:
+        metrics: `mean` and `values` by name; a name such as `"AP50 (bissl)"` includes the initial weights.
+    """
+    from matplotlib.figure import Figure
+
+    groups: dict[str, dict[str, Mapping[str, Any]]] = {}
+    for name, metric in metrics.items():
+        base, start = split_metric(name)
+        groups.setdefault(base, {})[start] = metric
+    starts = list(dict.fromkeys(start for group in groups.values() for start in group))
+    figure = Figure(figsize=(1.5 + 0.5 * len(metrics), 3.2), dpi=150, layout="constrained")
+    axes = figure.add_subplot()
+    width = 0.8 / len(starts)
+    for i, start in enumerate(starts):
+        label: str | None = start
+        for x, group in enumerate(groups.values()):
+            if start in group:
+                position, values = x + (i - (len(starts) - 1) / 2) * width, group[start]["values"]
+                axes.bar(position, group[start]["mean"], 0.9 * width, color=_COLOURS[i % len(_COLOURS)], label=label)
+                axes.plot([position] * len(values), values, "k.", markersize=4)
+                label = None
+    axes.set_xticks(range(len(groups)), groups, rotation=20 if len(groups) > 3 else 0)
+    axes.set_ylabel("test set")
+    axes.spines[["top", "right"]].set_visible(False)
+    if any(starts):
+        axes.legend(title="fine-tuned from", frameon=False, loc="upper left", bbox_to_anchor=(1.0, 1.0))
+    figure.savefig(path, metadata={"Software": None})  # equal metrics give equal bytes
+
+
+def markdown_table(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
+    """Return a Markdown table; a cell may contain any text."""
+    lines = [[" ".join(str(cell).replace("|", "\\|").split()) for cell in line] for line in (header, *rows)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in (lines[0], ["---"] * len(header), *lines[1:]))
+
+
+def escape(text: str) -> str:
+    """Return text on one line with Markdown and HTML markup as entities."""
+    return " ".join(re.sub(r"[\\|`*<>&\[\]]", lambda found: f"&#{ord(found[0])};", text).split())
+
+
+def format_number(value: float | None) -> str:
+    """Return four significant digits; `-` for None."""
+    return "-" if value is None else f"{value:.4g}"
+
+
+def format_metric(metric: Mapping[str, Any] | None, seeds: bool = True) -> str:
+    """Return mean and standard deviation of a metric, and with `seeds` the number of seeds."""
+    if not metric:
+        return "-"
+    mean = format_number(metric.get("mean"))
+    if metric.get("std") is None:
+        return mean
+    text = f"{mean} ± {metric['std']:.2g}"
+    return f"{text} ({len(metric.get('values', []))} seeds)" if seeds else text
+
+
+def split_metric(name: str) -> tuple[str, str]:
+    """Split `"AP50 (bissl)"` into the metric and the initial weights of the model, `("AP50", "bissl")`."""
+    found = re.fullmatch(r"(.*?) \((.*)\)", name, re.DOTALL)
+    return (found[1], found[2]) if found else (name, "")
+
+
+def _section(task: str, records: Mapping[str, Mapping[str, Any]]) -> str:
+    chosen = {name: record for name, record in records.items() if (record.get("task") or "") == task}
+    metrics = list(dict.fromkeys(metric for record in chosen.values() for metric in record.get("metrics", {})))
+    rows = [
+        [
+            f"[{name}]({name}/README.md)",
+            escape(record["architecture"]),
+            escape(record.get("pretext") or "-"),
+            *(format_metric(record.get("metrics", {}).get(metric)) for metric in metrics),
+            escape((record.get("created") or "-")[:10]),
+        ]
+        for name, record in chosen.items()
+    ]
+    table = markdown_table(["entry", "architecture", "pretext", *map(escape, metrics), "published"], rows)
+    commands = "\n".join(
+        f"python tools/train_net.py --config-file zoo:{pin(name)} train.output_dir=runs/{name}" for name in chosen
+    )
+    title = f"Aligned with {f'`{task}`' if is_name(task) else escape(task)}" if task else "Pretrained, without a task"
+    return f"## {title}\n\n{table}\n\nTo repeat the run of an entry:\n\n```bash\n{commands}\n```"
 
 
 def _summary(entry: Mapping[str, Any]) -> str:
@@ -145,6 +151,7 @@ def _summary(entry: Mapping[str, Any]) -> str:
 
 def _loading(entry: Mapping[str, Any]) -> str:
     pixels = entry["input"]
+    mean, std = ("(" + ", ".join(f"{value:g}" for value in pixels[key]) + ")" for key in ("mean", "std"))
     return f"""## Use
 
 ```python
@@ -161,8 +168,8 @@ import timm
 model = timm.create_model("local-dir:path/to/{entry["name"]}", pretrained=True)  # pooled features
 ```
 
-Images are {pixels["channel_order"]}, scaled to [0, 1], then normalised with mean {_numbers(pixels["mean"])} and
-standard deviation {_numbers(pixels["std"])}; training size {" x ".join(str(side) for side in pixels["input_size"])}
+Images are {pixels["channel_order"]}, scaled to [0, 1], then normalised with mean {mean} and
+standard deviation {std}; training size {" x ".join(str(side) for side in pixels["input_size"])}
 (channels, height, width)."""
 
 
@@ -170,36 +177,28 @@ def _metrics(metrics: Mapping[str, Mapping[str, Any]], seeds: Sequence[int]) -> 
     if not metrics:
         return ""
     rows = [
-        (
-            name,
-            format_number(metric["mean"]),
-            format_number(metric["std"]),
-            ", ".join(format_number(value) for value in metric["values"]),
-        )
-        for name, metric in metrics.items()
+        (name, format_number(m["mean"]), format_number(m["std"]), ", ".join(map(format_number, m["values"])))
+        for name, m in metrics.items()
     ]
-    told = ", ".join(str(seed) for seed in seeds)
-    figure = f"\n\n![Metrics by what the model was fine-tuned from]({FIGURE_FILE})"
     table = markdown_table(("metric", "mean", "standard deviation", "per seed"), rows)
-    return f"## Metrics\n\nSeeds: {told}.\n\n{table}{figure}"
+    plot = f"![Metrics by the initial weights of the model]({PLOT_FILE})"
+    return f"## Metrics\n\nSeeds: {', '.join(map(str, seeds))}.\n\n{table}\n\n{plot}"
 
 
 def _data(datasets: Mapping[str, Mapping[str, Any]]) -> str:
     if not datasets:
         return ""
-    rows = []
-    for role, facts in datasets.items():
-        details = [f"{key}: {value}" for key, value in facts.items() if key != "name"]
-        rows.append((role, facts["name"], "; ".join(details)))
+    rows = [
+        (role, data["name"], "; ".join(f"{key}: {value}" for key, value in data.items() if key != "name"))
+        for role, data in datasets.items()
+    ]
     return "## Data\n\n" + markdown_table(("used for", "data set", "details"), rows)
 
 
 def _origin(entry: Mapping[str, Any]) -> str:
     lines = [
-        f"Started from `{ancestor.get('name', 'unnamed')}`, sha256 `{ancestor['sha256']}`."
-        if i == 0
-        else f"That started from `{ancestor.get('name', 'unnamed')}`, sha256 `{ancestor['sha256']}`."
-        for i, ancestor in enumerate(entry["lineage"]["ancestors"])
+        f"{'That started' if i else 'Started'} from `{parent.get('name', 'unnamed')}`, sha256 `{parent['sha256']}`."
+        for i, parent in enumerate(entry["lineage"]["parents"])
     ] or ["Started from random weights."]
     if entry["wall_time_s"]:
         lines.append(f"Took {timedelta(seconds=round(entry['wall_time_s']))} (hours:minutes:seconds).")
@@ -216,9 +215,5 @@ def _origin(entry: Mapping[str, Any]) -> str:
 
 
 def _files(files: Mapping[str, Mapping[str, Any]]) -> str:
-    rows = [(f"`{file}`", f"{facts['size']:,}", f"`{facts['sha256']}`") for file, facts in sorted(files.items())]
+    rows = [(f"`{name}`", f"{file['size']:,}", f"`{file['sha256']}`") for name, file in sorted(files.items())]
     return "## Files\n\n" + markdown_table(("file", "bytes", "sha256"), rows)
-
-
-def _numbers(values: Iterable[float]) -> str:
-    return "(" + ", ".join(f"{value:g}" for value in values) + ")"

@@ -1,59 +1,53 @@
-"""What `tools/zoo.py` does, command by command: each takes the parsed arguments and a zoo, returns the exit status."""
+"""The commands of `tools/zoo.py`: each takes the parsed arguments and a zoo, and returns the exit status."""
 
 import json
 import shutil
 import sys
 import textwrap
 from argparse import Namespace
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from hashlib import sha256
 from typing import Any
 
 import yaml
 from tabulate import tabulate
 
-from bissl_zoo.errors import ZooError
-from bissl_zoo.progress.console import printable
+from bissl_zoo.errors import ZooError, printable
+from bissl_zoo.zoo.cache import retrying
+from bissl_zoo.zoo.card import format_metric, split_metric
 from bissl_zoo.zoo.hub import Entry, Zoo, list_backbones
-from bissl_zoo.zoo.maintenance import Finding, verify
-from bissl_zoo.zoo.names import pin
-from bissl_zoo.zoo.page import format_metric, split_metric
-from bissl_zoo.zoo.serve import serve
-from bissl_zoo.zoo.stores import writable
-from bissl_zoo.zoo.stores.folder import FolderStore
-from bissl_zoo.zoo.transactions import remove_entry
-
-_HANGING = {"subsequent_indent": "  ", "break_on_hyphens": False}
+from bissl_zoo.zoo.index import INDEX_FILE, MAX_INDEX_BYTES, parse_index, pin
+from bissl_zoo.zoo.stores import Finding, Store
 
 
 def list_entries(args: Namespace, zoo: Zoo) -> int:
-    """A table per location: what each entry is, came from and measures."""
-    wanted = {key: getattr(args, key) for key in ("pretext", "task", "architecture", "metric")}
+    """Print a table per location: entries with backbone, methods and metrics."""
+    patterns = {key: getattr(args, key) for key in ("pretext", "task", "architecture", "metric")}
     entries = zoo.entries()
-    names = list_backbones(args.filter, zoo=zoo, **wanted)
-    chosen = {name: entries[name] for name in names if name in entries}  # some may have come since
+    names = list_backbones(args.filter, zoo=zoo, **patterns)
+    chosen = {name: entries[name] for name in names if name in entries}  # some may be new
     if args.json:
         return print_json({name: {**entry.record, "location": entry.location} for name, entry in chosen.items()})
     if not chosen:
-        print(f"{zoo} holds {f'{len(entries)} entries, and none of them matches' if entries else 'no entries'}.")
+        print(f"{zoo} has {f'{len(entries)} entries, but none matches' if entries else 'no entries'}.")
         return 0
     for store in zoo.stores:
-        rows = [_row(entry) for entry in chosen.values() if entry.store is store]
-        if rows:
+        if rows := [_row(entry) for entry in chosen.values() if entry.store is store]:
             print(f"{printable(store.location)}\n\n{_table(rows)}\n")
     return 0
 
 
 def _row(entry: Entry) -> list[list[str]]:
-    """The lines of each cell."""
+    """Return the lines of each cell."""
     record = entry.record
-    size = sum(facts["size"] for facts in record["files"].values()) / 1e6
-    made_by = [_line(record[key]) for key in ("pretext", "task", "solver") if record.get(key)]
+    size = sum(file["size"] for file in record["files"].values()) / 1e6
+    methods = [_line(record[key]) for key in ("pretext", "task", "solver") if record.get(key)]
     backbone = [_line(record["architecture"]), f"{size:.1f} MB"]
-    return [[entry.name], backbone, made_by or ["-"], _metrics(record.get("metrics", {})) or ["-"]]
+    return [[entry.name], backbone, methods or ["-"], _metrics(record.get("metrics", {})) or ["-"]]
 
 
 def _metrics(metrics: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    """A small table: a line per metric, a column per what the model was fine-tuned from."""
+    """Return a small table: a line per metric, a column per initial weights."""
     values: dict[str, dict[str, str]] = {}
     for name, metric in metrics.items():
         base, start = split_metric(name)
@@ -69,113 +63,132 @@ def _line(text: str) -> str:
 
 
 def _table(rows: list[list[list[str]]]) -> str:
-    """The rows as wide as the terminal, if that leaves the metrics some room."""
-    taken = sum(max(len(line) for row in rows for line in row[column]) + 2 for column in range(3))
-    room = max(shutil.get_terminal_size((100, 24)).columns - taken, 24)
-    wrapped = [[*row[:3], [part for line in row[3] for part in textwrap.wrap(line, room, **_HANGING)]] for row in rows]
-    cells = [["\n".join(cell) for cell in row] for row in wrapped]
+    """Return the table, as wide as the terminal if that leaves room for the metrics."""
+    used = sum(max(len(line) for row in rows for line in row[column]) + 2 for column in range(3))
+    room = max(shutil.get_terminal_size((100, 24)).columns - used, 24)
+    wrap = textwrap.TextWrapper(room, subsequent_indent="  ", break_on_hyphens=False)
+    cells = [
+        ["\n".join(cell) for cell in (*row[:3], [part for line in row[3] for part in wrap.wrap(line)])] for row in rows
+    ]
     return tabulate(cells, headers=["entry", "backbone", "made by", "metrics"], disable_numparse=True)
 
 
 def show(args: Namespace, zoo: Zoo) -> int:
-    """What an entry says of itself."""
+    """Print the metadata of an entry."""
     entry = zoo.find(args.name)
-    facts = {**entry.facts(), "location": entry.location}
+    metadata = {**entry.metadata(), "location": entry.location}
     if args.json:
-        return print_json(facts)
-    print(printable(yaml.safe_dump(facts, sort_keys=False, allow_unicode=True, width=100)), end="")
+        return print_json(metadata)
+    print(printable(yaml.safe_dump(metadata, sort_keys=False, allow_unicode=True, width=100)), end="")
     return 0
 
 
 def card(args: Namespace, zoo: Zoo) -> int:
-    """The card of an entry."""
-    print(printable(zoo.find(args.name).file("README.md").read_text(encoding="utf-8", errors="replace")), end="")
+    """Print the card of an entry."""
+    print(printable(zoo.find(args.name).text_file("README.md").read_text(encoding="utf-8", errors="replace")), end="")
     return 0
 
 
 def fetch(args: Namespace, zoo: Zoo) -> int:
-    """Bring an entry to this machine."""
+    """Download an entry to the cache, or copy it to a folder."""
     entry = zoo.find(args.name)
     if args.to:
-        place = entry.copy_to(args.to)
-        told = {"name": entry.name, "folder": str(place)}
-        lines = f"{entry.name} is in {place}\n    timm.create_model('local-dir:{place}', pretrained=True)"
+        folder = entry.copy_to(args.to)
+        result: dict[str, Any] = {"name": entry.name, "folder": str(folder)}
+        text = f"{entry.name} is in {folder}\n    timm.create_model('local-dir:{folder}', pretrained=True)"
     else:
-        paths = {file: str(entry.file(file)) for file in entry.record["files"]}
-        told = {"name": entry.name, "files": paths}
-        lines = (
-            f"{entry.name}: {len(paths)} files, verified\n"
+        result = {"name": entry.name, "files": {file: str(entry.file(file)) for file in entry.record["files"]}}
+        text = (
+            f"{entry.name}: {len(result['files'])} files, verified\n"
             f'    bissl_zoo.create_backbone("{pin(entry.name)}", pretrained=True)'
         )
-    return print_json(told) if args.json else print(lines) or 0
+    return print_json(result) if args.json else print(text) or 0
 
 
 def verify_entries(args: Namespace, zoo: Zoo) -> int:
-    """Exit status 1 where something is left to do."""
-    told, unsolved = [], 0
+    """Compare every file with the index and report what interrupted publishers left; return 1 if problems remain."""
+    rows, remaining = [], 0
     for store in zoo.stores:
-        for finding in verify(store, lambda name: args.json or print(f"{name} ...", file=sys.stderr)):
-            repaired, advice = _repair(finding) if args.repair else (False, finding.advice or "--repair mends it")
-            unsolved += not repaired
-            told.append({"zoo": store.location, "where": finding.where, "what": finding.what, "advice": advice})
+        repaired = [] if not args.repair else [f for f in store.repair() if not f.advice]
+        findings = [(finding, finding.advice or "run with --repair") for finding in verify(store)]
+        remaining += len(findings)
+        for finding, advice in [*((finding, "repaired") for finding in repaired), *findings]:
+            rows.append({"zoo": store.location, "where": finding.where, "problem": finding.problem, "advice": advice})
     if args.json:
-        print_json(told)
+        print_json(rows)
     else:
-        for one in told:
-            print(printable(f"{one['zoo']}: {one['where']} {one['what']}: {one['advice']}"))
-        print(f"{len(zoo.entries())} entries, {len(told)} findings, {unsolved} left to do")
-    return int(unsolved > 0)
+        for row in rows:
+            print(printable(f"{row['zoo']}: {row['where']} {row['problem']}: {row['advice']}"))
+        print(f"{len(zoo.entries())} entries, {len(rows)} findings, {remaining} remaining")
+    return int(remaining > 0)
 
 
-def _repair(finding: Finding) -> tuple[bool, str]:
-    """Whether it is mended, and what is left to say of it."""
-    if finding.repair is None:
-        return False, finding.advice
+def verify(store: Store) -> Iterator[Finding]:
+    """Compare every file of a store with its index, and yield the differences and what interrupted publishers left.
+
+    Raises:
+        ZooError: the index is invalid, or the store cannot be reached.
+    """
+    content = retrying(lambda: store.read_bytes(INDEX_FILE, MAX_INDEX_BYTES))
+    for name, record in parse_index(content, f"{store.location.rstrip('/')}/{INDEX_FILE}").records.items():
+        for file, expected in record["files"].items():
+            if problem := _difference(store, f"{name}/{file}", expected):
+                yield Finding(f"{name}/{file}", problem, "copy the entry again, or remove it and publish it again")
+    yield from store.repair(dry_run=True)
+
+
+def _difference(store: Store, path: str, expected: Mapping[str, Any]) -> str:
+    """Return how a file differs from its record; empty if it does not."""
+
+    def measure() -> tuple[int, str]:
+        size, digest = store.stat(path), sha256()
+        if size is not None and size != expected["size"]:
+            return size, ""
+        size = 0
+        for block in store.read(path):
+            size += len(block)
+            digest.update(block)
+            if size > expected["size"]:
+                break
+        return size, digest.hexdigest()
+
     try:
-        finding.repair()
+        size, digest = retrying(measure)
     except ZooError as error:
-        return False, str(error)
-    return True, "repaired"
+        return f"cannot be read: {error}"
+    if size != expected["size"]:
+        return f"has {size} bytes, expected {expected['size']}"
+    return "" if digest == expected["sha256"] else f"has sha256 {digest}, expected {expected['sha256']}"
 
 
 def remove(args: Namespace, zoo: Zoo) -> int:
-    """Take one version out of the first zoo."""
+    """Remove one version from the first zoo, after a question."""
     entry = Zoo(zoo.stores[0].location).find(args.name)
     if pin(entry.name) != pin(args.name):
-        raise ZooError(f"'{args.name}' has several versions; say which, as in '{pin(entry.name)}'.")
+        raise ZooError(f"'{args.name}' has several versions. Name one, for example '{pin(entry.name)}'.")
     if not args.yes:
-        # not by input(), whose question would be part of what --json prints, and which fails where nobody can answer
-        question = f"Remove {entry.location} for good? Whoever uses it loses it. [y/N] "
+        # not input(), which fails without a terminal and writes into the output of --json
+        question = f"Remove {entry.location} permanently? [y/N] "
         print(question, end="", file=sys.stderr, flush=True)
         if sys.stdin.readline().strip().lower() not in ("y", "yes"):
             print("Nothing was removed.", file=sys.stderr)
             return 1
-    remove_entry(writable(entry.store), entry.name)
+    entry.store.remove(entry.name)
     return print_json({"removed": entry.name}) if args.json else print(f"removed {entry.location}") or 0
 
 
-def serve_folder(args: Namespace, zoo: Zoo) -> int:
-    """Serve until Ctrl-C."""
-    store = zoo.stores[0]
-    if not isinstance(store, FolderStore):
-        raise ZooError(f"{store.location} is not a folder on this machine; only such a zoo is served.")
-    serve(store.root, args.host, args.port)
-    return 0
-
-
 def print_json(content: Any) -> int:
-    """For programs."""
+    """Print JSON and return 0."""
     print(printable(json.dumps(content, indent=2, ensure_ascii=False)))
     return 0
 
 
-#: what each command does; `publish` is the tool's own, since runs are not known here
-COMMANDS = {
+#: `publish` is in `tools/zoo.py`, since it reads a run
+COMMANDS: dict[str, Callable[[Namespace, Zoo], int]] = {
     "list": list_entries,
     "show": show,
     "card": card,
     "fetch": fetch,
     "verify": verify_entries,
     "remove": remove,
-    "serve": serve_folder,
 }

@@ -1,38 +1,33 @@
-"""Zoo entries built as backbones."""
+"""Build backbones from zoo entries."""
 
+import os
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 import timm
-from torch import Tensor
 
 from bissl_zoo.backbones import Backbone
-from bissl_zoo.errors import BisslZooError, ZooError
+from bissl_zoo.errors import BisslZooError, ZooError, shorten
 from bissl_zoo.registry import BACKBONES, build_backbone
+from bissl_zoo.weights.files import FORBIDDEN_MODEL_ARGS, StoredBackbone, read_backbone_file, state_difference
 from bissl_zoo.zoo.hub import Entry, ZooLike, as_zoo
-from bissl_zoo.zoo.names import pin, shorten
-
-#: arguments of `build_backbone` and `timm.create_model` that name something else, or have it fetched from elsewhere
-NO_MODEL_ARGS = {
-    *("name", "architecture", "out_features", "features_only", "num_classes", "device", "dtype"),
-    *("pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "checkpoint_path", "cache_dir"),
-}
+from bissl_zoo.zoo.index import pin
 
 
 def create_backbone(
     name: str, pretrained: bool = True, out_features: Iterable[str] | None = None, zoo: ZooLike = None, **kwargs: Any
 ) -> Backbone:
-    """A zoo entry's backbone in eval mode, as timm's `create_model` would give it.
+    """Build the backbone of a zoo entry in eval mode, as `timm.create_model` would.
 
     Args:
-        name: an entry; without a version its newest one. With `pretrained=False` a timm architecture as well.
-        pretrained: load the entry's weights, after their sha256 and size were compared with the index. Otherwise the
-            same architecture with random weights.
-        out_features: the stages to return, by name; None for what `build_backbone` returns by default.
+        name: an entry; without a version its newest one. With `pretrained=False` also a timm architecture.
+        pretrained: load the verified weights of the entry; otherwise the weights are random.
+        out_features: names of the stages to return; None for the default of `build_backbone`.
         zoo: a Zoo or its location; None for `default_zoo()`.
-        kwargs: passed on to `build_backbone`; they override what the entry says about its construction.
+        kwargs: arguments of `build_backbone`, which override those stored in the entry.
     Raises:
-        ZooError: for an unknown entry, a file that is not the published one, or weights that do not fit.
+        ZooError: an unknown or damaged entry, or weights that do not fit.
     """
     zoo = as_zoo(zoo)
     if out_features is not None:
@@ -40,61 +35,66 @@ def create_backbone(
     if name in BACKBONES and not zoo.versions(name):
         if pretrained:
             raise ZooError(
-                f"{zoo} holds no entry '{name}', so there are no weights to load. '{name}' is an architecture: "
-                f"pretrained=False builds it with random weights. Entries: {shorten(list(zoo.entries())) or 'none'}."
+                f"'{name}' is an architecture, and {zoo} has no entry of this name. Use pretrained=False for random "
+                f"weights. Entries: {shorten(list(zoo.entries())) or 'none'}."
             )
         return build_backbone(name=name, **kwargs).eval()
     entry = zoo.find(name)
     architecture = entry.record["architecture"]
     if architecture not in BACKBONES:
+        versions = entry.metadata().get("versions")
+        published = versions.get("timm") if isinstance(versions, dict) else None
         raise ZooError(
             f"Zoo entry '{pin(entry.name)}' needs the architecture '{architecture}', which timm {timm.__version__} "
-            f"does not have. It was published with timm {_timm_version(entry)}: install that version or a newer one."
+            f"does not have. It was published with timm {str(published):.20}: install that version or a newer one."
         )
     backbone = _build(entry, architecture, kwargs)
     if pretrained:
         weights = entry.weights()
-        difference = state_difference(backbone.state_dict(), weights)
-        if difference:
+        if difference := state_difference(backbone.state_dict(), weights):
             raise ZooError(f"The weights of zoo entry '{entry.name}' do not fit {architecture}: {difference}.")
         backbone.load_state_dict(weights)
     return backbone.eval()
 
 
+def read_backbone(
+    source: str | os.PathLike[str], architecture: str | None = None, zoo: ZooLike = None
+) -> StoredBackbone:
+    """Read a backbone from a .safetensors file under timm's names, or from the zoo entry of this name.
+
+    Args:
+        architecture: required for a file without metadata of this package; otherwise it must match.
+    Raises:
+        ZooError: not found, damaged, or of another or unknown architecture.
+    """
+    if Path(source).suffix == ".safetensors":
+        return read_backbone_file(Path(source), architecture)
+    entry = as_zoo(zoo).find(os.fspath(source))
+    metadata, config = entry.metadata(), entry.read_json("config.json")
+    stored = StoredBackbone(
+        entry.weights(),
+        metadata.get("architecture", ""),
+        config.get("model_args", {}),
+        metadata.get("input"),
+        pin(entry.name),
+    )
+    return stored.checked(f"Zoo entry '{entry.name}'", architecture)
+
+
 def _build(entry: Entry, architecture: str, kwargs: Mapping[str, Any]) -> Backbone:
-    """The entry's backbone with random weights; what an entry says about its construction is not trusted."""
+    """Build the backbone of an entry with random weights; its stored arguments are not trusted."""
     model_args = entry.read_json("config.json").get("model_args", {})
-    if not isinstance(model_args, dict) or NO_MODEL_ARGS & model_args.keys():
+    if not isinstance(model_args, dict) or FORBIDDEN_MODEL_ARGS & model_args.keys():
         raise ZooError(
-            f"The config.json of zoo entry '{pin(entry.name)}' has model_args that no entry has: {model_args!r:.200}. "
-            "Nothing of it was loaded: tell whoever keeps this zoo."
+            f"The config.json of zoo entry '{pin(entry.name)}' has invalid model_args: {model_args!r:.200}. Nothing "
+            "was loaded; report it to the owner of the zoo."
         )
     try:
         return build_backbone(name=architecture, **{**model_args, **kwargs})
     except BisslZooError:
         raise
-    except Exception as error:  # timm's models raise what they like for arguments they cannot use
+    except Exception as error:  # timm's models raise many types for invalid arguments
         raise ZooError(
-            f"timm {timm.__version__} does not build the {architecture} of zoo entry '{pin(entry.name)}' with "
+            f"timm {timm.__version__} cannot build the {architecture} of zoo entry '{pin(entry.name)}' with "
             f"{ {**model_args, **kwargs}!r:.200}: {type(error).__name__}: {error}"
         ) from error
-
-
-def _timm_version(entry: Entry) -> Any:
-    versions = entry.facts().get("versions")
-    if not isinstance(versions, dict) or not isinstance(versions.get("timm"), str):
-        raise ZooError(f"The entry.json of zoo entry '{pin(entry.name)}' does not say its timm version.")
-    return versions["timm"]
-
-
-def state_difference(expected: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> str:
-    """How two state dicts differ in names and shapes, with counts; an empty string where they agree."""
-    shared = [key for key in expected if key in found]
-    reshaped = [key for key in shared if found[key].shape != expected[key].shape]
-    parts = {
-        "missing": [key for key in expected if key not in found],
-        "unexpected": sorted(key for key in found if key not in expected),
-        "of another shape": [f"{k} {tuple(found[k].shape)} instead of {tuple(expected[k].shape)}" for k in reshaped],
-    }
-    told = [f"{len(names)} {what}: {shorten(names)}" for what, names in parts.items() if names]
-    return f"{len(shared) - len(reshaped)} of {len(expected)} tensors match; {'; '.join(told)}" if told else ""

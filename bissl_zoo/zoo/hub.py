@@ -1,4 +1,4 @@
-"""Zoo entries by name: found in one or more zoos, and checked against the index on every load."""
+"""Find entries in one or more zoos, and read their files, which are verified against the index on every load."""
 
 import fnmatch
 import os
@@ -8,52 +8,54 @@ import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import platformdirs
-import safetensors.torch
 from omegaconf import DictConfig, OmegaConf
-from safetensors import SafetensorError
-from torch import Tensor
 
 from bissl_zoo.config import load_config
-from bissl_zoo.errors import ZooError, did_you_mean
+from bissl_zoo.errors import ZooError, did_you_mean, shorten
+from bissl_zoo.files import is_sha256
 from bissl_zoo.zoo.cache import Cache, default_cache
 from bissl_zoo.zoo.index import (
     CURATED_FILE,
     ENTRY_FORMAT,
     INDEX_FILE,
-    INDEX_LIMIT,
+    MAX_INDEX_BYTES,
     check_format,
+    check_name,
     parse_index,
     parse_json,
+    split_version,
 )
-from bissl_zoo.zoo.names import check_name, is_sha256, shorten, split_version
 from bissl_zoo.zoo.stores import Store, open_store
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 WEIGHTS_FILE, CONFIG_FILE = "model.safetensors", "train_config.yaml"
 
-#: bytes of a file of an entry that is read as a whole, far above what any has
-_FILE_LIMIT = 4 << 20
+#: the largest file of an entry that is read into memory (JSON, config, card), in bytes
+MAX_TEXT_BYTES = 4 << 20
 
-#: what the configuration of an entry may call
+#: functions and classes that the config of an entry may call
 _CALLS = re.compile(
-    r"bissl_zoo\.(registry\.build_[a-z]+|data\.loaders\.build_[a-z_]+|data\.views\.[a-z_]+|optim\.LRMultiplier)"
+    r"bissl_zoo\.(registry\.build_[a-z]+|data\.loaders\.build_[a-z_]+|data\.views\.[a-z_]+|optim\.LR\w+)"
     r"|(torch|timm)\.optim\.([a-z_]+\.)?[A-Z]\w*|fvcore\.common\.param_scheduler\.[A-Z]\w*",
     re.ASCII,
 )
-#: a reference to another value; omegaconf's `${function:arguments}` may make a call out of text
+#: a reference to another value; omegaconf's `${function:arguments}` could be a call
 _REFERENCE = re.compile(r"\$\{[\w.]+\}")
 
 
 @dataclass(frozen=True)
 class Entry:
-    """One published entry; what is read of it is compared with its record first.
+    """A published entry.
 
     Attributes:
-        name: as the index has it.
-        record: of the index: architecture, methods, metrics, and size and sha256 of every file.
-        store: where its files are.
+        name: as listed in the index.
+        record: its index record: architecture, methods, metrics, and size and sha256 of every file.
+        store: the store with its files.
     """
 
     name: str
@@ -63,82 +65,83 @@ class Entry:
 
     @property
     def location(self) -> str:
-        """Where its folder is, as a person would write it."""
+        """Path or address of its folder, for messages."""
         return f"{self.store.location.rstrip('/')}/{self.name}"
 
     def file(self, file: str) -> Path:
-        """One of its files on this machine, fetched where it is not, after its size and sha256 were compared."""
+        """Return one of its files on this machine, verified by size and sha256; download it if necessary."""
         files = self.record["files"]
         if file not in files:
             raise ZooError(f"Zoo entry '{self.name}' has no file '{file}'. It has: {', '.join(sorted(files))}.")
         return self.cache.fetch(self.store, f"{self.name}/{file}", files[file]["sha256"], files[file]["size"])
 
-    def small_file(self, file: str) -> Path:
-        """One of its files that is read as a whole; `ZooError` for one that would fill the memory."""
-        size = self.record["files"][file]["size"] if file in self.record["files"] else 0
-        if size > _FILE_LIMIT:
-            raise ZooError(
-                f"{file} of zoo entry '{self.name}' has {size:,} bytes, more than the {_FILE_LIMIT:,} that it may have."
-            )
+    def text_file(self, file: str) -> Path:
+        """Return one of its files that is read into memory; raise `ZooError` above `MAX_TEXT_BYTES`."""
+        size = self.record["files"].get(file, {}).get("size", 0)
+        if size > MAX_TEXT_BYTES:
+            raise ZooError(f"{file} of zoo entry '{self.name}' has {size:,} bytes; the limit is {MAX_TEXT_BYTES:,}.")
         return self.file(file)
 
     def read_json(self, file: str) -> dict[str, Any]:
-        """One of its JSON files, for instance timm's `config.json`."""
-        path = self.small_file(file)
+        """Return the content of one of its JSON files, for example timm's `config.json`."""
+        path = self.text_file(file)
         content = parse_json(path.read_bytes(), str(path))
         if file == "entry.json":
             check_format(str(path), content, ENTRY_FORMAT)
         return content
 
-    def facts(self) -> dict[str, Any]:
-        """Its `entry.json`: architecture, metrics with seeds, data sets, lineage, licence, versions, files."""
+    def metadata(self) -> dict[str, Any]:
+        """Return its `entry.json`: architecture, metrics with seeds, data sets, lineage, licence, versions, files."""
         return self.read_json("entry.json")
 
-    def ancestors(self) -> list[dict[str, str]]:
-        """Name and sha256 of the weights it started from, of those that these started from, and so on."""
-        lineage = self.facts().get("lineage")
-        found = lineage.get("ancestors", []) if isinstance(lineage, dict) else None
-        if not isinstance(found, list) or not all(
-            isinstance(one, dict) and is_sha256(one.get("sha256")) for one in found
+    def parents(self) -> list[dict[str, str]]:
+        """Return name and sha256 of the weights it started from, of those that these started from, and so on."""
+        lineage = self.metadata().get("lineage")
+        # entries of version 0.1 have another key
+        parents = lineage.get("parents", lineage.get("ancestors", [])) if isinstance(lineage, dict) else None
+        if not isinstance(parents, list) or not all(
+            isinstance(p, dict) and is_sha256(p.get("sha256")) for p in parents
         ):
-            raise ZooError(f"The entry.json of zoo entry '{self.name}' has a lineage that no entry has.")
-        return [{"name": str(one.get("name", "unnamed")), "sha256": one["sha256"]} for one in found]
+            raise ZooError(f"The entry.json of zoo entry '{self.name}' has an invalid lineage.")
+        return [{"name": str(parent.get("name", "unnamed")), "sha256": parent["sha256"]} for parent in parents]
 
-    def weights(self, file: str = WEIGHTS_FILE) -> dict[str, Tensor]:
-        """A state dict on the CPU: of its backbone, or of a head such as `pretext_head.safetensors`."""
+    def weights(self, file: str = WEIGHTS_FILE) -> "dict[str, Tensor]":
+        """Return a state dict on the CPU: the backbone, or a head such as `pretext_head.safetensors`."""
+        import safetensors.torch
+
         path = self.file(file)
         try:
             return safetensors.torch.load_file(path)
-        except (SafetensorError, OSError) as error:
-            raise ZooError(f"{path} is as the index has it, but cannot be read as safetensors: {error}.") from error
+        except (safetensors.SafetensorError, OSError) as error:
+            raise ZooError(f"{path} matches the index, but is not valid safetensors: {error}.") from error
 
     def copy_to(self, folder: Path) -> Path:
-        """Copy all files into `folder`/NAME, which plain timm loads (`local-dir:`); returns that folder."""
+        """Copy all files to `folder`/NAME, which plain timm loads (`local-dir:`), and return that folder."""
         target = folder / self.name
         if target.exists():
-            raise ZooError(f"{target} exists already; remove it, or copy to another folder.")
-        paths = [self.file(file) for file in self.record["files"]]
+            raise ZooError(f"{target} exists. Remove it, or copy to another folder.")
+        paths = {file: self.file(file) for file in self.record["files"]}
         folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=f".{self.name}-", dir=folder) as pending:
-            complete = Path(pending) / self.name
+        with tempfile.TemporaryDirectory(prefix=f".{self.name}-", dir=folder) as temporary:
+            complete = Path(temporary) / self.name
             complete.mkdir()
-            for file, path in zip(self.record["files"], paths, strict=True):
+            for file, path in paths.items():
                 shutil.copyfile(path, complete / file)
             os.rename(complete, target)
         return target
 
 
 class Zoo:
-    """The entries of one or more locations; where two have a name, the first one's entries are meant.
+    """The entries of one or more locations; for a name that several have, the first location wins.
 
-    Every read sees the index as it is at that moment, so a long-lived Zoo follows other publishers. Of a folder,
-    `index.json` holds what was published into it, `curated.json` what it came with.
+    Every read uses the current index. In a folder, `index.json` lists entries published there, and `curated.json`
+    entries that came with the folder.
 
     Args:
         locations: folders and addresses, see `bissl_zoo.zoo.stores.open_store`.
-        cache: of what was fetched from addresses.
+        cache: for files of remote locations.
     Raises:
-        ZooError: from every method, for an entry that is unknown, missing or damaged and for an unusable index.
+        ZooError: from every method, for an unknown or damaged entry and an invalid index.
     """
 
     def __init__(self, *locations: str | os.PathLike[str], cache: Cache | None = None) -> None:
@@ -149,38 +152,35 @@ class Zoo:
         return ", ".join(store.location for store in self.stores)
 
     def entries(self) -> dict[str, Entry]:
-        """Every entry by name, versions in order."""
-        found: dict[str, Entry] = {}
+        """Return all entries by name, sorted by name and version."""
+        entries: dict[str, Entry] = {}
         for store in self.stores:
-            taken = {split_version(name)[0] for name in found}
+            taken = {split_version(name)[0] for name in entries}
             for name, record in self._records(store).items():
                 if split_version(name)[0] not in taken:
-                    found[name] = Entry(name, record, store, self.cache)
-        return {name: found[name] for name in sorted(found, key=split_version)}
+                    entries[name] = Entry(name, record, store, self.cache)
+        return {name: entries[name] for name in sorted(entries, key=split_version)}
 
     def versions(self, name: str) -> list[Entry]:
-        """The entries that `name` may stand for, oldest first: `x@2` only that one, `x` all of its versions."""
+        """Return the entries that match a name, oldest first: one for `x@2`, all versions for `x`."""
         check_name(name)
         base, version = split_version(name)
-        same_base = [entry for known, entry in self.entries().items() if split_version(known)[0] == base]
-        return [entry for entry in same_base if split_version(entry.name)[1] == version] if "@" in name else same_base
+        matches = [entry for known, entry in self.entries().items() if split_version(known)[0] == base]
+        return [entry for entry in matches if split_version(entry.name)[1] == version] if "@" in name else matches
 
     def find(self, name: str) -> Entry:
-        """The one entry that `name` stands for: `x@2` is that version, `x@1` the first, plain `x` the newest."""
-        versions = self.versions(name)
-        if not versions:
-            names = list(self.entries())
-            holding = f"It holds: {shorten(names)}." if names else "It holds no entries."
-            raise ZooError(f"Unknown zoo entry '{name}' in {self}.{did_you_mean(name, names)} {holding}")
-        return versions[-1]
+        """Return one entry: version 2 for `x@2`, the newest for `x`."""
+        if versions := self.versions(name):
+            return versions[-1]
+        names = list(self.entries())
+        content = f"It has: {shorten(names)}." if names else "It has no entries."
+        raise ZooError(f"Unknown zoo entry '{name}' in {self}.{did_you_mean(name, names)} {content}")
 
     def _records(self, store: Store) -> dict[str, Any]:
-        files = (CURATED_FILE, INDEX_FILE) if store.local_path(INDEX_FILE) else (INDEX_FILE,)
         records: dict[str, Any] = {}
-        for file in files:
-            present = self.cache.read_index(store, file, INDEX_LIMIT)
-            where = f"{store.location.rstrip('/')}/{file}"
-            records |= parse_index(present.content if present else None, where).records
+        for file in (CURATED_FILE, INDEX_FILE) if store.local_path(INDEX_FILE) else (INDEX_FILE,):
+            content = self.cache.read_index(store, file, MAX_INDEX_BYTES)
+            records |= parse_index(content, f"{store.location.rstrip('/')}/{file}").records
         return records
 
 
@@ -188,10 +188,7 @@ ZooLike = Zoo | str | os.PathLike[str] | None  # a zoo, its location, or None fo
 
 
 def default_zoo() -> Zoo:
-    """The zoo used where none is named: $BISSL_ZOO, else a checkout's `model_zoo/`, else the user's data directory.
-
-    $BISSL_ZOO holds one location, or several with commas between them.
-    """
+    """Return the zoo in $BISSL_ZOO (locations separated by commas), a checkout's `model_zoo/`, or the user's zoo."""
     locations = [location.strip() for location in os.environ.get("BISSL_ZOO", "").split(",") if location.strip()]
     if locations:
         return Zoo(*locations)
@@ -202,7 +199,7 @@ def default_zoo() -> Zoo:
 
 
 def as_zoo(zoo: ZooLike) -> Zoo:
-    """The zoo meant by an argument: a Zoo itself, a location, or None for the default one."""
+    """Return the zoo of an argument: a Zoo, a location, or None for the default one."""
     if zoo is None:
         return default_zoo()
     return zoo if isinstance(zoo, Zoo) else Zoo(zoo)
@@ -217,17 +214,17 @@ def list_backbones(
     metric: str | None = None,
     zoo: ZooLike = None,
 ) -> list[str]:
-    """Names of the entries that match, every version of each.
+    """Return the names of matching entries, every version of each.
 
     Args:
         filter: shell pattern of the name, such as `"*simclr*voc*"`.
-        pretext, task, architecture: what the entry was made with; shell patterns as well.
-        metric: shell pattern of a metric that it reports, such as `"AP50*"`.
+        pretext, task, architecture: shell patterns of the methods and the architecture of an entry.
+        metric: shell pattern of a metric that the entry reports, such as `"AP50*"`.
     """
-    wanted = {"pretext": pretext, "task": task, "architecture": architecture}
+    patterns = {"pretext": pretext, "task": task, "architecture": architecture}
 
     def matches(entry: Entry) -> bool:
-        fields = all(fnmatch.fnmatch(entry.record.get(key) or "", p) for key, p in wanted.items() if p is not None)
+        fields = all(fnmatch.fnmatch(entry.record.get(k) or "", p) for k, p in patterns.items() if p is not None)
         return fields and (metric is None or bool(fnmatch.filter(entry.record.get("metrics", {}), metric)))
 
     entries = as_zoo(zoo).entries()
@@ -235,44 +232,44 @@ def list_backbones(
 
 
 def get_entry(name: str, zoo: ZooLike = None) -> dict[str, Any]:
-    """What an entry says of itself: metrics with seeds, data sets, lineage, licence, versions (see `Entry.facts`)."""
-    return as_zoo(zoo).find(name).facts()
+    """Return the metadata of an entry: metrics with seeds, data sets, lineage, licence, versions."""
+    return as_zoo(zoo).find(name).metadata()
 
 
 def get_config(name: str, zoo: ZooLike = None) -> DictConfig:
-    """The resolved config of the run that an entry came from.
+    """Return the resolved config of the run that an entry came from.
 
     Raises:
-        ZooError: it calls something else than parts of a run, which a config does when it is instantiated.
+        ZooError: the config calls something that is not a part of a run.
     """
     entry = as_zoo(zoo).find(name)
     with tempfile.TemporaryDirectory(prefix="bissl_zoo-") as folder:
-        # what was fetched is called by its digest, and a config's ending says what it is
-        cfg = load_config(shutil.copyfile(entry.small_file(CONFIG_FILE), Path(folder) / CONFIG_FILE))
+        # cached files are named by digest, and the reader needs the suffix
+        cfg = load_config(shutil.copyfile(entry.text_file(CONFIG_FILE), Path(folder) / CONFIG_FILE))
     _check_calls(OmegaConf.to_container(cfg), f"zoo entry '{entry.name}'")
     return cfg
 
 
-def load_entry_weights(name: str, file: str = WEIGHTS_FILE, zoo: ZooLike = None) -> dict[str, Tensor]:
-    """A verified state dict of an entry on the CPU: its backbone, or a head such as `pretext_head.safetensors`."""
+def load_entry_weights(name: str, file: str = WEIGHTS_FILE, zoo: ZooLike = None) -> "dict[str, Tensor]":
+    """Return a verified state dict of an entry: its backbone, or a head such as `pretext_head.safetensors`."""
     return as_zoo(zoo).find(name).weights(file)
 
 
 def _check_calls(node: Any, where: str) -> None:
-    """Raise `ZooError` where a config from a zoo would call anything but a part of a run."""
+    """Raise `ZooError` if a config from a zoo would call anything but a part of a run."""
     if isinstance(node, dict):
         target = node.get("_target_", "")
         if target and not (isinstance(target, str) and _CALLS.fullmatch(target)):
             raise ZooError(
-                f"The configuration of {where} calls {target!r:.100}, which is no part that bissl_zoo knows, so it is "
-                "not handed out: a zoo is data, and that is code. `tools/zoo.py fetch` brings the file to look at."
+                f"The config of {where} calls {target!r:.100}, which is not a part of bissl_zoo. It is refused: a "
+                "config from a zoo is data. `tools/zoo.py fetch` downloads the file."
             )
         node = list(node.values())
     if isinstance(node, str) and "${" in _REFERENCE.sub("", node):
         raise ZooError(
-            f"The configuration of {where} computes a value ({node!r:.100}), which could be a call in disguise, so it "
-            "is not handed out. `tools/zoo.py fetch` brings the file to look at."
+            f"The config of {where} computes a value ({node!r:.100}), which could run code. It is refused. "
+            "`tools/zoo.py fetch` downloads the file."
         )
     if isinstance(node, list):
-        for one in node:
-            _check_calls(one, where)
+        for value in node:
+            _check_calls(value, where)

@@ -1,29 +1,64 @@
-"""Publishing a backbone as a zoo entry: complete, checked and visible, or not there at all."""
+"""Publish a backbone as a zoo entry: written and checked on this machine first, then added to the zoo in one step."""
 
+import math
+import platform
+import statistics
 import tempfile
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
 import safetensors.torch
+import timm
 import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from bissl_zoo.errors import ZooError
-from bissl_zoo.weights.timm_format import PIXEL_KEYS, check_loads_in_timm, timm_config
-from bissl_zoo.zoo.card import EntryMetadata, entry_facts, render_card
-from bissl_zoo.zoo.create import state_difference
-from bissl_zoo.zoo.figure import FIGURE_FILE, draw_metrics
-from bissl_zoo.zoo.hub import WEIGHTS_FILE, ZooLike, as_zoo
-from bissl_zoo.zoo.index import ENTRY_FORMAT, Index, to_json
-from bissl_zoo.zoo.names import check_name, sha256_of, split_version
-from bissl_zoo.zoo.stores import writable
-from bissl_zoo.zoo.transactions import add_entry, read_index
+from bissl_zoo.errors import ZooError, did_you_mean
+from bissl_zoo.files import is_sha256, sha256_of
+from bissl_zoo.weights.export import PIXEL_KEYS, check_loads_in_timm, timm_config
+from bissl_zoo.weights.files import state_difference
+from bissl_zoo.zoo.card import PLOT_FILE, draw_metrics, render_card
+from bissl_zoo.zoo.hub import CONFIG_FILE, WEIGHTS_FILE, ZooLike, as_zoo
+from bissl_zoo.zoo.index import ENTRY_FORMAT, check_name, to_json
+from bissl_zoo.zoo.stores import Draft
 
-#: of an entry.json, what the index repeats
+#: fields of entry.json that the index repeats
 _RECORD_KEYS = ("architecture", "pretext", "task", "solver", "metrics", "licence", "created")
+
+
+@dataclass(frozen=True)
+class EntryMetadata:
+    """Metadata of an entry.
+
+    Args:
+        pretext, task, solver: registered names of the methods that made the backbone; None if not used.
+        shared_stage: the stage up to which both levels shared the backbone.
+        metrics: by name, one value per seed (a number for a single seed).
+        seeds: seeds of the metrics.
+        datasets: by role ("pretext", "train", "test"), a name, or a mapping with "name" and further values.
+        parents: `name` and `sha256` of the weights that training started from, of those that these started from, and
+            so on; empty for random weights.
+        hardware: of the run.
+        wall_time_s: of the run, in seconds.
+        licence: of the weights, an SPDX identifier.
+        notes: Markdown for the card.
+    """
+
+    pretext: str | None = None
+    task: str | None = None
+    solver: str | None = None
+    shared_stage: str | None = None
+    metrics: Mapping[str, float | Sequence[float]] = field(default_factory=dict)
+    seeds: Sequence[int] = ()
+    datasets: Mapping[str, str | Mapping[str, Any]] = field(default_factory=dict)
+    parents: Sequence[Mapping[str, str]] = ()
+    hardware: str | None = None
+    wall_time_s: float | None = None
+    licence: str = "unknown"
+    notes: str = ""
 
 
 @dataclass(frozen=True)
@@ -49,116 +84,141 @@ def publish_entry(
     zoo: ZooLike = None,
     once: bool = False,
 ) -> PublishedEntry:
-    """Add a backbone to a zoo under `name`, or `name@2`, `name@3`, ... where the name is taken; entries never change.
+    """Add a backbone to a zoo as `name`, or as `name@2`, `name@3`, ... if the name is taken; entries never change.
 
-    The files are written on this machine, read back and loaded with plain timm before any of them goes to the zoo. The
-    entry becomes visible when the index is replaced, which is the last step (see `transactions`).
+    The files are written to a temporary folder and loaded with plain timm first. The entry becomes visible when the
+    index is replaced, which is the last step.
 
     Args:
-        backbone_state: timm's parameter names, as in `timm.create_model(architecture, num_classes=0).state_dict()`;
-            stored as contiguous float32.
-        pretrained_cfg: what the images looked like, in timm's terms: `mean`, `std` and `input_size` (channels, height,
-            width), and where they differ from the architecture's own `interpolation`, `crop_pct`, `crop_mode`.
+        backbone_state: under timm's names, as in `timm.create_model(architecture, num_classes=0).state_dict()`; stored
+            as contiguous float32.
+        pretrained_cfg: the training images in timm's terms: `mean`, `std`, `input_size` (channels, height, width), and
+            if they differ from the architecture's defaults `interpolation`, `crop_pct`, `crop_mode`.
         metadata: `EntryMetadata`, or a mapping of its fields.
-        train_config_text: the run's resolved config as YAML.
-        model_args: arguments the model was built with beyond the architecture's own (`Backbone.model_args`).
-        zoo: a location, or a Zoo, of which the first location is published to.
-        once: where a version of `name` has these very weights, heads and configuration, return that one: for a
-            publisher who cannot know whether it came so far before it was interrupted.
+        train_config_text: the resolved config of the run as YAML.
+        model_args: arguments of the model beyond the architecture's defaults (`Backbone.model_args`).
+        zoo: a location, or a Zoo, whose first location is used.
+        once: return an existing version with the same weights, heads and config; for a publisher that does not know
+            whether it finished before it was interrupted.
     Raises:
-        ZooError: the state does not fit the architecture, a value cannot be stored, or the zoo refused. It is as it
-            was then.
+        ZooError: the state does not fit the architecture, a value cannot be stored, or the zoo cannot be written. The
+            zoo is unchanged.
     """
-    store = writable(as_zoo(zoo).stores[0])
+    store = as_zoo(zoo).stores[0]
     check_name(name)
     if "@" in name or name.lower().endswith((".json", ".md", ".lock")):
-        raise ZooError(f"'{name}' cannot be published: leave out '@' (versions are counted here) and file endings.")
-    entry = {"format": ENTRY_FORMAT, "name": name, "architecture": architecture, **entry_facts(metadata)}
+        raise ZooError(f"'{name}' cannot be published: leave out '@' (versions are numbered here) and file suffixes.")
+    entry = {"format": ENTRY_FORMAT, "name": name, "architecture": architecture, **entry_fields(metadata)}
     model, config = timm_config(architecture, pretrained_cfg, dict(model_args or {}), entry["licence"])
-    backbone_state = _storable("backbone", backbone_state, torch.float32)
-    difference = state_difference(model.state_dict(), backbone_state)
-    if difference:
-        raise ZooError(
-            f"The backbone state does not fit {architecture}(num_classes=0), so it is not published: {difference}."
-        )
-    states = {WEIGHTS_FILE: backbone_state}
+    states = {WEIGHTS_FILE: _storable("backbone", backbone_state, torch.float32)}
+    if difference := state_difference(model.state_dict(), states[WEIGHTS_FILE]):
+        raise ZooError(f"The backbone state does not fit {architecture}(num_classes=0): {difference}.")
     for file, state in (("pretext_head", pretext_head_state), ("task_head", task_head_state)):
         if state is not None:
             states[f"{file}.safetensors"] = _storable(file, state)
     entry["input"] = {key: config["pretrained_cfg"][key] for key in PIXEL_KEYS} | {"channel_order": "RGB"}
-    # an unusable index, like facts that cannot be stored, is reported before anything is written
-    index, _ = read_index(store)
-    texts = {"config.json": to_json(config), "train_config.yaml": train_config_text}
-    to_json(entry)
+    texts = {"config.json": to_json(config), CONFIG_FILE: train_config_text}
+    to_json(entry)  # raises before anything is written
     try:
-        with tempfile.TemporaryDirectory(prefix="bissl_zoo-") as folder:
-            files = _write_files(Path(folder), texts, states, entry)
-            check_loads_in_timm(Path(folder), backbone_state)
-            named = _same_entry(index, name, files) if once else None
-            named = named or add_entry(store, name, lambda given: _complete(Path(folder), entry, files, given))
+        with tempfile.TemporaryDirectory(prefix="bissl_zoo-") as temporary:
+            folder = Path(temporary)
+            files = _write_files(folder, texts, states, entry)
+            check_loads_in_timm(folder, states[WEIGHTS_FILE])
+            published = store.publish(Draft(name, folder, lambda final: _complete(folder, entry, files, final), once))
     except (OSError, SafetensorError) as error:
-        raise ZooError(
-            f"Publishing '{name}' to {store.location} failed in the folder for temporary files, "
-            f"{tempfile.gettempdir()}: {error}. Make room there, or name another one by TMPDIR."
-        ) from error
+        raise ZooError(f"Publishing '{name}' failed in the folder {tempfile.gettempdir()}: {error}.") from error
     except ZooError as error:
         raise ZooError(f"Publishing '{name}' to {store.location} failed: {error}") from error
-    return PublishedEntry(named, f"{store.location.rstrip('/')}/{named}", files[WEIGHTS_FILE]["sha256"])
+    return PublishedEntry(published, f"{store.location.rstrip('/')}/{published}", files[WEIGHTS_FILE]["sha256"])
 
 
-def _same_entry(index: Index, name: str, files: Mapping[str, dict[str, Any]]) -> str | None:
-    """The newest version of `name` whose tensors and configuration are these files'."""
-    telling = {file for file in files if file.endswith(".safetensors")} | {"train_config.yaml"}
-    same = [
-        entry
-        for entry, record in index.records.items()
-        if split_version(entry)[0] == name and all(record["files"].get(file) == files[file] for file in telling)
-    ]
-    return max(same, key=lambda entry: split_version(entry)[1], default=None)
+def entry_fields(metadata: EntryMetadata | Mapping[str, Any]) -> dict[str, Any]:
+    """Return the fields of `entry.json` that follow from the metadata, with versions and the time (UTC).
+
+    Raises:
+        ZooError: an unknown field, or invalid metrics, data sets or parents.
+    """
+    from bissl_zoo import __version__
+
+    if not isinstance(metadata, EntryMetadata):
+        accepted = [known.name for known in fields(EntryMetadata)]
+        # run directories of version 0.1 have another key
+        metadata = {"parents" if key == "ancestors" else key: value for key, value in metadata.items()}
+        for key in metadata:
+            if key not in accepted:
+                hint = did_you_mean(key, accepted)
+                raise ZooError(f"Unknown metadata '{key}'.{hint} Accepted: {', '.join(accepted)}.")
+        metadata = EntryMetadata(**metadata)
+    seeds, parents = [int(seed) for seed in metadata.seeds], [dict(parent) for parent in metadata.parents]
+    for parent in parents:
+        if not is_sha256(parent.get("sha256")):
+            raise ZooError(f"The parent {parent} has no sha256 (64 hex digits).")
+    datasets = {
+        role: {"name": data} if isinstance(data, str) else dict(data) for role, data in metadata.datasets.items()
+    }
+    if unnamed := [role for role, data in datasets.items() if "name" not in data]:
+        raise ZooError(f"The data set for '{unnamed[0]}' has no 'name'.")
+    return {
+        **{key: getattr(metadata, key) for key in ("shared_stage", "pretext", "task", "solver", "licence", "notes")},
+        "metrics": {name: _statistics(name, values, seeds) for name, values in metadata.metrics.items()},
+        "seeds": seeds,
+        "datasets": datasets,
+        "lineage": {"parent": parents[0]["sha256"] if parents else None, "parents": parents},
+        "hardware": metadata.hardware,
+        "wall_time_s": metadata.wall_time_s,
+        "versions": {
+            "bissl_zoo": __version__,
+            "torch": torch.__version__,
+            "timm": timm.__version__,
+            "python": platform.python_version(),
+        },
+        "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+    }
+
+
+def _statistics(metric: str, values: float | Sequence[float], seeds: Sequence[int]) -> dict[str, Any]:
+    per_seed = [float(value) for value in (values if isinstance(values, Sequence) else [values])]
+    if len(per_seed) != len(seeds) or not all(map(math.isfinite, per_seed)):
+        raise ZooError(f"Metric '{metric}' needs one finite value per seed; it has {per_seed} for the seeds {seeds}.")
+    std = statistics.stdev(per_seed) if len(per_seed) > 1 else None
+    return {"mean": statistics.fmean(per_seed), "std": std, "values": per_seed}
 
 
 def _write_files(
     folder: Path, texts: Mapping[str, str], states: Mapping[str, Mapping[str, Tensor]], entry: Mapping[str, Any]
 ) -> dict[str, dict[str, Any]]:
-    """All that does not depend on the entry's version; returns size and sha256 by file."""
+    """Write all files that do not depend on the final name; return size and sha256 by file."""
     for file, text in texts.items():
         (folder / file).write_text(text, encoding="utf-8", newline="\n")
     for file, state in states.items():
         safetensors.torch.save_file(state, folder / file, metadata={"format": "pt"})
     if entry["metrics"]:
-        draw_metrics(entry["metrics"], folder / FIGURE_FILE)
-    return {path.name: _file_facts(path) for path in folder.iterdir()}
+        draw_metrics(entry["metrics"], folder / PLOT_FILE)
+    return {path.name: _file_record(path) for path in folder.iterdir()}
 
 
-def _complete(
-    folder: Path, entry: dict[str, Any], files: Mapping[str, dict[str, Any]], name: str
-) -> tuple[dict[str, Path], dict[str, Any]]:
-    """The files of an entry that is called `name`, and its index record."""
+def _complete(folder: Path, entry: dict[str, Any], files: Mapping[str, dict[str, Any]], name: str) -> dict[str, Any]:
+    """Write the card and entry.json under the final name; return the index record."""
     entry = {**entry, "name": name, "files": dict(files)}
     for file, render in (("README.md", render_card), ("entry.json", to_json)):
         (folder / file).write_text(render(entry), encoding="utf-8", newline="\n")
-        entry["files"] = {**entry["files"], file: _file_facts(folder / file)}
+        entry["files"] = {**entry["files"], file: _file_record(folder / file)}
     record = {key: entry[key] for key in _RECORD_KEYS}
-    record |= {"parent": entry["lineage"]["parent"], "files": entry["files"]}
-    return {file: folder / file for file in entry["files"]}, record
+    return record | {"parent": entry["lineage"]["parent"], "files": entry["files"]}
 
 
 def _storable(what: str, state: Mapping[str, Tensor], dtype: torch.dtype | None = None) -> dict[str, Tensor]:
-    """Contiguous copies on the CPU that share no memory (safetensors refuses shared), floats in `dtype` where given."""
+    """Return contiguous copies on the CPU that share no memory, floats as `dtype` if given."""
     stored = {}
     for key, value in state.items():
         if not isinstance(value, Tensor):
-            raise ZooError(
-                f"The {what} state holds a {type(value).__name__} as '{key}'; only tensors can be published."
-            )
+            raise ZooError(f"The {what} state has a {type(value).__name__} as '{key}'; only tensors can be published.")
         kind = dtype if dtype is not None and value.is_floating_point() else value.dtype
         stored[key] = value.detach().to("cpu", kind, copy=True, memory_format=torch.contiguous_format)
         if not torch.isfinite(stored[key]).all():
-            raise ZooError(
-                f"The {what} tensor '{key}' has values that are NaN or infinite: a diverged run is not published."
-            )
+            raise ZooError(f"The {what} tensor '{key}' contains NaN or Inf: the run diverged and is not published.")
     return stored
 
 
-def _file_facts(path: Path) -> dict[str, Any]:
+def _file_record(path: Path) -> dict[str, Any]:
     return {"sha256": sha256_of(path), "size": path.stat().st_size}

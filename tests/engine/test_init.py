@@ -12,7 +12,7 @@ from bissl_zoo.engine.init import load_init, resplit
 from bissl_zoo.errors import CheckpointError
 from bissl_zoo.registry import build_backbone
 from bissl_zoo.runs.checkpoint import load_checkpoint, read_info
-from bissl_zoo.zoo.names import pin
+from bissl_zoo.zoo.index import pin
 
 
 def test_the_weights_of_a_run_are_those_its_last_stage_left(finished, tiny_config):

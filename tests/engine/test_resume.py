@@ -19,7 +19,7 @@ from bissl_zoo.bilevel.level import Level
 from bissl_zoo.engine import hooks, publishing, runner
 from bissl_zoo.hypergradient import CurvatureOperator
 from bissl_zoo.runs import checkpoint
-from bissl_zoo.zoo import stores, transactions
+from bissl_zoo.zoo.stores import folder as folder_store
 
 pytestmark = pytest.mark.slow
 
@@ -52,8 +52,8 @@ class Bomb:
         """In the child only: where a run computes and where it writes."""
         Level.optimize = self.around(Level.optimize)
         CurvatureOperator.hessian_product = self.around(CurvatureOperator.hessian_product)
-        for module in (checkpoint, hooks, publishing, runner, transactions, stores):
-            for name in ("write_atomically", "_write_state", "evaluate", "publish_entry", "add_entry"):
+        for module in (checkpoint, hooks, publishing, runner, folder_store):
+            for name in ("write_atomically", "_write_state", "evaluate", "publish_entry"):
                 if hasattr(module, name):
                     setattr(module, name, self.around(getattr(module, name)))
         for name in ("replace", "fsync", "link", "mkdir", "unlink"):

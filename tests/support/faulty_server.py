@@ -104,6 +104,8 @@ class _Handler(BaseHTTPRequestHandler):
             if value is not None:
                 self.send_header(name, value)
         self.end_headers()
+        if self.command == "HEAD":
+            return
         for start in range(0, len(body), BLOCK):
             block = body[start : start + BLOCK]
             self.wfile.write(block)
@@ -111,6 +113,8 @@ class _Handler(BaseHTTPRequestHandler):
                 received.sent += len(block)
                 server.progress.notify_all()
         self._end(answer.end)
+
+    do_HEAD = do_GET
 
     def _usual(self, answer):
         content = self.server.files.get(self.path) if answer.body is None else answer.body

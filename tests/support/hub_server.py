@@ -56,7 +56,7 @@ class HubHandler(http.server.BaseHTTPRequestHandler):
         path = self.path.partition("?")[0]
         for pattern, answer in self.ROUTES:
             if found := re.fullmatch(pattern, path):
-                return answer(self, *map(unquote, found.groups()))
+                return answer(self, *map(unquote, filter(None, found.groups())))
         return self.send(404, b"", {"X-Error-Code": "RepoNotFound"})
 
     do_GET = do_HEAD = do_POST = do_PUT = handle_request
@@ -90,11 +90,20 @@ class HubHandler(http.server.BaseHTTPRequestHandler):
                 found.append({"type": "directory", "path": path, "oid": "0"})
         return self.send(200, found)
 
-    def tree(self, revision):
-        files = self.server.files(revision)
-        folders = {name.partition("/")[0] for name in files if "/" in name}
+    def tree(self, revision, folder=""):
+        if self.server.files(revision) is None:
+            return self.send(404, b"", {"X-Error-Code": "RevisionNotFound"})
+        start = f"{folder.strip('/')}/".lstrip("/")
+        files = {name: content for name, content in self.server.files(revision).items() if name.startswith(start)}
+        if folder and not files:
+            return self.send(404, b"", {"X-Error-Code": "EntryNotFound"})
+        folders = {start + name[len(start) :].partition("/")[0] for name in files if "/" in name[len(start) :]}
         found = [{"type": "directory", "path": path, "oid": "0"} for path in folders]
-        found += [{"type": "file", "path": path, "size": 0, "oid": "0"} for path in files if "/" not in path]
+        found += [
+            {"type": "file", "path": path, "size": len(content), "oid": "0"}
+            for path, content in files.items()
+            if "/" not in path[len(start) :]
+        ]
         return self.send(200, found)
 
     def preupload(self, revision):
@@ -156,10 +165,10 @@ class HubHandler(http.server.BaseHTTPRequestHandler):
 
     def content(self, revision, path):
         content = self.server.files(revision)[path]
-        found = re.fullmatch(r"bytes=(\d+)-", self.headers.get("Range", ""))
+        found = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
         if found and int(found[1]) >= len(content):
             return self.send(416)
-        part = content[int(found[1]) if found else 0 :]
+        part = content[int(found[1]) : int(found[2]) + 1 if found[2] else None] if found else content
         return self.send(206 if found else 200, part, self.identity(content))
 
     def log_message(self, *_):
@@ -169,7 +178,7 @@ class HubHandler(http.server.BaseHTTPRequestHandler):
     ROUTES = [
         (f"{API}/revision/(.+)", revision),
         (f"{API}/paths-info/(.+)", paths_info),
-        (f"{API}/tree/([^/]+)", tree),
+        (f"{API}/tree/([^/]+)(/.*)?", tree),
         (f"{API}/preupload/(.+)", preupload),
         (f"{API}/commit/(.+)", commit),
         (f"/{REPO}.git/info/lfs/objects/batch", lfs_batch),

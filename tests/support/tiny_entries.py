@@ -1,13 +1,20 @@
-"""Zoo entries of a few hundred kilobytes."""
+"""Small zoo entries: real ones of a small ResNet, and drafts of a few bytes for tests of stores."""
 
-import timm
-import torch
+import hashlib
+import random
+import tempfile
+from pathlib import Path
 
-from bissl_zoo.zoo import publish_entry
+from bissl_zoo.zoo.stores import Draft, open_store
 
 
 def publish_tiny(zoo, name="tiny", seed=0, config="train: {}\n", pretext_head=None, **metadata):
-    """Publish a small ResNet with the weights of `seed`; the rest is what the entry says of itself."""
+    """Publish a small ResNet with the random weights of `seed` and the given metadata."""
+    import timm
+    import torch
+
+    from bissl_zoo.zoo import publish_entry
+
     torch.manual_seed(seed)
     return publish_entry(
         name=name,
@@ -19,3 +26,21 @@ def publish_tiny(zoo, name="tiny", seed=0, config="train: {}\n", pretext_head=No
         pretext_head_state=pretext_head,
         zoo=zoo,
     )
+
+
+def publish_draft(zoo, name="tiny", seed=0, once=False):
+    """Publish an entry with a few random bytes as weights, without torch; return its name."""
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        (folder / "model.safetensors").write_bytes(random.Random(seed).randbytes(2000))
+        (folder / "train_config.yaml").write_text("train: {}\n")
+
+        def complete(final):
+            (folder / "entry.json").write_text(f'{{"format": 1, "name": "{final}"}}')
+            files = {
+                path.name: {"sha256": hashlib.sha256(path.read_bytes()).hexdigest(), "size": path.stat().st_size}
+                for path in folder.iterdir()
+            }
+            return {"architecture": "test_resnet", "files": files}
+
+        return open_store(zoo).publish(Draft(name, folder, complete, once))

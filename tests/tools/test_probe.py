@@ -21,7 +21,7 @@ from bissl_zoo.engine.runner import run
 from bissl_zoo.errors import CheckpointError
 from bissl_zoo.registry import build_dataset
 from bissl_zoo.runs.checkpoint import load_checkpoint
-from bissl_zoo.weights.backbone_file import StoredBackbone, save_backbone
+from bissl_zoo.weights.files import StoredBackbone, save_backbone
 from bissl_zoo.zoo import publish_entry
 
 PIXELS = {"mean": (0.4, 0.5, 0.6), "std": (0.2, 0.25, 0.3)}

@@ -11,7 +11,7 @@ from bissl_zoo.config import LazyConfig
 from bissl_zoo.engine.runner import run
 from bissl_zoo.registry import build_backbone
 from bissl_zoo.runs.directory import load_run_config
-from bissl_zoo.weights.backbone_file import StoredBackbone, save_backbone
+from bissl_zoo.weights.files import StoredBackbone, save_backbone
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,4 @@
-"""What goes out computes in the other library, or in a network built as there, what it computed here."""
+"""Exported backbones have the same features in the other library, or in a network built as there."""
 
 import json
 import pickle
@@ -13,18 +13,16 @@ import torchvision
 from torch import nn
 
 from bissl_zoo.errors import ZooError
-from bissl_zoo.weights import export
-from bissl_zoo.weights.export import export_backbone
+from bissl_zoo.weights import TARGETS, export
+from bissl_zoo.weights.export import TORCHVISION_RESNETS, detectron2_state, export_backbone
 from bissl_zoo.weights.load import read_foreign
-from bissl_zoo.weights.plain_resnets import TORCHVISION_RESNETS, detectron2_state
-from bissl_zoo.zoo import TARGETS
 
 PIXELS = {"mean": [0.4, 0.5, 0.6], "std": [0.2, 0.25, 0.3]}
 IMAGES = torch.randn(3, 3, 64, 64, generator=torch.Generator().manual_seed(5))
 
 
 def trained(architecture, **model_args):
-    """A model in eval mode whose batch-norm statistics have moved."""
+    """Return a model in eval mode with changed batch-norm statistics."""
     torch.manual_seed(0)
     model = timm.create_model(architecture, num_classes=0, **model_args)
     for name, tensor in model.state_dict().items():
@@ -42,20 +40,22 @@ def features(model, images=IMAGES):
 
 
 def close(ours, theirs):
-    """Equal but for the order of float32 sums in other kernels, over some twenty layers."""
+    """Assert equality up to the order of float32 sums in other kernels, over some twenty layers."""
     torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-4 * float(theirs.abs().max()))
 
 
-def test_what_is_written_may_be_read_by_whom_the_umask_lets(tmp_path):
+@pytest.mark.slow
+def test_written_files_have_the_permissions_of_the_umask(tmp_path):
     (tmp_path / "plain").touch()
-    wanted = (tmp_path / "plain").stat().st_mode
+    expected = (tmp_path / "plain").stat().st_mode
     for name in ("a.safetensors", "a.pth"):
         export_backbone(RESNET.state_dict(), "resnet18", "torchvision", tmp_path / name)
-        assert (tmp_path / name).stat().st_mode == wanted
+        assert (tmp_path / name).stat().st_mode == expected
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ending", [".pth", ".safetensors"])
-def test_torchvision_loads_its_state_and_computes_the_same_bits(tmp_path, ending):
+def test_torchvision_loads_the_state_and_computes_the_same_bits(tmp_path, ending):
     path = tmp_path / f"resnet18{ending}"
     written = export_backbone(RESNET.state_dict(), "resnet18", "torchvision", path, pixels=PIXELS)
     if ending == ".pth":
@@ -69,7 +69,7 @@ def test_torchvision_loads_its_state_and_computes_the_same_bits(tmp_path, ending
     assert difference.missing_keys == ["fc.weight", "fc.bias"] and difference.unexpected_keys == []
     model.fc = nn.Identity()
     assert torch.equal(features(model.eval()), features(RESNET))
-    assert written.facts["mean"] == "0.4, 0.5, 0.6"
+    assert written.details["mean"] == "0.4, 0.5, 0.6"
     assert torch.equal(read_foreign(path, "resnet18").state["conv1.weight"], RESNET.conv1.weight)
 
 
@@ -83,6 +83,7 @@ def test_every_resnet_of_torchvision_has_the_blocks_of_timms(architecture):
     assert {name: tensor.shape for name, tensor in ours.state_dict().items()} == shapes
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("architecture", "model_args", "reason"),
     [
@@ -98,30 +99,29 @@ def test_every_resnet_of_torchvision_has_the_blocks_of_timms(architecture):
         ("resnet18", {"output_stride": 8}, "computes other features"),
     ],
 )
-@pytest.mark.parametrize("target", ["torchvision", "detectron2"])
-def test_what_the_target_has_no_network_for_is_refused_with_the_reason(
-    tmp_path, architecture, model_args, reason, target
-):
+def test_a_network_that_the_target_lacks_is_refused_with_the_reason(tmp_path, architecture, model_args, reason):
     model = timm.create_model(architecture, num_classes=0, **model_args)
-    output = tmp_path / f"out.{'pkl' if target == 'detectron2' else 'pth'}"
-    with pytest.raises(ZooError, match=reason):
-        export_backbone(model.state_dict(), architecture, target, output, model_args)
+    for target, output in (("torchvision", tmp_path / "out.pth"), ("detectron2", tmp_path / "out.pkl")):
+        with pytest.raises(ZooError, match=reason):
+            export_backbone(model.state_dict(), architecture, target, output, model_args)
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_timm_loads_the_folder_and_reads_the_pixel_statistics(tmp_path):
     export_backbone(RESNET.state_dict(), "resnet18", "timm", tmp_path / "entry", pixels=PIXELS)
     model = timm.create_model(f"local-dir:{tmp_path / 'entry'}", pretrained=True).eval()
     assert torch.equal(features(model), features(RESNET))
     data = timm.data.resolve_model_data_config(model)
     assert list(data["mean"]) == PIXELS["mean"] and list(data["std"]) == PIXELS["std"]
-    with pytest.raises(ZooError, match="exists. Name a folder that does not"):
+    with pytest.raises(ZooError, match="exists. Name another folder"):
         export_backbone(RESNET.state_dict(), "resnet18", "timm", tmp_path / "entry", pixels=PIXELS)
-    with pytest.raises(ZooError, match="give mean and std"):
+    with pytest.raises(ZooError, match="pass mean and std"):
         export_backbone(RESNET.state_dict(), "resnet18", "timm", tmp_path / "other")
 
 
-def test_model_arguments_go_with_the_timm_folder(tmp_path):
+@pytest.mark.slow
+def test_the_timm_folder_includes_model_arguments(tmp_path):
     model = trained("test_vit", img_size=64, num_heads=1)
     arguments = {"img_size": 64, "num_heads": 1}
     export_backbone(model.state_dict(), "test_vit", "timm", tmp_path / "vit", arguments, pixels=PIXELS)
@@ -129,7 +129,8 @@ def test_model_arguments_go_with_the_timm_folder(tmp_path):
     assert torch.equal(features(again), features(model))
 
 
-def test_a_detectron2_pickle_is_what_its_checkpointer_expects_and_comes_back(tmp_path):
+@pytest.mark.slow
+def test_a_detectron2_pickle_has_the_expected_content_and_is_read_back(tmp_path):
     path = tmp_path / "resnet18.pkl"
     written = export_backbone(RESNET.state_dict(), "resnet18", "detectron2", path, pixels=PIXELS)
     content = pickle.loads(path.read_bytes(), encoding="latin1")  # as Detectron2 reads it
@@ -143,9 +144,9 @@ def test_a_detectron2_pickle_is_what_its_checkpointer_expects_and_comes_back(tmp
     ):
         assert name in content["model"]
     assert "res5.1.conv2.norm.weight" in content["model"] and not any("bn" in name for name in content["model"])
-    facts = written.facts
-    assert facts["INPUT.FORMAT"] == "RGB" and facts["MODEL.PIXEL_MEAN"] == "[102, 127.5, 153]"
-    assert facts["MODEL.RESNETS.DEPTH"] == "18" and facts["MODEL.RESNETS.RES2_OUT_CHANNELS"] == "64"
+    details = written.details
+    assert details["INPUT.FORMAT"] == "RGB" and details["MODEL.PIXEL_MEAN"] == "[102, 127.5, 153]"
+    assert details["MODEL.RESNETS.DEPTH"] == "18" and details["MODEL.RESNETS.RES2_OUT_CHANNELS"] == "64"
 
     read = read_foreign(path)
     assert read.format == "detectron2" and read.architecture == "resnet18" and read.unexpected == []
@@ -155,8 +156,8 @@ def test_a_detectron2_pickle_is_what_its_checkpointer_expects_and_comes_back(tmp
     assert torch.equal(features(again), features(RESNET))
 
 
-def test_detectron2_names_are_those_of_its_own_conversion_script():
-    """Against the published way from torchvision's names (tools/convert-torchvision-to-d2.py), for every tensor."""
+def test_detectron2_names_equal_those_of_its_conversion_script():
+    """Compare with tools/convert-torchvision-to-d2.py of Detectron2, for every tensor."""
     with torch.device("meta"):
         state = timm.create_model("resnet50", num_classes=0).state_dict()
     theirs = []
@@ -184,12 +185,13 @@ def test_detectron2_itself_loads_the_pickle(tmp_path):
     written = export_backbone(model.state_dict(), "resnet50", "detectron2", tmp_path / "r50.pkl", pixels=PIXELS)
     cfg = get_cfg()
     cfg.MODEL.RESNETS.OUT_FEATURES = ["res5"]
-    cfg.merge_from_list([x for k, v in written.facts.items() if k.startswith("MODEL.RESNETS") for x in (k, v)])
+    cfg.merge_from_list([x for k, v in written.details.items() if k.startswith("MODEL.RESNETS") for x in (k, v)])
     backbone = build_backbone(cfg).eval()
     DetectionCheckpointer(backbone).load(str(tmp_path / "r50.pkl"))
     close(features(lambda images: backbone(images)["res5"].mean((2, 3))), features(model))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("architecture", ["resnet18", "test_vit"])
 def test_onnxruntime_computes_the_same_for_any_batch(tmp_path, architecture):
     pytest.importorskip("onnxscript", reason="onnxscript is not installed")
@@ -200,7 +202,7 @@ def test_onnxruntime_computes_the_same_for_any_batch(tmp_path, architecture):
     written = export_backbone(model.state_dict(), architecture, "onnx", path, model_args, image_size=(64, 64))
     assert [file.name for file in tmp_path.iterdir()] == ["backbone.onnx"]  # the weights are inside
     onnx.checker.check_model(onnx.load(path))
-    assert onnx.load(path).opset_import[0].version == int(written.facts["opset"]) == export.ONNX_OPSET
+    assert onnx.load(path).opset_import[0].version == int(written.details["opset"]) == export.ONNX_OPSET
     session = runtime.InferenceSession(path, providers=["CPUExecutionProvider"])
     for count in (1, 3):
         theirs = session.run(["features"], {"images": IMAGES[:count].numpy()})[0]
@@ -215,6 +217,7 @@ def test_onnx_without_its_packages_names_the_extra(tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_a_torch_export_program_runs_without_timm_for_any_batch(tmp_path):
     path = tmp_path / "backbone.pt2"
     export_backbone(RESNET.state_dict(), "resnet18", "export", path, image_size=(64, 64))
@@ -228,18 +231,19 @@ def test_a_torch_export_program_runs_without_timm_for_any_batch(tmp_path):
     close(torch.load(tmp_path / "features.pt"), features(RESNET))
 
 
-def test_images_that_the_network_does_not_take_are_refused(tmp_path):
+@pytest.mark.slow
+def test_images_of_an_unsupported_size_are_refused(tmp_path):
     model_args = {"img_size": 64, "dynamic_img_size": False}
     model, arguments = trained("test_vit", **model_args), {"model_args": model_args, "image_size": (32, 32)}
     with pytest.raises(ZooError, match="test_vit does not take images of 32 x 32"):
         export_backbone(model.state_dict(), "test_vit", "export", tmp_path / "a.pt2", **arguments)
 
 
-def test_every_target_that_is_offered_has_its_writer():
+def test_every_target_has_a_writer():
     assert set(export._WRITERS) == set(TARGETS)
 
 
-def test_an_incomplete_state_an_unknown_target_and_a_wrong_ending_are_refused(tmp_path):
+def test_an_incomplete_state_an_unknown_target_and_a_wrong_suffix_are_refused(tmp_path):
     state = dict(RESNET.state_dict())
     with pytest.raises(ZooError, match="Did you mean 'torchvision'"):
         export_backbone(state, "resnet18", "torchvison", tmp_path / "a.pth")
@@ -250,26 +254,27 @@ def test_an_incomplete_state_an_unknown_target_and_a_wrong_ending_are_refused(tm
     with pytest.raises(ZooError, match="Did you mean 'resnet18'"):
         export_backbone(state, "resnet81", "torchvision", tmp_path / "a.pth")
     del state["layer4.1.bn2.weight"]
-    with pytest.raises(ZooError, match=r"1 tensors are missing.*layer4\.1\.bn2\.weight"):
+    with pytest.raises(ZooError, match=r"1 missing: layer4\.1\.bn2\.weight"):
         export_backbone(state, "resnet18", "torchvision", tmp_path / "a.pth")
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_failed_write_leaves_the_file_that_was_there(tmp_path, monkeypatch):
+def test_a_failed_write_keeps_the_existing_file(tmp_path, monkeypatch):
     path = tmp_path / "a.pth"
-    path.write_bytes(b"what was there")
+    path.write_bytes(b"existing")
 
     def full(state, file):
         file.write_bytes(b"half")
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(export.torch, "save", full)
-    with pytest.raises(ZooError, match="could not be written.*No space left"):
+    with pytest.raises(ZooError, match="cannot be written.*No space left"):
         export_backbone(RESNET.state_dict(), "resnet18", "torchvision", path)
-    assert path.read_bytes() == b"what was there" and [file.name for file in tmp_path.iterdir()] == ["a.pth"]
+    assert path.read_bytes() == b"existing" and [file.name for file in tmp_path.iterdir()] == ["a.pth"]
 
 
-def test_the_timm_folder_states_what_a_zoo_entry_does(tmp_path):
+@pytest.mark.slow
+def test_the_timm_folder_has_the_config_of_a_zoo_entry(tmp_path):
     export_backbone(RESNET.state_dict(), "resnet18", "timm", tmp_path / "entry", pixels={**PIXELS, "crop_pct": 1.0})
     config = json.loads((tmp_path / "entry" / "config.json").read_text())
     assert config["architecture"] == "resnet18" and config["num_classes"] == 0 and config["num_features"] == 512

@@ -1,81 +1,184 @@
-"""Where a zoo can be kept: a folder, a web server, S3, the Hugging Face hub, and whatever iopath or fsspec open."""
+"""Places a zoo can be stored in: the `Store` contract, the registry of URL schemes, and `open_store`."""
 
+import importlib
 import os
 import re
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 from urllib.parse import urlsplit
 from urllib.request import url2pathname
 
-from bissl_zoo.errors import ZooError
-from bissl_zoo.zoo.stores.store import Store, WritableStore
+from bissl_zoo.errors import ZooError, did_you_mean
 
-__all__ = ["Store", "WritableStore", "open_store", "writable"]
+__all__ = ["Draft", "Finding", "Missing", "Store", "Transient", "open_store", "register_store"]
+
+#: seconds that reading an index may take
+SMALL_FILE_SECONDS = 300.0
 
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.:-]*)://")
 _LOST_SLASH = re.compile(r"(file|gs|hf|https?|s3):/*", re.IGNORECASE)
 
 
+class Missing(ZooError):
+    """The file does not exist."""
+
+
+class Transient(ZooError):
+    """A failure that a retry may solve: a reset connection, a timeout, a busy server.
+
+    Attributes:
+        retry_after: seconds that the server asked to wait.
+    """
+
+    retry_after = 0.0
+
+
+@dataclass(frozen=True)
+class Draft:
+    """An entry to publish.
+
+    Attributes:
+        base: its name without a version.
+        folder: holds its files.
+        complete: called with the final name; writes the files that depend on it, and returns the index record.
+        once: return the existing entry if a version has the same weights, heads and configuration.
+    """
+
+    base: str
+    folder: Path
+    complete: Callable[[str], dict[str, Any]]
+    once: bool = False
+
+
+@dataclass(frozen=True)
+class Finding:
+    """A problem that `tools/zoo.py verify` found.
+
+    Attributes:
+        where: the entry or file.
+        problem: a phrase that follows `where`.
+        advice: what to do; empty if `Store.repair` solves it.
+    """
+
+    where: str
+    problem: str
+    advice: str = ""
+
+
+class Store(ABC):
+    """Files below one location, by relative path with '/' (`"index.json"`, `"NAME/model.safetensors"`).
+
+    Methods raise `ZooError` with the address, and `Transient` if a retry may help. They do not retry themselves.
+    A store for a new URL scheme implements `read` and `stat`, and `publish` and `remove` if it can be written to.
+
+    Attributes:
+        location: the address in messages, without credentials.
+        writable: entries can be published to it.
+    """
+
+    location: str
+    writable = False
+
+    @abstractmethod
+    def read(self, path: str, start: int = 0) -> Iterator[bytes]:
+        """Yield the bytes of a file from byte `start` on; raise `Missing` if it does not exist."""
+
+    @abstractmethod
+    def stat(self, path: str) -> int | None:
+        """Return the size of a file in bytes, None if the server does not report it; raise `Missing`."""
+
+    def publish(self, draft: Draft) -> str:
+        """Add an entry as `NAME`, or as `NAME@2`, `NAME@3`, ... if the name is taken, and return its name."""
+        raise ZooError(
+            f"{self.location} is read-only. Publish to a folder or to hf://USER/REPO. For a web server or a bucket, "
+            "publish to a folder and upload it: entry folders first, index.json last."
+        )
+
+    def remove(self, name: str) -> None:
+        """Remove an entry from the index and delete its files."""
+        raise ZooError(f"{self.location} is read-only; nothing was removed.")
+
+    def repair(self, dry_run: bool = False) -> list[Finding]:
+        """Remove what interrupted publishers left, and return it; `dry_run` only returns it."""
+        return []
+
+    def local_path(self, path: str) -> Path | None:
+        """Return the file on this machine, for stores whose files need no copy."""
+        return None
+
+    def read_bytes(self, path: str, limit: int) -> bytes | None:
+        """Return a small file, None if it does not exist; raise `ZooError` above `limit` bytes."""
+        content, start = bytearray(), time.monotonic()
+        try:
+            for block in self.read(path):
+                content += block
+                if time.monotonic() - start > SMALL_FILE_SECONDS:
+                    raise ZooError(f"{self.location}/{path} took longer than the limit of {SMALL_FILE_SECONDS:g} s.")
+                if len(content) > limit:
+                    raise ZooError(f"{self.location.rstrip('/')}/{path} has more than the limit of {limit:,} bytes.")
+        except Missing:
+            return None
+        return bytes(content)
+
+
+_STORES: dict[str, str | Callable[[str], Store]] = {
+    "http": "bissl_zoo.zoo.stores.http:HttpStore",
+    "https": "bissl_zoo.zoo.stores.http:HttpStore",
+    "hf": "bissl_zoo.zoo.stores.huggingface:HuggingFaceStore",
+}
+
+
+def register_store(scheme: str, store: Callable[[str], Store]) -> None:
+    """Open locations that start with `scheme://` by calling `store(location)`."""
+    _STORES[scheme.lower()] = store
+
+
 def open_store(location: str | os.PathLike[str]) -> Store:
-    """The store at a folder's path or an address such as `s3://bucket/zoo`, `hf://user/repo` or `https://host/zoo`.
+    """Open the store at a folder path or an address such as `https://host/zoo`, `hf://user/repo` or `s3://bucket/zoo`.
 
-    Nothing is asked of the place yet, and libraries are imported for the schemes that need them only.
-
-    Raises:
-        ZooError: for a scheme that is not known, one whose library is not installed, or an address it does not take.
-    """
-    text = os.fspath(location)
-    scheme = _SCHEME.match(text)
-    if scheme is None:
-        return _folder(text)
-    # the case of a scheme means nothing, and handlers compare prefixes
-    name = scheme[1].lower()
-    text = f"{name}://{text[scheme.end() :]}"
-    if name == "file":
-        return _folder(_path_of(text))
-    if name in ("http", "https"):
-        from bissl_zoo.zoo.stores.http import HttpStore
-
-        return HttpStore(text)
-    if name == "s3":
-        from bissl_zoo.zoo.stores.s3 import S3Store
-
-        return S3Store(text)
-    if name == "hf":
-        from bissl_zoo.zoo.stores.huggingface import HubStore
-
-        return HubStore(text)
-    from bissl_zoo.zoo.stores.remote import RemoteStore
-
-    return RemoteStore(text)
-
-
-def writable(store: Store) -> WritableStore:
-    """The same store, if entries can be published to it.
+    Nothing is read yet. Schemes without a registered store are opened with fsspec, for reading.
 
     Raises:
-        ZooError: it can only be read from.
+        ZooError: an unknown scheme, a missing library, or an invalid address.
     """
-    if isinstance(store, WritableStore):
-        return store
-    raise ZooError(
-        f"{store.location} can be read from, but not published to. Publish to a folder, s3://BUCKET/FOLDER or "
-        "hf://USER/REPO; or publish to a folder and copy it there, entry folders first and index.json last, so that no "
-        "index lists what has not arrived."
-    )
-
-
-def _folder(path: str) -> Store:
     from bissl_zoo.zoo.stores.folder import FolderStore
 
-    slip = _LOST_SLASH.match(path)
-    if slip and not os.path.exists(path):
-        scheme = slip[1].lower()
-        meant = f"{scheme}:{'///' if scheme == 'file' else '//'}{path[slip.end() :]}"
-        raise ZooError(f"There is no folder '{path}'. Did you mean '{meant}'?")
-    return FolderStore(path)
+    text = os.fspath(location)
+    found = _SCHEME.match(text)
+    if found is None:
+        slip = _LOST_SLASH.match(text)
+        if slip and not os.path.exists(text):
+            scheme = slip[1].lower()
+            hint = f"{scheme}:{'///' if scheme == 'file' else '//'}{text[slip.end() :]}"
+            raise ZooError(f"There is no folder '{text}'. Did you mean '{hint}'?")
+        return FolderStore(text)
+    scheme = found[1].lower()
+    text = f"{scheme}://{text[found.end() :]}"
+    if scheme == "file":
+        parts = urlsplit(text)
+        if parts.netloc not in ("", "localhost") or not parts.path:
+            raise ZooError(f"'{text}' is not a folder of this machine. Write file:///FOLDER or the path.")
+        return FolderStore(url2pathname(parts.path))
+    store = _STORES.get(scheme)
+    if store is None:
+        from fsspec import available_protocols
 
+        from bissl_zoo.zoo.stores.fsspec import FsspecStore
 
-def _path_of(address: str) -> str:
-    parts = urlsplit(address)
-    if parts.netloc not in ("", "localhost") or not parts.path:
-        raise ZooError(f"'{address}' is not the address of a folder of this machine: write file:///FOLDER or its path.")
-    return url2pathname(parts.path)
+        if scheme.partition("::")[0] not in available_protocols():
+            known = sorted({"file", "s3", "gs", *_STORES})
+            hint = did_you_mean(scheme, [*known, *available_protocols()])
+            raise ZooError(
+                f"Unknown scheme '{scheme}://'.{hint} A zoo is a folder, or an address that starts with "
+                f"{', '.join(f'{name}://' for name in known)} or another scheme of fsspec. "
+                "Register your own with bissl_zoo.zoo.stores.register_store."
+            )
+        return FsspecStore(text)
+    if isinstance(store, str):
+        module, _, name = store.partition(":")
+        store = getattr(importlib.import_module(module), name)
+    return store(text)

@@ -1,139 +1,219 @@
-"""A zoo in a folder of this machine, or of a file system that it mounts."""
+"""A zoo in a folder."""
 
 import contextlib
-import hashlib
+import functools
 import os
+import re
+import secrets
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import BinaryIO
-
-import portalocker
 
 from bissl_zoo.errors import ZooError
-from bissl_zoo.zoo.stores.store import Body, Conflict, Content, WritableStore
+from bissl_zoo.files import fsync, sha256_of, write_atomically
+from bissl_zoo.zoo.card import PAGE_FILE, render_page
+from bissl_zoo.zoo.index import CURATED_FILE, INDEX_FILE, MAX_INDEX_BYTES, Index, is_name, parse_index, pin
+from bissl_zoo.zoo.locks import NotAFile, locked, open_plain, try_lock
+from bissl_zoo.zoo.stores import Draft, Finding, Missing, Store
 
-LOCK_TIMEOUT_S = 120
-_LOCK_FILE = ".lock"
-_PENDING_FILE = ".pending"  # one name, as only the holder of the lock writes it
+LOCK_FILE = ".lock"
+MARKER_FILE = ".publishing"  # in the folder of an entry until the index lists it
+LOCK_TIMEOUT_S = 120.0
+_DRAFT = ".draft-"
+_TEMPORARY = re.compile(r"\.(index\.json|MODEL_ZOO\.md)-[0-9a-f]{32}")
 _BLOCK = 1 << 20
 
 
-class FolderStore(WritableStore):
-    """Files below a folder; replacing one is a rename under a lock that all publishers to the folder share."""
+class FolderStore(Store):
+    """A folder; publishers to it share a kernel lock on `.lock`.
+
+    An entry is written to a hidden draft folder, whose marker file its publisher keeps locked. Then, under the lock of
+    the zoo, the copies are compared with their digests, the draft is renamed, and the index is replaced atomically.
+    Readers need no lock: they see the entry when the index lists it. A killed publisher leaves a draft whose marker
+    nobody has locked, or a folder with a marker that the index does not list; the next publisher removes both.
+    """
+
+    writable = True
 
     def __init__(self, root: str | os.PathLike[str]) -> None:
         self.root = Path(root).expanduser()
         self.location = str(self.root)
 
     def local_path(self, path: str) -> Path:
-        """The file itself; `ZooError` where a link leads out of the zoo."""
+        """Return the file itself; raise `ZooError` for a link that leads out of the zoo."""
         local = self.root / path
         try:
             inside = local.resolve().is_relative_to(self.root.resolve())
-        except (OSError, RuntimeError) as error:  # RuntimeError: links in a circle, up to Python 3.12
+        except (OSError, RuntimeError) as error:  # RuntimeError: circular links, up to Python 3.12
             raise ZooError(f"{local} cannot be read: {error}.") from error
         if not inside:
             raise ZooError(f"{local} is a link that leads out of the zoo {self.root}; it is not followed.")
         return local
 
-    def read(self, path: str, limit: int) -> Content | None:
+    def read(self, path: str, start: int = 0) -> Iterator[bytes]:
         """See :class:`Store`."""
         local = self.local_path(path)
-        try:
-            with _reading(local), open(local, "rb") as stream:
-                content = stream.read(limit + 1)
-        except _Absent:
-            return None
-        if len(content) > limit:
-            raise ZooError(f"{local} has more than {limit:,} bytes, which is too much for what it should be.")
-        return Content(content, hashlib.sha256(content).hexdigest())
+        with _reading(local), open(local, "rb", opener=_follow) as stream:
+            stream.seek(start)
+            while block := stream.read(_BLOCK):
+                yield block
 
-    @contextlib.contextmanager
-    def open(self, path: str, offset: int = 0) -> Iterator[Body]:
+    def stat(self, path: str) -> int:
         """See :class:`Store`."""
         local = self.local_path(path)
-        with contextlib.ExitStack() as stack:
-            with _reading(local):
-                stream = stack.enter_context(open(local, "rb"))
-                stream.seek(offset)
-            yield Body(offset, _blocks(local, stream))
+        with _reading(local):
+            return local.stat().st_size
 
-    def create(self, path: str, source: Path | bytes) -> None:
-        """See :class:`WritableStore`. The folder that a first file opens is claimed by it."""
-        with self._writing(path, source):
+    def publish(self, draft: Draft) -> str:
+        """See :class:`Store`."""
+        with self._writing(sum(file.stat().st_size for file in draft.folder.iterdir())):
             self.root.mkdir(parents=True, exist_ok=True)
-            target = self.local_path(path)
-            target.parent.mkdir(exist_ok=True)
+            with self._locked():
+                self._clean(self._index())
+                pending = self.root / f"{_DRAFT}{secrets.token_hex(8)}"
+                pending.mkdir()
+                marker = try_lock(pending / MARKER_FILE)
             try:
-                with open(target, "xb") as stream:
-                    _copy(source, stream)
-            except FileExistsError as error:
-                raise Conflict(f"{target} exists already.") from error
-            _sync_names(target.parent)
+                for file in draft.folder.iterdir():
+                    _copy(file, pending)
+                with self._locked():
+                    return self._list(draft, pending)
+            finally:
+                if marker is not None:
+                    os.close(marker)
+                shutil.rmtree(pending, ignore_errors=True)  # it was renamed unless something failed
 
-    def replace(self, path: str, content: bytes, tag: str | None) -> None:
-        """See :class:`WritableStore`."""
-        with self._writing(path, content):
-            self.root.mkdir(parents=True, exist_ok=True)
-            with portalocker.Lock(str(self.root / _LOCK_FILE), "a", timeout=LOCK_TIMEOUT_S):
-                present = self.read(path, limit=1 << 30)
-                if (present.tag if present else None) != tag:
-                    raise Conflict(f"{self.root / path} was changed by another process.")
-                pending = self.root / _PENDING_FILE
-                pending.unlink(missing_ok=True)  # of a killed publisher
-                try:
-                    with open(pending, "xb") as stream:
-                        _copy(content, stream)
-                    os.replace(pending, self.root / path)
-                finally:
-                    pending.unlink(missing_ok=True)
-                _sync_names(self.root)
+    def _list(self, draft: Draft, pending: Path) -> str:
+        """Give the copied entry its name and add it to the index; the caller holds the lock."""
+        index = self._index()
+        self._clean(index, keep=pending)
+        name = index.next_name(draft.base, [path.name for path in self.root.iterdir() if is_name(path.name)])
+        record = draft.complete(name)
+        if draft.once and (existing := index.find_same(draft.base, record["files"])):
+            return existing
+        for file in sorted(record["files"]):
+            if not (pending / file).exists():  # a file that depends on the name
+                _copy(draft.folder / file, pending)
+            if sha256_of(pending / file) != record["files"][file]["sha256"]:
+                raise ZooError(f"{pending / file} differs from what was written. Check the disk of {self.root}.")
+        fsync(pending)
+        os.rename(pending, self.root / name)
+        fsync(self.root)
+        index = index.add(name, record)
+        try:
+            write_atomically(self.root / INDEX_FILE, index.to_bytes())
+        except BaseException:
+            if name not in self._index().records:
+                shutil.rmtree(self.root / name, ignore_errors=True)
+            raise
+        (self.root / name / MARKER_FILE).unlink()
+        self._write_page(index)
+        return name
 
-    def folders(self) -> list[str]:
-        """See :class:`WritableStore`."""
-        if not self.root.is_dir():
+    def remove(self, name: str) -> None:
+        """See :class:`Store`. The name is not used again."""
+        with self._writing(0), self._locked():
+            index = self._index()
+            if name not in index.records:
+                raise ZooError(f"{self.location} lists no entry '{name}', so nothing was removed.")
+            index = index.remove(name)
+            write_atomically(self.root / INDEX_FILE, index.to_bytes())
+            self._write_page(index)
+            self._remove_folder(name)
+
+    def repair(self, dry_run: bool = False) -> list[Finding]:
+        """See :class:`Store`. Folders of unknown origin are reported and never touched."""
+        if not self.root.is_dir() or not os.access(self.root, os.W_OK):
             return []
-        with _reading(self.root):
-            folders = [path for path in self.root.iterdir() if path.is_dir() and not path.name.startswith(".")]
-            # an empty one is what a publisher leaves that was killed before its first file, and free for the next
-            return sorted(path.name for path in folders if path.is_symlink() or any(path.iterdir()))
+        with self._writing(0), self._locked():
+            index = self._index()
+            findings = self._clean(index, dry_run)
+            page = self.read_bytes(PAGE_FILE, MAX_INDEX_BYTES)
+            if page != render_page(index).encode() and (page is not None or index.records):
+                findings.append(Finding(PAGE_FILE, "does not match the index"))
+                if not dry_run:
+                    self._write_page(index)
+            return findings
 
-    def remove_folder(self, name: str) -> None:
-        """See :class:`WritableStore`."""
+    def _clean(self, index: Index, dry_run: bool = False, keep: Path | None = None) -> list[Finding]:
+        """Remove what interrupted publishers and removals left; the caller holds the lock."""
+        findings = []
+        known = {*index.records, *self._index(CURATED_FILE).records}
+        for path in sorted(self.root.iterdir()):
+            remove: Callable[[], None] | None = functools.partial(shutil.rmtree, path)
+            listed, marked = path.name in known, (path / MARKER_FILE).is_file()
+            if path == keep or path.name.startswith(_DRAFT) and not _abandoned(path):
+                continue
+            if path.name.startswith(_DRAFT):
+                problem = "was left by an interrupted publisher"
+            elif _TEMPORARY.fullmatch(path.name):
+                problem, remove = "is an unfinished write", path.unlink
+            elif path.name.startswith(".") or not path.is_dir():
+                continue
+            elif listed and marked:
+                problem, remove = "is listed, but has a marker of its publisher", (path / MARKER_FILE).unlink
+            elif not listed and is_name(path.name) and not path.is_symlink():
+                if pin(path.name) in map(pin, index.removed):
+                    problem = "was left by an interrupted removal"
+                elif marked:
+                    problem = "was left by an interrupted publisher"
+                else:
+                    problem, remove = f"is not listed in {INDEX_FILE}", None
+            else:
+                continue
+            findings.append(Finding(path.name, problem, "" if remove else "look at it, and move it elsewhere"))
+            if remove and not dry_run:
+                remove()
+        return findings
+
+    def _remove_folder(self, name: str) -> None:
         folder = self.root / name
         if folder.is_symlink():
-            raise ZooError(f"{folder} is a link, and what it leads to is not removed. Remove the link yourself.")
-        with _removing(folder), contextlib.suppress(FileNotFoundError):
-            # hidden files last: while it is there, a claim says whose the rest is
-            for path in sorted(folder.iterdir(), key=lambda path: path.name.startswith(".")):
-                path.unlink(missing_ok=True)
-            folder.rmdir()
+            raise ZooError(f"'{name}' is no longer listed, but {folder} is a link, which was not removed.")
+        try:
+            shutil.rmtree(folder)
+        except FileNotFoundError:
+            return
+        except OSError as error:
+            raise ZooError(
+                f"'{name}' is no longer listed, but its files remain: {error}. Run `tools/zoo.py verify --repair`."
+            ) from error
 
-    def remove(self, path: str) -> None:
-        """See :class:`WritableStore`."""
-        with _removing(self.root / path):
-            self.local_path(path).unlink(missing_ok=True)
+    def _index(self, file: str = INDEX_FILE) -> Index:
+        return parse_index(self.read_bytes(file, MAX_INDEX_BYTES), str(self.root / file))
+
+    def _write_page(self, index: Index) -> None:
+        write_atomically(self.root / PAGE_FILE, render_page(index))
+
+    def _locked(self) -> contextlib.AbstractContextManager[None]:
+        return locked(self.root / LOCK_FILE, f"change {self.root}", LOCK_TIMEOUT_S)
 
     @contextlib.contextmanager
-    def _writing(self, path: str, source: Path | bytes) -> Iterator[None]:
+    def _writing(self, size: int) -> Iterator[None]:
         try:
             yield
-        except portalocker.LockException as error:
-            lock = self.root / _LOCK_FILE
-            raise ZooError(f"Another process has held {lock} for {LOCK_TIMEOUT_S} s; try again later.") from error
         except OSError as error:
-            size = len(source) if isinstance(source, bytes) else source.stat().st_size
-            existing = next(folder for folder in (self.root / path).absolute().parents if folder.exists())
-            free = shutil.disk_usage(existing).free
+            existing = next(folder for folder in [self.root, *self.root.absolute().parents] if folder.exists())
             raise ZooError(
-                f"{self.root / path} cannot be written: {error.strerror}. It needs {size / 2**20:.1f} MiB and "
-                f"{free / 2**20:.1f} MiB are free there; make room, or name another zoo with BISSL_ZOO."
+                f"{error.filename or self.root} cannot be written: {error.strerror or error}. The entry has "
+                f"{size / 2**20:.1f} MiB; {shutil.disk_usage(existing).free / 2**20:.1f} MiB are free."
             ) from error
 
 
-class _Absent(ZooError):
-    """There is no such file."""
+def _follow(path: str, flags: int) -> int:
+    return open_plain(path, flags, follow=True)
+
+
+def _copy(file: Path, folder: Path) -> None:
+    fsync(Path(shutil.copyfile(file, folder / file.name)))
+
+
+def _abandoned(draft: Path) -> bool:
+    """Return True if no process has locked the marker of a draft."""
+    descriptor = try_lock(draft / MARKER_FILE)
+    if descriptor is not None:
+        os.close(descriptor)
+    return descriptor is not None
 
 
 @contextlib.contextmanager
@@ -141,43 +221,8 @@ def _reading(local: Path) -> Iterator[None]:
     try:
         yield
     except (FileNotFoundError, NotADirectoryError) as error:
-        raise _Absent(f"{local} does not exist.") from error
+        raise Missing(f"{local} does not exist.") from error
+    except NotAFile as error:
+        raise ZooError(f"{local} cannot be read: {error}.") from error
     except OSError as error:
         raise ZooError(f"{local} cannot be read: {error.strerror}.") from error
-
-
-@contextlib.contextmanager
-def _removing(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise ZooError(f"{path} cannot be removed: {error.strerror}.") from error
-
-
-def _blocks(local: Path, stream: BinaryIO) -> Iterator[bytes]:
-    while True:
-        with _reading(local):
-            block = stream.read(_BLOCK)
-        if not block:
-            return
-        yield block
-
-
-def _copy(source: Path | bytes, target: BinaryIO) -> None:
-    if isinstance(source, bytes):
-        target.write(source)
-    else:
-        with open(source, "rb") as stream:
-            shutil.copyfileobj(stream, target, _BLOCK)
-    target.flush()
-    os.fsync(target.fileno())
-
-
-def _sync_names(folder: Path) -> None:
-    """Bring a folder's list of names to the disk, on systems that can."""
-    with contextlib.suppress(OSError):
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)

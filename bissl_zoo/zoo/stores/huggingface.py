@@ -1,228 +1,158 @@
-"""A zoo in a repository of the Hugging Face hub."""
+"""A zoo in a model repository of the Hugging Face hub: read with its fsspec file system, published in one commit."""
 
-import contextlib
+import random
 import re
-from collections.abc import Iterator
-from pathlib import Path
+import time
+from collections.abc import Callable
 from typing import Any
 
 from bissl_zoo.errors import ZooError
-from bissl_zoo.zoo.stores.store import Body, Conflict, Content, Transient, WritableStore
+from bissl_zoo.zoo.card import PAGE_FILE, render_page
+from bissl_zoo.zoo.index import INDEX_FILE, MAX_INDEX_BYTES, Index, parse_index
+from bissl_zoo.zoo.stores import Draft, Missing, Transient
+from bissl_zoo.zoo.stores.fsspec import FsspecStore
 
-_BLOCK = 1 << 20
-_TIMEOUT_S = 30
-_INDEX_LIMIT = 1 << 30
+ATTEMPTS = 20
 _LOCATION = re.compile(r"hf://([A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?:@([\w./-]+))?", re.ASCII)
 
 
-class _Missing(ZooError):
-    """There is no such file."""
+class Conflict(ZooError):
+    """Another commit was made since the index was read."""
 
 
-class HubStore(WritableStore):
-    """Files of a model repository, at a branch, a tag or a commit: `hf://user/repo`, `hf://user/repo@revision`.
+class HuggingFaceStore(FsspecStore):
+    """`hf://USER/REPO` or `hf://USER/REPO@REVISION`, with the zoo at the top of a model repository.
 
     The token is the one that huggingface_hub finds (`hf auth login`, `HF_TOKEN`), and the hub that of `HF_ENDPOINT`.
-
-    A publication is one commit. `create` only remembers a file, and `replace` commits what was created together with
-    the index, so that nobody sees half of an entry and a publisher that is killed leaves nothing behind. Files whose
-    name begins with '.' claim a name among the publishers of this store, and are never sent.
+    An entry, the index and the page are one commit on top of the commit whose index was read; the hub refuses it if
+    another commit was made since. A killed publisher leaves nothing.
     """
+
+    writable = True
 
     def __init__(self, location: str) -> None:
         parts = _LOCATION.fullmatch(location.rstrip("/"))
         if parts is None:
-            raise ZooError(
-                f"'{location}' is not the address of a zoo on the hub. Write hf://USER/REPO or "
-                "hf://USER/REPO@REVISION. It is a model repository, with the zoo at its top."
-            )
-        self.location = location.rstrip("/")
+            raise ZooError(f"'{location}' is not a zoo on the hub. Write hf://USER/REPO or hf://USER/REPO@REVISION.")
+        try:
+            import huggingface_hub
+        except ImportError as error:
+            raise ZooError(f'{location} needs huggingface_hub: pip install "bissl_zoo[hub]".') from error
+        self._hub = huggingface_hub
         self.repo, self.revision = parts[1], parts[2] or "main"
-        self._pending: dict[str, Path | bytes] = {}
-        self._hub = _library(self.location)
-        self._api = self._hub.HfApi()
+        self.location = location.rstrip("/")
+        self.files = huggingface_hub.HfFileSystem(skip_instance_cache=True, use_listings_cache=False)
+        self.root = self._at(self.revision)
+        self._api = huggingface_hub.HfApi()
 
-    def read(self, path: str, limit: int) -> Content | None:
-        """See :class:`Store`. The tag is the commit that the content belongs to."""
-        commit = self._commit()
-        content = bytearray()
-        try:
-            with self._answer(path, commit) as answer:
-                for block in self._blocks(path, answer):
-                    content += block
-                    if len(content) > limit:
-                        raise ZooError(f"{self.location}/{path} has more than the {limit:,} bytes it may have.")
-        except _Missing:
-            return None
-        return Content(bytes(content), commit)
-
-    @contextlib.contextmanager
-    def open(self, path: str, offset: int = 0) -> Iterator[Body]:
+    def publish(self, draft: Draft) -> str:
         """See :class:`Store`."""
-        with self._answer(path, self.revision, offset) as answer:
-            if answer.status_code == 416:  # the file ends where the range begins
-                yield Body(offset, iter(()))
-            else:
-                yield Body(offset if answer.status_code == 206 else 0, self._blocks(path, answer))
+        tried: dict[str, Any] = {}
 
-    def create(self, path: str, source: Path | bytes) -> None:
-        """See :class:`WritableStore`. Nothing is sent before `replace`."""
-        folder, _, name = path.rpartition("/")
-        taken = folder if name.startswith(".") else path
-        if path in self._pending or self._present([taken], self.revision):
-            raise Conflict(f"{self.location}/{taken} exists already.")
-        self._pending[path] = source
+        def change(index: Index) -> tuple[Index, list[Any], str] | None:
+            sent = [name for name, record in tried.items() if index.records.get(name) == record]
+            if sent:  # the answer to an earlier attempt was lost
+                return None
+            name = index.next_name(draft.base)
+            record = draft.complete(name)
+            existing = index.find_same(draft.base, record["files"]) if draft.once else None
+            tried.pop(existing or name, None)
+            tried[existing or name] = record
+            if existing:
+                return None
+            files = {f"{name}/{file}": draft.folder / file for file in record["files"]}
+            operations = [self._hub.CommitOperationAdd(path, file) for path, file in files.items()]
+            return index.add(name, record), operations, f"Publish {name}"
 
-    def replace(self, path: str, content: bytes, tag: str | None) -> None:
-        """See :class:`WritableStore`.
+        self._change(change)
+        return list(tried)[-1]
 
-        Raises:
-            ZooError: somebody else has published an entry of a name that was claimed here, which a claim cannot
-                prevent on the hub. Publishing once more takes the next version.
-        """
-        parent = tag or self._commit()
-        if tag is None and self._present([path], parent):
-            raise Conflict(f"{self.location}/{path} was written by another process.")
-        files = {name: source for name, source in self._pending.items() if not _is_claim(name)}
-        taken = self._present(list(files), parent)
-        if taken:
-            raise ZooError(
-                f"{self.location}/{taken[0]} was published by another process meanwhile, or by an attempt of this one "
-                "whose answer was lost. Look at what is there; publish again for the next version."
-            )
-        names = sorted({name.partition("/")[0] for name in files})
-        message = f"Publish {', '.join(names)}" if names else f"Update {path}"
-        # operations cannot be used twice, so each attempt has its own
-        adding = [self._hub.CommitOperationAdd(name, source) for name, source in {**files, path: content}.items()]
+    def remove(self, name: str) -> None:
+        """See :class:`Store`. The files stay in the history of the repository."""
+        attempts = iter(range(ATTEMPTS))
+
+        def change(index: Index) -> tuple[Index, list[Any], str] | None:
+            first = next(attempts) == 0
+            if name not in index.records:
+                if not first:  # the answer to an earlier attempt was lost
+                    return None
+                raise ZooError(f"{self.location} lists no entry '{name}', so nothing was removed.")
+            return index.remove(name), [self._hub.CommitOperationDelete(f"{name}/", is_folder=True)], f"Remove {name}"
+
+        self._change(change)
+
+    def _change(self, change: Callable[[Index], tuple[Index, list[Any], str] | None]) -> None:
+        """Commit what `change` makes of the index; repeat if another commit was made meanwhile."""
+        for attempt in range(ATTEMPTS):
+            try:
+                with self._errors(""):
+                    commit = self._api.model_info(self.repo, revision=self.revision).sha
+                index = self._index(commit)
+                changed = change(index)
+                if changed is None:
+                    return
+                index, operations, message = changed
+                for path, content in ((INDEX_FILE, index.to_bytes()), (PAGE_FILE, render_page(index).encode())):
+                    operations.append(self._hub.CommitOperationAdd(path, content))
+                with self._errors(""):
+                    self._api.create_commit(
+                        self.repo,
+                        operations,
+                        commit_message=message,
+                        revision=self.revision,
+                        parent_commit=commit,
+                    )
+                return
+            except (Conflict, Transient) as error:
+                if attempt + 1 == ATTEMPTS:
+                    raise ZooError(f"{error} Gave up after {ATTEMPTS} attempts.") from error
+            time.sleep(random.SystemRandom().uniform(0.0, min(5.0, 0.1 * 2**attempt)))
+
+    def _index(self, commit: str) -> Index:
+        main, self.root = self.root, self._at(commit)
         try:
-            self._send(adding, message, parent)
-        except Transient:
-            # only the answer may have been lost; the caller's next attempt would meet its own commit
-            present = self.read(path, _INDEX_LIMIT)
-            if present is None or present.content != content:
-                raise
-        self._pending.clear()
+            return parse_index(self.read_bytes(INDEX_FILE, MAX_INDEX_BYTES), f"{self.location}/{INDEX_FILE}")
+        finally:
+            self.root = main
 
-    def folders(self) -> list[str]:
-        """See :class:`WritableStore`."""
-        with self._telling(""):
-            found = list(self._api.list_repo_tree(self.repo, recursive=False, revision=self.revision))
-        names = [item.path for item in found if isinstance(item, self._hub.hf_api.RepoFolder)]
-        return sorted(name for name in names if not name.startswith("."))
+    def _at(self, revision: str) -> str:
+        return f"{self.repo}@{revision.replace('/', '%2F')}"
 
-    def remove_folder(self, name: str) -> None:
-        """See :class:`WritableStore`. A folder created here and not sent yet is only forgotten."""
-        created = [path for path in self._pending if path.startswith(f"{name}/")]
-        for path in created:
-            del self._pending[path]
-        if not created and self._present([name], self.revision):
-            self._send([self._hub.CommitOperationDelete(f"{name}/", is_folder=True)], f"Remove {name}")
+    def _open(self, path: str, start: int) -> Any:
+        # without blocks the file is one streamed response, which cannot seek
+        stream = self.files.open(path, "rb", block_size=1 << 24 if start else 0)
+        stream.seek(start)
+        return stream
 
-    def remove(self, path: str) -> None:
-        """See :class:`WritableStore`. A file created here and not sent yet is only forgotten."""
-        created = self._pending.pop(path, None) is not None
-        if not created and not _is_claim(path) and self._present([path], self.revision):
-            self._send([self._hub.CommitOperationDelete(path, is_folder=False)], f"Remove {path}")
-
-    def _commit(self) -> str:
-        with self._telling(""):
-            return self._api.model_info(self.repo, revision=self.revision, timeout=_TIMEOUT_S).sha
-
-    def _present(self, paths: list[str], revision: str) -> list[str]:
-        """Those of the files and folders that there are."""
-        with self._telling(""):
-            return (
-                [found.path for found in self._api.get_paths_info(self.repo, paths, revision=revision)] if paths else []
-            )
-
-    def _send(self, operations: list[Any], message: str, parent: str | None = None) -> None:
-        with self._telling(""):
-            self._api.create_commit(
-                self.repo, operations, commit_message=message, revision=self.revision, parent_commit=parent
-            )
-
-    @contextlib.contextmanager
-    def _answer(self, path: str, revision: str, offset: int = 0) -> Iterator[Any]:
-        utils = self._hub.utils
-        url = self._hub.hf_hub_url(self.repo, path, revision=revision)
-        headers = {**utils.build_hf_headers(), "Accept-Encoding": "identity"}
-        if offset:
-            headers["Range"] = f"bytes={offset}-"
-        with contextlib.ExitStack() as stack:
-            with self._telling(path):
-                stream = utils.get_session().stream("GET", url, headers=headers, timeout=_TIMEOUT_S)
-                answer = stack.enter_context(stream)
-                if answer.status_code != 416:
-                    utils.hf_raise_for_status(answer)
-            yield answer
-
-    def _blocks(self, path: str, answer: Any) -> Iterator[bytes]:
-        with self._telling(path):
-            yield from answer.iter_bytes(_BLOCK)
-
-    @contextlib.contextmanager
-    def _telling(self, path: str) -> Iterator[None]:
-        """Raise what huggingface_hub raises inside as an error for people."""
-        try:
-            yield
-        except (self._hub.errors.HTTPError, OSError, RuntimeError, ValueError) as error:
-            raise self._told(error, f"{self.location}/{path}".rstrip("/")) from error
-
-    def _told(self, error: Exception, address: str) -> ZooError:
-        errors = self._hub.errors
+    def _error(self, error: Exception, address: str) -> ZooError:
+        """See :class:`FsspecStore`."""
+        errors, message = self._hub.errors, " ".join(str(error).split())
+        address = address.rstrip("/")
         status = getattr(getattr(error, "response", None), "status_code", 0)
-        message = " ".join(str(error).split())
-        if isinstance(error, RuntimeError) and isinstance(error.__cause__, (errors.HTTPError, OSError)):
-            return self._told(error.__cause__, address)  # of an upload, which runs in a thread
+        # the error of an upload in a thread, or of a repository that does not exist
+        cause = error.__cause__ if isinstance(error, RuntimeError | FileNotFoundError) else None
+        if isinstance(cause, errors.HTTPError | OSError):
+            return self._error(cause, address)
         if isinstance(error, errors.OfflineModeIsEnabled):
-            return ZooError(f"{address} cannot be reached while HF_HUB_OFFLINE is set; unset it.")
-        if isinstance(error, errors.EntryNotFoundError):
-            return _Missing(f"{address} does not exist.")
+            return ZooError(f"{address} cannot be reached while HF_HUB_OFFLINE is set.")
         if isinstance(error, errors.GatedRepoError):
-            return ZooError(
-                f"{self.repo} is gated: accept its terms on its page of the hub, then log in with `hf auth login` or "
-                "set HF_TOKEN."
-            )
+            return ZooError(f"{self.repo} is gated: accept its terms on the hub, then log in with `hf auth login`.")
         if isinstance(error, errors.RevisionNotFoundError):
+            return ZooError(f"{self.repo} has no revision '{self.revision}'.")
+        if isinstance(error, errors.RepositoryNotFoundError):
             return ZooError(
-                f"{self.repo} has no revision '{self.revision}'. Name one of its branches, tags or commits."
-            )
-        if isinstance(error, errors.RepositoryNotFoundError) or status == 404:
-            return ZooError(
-                f"The hub shows no repository {self.repo}. Create it with `hf repo create {self.repo}`; if it is a "
-                "private one, log in with `hf auth login` or set HF_TOKEN to a token that may read it."
+                f"The hub has no repository {self.repo}. Create it with `hf repo create {self.repo}`; for a private "
+                "one, log in with `hf auth login` or set HF_TOKEN."
             )
         if status in (401, 403):
             return ZooError(
-                f"{address}: the hub answered {status} ({message}). Log in with `hf auth login`, or set HF_TOKEN to a "
-                "token with the rights for it (publishing takes one that may write to the repository)."
+                f"{address}: the hub answered {status} ({message}). Set HF_TOKEN to a token that may read, and for "
+                "publishing write, the repository."
             )
         if status in (409, 412):
-            return Conflict(f"{address} was changed by another process: {message}")
-        if status == 429 or status >= 500:
-            return Transient(f"{address}: the hub answered {status} ({message}).")
-        if not status and isinstance(error, (errors.HTTPError, ConnectionError, TimeoutError)):
-            return Transient(
-                f"{address}: {type(error).__name__}: {message}. Check the network, and HF_ENDPOINT if set."
-            )
-        return ZooError(f"{address}: {message}")
-
-
-def _is_claim(path: str) -> bool:
-    return path.rpartition("/")[2].startswith(".")
-
-
-def _library(location: str) -> Any:
-    try:
-        import huggingface_hub
-        import huggingface_hub.errors
-        import huggingface_hub.hf_api
-        import huggingface_hub.utils
-    except ImportError as error:
-        raise ZooError(f'{location} needs huggingface_hub. Install it with: pip install "bissl_zoo[hub]"') from error
-    if int(huggingface_hub.__version__.partition(".")[0]) < 1:
-        raise ZooError(
-            f"{location} needs huggingface_hub 1.0 or newer, and {huggingface_hub.__version__} is installed. "
-            'Upgrade it with: pip install -U "bissl_zoo[hub]"'
-        )
-    return huggingface_hub
+            return Conflict(f"{address} was changed by another process.")
+        if status == 429 or status >= 500 or (not status and isinstance(error, errors.HTTPError | ConnectionError)):
+            return Transient(f"{address}: {message or type(error).__name__}. Check the network and HF_ENDPOINT.")
+        if isinstance(error, FileNotFoundError | errors.EntryNotFoundError):
+            return Missing(f"{address} does not exist.")
+        return ZooError(f"{address}: {type(error).__name__}: {message}.")

@@ -12,11 +12,12 @@ from torch import nn
 from bissl_zoo.errors import ZooError
 from bissl_zoo.weights.load import read_foreign
 
+pytestmark = pytest.mark.slow  # networks of 50 layers
 IMAGENET_MEAN = [0.485, 0.456, 0.406]
 
 
 class Norm(nn.Module):
-    """Frozen batch norm as Detectron2 has it: a scale and a shift beside fixed statistics."""
+    """Detectron2's frozen batch norm: scale and shift with fixed statistics."""
 
     def __init__(self, channels):
         super().__init__()
@@ -52,7 +53,7 @@ class Bottleneck(nn.Module):
 
 
 class Detectron2ResNet(nn.Module):
-    """Detectron2's build_resnet_backbone with bottlenecks in a few lines, its parameters named alike; pooled res5."""
+    """Detectron2's build_resnet_backbone with bottlenecks and equal parameter names; returns pooled res5."""
 
     def __init__(self, stride_in_1x1, blocks):
         super().__init__()
@@ -72,7 +73,7 @@ class Detectron2ResNet(nn.Module):
 
 
 def detectron2_model(stride_in_1x1, blocks=(2, 2, 2, 2)):
-    """As small as bottlenecks come in timm, which calls it resnet26."""
+    """Return the smallest ResNet with bottlenecks in timm, resnet26."""
     torch.manual_seed(0)
     return Detectron2ResNet(stride_in_1x1, blocks).eval()
 
@@ -82,7 +83,7 @@ def numpy_state(state):
 
 
 def caffe2_names(state, norms):
-    """Caffe2's names, as the MSRA files in Detectron2's and in Detectron's model zoos have them."""
+    """Rename to Caffe2's names, as in the MSRA files of the model zoos of Detectron2 and Detectron."""
     renamed = {}
     for name, tensor in state.items():
         name = name.replace("stem.conv1.norm.", "res_conv1_bn_").replace("stem.conv1.", "conv1_")
@@ -112,7 +113,7 @@ def pickled(tmp_path, content):
 
 
 def compare_with_detectron2(read, original, pixels_of_original, stride_in_1x1):
-    """Features of raw images: the original's own order, mean and scale of pixels against those that were reported."""
+    """Compare features of raw images under the pixel statistics of the original with those under the reported ones."""
     rgb = torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
     order, mean, std = pixels_of_original
     seen = 255 * (rgb.flip(1) if order == "BGR" else rgb)
@@ -121,10 +122,10 @@ def compare_with_detectron2(read, original, pixels_of_original, stride_in_1x1):
     model = timm.create_model(read.architecture, num_classes=0).eval()
     model.load_state_dict(read.state)
     with torch.no_grad():
-        wanted = original(seen)
+        expected = original(seen)
         features = (with_stride_in_1x1(model) if stride_in_1x1 else model)(ours)
-    # float32 through 50 layers of other kernels: far below what a wrong name, order or statistic does
-    torch.testing.assert_close(features, wanted, rtol=1e-3, atol=1e-4 * float(wanted.abs().max()))
+    # float32 through 50 layers of other kernels: far below the effect of a wrong name, order or statistic
+    torch.testing.assert_close(features, expected, rtol=1e-3, atol=1e-4 * float(expected.abs().max()))
 
 
 BGR = ("BGR", [103.530, 116.280, 123.675], [1.0, 1.0, 1.0])  # Detectron2's defaults
@@ -138,20 +139,20 @@ RGB = ("RGB", [123.675, 116.280, 103.530], [58.395, 57.120, 57.375])  # with tor
         ({"weight": "s", "bias": "b", "running_mean": "rm", "running_var": "riv"}, True),
     ],
 )
-def test_an_msra_pickle_is_turned_to_rgb_and_says_where_its_strides_are(tmp_path, norms, nested):
+def test_an_msra_pickle_is_converted_to_rgb_and_notes_its_strides(tmp_path, norms, nested):
     original = detectron2_model(stride_in_1x1=True, blocks=(3, 4, 6, 3))
     arrays = numpy_state(caffe2_names(original.state_dict(), norms))
     arrays |= {"conv1_b": np.zeros(64, np.float32), "fc1000_w": np.ones((10, 2048), np.float32)}
     read = read_foreign(pickled(tmp_path, {"blobs": arrays} if nested else arrays))
     assert read.architecture == "resnet50" and read.format == "caffe2"
     assert read.pixels["mean"] == pytest.approx(IMAGENET_MEAN, abs=1e-12) and read.pixels["std"] == [1 / 255] * 3
-    assert any("first convolution was turned to RGB" in note for note in read.notes)
+    assert any("first convolution was converted to RGB" in note for note in read.notes)
     assert any("stride in the 1x1 convolution" in note for note in read.notes)
     assert [name.split()[0].removeprefix("blobs.") for name in read.unexpected] == ["conv1_b"]
     compare_with_detectron2(read, original, BGR, stride_in_1x1=True)
 
 
-def test_detectrons_fused_batch_norms_are_a_scale_and_a_shift(tmp_path):
+def test_fused_batch_norms_of_detectron_are_a_scale_and_a_shift(tmp_path):
     original = detectron2_model(stride_in_1x1=True)
     for module in original.modules():
         if isinstance(module, Norm):
@@ -160,12 +161,12 @@ def test_detectrons_fused_batch_norms_are_a_scale_and_a_shift(tmp_path):
     state = {name: tensor for name, tensor in original.state_dict().items() if "running" not in name}
     norms = {"weight": "s", "bias": "b"}
     read = read_foreign(pickled(tmp_path, numpy_state(caffe2_names(state, norms))), "resnet26")
-    assert any("no running_var for 29 batch norms" in note for note in read.notes)
+    assert any("lacks running_var of 29 batch norms" in note for note in read.notes)
     compare_with_detectron2(read, original, BGR, stride_in_1x1=True)
 
 
 @pytest.mark.parametrize("author", ["torchvision", "MOCO", "solo-learn"])
-def test_a_detectron2_pickle_of_an_rgb_network_is_read_as_it_is(tmp_path, author):
+def test_a_detectron2_pickle_of_an_rgb_network_is_unchanged(tmp_path, author):
     original = detectron2_model(stride_in_1x1=False)
     content = {"model": numpy_state(original.state_dict()), "__author__": author, "matching_heuristics": True}
     read = read_foreign(pickled(tmp_path, content), "resnet26")
@@ -174,7 +175,7 @@ def test_a_detectron2_pickle_of_an_rgb_network_is_read_as_it_is(tmp_path, author
 
 
 @pytest.mark.parametrize("kind", ["FPN", "C4"])
-def test_the_backbone_of_a_trained_detector_is_taken_out_of_it(tmp_path, kind):
+def test_the_backbone_of_a_trained_detector_is_read(tmp_path, kind):
     original = detectron2_model(stride_in_1x1=True)
     model = {"proposal_generator.rpn_head.conv.weight": np.ones(3, np.float32)}
     for name, array in numpy_state(original.state_dict()).items():
@@ -185,16 +186,16 @@ def test_the_backbone_of_a_trained_detector_is_taken_out_of_it(tmp_path, kind):
     ]
     content = {"model": model, "__author__": "Detectron2 Model Zoo"}
     path = pickled(tmp_path, content)
-    with pytest.raises(ZooError, match="does not say whether its network takes RGB or BGR images"):
+    with pytest.raises(ZooError, match="does not state whether its network takes RGB or BGR images"):
         read_foreign(path, "resnet26")
     read = read_foreign(path, "resnet26", channel_order="BGR")
     assert len(read.unexpected) == 2
     compare_with_detectron2(read, original, BGR, stride_in_1x1=True)
 
-    # older files keep the statistics of the pixels in buffers; Detectron2's default ones say the order as well
-    for (order, mean, std), told in ((BGR, None), (("RGB", [120.0, 110.0, 100.0], [50.0, 51.0, 52.0]), "RGB")):
+    # older files have the pixel statistics as buffers; Detectron2's defaults also determine the order
+    for (order, mean, std), channel_order in ((BGR, None), (("RGB", [120.0, 110.0, 100.0], [50.0, 51.0, 52.0]), "RGB")):
         model |= {"pixel_mean": np.array(mean, np.float32).reshape(3, 1, 1), "pixel_std": np.array(std, np.float32)}
-        read = read_foreign(pickled(tmp_path, content), "resnet26", channel_order=told)
+        read = read_foreign(pickled(tmp_path, content), "resnet26", channel_order=channel_order)
         compare_with_detectron2(read, original, (order, mean, std), stride_in_1x1=True)
-    with pytest.raises(ZooError, match="does not say"):
-        read_foreign(path, "resnet26")  # of a mean that is nobody's the order is not guessed
+    with pytest.raises(ZooError, match="does not state"):
+        read_foreign(path, "resnet26")  # the order of an unknown mean is not guessed

@@ -1,0 +1,91 @@
+import uuid
+
+import fsspec
+import pytest
+from fsspec.implementations.memory import MemoryFileSystem
+
+from bissl_zoo.errors import ZooError
+from bissl_zoo.zoo.stores import Missing, Transient, open_store
+from bissl_zoo.zoo.stores.fsspec import FsspecStore
+
+
+@pytest.fixture
+def files():
+    return fsspec.filesystem("memory")
+
+
+@pytest.fixture
+def place(files):
+    location = f"memory://{uuid.uuid4().hex}"
+    yield location
+    if files.exists(location):
+        files.rm(location, recursive=True)
+
+
+def test_files_are_read_from_any_byte_and_always_as_they_are_now(files, place):
+    content = bytes(range(256)) * 10_000
+    files.pipe(f"{place}/x@2/model.safetensors", content)
+    store = open_store(place)
+    assert isinstance(store, FsspecStore) and store.location == place and not store.writable
+    assert b"".join(store.read("x@2/model.safetensors")) == content
+    assert b"".join(store.read("x@2/model.safetensors", 1_500_001)) == content[1_500_001:]
+    assert store.stat("x@2/model.safetensors") == len(content)
+    for version in (b"1", b"22"):
+        files.pipe(f"{place}/index.json", version)
+        assert store.read_bytes("index.json", 10) == version
+
+
+def test_a_missing_file_is_named_and_a_large_one_refused(files, place):
+    store = open_store(place)
+    assert store.read_bytes("index.json", 10) is None
+    for call in (lambda: list(store.read("x/y")), lambda: store.stat("x/y")):
+        with pytest.raises(Missing, match=f"{place}/x/y does not exist"):
+            call()
+    files.pipe(f"{place}/index.json", b"12345")
+    with pytest.raises(ZooError, match="limit of 4 bytes"):
+        store.read_bytes("index.json", 4)
+
+
+class Refusal(Exception):
+    def __init__(self, status):
+        super().__init__("refused")
+        self.status = status
+
+
+@pytest.mark.parametrize("error", [ConnectionResetError(), TimeoutError(), Refusal(503), Refusal(429), Refusal(403)])
+def test_errors_of_a_library_become_errors_of_the_zoo(place, monkeypatch, error):
+    def fail(*_, **__):
+        raise error
+
+    monkeypatch.setattr(MemoryFileSystem, "open", fail)
+    with pytest.raises(ZooError, match=f"{place}/x cannot be read") as raised:
+        list(open_store(place).read("x"))
+    assert isinstance(raised.value, Transient) == (getattr(error, "status", 503) != 403)
+
+
+def test_it_cannot_be_published_to(place):
+    store = open_store(place)
+    with pytest.raises(ZooError, match="read-only.*index.json last"):
+        store.publish(None)
+    with pytest.raises(ZooError, match="read-only"):
+        store.remove("x")
+    assert store.repair() == []
+
+
+def test_a_missing_library_is_named_with_the_extra_that_installs_it(monkeypatch):
+    def missing(*_, **__):
+        raise ImportError("Install s3fs to access S3")
+
+    monkeypatch.setattr("bissl_zoo.zoo.stores.fsspec.url_to_fs", missing)
+    with pytest.raises(ZooError, match=r'pip install "bissl_zoo\[s3\]"'):
+        open_store("s3://bucket/zoo")
+
+
+def test_a_password_is_not_shown(monkeypatch):
+    def fail(*_, **__):
+        raise ValueError("no")
+
+    monkeypatch.setattr("bissl_zoo.zoo.stores.fsspec.url_to_fs", fail)
+    with pytest.raises(ZooError, match="ftp://host/zoo cannot be opened") as raised:
+        open_store("ftp://me:SECRET@host/zoo")
+    assert "SECRET" not in str(raised.value)
