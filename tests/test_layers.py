@@ -31,7 +31,11 @@ SEES_CFG = {"config", "runs", "engine", "analysis", "doctor", "studies", "report
 #: libraries that open connections, which loading a config never does
 NETWORK = {"boto3", "fsspec", "http", "huggingface_hub", "requests", "socket", "urllib"}
 #: (file, imported module) -> reason why this import goes up or closes a circle
-EXCEPTIONS: dict[tuple[str, str], str] = {}
+EXCEPTIONS = {
+    ("engine/trainer.py", "engine.build"): "a context counts the steps of its stages from the loaders of the config",
+    ("report/__init__.py", "report.write"): "matplotlib is imported only when a report is written",
+    ("studies/jobs.py", "studies.ray_jobs"): "ray is an optional library",
+}
 
 
 class Import(NamedTuple):
