@@ -146,7 +146,7 @@ def test_a_lost_process_ends_the_others_with_one_message_and_a_request_to_the_la
         out, err = running.communicate(timeout=60)
     assert running.returncode == 128 + signal.SIGKILL
     errors = [line for line in err.splitlines() if "error" in line.lower()]
-    assert errors == ["error: process 1 was killed (SIGKILL), and the others were stopped. Go on with --resume."]
+    assert errors == ["error: process 1 was killed (SIGKILL), and the others were stopped. Continue with --resume."]
     with process(*command, *settings, "--auto-resume") as running:
         wait_for_steps(run, 3 + len((run / "metrics.jsonl").read_text().splitlines()), running)
         running.send_signal(signal.SIGTERM)
