@@ -1,4 +1,4 @@
-"""The whole walk, from the quickstart's config to an entry of the zoo that plain timm loads."""
+"""The whole pipeline, from the quickstart's config to an entry of the zoo that plain timm loads."""
 
 import json
 
@@ -32,9 +32,9 @@ STAGES = ["pretrain", "head_warmup", "bissl", "finetune_pretrained", "finetune"]
 
 
 @pytest.fixture(scope="module")
-def walk(train_net_process, tmp_path_factory):
+def finished_run(train_net_process, tmp_path_factory):
     """One run of the command line, as a user starts it: run directory, zoo, datasets root, what it printed."""
-    base = tmp_path_factory.mktemp("walk")
+    base = tmp_path_factory.mktemp("run")
     settings = [*OVERRIDES, f"train.output_dir={base / 'run'}", f"train.publish.zoo={base / 'zoo'}"]
     config = "configs/quickstart/digit_scenes_det.py"
     outcome = train_net_process(*settings, config=config, datasets=base / "datasets")
@@ -42,28 +42,28 @@ def walk(train_net_process, tmp_path_factory):
     return base, settings, outcome
 
 
-def entry_of(walk):
-    return json.loads((walk[0] / "run" / "zoo_entry.json").read_text())
+def entry_of(finished_run):
+    return json.loads((finished_run[0] / "run" / "zoo_entry.json").read_text())
 
 
-def test_the_walk_shows_progress_figures_and_the_way_to_load_the_entry(walk):
-    _, _, outcome = walk
+def test_the_run_prints_progress_metrics_and_how_to_load_the_entry(finished_run):
+    _, _, outcome = finished_run
     for number, stage in enumerate(STAGES, start=1):
         assert f"stage {number} of 5: {stage}" in outcome.out
     assert "[pretrain 1/3] total_loss " in outcome.out and "% waiting for data  ETA 0:00:0" in outcome.out
     table = outcome.out[outcome.out.index("fine-tuned from") :].splitlines()
     assert {"AP50", "AP"} <= set(table[0].split())
     assert [line.split()[0] for line in table[2:4]] == ["pretrained", "bissl"]
-    entry = entry_of(walk)
+    entry = entry_of(finished_run)
     for line in (f"published {entry['name']}", f"where {entry['location']}", f"sha256 {entry['sha256']}"):
         assert line in outcome.out
     assert f'bissl_zoo.create_backbone("{entry["name"]}", pretrained=True)' in outcome.out
     assert "Warning" not in outcome.err and "Traceback" not in outcome.err
 
 
-def test_the_run_directory_says_what_was_run(walk):
-    run = walk[0] / "run"
-    asked = LazyConfig.apply_overrides(bissl_zoo.load_config("quickstart/digit_scenes_det.py"), walk[1])
+def test_the_run_directory_records_what_was_run(finished_run):
+    run = finished_run[0] / "run"
+    asked = LazyConfig.apply_overrides(bissl_zoo.load_config("quickstart/digit_scenes_det.py"), finished_run[1])
     assert LazyConfig.load(run / "config.yaml") == asked
     environment = (run / "environment.txt").read_text()
     for fact in (f"torch: {torch.__version__}", f"timm: {timm.__version__}", "--config-file", "python: "):
@@ -82,11 +82,11 @@ def test_the_run_directory_says_what_was_run(walk):
     assert left == expected | {"metadata.json", "zoo_entry.json", "log.txt", "per_class.json", "report.html"}
 
 
-def test_every_metrics_line_parses_and_the_solver_is_in_them(walk):
+def test_every_metrics_line_parses_and_the_solver_is_in_them(finished_run):
     def refuse(constant):
         raise ValueError(constant)
 
-    lines = (walk[0] / "run" / "metrics.jsonl").read_text().splitlines()
+    lines = (finished_run[0] / "run" / "metrics.jsonl").read_text().splitlines()
     lines = [json.loads(line, parse_constant=refuse) for line in lines]
     assert [line["stage"] for line in lines if line.get("event") == "stage_end"] == STAGES
     lines = [line for line in lines if "event" not in line]
@@ -107,16 +107,16 @@ def test_every_metrics_line_parses_and_the_solver_is_in_them(walk):
     assert upper_steps[-1]["solver/residual"] == bissl["solver/residual"]
 
 
-def test_tensorboard_shows_every_upper_step(walk):
-    board = EventAccumulator(str(walk[0] / "run" / "tensorboard")).Reload()
+def test_tensorboard_shows_every_upper_step(finished_run):
+    board = EventAccumulator(str(finished_run[0] / "run" / "tensorboard")).Reload()
     for name in ("solver/residual", "upper/total_loss", "upper/lr"):
         assert [event.step for event in board.Scalars(f"bissl/upper_step/{name}")] == [1, 2, 3, 4]
         assert [event.step for event in board.Scalars(f"bissl/{name}")] == [1, 2]
     assert not [tag for tag in board.Tags()["scalars"] if tag.endswith("/upper_step")]
 
 
-def test_plain_timm_loads_the_entry_with_the_same_features(walk):
-    base, entry = walk[0], entry_of(walk)
+def test_plain_timm_loads_the_entry_with_the_same_features(finished_run):
+    base, entry = finished_run[0], entry_of(finished_run)
     ours = bissl_zoo.create_backbone(entry["name"], pretrained=True, zoo=base / "zoo")
     plain = timm.create_model(f"local-dir:{entry['location']}", pretrained=True).eval()
     images = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
@@ -125,8 +125,8 @@ def test_plain_timm_loads_the_entry_with_the_same_features(walk):
     assert ours.state_dict().keys() == plain.state_dict().keys()
 
 
-def test_the_entry_is_the_lower_backbone(walk):
-    base, entry = walk[0], entry_of(walk)
+def test_the_entry_is_the_lower_backbone(finished_run):
+    base, entry = finished_run[0], entry_of(finished_run)
     published = load_file(base / "zoo" / entry["name"] / "model.safetensors")
     state = load_checkpoint(base / "run" / "checkpoints" / "bissl" / "step_000002")[1]
     lower, upper = state["levels"]["lower"], state["levels"]["upper"]["backbone"]
@@ -137,8 +137,8 @@ def test_the_entry_is_the_lower_backbone(walk):
     assert not torch.equal(upper["conv1.weight"], published["conv1.weight"])
 
 
-def test_the_entry_tells_the_figures_and_where_it_comes_from(walk):
-    base, entry = walk[0], entry_of(walk)
+def test_the_entry_has_the_metrics_and_its_data_sets(finished_run):
+    base, entry = finished_run[0], entry_of(finished_run)
     facts = bissl_zoo.get_entry(entry["name"], zoo=base / "zoo")
     results = json.loads((base / "run" / "results.json").read_text())
     stated = json.dumps(facts["metrics"])
@@ -149,8 +149,8 @@ def test_the_entry_tells_the_figures_and_where_it_comes_from(walk):
     assert pretext == {"name": "digit_scenes", "split": "unlabeled", "samples": 48, **COUNTS}
 
 
-def test_evaluating_the_run_again_gives_the_same_figures(walk, train_net):
-    base, settings, outcome = walk
+def test_evaluating_the_run_again_gives_the_same_metrics(finished_run, train_net):
+    base, settings, outcome = finished_run
     measured = json.loads((base / "run" / "results.json").read_text())["bissl"]
     before = sorted(base.rglob("*"))
     again = train_net("--eval-only", *settings, f"train.init={base / 'run'}", datasets=base / "datasets")
@@ -160,13 +160,13 @@ def test_evaluating_the_run_again_gives_the_same_figures(walk, train_net):
     assert sorted(base.rglob("*")) == before
 
 
-def test_resuming_the_finished_run_publishes_nothing_new(walk, train_net):
-    base, settings, _ = walk
+def test_resuming_the_finished_run_publishes_nothing_new(finished_run, train_net):
+    base, settings, _ = finished_run
     entries = bissl_zoo.list_backbones(zoo=base / "zoo")
     results = (base / "run" / "results.json").read_text()
     again = train_net("--resume", *settings, datasets=base / "datasets")
     assert again.status == 0, again.err
     assert "is finished; there is nothing to resume" in again.out and "[finetune" not in again.out
-    assert f"published {entry_of(walk)['name']}\n" in again.out
+    assert f"published {entry_of(finished_run)['name']}\n" in again.out
     assert bissl_zoo.list_backbones(zoo=base / "zoo") == entries
     assert (base / "run" / "results.json").read_text() == results

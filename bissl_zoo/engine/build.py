@@ -89,11 +89,11 @@ def _check_classes(role: str, classes: Sequence[str], other: str, others: Sequen
     )
 
 
-def _same_samples(one: Dataset, other: Dataset) -> bool:
-    if len(one) != len(other) or not all(hasattr(dataset, "source") for dataset in (one, other)):
+def _same_samples(val: Dataset, test: Dataset) -> bool:
+    if len(val) != len(test) or not all(hasattr(dataset, "source") for dataset in (val, test)):
         return False
     # paths, since the digests of folders depend on the names inside each folder only
-    first, second = ({os.path.abspath(each.source(index)) for index in range(len(each))} for each in (one, other))
+    first, second = ({os.path.abspath(each.source(index)) for index in range(len(each))} for each in (val, test))
     return first == second
 
 

@@ -196,18 +196,18 @@ def _check_early_stopping(cfg: DictConfig, source: str) -> None:
         )
 
 
-def _check_keys(found: dict[str, Any], reference: dict[str, Any], section: str, source: str) -> None:
+def _check_keys(values: dict[str, Any], reference: dict[str, Any], section: str, source: str) -> None:
     optional = tuple(f"{key}." for key, value in reference.items() if value is None)  # may be a section
-    for key in sorted(found.keys() - reference.keys()):
+    for key in sorted(values.keys() - reference.keys()):
         if not key.startswith(optional):
             hint = did_you_mean(key, reference)
             known = ", ".join(sorted(reference))
             raise ConfigError(f"{source}: no key '{section}.{key}'.{hint} Known: {known}.")
     for key, default in reference.items():
-        if key not in found:
+        if key not in values:
             raise ConfigError(f"{source}: the key '{section}.{key}' is missing; see configs/common/train.py.")
         either = key.rpartition(".")[2] in ("steps", "epochs")  # null if the other one is given
-        value, nullable = found[key], default is None or either or section == "clip_grad"
+        value, nullable = values[key], default is None or either or section == "clip_grad"
         kinds = (int, float) if isinstance(default, float) or key.endswith("epochs") else (type(default),)
         wrong = default is not None and (not isinstance(value, kinds) or isinstance(value, bool) != (bool in kinds))
         if wrong and not (value is None and nullable):

@@ -89,7 +89,7 @@ class Hook:
 class Stage:
     """One stage of the pipeline: what it reads, how long it takes, and how its trainer is built.
 
-    A stage of your own is one file: subclass this, register the class with `@STAGES.register("name")`, and name the
+    A custom stage is one file: subclass this, register the class with `@STAGES.register("name")`, and name the
     file in `train.imports` and the stage in `train.stages`.
 
     Attributes:

@@ -221,7 +221,7 @@ def test_evaluations_on_the_way_are_on_validation_data_where_there_is_some(confi
         ({"finetune__early_stopping__patience": 0}, "patience is 0; it must be a number, 1 or more"),
     ],
 )
-def test_what_cannot_be_is_refused_before_anything_is_trained(config, tmp_path, changed, message):
+def test_invalid_settings_are_refused_before_training(config, tmp_path, changed, message):
     with pytest.raises(BisslZooError, match=message):
         run(config(**STOPPING | changed), "test")
     assert not (tmp_path / "run").exists()

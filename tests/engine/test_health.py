@@ -84,7 +84,7 @@ def overflow(numbers, output):
     )
 
 
-def test_a_gradient_that_overflows_is_told_in_the_same_way():
+def test_a_gradient_that_overflows_is_reported_like_a_loss():
     step = next(number for number, batch in enumerate(drawn(5)) if 7 in batch)
     with pytest.raises(NonFiniteLoss, match=rf"step {step}: .*norm of its gradient is nan.* Batch {step} .*7\.png"):
         stage(overflow).train(health())

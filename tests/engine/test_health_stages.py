@@ -96,7 +96,7 @@ def test_a_solver_without_an_answer_ends_the_run_and_both_batches_are_named(poli
         assert fact in str(error.value)
 
 
-def test_plain_gradients_in_the_place_of_answers_are_counted_and_told_now_and_then(monkeypatch, capsys):
+def test_fallbacks_to_the_plain_gradient_are_counted_and_reported_periodically(monkeypatch, capsys):
     monkeypatch.setattr("bissl_zoo.engine.health.FALLBACKS_PER_WARNING", 4)
     trainer = bilevel(solver=no_answer, on_bad_hypergradient="plain")
     trainer.total_steps = 4

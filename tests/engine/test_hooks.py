@@ -90,7 +90,7 @@ def test_the_progress_line_of_a_resumed_run_counts_its_own_steps(capsys):
     ]
 
 
-def test_a_stage_can_be_looked_at_in_the_middle_of_a_step():
+def test_a_stage_can_be_viewed_in_the_middle_of_a_step():
     seen, progress = [], Progress(period=100)
     trainer = Counter("stage", 4)
     take = trainer.run_step
@@ -103,7 +103,7 @@ def test_a_stage_can_be_looked_at_in_the_middle_of_a_step():
     assert seen[4].left == 0.0
 
 
-def test_what_holds_up_the_steps_is_shown_and_the_checkpoint_that_was_written(tmp_path):
+def test_the_display_shows_evaluations_and_checkpoints(tmp_path):
     shown = []
 
     class Listening(ConsoleHandler):
@@ -145,7 +145,7 @@ def test_lines_of_steps_that_are_taken_again_are_dropped_and_so_is_a_part_of_a_l
         assert path.read_text() == "".join(kept)
 
 
-def test_figures_that_are_not_finite_are_text_in_the_metrics(tmp_path):
+def test_metrics_that_are_not_finite_are_text_in_the_file(tmp_path):
     trainer = Counter("stage", 1)
     trainer.run_step = lambda: {"solver/residual": math.inf, "loss": math.nan, "fine": 1.0}
     trainer.train([MetricsWriter(tmp_path, period=1)])
@@ -216,7 +216,7 @@ def test_finer_records_are_written_at_every_step_whatever_the_period(tmp_path, m
     assert [event.step for event in board.Scalars("stage/total_loss")] == [3]
 
 
-def test_checkpoints_are_written_every_period_and_at_the_last_step_and_their_cost_is_told(tmp_path, capsys):
+def test_checkpoints_are_written_every_period_and_at_the_last_step_and_their_duration_is_logged(tmp_path, capsys):
     Counter("stage", 5).train([PeriodicCheckpoint(Checkpointer(tmp_path, keep=9), 2, "resnet18", CPU)])
     assert sorted(path.name for path in (tmp_path / "stage").iterdir()) == ["step_000002", "step_000004", "step_000005"]
     assert re.search(r"\[stage\] checkpoints: 3, \d+\.\d s, \d+\.\d% of the stage's time", capsys.readouterr().out)

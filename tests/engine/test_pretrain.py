@@ -145,7 +145,7 @@ def test_parts_keep_the_order_and_the_nesting_of_a_batch():
     assert first[0].tolist() == [0, 1, 2] and second[1]["mask"].tolist() == [[6, 7], [8, 9], [10, 11]]
 
 
-def test_methods_that_compare_images_with_each_other_refuse_to_be_taken_in_parts(build):
+def test_methods_whose_loss_depends_on_the_whole_batch_refuse_accumulation(build):
     with pytest.raises(ConfigError, match="'simclr' depends on the batch.*byol, simmim, simsiam"):
         build(pretrain__accumulate=2)
     with pytest.raises(ConfigError, match="batch_size=4 on 1 processes does not divide"):
@@ -202,7 +202,7 @@ def test_a_run_with_an_average_shows_its_speed_and_publishes_the_average(train_n
     "setting, message",
     [("ema=1.5", "must be below 1"), ("ema=much", "must be a number"), ("accumulate=0", "must be a number, 1 or more")],
 )
-def test_values_that_cannot_be_are_refused(tiny_config, at_scenes, setting, message):
+def test_invalid_values_are_refused(tiny_config, at_scenes, setting, message):
     key, value = setting.split("=")
     with pytest.raises(ConfigError, match=message):
         open_context(tiny_config(**{f"pretrain__{key}": value}), "test")

@@ -106,7 +106,7 @@ def test_a_run_with_and_without_the_probe_ends_bit_equal(labelled_config, tmp_pa
 
 
 @pytest.mark.slow
-def test_the_figures_are_those_of_the_embedding_as_scikit_learn_and_the_formulas_have_them(labelled_config, capsys):
+def test_the_metrics_agree_with_scikit_learn_and_the_formulas(labelled_config, capsys):
     context = open_context(labelled_config(train__probe__period=2, train__probe__k=5, pretrain__steps=2), "test")
     trainer = Pretrain().build(context, Weights())
     trainer.train([build_probe(context, Pretrain())])
@@ -192,7 +192,7 @@ def test_no_more_images_are_looked_at_than_asked_for_and_always_the_same(labelle
     assert probe._measure() == (figures, line)
 
 
-def test_an_embedding_that_is_not_finite_is_said_and_does_not_end_the_run(tiny_config, at_scenes, capsys):
+def test_an_embedding_that_is_not_finite_is_logged_and_does_not_end_the_run(tiny_config, at_scenes, capsys):
     context = open_context(tiny_config(train__probe__period=1, pretrain__steps=1), "test")
     trainer = Pretrain().build(context, Weights())
     next(module for module in trainer.level.backbone.modules() if hasattr(module, "running_var")).running_var.fill_(-1)
@@ -238,7 +238,7 @@ def test_central_crops_of_wide_and_tall_images_have_the_side_asked_for(digit_fol
         ("train__probe__k", "many", "train.probe.k is 'many'; it must be a whole number"),
     ],
 )
-def test_what_the_probe_cannot_be_names_the_key(tiny_config, key, value, message):
+def test_invalid_probe_settings_are_refused_with_the_key(tiny_config, key, value, message):
     with pytest.raises(ConfigError, match=message):
         check_config(tiny_config(**{key: value}), "test")
     with pytest.raises(ConfigError, match="Did you mean 'probe.period'"):

@@ -127,7 +127,7 @@ def test_a_receipt_that_cannot_be_read_is_none(tmp_path, receipt):
 
 
 @pytest.mark.parametrize("figures", [b"[", b"[1]", b'{"bissl": 1}', b'{"bissl": {"AP50": "high"}}', b"[" * 100_000])
-def test_figures_that_lie_are_one_error(tmp_path, figures):
+def test_results_with_values_that_are_not_numbers_are_one_error(tmp_path, figures):
     assert read_results(tmp_path) == {}
     (tmp_path / "results.json").write_bytes(b'{"bissl": {"AP50": NaN, "steps": 3}}')
     assert read_results(tmp_path)["bissl"]["steps"] == 3
@@ -139,7 +139,7 @@ def test_figures_that_lie_are_one_error(tmp_path, figures):
 @pytest.mark.parametrize(
     "change", [{"surprise": 1}, {"pretext": "other", "hardware": 3}, {"datasets": {"train": {}}}, {"ancestors": 3}]
 )
-def test_facts_that_no_entry_can_state_publish_nothing(run_copy, tmp_path, change):
+def test_metadata_that_no_entry_can_have_publishes_nothing(run_copy, tmp_path, change):
     facts = json.loads((run_copy / "metadata.json").read_text())
     (run_copy / "metadata.json").write_text(json.dumps(facts | change))
     with pytest.raises(BisslZooError):

@@ -58,7 +58,7 @@ def byol_classification(cfg):
     )
 
 
-def test_byol_and_classification_go_the_whole_walk(tiny_config, folder_of_images, tmp_path, capsys):
+def test_byol_and_classification_run_through_all_stages(tiny_config, folder_of_images, tmp_path, capsys):
     cfg = byol_classification(tiny_config(train__output_dir=tmp_path / "run"))
     outcome = run(cfg, "test")
     assert outcome["results"]["bissl"]["top1"] == 1.0  # red and blue: a network that learns at all tells them apart
@@ -196,10 +196,19 @@ def test_the_plan_of_a_run_has_the_warm_ups_and_names_what_each_fine_tuning_star
         context = Context(cfg, {"pretext": range(8), "train": range(8)}, torch.device("cpu"))
         return [(stage.name, stage.start) for stage in plan_stages(context, Weights(pretext=pretext))]
 
-    walk = [("head_warmup", None), ("bissl", None), ("finetune_pretrained", "pretrained"), ("finetune", "bissl")]
-    assert planned("[bissl,finetune]", pretext={}) == walk
-    assert planned("[bissl,finetune]") == [("pretext_warmup", None), *walk]
-    assert planned("[pretrain,bissl,finetune]", baseline=False) == [("pretrain", None), *walk[:2], walk[3]]
+    stages_of_bissl = [
+        ("head_warmup", None),
+        ("bissl", None),
+        ("finetune_pretrained", "pretrained"),
+        ("finetune", "bissl"),
+    ]
+    assert planned("[bissl,finetune]", pretext={}) == stages_of_bissl
+    assert planned("[bissl,finetune]") == [("pretext_warmup", None), *stages_of_bissl]
+    assert planned("[pretrain,bissl,finetune]", baseline=False) == [
+        ("pretrain", None),
+        *stages_of_bissl[:2],
+        stages_of_bissl[3],
+    ]
     assert planned("[pretrain,finetune]") == [("pretrain", None), ("finetune", "pretrained")]
     assert planned("[finetune]") == [("finetune", "init")]
 

@@ -71,7 +71,7 @@ def test_failures_long_ago_do_not_count(capsys):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("solver", "expected"), [("identity", 0), ("cg, iterations: 1, tolerance: 0.0", 1)])
-def test_a_run_warns_of_its_solver(tiny_config, at_scenes, tmp_path, capsys, solver, expected):
+def test_a_run_warns_about_its_solver(tiny_config, at_scenes, tmp_path, capsys, solver, expected):
     cfg = tiny_config(
         train__output_dir=tmp_path / "run",
         train__stages="[bissl]",

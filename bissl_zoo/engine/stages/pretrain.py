@@ -138,7 +138,7 @@ class WeightAverage(nn.Module):
     """Exponential moving average of a level's backbone and head.
 
     Trained parameters and their batch-norm statistics are averaged, `decay * average + (1 - decay) * new`. The rest,
-    which has an average or a memory of its own (teachers, queues, counters), is copied. At update n the decay is at
+    such as teachers, queues and counters, is copied. At update n the decay is at
     most `(1 + n) / (10 + n)`, so that the random initial weights are forgotten in a short stage too.
 
     Args:

@@ -1,4 +1,4 @@
-"""One bad image among many: a run goes on, says so, counts it, and evaluates without it only where it is asked to."""
+"""Images that cannot be decoded: a run continues, counts and names them, and evaluates without them only on request."""
 
 import json
 import os
@@ -61,7 +61,7 @@ def counts(lines, stage):
     return [line.get(SKIPPED, 0) for line in lines if line["stage"] == stage and "event" not in line]
 
 
-def test_a_run_goes_on_counts_and_names_what_it_could_not_read(open_run):
+def test_a_run_continues_counts_and_names_images_that_it_cannot_decode(open_run):
     context = open_run(skip_test=True, bilevel__alternations=4)
     bad = {"pretext": spoil(context, "pretext", *range(0, 24, 4)), "train": spoil(context, "train", 0, 5)}
     (left_out,) = spoil(context, "test", 2)
@@ -82,7 +82,7 @@ def test_a_run_goes_on_counts_and_names_what_it_could_not_read(open_run):
     assert note.problem and f"{total} in bissl" in note.text
 
 
-def test_a_run_without_bad_images_says_nothing_of_them(open_run):
+def test_a_run_whose_images_all_decode_logs_nothing_about_them(open_run):
     context = open_run(train__stages="[pretrain, finetune]", skip_test=True)
     lines, log = go(context.cfg)
     assert not any(SKIPPED in line for line in lines) and "could not be decoded" not in log
@@ -121,7 +121,7 @@ def test_two_processes_leave_out_the_same_test_images_as_one(open_run, tmp_path)
     assert results[1]["left_out"] == results[2]["left_out"] == 3
 
 
-def test_a_test_set_of_which_nothing_can_be_used_has_no_figures(open_run):
+def test_a_test_set_without_an_image_that_decodes_is_refused(open_run):
     context = open_run(skip_test=True, train__stages="[finetune]", finetune__steps=1)
     spoil(context, "test", *range(8))
     assert exit_status(start_run(context.cfg, errors=context.cfg.train.output_dir + ".err")) == 1
@@ -129,7 +129,7 @@ def test_a_test_set_of_which_nothing_can_be_used_has_no_figures(open_run):
     assert "None of the 8 images of dataloader.test can be decoded" in said
 
 
-def test_results_show_how_many_images_were_left_out_of_which():
+def test_the_results_table_counts_left_out_images():
     table = results_table({"init": {"AP50": 0.5, "left_out": 3}, "bissl": {"AP50": 0.25}}).splitlines()
     assert [line.split() for line in (table[0], *table[2:])] == [
         ["fine-tuned", "from", "AP50", "left_out"],
@@ -138,7 +138,7 @@ def test_results_show_how_many_images_were_left_out_of_which():
     ]
 
 
-def test_what_is_looked_at_before_a_run_may_be_bad_where_its_loader_skips(open_run, caplog):
+def test_checks_before_a_run_skip_undecodable_images_if_the_loader_does(open_run, caplog):
     context = open_run(train__stages="[finetune]")
     first, second = spoil(context, "train", 0, 1)
     check_parts(context, Weights())
@@ -150,7 +150,7 @@ def test_what_is_looked_at_before_a_run_may_be_bad_where_its_loader_skips(open_r
         check_parts(context, Weights())
 
 
-def test_what_is_looked_at_before_a_run_ends_it_where_its_loader_does_not_skip(open_run):
+def test_checks_before_a_run_refuse_undecodable_images_if_the_loader_does(open_run):
     context = open_run(train__stages="[finetune]")
     (first,) = spoil(context, "train", 0)
     context.cfg.dataloader.train.on_bad = "error"
@@ -158,7 +158,7 @@ def test_what_is_looked_at_before_a_run_ends_it_where_its_loader_does_not_skip(o
         check_parts(context, Weights())
 
 
-def test_the_names_of_figures_are_had_without_a_bad_image_where_the_test_skips(open_run):
+def test_metric_names_skip_undecodable_images_if_the_loader_does(open_run):
     context = open_run(train__stages="[finetune]")
     level = Finetune().build(context, Weights()).level
     spoil(context, "test", 0)
@@ -169,7 +169,7 @@ def test_the_names_of_figures_are_had_without_a_bad_image_where_the_test_skips(o
 
 
 @pytest.mark.parametrize("on_bad", ["skip", "error"])
-def test_a_probe_takes_the_image_that_follows_a_bad_one(open_run, on_bad):
+def test_a_probe_uses_the_image_after_an_undecodable_one(open_run, on_bad):
     context = open_run(train__stages="[pretrain]", train__probe__period=1, train__probe__k=0)
     context.cfg.dataloader.pretext.on_bad = on_bad
     spoil(context, "pretext", 3, 4)
@@ -182,7 +182,7 @@ def test_a_probe_takes_the_image_that_follows_a_bad_one(open_run, on_bad):
         assert probe._measure()[0]["effective_rank"] > 0
 
 
-def test_neighbours_stand_in_and_loaders_of_training_skip_unless_told(open_run):
+def test_training_loaders_skip_by_default_and_the_next_sample_is_used_instead(open_run):
     context = open_run()
     assert [skips_undecodable(context.cfg, role) for role in ("pretext", "train", "test")] == [True, True, False]
     spoil(context, "pretext", 22, 23)
