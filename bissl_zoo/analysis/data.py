@@ -12,8 +12,8 @@ from torch import nn
 from torch.utils.data import Dataset, default_collate
 
 from bissl_zoo.data.batches import to_device
-from bissl_zoo.data.device_views import two_parts
 from bissl_zoo.data.prepare.check import known_sets
+from bissl_zoo.data.views import two_parts
 from bissl_zoo.engine.build import Context, ViewsOnly, build_datasets, data_roles
 from bissl_zoo.errors import DatasetError
 

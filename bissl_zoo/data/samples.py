@@ -165,7 +165,7 @@ class OrderedSamples(_ReadableSamples):
             return Drawn(self._load(index))
         except DatasetError as error:
             if self.on_bad == "error":
-                return Drawn(error=f"{error} Or set on_bad=skip of this loader to leave it out; results then say so.")
+                return Drawn(error=f"{error} Or set on_bad=skip of this loader to leave it out and report the count.")
             return Drawn(skipped=[(self._name(index), str(error))])
 
 
@@ -297,8 +297,8 @@ def name_samples(numbers: Sequence[int], dataset: Any) -> str:
 def lost_worker(error: BaseException, pending: str = "") -> DatasetError | None:
     """Return a DatasetError if `error` is torch's report that a loader's worker died, else None.
 
-    torch raises a RuntimeError from a signal handler, in any line of the main thread. The workers' exit codes tell it
-    from other RuntimeErrors.
+    torch raises a RuntimeError from a signal handler, in any line of the main thread. The workers' exit codes distinguish
+    it from other RuntimeErrors.
 
     Args:
         pending: a sentence about the batch that the worker was to deliver.

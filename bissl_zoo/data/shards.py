@@ -340,7 +340,7 @@ def _stored(shard: Shard, tar: tarfile.TarFile, member: tarfile.TarInfo) -> Stor
 def _check_count(shard: Shard, count: int) -> None:
     if count < shard.samples:
         raise DatasetError(
-            f"Shard {shard.address} holds {count} images, but its index says {shard.samples}. Copy it again, or write "
+            f"Shard {shard.address} holds {count} images, but its index lists {shard.samples}. Copy it again, or write "
             "a new index with tools/prepare_data.py --index-shards."
         )
 

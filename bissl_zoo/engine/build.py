@@ -15,8 +15,8 @@ from bissl_zoo.backbones import Backbone, Tail
 from bissl_zoo.bilevel.level import Level
 from bissl_zoo.config import instantiate
 from bissl_zoo.data.batches import to_device
-from bissl_zoo.data.device_views import two_parts
 from bissl_zoo.data.loaders import PlacedSampler
+from bissl_zoo.data.views import two_parts
 from bissl_zoo.distributed import broadcast_module
 from bissl_zoo.downstream import DownstreamTask
 from bissl_zoo.engine import ROLES

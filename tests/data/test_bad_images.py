@@ -279,13 +279,13 @@ def test_orientation_is_not_applied_as_boxes_count_stored_pixels(devkit, orienta
 
 def test_boxes_drawn_on_the_turned_picture_are_refused_with_the_reason(devkit):
     path = devkit.add("turned.jpg", turned(6), size=SIZE[::-1], boxes=[(2, 4, 30, 20)])
-    with pytest.raises(DatasetError, match=f"{path} has 48 x 32 pixels.* says 32 x 48.*EXIF orientation"):
+    with pytest.raises(DatasetError, match=f"{path} has 48 x 32 pixels.* has 32 x 48.*EXIF orientation"):
         devkit.read()[0]
 
 
 def test_label_file_that_does_not_match_the_images_is_refused(devkit):
     path = devkit.add("a.jpg", encoded(PHOTO.resize((60, 40)), "JPEG"))
-    with pytest.raises(DatasetError, match=f"{path} has 60 x 40 pixels, but its annotation says 48 x 32: the boxes"):
+    with pytest.raises(DatasetError, match=f"{path} has 60 x 40 pixels, but its annotation has 48 x 32: the boxes"):
         devkit.read()[0]
     devkit.add("b.jpg", encoded(PHOTO, "JPEG"))
     (devkit.pictures / "b.jpg").rename(devkit.pictures / "c.jpg")

@@ -76,7 +76,7 @@ def test_a_batch_larger_than_the_set_goes_round():
     assert all(sorted(drawn[i : i + 3]) == [0, 1, 2] for i in range(0, 24, 3))
 
 
-@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("workers", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_train_loader_is_endless_and_transforms(workers):
     loader = build_train_loader(Numbers(6), 4, first, num_workers=workers, seed=5)
     batches = list(islice(loader, 6))
@@ -128,7 +128,7 @@ def noise(image, target):
     return image, random.random(), np.random.rand(), torch.rand(()).item()
 
 
-@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.slow)])
 def test_what_is_drawn_for_a_sample_depends_on_its_place_in_the_stream_alone(workers):
     def batches(start, count, num_workers=workers, seed=5):
         loader = build_train_loader(Numbers(6), 4, noise, num_workers=num_workers, seed=seed, start_step=start)

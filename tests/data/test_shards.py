@@ -246,7 +246,7 @@ def test_a_missing_or_damaged_shard_ends_the_run_with_its_name(folder, how, on_b
 
 def test_a_shard_with_fewer_images_than_its_index_says_ends_the_run(folder):
     write_tar(folder / "s-000002.tar", [("a.jpg", jpeg(1))])
-    with pytest.raises(DatasetError, match="s-000002.tar holds 1 images, but its index says 12.*--index-shards"):
+    with pytest.raises(DatasetError, match="s-000002.tar holds 1 images, but its index lists 12.*--index-shards"):
         stream(shards(folder), 12)
     with pytest.raises(DatasetError, match="holds 1 images"):
         shards(folder)[20]

@@ -1,4 +1,4 @@
-"""What all data sets share: the datasets root, its error message, the digest of a sample list, and reading images."""
+"""Common functions of data sets: the datasets root, its error message, the digest of a sample list, reading images."""
 
 import contextlib
 import hashlib

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from bissl_zoo.data.datasets.boxes import SIDE_LIMIT, Box, DetectionSet, has_area
+from bissl_zoo.data.datasets.boxes import MAX_SIDE, Box, DetectionSet, has_area
 from bissl_zoo.data.datasets.catalog import datasets_root, require_folder, require_regular_file
 from bissl_zoo.data.datasets.folder import distinct_classes, shown_names
 from bissl_zoo.errors import DatasetError, did_you_mean
@@ -16,11 +16,11 @@ from bissl_zoo.registry import DATASETS
 
 logger = logging.getLogger(__name__)
 
-#: pixels that a box may exceed its image by: COCO rounds corner and width apart from each other, to hundredths, and
-#: tools that count the last pixel twice are one off; what is further out belongs to another image
+#: pixels by which a box may exceed its image: COCO rounds corner and width separately, to hundredths, and some tools
+#: count the last pixel twice; a box further outside belongs to another image
 _TOLERANCE = 1.0
-#: bytes of an annotation file; COCO's largest has 470 MB, and Objects365's 5 GB
-_BYTES_LIMIT = 8 << 30
+#: largest annotation file in bytes; COCO's largest has 470 MB, and Objects365's 5 GB
+_MAX_BYTES = 8 << 30
 
 Record = dict[str, Any]
 Id = int | str
@@ -28,31 +28,31 @@ Id = int | str
 
 @DATASETS.register("coco_detection")
 class COCODetection(DetectionSet):
-    """Images with boxes, from a folder of images and a JSON file that says what is in them.
+    """Images with boxes, from a folder of images and a JSON file of annotations.
 
-    Samples are those of `DetectionSet`, in the order of the file's images, with or without
-    objects. COCO writes a box as its corner, width and height, 0-based, so x1 = x + width; what exceeds the image by up
-    to a pixel is cut off. Category ids may have gaps. Of an object only box, category and `iscrowd` are read.
+    Samples are those of `DetectionSet`, in the order of the file's images, with or without objects. COCO writes a box
+    as its corner, width and height, 0-based, so x1 = x + width; what exceeds the image by up to a pixel is cut off.
+    Category ids may have gaps. Of an object only box, category and `iscrowd` are read.
 
-    A crowd, which stands for many objects under one box, is marked `difficult`: left out of training and ignored in
-    evaluation. The evaluation finds it by IoU, like any object, where COCO's takes any detection inside for found, so
-    that figures are a little below COCO's own.
+    A crowd, one box around many objects, is marked `difficult`: left out of training and ignored in evaluation. The
+    evaluation matches it by IoU like any object, whereas COCO's accepts any detection inside it, so that results are
+    slightly below COCO's own.
 
-    The file is read and checked at construction. Images are decoded when asked for, and their sizes compared then.
+    The file is read and checked at construction. Images are decoded on access, and their sizes checked then.
 
     Args:
         root: the folder that the two others are in, below the datasets root, or an absolute path.
         annotations: the JSON file, below `root` or absolute.
         images: the folder that the file names of the images count from, below `root` or absolute.
         classes: the names of the categories to read, in the order of the labels; objects of others are left out, and
-            counted in the log. One that the file does not have is a class without objects, and is named in a warning,
-            but refused where it looks like a misspelt category. None: all of the file, in the order of their ids.
-        on_bad_annotation: "error", or "skip": objects with an impossible box, of an unknown image or category, and
-            images whose file is missing or whose record is wrong are left out, and counted in the log.
+            counted in the log. A name that the file lacks is a class without objects and is logged, but refused if it
+            looks like a misspelt category. None: all of the file, in the order of their ids.
+        on_bad_annotation: "error", or "skip" to leave out objects with an impossible box or an unknown image or
+            category, and images whose file is missing or whose record is wrong; they are counted in the log.
         labelled: False reads the list of images alone, which may then have no sizes: targets and `classes` are None.
 
     Raises:
-        DatasetError: a missing file or folder, a file that is not in this format, or an annotation that is wrong.
+        DatasetError: a missing file or folder, another format, or a wrong annotation.
     """
 
     layout = "COCO"
@@ -68,7 +68,9 @@ class COCODetection(DetectionSet):
     ):
         super().__init__(on_bad_annotation)
         folder = datasets_root() / root
-        self._pictures = require_folder(folder / images, f"COCO set '{root}'", _fetch(folder, root, images))
+        is_official = root == "coco" and images in ("train2017", "val2017")
+        fetch = "python tools/prepare_data.py coco_detection" if is_official else ""
+        self._folder = require_folder(folder / images, f"COCO set '{root}'", fetch)
         self._path = folder / annotations
         content = read_annotations(self._path, ("images", "annotations", "categories") if labelled else ("images",))
         label_of = self._labels_by_category(content["categories"], classes) if labelled else {}
@@ -76,13 +78,13 @@ class COCODetection(DetectionSet):
         if not files:
             raise DatasetError(f"COCO annotations {self._path} hold no usable image.")
         if labelled:
-            self._hold(files, sizes, *self._objects_of(content["annotations"], sizes, place_of, label_of))
+            self._store(files, sizes, *self._objects_of(content["annotations"], sizes, place_of, label_of))
         else:
-            self._hold(files)
-        self._tell_left_out(str(self._path))
+            self._store(files)
+        self._log_left_out(str(self._path))
 
     def _labels_by_category(self, categories: list[Any], chosen: Sequence[str] | None) -> dict[Id, int | None]:
-        """Set `classes`; returns the label of each category id, None for a category that is not chosen."""
+        """Set `classes`; return the label of each category id, None for a category that is not chosen."""
         name_of: dict[Id, str] = {}
         names: set[str] = set()
         for number, record in enumerate(categories, start=1):
@@ -105,10 +107,12 @@ class COCODetection(DetectionSet):
         return {key: label_of_name.get(name) for key, name in name_of.items()}
 
     def _check_absent(self, others: list[str], names: set[str]) -> None:
-        """Name the chosen classes that the file does not have; raise where one may be misspelt, or where all are.
+        """Log the chosen classes that the file lacks.
 
         Args:
             others: the file's categories that are not chosen.
+        Raises:
+            DatasetError: one may be misspelt, or the file has none of them.
         """
         absent = [name for name in self.classes if name not in names]
         misspelt = next((name for name in absent if did_you_mean(name, others)), None)
@@ -123,14 +127,16 @@ class COCODetection(DetectionSet):
     def _images_of(
         self, records: list[Any], labelled: bool
     ) -> tuple[list[str], list[tuple[int, int]], dict[Id, int | None]]:
-        """Files and sizes of the images, and the place of each image id in them, None for one that is left out."""
+        """Return files and sizes of the images, and the index of each image id, None for one that is left out."""
         files: dict[str, tuple[int, int]] = {}
         place_of: dict[Id, int | None] = {}
         folders: dict[Path, frozenset[str]] = {}
         for number, record in enumerate(records, start=1):
             try:
                 key = _id(record, "id")
-                if key in place_of:  # also where bad ones are skipped: which annotations belong to which is not known
+                if (
+                    key in place_of
+                ):  # raised even if records may be skipped: it is unknown which annotations belong to which
                     raise DatasetError(f"{self._at('image', number, record)}: its id was there before. Fix the file.")
                 place_of[key] = None
                 file, size = self._file_of(record, folders), _size(record) if labelled else (0, 0)
@@ -145,7 +151,7 @@ class COCODetection(DetectionSet):
         return list(files), list(files.values()), place_of
 
     def _file_of(self, record: Record, folders: dict[Path, frozenset[str]]) -> str:
-        """The file of an image; `folders` keeps what is in each folder."""
+        """Return the file of an image; `folders` caches the content of each folder."""
         name = record.get("file_name")
         try:
             usable = isinstance(name, str) and b"\0" not in os.fsencode(name)
@@ -155,12 +161,12 @@ class COCODetection(DetectionSet):
             raise _Wrong("its file_name is missing or no name of a file")
         path = Path(name)
         if path.anchor or ".." in path.parts:
-            raise _Wrong(f"its file_name leads out of {self._pictures}, and is not followed")
+            raise _Wrong(f"its file_name leads out of {self._folder}, and is not followed")
         if path.parent not in folders:
-            folders[path.parent] = names_in(self._pictures / path.parent)
+            folders[path.parent] = _names_in(self._folder / path.parent)
         if path.name not in folders[path.parent]:
-            raise _Wrong(f"there is no such file in {self._pictures}")
-        return str(self._pictures / path)
+            raise _Wrong(f"there is no such file in {self._folder}")
+        return str(self._folder / path)
 
     def _objects_of(
         self,
@@ -169,7 +175,7 @@ class COCODetection(DetectionSet):
         place_of: dict[Id, int | None],
         label_of: dict[Id, int | None],
     ) -> tuple[list[int], list[Box], list[int], list[bool]]:
-        """Of each object the place of its image, its box, its label, and whether it is a crowd."""
+        """Return for each object the index of its image, its box, its label, and whether it is a crowd."""
         places, boxes, labels, crowds = [], [], [], []
         seen: set[Id] = set()
         for number, record in enumerate(records, start=1):
@@ -197,18 +203,18 @@ class COCODetection(DetectionSet):
         return places, boxes, labels, crowds
 
     def _at(self, what: str, number: int, record: Any) -> str:
-        """Where a record is, for a message: its number and what names it."""
+        """Return the position of a record for a message: its number, id and file name."""
         names = {key: record.get(key) for key in ("id", "file_name")} if isinstance(record, dict) else {}
-        told = ", ".join(f"{key} {_shown(value)}" for key, value in names.items() if value is not None)
-        return f"COCO annotations {self._path}, {what} {number}{f' ({told})' if told else ''}"
+        text = ", ".join(f"{key} {_shown(value)}" for key, value in names.items() if value is not None)
+        return f"COCO annotations {self._path}, {what} {number}{f' ({text})' if text else ''}"
 
 
 class _Wrong(ValueError):
-    """What is wrong with one record."""
+    """The problem of one record."""
 
 
 def _id(record: Any, key: str) -> Id:
-    """An id; COCO's are whole numbers, other tools' may be text."""
+    """Return an id; COCO's are integers, those of other tools may be text."""
     if not isinstance(record, dict):
         raise _Wrong("it is no JSON object")
     if type(record.get(key)) not in (int, str):
@@ -224,24 +230,24 @@ def _known(key: Id, known: dict[Id, int | None], what: str) -> int | None:
 
 def _size(record: Record) -> tuple[int, int]:
     width, height = record.get("width"), record.get("height")
-    if not all(_is_number(side) and side == int(side) and 1 <= side <= SIDE_LIMIT for side in (width, height)):
+    if not all(_is_number(side) and side == int(side) and 1 <= side <= MAX_SIDE for side in (width, height)):
         raise _Wrong("it has no size (a positive whole width and height)")
     return int(width), int(height)
 
 
 def _box(written: Any, width: int, height: int) -> Box:
-    """x0, y0, x1, y1 of a bbox within its image."""
+    """Return x0, y0, x1, y1 of a bbox within its image."""
     if not isinstance(written, list) or len(written) != 4 or not all(map(_is_number, written)):
         raise _Wrong("bbox is missing, or not four numbers")
     x, y, w, h = written
-    told = f"(x {x:g}, y {y:g}, width {w:g}, height {h:g})"
+    shape = f"(x {x:g}, y {y:g}, width {w:g}, height {h:g})"
     if w <= 0 or h <= 0:
-        raise _Wrong(f"the box has no area {told}")
+        raise _Wrong(f"the box has no area {shape}")
     if min(x, y, width - (x + w), height - (y + h)) < -_TOLERANCE:
-        raise _Wrong(f"the box {told} lies outside the image ({width} x {height})")
+        raise _Wrong(f"the box {shape} lies outside the image ({width} x {height})")
     box = (max(x, 0), max(y, 0), min(x + w, width), min(y + h, height))
     if not has_area(box):
-        raise _Wrong(f"the box has no area {told} in the image ({width} x {height})")
+        raise _Wrong(f"the box has no area {shape} in the image ({width} x {height})")
     return box
 
 
@@ -253,7 +259,7 @@ def _crowd(record: Record) -> bool:
 
 
 def _is_number(value: Any) -> bool:
-    # whole numbers of hundreds of digits fit into no float
+    # integers of hundreds of digits do not fit into a float
     return type(value) in (int, float) and abs(value) < 1e9 and not math.isnan(value)
 
 
@@ -261,30 +267,18 @@ def _shown(value: Any) -> str:
     return f"{value!r:.100}" if isinstance(value, (str, int, float)) else type(value).__name__
 
 
-def _fetch(folder: Path, root: str, images: str) -> str:
-    """The command that brings COCO 2017 itself."""
-    if root != "coco" or images not in ("train2017", "val2017", "test2017"):
-        return ""
-    site, boxes = (
-        "http://images.cocodataset.org",
-        "image_info_test2017" if images == "test2017" else "annotations_trainval2017",
-    )
-    urls = f"-O {site}/zips/{images}.zip -O {site}/annotations/{boxes}.zip"
-    return f"mkdir -p '{folder.absolute()}' && cd '{folder.absolute()}' && curl {urls} && unzip '*.zip'"
-
-
 def read_annotations(path: Path, keys: Sequence[str]) -> dict[str, list[Any]]:
-    """The lists `keys` of a JSON file, without the masks in them.
+    """Return the lists `keys` of a JSON file, without the masks in them.
 
     Raises:
-        DatasetError: where the file is missing, no plain file, too large, no JSON, or does not hold these lists.
+        DatasetError: the file is missing, not a regular file, too large, not JSON, or lacks these lists.
     """
     try:
-        if require_regular_file(path, "COCO annotations").st_size > _BYTES_LIMIT:
-            raise DatasetError(f"COCO annotations {path} have more than {_BYTES_LIMIT:,} bytes, so they are not read.")
+        if require_regular_file(path, "COCO annotations").st_size > _MAX_BYTES:
+            raise DatasetError(f"COCO annotations {path} have more than {_MAX_BYTES:,} bytes, so they are not read.")
         content = json.loads(path.read_bytes(), object_hook=_without_mask)
     except FileNotFoundError as error:
-        present = sorted(name for name in names_in(path.parent) if name.endswith(".json"))
+        present = sorted(name for name in _names_in(path.parent) if name.endswith(".json"))
         raise DatasetError(
             f"COCO annotations {path} do not exist.{did_you_mean(path.name, present)} "
             f"There: {', '.join(present[:20]) or 'none'}{', ...' if len(present) > 20 else ''}."
@@ -294,20 +288,20 @@ def read_annotations(path: Path, keys: Sequence[str]) -> dict[str, list[Any]]:
     for key in keys:
         if not isinstance(content, dict) or not isinstance(content.get(key), list):
             raise DatasetError(
-                f"COCO annotations {path} have no list '{key}', so they are not in COCO's format. It is a JSON object "
+                f"COCO annotations {path} have no list '{key}', so they are not in COCO's format: a JSON object "
                 "with the lists 'images', 'annotations' and 'categories'."
             )
     return {key: content[key] for key in keys}
 
 
 def _without_mask(record: dict[str, Any]) -> dict[str, Any]:
-    # nine tenths of COCO's file; dropped while it is read, so that it is never in the memory as a whole
+    # nine tenths of COCO's file; dropped during parsing, so that they are never all in memory
     record.pop("segmentation", None)
     return record
 
 
-def names_in(folder: Path) -> frozenset[str]:
-    """What is in a folder; nothing where it is none."""
+def _names_in(folder: Path) -> frozenset[str]:
+    """Return the names in a folder; empty if it does not exist."""
     try:
         return frozenset(os.listdir(folder))
     except OSError:

@@ -1,7 +1,7 @@
-"""Digit scenes: a small detection set made on the spot from real pictures, so that everything runs without a download.
+"""Digit scenes: a small detection set drawn from real images, so that everything runs without a download.
 
-Handwritten digits (Alpaydin and Kaynak, Optical Recognition of Handwritten Digits, UCI 1998) lie at several sizes on
-crops of two photographs; both come with scikit-learn. What is written is a VOC devkit of JPEG and XML.
+Handwritten digits (Alpaydin and Kaynak, Optical Recognition of Handwritten Digits, UCI 1998) are drawn at several sizes on
+crops of two photographs; both come with scikit-learn. The result is a VOC devkit of JPEG and XML.
 """
 
 import hashlib
@@ -23,7 +23,7 @@ from bissl_zoo.registry import DATASETS
 CLASSES = tuple("0123456789")
 # Share of the handwritten samples that each split draws from; no sample serves two splits.
 _SAMPLE_SHARES = {"unlabeled": 0.45, "train": 0.35, "val": 0.07, "test": 0.13}
-_FORMAT = 1  # part of the folder's digest; raise it when the drawing changes
+_FORMAT = 1  # part of the folder's digest; increase it when the drawing changes
 
 
 @DATASETS.register("digit_scenes")
@@ -57,7 +57,7 @@ class DigitScenes(VOCDetection):
         counts = {"unlabeled": unlabeled, "train": train, "val": val, "test": test}
         if split not in counts:
             raise DatasetError(
-                f"Digit scenes: no split '{split}'.{did_you_mean(split, counts)} There: {', '.join(counts)}."
+                f"Digit scenes: no split '{split}'.{did_you_mean(split, counts)} There are {', '.join(counts)}."
             )
         folder = write_digit_scenes(image_size=image_size, seed=seed, counts=counts)
         labelled = split != "unlabeled"
@@ -65,9 +65,9 @@ class DigitScenes(VOCDetection):
 
 
 def write_digit_scenes(image_size: int, seed: int, counts: dict[str, int]) -> Path:
-    """Write the set where it is not there yet, and return its folder, which holds `VOCdevkit`.
+    """Write the set if it does not exist, and return its folder, which holds `VOCdevkit`.
 
-    The folder appears complete or not at all. Several processes may write at once: one wins, the others drop theirs.
+    The folder appears complete or not at all. If several processes write at once, one wins and the others delete theirs.
 
     Raises:
         DatasetError: see :class:`DigitScenes`.
@@ -91,7 +91,7 @@ def write_digit_scenes(image_size: int, seed: int, counts: dict[str, int]) -> Pa
             _write_devkit(temporary / "set", image_size, seed, counts)
             try:
                 (temporary / "set").rename(folder)
-            except OSError:  # another process was first, unless the folder still is not there
+            except OSError:  # another process was faster, if the folder exists
                 if not folder.is_dir():
                     raise
         finally:
@@ -105,7 +105,7 @@ def write_digit_scenes(image_size: int, seed: int, counts: dict[str, int]) -> Pa
 
 
 class Sources(NamedTuple):
-    """What one split is drawn from: `ink` (N, 8, 8) float in [0, 1], `labels` (N,), and `photos` (H, W, 3) uint8."""
+    """Sources of one split: `ink` (N, 8, 8) float in [0, 1], `labels` (N,), and `photos` (H, W, 3) uint8."""
 
     ink: np.ndarray
     labels: np.ndarray
@@ -113,7 +113,7 @@ class Sources(NamedTuple):
 
 
 def _sources(seed: int) -> dict[str, Sources]:
-    """The digits and the photographs, shared out to the splits."""
+    """Return the digits and photographs of each split."""
     from sklearn.datasets import load_digits, load_sample_images
 
     digits, photos = load_digits(), load_sample_images().images
@@ -152,7 +152,7 @@ def _write_devkit(folder: Path, image_size: int, seed: int, counts: dict[str, in
 def draw_scene(
     rng: np.random.Generator, sources: Sources, image_size: int
 ) -> tuple[Image.Image, list[tuple[int, int, int, int]], list[int]]:
-    """One scene: the image, its boxes (x0, y0, x1, y1; 0-based, far edges outside) and the digits in them."""
+    """Draw a scene: the image, its boxes (x0, y0, x1, y1; 0-based, far edges outside) and the digits in them."""
     canvas = _background(rng, sources.photos, image_size)
     boxes: list[tuple[int, int, int, int]] = []
     labels: list[int] = []

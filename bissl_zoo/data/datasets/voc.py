@@ -10,9 +10,9 @@ from typing import Any, NamedTuple
 from defusedxml import DefusedXmlException
 from defusedxml import ElementTree as SafeXML
 
-from bissl_zoo.data.datasets.boxes import SIDE_LIMIT, Box, DetectionSet, first_repeated, has_area
-from bissl_zoo.data.datasets.catalog import IMAGE_EXTENSIONS, datasets_root, require_folder, require_regular_file
-from bissl_zoo.data.datasets.folder import distinct_classes
+from bissl_zoo.data.datasets.boxes import MAX_SIDE, Box, DetectionSet, has_area
+from bissl_zoo.data.datasets.catalog import datasets_root, require_folder, require_regular_file
+from bissl_zoo.data.datasets.folder import distinct_classes, images_in
 from bissl_zoo.errors import DatasetError, did_you_mean
 from bissl_zoo.registry import DATASETS
 
@@ -22,13 +22,12 @@ VOC_CLASSES = (
 )  # fmt: skip
 
 _SIDES = ("xmin", "ymin", "xmax", "ymax")
-_OFFICIAL = ("train", "val", "trainval")
-#: bytes of an annotation file, far above any of VOC
-_BYTES_LIMIT = 10_000_000
+#: largest annotation file in bytes, far above any of VOC
+_MAX_BYTES = 10_000_000
 
 
 class Annotation(NamedTuple):
-    """What one XML file says: image size, and per object its name, (xmin, ymin, xmax, ymax) as written, and flag."""
+    """The content of an XML file: image size, and name, (xmin, ymin, xmax, ymax) as written and flag per object."""
 
     path: Path
     width: int
@@ -42,26 +41,26 @@ class Annotation(NamedTuple):
 class VOCDetection(DetectionSet):
     """Images with boxes, from a folder that holds `VOCdevkit/VOC<year>/{JPEGImages,Annotations,ImageSets/Main}`.
 
-    A folder that holds these three itself is read too: its splits have no year.
+    A folder that holds these three itself is read too; its splits have no year.
 
-    Samples are those of `DetectionSet`. VOC writes 1-based coordinates with both ends
-    inside the box, so x0 = xmin - 1, y0 = ymin - 1, x1 = xmax, y1 = ymax: 0-based, the far edge outside, width x1 - x0.
-    Devkits written 0-based load as well: a minimum of 0 stays 0.
+    Samples are those of `DetectionSet`. VOC writes 1-based coordinates with both ends inside the box, so x0 = xmin - 1,
+    y0 = ymin - 1, x1 = xmax, y1 = ymax: 0-based, the far edge outside, width x1 - x0. Devkits written 0-based load as
+    well: a minimum of 0 stays 0.
 
-    All annotations of the splits are read and checked at construction; images are decoded when asked for.
+    All annotations of the splits are read and checked at construction; images are decoded on access.
 
     Args:
         root: the folder that holds `VOCdevkit`, or the three folders, below the datasets root, or an absolute path.
-        splits: names like "2007_trainval": the year, and a list in that year's ImageSets/Main; "trainval" where the
-            three folders lie in `root`; they are concatenated.
+        splits: names like "2007_trainval": the year, and a list in that year's ImageSets/Main; "trainval" if the three
+            folders lie in `root`. They are concatenated.
         classes: the class names in the order of the labels; "voc": the twenty of VOC; None: every name that occurs in
             the annotations of the splits' years, sorted, so that train and test agree.
-        on_bad_annotation: "error", or "skip": objects with an impossible box or an unknown class are left out, as are
+        on_bad_annotation: "error", or "skip" to leave out objects with an impossible box or an unknown class, and
             images whose file is missing or whose annotation cannot be read; both are counted in the log.
         labelled: False reads no annotations: targets and `classes` are None.
 
     Raises:
-        DatasetError: a missing folder, list or image, an empty split, or an annotation that is wrong.
+        DatasetError: a missing folder, list or image, an empty split, or a wrong annotation.
     """
 
     layout = "VOC"
@@ -79,30 +78,29 @@ class VOCDetection(DetectionSet):
         if not self.splits:
             raise DatasetError("VOCDetection: no split is given. splits holds names like '2007_trainval'.")
         folders = {split: _year_folder(root, split) for split in self.splits}
-        files = [file for split in self.splits for file in self._images_of(folders[split], _list_of(split))]
-        if (repeated := first_repeated(files)) is not None:
+        files = [file for split in self.splits for file in self._listed_images(folders[split], _list_of(split))]
+        if len(set(files)) < len(files):
+            repeated = next(file for file in files if files.count(file) > 1)
             raise DatasetError(f"The splits {', '.join(self.splits)} list {repeated} more than once.")
         parsed: dict[Path, Annotation] = {}
         if not labelled:
-            self.classes = None
-        elif classes is None:
-            every = sorted({file for year in folders.values() for file in (year / "Annotations").glob("*.xml")})
-            parsed = {file: found for file in every if (found := self._read(file, count=False)) is not None}
-            self.classes = sorted({name for annotation in parsed.values() for name in annotation.names if name})
+            self._store(files)
         else:
-            if isinstance(classes, str) and classes != "voc":
+            if classes is None:
+                every = sorted({file for year in folders.values() for file in (year / "Annotations").glob("*.xml")})
+                parsed = {path: read for path in every if (read := self._read(path, count=False)) is not None}
+                self.classes = sorted({name for annotation in parsed.values() for name in annotation.names if name})
+            elif isinstance(classes, str) and classes != "voc":
                 raise DatasetError(f'classes is "{classes}"; give a list of names, "voc" or None.')
-            self.classes = distinct_classes(VOC_CLASSES if classes == "voc" else classes)
-        if self.classes is None:
-            self._hold(files)
-        else:
-            self._index(files, parsed)
+            else:
+                self.classes = distinct_classes(VOC_CLASSES if classes == "voc" else classes)
+            self._store_annotated(files, parsed)
         if not len(self):
             raise DatasetError(f"The splits {', '.join(self.splits)} hold no usable image.")
-        self._tell_left_out(", ".join(self.splits))
+        self._log_left_out(", ".join(self.splits))
 
-    def _images_of(self, folder: Path, name: str) -> list[str]:
-        """The image files that ImageSets/Main/<name>.txt lists."""
+    def _listed_images(self, folder: Path, name: str) -> list[str]:
+        """Return the image files that ImageSets/Main/<name>.txt lists."""
         lists = folder / "ImageSets" / "Main"
         file = lists / f"{name}.txt"
         if not file.is_file():
@@ -114,25 +112,25 @@ class VOCDetection(DetectionSet):
         ids = list(filter(None, map(str.strip, file.read_text(encoding="utf-8", errors="replace").splitlines())))
         if not ids:
             raise DatasetError(f"VOC split list {file} is empty.")
-        pictures = require_folder(folder / "JPEGImages", f"VOC images of {folder.name}")
+        folder = require_folder(folder / "JPEGImages", f"VOC images of {folder.name}")
         by_id: dict[str, list[str]] = {}
-        for entry in filter(_is_image, os.listdir(pictures)):
-            by_id.setdefault(os.path.splitext(entry)[0], []).append(entry)
-        found = []
+        for image in images_in(folder):
+            by_id.setdefault(os.path.splitext(image)[0], []).append(image)
+        files = []
         for image_id in ids:
-            named = sorted(by_id.get(image_id, []))
-            if len(named) == 1:
-                found.append(str(pictures / named[0]))
-            elif named:
-                problem = f"VOC image '{image_id}', listed in {file}, may be {' or '.join(named)} in {pictures}."
+            matching = by_id.get(image_id, [])
+            if len(matching) == 1:
+                files.append(str(folder / matching[0]))
+            elif matching:
+                problem = f"VOC image '{image_id}', listed in {file}, may be {' or '.join(matching)} in {folder}."
                 self._leave_out("images", "of several files", problem)
             else:
-                problem = f"VOC image {pictures / image_id}.jpg, listed in {file}, does not exist."
+                problem = f"VOC image {folder / image_id}.jpg, listed in {file}, does not exist."
                 self._leave_out("images", "without a file", problem)
-        return found
+        return files
 
     def _read(self, path: Path, count: bool = True) -> Annotation | None:
-        """One annotation, or None where it cannot be read and is to be skipped."""
+        """Return an annotation, or None if it cannot be read and is to be skipped."""
         try:
             return read_annotation(path)
         except DatasetError as error:
@@ -140,17 +138,21 @@ class VOCDetection(DetectionSet):
                 self._leave_out("images", "with an unreadable annotation", str(error))
             return None
 
-    def _index(self, listed: list[str], parsed: dict[Path, Annotation]) -> None:
-        """Take in the images that are listed, without those whose annotation cannot be read."""
+    def _store_annotated(self, listed: list[str], parsed: dict[Path, Annotation]) -> None:
+        """Store the listed images, except those whose annotation cannot be read."""
         label_of = {name: label for label, name in enumerate(self.classes)}
         files, sizes, image_of, boxes, labels, difficult = [], [], [], [], [], []
         for file in listed:
-            path = _annotation_of(file)
+            path = Path(file).parents[1] / "Annotations" / f"{Path(file).stem}.xml"
             annotation = parsed.get(path) or self._read(path)
             if annotation is None:
                 continue
             for number, (name, box) in enumerate(zip(annotation.names, annotation.boxes, strict=True)):
-                if problem := _box_problem(box, annotation) or self._class_problem(name, label_of):
+                problem = _box_problem(box, annotation)
+                if not problem and name not in label_of:
+                    hint = did_you_mean(name, label_of)
+                    problem = f"unknown class {name!r:.100}.{hint} The classes are {', '.join(label_of)}"
+                if problem:
                     problem = f"VOC annotation {path}, object {number + 1}: {problem}."
                     self._leave_out("objects", "with an impossible box or an unknown class", problem)
                     continue
@@ -160,28 +162,23 @@ class VOCDetection(DetectionSet):
                 difficult.append(annotation.difficult[number])
             files.append(file)
             sizes.append((annotation.width, annotation.height))
-        self._hold(files, sizes, image_of, boxes, labels, difficult)
-
-    @staticmethod
-    def _class_problem(name: str, label_of: dict[str, int]) -> str:
-        if name in label_of:
-            return ""
-        return f"unknown class {name!r:.100}.{did_you_mean(name, label_of)} The classes are {', '.join(label_of)}"
+        self._store(files, sizes, image_of, boxes, labels, difficult)
 
 
 def read_annotation(path: Path) -> Annotation:
-    """Parse one VOC XML file, as safely as for a file from a stranger (no entities, no external references).
+    """Parse one VOC XML file, safely for untrusted files (no entities, no external references).
 
-    Coordinates that are missing or no number come back as NaN, a missing name as "": the caller names the object.
+    Coordinates that are missing or not numbers are NaN, a missing name is "".
 
     Raises:
-        DatasetError: where the file is missing, no plain file, too large, does not parse, or gives no image size.
+        DatasetError: the file is missing, not a regular file, too large, not XML, or has no image size.
     """
     try:
         require_regular_file(path, "VOC annotation")
         with open(path, "rb") as file:
-            if len(content := file.read(_BYTES_LIMIT + 1)) > _BYTES_LIMIT:
-                raise DatasetError(f"VOC annotation {path} has more than {_BYTES_LIMIT:,} bytes, so it is not read.")
+            content = file.read(_MAX_BYTES + 1)
+        if len(content) > _MAX_BYTES:
+            raise DatasetError(f"VOC annotation {path} has more than {_MAX_BYTES:,} bytes, so it is not read.")
         root = SafeXML.fromstring(content)
     except FileNotFoundError as error:
         raise DatasetError(f"VOC annotation {path} does not exist.") from error
@@ -190,16 +187,16 @@ def read_annotation(path: Path) -> Annotation:
     except (SafeXML.ParseError, ValueError, LookupError, OSError) as error:
         raise DatasetError(f"VOC annotation {path} does not parse: {error}.") from error
     width, height = _number(root, "size/width"), _number(root, "size/height")
-    if not (1 <= width <= SIDE_LIMIT and 1 <= height <= SIDE_LIMIT):
+    if not (1 <= width <= MAX_SIDE and 1 <= height <= MAX_SIDE):
         raise DatasetError(f"VOC annotation {path} gives no image size (a positive size/width and size/height).")
     objects = root.findall("object")
     return Annotation(
         path=path,
         width=int(width),
         height=int(height),
-        names=[(one.findtext("name") or "").strip() for one in objects],
-        boxes=[tuple(_number(one, f"bndbox/{side}") for side in _SIDES) for one in objects],
-        difficult=[(one.findtext("difficult") or "").strip() == "1" for one in objects],
+        names=[(element.findtext("name") or "").strip() for element in objects],
+        boxes=[tuple(_number(element, f"bndbox/{side}") for side in _SIDES) for element in objects],
+        difficult=[(element.findtext("difficult") or "").strip() == "1" for element in objects],
     )
 
 
@@ -212,7 +209,7 @@ def _number(element: Any, path: str) -> float:
 
 
 def _box_problem(box: Box, annotation: Annotation) -> str:
-    """What is wrong with a box as written, or an empty string."""
+    """Return the problem of a box as written, or an empty string."""
     for side, value in zip(_SIDES, box, strict=True):
         size, limit = ("width", annotation.width) if side[0] == "x" else ("height", annotation.height)
         if math.isnan(value):
@@ -231,30 +228,23 @@ def _zero_based(box: Box) -> Box:
 
 
 def _list_of(split: str) -> str:
-    """The list in ImageSets/Main that a split is."""
+    """Return the list in ImageSets/Main of a split: its name without the year."""
     return re.sub(r"^\d{4}_(?=.)", "", split)
 
 
 def _year_folder(root: str, split: str) -> Path:
-    if _list_of(split) == split:
+    name = _list_of(split)
+    if name == split:
         if (datasets_root() / root / "ImageSets" / "Main").is_dir():
             return datasets_root() / root
         raise DatasetError(
             f"VOC split '{split}' is not '<year>_<list in ImageSets/Main>', like '2007_trainval', and "
             f"{datasets_root() / root} holds no ImageSets/Main itself."
         )
-    year, name = split.split("_", 1)
+    year = split.split("_", 1)[0]
     folder = datasets_root() / root / "VOCdevkit" / f"VOC{year}"
-    arguments = f"'{datasets_root().absolute()}', year='{year}', image_set='{name}', download=True"
-    official = not root and (year, name) in {("2007", "test"), *((y, s) for y in ("2007", "2012") for s in _OFFICIAL)}
-    fetch = f'python -c "from torchvision.datasets import VOCDetection as VOC; VOC({arguments})"' if official else ""
+    official = not root and (year, name) in {("2007", "test")} | {
+        (y, part) for y in ("2007", "2012") for part in ("train", "val", "trainval")
+    }
+    fetch = "python tools/prepare_data.py voc_detection" if official else ""
     return require_folder(folder, f"Pascal VOC set '{root or 'VOCdevkit'}', split '{split}'", fetch)
-
-
-def _annotation_of(file: str) -> Path:
-    picture = Path(file)
-    return picture.parent.parent / "Annotations" / f"{picture.stem}.xml"
-
-
-def _is_image(name: str) -> bool:
-    return os.path.splitext(name)[1].lower() in IMAGE_EXTENSIONS

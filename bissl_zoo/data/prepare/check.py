@@ -131,7 +131,7 @@ def list_sets() -> str:
 
 
 def prepare(name: str) -> tuple[list[str], Survey]:
-    """Fetch what is missing of a set, and count what is there.
+    """Fetch what is missing of a set, and count the images.
 
     Returns:
         The folders that were fetched, and the survey.
@@ -152,7 +152,7 @@ def survey(name: str, open_files: bool = False, num_workers: int = 4) -> Survey:
         DatasetError: an unknown name.
     """
     folder, known = folder_of(name), known_sets().get(name)
-    found: list[Found] = []
+    sizes: list[Found] = []
     problems: list[str] = []
     notes: list[str] = []
     split_of: dict[str, str] = {}
@@ -162,10 +162,10 @@ def survey(name: str, open_files: bool = False, num_workers: int = 4) -> Survey:
         except DatasetError as error:
             problems.append(str(error))
             continue
-        found.append(_count(dataset, split))
+        sizes.append(_count(dataset, split))
         for key, number, original in (
-            ("images", found[-1].images, known.images.get(split)),
-            ("classes", found[-1].classes, known.classes),
+            ("images", sizes[-1].images, known.images.get(split)),
+            ("classes", sizes[-1].classes, known.classes),
         ):
             if None not in (number, original) and number != original:
                 problems.append(f"{name}, split {split}: {number:,} {key}, but the original has {original:,}.")
@@ -180,7 +180,7 @@ def survey(name: str, open_files: bool = False, num_workers: int = 4) -> Survey:
                 if other != split
             ]
             problems += unreadable(dataset, range(len(dataset)), f"{name} {split}", num_workers)
-    return Survey(str(folder), found, list(dict.fromkeys(problems)), notes)  # splits share images
+    return Survey(str(folder), sizes, list(dict.fromkeys(problems)), notes)  # splits share images
 
 
 def _count(dataset: Any, split: str) -> Found:

@@ -17,7 +17,7 @@ Download = Callable[[Path, Path], Any]
 
 
 class Source(NamedTuple):
-    """Where a data set comes from.
+    """The origin of a data set.
 
     Attributes:
         page: its official page.

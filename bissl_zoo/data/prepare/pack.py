@@ -231,7 +231,7 @@ def check_shards(folder: str | os.PathLike, num_workers: int = 4) -> tuple[list[
     unlisted = sorted({path.name for path in folder.glob("*.tar")} - index.keys())
     problems = [f"Shard {folder / name} is not in {INDEX_FILE}." for name in unlisted]
     results = DataLoader(shards, batch_size=None, collate_fn=_problems, num_workers=num_workers)
-    return shards, problems + [problem for found in tqdm(results, unit="shard") for problem in found]
+    return shards, problems + [problem for shard in tqdm(results, unit="shard") for problem in shard]
 
 
 def _problems(shard: Shard) -> list[str]:
@@ -241,7 +241,7 @@ def _problems(shard: Shard) -> list[str]:
         for key in ("samples", "bytes", "sha256"):
             value, expected = getattr(present, key), getattr(shard, key)
             if expected is not None and value != expected:
-                problems.append(f"Shard {shard.address}: {key} {value}, but {INDEX_FILE} says {expected}.")
+                problems.append(f"Shard {shard.address}: {key} {value}, but {INDEX_FILE} has {expected}.")
         for _, stored in read_samples(present, range(present.samples)):
             try:
                 load_image(io.BytesIO(stored.content), name=stored.name)

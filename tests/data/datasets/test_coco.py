@@ -369,8 +369,8 @@ def test_missing_coco_names_the_folder_and_the_command_that_fetches_it(tmp_path,
     monkeypatch.setenv("BISSL_ZOO_DATASETS", str(tmp_path))
     message = refusal()
     assert str(tmp_path / "coco" / "train2017") in message and "BISSL_ZOO_DATASETS" in message
-    assert "http://images.cocodataset.org/annotations/annotations_trainval2017.zip" in message
-    assert "curl" not in refusal(root="birds", images="pictures")
+    assert "python tools/prepare_data.py coco_detection" in message
+    assert "prepare_data" not in refusal(root="birds", images="pictures")
 
 
 def test_unknown_way_with_bad_annotations_is_refused(folder):
@@ -380,5 +380,5 @@ def test_unknown_way_with_bad_annotations_is_refused(folder):
 def test_image_of_another_size_than_annotated_is_refused_when_read(folder, content):
     content["images"][0].update(width=64, height=48)
     write(folder, content)
-    with pytest.raises(DatasetError, match="000000000011.jpg has 50 x 40 pixels, but its annotation says 64 x 48"):
+    with pytest.raises(DatasetError, match="000000000011.jpg has 50 x 40 pixels, but its annotation has 64 x 48"):
         COCODetection()[0]

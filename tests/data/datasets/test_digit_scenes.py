@@ -114,6 +114,7 @@ def test_scene_size_is_free(tmp_path, monkeypatch):
     assert DigitScenes("val", image_size=64, **FEW)[0][0].size == (64, 64)
 
 
+@pytest.mark.slow
 def test_processes_that_write_at_once_leave_one_complete_set(tmp_path):
     script = f"from bissl_zoo.data import DigitScenes; print(len(DigitScenes('train', **{FEW})))"
     environment = {**os.environ, "BISSL_ZOO_DATASETS": str(tmp_path)}

@@ -270,22 +270,22 @@ def test_missing_voc_names_the_folder_and_the_command_that_fetches_it(tmp_path, 
         VOCDetection(splits=["2012_trainval"])
     message = str(caught.value)
     assert str(tmp_path / "VOCdevkit" / "VOC2012") in message
-    assert f"VOC('{tmp_path}', year='2012', image_set='trainval', download=True)" in message
+    assert "python tools/prepare_data.py voc_detection" in message
     assert "BISSL_ZOO_DATASETS" in message
 
 
-def test_missing_set_of_ones_own_offers_no_download(tmp_path, monkeypatch):
+def test_missing_set_of_another_root_offers_no_download(tmp_path, monkeypatch):
     monkeypatch.setenv("BISSL_ZOO_DATASETS", str(tmp_path))
     with pytest.raises(DatasetError) as caught:
         VOCDetection(root="cells", splits=["2007_train"])
     assert str(tmp_path / "cells" / "VOCdevkit" / "VOC2007") in str(caught.value)
-    assert "download" not in str(caught.value)
+    assert "prepare_data" not in str(caught.value)
 
 
 def test_image_of_another_size_than_annotated_is_refused_when_read(devkit):
     damage(devkit, [], size=(64, 40))
     dataset = VOCDetection(splits=["2007_train"])
-    with pytest.raises(DatasetError, match="000001.jpg has 50 x 40 pixels, but its annotation says 64 x 40"):
+    with pytest.raises(DatasetError, match="000001.jpg has 50 x 40 pixels, but its annotation has 64 x 40"):
         dataset[0]
 
 
