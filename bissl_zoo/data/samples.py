@@ -297,8 +297,8 @@ def name_samples(numbers: Sequence[int], dataset: Any) -> str:
 def lost_worker(error: BaseException, pending: str = "") -> DatasetError | None:
     """Return a DatasetError if `error` is torch's report that a loader's worker died, else None.
 
-    torch raises a RuntimeError from a signal handler, in any line of the main thread. The workers' exit codes distinguish
-    it from other RuntimeErrors.
+    torch raises a RuntimeError from a signal handler, in any line of the main thread. The workers' exit codes
+    distinguish it from other RuntimeErrors.
 
     Args:
         pending: a sentence about the batch that the worker was to deliver.

@@ -169,7 +169,7 @@ def statistics(views):
 
 
 def assert_alike(here, there):
-    """Means of the statistics of two sets of views lie within 4.5 standard errors; half a level of 255 is for rounding."""
+    """Compare means of two sets of views within 4.5 standard errors, and half a level of 255 for rounding."""
     one, other = statistics(here), statistics(there)
     error = (one.var(dim=0) / len(one) + other.var(dim=0) / len(other)).sqrt()
     excess = (one.mean(dim=0) - other.mean(dim=0)).abs() - 4.5 * error

@@ -1,7 +1,7 @@
 """Digit scenes: a small detection set drawn from real images, so that everything runs without a download.
 
-Handwritten digits (Alpaydin and Kaynak, Optical Recognition of Handwritten Digits, UCI 1998) are drawn at several sizes on
-crops of two photographs; both come with scikit-learn. The result is a VOC devkit of JPEG and XML.
+Handwritten digits (Alpaydin and Kaynak, Optical Recognition of Handwritten Digits, UCI 1998) are drawn at several
+sizes on crops of two photographs; both come with scikit-learn. The result is a VOC devkit of JPEG and XML.
 """
 
 import hashlib
@@ -67,7 +67,7 @@ class DigitScenes(VOCDetection):
 def write_digit_scenes(image_size: int, seed: int, counts: dict[str, int]) -> Path:
     """Write the set if it does not exist, and return its folder, which holds `VOCdevkit`.
 
-    The folder appears complete or not at all. If several processes write at once, one wins and the others delete theirs.
+    The folder appears complete or not at all. If several processes write at once, the first one wins.
 
     Raises:
         DatasetError: see :class:`DigitScenes`.
