@@ -121,7 +121,7 @@ class DetectionSet(Dataset):
 
     @property
     def left_out(self) -> list[tuple[str, str]]:
-        """Objects and images that were left out, such as "2 objects with an impossible box", each with the first problem."""
+        """Counts of what was left out, such as "2 objects with an impossible box", each with the first problem."""
         reasons = sorted(self._left_out.items())
         return [(f"{count:,} {reason}", self._first_left_out.get(reason, "")) for reason, count in reasons]
 
