@@ -38,7 +38,7 @@ from bissl_zoo.data.datasets.catalog import load_image
 from bissl_zoo.data.datasets.voc import read_annotation
 from bissl_zoo.engine.publishing import published
 from bissl_zoo.errors import BisslZooError
-from bissl_zoo.progress.log_files import drop_lines_after
+from bissl_zoo.progress.writers import drop_lines_after
 from bissl_zoo.runs.checkpoint import Checkpointer, load_checkpoint
 from bissl_zoo.runs.directory import add_wall_time, read_metadata
 from bissl_zoo.zoo import get_config, list_backbones, load_entry_weights, read_backbone

@@ -23,9 +23,8 @@ from bissl_zoo.engine.resume import random_state
 from bissl_zoo.engine.trainer import Hook, Stage, Trainer
 from bissl_zoo.errors import ConfigError, shorten
 from bissl_zoo.progress.console import clock, short
-from bissl_zoo.progress.display import doing, every_step, show
-from bissl_zoo.progress.file_writers import JsonWriter, Record, TensorBoardWriter, Writer
-from bissl_zoo.progress.run_view import StageView, place_within
+from bissl_zoo.progress.display import StageView, doing, every_step, place_within, show
+from bissl_zoo.progress.writers import JsonWriter, Record, TensorBoardWriter, Writer
 from bissl_zoo.runs.checkpoint import Checkpointer
 from bissl_zoo.runs.directory import CONFIG_FILE
 from bissl_zoo.runs.disk import DiskError, retried
@@ -154,7 +153,7 @@ class Progress(Hook):
             phase,
             fraction=(trainer.step + within) / max(trainer.total_steps, 1),
             levels=tuple(trainer.levels()),
-            figures=dict(trainer.metrics),
+            metrics=dict(trainer.metrics),
             speed=self.speed,
             seconds=self.seconds,
             left=0.0 if trainer.done else left,

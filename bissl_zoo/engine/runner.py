@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from bissl_zoo.distributed import barrier, on_main_process, stop_request
 from bissl_zoo.engine.build import build_downstream
@@ -21,8 +21,16 @@ from bissl_zoo.engine.resume import build_resumed, deterministic, interrupt, new
 from bissl_zoo.engine.stages import plan_stages
 from bissl_zoo.engine.trainer import Context, Stage, Trainer, Weights
 from bissl_zoo.errors import CheckpointError
-from bissl_zoo.progress.display import FILE_ONLY, console_by_default, doing, end_display, logged, show, signals_aside
-from bissl_zoo.progress.run_view import PlannedStage
+from bissl_zoo.progress.display import (
+    FILE_ONLY,
+    PlannedStage,
+    console_by_default,
+    doing,
+    end_display,
+    logged,
+    show,
+    signals_aside,
+)
 from bissl_zoo.progress.writers import open_writers
 from bissl_zoo.runs.checkpoint import Checkpointer
 from bissl_zoo.runs.directory import check_run_dir, has_begun, pointing_to_report, prepare_run_dir, write_metadata
@@ -79,7 +87,9 @@ def run(
             logger.info(f"data: {role} {cfg.dataloader[role].dataset.name}, {len(dataset)} images")
         for stage in stages:
             stage.announce(context, initial, stages)
-        context.writers = stack.enter_context(open_writers(cfg, folder))
+        config = OmegaConf.to_container(cfg, resolve=True)
+        writers = open_writers(cfg.train.writers, folder, cfg.train.log_period, config)
+        context.writers = stack.enter_context(writers)
         with pointing_to_report(folder):
             results, details = run_stages(context, stages, initial, resume)
             entry = on_main_process(lambda: finish_run(context, results, details))

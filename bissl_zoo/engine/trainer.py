@@ -17,7 +17,7 @@ from bissl_zoo.bilevel.level import Level
 from bissl_zoo.data.batches import split_samples
 from bissl_zoo.distributed import StopRequest, average_gradients
 from bissl_zoo.errors import CheckpointError
-from bissl_zoo.progress.file_writers import Writer
+from bissl_zoo.progress.writers import Writer
 from bissl_zoo.runs.checkpoint import Checkpointer
 from bissl_zoo.weights.files import state_difference
 

@@ -1,4 +1,4 @@
-"""How the tools speak: text from strangers made safe for a terminal, errors as one message, and exit statuses."""
+"""Formats of numbers and durations, and exit statuses of the tools."""
 
 import datetime
 import os
@@ -8,25 +8,25 @@ from typing import Any
 
 from bissl_zoo.errors import BisslZooError, printable
 
-#: status of a command whose reader has gone, as a shell tells it
-READER_GONE = 141  # 128 and the number of SIGPIPE
+#: exit status if the reader of standard output is gone, as a shell reports it: 128 + SIGPIPE
+READER_GONE = 141
 
 
 def clock(seconds: float | None) -> str:
-    """A duration as hours, minutes and seconds, such as `0:41:10`; `?` for one that is not known."""
+    """Format a duration as hours, minutes and seconds, such as `0:41:10`; `?` if it is unknown."""
     return "?" if seconds is None else str(datetime.timedelta(seconds=max(0, round(seconds))))
 
 
 def short(value: Any) -> str:
-    """A figure in four digits; what is no float as it is."""
+    """Format a float with four digits, anything else as it is."""
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def exit_status(command: Callable[[], int | None]) -> int:
-    """What a tool exits with: what `command` returns, 1 after the message of an error of ours, 130 after Ctrl-C."""
+    """Run a command of a tool; return its exit status, 1 after printing a `BisslZooError`, or 130 after Ctrl-C."""
     try:
         status = command() or 0
-        sys.stdout.flush()  # here, where a reader that has gone is noticed, rather than at the interpreter's end
+        sys.stdout.flush()  # raises here if the reader is gone, not when the interpreter exits
         return status
     except BisslZooError as error:
         print(f"error: {printable(str(error))}", file=sys.stderr, flush=True)
@@ -39,6 +39,6 @@ def exit_status(command: Callable[[], int | None]) -> int:
 
 
 def write_to_nobody() -> None:
-    """After the reader of standard output has gone, as `| head` does: what is left to write is dropped in silence."""
-    with open(os.devnull, "w") as nowhere:
-        os.dup2(nowhere.fileno(), sys.stdout.fileno())
+    """Discard what is still written to standard output after its reader is gone, as after `| head`."""
+    with open(os.devnull, "w") as null:
+        os.dup2(null.fileno(), sys.stdout.fileno())

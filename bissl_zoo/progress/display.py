@@ -1,4 +1,4 @@
-"""Console output: handlers of `logging` for the terminal and for `log.txt`, and the state that a live display shows."""
+"""Console output: log handlers for the terminal and for `log.txt`, and the status that a live display shows."""
 
 import contextlib
 import logging
@@ -7,19 +7,34 @@ import signal
 import sys
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
+
+import torch
 
 from bissl_zoo.distributed import STOP_SIGNALS, is_main_process
 from bissl_zoo.errors import BisslZooError, Interrupted
-from bissl_zoo.progress.run_log import LOG_FILE, LogFile, line_of
+from bissl_zoo.runs.directory import LOG_FILE
 from bissl_zoo.runs.disk import DISK_ERRORS
+
+logger = logging.getLogger(__name__)
 
 #: `logger.info(..., extra=FILE_ONLY)` writes a record to log.txt and not to the console
 FILE_ONLY = {"file_only": True}
 #: seconds that the other processes answer a signal after the main one, which removes its display first
 BEHIND = 0.1
+#: bytes of log lines that are kept in memory while the disk refuses writes; the oldest are lost first
+BUFFER_LIMIT = 1 << 20
+
+
+def line_of(record: logging.LogRecord) -> str:
+    """Return the message of a record; of warnings and errors with their level, as in `warning: message`."""
+    message = record.getMessage()
+    if record.exc_info:
+        message += "\n" + logging.Formatter().formatException(record.exc_info)
+    return message if record.levelno < logging.WARNING else f"{record.levelname.lower()}: {message}"
 
 
 class ConsoleHandler(logging.Handler):
@@ -49,7 +64,7 @@ class ConsoleHandler(logging.Handler):
         print(line, flush=True)
 
     def show(self, **fields: Any) -> None:
-        """Update the state of the run, by the names of `RunView`."""
+        """Update the state of the run, by the names of `RunStatus`."""
 
     def aside(self) -> contextlib.AbstractContextManager[None]:
         """Hide what is drawn while something else writes to the terminal."""
@@ -57,6 +72,43 @@ class ConsoleHandler(logging.Handler):
 
     def end(self) -> None:
         """Draw the last state of the run; lines may follow."""
+
+
+class LogFile(logging.Handler):
+    """Append log records to a file, each line with its time. If the disk is full or fails, warn once and retry later.
+
+    A forked process, such as a loader's worker, may log as well: a write is one append, and the lock is `logging`'s.
+    """
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(logging.INFO)
+        self.path = Path(path)
+        self.pending = b""
+        self.problem: OSError | None = None
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Append a record."""
+        before = self.problem
+        self.write(line_of(record))
+        if self.problem and not before:
+            logger.warning(
+                f"{self.path} could not be written: {self.problem.strerror}. The run goes on; log lines are kept in "
+                "memory and written later."
+            )
+
+    def write(self, text: str) -> None:
+        """Append `text`, each line with the time; an error of the disk is kept in `problem`."""
+        stamp = time.strftime("%Y-%m-%d %H:%M:%S")
+        lines = "".join(f"{stamp} {line}\n" for line in text.splitlines() or [""])
+        with self.lock:
+            self.pending = (self.pending + lines.encode(errors="backslashreplace"))[-BUFFER_LIMIT:]
+            try:
+                with open(self.path, "ab", buffering=0) as file:
+                    while self.pending:
+                        self.pending = self.pending[file.write(self.pending) :]
+                self.problem = None
+            except OSError as error:
+                self.problem = error
 
 
 #: the handler that prints at the moment
@@ -67,9 +119,9 @@ def choose_display(plain: bool = False, quiet: bool = False, verbose: bool = Fal
     """Return a live display if standard output is a terminal that supports one, else a handler that prints lines."""
     if plain or quiet or not sys.stdout.isatty() or os.environ.get("TERM", "dumb") == "dumb" or not is_main_process():
         return ConsoleHandler(quiet, verbose)
-    from bissl_zoo.progress.live import LiveScreen  # takes a while to import
+    from bissl_zoo.progress.live import LiveDisplay  # imports rich
 
-    return LiveScreen(verbose)
+    return LiveDisplay(verbose)
 
 
 @contextlib.contextmanager
@@ -137,7 +189,7 @@ def logged(folder: Path) -> Iterator[None]:
 
 
 def show(**fields: Any) -> None:
-    """Update the live display, by the names of `RunView`."""
+    """Update the live display, by the names of `RunStatus`."""
     if _console and is_main_process():
         _console.show(**fields)
 
@@ -185,3 +237,92 @@ def signals_aside() -> Iterator[None]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+class PlannedStage(NamedTuple):
+    """A stage of the run; steps of stages of the same `kind` take equally long."""
+
+    name: str
+    kind: Hashable
+    steps: int
+
+
+@dataclass(frozen=True)
+class StageView:
+    """A snapshot of a stage.
+
+    Attributes:
+        step, total_steps: in optimizer steps; of a bilevel stage in alternations.
+        phase: place within an alternation, such as `lower step 3/20`, or empty.
+        fraction: completed part of the stage, 0 to 1.
+        levels: names of the levels.
+        metrics: of the last step.
+        speed: `images_per_second`, and `waiting`, the fraction of time waiting for data; or empty.
+        seconds: per step; None before the first.
+        left: seconds until the stage ends; None before the first step.
+    """
+
+    name: str
+    step: int
+    total_steps: int
+    phase: str
+    fraction: float
+    levels: tuple[str, ...]
+    metrics: dict[str, Any]
+    speed: dict[str, float]
+    seconds: float | None
+    left: float | None
+
+
+def place_within(trainer: Any) -> tuple[str, float]:
+    """Return the optimizer step within the current alternation as text, and the completed fraction of it.
+
+    Reads the levels' counters only, so that another thread may call it at any time.
+    """
+    levels = trainer.levels()
+    if trainer.done or trainer.stopping or len(levels) < 2:
+        return "", 0.0
+    each = {name: level.total_steps // trainer.total_steps for name, level in levels.items()}
+    done = {name: min(max(level.step - trainer.step * each[name], 0), each[name]) for name, level in levels.items()}
+    current = next((name for name in each if done[name] < each[name]), None)
+    text = f"{current} step {done[current] + 1}/{each[current]}" if current else ""
+    return text, sum(done.values()) / sum(each.values())
+
+
+@dataclass
+class RunStatus:
+    """The state of the run that the live display shows.
+
+    Attributes:
+        folder: the run directory.
+        stages: all stages; number: the current one, from 1.
+        source: returns a snapshot of the current stage, from any thread.
+        doing: the activity between two steps, such as an evaluation.
+        evaluation: the line of the last evaluation.
+        checkpoint: the last checkpoint and the time when it was written (`time.monotonic`).
+        rates: seconds per step by kind of stage, of the stages so far.
+    """
+
+    folder: str = ""
+    device: torch.device | None = None
+    stages: Sequence[PlannedStage] = ()
+    number: int = 0
+    source: Callable[[], StageView] | None = None
+    doing: str = ""
+    evaluation: str = ""
+    checkpoint: tuple[str, float] | None = None
+    rates: dict[Hashable, float] = field(default_factory=dict)
+
+    def stage(self) -> StageView | None:
+        """Return a snapshot of the current stage, and remember its seconds per step."""
+        view = self.source() if self.source else None
+        if view and view.seconds is not None and self.number:
+            self.rates[self.stages[self.number - 1].kind] = view.seconds
+        return view
+
+    def left(self, view: StageView | None) -> float | None:
+        """Return the seconds until the run ends; None if no stage of the kind of a later one has run yet."""
+        later = [(self.rates.get(stage.kind), stage.steps) for stage in self.stages[self.number :]]
+        if view is None or view.left is None or any(rate is None for rate, _ in later):
+            return None
+        return view.left + sum(rate * steps for rate, steps in later)

@@ -1,210 +1,203 @@
-"""The live display on a terminal: lines scroll past above it, and it is drawn anew twice a second."""
+"""The live display of a run on a terminal: log lines scroll above a progress bar and the latest metrics."""
 
 import contextlib
-import io
-import logging
 import math
 import os
+import resource
 import sys
-import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from logging import LogRecord
 from typing import Any
 
-from rich.console import Console, Group
+import torch
+from rich.cells import cell_len
+from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
 from rich.control import Control
-from rich.live import Live
-from rich.segment import ControlType
+from rich.live_render import LiveRender
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
+from rich.table import Table
 from rich.text import Text
 
-from bissl_zoo.progress.console import printable
-from bissl_zoo.progress.display import ConsoleHandler
-from bissl_zoo.progress.live_frame import frame
-from bissl_zoo.progress.run_view import RunView
-from bissl_zoo.runs.disk import DISK_ERRORS
+from bissl_zoo.errors import printable
+from bissl_zoo.progress.console import clock, short
+from bissl_zoo.progress.display import ConsoleHandler, RunStatus, StageView
+from bissl_zoo.runs.disk import format_size
 
-#: seconds between two drawings, in each of which Python does nothing else for one or two milliseconds
-PERIOD = 0.5
-#: seconds without a display after a signal, in which the other processes of this terminal answer it as well
-ASIDE = 0.3
-#: columns left free at the end of a line, where a terminal echoes what is typed, as ^C
-ECHO = 2
+#: drawings per second; each takes one or two milliseconds
+RATE = 2.0
+LEVEL_METRICS = ("total_loss", "lr", "grad_norm")
+SOLVER_METRICS = ("residual", "products", "status", "damping")
 
 
-class LiveScreen(ConsoleHandler):
-    """Lines, and below them the run as it stands, from the first stage on until `end`.
+class LiveDisplay(ConsoleHandler):
+    """Print log records above a display of the run, from the first stage on until `end`.
 
-    What others print to standard output and standard error meanwhile is put above the display. Where it cannot be drawn
-    any more, the lines go on without it: no display is worth a run.
+    What others print to standard output and standard error is printed above the display too.
     """
 
     def __init__(self, every_step: bool = False, console: Console | None = None) -> None:
         super().__init__(every_step=every_step)
-        self.run = RunView()
-        self.console = console or _console()
-        self._drawing = threading.RLock()  # drawing, lines, and signals, which find the main thread anywhere
-        self._ended = threading.Event()
-        self._thread: threading.Thread | None = None
-        self._live: Live | None = None
-        self._lengths: list[int] = []  # of the lines that are drawn, and the width that they were drawn at
-        self._width = 0
-        self._draw_after = 0.0
-        self._streams = contextlib.ExitStack()
+        self.status = RunStatus()
+        self.bars = _Bars(self.status, console or _console())
+        self._ended = False
+        os.register_at_fork(after_in_child=self._leave)
 
-    def write(self, line: str, record: logging.LogRecord) -> None:
+    def write(self, line: str, record: LogRecord) -> None:
         """Print a line above the display; lines of single steps only if `every_step`."""
         if not getattr(record, "progress", False) or self.every_step:
-            self.above(Text(printable(line), "bold yellow" if record.levelno >= logging.WARNING else ""))
-
-    def above(self, text: Text) -> None:
-        """Print a text that scrolls away as the terminal's lines do."""
-        with self._drawing, self.console:
-            if self._live:
-                self._unwrap()
-            self.console.print(text, soft_wrap=True)
+            style = "bold yellow" if record.levelno >= 30 else ""
+            self.bars.console.print(Text(printable(line), style), soft_wrap=True)
 
     def show(self, **fields: Any) -> None:
-        """Keep what has changed; the first stage opens the display."""
-        with self._drawing:
-            self.run.stage()
-            for name, value in fields.items():
-                setattr(self.run, name, value)
-        if self._thread is None and self.run.source:
-            self._begin()
+        """Update the status; the first stage opens the display."""
+        for name, value in fields.items():
+            setattr(self.status, name, value)
+        if self.status.source and not self._ended and not self.bars.live.is_started:
+            with contextlib.suppress(OSError):  # the terminal is gone
+                self._start()
 
     @contextlib.contextmanager
     def aside(self) -> Iterator[None]:
-        """Take the display away, and draw it again a moment later."""
-        with self._drawing:
-            if self._live:
-                self._live.transient = True
-                self._close()
-                self._draw_after = time.monotonic() + ASIDE
-            yield
+        """Remove the display, and draw it again a moment later."""
+        started = self.bars.live.is_started
+        if started:
+            self.bars.live.transient = True
+            self.bars.stop()
+        yield
+        if started:
+            self._start()
 
     def end(self) -> None:
-        """Draw for the last time, and give the terminal back."""
-        if self._thread is None or self._ended.is_set():
+        """Draw for the last time; later lines follow below."""
+        self.status.doing = ""
+        with contextlib.suppress(OSError):  # the terminal is gone
+            self.bars.stop()
+        self.status.source, self._ended = None, True
+
+    def _start(self) -> None:
+        live = self.bars.live
+        live.transient, live.vertical_overflow, live._live_render = False, "ellipsis", _Frame(self.bars.console)
+        live.start()
+        self.bars.console.show_cursor(True)  # a killed process could not show it again
+
+    def _leave(self) -> None:
+        """Print directly in a forked process, such as a loader's worker: its parent may hold the display's lock."""
+        if self.bars.live.is_started:
+            sys.stdout, sys.stderr = sys.__stdout__, sys.__stderr__
+        self.write = lambda line, record: print(line, file=sys.__stderr__, flush=True)
+
+
+class _Bars(Progress):
+    """The bar of the current stage between rows of text."""
+
+    def __init__(self, status: RunStatus, console: Console) -> None:
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            TaskProgressColumn(),
+            TextColumn("{task.fields[left]}"),
+        )
+        super().__init__(*columns, console=console, refresh_per_second=RATE)
+        self.status, self.started = status, time.monotonic()
+        self.task = self.add_task("", total=1.0, left="")
+
+    def get_renderables(self) -> Iterable[RenderableType]:
+        """Yield the display; an error in it is shown in its place, and never ends the run."""
+        if not hasattr(self, "task"):
             return
-        with self._streams, self._drawing:
-            self.run.doing, self._draw_after = "", 0.0
-            self._draw()
-            self._ended.set()
-            self._close()
-            self.run.source = None  # which holds on to the stage
-        self._thread.join(timeout=1)
-
-    def _begin(self) -> None:
-        for name in ("stdout", "stderr"):
-            stream = getattr(sys, name)
-            if stream.isatty():
-                self._streams.enter_context(_redirected(name, stream, _Above(self, stream)))
-        self._thread = threading.Thread(target=self._keep_drawing, name="display", daemon=True)
-        self._thread.start()
-
-    def _keep_drawing(self) -> None:
-        while not self._ended.is_set():
-            self._draw()
-            self._ended.wait(PERIOD)
-
-    def _draw(self) -> None:
-        with self._drawing:
-            if self._ended.is_set() or time.monotonic() < self._draw_after:
-                return
-            try:
-                if self._live is None:
-                    self._open()
-                with self.console:
-                    self._unwrap()
-                    self._refresh()
-            except OSError as error:  # a terminal that is gone refuses as a disk does
-                if error.errno not in DISK_ERRORS:
-                    raise
-                self._ended.set()
-
-    def _open(self) -> None:
-        redirects = dict(redirect_stdout=False, redirect_stderr=False)
-        self._live = Live(console=self.console, auto_refresh=False, vertical_overflow="crop", **redirects)
-        self._lengths = []
-        self.console.control(Control(ControlType.CARRIAGE_RETURN, (ControlType.ERASE_IN_LINE, 2)))  # an echoed ^C
-        self._live.start()
-        self.console.show_cursor(True)  # a process that is killed could not do so any more
-
-    def _close(self) -> None:
-        live, self._live = self._live, None
-        if live:
-            live.stop()
-
-    def _unwrap(self) -> None:
-        """Go up to where the display begins in a terminal that became narrower, and has wrapped its lines."""
-        width = self.console.size.width
-        if width < self._width:
-            wrapped = sum(max(0, math.ceil(length / width) - 1) for length in self._lengths)
-            self.console.control(*[Control((ControlType.ERASE_IN_LINE, 2), (ControlType.CURSOR_UP, 1))] * wrapped)
-            self._lengths, self._width = [min(length, width) for length in self._lengths], width
-
-    def _refresh(self) -> None:
-        width, height = self.console.size
         try:
-            lines = frame(self.run, time.monotonic(), width - ECHO, not self.console.encoding.startswith("utf"))
+            yield self._group()
         except Exception as error:
-            self._ended.set()
-            self._close()
-            self.every_step = True  # the lines are all there is from now on
-            self.console.print(f"warning: the display has failed ({type(error).__name__}: {error})", style="yellow")
-            return
-        lines = lines[: max(1, height - 1)]
-        self._lengths, self._width = [line.cell_len for line in lines], width
-        self._live.update(Group(*lines), refresh=True)
+            yield Text(f"warning: the display failed ({type(error).__name__}: {error})", "yellow")
+
+    def _group(self) -> Group:
+        status, view = self.status, self.status.stage()
+        stage = [f"{status.number} of {len(status.stages)}: {status.stages[status.number - 1].name}"]
+        stage = stage if status.number else []
+        if view:
+            # steps count those that are done, alternations the current one
+            unit, count = ("alternation", view.step + bool(view.phase)) if len(view.levels) > 1 else ("step", view.step)
+            stage += [f"{unit} {count}/{view.total_steps}", view.phase]
+        left = f"stage {clock(view.left if view else None)}  run {clock(status.left(view))} left"
+        self.update(self.task, completed=view.fraction if view else 0.0, left=left)
+        rows = {"run": [status.folder, clock(time.monotonic() - self.started)], "stage": [*stage, status.doing]}
+        return Group(_table(rows), self.make_tasks_table(self.tasks), _table(_details(status, view)))
 
 
-class _Above(io.TextIOBase):
-    """A stream whose lines go above the display; in a forked process, as a loader's worker, the stream itself."""
-
-    def __init__(self, screen: LiveScreen, stream: Any) -> None:
-        self.screen, self.stream, self.pid, self.line = screen, stream, os.getpid(), ""
-
-    def write(self, text: str) -> int:
-        if os.getpid() != self.pid:
-            return self.stream.write(text)
-        *lines, self.line = (self.line + text).split("\n")
-        for line in lines:
-            self.screen.above(Text.from_ansi(line.rpartition("\r")[2]))
-        return len(text)
-
-    def flush(self) -> None:
-        self.stream.flush()
-
-    def isatty(self) -> bool:
-        return True
-
-    def fileno(self) -> int:
-        return self.stream.fileno()
-
-    @property
-    def encoding(self) -> str:
-        return self.stream.encoding
+def _details(status: RunStatus, view: StageView | None) -> dict[str, Sequence[str]]:
+    rows: dict[str, Sequence[str]] = {}
+    for level in view.levels if view else ():
+        several = len(view.levels) > 1
+        label = f"{level} level" if several else "training"
+        rows[label] = _named(view.metrics, f"{level}/" if several else "", LEVEL_METRICS)
+    if view:
+        rows["hypergradient"] = _named(view.metrics, "solver/", SOLVER_METRICS)
+        speed = [f"{view.seconds:.3g} s/step"] if view.seconds is not None else []
+        if view.speed:
+            speed += ["{images_per_second:.0f} images/s".format(**view.speed)]
+            speed += ["{waiting:.0%} waiting for data".format(**view.speed)]
+        rows["speed"] = speed
+    rows |= {"memory": [_memory(status.device)], "evaluation": [status.evaluation]}
+    if status.checkpoint:
+        place, written = status.checkpoint
+        rows["checkpoint"] = [place, f"{clock(time.monotonic() - written)} ago"]
+    return rows
 
 
-@contextlib.contextmanager
-def _redirected(name: str, stream: Any, above: _Above) -> Iterator[None]:
-    """`sys.<name>`, and the handlers of `logging` that write to it, write to `above`."""
-    handlers = [handler for handler in logging.getLogger().handlers if getattr(handler, "stream", None) is stream]
-    setattr(sys, name, above)
-    for handler in handlers:
-        handler.setStream(above)
-    try:
-        yield
-    finally:
-        for handler in handlers:
-            handler.setStream(stream)
-        setattr(sys, name, stream)
-        if above.line:
-            above.write("\n")
+def _table(rows: dict[str, Sequence[str]]) -> Table:
+    table = Table.grid(padding=(0, 2))
+    for label, items in rows.items():
+        if any(items):
+            table.add_row(Text(label.ljust(13), "dim", no_wrap=True), Text(printable("  ".join(filter(None, items)))))
+    return table
+
+
+def _named(metrics: dict[str, Any], prefix: str, names: Sequence[str]) -> list[str]:
+    return [f"{name} {short(metrics[prefix + name])}" for name in names if prefix + name in metrics]
+
+
+def _memory(device: torch.device | None) -> str:
+    if device is not None and device.type == "cuda":
+        stats = torch.cuda.memory_stats(device)
+        now, peak = (stats.get(f"allocated_bytes.all.{which}", 0) for which in ("current", "peak"))
+        return f"GPU {format_size(now)} allocated, {format_size(peak)} peak"
+    unit = 1 if sys.platform == "darwin" else 1024
+    return f"{format_size(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit)} of this process, peak"
+
+
+class _Frame(LiveRender):
+    """A rendered display that is also removed whole after the terminal became narrower and wrapped its lines."""
+
+    def __init__(self, console: Console) -> None:
+        super().__init__("")
+        self.console, self.lengths = console, [0]
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        self.lengths = [0]
+        for segment in super().__rich_console__(console, options):
+            if segment.text == "\n":
+                self.lengths.append(0)
+            else:
+                self.lengths[-1] += cell_len(segment.text)
+            yield segment
+
+    def position_cursor(self) -> Control:
+        self._count_rows()
+        return super().position_cursor()
+
+    def restore_cursor(self) -> Control:
+        self._count_rows()
+        return super().restore_cursor()
+
+    def _count_rows(self) -> None:
+        if self._shape:
+            width = self.console.width
+            self._shape = (width, sum(max(1, math.ceil(length / width)) for length in self.lengths))
 
 
 def _console() -> Console:
-    """On standard output, but not through `sys.stdout`, whose lock a forked process would find taken."""
+    """Return a console on standard output that does not share the lock of `sys.stdout` with forked processes."""
     stream = sys.stdout
     file = open(stream.fileno(), "w", encoding=stream.encoding, errors="replace", closefd=False)
     return Console(file=file, force_terminal=True, highlight=False, markup=False, emoji=False)

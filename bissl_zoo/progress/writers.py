@@ -1,24 +1,323 @@
-"""The writers of a run's figures, as `train.writers` names them."""
+"""Writers of metrics: `metrics.jsonl`, TensorBoard, and Weights & Biases. A failure is a warning; the run goes on."""
 
 import contextlib
-from collections.abc import Iterator, Sequence
+import json
+import logging
+import math
+import os
+import secrets
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-
-from omegaconf import DictConfig, OmegaConf
+from typing import Any
 
 from bissl_zoo.distributed import is_main_process
 from bissl_zoo.errors import ConfigError, did_you_mean
-from bissl_zoo.progress.file_writers import METRICS_FILE, JsonWriter, TensorBoardWriter, Writer
-from bissl_zoo.progress.wandb_writer import WandbWriter
+from bissl_zoo.runs.directory import METRICS_FILE
+from bissl_zoo.runs.disk import reason_of, write_error
+
+logger = logging.getLogger(__name__)
 
 NAMES = ("json", "tensorboard", "wandb")
+#: entries of a file that are kept in memory while the disk refuses writes; the oldest are lost first
+BUFFER_LIMIT = 10_000
+#: project of Weights & Biases if WANDB_PROJECT is not set, and seconds to wait for uploads at the end of the run
+PROJECT, UPLOAD_TIMEOUT = "bissl_zoo", 60.0
+
+
+@dataclass(frozen=True)
+class Record:
+    """Metrics after a step of a stage; records of finer grain than a step have their own number in `metrics[key]`."""
+
+    stage: str
+    step: int
+    metrics: dict[str, Any]
+    key: str = ""
+
+    @property
+    def number(self) -> int:
+        """The step, or the record's own number."""
+        return self.metrics[self.key] if self.key else self.step
+
+    def numbers(self) -> dict[str, float]:
+        """Return the metrics that can be plotted."""
+        return {k: v for k, v in self.metrics.items() if isinstance(v, (int, float)) and k != self.key}
+
+
+class Writer:
+    """A destination of metrics."""
+
+    def begin(self, stage: str, step: int) -> None:
+        """Start a stage, or resume it after `step`."""
+
+    def write(self, records: Sequence[Record], step: int) -> None:
+        """Write the records of a step, often none, and pending ones."""
+
+    def end(self) -> None:
+        """Flush pending records at the end of the stage."""
+
+    def close(self, failed: bool) -> None:
+        """Close the writer at the end of the run."""
+
+
+class AppendedFile:
+    """A file to which entries are appended, each as a whole or not at all; if the disk refuses, they are kept pending.
+
+    Attributes:
+        pending: entries that are not in the file yet.
+        lost: number of entries that exceeded the buffer.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = Path(path)
+        self.pending: deque[bytes] = deque(maxlen=BUFFER_LIMIT)
+        self.lost = 0
+        self._complete: int | None = None  # size of the file without the partial entry of a failed write
+
+    def append(self, entries: Iterable[bytes] = ()) -> None:
+        """Write pending entries and `entries`, and flush them to disk.
+
+        Raises:
+            OSError: they are pending; a partial entry is removed now or before the next write.
+        """
+        for entry in entries:
+            self.lost += len(self.pending) == BUFFER_LIMIT
+            self.pending.append(entry)
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self._truncate()
+        size = self._size()
+        try:
+            with open(self.path, "ab") as file:
+                file.write(b"".join(self.pending))
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError:
+            self._complete = size
+            with contextlib.suppress(OSError):  # or before the next write
+                self._truncate()
+            raise
+        self.pending.clear()
+
+    def _truncate(self) -> None:
+        if self._complete is not None and self._size() > self._complete:
+            os.truncate(self.path, self._complete)
+        self._complete = None
+
+    def _size(self) -> int:
+        return self.path.stat().st_size if self.path.exists() else 0
+
+
+class JsonWriter(Writer):
+    """Append one line to `metrics.jsonl` for each record; a resumed run drops the lines of steps that it repeats.
+
+    Args:
+        period: steps between warnings that the file cannot be written.
+    """
+
+    def __init__(self, folder: Path, period: int) -> None:
+        self.path, self.period = Path(folder) / METRICS_FILE, period
+
+    def begin(self, stage: str, step: int) -> None:
+        """Drop the lines of later steps.
+
+        Raises:
+            CheckpointError: the file cannot be truncated.
+        """
+        drop_lines_after(self.path, stage, step)
+        self.file, self.warned = AppendedFile(self.path), -math.inf
+
+    def write(self, records: Sequence[Record], step: int) -> None:
+        """Append a line for each record."""
+        lines = []
+        for record in records:
+            head = {"stage": record.stage, "step": record.step, "time": time.time()}
+            lines.append((json.dumps({**head, **_jsonable(record.metrics)}) + "\n").encode())
+        if not lines and not self.file.pending:
+            return
+        try:
+            self.file.append(lines)
+        except OSError as error:
+            if step - self.warned >= self.period:
+                self.warned = step
+                logger.warning(
+                    f"{self.path} could not be written: {self._reason(error)}. The run goes on; "
+                    f"{len(self.file.pending)} lines are kept in memory for the next write."
+                )
+
+    def end(self) -> None:
+        """Write pending lines, and warn about those that are lost."""
+        reason = f"more than {BUFFER_LIMIT} were pending"
+        try:
+            if self.file.pending:
+                self.file.append()
+        except OSError as error:
+            self.file.lost += len(self.file.pending)
+            reason = self._reason(error)
+        if self.file.lost:
+            logger.warning(f"{self.file.lost} lines of {self.path} are lost: {reason}.")
+
+    def _reason(self, error: OSError) -> str:
+        return reason_of(error, self.path, sum(map(len, self.file.pending)))
+
+
+def drop_lines_after(path: Path, stage: str, step: int) -> None:
+    """Truncate `metrics.jsonl` after `step` of `stage`; a resumed run repeats the following steps.
+
+    Raises:
+        CheckpointError: the file cannot be truncated.
+    """
+    if not path.exists():
+        return
+    try:
+        content = path.read_bytes()
+        length = _length_up_to(content, stage, step)
+        if length < len(content):
+            with open(path, "r+b") as file:  # truncating needs no free space
+                file.truncate(length)
+                os.fsync(file.fileno())
+    except OSError as error:
+        raise write_error(
+            f"{path} could not be truncated", error, path, 0, "Fix this, then continue with --resume."
+        ) from error
+
+
+def _length_up_to(content: bytes, stage: str, step: int) -> int:
+    length, reached = 0, False
+    for line in content.splitlines(keepends=True):
+        try:
+            record = json.loads(line)
+            here, beyond = record["stage"], record["step"] > step
+        except (ValueError, KeyError, TypeError, RecursionError):  # incomplete, or not a record
+            break
+        reached = reached or here == stage
+        if reached and (here != stage or beyond) or not line.endswith(b"\n"):
+            break
+        length += len(line)
+    return length
+
+
+def _jsonable(metrics: dict[str, Any]) -> dict[str, Any]:
+    # JSON has no infinity and no NaN
+    return {k: v if not isinstance(v, float) or math.isfinite(v) else str(v) for k, v in metrics.items()}
+
+
+class TensorBoardWriter(Writer):
+    """Write scalars for TensorBoard to the folder `tensorboard`, one file per stage and process."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = Path(folder) / "tensorboard"
+
+    def begin(self, stage: str, step: int) -> None:
+        """Open a file."""
+        from torch.utils.tensorboard import SummaryWriter
+
+        self.writer: SummaryWriter | None = None
+        with self._warning():
+            self.writer = SummaryWriter(str(self.folder), flush_secs=10)
+
+    def write(self, records: Sequence[Record], step: int) -> None:
+        """Write every number under its name, at the record's number."""
+        with self._warning():
+            for record in records if self.writer else ():
+                name = f"{record.stage}/{record.key}" if record.key else record.stage
+                for metric, value in record.numbers().items():
+                    self.writer.add_scalar(f"{name}/{metric}", value, record.number)
+
+    def end(self) -> None:
+        """Flush and close the file."""
+        if self.writer:
+            with self._warning():
+                self.writer.close()
+
+    @contextlib.contextmanager
+    def _warning(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            self.writer = None
+            logger.warning(
+                f"TensorBoard file in {self.folder} could not be written: {error.strerror}. It is incomplete; all "
+                f"metrics are in {METRICS_FILE}."
+            )
+
+
+class WandbWriter(Writer):
+    """Write the config and all metrics to a run of Weights & Biases; a resumed run continues the same one.
+
+    Its id is in the run directory. Steps that a resumed run repeats are there twice. WANDB_MODE, WANDB_PROJECT and so
+    on have their usual meaning.
+    """
+
+    def __init__(self, folder: Path, config: Mapping[str, Any]) -> None:
+        self.folder = Path(folder)
+        self.run: Any = None
+        self.defined: set[str] = set()
+        self._guarded(partial(self._open, config))
+
+    def _open(self, config: Mapping[str, Any]) -> None:
+        import wandb
+
+        id_file = self.folder / "wandb" / "run_id"
+        if not id_file.exists():
+            id_file.parent.mkdir(parents=True, exist_ok=True)
+            id_file.write_text(secrets.token_hex(4) + "\n")
+        names = {"name": self.folder.resolve().name, "project": PROJECT}
+        self.run = wandb.init(
+            id=id_file.read_text().strip(),
+            resume="allow",
+            dir=self.folder,
+            config=dict(config),
+            settings=wandb.Settings(console="off", silent=True, finish_timeout=UPLOAD_TIMEOUT),
+            **{key: value for key, value in names.items() if f"WANDB_{key.upper()}" not in os.environ},
+        )
+        logger.info(f"wandb: {Path(self.run.dir).parent if self.run.offline else self.run.url}")
+
+    def begin(self, stage: str, step: int) -> None:
+        """Plot the metrics of the stage over its steps."""
+        self._guarded(partial(self._define, stage, "step"))
+
+    def _define(self, name: str, number: str) -> None:
+        if self.run and name not in self.defined:
+            self.defined.add(name)
+            self.run.define_metric(f"{name}/{number}", hidden=True)
+            self.run.define_metric(f"{name}/*", step_metric=f"{name}/{number}")
+
+    def write(self, records: Sequence[Record], step: int) -> None:
+        """Log every number under its name, at the record's number."""
+        if self.run:
+            self._guarded(lambda: [self._log(record) for record in records if record.numbers()])
+
+    def _log(self, record: Record) -> None:
+        # not `stage/key`, which `stage/*` would match too
+        name, number = (f"{record.stage}_{record.key}", "number") if record.key else (record.stage, "step")
+        self._define(name, number)
+        metrics = {f"{name}/{key}": value for key, value in record.numbers().items()}
+        self.run.log({**metrics, f"{name}/{number}": record.number})
+
+    def close(self, failed: bool) -> None:
+        """Finish the run there, as successful or failed."""
+        if self.run:
+            self._guarded(lambda: self.run.finish(exit_code=int(failed)))
+
+    def _guarded(self, action: Callable[[], Any]) -> None:
+        try:
+            action()
+        except Exception as error:  # of any type; the training matters more than a copy of its metrics
+            self.run = None
+            logger.warning(
+                f"wandb: {type(error).__name__}: {error} The run goes on without it; all metrics are in "
+                f"{self.folder / METRICS_FILE}."
+            )
 
 
 def check_writers(names: Sequence[str], source: str) -> None:
-    """Whether the writers named are there.
+    """Check the value of `train.writers`.
 
     Raises:
-        ConfigError: one that does not exist, or whose library is missing; `json` is left out.
+        ConfigError: a writer does not exist or its library is missing, or `json` is left out.
     """
     for name in names:
         if name not in NAMES:
@@ -26,33 +325,39 @@ def check_writers(names: Sequence[str], source: str) -> None:
             raise ConfigError(f"{source}: train.writers has '{name}'.{hint} Writers: {', '.join(NAMES)}.")
     if "json" not in names:
         raise ConfigError(
-            f"{source}: train.writers is {list(names)}; json cannot be left out, since a run that is resumed or shown "
-            f"is read from {METRICS_FILE}. Add it, as in train.writers=[json{''.join(f',{name}' for name in names)}]."
+            f"{source}: train.writers is {list(names)}, but json cannot be left out: a run is resumed and shown from "
+            f"{METRICS_FILE}. Add it, as in train.writers=[json{''.join(f',{name}' for name in names)}]."
         )
     if "wandb" in names:
         try:
-            from wandb import Settings  # noqa: F401, which a folder named wandb has not
+            from wandb import Settings  # noqa: F401, which a folder named wandb does not have
         except ImportError as error:
             raise ConfigError(
-                f"{source}: train.writers has wandb, which is not installed ({error}). Install it by "
+                f"{source}: train.writers has wandb, which is not installed ({error}). Install it with "
                 'pip install "bissl_zoo[wandb]", or leave it out.'
             ) from error
 
 
 @contextlib.contextmanager
-def open_writers(cfg: DictConfig, folder: Path) -> Iterator[list[Writer]]:
-    """The writers of a run, in the main process; none of those with a network in the others."""
-    names = cfg.train.writers
-    writers: list[Writer] = [JsonWriter(folder, cfg.train.log_period)]
+def open_writers(
+    names: Sequence[str], folder: Path, period: int, config: Mapping[str, Any] | None = None
+) -> Iterator[list[Writer]]:
+    """Open the writers of a run; wandb in the main process only.
+
+    Args:
+        names: as in `train.writers`.
+        period: see `JsonWriter`.
+        config: of the run, for wandb.
+    """
+    writers: list[Writer] = [JsonWriter(folder, period)]
     if "tensorboard" in names:
         writers.append(TensorBoardWriter(folder))
-    if "wandb" not in names or not is_main_process():
-        yield writers
-        return
-    writer = WandbWriter(folder, OmegaConf.to_container(cfg, resolve=True))
+    if "wandb" in names and is_main_process():
+        writers.append(WandbWriter(folder, config or {}))
     failed = True
     try:
-        yield [*writers, writer]
+        yield writers
         failed = False
     finally:
-        writer.close(failed)
+        for writer in writers:
+            writer.close(failed)

@@ -14,14 +14,12 @@ from bissl_zoo.engine.evaluate import DETAILS_FILE, Details, read_details
 from bissl_zoo.engine.hooks import SKIPPED
 from bissl_zoo.engine.stages import alternates
 from bissl_zoo.errors import BisslZooError, CheckpointError
-from bissl_zoo.progress.file_writers import METRICS_FILE
-from bissl_zoo.progress.run_log import LOG_FILE
 from bissl_zoo.report.charts import detail_blocks, draw_curves, draw_losses, draw_timing, in_time
 from bissl_zoo.report.config import differences, parts_of, read_text
 from bissl_zoo.report.history import MAX_CURVES, Axis, History, Series, make_axis, read_history, time_of
 from bissl_zoo.report.page import Block, Chart, Fold, Note, Section, Sections, Table, Text, embed, reason_of
 from bissl_zoo.report.run_images import RunImages
-from bissl_zoo.runs.directory import load_run_config, read_metadata
+from bissl_zoo.runs.directory import LOG_FILE, METRICS_FILE, load_run_config, read_metadata
 from bissl_zoo.runs.listing import FINISHED, RunState, look_at
 
 FILES_ONLY = "Left out, since only the files of the run are read (--files-only)."

@@ -26,7 +26,7 @@ if TYPE_CHECKING:  # torch is imported in the functions that need it, so that ru
 logger = logging.getLogger(__name__)
 
 CONFIG_FILE, METADATA_FILE, METRICS_FILE = "config.yaml", "metadata.json", "metrics.jsonl"
-RESULTS_FILE, RECEIPT_FILE = "results.json", "zoo_entry.json"
+RESULTS_FILE, RECEIPT_FILE, LOG_FILE = "results.json", "zoo_entry.json", "log.txt"
 #: name of METADATA_FILE in runs of bissl_zoo 0.1
 OLD_METADATA_FILE = "facts.json"
 _JSON_LIMIT = 16 << 20

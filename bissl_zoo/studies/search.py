@@ -21,8 +21,8 @@ from bissl_zoo.engine.evaluate import metric_names
 from bissl_zoo.engine.init import load_init
 from bissl_zoo.errors import BisslZooError, ConfigError, DatasetError, did_you_mean
 from bissl_zoo.files import replacing, write_atomically
-from bissl_zoo.progress.file_writers import METRICS_FILE
 from bissl_zoo.registry import STAGES
+from bissl_zoo.runs.directory import METRICS_FILE
 from bissl_zoo.runs.listing import is_run
 from bissl_zoo.studies.jobs import (
     FINISHED,

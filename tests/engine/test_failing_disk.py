@@ -17,8 +17,8 @@ from bissl_zoo.engine import hooks
 from bissl_zoo.engine.hooks import MetricsWriter, PeriodicCheckpoint
 from bissl_zoo.engine.trainer import Hook, Trainer
 from bissl_zoo.errors import CheckpointError
-from bissl_zoo.progress import log_files
-from bissl_zoo.progress.log_files import AppendedFile
+from bissl_zoo.progress import writers
+from bissl_zoo.progress.writers import AppendedFile
 from bissl_zoo.runs import disk
 from bissl_zoo.runs.checkpoint import Checkpointer, load_checkpoint
 from bissl_zoo.runs.directory import add_wall_time
@@ -282,7 +282,7 @@ def test_a_part_of_an_entry_that_could_not_be_cut_off_at_once_is_cut_off_before_
 
 
 def test_what_waits_is_bounded_and_the_oldest_go_first(tmp_path, failing_fsync, monkeypatch):
-    monkeypatch.setattr(log_files, "MOST_WAITING", 3)
+    monkeypatch.setattr(writers, "BUFFER_LIMIT", 3)
     recover = failing_fsync("log", errno.EIO)
     file = AppendedFile(tmp_path / "log")
     for number in range(5):
@@ -298,7 +298,7 @@ def test_a_stage_begins_on_a_full_disk_though_lines_are_to_be_dropped(small_disk
     lines = [json.dumps({"stage": "stage", "step": step}) + "\n" for step in range(1, 400)]
     path.write_text("".join(lines))
     Filler(small_disk).fill()
-    log_files.drop_lines_after(path, "stage", 200)
+    writers.drop_lines_after(path, "stage", 200)
     assert path.read_text() == "".join(lines[:200])
 
 

@@ -11,7 +11,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from bissl_zoo.engine.hooks import MetricsWriter, PeriodicCheckpoint, PeriodicEvaluation, Progress
 from bissl_zoo.engine.trainer import Hook, Trainer, load_state
 from bissl_zoo.errors import CheckpointError
-from bissl_zoo.progress import log_files
+from bissl_zoo.progress import writers
 from bissl_zoo.progress.display import ConsoleHandler, console
 from bissl_zoo.runs.checkpoint import Checkpointer
 
@@ -98,8 +98,8 @@ def test_a_stage_can_be_viewed_in_the_middle_of_a_step():
     trainer.train([progress])
     seen.append(progress.view())
     assert [(view.step, view.total_steps, view.fraction) for view in seen] == [(n, 4, n / 4) for n in range(5)]
-    assert seen[0].seconds is None and seen[0].left is None and seen[0].figures == {}
-    assert seen[2].figures["total_loss"] == 0.5 and 0 <= seen[2].left <= 2 * seen[2].seconds
+    assert seen[0].seconds is None and seen[0].left is None and seen[0].metrics == {}
+    assert seen[2].metrics["total_loss"] == 0.5 and 0 <= seen[2].left <= 2 * seen[2].seconds
     assert seen[4].left == 0.0
 
 
@@ -141,7 +141,7 @@ def test_lines_of_steps_that_are_taken_again_are_dropped_and_so_is_a_part_of_a_l
         (lines[0] + "[1]\n" + lines[1], "a", 2, lines[:1]),
     ):
         path.write_text(content)
-        log_files.drop_lines_after(path, stage, step)
+        writers.drop_lines_after(path, stage, step)
         assert path.read_text() == "".join(kept)
 
 
@@ -163,8 +163,9 @@ def test_the_last_record_of_a_stage_has_its_seconds_by_activity(tmp_path):
     hooks = [PeriodicEvaluation(lambda trainer: {"AP50": 0.25}, 1), MetricsWriter(tmp_path, 1), checkpoints]
     trainer = Counter("stage", 2)
     trainer.train(hooks, stop=lambda: trainer.step == 1)
-    trainer.stopping = False
-    trainer.train(hooks)
+    resumed = Counter("stage", 2)
+    resumed.step = 1
+    resumed.train(hooks)
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     events = [line for line in lines if "event" in line]
     assert [(line["event"], line["stage"], line["step"]) for line in events] == [
@@ -192,7 +193,7 @@ class Fine(Counter):
 
 def test_finer_records_are_written_at_every_step_whatever_the_period(tmp_path, monkeypatch):
     opened = []
-    monkeypatch.setattr(log_files, "open", lambda *args: opened.append(args[0].name) or open(*args), raising=False)
+    monkeypatch.setattr(writers, "open", lambda *args: opened.append(args[0].name) or open(*args), raising=False)
     Fine("stage", 3).train([MetricsWriter(tmp_path, period=3)])
 
     def refuse(constant):

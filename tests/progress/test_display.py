@@ -1,4 +1,4 @@
-"""What a person sees of a run: the display, the plain lines where there is none, and the log of both."""
+"""Console output: log handlers, the log file, and the live display."""
 
 import errno
 import io
@@ -6,6 +6,7 @@ import logging
 import os
 import re
 import sys
+import time
 from types import SimpleNamespace
 
 import pytest
@@ -14,15 +15,24 @@ from rich.console import Console
 from terminal import ESCAPES
 
 from bissl_zoo.errors import ConfigError, Interrupted
-from bissl_zoo.progress import display
-from bissl_zoo.progress import live as live_screen
-from bissl_zoo.progress.display import FILE_ONLY, ConsoleHandler, choose_display, console, doing, logged, show
-from bissl_zoo.progress.live import LiveScreen
-from bissl_zoo.progress.live_frame import frame
-from bissl_zoo.progress.run_view import PlannedStage, RunView, StageView, place_within
+from bissl_zoo.progress import display, live
+from bissl_zoo.progress.display import (
+    FILE_ONLY,
+    ConsoleHandler,
+    PlannedStage,
+    RunStatus,
+    StageView,
+    choose_display,
+    console,
+    doing,
+    logged,
+    place_within,
+    show,
+)
+from bissl_zoo.progress.live import LiveDisplay
 
 logger = logging.getLogger("bissl_zoo.tests")
-FIGURES = {
+METRICS = {
     "lower/total_loss": 2.125,
     "lower/lr": 0.05,
     "lower/grad_norm": 5.75,
@@ -39,7 +49,7 @@ STAGE = StageView(
     phase="lower step 3/20",
     fraction=0.0741,
     levels=("lower", "upper"),
-    figures=FIGURES,
+    metrics=METRICS,
     speed={"images_per_second": 512.4, "waiting": 0.031},
     seconds=4.0,
     left=1852.0,
@@ -47,56 +57,72 @@ STAGE = StageView(
 PLAN = [PlannedStage("pretrain", "p", 10), PlannedStage("bissl", "b", 500)]
 
 
-def run_view(**changed):
-    values = dict(folder="/data/runs/a", device=torch.device("cpu"), stages=PLAN, number=2, source=lambda: STAGE)
-    return RunView(**{**values, **changed}, began=0.0)
+@pytest.fixture
+def opened():
+    """A live display of a run, and the file that it draws to: `opened(width=60)`."""
+
+    def build(width=120, **options):
+        file = io.StringIO()
+        terminal = Console(file=file, force_terminal=True, width=width, height=40, color_system="standard")
+        handler = LiveDisplay(console=terminal, **options)
+        handler.show(folder="/data/runs/a", device=torch.device("cpu"), stages=PLAN, number=2)
+        return handler, file
+
+    return build
+
+
+def plain(text):
+    return ESCAPES.sub("", text).replace("\r", "")
 
 
 @pytest.mark.parametrize("width", [60, 120])
-def test_the_display_holds_the_figures_and_keeps_to_its_width(width):
-    run = run_view(evaluation="[bissl 30/500] probe  kNN top-1 0.512", checkpoint=("bissl step 30", 3000.0))
-    lines = frame(run, now=3725.0, width=width)
-    assert all(line.cell_len <= width for line in lines)
-    told = " ".join(" ".join(line.plain for line in lines).split())
+def test_the_display_shows_the_latest_metrics_within_its_width(opened, width):
+    handler, file = opened(width)
+    with console(handler):
+        show(evaluation="[bissl 30/500] probe  kNN top-1 0.512", checkpoint=("bissl step 30", time.monotonic() - 725))
+        show(source=lambda: STAGE)
+    lines = plain(file.getvalue()).splitlines()
+    assert max(map(len, lines)) <= width
+    text = " ".join(" ".join(lines).split())
     for part in (
-        *("/data/runs/a", "1:02:05", "2 of 2: bissl", "alternation 38/500 lower step 3/20", "7%"),
+        *(
+            "run /data/runs/a 0:00:0",
+            "2 of 2: bissl alternation 38/500 lower step 3/20",
+            "7% stage 0:30:52 run 0:30:52",
+        ),
         *("lower level total_loss 2.125 lr 0.05 grad_norm 5.75", "upper level total_loss 0.875 lr 0.002"),
         *("hypergradient residual 0.0125 products 10 status converged", "4 s/step 512 images/s 3% waiting for data"),
-        *("of this process", "stage 0:30:52 run 0:30:52", "evaluation [bissl 30/500] probe kNN top-1 0.512"),
-        "checkpoint bissl step 30 0:12:05 ago",
+        *("of this process", "evaluation [bissl 30/500] probe kNN top-1 0.512", "checkpoint bissl step 30 0:12:05 ago"),
     ):
-        assert part in told, part
+        assert part in text, part
 
 
 def test_the_memory_of_a_gpu_is_that_of_its_allocator(monkeypatch):
     stats = {"allocated_bytes.all.current": 3 << 30, "allocated_bytes.all.peak": 14 << 30}
     monkeypatch.setattr(torch.cuda, "memory_stats", {torch.device("cuda", 1): stats}.get)
-    lines = frame(run_view(device=torch.device("cuda", 1)), 5.0, 80)
-    assert "memory         GPU 3.0 GiB allocated, 14 GiB peak" in [line.plain for line in lines]
+    assert live._memory(torch.device("cuda", 1)) == "GPU 3.0 GiB allocated, 14 GiB peak"
 
 
-def test_a_folder_that_is_too_long_shows_its_end_and_a_terminal_without_utf_8_gets_ascii():
-    head, *_ = lines = frame(run_view(folder="/far/away/" * 10 + "runs/a"), 5.0, 60, ascii_only=True)
-    assert head.cell_len <= 60 and "runs/a -" in head.plain and "0:00:05" in head.plain
-    assert all(line.plain.isascii() for line in lines)
+def test_lines_that_a_narrower_terminal_has_wrapped_are_removed_too(opened):
+    handler, file = opened(100)
+    with console(handler):
+        show(source=lambda: STAGE)
+        handler.bars.live.refresh()
+        height = handler.bars.live._live_render.last_render_height
+        file.truncate(0)
+        handler.bars.console.width = 20
+        handler.bars.live.refresh()
+        wrapped = file.getvalue().count("\x1b[1A")
+    assert wrapped > height
 
 
-def test_a_stage_that_has_not_begun_says_so_by_its_name_alone():
-    told = "\n".join(line.plain for line in frame(run_view(source=None), 5.0, 80))
-    assert "2 of 2: bissl" in told and "stage ?  run ?" in told and "total_loss" not in told
-
-
-def test_the_rest_of_the_run_is_known_once_a_stage_like_each_to_come_was_seen():
-    stages = [
-        PlannedStage("finetune_pretrained", "f", 100),
-        PlannedStage("bissl", "b", 5),
-        PlannedStage("finetune", "f", 50),
-    ]
+def test_the_time_left_of_the_run_is_known_after_a_stage_of_each_later_kind():
+    stages = [PlannedStage("baseline", "f", 100), PlannedStage("bissl", "b", 5), PlannedStage("finetune", "f", 50)]
     now = {"seconds": 2.0, "left": 60.0}
-    run = run_view(stages=stages, number=1, source=lambda: StageView("s", 1, 9, "", 0, (), {}, {}, **now))
-    assert run.left(run.stage()) is None
-    run.number, now["seconds"], now["left"] = 2, 10.0, 30.0
-    assert run.left(run.stage()) == 30.0 + 50 * 2.0
+    status = RunStatus(stages=stages, number=1, source=lambda: StageView("s", 1, 9, "", 0, (), {}, {}, **now))
+    assert status.left(status.stage()) is None
+    status.number, now["seconds"], now["left"] = 2, 10.0, 30.0
+    assert status.left(status.stage()) == 30.0 + 50 * 2.0
 
 
 def test_the_place_within_an_alternation_follows_the_counters_of_the_levels():
@@ -110,60 +136,49 @@ def test_the_place_within_an_alternation_follows_the_counters_of_the_levels():
     assert place_within(SimpleNamespace(done=False, stopping=False, levels=lambda: {"level": None})) == ("", 0.0)
 
 
-def screen_of(width=80, **options):
-    file = io.StringIO()
-    console = Console(file=file, force_terminal=True, width=width, height=40, highlight=False, color_system="standard")
-    screen = LiveScreen(console=console, **options)
-    screen.run = run_view()
-    return screen, file
-
-
-def test_log_lines_scroll_above_the_display_and_lines_of_single_steps_are_left_out():
-    screen, file = screen_of()
-    with console(screen):
+def test_log_lines_scroll_above_the_display_and_lines_of_single_steps_are_left_out(opened):
+    handler, file = opened()
+    with console(handler):
         show(source=lambda: STAGE, evaluation="[bissl 37/500] test  AP50 0.5")
         logger.warning("look at \x1b[2J this")
         logger.info("[bissl 37/500] total_loss 1", extra={"progress": True})
+        print("a library prints")
         logger.info("the end")
-    plain = ESCAPES.sub("", file.getvalue()).replace("\r", "")
-    above, _, last = plain.rpartition("─ /data/runs/a")
-    assert "warning: look at \\u001b[2J this\n" in above and "the end\n" in above
-    assert "evaluation     [bissl 37/500] test  AP50 0.5" in last
-    assert "total_loss 1" not in plain
+    text = plain(file.getvalue())
+    above, _, last = text.rpartition("/data/runs/a")
+    assert "warning: look at \\u001b[2J this\n" in above and "a library prints\n" in above and "the end\n" in above
+    assert "evaluation     [bissl 37/500] test  AP50 0.5" in last and "total_loss 1" not in text
     assert re.search(r"\x1b\[1;33mwarning: look", file.getvalue())  # bold and yellow
-    assert file.getvalue().rindex("\x1b[?25h") > file.getvalue().rindex("\x1b[?25l")
+    assert file.getvalue().rindex("\x1b[?25h") > file.getvalue().rindex("\x1b[?25l")  # the cursor is shown again
 
 
-def test_verbose_prints_a_line_of_every_step():
-    screen, file = screen_of(every_step=True)
-    with console(screen):
+def test_verbose_prints_a_line_of_every_step(opened):
+    handler, file = opened(every_step=True)
+    with console(handler):
         logger.info("[bissl 37/500] total_loss 1", extra={"progress": True})
     assert file.getvalue() == "[bissl 37/500] total_loss 1\n"
 
 
-def test_a_display_that_fails_is_a_warning_and_the_lines_go_on(monkeypatch):
-    screen, file = screen_of()
-    monkeypatch.setattr(live_screen, "frame", lambda *arguments: 1 / 0)
-    with console(screen):
-        show(source=lambda: STAGE)
-        screen._thread.join(timeout=10)
-        logger.info("[bissl 38/500] total_loss 1", extra={"progress": True})
-    told = ESCAPES.sub("", file.getvalue())
-    assert "warning: the display has failed (ZeroDivisionError: division by zero)" in told
-    assert told.endswith("[bissl 38/500] total_loss 1\n")
+def test_an_error_of_the_display_is_shown_in_its_place_and_the_lines_go_on(opened):
+    handler, file = opened()
+    with console(handler):
+        show(source=lambda: 1 / 0)
+        logger.info("a line")
+    text = plain(file.getvalue())
+    assert "a line\n" in text and "warning: the display failed (ZeroDivisionError: division by zero)" in text
 
 
-def test_a_terminal_that_is_gone_does_not_end_the_run():
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_terminal_that_is_gone_does_not_end_the_run(opened):
     class Gone(io.StringIO):
         def write(self, text):
             raise OSError(errno.EIO, os.strerror(errno.EIO))
 
-    screen, _ = screen_of()
-    screen.console.file = Gone()
-    with console(screen):
+    handler, _ = opened()
+    handler.bars.console.file = Gone()
+    with console(handler):
         show(source=lambda: STAGE)
         logger.info("a line")
-    assert not screen._thread.is_alive()
 
 
 def test_without_a_terminal_or_if_asked_the_output_is_plain_lines(monkeypatch):

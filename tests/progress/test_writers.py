@@ -1,4 +1,4 @@
-"""Where the figures go: what may be named, what each writer leaves, and that none of them ends a run."""
+"""The writers of metrics: their names in a config, what each writes, and that none of them ends a run."""
 
 import json
 import struct
@@ -6,7 +6,6 @@ import sys
 import time
 
 import pytest
-from omegaconf import OmegaConf
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from bissl_zoo.config import LazyConfig, load_config
@@ -14,8 +13,7 @@ from bissl_zoo.engine.checks import check_config
 from bissl_zoo.engine.hooks import MetricsWriter
 from bissl_zoo.engine.trainer import Trainer
 from bissl_zoo.errors import ConfigError
-from bissl_zoo.progress.file_writers import Record
-from bissl_zoo.progress.writers import open_writers
+from bissl_zoo.progress.writers import Record, open_writers
 from bissl_zoo.runs.directory import check_run_dir, prepare_run_dir
 
 
@@ -32,14 +30,10 @@ class Counter(Trainer):
         return {}
 
 
-def settings(*names):
-    return OmegaConf.create({"train": {"writers": list(names), "log_period": 1}, "solver": {"iterations": 3}})
-
-
 def train(folder, *names, steps=2, start=0):
     trainer = Counter("stage", steps)
     trainer.step = start
-    with open_writers(settings(*names), folder) as writers:
+    with open_writers(names, folder, 1, {"solver": {"iterations": 3}}) as writers:
         trainer.train([MetricsWriter(folder, 1, writers)])
 
 
@@ -52,12 +46,12 @@ def voc_det(writers, **options):
     [
         ("[json,tensorbord]", "train.writers has 'tensorbord'. Did you mean 'tensorboard'? Writers: json, tensorboard"),
         ("[json,wanb]", "train.writers has 'wanb'. Did you mean 'wandb'?"),
-        ("[tensorboard]", "json cannot be left out, since a run that is resumed or shown is read from metrics.jsonl"),
+        ("[tensorboard]", "json cannot be left out: a run is resumed and shown from metrics.jsonl"),
         ("[]", "Add it, as in train.writers=[json]."),
         ("json", "'train.writers' is a list"),
     ],
 )
-def test_writers_that_cannot_be_are_refused(writers, message):
+def test_invalid_writers_are_refused(writers, message):
     with pytest.raises(ConfigError) as error:
         check_config(voc_det(writers), "mine.py")
     assert message in str(error.value)
@@ -70,6 +64,7 @@ def test_a_missing_wandb_names_the_extra_before_the_run_starts(train_net, tiny, 
     assert 'pip install "bissl_zoo[wandb]"' in message and not folder.exists()
 
 
+@pytest.mark.slow  # asks git for the revision
 def test_a_resumed_run_may_have_other_writers(tmp_path):
     cfg = voc_det("[json]")
     cfg.train.output_dir = str(tmp_path / "run")
@@ -78,23 +73,33 @@ def test_a_resumed_run_may_have_other_writers(tmp_path):
     assert check_run_dir(cfg, resume=True) == tmp_path / "run"
 
 
-def test_json_alone_leaves_nothing_but_its_file(tmp_path):
+def test_json_alone_writes_one_file(tmp_path):
     train(tmp_path, "json")
     assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
-    assert [(line["step"], line.get("part"), line.get("total_loss")) for line in lines] == [
+    assert [(line["step"], line.get("part"), line.get("total_loss")) for line in lines if "event" not in line] == [
         *((1, 1, None), (1, None, 1.0)),
         *((2, 3, None), (2, None, 0.5)),
     ]
 
 
-def test_the_files_of_a_run_that_goes_on_hold_every_step_once(tmp_path):
+def test_a_resumed_run_has_every_step_once_in_its_metrics_and_scalars_in_tensorboard(tmp_path):
     train(tmp_path, "json", "tensorboard", steps=3)
     train(tmp_path, "json", "tensorboard", steps=4, start=1)
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines if "total_loss" in line] == [1, 2, 3, 4]
     board = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
     assert board.Tags()["scalars"] == ["stage/part/residual", "stage/total_loss"]
+    assert [event.step for event in board.Scalars("stage/total_loss")] == [1, 2, 3, 2, 3, 4]
+    assert [event.step for event in board.Scalars("stage/part/residual")][:3] == [1, 3, 5]
+
+
+def test_a_tensorboard_file_that_cannot_be_written_is_a_warning_and_the_metrics_go_on(tmp_path, capsys):
+    (tmp_path / "tensorboard").write_text("a file")
+    train(tmp_path, "json", "tensorboard")
+    (line,) = capsys.readouterr().out.splitlines()
+    assert line.startswith("warning: TensorBoard") and "metrics.jsonl" in line
+    assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 5
 
 
 @pytest.fixture
@@ -149,6 +154,7 @@ def history(entries):
     return [{name: value for name, value in row.items() if not name.startswith("_")} for row in rows]
 
 
+@pytest.mark.slow
 def test_wandb_has_the_config_and_every_figure_and_a_resumed_run_is_the_same_one(wandb, tmp_path, capsys):
     folder = tmp_path / "run"
     folder.mkdir()
@@ -180,11 +186,12 @@ def test_a_wandb_that_does_not_begin_is_a_warning(wandb, tmp_path, monkeypatch, 
     train(tmp_path, "json", "wandb")
     (line,) = capsys.readouterr().out.splitlines()
     assert line.startswith("warning: wandb: CommError: no network") and str(tmp_path / "metrics.jsonl") in line
-    assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 4
+    assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 5
 
 
+@pytest.mark.slow
 def test_a_wandb_that_fails_on_the_way_is_one_warning_and_the_run_goes_on(wandb, tmp_path, capsys):
-    with open_writers(settings("json", "wandb"), tmp_path) as writers:
+    with open_writers(["json", "wandb"], tmp_path, 1) as writers:
         *_, writer = writers
 
         def refuse(figures):

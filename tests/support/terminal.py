@@ -32,7 +32,7 @@ class Terminal:
             os.environ.update(TERM="xterm-256color")
             os.environ.pop("COLUMNS", None)
             sys.stdout, sys.stderr = (open(descriptor, "w", buffering=1, closefd=False) for descriptor in (1, 2))
-            logging.getLogger().handlers = [logging.StreamHandler()]
+            logging.getLogger().handlers = []
             if before:
                 before()
             status = tool.cli([*map(str, arguments)])
@@ -65,5 +65,5 @@ def shown(output):
     assert output.rindex("\x1b[?25h") > output.rindex("\x1b[?25l")
     # an erased line starts a new line
     plain = ESCAPES.sub(lambda code: "\n" if code[0] == "\x1b[2K" else "", output).replace("\r", "")
-    _, _, last = plain.rpartition("─ /")
+    last = re.split(r"\nrun +/", plain)[-1]
     return plain, last
