@@ -4,10 +4,10 @@ import copy
 import json
 import math
 
+import nonfinite_stages
 import pytest
-import sick_stages
 import torch
-from sick_stages import (
+from nonfinite_stages import (
     BATCH,
     CPU,
     Unnamed,
@@ -182,7 +182,7 @@ def test_a_gradient_norm_far_above_the_usual_is_warned_of_once(capsys, factor, a
 
 @pytest.mark.slow
 def test_what_goes_wrong_on_one_process_is_decided_alike_on_both(process, tmp_path):
-    with process(sick_stages.__file__, tmp_path) as running:
+    with process(nonfinite_stages.__file__, tmp_path) as running:
         _, err = running.communicate(timeout=120)
     assert running.returncode == 0, err
     first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2))

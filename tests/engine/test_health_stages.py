@@ -7,7 +7,7 @@ import re
 
 import pytest
 import torch
-from sick_stages import batches, drawn, fine, health, level_of, same, stage, state_of, value_at
+from nonfinite_stages import batches, drawn, fine, health, level_of, same, stage, state_of, value_at
 
 from bissl_zoo.bilevel import BiLevel
 from bissl_zoo.bilevel.level import Level

@@ -1,4 +1,4 @@
-"""Small stages in which numbers go wrong where a test wants it, in one process or in two."""
+"""Small stages with NaN or Inf at chosen places, in one process or in two."""
 
 import copy
 import json
@@ -44,7 +44,7 @@ class Numbers(Unnamed):
 
 
 def sample(number, target):
-    """A vector that is a function of the number, which comes with it."""
+    """Return the number and a vector that is a function of it."""
     return torch.tensor(number), torch.randn(6, generator=torch.Generator().manual_seed(number))
 
 
@@ -54,7 +54,7 @@ def batches(start_step=0, seed=0, dataset=None):
 
 
 class Head(nn.Module):
-    """A loss with batch norm and a queue; `wrong(numbers, output)` is added to it."""
+    """Loss with batch norm and a queue; `wrong(numbers, output)` is added to it."""
 
     def __init__(self, wrong):
         super().__init__()
@@ -65,7 +65,7 @@ class Head(nn.Module):
     def losses(self, backbone, batch):
         numbers, inputs = batch
         output = self.layers(backbone(inputs))
-        self.queue = self.queue + 1  # exchanged, not written in place
+        self.queue = self.queue + 1  # replaced, not written in place
         return {"square": (output - 1).square().mean(), "wrong": self.wrong(numbers, output)}
 
     def after_step(self, backbone):
@@ -77,7 +77,7 @@ def fine(numbers, output):
 
 
 def value_at(number, value):
-    """`value` as part of the loss of the batch that holds the sample `number`."""
+    """Return a loss term that is `value` for the batch with the sample `number`."""
     return lambda numbers, output: output.sum() * 0.0 + (value if number in numbers else 0.0)
 
 
@@ -102,7 +102,7 @@ def health(policy="stop", most=10, log_period=1, period=100):
 
 
 def state_of(trainer):
-    """Parameters, buffers and the optimizer's state."""
+    """Return parameters, buffers and the state of the optimizer."""
     return {
         name: (
             copy.deepcopy(level.backbone.state_dict()),
@@ -113,23 +113,23 @@ def state_of(trainer):
     }
 
 
-def same(one, other):
-    torch.testing.assert_close(one, other, rtol=0, atol=0)
+def same(first, second):
+    torch.testing.assert_close(first, second, rtol=0, atol=0)
     return True
 
 
 def drawn(count, seed=0):
-    """The numbers in the first batches, from the batches themselves."""
+    """Return the sample numbers of the first batches."""
     stream = batches(seed=seed)
     return [next(stream)[0].tolist() for _ in range(count)]
 
 
-#: of the second rank's half of batch 2
+#: a sample of the second rank's half of batch 2
 BAD_ON_ONE_RANK = drawn(3)[2][3]
 
 
 def outcome(policy):
-    """What one of two processes says and ends with where a sample of the other's is bad."""
+    """Return the error, or skipped steps and final weights, of one of two processes when the other has a NaN."""
     trainer = stage(value_at(BAD_ON_ONE_RANK, math.nan), steps=4)
     try:
         trainer.train(health(policy))
@@ -146,5 +146,5 @@ def run_rank(rank, folder):
     dist.destroy_process_group()
 
 
-if __name__ == "__main__":  # one process, and from it two, which pays for the imports once
+if __name__ == "__main__":  # forks two processes from one, so that modules are imported once
     mp.start_processes(run_rank, (Path(sys.argv[1]),), nprocs=2, start_method="fork")
