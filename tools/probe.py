@@ -1,13 +1,13 @@
 #!/usr/bin/env python
-"""Measure a frozen backbone: weighted kNN, and a linear classifier, on images with labels.
+"""Evaluate a frozen backbone on labelled images by weighted kNN and a linear classifier.
 
 python tools/probe.py zoo:resnet18.simclr --train-folder imagenet/train --test-folder imagenet/val --linear
 python tools/probe.py backbone.safetensors --architecture resnet50 --config-file configs/mine.py
 python tools/probe.py runs/pretrained --train-folder flowers/train --test-folder flowers/test --k 200 --json
 
-BACKBONE is an entry of the zoo, a .safetensors file under timm's names, or the directory of a run. Folders hold one
-folder of images per class; a config's data sets are those of its dataloader.train and dataloader.test. Images are
-resized so that the crop is 7/8 of the shorter side, cropped in the middle, and normalised as the backbone's own were.
+BACKBONE is a zoo entry, a .safetensors file with timm's parameter names, or a run directory. A folder holds one folder
+of images per class; a config's data sets are its dataloader.train and dataloader.test. The central crop of an image is
+7/8 of its shorter side, normalised like the backbone's training images.
 """
 
 import argparse
@@ -29,29 +29,31 @@ if TYPE_CHECKING:
     from bissl_zoo.engine.features import FrozenBackbone
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # read once, when torch is imported
-# what takes seconds to import is imported in the functions: --help and wrong options are answered at once
+# slow modules are imported inside functions, so that --help and wrong options are answered at once
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """The command line; what is neither BACKBONE nor an option is an override of the config."""
+    """Parse the command line; other words than BACKBONE and options are overrides of the config."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("backbone", metavar="BACKBONE", help="zoo:NAME, a .safetensors file, or a run directory")
-    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="of the config, as of train_net.py")
-    parser.add_argument("--architecture", metavar="NAME", help="timm's name, for a file that does not say it")
+    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="overrides of the config, as in train_net.py")
+    parser.add_argument("--architecture", metavar="NAME", help="timm name, for a file without one")
     parser.add_argument("--config-file", metavar="FILE", help="take the data sets of this config")
-    parser.add_argument("--train-folder", type=Path, metavar="DIR", help="or images to learn from, by class folder")
-    parser.add_argument("--test-folder", type=Path, metavar="DIR", help="and images to be tested on, likewise")
+    parser.add_argument("--train-folder", type=Path, metavar="DIR", help="training images in class folders")
+    parser.add_argument("--test-folder", type=Path, metavar="DIR", help="test images in class folders")
     parser.add_argument("--images", type=int, metavar="N", help="largest number of images of each set; default: all")
-    parser.add_argument("--size", type=int, metavar="S", help="side of the crop; default: the backbone's own, or 224")
+    parser.add_argument("--size", type=int, metavar="S", help="side of the crop; default: stored value or 224")
     for statistic in ("mean", "std"):
-        parser.add_argument(f"--{statistic}", type=float, nargs=3, metavar="X", help="of RGB in [0, 1], if not stated")
+        parser.add_argument(f"--{statistic}", type=float, nargs=3, metavar="X", help="of RGB in [0, 1], if not stored")
     parser.add_argument("--k", type=int, default=20, help="neighbours of the kNN classifier (20)")
-    parser.add_argument("--temperature", type=float, default=0.07, metavar="T", help="of the neighbours' votes (0.07)")
-    parser.add_argument("--linear", action="store_true", help="train a linear classifier as well")
-    parser.add_argument("--epochs", type=int, default=100, metavar="N", help="of the linear classifier (100)")
+    parser.add_argument(
+        "--temperature", type=float, default=0.07, metavar="T", help="temperature of the neighbours' votes (0.07)"
+    )
+    parser.add_argument("--linear", action="store_true", help="also train a linear classifier")
+    parser.add_argument("--epochs", type=int, default=100, metavar="N", help="epochs of the linear classifier (100)")
     parser.add_argument("--seed", type=int, default=0, help="of what is sample_indices (0)")
-    parser.add_argument("--batch-size", type=int, default=128, metavar="N", help="images at a time (128)")
-    parser.add_argument("--num-workers", type=int, default=4, metavar="N", help="processes that read images (4)")
+    parser.add_argument("--batch-size", type=int, default=128, metavar="N", help="batch size (128)")
+    parser.add_argument("--num-workers", type=int, default=4, metavar="N", help="loader processes (4)")
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of the table")
     args = parser.parse_intermixed_args(argv)
@@ -70,7 +72,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def main(args: argparse.Namespace) -> int:
-    """Load, extract, measure, print."""
+    """Load, extract, evaluate, print."""
     from bissl_zoo.engine.features import load_frozen
     from bissl_zoo.engine.launch import choose_device
     from bissl_zoo.evaluation import knn_accuracy, linear_probe
@@ -81,19 +83,19 @@ def main(args: argparse.Namespace) -> int:
     size = args.size or backbone.pixels.get("input_size", [224])[-1]
     width = backbone.width(size)
     parts = embed(backbone, sets, size, args)
-    facts = {"backbone": backbone.source, "architecture": backbone.architecture, "features": width, "size": size}
-    facts |= {"train_images": len(parts[1]), "test_images": len(parts[3]), "classes": len(sets["train"].classes)}
-    figures = knn_accuracy(*parts, args.k, args.temperature)
-    probes: dict[str, Any] = {"knn": {"k": args.k, "temperature": args.temperature, **figures}}
+    info = {"backbone": backbone.source, "architecture": backbone.architecture, "features": width, "size": size}
+    info |= {"train_images": len(parts[1]), "test_images": len(parts[3]), "classes": len(sets["train"].classes)}
+    knn = knn_accuracy(*parts, args.k, args.temperature)
+    probes: dict[str, Any] = {"knn": {"k": args.k, "temperature": args.temperature, **knn}}
     if args.linear:
-        found = linear_probe(*parts, epochs=args.epochs, seed=args.seed)
-        probes["linear"] = {"learning_rate": found.learning_rate, "epochs": args.epochs, **found.metrics}
-    print(json.dumps({**facts, **probes}) if args.json else report(facts, probes))
+        linear = linear_probe(*parts, epochs=args.epochs, seed=args.seed)
+        probes["linear"] = {"learning_rate": linear.learning_rate, "epochs": args.epochs, **linear.metrics}
+    print(json.dumps({**info, **probes}) if args.json else report(info, probes))
     return 0
 
 
 def open_sets(args: argparse.Namespace) -> "dict[str, Dataset]":
-    """The data sets `train` and `test`, in this order, of the same classes."""
+    """Return the data sets `train` and `test`, in this order, with the same classes."""
     from bissl_zoo.data import ImageFolder
     from bissl_zoo.engine.build import build_datasets
     from bissl_zoo.engine.checks import open_config
@@ -107,38 +109,38 @@ def open_sets(args: argparse.Namespace) -> "dict[str, Dataset]":
         if not isinstance(target := dataset[0][1], int):
             raise DatasetError(
                 f"The {role} set of {args.config_file} has targets of type {type(target).__name__}; probes need class "
-                "labels. Give a config of a classification, or folders of images (--train-folder, --test-folder)."
+                "labels. Give a classification config, or --train-folder and --test-folder."
             )
     return sets
 
 
 def embed(frozen: "FrozenBackbone", sets: "dict[str, Dataset]", size: int, args: argparse.Namespace) -> "list[Tensor]":
-    """Embeddings and labels of each set in turn, on the device of the network."""
+    """Return embeddings and labels of the training set, then of the test set, on the device of the network."""
     from bissl_zoo.engine.features import extract_features, sample_indices
 
-    device, found = next(frozen.model.parameters()).device, []
+    device, parts = next(frozen.model.parameters()).device, []
     for role, dataset in sets.items():
         chosen = sample_indices(len(dataset), args.images or len(dataset), args.seed)
         crops = frozen.central_crops(dataset, chosen, size, args.mean, args.std)
-        found += extract_features(frozen.model, crops, device, args.batch_size, args.num_workers, role)
-    return [part.to(device) for part in found]
+        parts += extract_features(frozen.model, crops, device, args.batch_size, args.num_workers, role)
+    return [part.to(device) for part in parts]
 
 
-def report(facts: dict[str, Any], probes: dict[str, dict[str, Any]]) -> str:
-    """What was measured on what, and a line per probe."""
+def report(info: dict[str, Any], probes: dict[str, dict[str, Any]]) -> str:
+    """Return a text with the backbone, the data, and a line per probe."""
     rows = []
     for name, probe in probes.items():
         settings = [f"{key.replace('_', ' ')} {probe[key]:g}" for key in probe if not key.startswith(("top", "mean_"))]
         rows.append([name, ", ".join(settings), *(probe.get(key) for key in ("top1", "top5", "mean_per_class"))])
     head = (
-        f"{facts['backbone']}: {facts['architecture']}, {facts['features']} features of {facts['size']} pixels\n"
-        f"{facts['train_images']} training and {facts['test_images']} test images of {facts['classes']} classes\n\n"
+        f"{info['backbone']}: {info['architecture']}, {info['features']} features of {info['size']} pixels\n"
+        f"{info['train_images']} training and {info['test_images']} test images of {info['classes']} classes\n\n"
     )
     return head + tabulate(rows, ["probe", "settings", "top-1", "top-5", "mean per class"], floatfmt=".4f")
 
 
 def cli(argv: Sequence[str] | None = None) -> int:
-    """Run the command line `argv` (`sys.argv` by default) and return the exit status."""
+    """Run the command line `argv` (default: `sys.argv`) and return the exit status."""
     args = parse_args(argv)
     from bissl_zoo.engine.launch import launch
 

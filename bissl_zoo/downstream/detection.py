@@ -157,7 +157,7 @@ class FasterRCNN(DetectionTask):
         self.resize = GeneralizedRCNNTransform(min_size, max_size, list(mean), list(std))
         sizes = self._anchor_sizes(anchor_sizes)
         anchors = AnchorGenerator(sizes, (tuple(anchor_ratios),) * len(sizes))
-        kept = dict(zip(("training", "testing"), rpn_proposals, strict=True))
+        proposals = dict(zip(("training", "testing"), rpn_proposals, strict=True))
         self.rpn = RegionProposalNetwork(
             anchors,
             _RPNHead(channels, anchors.num_anchors_per_location()[0]),
@@ -165,8 +165,8 @@ class FasterRCNN(DetectionTask):
             bg_iou_thresh=0.3,
             batch_size_per_image=rpn_batch,
             positive_fraction=0.5,
-            pre_nms_top_n=kept,
-            post_nms_top_n=kept,
+            pre_nms_top_n=proposals,
+            post_nms_top_n=proposals,
             nms_thresh=0.7,
         )
         self.roi_heads = RoIHeads(
@@ -195,14 +195,14 @@ class FasterRCNN(DetectionTask):
     def losses(self, backbone: Backbone, batch: Batch) -> dict[str, Tensor]:
         """Return the RPN's and the box head's classification and box regression losses; needs train mode."""
         images, targets = batch
-        kept = [
+        objects = [
             {"boxes": t["boxes"][~t["difficult"]], "labels": t["labels"][~t["difficult"]] + 1}  # 0 is the background
             for t in targets
         ]
-        resized, kept = self.resize(images, kept)
+        resized, objects = self.resize(images, objects)
         features = self._features(backbone, resized.tensors)
-        proposals, rpn_losses = self.rpn(resized, features, kept)
-        _, roi_losses = self.roi_heads(features, proposals, resized.image_sizes, kept)
+        proposals, rpn_losses = self.rpn(resized, features, objects)
+        _, roi_losses = self.roi_heads(features, proposals, resized.image_sizes, objects)
         return {**rpn_losses, **roi_losses}
 
     @torch.no_grad()

@@ -48,9 +48,9 @@ class Mapper:
         ]
         moved = [detection_utils.transform_instance_annotations(item, applied, size) for item in objects]
         instances = detection_utils.annotations_to_instances(moved, size)
-        instances, kept = detection_utils.filter_empty_instances(instances, return_mask=True)
+        instances, mask = detection_utils.filter_empty_instances(instances, return_mask=True)
         boxes, labels = instances.gt_boxes.tensor, instances.gt_classes
-        return {**target, "boxes": boxes, "labels": labels, "difficult": target["difficult"][kept]}
+        return {**target, "boxes": boxes, "labels": labels, "difficult": target["difficult"][mask]}
 
 
 def with_instances(image: dict[str, Any], target: dict[str, Any]) -> dict[str, Any]:
@@ -64,8 +64,8 @@ def with_instances(image: dict[str, Any], target: dict[str, Any]) -> dict[str, A
 class Detectron2Evaluator(DetectionEvaluator):
     """Compute the common metrics and those of Detectron2's COCOEvaluator as `detectron2_AP` and so on, as fractions.
 
-    COCOEvaluator treats difficult objects as crowds: ignored, but a detection overlaps a crowd by the share of its own
-    area instead of the IoU. Metrics that are NaN, such as AP of small objects without such objects, are left out.
+    COCOEvaluator treats difficult objects as crowds: ignored, but their overlap with a detection is relative to the
+    area of the detection. Metrics that are NaN, such as AP of small objects without such objects, are left out.
     """
 
     def evaluate(self) -> dict[str, float]:

@@ -51,8 +51,8 @@ def shorten(text: str, length: int) -> str:
     text = "".join(character if character.isprintable() else " " for character in text)
     if len(text) <= length:
         return text
-    kept = length - 1
-    return f"{text[: kept - kept // 2]}\u2026{text[len(text) - kept // 2 :]}"
+    room = length - 1
+    return f"{text[: room - room // 2]}\u2026{text[len(text) - room // 2 :]}"
 
 
 def draw_boxes(

@@ -15,7 +15,7 @@ from bissl_zoo.engine.stages import alternates
 from bissl_zoo.engine.stages.bissl import HEAD_WARMUP, PRETEXT_WARMUP
 from bissl_zoo.engine.stages.finetune import BASELINE
 from bissl_zoo.evaluation.ranking import MOST_RANKED
-from bissl_zoo.report.history import MAX_CURVES, Axis, History, Series, Timing
+from bissl_zoo.report.history import MAX_CURVES, Axis, History, Series, StageTime
 from bissl_zoo.report.page import TEXT, Block, Chart, Fold, Note, Table, chart_style, embed, shown
 
 #: inches; the width of a phone
@@ -124,9 +124,8 @@ def plain_label(name: str) -> str:
     return f"\u200b{shown(name)}" if name.startswith("_") else shown(name)
 
 
-def draw_timing(timing: Timing) -> Figure:
+def draw_timing(stages: Sequence[StageTime]) -> Figure:
     """Draw a bar per stage, divided into computing, evaluating, waiting for data and writing checkpoints."""
-    stages = timing.stages
     with chart_style():
         figure = Figure(figsize=(WIDTH, 0.9 + 0.36 * len(stages)), layout="constrained")
         panel = figure.subplots()
@@ -165,7 +164,7 @@ def in_time(seconds: float) -> str:
 
 def detail_blocks(details: Mapping[str, Details]) -> list[Block]:
     """Return the charts and tables of the metrics by class, for every fine-tuning."""
-    by_class = [metrics for one in details.values() for metrics in one.per_class.values()]
+    by_class = [metrics for detail in details.values() for metrics in detail.per_class.values()]
     names = dict.fromkeys(name for metrics in by_class for name in metrics)
     metric = next((name for name in ("AP50", "AP", "top1", "AP11", *names) if name in names), None)
     blocks: list[Block] = []
@@ -174,25 +173,27 @@ def detail_blocks(details: Mapping[str, Details]) -> list[Block]:
         which = f"; the {MAX_BARS // 2} best and the {MAX_BARS // 2} worst" if cut else ""
         title = f"{metric} by class"
         blocks.append(Chart(embed(draw_classes(details, metric, labels), title), f"{title}, fractions{which}."))
-    for start, one in details.items():
+    for start, detail in details.items():
         aside = f", fine-tuned from {start}"
-        if one.curves:
-            few = f" The {MAX_PRECISIONS} classes that differ most." if len(one.curves) > MAX_PRECISIONS else ""
+        if detail.curves:
+            few = f" The {MAX_PRECISIONS} classes that differ most." if len(detail.curves) > MAX_PRECISIONS else ""
             caption = f"Precision over recall{aside}: the best at each recall or above.{few}"
-            blocks.append(Chart(embed(draw_precision(one.curves), "precision over recall"), caption))
-        elif len(one.per_class) > MOST_RANKED:
+            blocks.append(Chart(embed(draw_precision(detail.curves), "precision over recall"), caption))
+        elif len(detail.per_class) > MOST_RANKED:
             blocks.append(Note(f"Precision over recall and confusion{aside} are not kept above {MOST_RANKED} classes."))
-        elif one.per_class:
+        elif detail.per_class:
             blocks.append(Note(f"Precision over recall{aside} was not recorded."))
-        if one.confusion and len(one.classes) <= _DRAWN:
+        if detail.confusion and len(detail.classes) <= _DRAWN:
             caption = f"Confusion{aside}: images by true and predicted class; shares of a row."
-            blocks.append(Chart(embed(draw_confusion(one), "confusion matrix"), caption))
-        confused = worst_confusions(one)
+            blocks.append(Chart(embed(draw_confusion(detail), "confusion matrix"), caption))
+        confused = worst_confusions(detail)
         if confused:
             blocks.append(Table(["true", "predicted", "images"], confused, f"Most frequent errors{aside}", [2]))
     if details:
         rows = [
-            [label, start, *map(m.get, names)] for start, one in details.items() for label, m in one.per_class.items()
+            [label, start, *map(m.get, names)]
+            for start, detail in details.items()
+            for label, m in detail.per_class.items()
         ]
         table = Table(["class", "fine-tuned from", *names], rows, "", range(2, 2 + len(names)))
         blocks.append(Fold("All metrics by class", [table]))
@@ -214,9 +215,9 @@ def draw_classes(details: Mapping[str, Details], metric: str, labels: Sequence[s
         height = 0.9 + 0.26 * len(labels) * max(1.0, 0.6 * len(details))
         figure = Figure(figsize=(WIDTH, height), layout="constrained")
         panel = figure.subplots()
-        for number, (start, one) in enumerate(details.items()):
+        for number, (start, detail) in enumerate(details.items()):
             rows = [place + (number - (len(details) - 1) / 2) * thick for place in range(len(labels))]
-            values = [one.per_class.get(label, {}).get(metric, 0.0) for label in labels]
+            values = [detail.per_class.get(label, {}).get(metric, 0.0) for label in labels]
             panel.barh(rows, values, height=thick, color=COLOURS[number % 6], label=plain_label(f"from {start}"))
             for row, value in zip(rows, values, strict=True):
                 _annotate(panel, f"{value:.3f}", value, row, TEXT - 2)

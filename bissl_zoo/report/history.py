@@ -20,10 +20,6 @@ MAX_POINTS = 300
 MAX_CURVES = 6
 #: seconds that no run takes
 _MAX_SECONDS = 1e12
-#: keys with the seconds of an interruption, and the prefixes of the metrics that it measures
-_MEASUREMENTS = {"time/evaluation": ("val/", "test/"), "time/probe": ("probe/",)}
-#: seconds of all checkpoints of a stage, in the record at its end
-CHECKPOINT_TIME = "seconds/checkpoint"
 
 
 @dataclass(frozen=True)
@@ -43,9 +39,9 @@ class Entry:
             return None
         return float(value)
 
-    def seconds(self, *keys: str) -> float:
-        """Return the sum of the metrics that are valid durations."""
-        values = (self.number(key) for key in keys)
+    def seconds(self, *parts: str) -> float:
+        """Return the sum of the durations of these parts of a stage; invalid ones count as 0."""
+        values = (self.number(f"seconds/{part}") for part in parts)
         return math.fsum(value for value in values if value and 0 < value < _MAX_SECONDS)
 
 
@@ -186,14 +182,9 @@ def make_axis(history: History, lower_steps: int, upper_steps: int) -> Axis:
     return Axis(tuple(spans), lower_steps, upper_steps)
 
 
-@dataclass(frozen=True)
+@dataclass
 class StageTime:
-    """Seconds of a stage: from the end of the stage before to its last record or the test evaluation after it.
-
-    Attributes:
-        evaluating, waiting, saving: parts of it, in evaluations and probes, for data, and in checkpoints.
-        speed: last measured images per second, or NaN.
-    """
+    """Seconds of a stage: all of it, and its parts; `speed`: last measured images per second, or NaN."""
 
     name: str
     seconds: float
@@ -205,99 +196,40 @@ class StageTime:
     @property
     def computing(self) -> float:
         """Return the rest."""
-        return self.seconds - self.evaluating - self.waiting - self.saving
+        return max(self.seconds - self.evaluating - self.waiting - self.saving, 0.0)
 
 
-@dataclass
-class Timing:
-    """Seconds by stage in order, then the rest of the run's wall time; `notes`: what is not known."""
-
-    stages: list[StageTime] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)
-
-
-def time_of(history: History, wall: Any, tested: Mapping[str, float]) -> Timing:
-    """Return the time of each stage.
+def time_of(history: History, wall: Any, tested: Mapping[str, float]) -> tuple[list[StageTime], list[str]]:
+    """Return the time of each stage from the records at the end of its processes, and notes on what is unknown.
 
     Args:
         wall: seconds of the whole run, anything else if unknown.
         tested: seconds of the evaluations on the test set by the start of fine-tuning; 0 if not recorded.
     """
-    timing = Timing()
-    entries = [entry for entry in history.entries if entry.upper is None and not math.isnan(entry.time)]
-    names = list(dict.fromkeys(entry.stage for entry in entries))
-    testing = {_finetuning(start, names): seconds for start, seconds in tested.items()}
-    outside = ["the start", "publishing"]
-    end: float | None = None
-    for name in names:
-        own = [entry for entry in entries if entry.stage == name]
-        begin = _first_step(own) if end is None else end
-        if begin is None:
-            begin = own[0].time - own[0].seconds(*_MEASUREMENTS)
-            timing.notes.append(f"Time before the first record of {name} (step {own[0].step}) is not counted.")
-            outside.append("time before the first record")
-        timing.stages.append(_stage_time(name, own, begin, testing.get(name, 0.0)))
-        end = begin + timing.stages[-1].seconds
-    if names and names[-1] in (BASELINE, "finetune") and not testing.get(names[-1]):
-        outside.append("the last evaluation")
-    _compare(timing, wall, outside)
-    if not any(entry.seconds(CHECKPOINT_TIME) for entry in entries):
-        timing.notes.append("The time of checkpoints was not recorded; it is part of the bars.")
-    if not all(tested.values()) or _unrecorded(entries):
-        timing.notes.append("The time of some evaluations was not recorded; it is part of the bars.")
-    elif not tested and {BASELINE, "finetune"} & set(names):
-        timing.notes.append("The time of the test evaluation is known when the run has ended.")
-    return timing
-
-
-def _finetuning(start: str, stages: Sequence[str]) -> str:
-    return BASELINE if start == "pretrained" and BASELINE in stages else "finetune"
-
-
-def _first_step(own: Sequence[Entry]) -> float | None:
-    """Return the time at which the first step of a run began, if a record has the seconds per step until then."""
-    for entry in own:
-        steps = entry.step * (entry.number("speed/seconds_per_step") or math.nan)
-        if 0 < steps < _MAX_SECONDS:
-            return min(own[0].time, entry.time - entry.seconds(*_MEASUREMENTS) - steps)
-    return None
-
-
-def _stage_time(name: str, own: Sequence[Entry], begin: float, testing: float) -> StageTime:
-    """Split the time of a stage from `begin` on; the parts never exceed the whole."""
-    waiting, before = 0.0, begin
-    for entry in own:
-        share = entry.number("speed/waiting")
-        if share is not None:  # since the last record that has it
-            waiting += min(max(share, 0.0), 1.0) * max(entry.time - before, 0.0)
-            before = entry.time
-    seconds = max(own[-1].time - begin, 0.0) + testing
-    speeds = [speed for entry in own if (speed := entry.number("speed/images_per_second")) is not None]
-    evaluating = min(math.fsum(entry.seconds(*_MEASUREMENTS) for entry in own) + testing, seconds)
-    waiting = min(waiting, seconds - evaluating)
-    saving = min(math.fsum(entry.seconds(CHECKPOINT_TIME) for entry in own), seconds - evaluating - waiting)
-    return StageTime(name, seconds, evaluating, waiting, saving, speeds[-1] if speeds else math.nan)
-
-
-def _unrecorded(entries: Sequence[Entry]) -> bool:
-    """Return whether a record has metrics of an evaluation or a probe without its seconds."""
-    return any(
-        entry.number(key) is None and any(name.startswith(prefixes) for name in entry.metrics)
-        for entry in entries
-        for key, prefixes in _MEASUREMENTS.items()
-    )
-
-
-def _compare(timing: Timing, wall: Any, outside: Sequence[str]) -> None:
-    """Compare the records with the wall time; `outside`: the parts of the difference."""
-    recorded = math.fsum(stage.seconds for stage in timing.stages)
+    stages: dict[str, StageTime] = {}
+    for entry in history.entries:
+        if "seconds/total" in entry.metrics:
+            stage = stages.setdefault(entry.stage, StageTime(entry.stage, 0.0))
+            stage.seconds += entry.seconds("total")
+            stage.evaluating += entry.seconds("evaluation", "probe")
+            stage.waiting += entry.seconds("data")
+            stage.saving += entry.seconds("checkpoint")
+    for name, stage in stages.items():
+        stage.speed = (history.series("speed/images_per_second", name).y or [math.nan])[-1]
+    for start, seconds in tested.items():
+        name = BASELINE if start == "pretrained" and BASELINE in stages else "finetune"
+        if name in stages:
+            stages[name].seconds += seconds
+            stages[name].evaluating += seconds
+    notes = []
+    times = list(stages.values())
+    recorded = math.fsum(stage.seconds for stage in times)
+    unrecorded = [stage for stage in history.stages() if stage not in stages]
+    if unrecorded:
+        notes.append(f"No times were recorded of {', '.join(unrecorded)}: not ended yet, or run by an earlier version.")
     if type(wall) not in (int, float) or not 0 < wall < _MAX_SECONDS:
-        timing.notes.append("The wall time of the run is not known, since it has not finished yet.")
-    elif recorded > wall * 1.02 + 1:
-        timing.notes.append(
-            f"The records span {recorded:.0f} s, the run measured {wall:.0f} s: it was paused, or killed and resumed. "
-            "Pauses are part of the bars."
-        )
-    else:
-        timing.stages.append(StageTime("outside of the records", max(wall - recorded, 0.0)))
-        timing.notes.append(f"Outside of the records: {', '.join(outside)}.")
+        notes.append("The wall time of the run is not known.")
+    elif times and recorded < wall:
+        times.append(StageTime("outside of the stages", wall - recorded))
+        notes.append("Outside of the stages: the start, publishing, and evaluations without a recorded time.")
+    return times, notes

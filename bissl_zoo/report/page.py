@@ -59,7 +59,7 @@ _INVALID = re.compile("[\ud800-\udfff\ufffe\uffff]")
 
 @dataclass(frozen=True)
 class Note:
-    """A sentence; `problem`: it says why something is missing."""
+    """A sentence; `problem`: it gives the reason for a missing part."""
 
     text: str
     problem: bool = False

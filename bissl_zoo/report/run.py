@@ -17,7 +17,7 @@ from bissl_zoo.errors import BisslZooError, CheckpointError
 from bissl_zoo.report.charts import detail_blocks, draw_curves, draw_losses, draw_timing, in_time
 from bissl_zoo.report.config import differences, parts_of, read_text
 from bissl_zoo.report.history import MAX_CURVES, Axis, History, Series, make_axis, read_history, time_of
-from bissl_zoo.report.page import Block, Chart, Fold, Note, Section, Sections, Table, Text, embed, reason_of
+from bissl_zoo.report.page import Block, Chart, Fold, Note, Section, Sections, Table, Text, embed
 from bissl_zoo.report.run_images import RunImages
 from bissl_zoo.runs.directory import LOG_FILE, METRICS_FILE, load_run_config, read_metadata
 from bissl_zoo.runs.listing import FINISHED, RunState, look_at
@@ -130,7 +130,7 @@ class RunReport:
             both = [after[name] - before[name] if name in before and name in after else None for name in names]
             rows.append(["bissl minus pretrained", *("\u2013" if d is None else f"{d:+.4f}" for d in both)])
         if rows:
-            caption = "Metrics on the test set, fractions; one seed says nothing about significance."
+            caption = "Metrics on the test set, fractions; a single seed does not show significance."
             numbers = range(1, 1 + len(names))
             return [*blocks, Table(["fine-tuned from", *names], rows, caption, numbers, wide=len(names) > 4)]
         if self.state.state == FINISHED:
@@ -149,7 +149,7 @@ class RunReport:
     def configuration(self) -> list[Block]:
         """Return how the config differs from its base; all of it is folded."""
         result = differences(self.cfg, read_text(self.folder / "environment.txt"))
-        rows = [[one.key, one.base, one.value] for one in result.changed]
+        rows = [[item.key, item.base, item.value] for item in result.changed]
         caption = f"Keys that differ from {result.base}."
         blocks: list[Block] = [Table(["key", "base", "this run"], rows, caption)] if rows else []
         if not rows:
@@ -163,8 +163,8 @@ class RunReport:
         skipped = ", ".join(f"{counts[stage][-1]:.0f} in {stage}" for stage in counts if counts[stage])
         text = f"Images that could not be decoded and were replaced by others: {skipped}. {LOG_FILE} names them."
         rows = [
-            [role, one.get("name"), one.get("root"), one.get("split") or one.get("splits"), one.get("samples")]
-            for role, one in read_metadata(self.folder).get("datasets", {}).items()
+            [role, item.get("name"), item.get("root"), item.get("split") or item.get("splits"), item.get("samples")]
+            for role, item in read_metadata(self.folder).get("datasets", {}).items()
         ]
         header = ["role", "data set", "root", "split", "images"]
         table = [Table(header, rows, "Data sets of the run.", [4])] if rows else []
@@ -227,33 +227,24 @@ class RunReport:
         details = read_details(self.folder)
         if details:
             return detail_blocks(details)
-        missing = f"The run kept no metrics by class ({DETAILS_FILE})"
-        if not self.images:
-            return [Note(f"{missing}. {FILES_ONLY}")]
-        try:
-            start = list(self.state.results)[-1] if self.state.results else "finetune"
-            details = {start: self.run_images.details()}
-        except CheckpointError as error:
-            return [Note(f"{missing}, and they cannot be measured. {reason_of(error)}")]
-        note = Note(f"{missing}; those of its last fine-tuning were measured for this report.")
-        return [note, *detail_blocks(details)]
+        return [Note(f"The run kept no metrics by class ({DETAILS_FILE}).")]
 
     def timing(self) -> list[Block]:
         """Return the time of each stage."""
-        timing = time_of(self.history, self.state.metadata.get("wall_time_s"), self._tested())
-        if not timing.stages:
-            return [Note("No record with a time has been written yet.")]
+        stages, notes = time_of(self.history, self.state.metadata.get("wall_time_s"), self._tested())
+        if not stages:
+            return [Note("No times have been recorded yet."), *map(Note, notes)]
         parts = {"evaluating": "evaluating", "waiting for data": "waiting", "checkpoints": "saving"}
-        known = {part: any(getattr(one, part) for one in timing.stages) for part in parts.values()}
+        known = {part: any(getattr(item, part) for item in stages) for part in parts.values()}
         rows = [
-            [one.name, in_time(one.seconds)]
-            + [in_time(getattr(one, part)) if known[part] else None for part in parts.values()]
-            + [one.speed if one.speed > 0 else None]
-            for one in timing.stages
+            [item.name, in_time(item.seconds)]
+            + [in_time(getattr(item, part)) if known[part] else None for part in parts.values()]
+            + [item.speed if item.speed > 0 else None]
+            for item in stages
         ]
         header = ["stage", "time", *parts, "images/s, last"]
-        chart = _chart(draw_timing(timing), "Time by stage.")
-        return [chart, Table(header, rows, "", range(1, 6), wide=True), *map(Note, timing.notes)]
+        chart = _chart(draw_timing(stages), "Time by stage.")
+        return [chart, Table(header, rows, "", range(1, 6), wide=True), *map(Note, notes)]
 
     def _tested(self) -> dict[str, float]:
         """Return the seconds of the evaluations on the test set by start of fine-tuning; 0 if not recorded."""

@@ -1,49 +1,33 @@
 """The parts of a report that need the data sets or the model of a run: samples, views, predictions, t-SNE."""
 
-from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-import torch
 from omegaconf import DictConfig
 
 from bissl_zoo.backbones import Backbone
 from bissl_zoo.distributed import get_world_size
-from bissl_zoo.downstream import DownstreamTask, Evaluator
+from bissl_zoo.downstream import DownstreamTask
 from bissl_zoo.engine.build import Context, build_datasets, build_downstream
 from bissl_zoo.engine.checks import check_config, open_config
-from bissl_zoo.engine.evaluate import Details, details_of, evaluate
 from bissl_zoo.engine.features import sample_indices
 from bissl_zoo.engine.init import load_init
 from bissl_zoo.engine.launch import choose_device
 from bissl_zoo.engine.resume import preserved_randomness
-from bissl_zoo.errors import CheckpointError, DatasetError
+from bissl_zoo.errors import CheckpointError
 from bissl_zoo.report.images.embeddings import draw_embeddings
-from bissl_zoo.report.images.sheets import draw_predictions, draw_samples, predict, samples_of
-from bissl_zoo.report.images.visualize import NEIGHBOURS, embeddings_figure, untrained_task, views_figure
+from bissl_zoo.report.images.sheets import draw_predictions, predict, samples_of
+from bissl_zoo.report.images.visualize import NEIGHBOURS, data_figure, embeddings_figure, views_figure
 from bissl_zoo.report.page import Block, Chart, Note, embed
 from bissl_zoo.runs.directory import CONFIG_FILE
 
 #: images that are shown of the data, of the views, and of the best and of the worst predictions
 SAMPLES, VIEWS, PREDICTIONS = 8, 3, 4
-#: images on one sheet, readable on a phone; predictions show each image twice
-SHEET = 4
 #: inches up to which a figure is readable on a phone
 _PHONE = 5.0
 NO_MODEL = "The run has no stage finetune, so there is no fine-tuned model."
 #: images on a map of features
 MAPPED = 500
-#: largest test set on which missing metrics by class are measured for a report
-_MAX_MEASURED = 2000
-
-
-@dataclass(frozen=True)
-class Model:
-    """A fine-tuned model with its test set."""
-
-    context: Context
-    backbone: Backbone
-    task: DownstreamTask
 
 
 class RunImages:
@@ -65,32 +49,23 @@ class RunImages:
         return cfg
 
     @cached_property
-    def model(self) -> Model:
-        """Return the fine-tuned model of the run."""
+    def model(self) -> tuple[Context, Backbone, DownstreamTask]:
+        """Return the test set, the backbone and the task of the fine-tuned model."""
         _require_one_process()
         if "finetune" not in self.cfg.train.stages:
             raise CheckpointError(NO_MODEL)
         weights, _ = load_init(str(self.folder), self.cfg, evaluate=True)
         context = Context(self.cfg, build_datasets(self.cfg, {"test"}), choose_device(self.cfg.train.device))
         with preserved_randomness(context.device):
-            return Model(context, *build_downstream(context, weights))
+            return context, *build_downstream(context, weights)
 
     def data(self) -> list[Block]:
         """Return sheets of random training images with their targets."""
         role = "train" if {"bissl", "finetune"} & set(self.cfg.train.stages) else "pretext"
         _require_one_process()
-        data = build_datasets(self.cfg, {role})
-        task = None if role == "pretext" else untrained_task(self.cfg, data)
-        dataset = data[role]
-        indices = sample_indices(len(dataset), SAMPLES, seed=0)
-        blocks: list[Block] = []
-        for start in range(0, len(indices), SHEET):
-            samples = samples_of(dataset, indices[start : start + SHEET])
-            figure = draw_samples(samples, task, f"dataloader.{role}", columns=2)
-            numbers = f"{start + 1} to {start + len(samples)} of {len(dataset)}"
-            caption = f"Random images of dataloader.{role} with their targets: {numbers}."
-            blocks.append(Chart(embed(figure, caption, "png"), caption))
-        return blocks
+        figure = data_figure(self.cfg, role, SAMPLES, columns=2)
+        caption = f"Random images of dataloader.{role} with their targets."
+        return [Chart(embed(figure, caption, "png"), caption)]
 
     def views(self) -> list[Block]:
         """Return the views that the pretext method trains on."""
@@ -105,7 +80,7 @@ class RunImages:
         """Return the test images with the best and the worst predictions."""
         if "finetune" not in self.cfg.train.stages:
             return [Note(NO_MODEL)]
-        context, backbone, task = self.model.context, self.model.backbone, self.model.task
+        context, backbone, task = self.model
         dataset, loader = context.data["test"], self.cfg.dataloader.test
         with preserved_randomness(context.device):
             indices = sample_indices(len(dataset), self.images, seed=0)
@@ -119,11 +94,10 @@ class RunImages:
         among = f"{len(indices)} of {len(dataset)} test images"
         blocks: list[Block] = []
         for which, group in groups.items():
-            for number, prediction in enumerate(group, start=1):
-                samples = samples_of(dataset, [prediction.index])
-                figure = draw_predictions(samples, [prediction], task, f"{which} {number}")
-                caption = f"Predictions, {which} {number}, among {among}; the model of the last fine-tuning."
-                blocks.append(Chart(embed(figure, caption, "png"), caption))
+            samples = samples_of(dataset, [prediction.index for prediction in group])
+            caption = f"Predictions, {which}, among {among}; the model of the last fine-tuning."
+            figure = draw_predictions(samples, group, task, which, pairs=1)
+            blocks.append(Chart(embed(figure, caption, "png"), caption))
         return blocks
 
     def embeddings(self) -> list[Block]:
@@ -134,28 +108,11 @@ class RunImages:
         result = embeddings_figure(self.cfg, [str(self.folder)], min(self.images, MAPPED))
         notes = [f"kNN: top-1 accuracy, k = {NEIGHBOURS}"]
         blocks: list[Block] = []
-        for one in result.embeddings:
-            figure = draw_embeddings([one], result.classes, "t-SNE of test features", notes)
-            caption = f"{one.name}: test features by t-SNE; a point is an image or the crop of an object."
+        for item in result.embeddings:
+            figure = draw_embeddings([item], result.classes, "t-SNE of test features", notes)
+            caption = f"{item.name}: test features by t-SNE; a point is an image or the crop of an object."
             blocks.append(Chart(embed(figure, caption), caption))
         return blocks
-
-    def details(self) -> Details:
-        """Measure the metrics by class of the last fine-tuning, for runs that did not keep them."""
-        model, details = self.model, []
-        count = len(model.context.data["test"])
-        if count > _MAX_MEASURED:
-            raise DatasetError(
-                f"The run kept no metrics by class, and its test set of {count} images is too large to measure them "
-                "here. Run its last stage again with this version."
-            )
-
-        def keep(evaluator: Evaluator) -> None:
-            details.append(details_of(evaluator))
-
-        with preserved_randomness(model.context.device), torch.no_grad():
-            evaluate(model.context, model.backbone, model.task, inspect=keep)
-        return details[0]
 
 
 def _require_one_process() -> None:

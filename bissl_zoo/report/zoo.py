@@ -65,10 +65,10 @@ def _row(name: str, record: Mapping[str, Any], metrics: list[str], datasets: Map
     texts = [name, *(record.get(key) or "" for key in _TEXTS), datasets.get(name, "")]
     cells = [Cell(text or "\u2013", text) for text in texts]
     for metric in metrics:
-        facts = record.get("metrics", {}).get(metric)
-        mean = facts.get("mean") if facts else None
-        cells.append(Cell("\u2013", "") if mean is None else Cell(format_metric(facts), repr(float(mean))))
-    size = sum(facts["size"] for facts in record["files"].values())
+        value = record.get("metrics", {}).get(metric)
+        mean = value.get("mean") if value else None
+        cells.append(Cell("\u2013", "") if mean is None else Cell(format_metric(value), repr(float(mean))))
+    size = sum(value["size"] for value in record["files"].values())
     cells.append(Cell(f"{size / 1e6:,.1f}", str(size)))
     created = (record.get("created") or "")[:10]
     return [*cells, Cell(created or "\u2013", created)]
@@ -94,5 +94,5 @@ def _data(entry: Entry) -> str:
         logger.warning(f"the data sets of '{entry.name}' are not shown. {printable(str(error))}")
         return ""
     sets = datasets.values() if isinstance(datasets, dict) else ()
-    named = [str(one.get("root") or one.get("name") or "") for one in sets if isinstance(one, dict)]
+    named = [str(item.get("root") or item.get("name") or "") for item in sets if isinstance(item, dict)]
     return ", ".join(filter(None, dict.fromkeys(named)))

@@ -57,84 +57,39 @@ def test_long_curves_are_means_of_their_parts():
     assert len(series.x) == 250 and (series.x[0], series.y[0]) == (1.5, 3.0)
 
 
-def timing_of(run, tested=(), wall=50.0):
-    return time_of(read_history(run / "metrics.jsonl"), wall, dict(tested))
-
-
-def test_the_time_of_a_stage_is_split_by_its_records(tmp_path):
+def test_the_time_of_a_stage_is_the_sum_over_its_processes(tmp_path):
     run = small_run(tmp_path / "run")
-    write_records(run, {"speed/waiting": 0.5}, {"speed/waiting": 0.5, "speed/images_per_second": 7.0},
-                  {"seconds": {"checkpoint": 2.0}})  # fmt: skip
-    timing = timing_of(run, {"bissl": 4.0})
-    (stage, rest) = timing.stages
-    # 20 s from the first record to the last, and 4 s of the test set after it
-    assert (stage.seconds, stage.waiting, stage.saving, stage.speed) == (24.0, 5.0, 2.0, 7.0)
-    assert (stage.evaluating, stage.computing) == (4.0, 13.0)
-    assert (rest.name, rest.seconds, rest.computing) == ("outside of the records", 26.0, 26.0)
-    assert timing.notes == [
-        "Time before the first record of finetune (step 1) is not counted.",
-        "Outside of the records: the start, publishing, time before the first record.",
-    ]
-    paused = timing_of(run, {"bissl": 4.0}, wall=5.0)
-    assert len(paused.stages) == 1 and any("paused" in note for note in paused.notes)
+    first = {"total": 10.0, "data": 1.0, "checkpoint": 2.0, "evaluation": 2.5, "probe": 0.5}
+    write_records(run, {"seconds": first}, {"speed/images_per_second": 7.0}, {"seconds": {"total": 5.0, "data": 1.0}})
+    (stage, rest), notes = time_of(read_history(run / "metrics.jsonl"), 50.0, {"bissl": 4.0})
+    assert (stage.seconds, stage.evaluating, stage.waiting, stage.saving) == (19.0, 7.0, 2.0, 2.0)
+    assert (stage.computing, stage.speed) == (8.0, 7.0)
+    assert (rest.seconds, rest.computing) == (31.0, 31.0) and len(notes) == 1
 
 
-def test_the_share_of_waiting_counts_since_the_last_record_that_has_one(tmp_path):
+def test_the_evaluation_of_the_baseline_belongs_to_its_own_stage(tmp_path):
     run = small_run(tmp_path / "run")
-    write_records(run, {"speed/waiting": 1.0}, {}, {}, {"speed/waiting": 0.5}, {})
-    assert timing_of(run).stages[0].waiting == 15.0  # half of the 30 s to the fourth
+    stages = ({"stage": name, "seconds": {"total": 1.0}} for name in ("finetune_pretrained", "finetune"))
+    write_records(run, *stages)
+    stages, _ = time_of(read_history(run / "metrics.jsonl"), None, {"pretrained": 7.0, "bissl": 8.0})
+    assert [(one.name, one.seconds) for one in stages] == [("finetune_pretrained", 8.0), ("finetune", 9.0)]
 
 
-def test_the_first_stage_begins_before_its_first_record_by_the_time_of_its_steps(tmp_path):
+def test_stages_of_earlier_versions_have_no_times(tmp_path):
     run = small_run(tmp_path / "run")
-    write_records(run, {"speed/seconds_per_step": 6.0, "test/AP50": 0.5, "time/evaluation": 2.0}, {})
-    timing = timing_of(run, {"bissl": 1.0})
-    assert (timing.stages[0].seconds, timing.stages[0].evaluating) == (6.0 + 2.0 + 10.0 + 1.0, 3.0)
-    assert "Outside of the records: the start, publishing." in timing.notes
-    # that of an evaluation may be there before a line was due
-    write_records(run, {"test/AP50": 0.5, "time/evaluation": 2.0}, {"speed/seconds_per_step": 8.0})
-    assert timing_of(run, {"bissl": 1.0}).stages[0].seconds == 2 * 8.0 + 1.0
+    write_records(run, {"speed/waiting": 0.5}, {})
+    stages, notes = time_of(read_history(run / "metrics.jsonl"), 50.0, {"bissl": 4.0})
+    assert stages == [] and "finetune" in notes[0]
+    assert "No times have been recorded" in report_of(run)
 
 
-def test_evaluations_and_probes_are_part_of_the_stage_that_they_interrupt(tmp_path):
+@pytest.mark.parametrize("value", [-5.0, 1e300, math.nan, "x", True, None, []])
+def test_impossible_times_count_as_nothing(tmp_path, value):
     run = small_run(tmp_path / "run")
-    lines = [
-        {"stage": "bissl", "step": 1, "time": 100, "speed/seconds_per_step": 10.0},
-        {"stage": "bissl", "step": 2, "time": 140, "probe/std": 0.5, "time/probe": 15.0},
-        {"stage": "finetune_pretrained", "step": 9, "time": 170, "val/AP50": 0.5, "time/evaluation": 5.0},
-        {"stage": "finetune", "step": 9, "time": 200, "val/AP50": 0.5, "time/evaluation": 6.0},
-    ]
-    (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    timing = timing_of(run, {"pretrained": 7.0, "bissl": 8.0}, wall=120.0)
-    assert [(one.name, one.seconds, one.evaluating) for one in timing.stages] == [
-        ("bissl", 50.0, 15.0), ("finetune_pretrained", 37.0, 12.0), ("finetune", 31.0, 14.0),
-        ("outside of the records", 2.0, 0.0),
-    ]  # fmt: skip
-    assert not any("evaluations" in note for note in timing.notes)
-
-
-@pytest.mark.parametrize("tested", [{"pretrained": 7.0, "bissl": 0.0}, {"bissl": 8.0}])
-def test_missing_times_of_evaluations_are_noted(tmp_path, tested):
-    run = small_run(tmp_path / "run")
-    write_records(run, {}, {"test/AP50": 0.5} if len(tested) == 1 else {}, {})
-    assert any("evaluations was not recorded" in note for note in timing_of(run, tested).notes)
-
-
-def test_the_time_of_the_test_set_is_unknown_before_the_end_of_the_run(tmp_path):
-    run = small_run(tmp_path / "run")
-    write_records(run, {}, {})
-    notes = timing_of(run, wall=None).notes
-    assert any("test evaluation" in note for note in notes) and any("checkpoints was not" in note for note in notes)
-
-
-@pytest.mark.parametrize("value", [-5.0, 1e300, math.nan, "x", True])
-def test_impossible_times_leave_parts_within_the_whole(tmp_path, value):
-    run = small_run(tmp_path / "run")
-    keys = ("time/evaluation", "time/probe", "seconds/checkpoint", "speed/waiting", "speed/seconds_per_step")
-    write_records(run, *[dict.fromkeys(keys, value)] * 3)
-    for stage in timing_of(run).stages:
-        assert min(stage.computing, stage.evaluating, stage.waiting, stage.saving) >= 0
-        assert stage.computing + stage.evaluating + stage.waiting + stage.saving == pytest.approx(stage.seconds)
+    seconds = dict.fromkeys(("total", "evaluation", "probe", "data", "checkpoint"), value)
+    write_records(run, {"seconds": seconds}, {"seconds": value}, {"seconds": {"total": 3.0}})
+    (stage,), _ = time_of(read_history(run / "metrics.jsonl"), value, {})
+    assert (stage.seconds, stage.computing) == (3.0, 3.0)
     harmless(report_of(run))
 
 

@@ -229,7 +229,7 @@ def draw_embeddings(
     Args:
         classes: names by label; notes: lines below the maps.
     """
-    present = sorted({int(label) for one in embeddings for label in one.labels})
+    present = sorted({int(label) for item in embeddings for label in item.labels})
     if len(present) > len(COLOURS) * len(MARKERS):
         notes = [*notes, f"{len(present)} classes: colours and shapes repeat."]
     columns = min(len(embeddings), _ROW)
@@ -244,8 +244,8 @@ def draw_embeddings(
     grid[-1, 0].set_xlabel(lines, loc="left", fontsize=CAPTION, color="0.3", parse_math=False)
     for axes in grid.flat[len(embeddings) :]:
         axes.set_axis_off()
-    for axes, one in zip(grid.flat, embeddings, strict=False):
-        _draw_map(axes, one)
+    for axes, item in zip(grid.flat, embeddings, strict=False):
+        _draw_map(axes, item)
     if legend_rows:
         handles = [_handle(label, classes[label]) for label in present]
         style = {"frameon": False, "fontsize": CAPTION, "columnspacing": 1.0, "handletextpad": 0.2}
@@ -255,19 +255,19 @@ def draw_embeddings(
     return figure
 
 
-def _draw_map(axes: Any, one: Embedding) -> None:
-    measured = "silhouette undefined" if math.isnan(one.silhouette) else f"silhouette {one.silhouette:.3f}"
-    knn = "undefined" if math.isnan(one.knn) else f"{one.knn:.3f}"
-    if not np.ptp(one.points):
+def _draw_map(axes: Any, item: Embedding) -> None:
+    measured = "silhouette undefined" if math.isnan(item.silhouette) else f"silhouette {item.silhouette:.3f}"
+    knn = "undefined" if math.isnan(item.knn) else f"{item.knn:.3f}"
+    if not np.ptp(item.points):
         measured = "all features are equal"
-    axes.set_title(f"{shorten(one.name, 44)}\nkNN {knn}   {measured}", fontsize=CAPTION + 1, parse_math=False)
-    looks = [_look(label) for label in one.labels.tolist()]
+    axes.set_title(f"{shorten(item.name, 44)}\nkNN {knn}   {measured}", fontsize=CAPTION + 1, parse_math=False)
+    looks = [_look(label) for label in item.labels.tolist()]
     size = min(40.0, max(12.0, 9000 / len(looks)))
     order = np.random.default_rng(0).permutation(len(looks))  # no class covers the others
     for marker in dict.fromkeys(marker for _, marker in looks):
         chosen = [place for place in order if looks[place][1] == marker]
         colours = [looks[place][0] for place in chosen]
-        axes.scatter(*one.points[chosen].T, s=size, c=colours, marker=marker, linewidths=0.3, edgecolors="white")
+        axes.scatter(*item.points[chosen].T, s=size, c=colours, marker=marker, linewidths=0.3, edgecolors="white")
     axes.set(xticks=[], yticks=[], aspect="equal", adjustable="datalim")
     axes.margins(0.05)
 
@@ -292,9 +292,9 @@ def write_csv(embeddings: Sequence[Embedding], classes: Sequence[str], names: Se
         ConfigError: the file cannot be written.
     """
     lines = [
-        [one.name, name, classes[label], f"{x:.6g}", f"{y:.6g}"]
-        for one in embeddings
-        for name, label, (x, y) in zip(names, one.labels.tolist(), one.points.tolist(), strict=True)
+        [item.name, name, classes[label], f"{x:.6g}", f"{y:.6g}"]
+        for item in embeddings
+        for name, label, (x, y) in zip(names, item.labels.tolist(), item.points.tolist(), strict=True)
     ]
     text = io.StringIO()
     csv.writer(text, lineterminator="\n").writerows([["backbone", "image", "class", "x", "y"], *lines])

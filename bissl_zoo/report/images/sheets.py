@@ -139,14 +139,16 @@ def draw_predictions(
     task: DownstreamTask,
     title: str,
     threshold: float = 0.5,
+    pairs: int = 2,
 ) -> Figure:
     """Draw each image twice: with its target on the left, with its prediction and its score on the right.
 
     Args:
         predictions: of the samples, in the same order.
         threshold: minimum score of the parts of a prediction that are drawn, such as boxes.
+        pairs: images in a row.
     """
-    pairs = min(2, len(samples))
+    pairs = min(pairs, len(samples))
     rows = math.ceil(len(samples) / pairs)
     figure, grid = _sheet(rows, [_SAMPLE] * 2 * pairs, _tallest(samples) * _SAMPLE, title, captions=2 * _CAPTIONS)
     for (left, right), sample, prediction in zip(grid.reshape(-1, 2), samples, predictions, strict=False):

@@ -50,7 +50,7 @@ def untrained_task(cfg: DictConfig, data: dict[str, Dataset]) -> DownstreamTask:
         return build_downstream(Context(cfg, data, _CPU), Weights())[1]
 
 
-def data_figure(cfg: DictConfig, role: str, images: int = 16, seed: int = 0) -> Figure:
+def data_figure(cfg: DictConfig, role: str, images: int = 16, seed: int = 0, columns: int = 4) -> Figure:
     """Draw images of `dataloader.<role>`, chosen with `seed`, with their targets; pretext images have none.
 
     Raises:
@@ -60,7 +60,7 @@ def data_figure(cfg: DictConfig, role: str, images: int = 16, seed: int = 0) -> 
     indices = sample_indices(len(data[role]), images, seed)
     title = f"{_describe(cfg, role)}: {len(indices)} of {len(data[role])} images"
     task = None if role == "pretext" else untrained_task(cfg, data)
-    return draw_samples(samples_of(data[role], indices), task, title)
+    return draw_samples(samples_of(data[role], indices), task, title, columns)
 
 
 def views_figure(cfg: DictConfig, images: int = 6, seed: int = 0) -> Figure:
