@@ -63,7 +63,7 @@ def export_backbone(
         pixels: `mean` and `std` of RGB images scaled to [0, 1], as a zoo entry's "input" has them.
         image_size: height and width of the images that "onnx" and "export" trace with; None for the architecture's own.
     Raises:
-        ZooError: the state does not fit, or the target cannot represent this network; the message says why.
+        ZooError: the state does not fit, or the target cannot represent this network; the message has the reason.
     """
     if target not in TARGETS:
         raise ZooError(f"Unknown target '{target}'.{did_you_mean(target, TARGETS)} Targets: {', '.join(TARGETS)}.")
@@ -254,13 +254,13 @@ def timm_config(
     if absent := [key for key in ("input_size", "mean", "std") if key not in pretrained_cfg]:
         raise ZooError(f"pretrained_cfg lacks {', '.join(absent)}, which users of the entry need.")
     model = _untrained(architecture, num_classes=0, **model_args)
-    own = model.pretrained_cfg
-    inherited = {key: own[key] for key in ("interpolation", "crop_pct", "crop_mode", "first_conv", "classifier")}
+    defaults = model.pretrained_cfg
+    inherited = {key: defaults[key] for key in ("interpolation", "crop_pct", "crop_mode", "first_conv", "classifier")}
     pixels = {
         key: value if isinstance(value, str | int | float) else list(value) for key, value in pretrained_cfg.items()
     }
-    fixed = own.get("fixed_input_size", False) and not model_args.get("dynamic_img_size", False)
-    built_for = model_args.get("img_size", own["input_size"][1:])
+    fixed = defaults.get("fixed_input_size", False) and not model_args.get("dynamic_img_size", False)
+    built_for = model_args.get("img_size", defaults["input_size"][1:])
     built_for = [built_for, built_for] if isinstance(built_for, int) else list(built_for)
     if fixed and built_for != pixels["input_size"][1:]:
         raise ZooError(

@@ -31,17 +31,17 @@ def detectron2_name(name: str) -> str:
     name = re.sub(r"^stem\.", "", name)
     name = re.sub(r"^res([2-5])\.", lambda stage: f"layer{int(stage[1]) - 1}.", name)
     name = re.sub(r"conv([123])\.norm\.", r"bn\1.", name)
-    return re.sub(r"\.shortcut\.(norm\.)?", lambda found: f".downsample.{1 if found[1] else 0}.", name)
+    return re.sub(r"\.shortcut\.(norm\.)?", lambda match: f".downsample.{1 if match[1] else 0}.", name)
 
 
 def caffe2_name(name: str) -> str:
     """Return timm's name of a Caffe2 (Detectron, MSRA) tensor: `res2_0_branch2a_bn_s` is `layer1.0.bn1.weight`."""
     kinds = {"w": "weight", "b": "bias"}
     norms = {"s": "weight", "gamma": "weight", "b": "bias", "beta": "bias", "rm": "running_mean", "riv": "running_var"}
-    found = re.fullmatch(r"(?:(?:res_)?(conv1)|res([2-5])_(\d+)_branch(1|2[abc]))_(bn_)?(\w+)", name)
-    if not found:
+    match = re.fullmatch(r"(?:(?:res_)?(conv1)|res([2-5])_(\d+)_branch(1|2[abc]))_(bn_)?(\w+)", name)
+    if not match:
         return name
-    stem, stage, block, branch, norm, kind = found.groups()
+    stem, stage, block, branch, norm, kind = match.groups()
     kind = norms.get(kind, kind) if norm else kinds.get(kind, kind)
     if stem:
         return f"{'bn1' if norm else 'conv1'}.{kind}"
@@ -52,7 +52,7 @@ def caffe2_name(name: str) -> str:
 
 @dataclass(frozen=True)
 class Format:
-    """Where the checkpoints of a project have the backbone. Patterns are matched after the prefixes of saving.
+    """Location of the backbone in the checkpoints of a project; patterns are matched after the prefixes of saving.
 
     Args:
         backbone: prefix of the backbone's tensors.
@@ -82,8 +82,8 @@ class Format:
 
     def head_name(self, name: str) -> str | None:
         """Return the name of a tensor of the head without prefixes of saving, otherwise None."""
-        found = re.match(f"({_WRAPPING}){self.head}", name)
-        return name[found.end(1) :] if found else None
+        match = re.match(f"({_WRAPPING}){self.head}", name)
+        return name[match.end(1) :] if match else None
 
     def is_other(self, name: str) -> bool:
         """Return True for a tensor under the backbone's prefix that belongs to another part."""
@@ -156,10 +156,10 @@ def infer_architecture(tensors: Mapping[str, Tensor], source: str | Path = "thes
     for layout in FORMATS:
         if not layout.fits(tensors):
             continue
-        found = {layout.backbone_name(name): tensor for name, tensor in tensors.items()}
-        blocks = [{key.split(".")[1] for key in found if key and key.startswith(f"layer{i}.")} for i in range(1, 5)]
-        name = _RESNETS.get(("layer1.0.conv3.weight" in found, tuple(len(stage) for stage in blocks)))
-        widths = [tuple(found[key].shape) for key in ("conv1.weight", "layer1.0.conv2.weight") if key in found]
+        renamed = {layout.backbone_name(name): tensor for name, tensor in tensors.items()}
+        blocks = [{key.split(".")[1] for key in renamed if key and key.startswith(f"layer{i}.")} for i in range(1, 5)]
+        name = _RESNETS.get(("layer1.0.conv3.weight" in renamed, tuple(len(stage) for stage in blocks)))
+        widths = [tuple(renamed[key].shape) for key in ("conv1.weight", "layer1.0.conv2.weight") if key in renamed]
         if name and widths == [(64, 3, 7, 7), (64, 64, 3, 3)]:
             return name
     raise ZooError(

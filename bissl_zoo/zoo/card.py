@@ -90,7 +90,7 @@ def markdown_table(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
 
 def escape(text: str) -> str:
     """Return text on one line with Markdown and HTML markup as entities."""
-    return " ".join(re.sub(r"[\\|`*<>&\[\]]", lambda found: f"&#{ord(found[0])};", text).split())
+    return " ".join(re.sub(r"[\\|`*<>&\[\]]", lambda match: f"&#{ord(match[0])};", text).split())
 
 
 def format_number(value: float | None) -> str:
@@ -111,8 +111,8 @@ def format_metric(metric: Mapping[str, Any] | None, seeds: bool = True) -> str:
 
 def split_metric(name: str) -> tuple[str, str]:
     """Split `"AP50 (bissl)"` into the metric and the initial weights of the model, `("AP50", "bissl")`."""
-    found = re.fullmatch(r"(.*?) \((.*)\)", name, re.DOTALL)
-    return (found[1], found[2]) if found else (name, "")
+    match = re.fullmatch(r"(.*?) \((.*)\)", name, re.DOTALL)
+    return (match[1], match[2]) if match else (name, "")
 
 
 def _section(task: str, records: Mapping[str, Mapping[str, Any]]) -> str:

@@ -1,4 +1,4 @@
-"""A web server that does to each request what a test asks for, and keeps count."""
+"""A web server whose answers a test plans, and which records all requests."""
 
 import contextlib
 import socket
@@ -12,12 +12,12 @@ BLOCK = 1 << 14
 
 @dataclass
 class Answer:
-    """How one request is answered; by default as a good server does.
+    """The answer to one request; by default that of a correct server.
 
     Attributes:
-        headers: instead of what would be sent, None for none.
+        headers: replace the usual ones; None removes one.
         body: instead of the file.
-        ranges: whether Range is understood.
+        ranges: support Range requests.
         sends: bytes of the body that are sent before `end`.
         end: "close" the connection, "reset" it, or "stall" until the client leaves.
         raw: sent instead of all this.
@@ -34,7 +34,7 @@ class Answer:
 
 @dataclass
 class Received:
-    """A request as it came, and how many bytes of a body it has got."""
+    """A request, and the number of body bytes sent."""
 
     path: str
     headers: dict[str, str]
@@ -42,7 +42,7 @@ class Received:
 
 
 class FaultyServer(ThreadingHTTPServer):
-    """`files` by path with "/"; the n-th request for a path is answered as the n-th of `plans[path]` says."""
+    """`files` by path with "/"; the n-th request for a path follows the n-th item of `plans[path]`."""
 
     daemon_threads = True
     request_queue_size = 64
@@ -79,14 +79,14 @@ class FaultyServer(ThreadingHTTPServer):
             assert self.progress.wait_for(lambda: self.sent >= count, timeout=60)
 
     def handle_error(self, request, client_address):
-        """Clients of these tests leave when they like."""
+        """Ignore clients that disconnect."""
 
 
 class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
 
     def log_message(self, format, *args):
-        """Nothing: tests look at `requests`."""
+        """Do not log: tests use `requests`."""
 
     def do_GET(self):
         server, self.close_connection = self.server, True

@@ -159,7 +159,7 @@ class HubHandler(http.server.BaseHTTPRequestHandler):
         return self.content(revision, path)
 
     def identity(self, content, prefix=""):
-        """What a client keeps files under."""
+        """Return the headers that identify a file in a client's cache."""
         etag = f'"{hashlib.sha256(content).hexdigest()}"'
         return {"X-Repo-Commit": self.server.head, f"{prefix}ETag": etag}
 

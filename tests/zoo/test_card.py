@@ -56,7 +56,7 @@ def headings(text):
     return [tokens[i + 1].content for i, token in enumerate(tokens) if token.type == "heading_open"]
 
 
-def test_the_page_of_an_empty_zoo_says_so():
+def test_the_page_of_an_empty_zoo_has_no_table():
     assert render_page(Index()).endswith("It has no entries.\n")
     assert headings(render_page(Index())) == ["Model zoo"]
 

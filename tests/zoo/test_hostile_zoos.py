@@ -92,8 +92,8 @@ def test_an_index_above_the_size_limit_is_not_read(zoo, folder):
 
 
 def test_a_size_of_ten_gigabytes_reserves_no_space(zoo, folder, tmp_path):
-    facts = {"sha256": SHA256, "size": 10 << 30}
-    edit_index(folder, lambda index: index["entries"]["tiny"]["files"].update({"model.safetensors": facts}))
+    record = {"sha256": SHA256, "size": 10 << 30}
+    edit_index(folder, lambda index: index["entries"]["tiny"]["files"].update({"model.safetensors": record}))
     with pytest.raises(ZooError):
         create_backbone("tiny", zoo=zoo)
     taken = sum(path.stat().st_blocks * 512 for path in tmp_path.rglob("*") if path.is_file())
@@ -105,8 +105,8 @@ def test_a_link_in_an_entry_that_leads_out_is_not_followed(zoo, folder, tmp_path
     secret.write_text('{"format": 1}')
     (folder / "tiny" / "entry.json").unlink()
     (folder / "tiny" / "entry.json").symlink_to(secret)
-    facts = {"sha256": sha256_of(secret), "size": secret.stat().st_size}
-    edit_index(folder, lambda index: index["entries"]["tiny"]["files"].update({"entry.json": facts}))
+    record = {"sha256": sha256_of(secret), "size": secret.stat().st_size}
+    edit_index(folder, lambda index: index["entries"]["tiny"]["files"].update({"entry.json": record}))
     with pytest.raises(ZooError, match="leads out of the zoo"):
         get_entry("tiny", zoo=zoo)
     (folder / "index.json").unlink()
@@ -238,7 +238,7 @@ def test_invalid_metadata_are_one_error(zoo, folder, content):
 
 CONFIGS = {
     "a call": "train: {_target_: os.system, command: touch CANARY}\n",
-    "a call by way of ours": "train: {_target_: bissl_zoo.data.datasets.catalog.os.system, command: touch CANARY}\n",
+    "a call through a module": "train: {_target_: bissl_zoo.data.datasets.catalog.os.system, command: touch CANARY}\n",
     "a call below a list": "a: [{b: {_target_: builtins.exec, _args_: ['1']}}]\n",
     "a call made of text": "a: '${oc.decode:\"{_target_: os.system, command: touch CANARY}\"}'\n",
     "a call created": "a: '${oc.create:{_target_: os.system}}'\n",
@@ -272,8 +272,8 @@ def test_a_hostile_train_config_is_data_or_one_error(zoo, folder, tmp_path, unto
 
 
 def test_text_of_a_zoo_is_escaped_for_the_terminal(zoo, folder, capsys):
-    facts = json.loads((folder / "tiny" / "entry.json").read_text())
-    replace_file(folder, "entry.json", json.dumps({**facts, "notes": ESCAPES, ESCAPES: 1}, ensure_ascii=False).encode())
+    metadata = json.loads((folder / "tiny" / "entry.json").read_text()) | {"notes": ESCAPES, ESCAPES: 1}
+    replace_file(folder, "entry.json", json.dumps(metadata, ensure_ascii=False).encode())
     replace_file(folder, "README.md", f"# Card\n\n\tindented {ESCAPES}\n".encode())
     hostile = {"pretext": ESCAPES, "solver": ESCAPES, "metrics": {ESCAPES: {"mean": 0.5}}}
     edit_index(folder, lambda index: index["entries"]["tiny"].update(hostile))

@@ -102,7 +102,7 @@ def test_not_pretrained_gives_the_architecture_with_other_weights(published):
     assert not torch.equal(backbone.state_dict()["layer1.0.conv1.weight"], stored["layer1.0.conv1.weight"])
 
 
-def test_not_pretrained_takes_a_timm_architecture_and_pretrained_says_so(published):
+def test_an_architecture_is_only_built_without_pretrained_weights(published):
     assert create_backbone("test_convnext", pretrained=False, zoo=published).name == "test_convnext"
     with pytest.raises(ZooError, match="Use pretrained=False for random"):
         create_backbone("test_convnext", zoo=published)

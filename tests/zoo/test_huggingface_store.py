@@ -142,7 +142,7 @@ def test_a_commit_whose_answer_is_lost_is_not_repeated(store, hub, monkeypatch):
         (404, {"X-Error-Code": "RepoNotFound"}, "hf repo create lab/zoo"),
     ],
 )
-def test_a_refusal_says_what_to_do(store, hub, status, headers, message):
+def test_an_error_names_the_solution(store, hub, status, headers, message):
     hub.answer_with = lambda command, path: (status, headers)
     for use in (lambda: store.read_bytes("index.json", 10), lambda: store.publish(None)):
         with pytest.raises(ZooError, match=message) as caught:
@@ -158,7 +158,7 @@ def test_a_busy_or_broken_hub_is_transient(store, hub, status):
         read(store, "x/model")
 
 
-def test_publishing_without_a_token_that_may_write_says_so(store, hub, monkeypatch):
+def test_publishing_needs_a_token_that_may_write(store, hub, monkeypatch):
     monkeypatch.setenv("HF_TOKEN", "hf_ofareader")
     with pytest.raises(ZooError, match="403.*HF_TOKEN"):
         publish_tiny(store.location)

@@ -148,16 +148,16 @@ def open_store(location: str | os.PathLike[str]) -> Store:
     from bissl_zoo.zoo.stores.folder import FolderStore
 
     text = os.fspath(location)
-    found = _SCHEME.match(text)
-    if found is None:
+    match = _SCHEME.match(text)
+    if match is None:
         slip = _LOST_SLASH.match(text)
         if slip and not os.path.exists(text):
             scheme = slip[1].lower()
             hint = f"{scheme}:{'///' if scheme == 'file' else '//'}{text[slip.end() :]}"
             raise ZooError(f"There is no folder '{text}'. Did you mean '{hint}'?")
         return FolderStore(text)
-    scheme = found[1].lower()
-    text = f"{scheme}://{text[found.end() :]}"
+    scheme = match[1].lower()
+    text = f"{scheme}://{text[match.end() :]}"
     if scheme == "file":
         parts = urlsplit(text)
         if parts.netloc not in ("", "localhost") or not parts.path:

@@ -29,8 +29,8 @@ class FolderStore(Store):
 
     An entry is written to a hidden draft folder, whose marker file its publisher keeps locked. Then, under the lock of
     the zoo, the copies are compared with their digests, the draft is renamed, and the index is replaced atomically.
-    Readers need no lock: they see the entry when the index lists it. A killed publisher leaves a draft whose marker
-    nobody has locked, or a folder with a marker that the index does not list; the next publisher removes both.
+    Readers need no lock: they see the entry when the index lists it. A killed publisher leaves a draft with an unlocked
+    marker, or a folder with a marker that the index does not list; the next publisher removes both.
     """
 
     writable = True
