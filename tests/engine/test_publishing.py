@@ -103,7 +103,7 @@ def test_the_lineage_reaches_the_root(run_copy, tiny_config, at_scenes, tmp_path
         names.append(run(tiny_config(**settings), "test")["entry"])
         init = f"zoo:generation{generation}"
     lineage = get_entry("generation1", zoo=zoo)["lineage"]
-    assert [ancestor["name"] for ancestor in lineage["ancestors"]] == ["generation0@1", "run (bissl)"]
+    assert [parent["name"] for parent in lineage["parents"]] == ["generation0@1", "run (bissl)"]
     assert lineage["parent"] == names[0].sha256
     card = (Path(names[1].location) / "README.md").read_text()
     assert "Started from `generation0@1`" in card and "That started from `run (bissl)`" in card
