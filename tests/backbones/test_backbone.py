@@ -36,7 +36,7 @@ def buffers(state):
 
 
 @pytest.mark.parametrize(("name", "kwargs", "stage"), SPLITS, ids=[f"{n}-{s}" for n, _, s in SPLITS])
-def test_split_computes_bit_for_bit_what_the_whole_does(name, kwargs, stage):
+def test_split_is_bit_equal_to_the_whole(name, kwargs, stage):
     whole = build(name, **kwargs)
     trunk, tail = whole.split(stage)
     x = images(whole)
@@ -67,17 +67,7 @@ def test_split_partitions_the_parameters_under_timms_names(name, kwargs, stage):
     assert all(torch.equal(merged[key], state[key]) and merged[key].shape == reference[key].shape for key in merged)
 
 
-def test_the_parts_are_copies():
-    whole = build("test_resnet")
-    before = {key: value.clone() for key, value in whole.state_dict().items()}
-    with torch.no_grad():
-        for part in whole.split("c3"):
-            for parameter in part.parameters():
-                parameter.add_(1.0)
-    assert all(torch.equal(value, before[key]) for key, value in whole.state_dict().items())
-
-
-def test_splitting_leaves_the_whole_as_it_was():
+def test_splitting_does_not_change_the_whole():
     whole = build("test_resnet", drop_path_rate=0.5).train()
     frozen = whole.model.bn1.eval()  # as a user freezes batch norm
     before = {key: value.clone() for key, value in whole.state_dict().items()}
@@ -88,18 +78,6 @@ def test_splitting_leaves_the_whole_as_it_was():
     assert all(torch.equal(value, before[key]) for key, value in whole.state_dict().items())
     assert whole.training and whole.model.layer1.training and not frozen.training
     assert not any(module._forward_hooks for module in whole.modules())
-
-
-def test_gradients_flow_through_both_parts():
-    whole = build("test_resnet")
-    trunk, tail = whole.split("c3")
-    x = images(whole)
-    whole.model(x).square().sum().backward()
-    tail(trunk(x)["c3"]).square().sum().backward()
-    expected = dict(whole.model.named_parameters())
-    for part in (trunk, tail):
-        for name, parameter in part.model.named_parameters():
-            assert torch.equal(parameter.grad, expected[name].grad), name
 
 
 def test_a_trunk_returns_the_earlier_maps_that_are_asked_for_and_its_tail_takes_the_last():

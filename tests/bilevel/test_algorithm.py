@@ -168,7 +168,7 @@ def test_damping_acts_in_the_solver_alone():
     assert not torch.allclose(before, theta_d)
 
 
-def test_identity_adds_the_lower_gradient_itself():
+def test_identity_adds_the_gradient_at_the_lower_backbone():
     problem, _, upper_loss = quadratic(gamma=1.0, solver=Identity())
     theta_p = problem.lower.backbone.theta.detach().clone().requires_grad_()
     theta_d = problem.upper.backbone.theta.detach().clone().requires_grad_()
@@ -179,7 +179,7 @@ def test_identity_adds_the_lower_gradient_itself():
     assert "solver/residual" not in gradients.metrics
 
 
-def test_adaptation_comes_every_so_often_but_not_at_the_end():
+def test_adaptation_runs_periodically_but_not_at_the_end():
     problem, _, _ = quadratic(lower_steps=1, upper_steps=1, alternations=6, adaptation=Adaptation(2, 0.25))
     moved = []
     for alternation in range(6):
@@ -201,7 +201,7 @@ def test_gradients_are_clipped_by_their_global_norm():
 
 @pytest.mark.parametrize("name", ["lower", "upper"])
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_a_loss_that_is_not_finite_names_level_step_and_losses(name, bad):
+def test_a_loss_that_is_not_finite_is_an_error_with_level_step_and_losses(name, bad):
     problem, _, _ = quadratic()
     one = getattr(problem, name)
     one.step = 41
@@ -214,7 +214,7 @@ def test_a_loss_that_is_not_finite_names_level_step_and_losses(name, bad):
             problem.upper_gradients(None, problem.curvature(None).prepare())
 
 
-def test_a_gradient_that_is_not_finite_stops_before_the_parameters_are_spoilt():
+def test_a_gradient_that_is_not_finite_leaves_the_parameters_unchanged():
     problem, _, _ = quadratic()
     lower = problem.lower
     function = lower.head.function
@@ -228,8 +228,8 @@ def test_a_gradient_that_is_not_finite_stops_before_the_parameters_are_spoilt():
     assert torch.equal(lower.backbone.theta, before)
 
 
-def answering(answer, status="converged", residual=0.0):
-    """A solver that answers as told, whatever it is asked."""
+def returning(answer, status="converged", residual=0.0):
+    """Return a solver with a fixed result."""
 
     def solver(operator, v):
         return Solution(answer(v), residual, 1, status)
@@ -239,18 +239,18 @@ def answering(answer, status="converged", residual=0.0):
 
 
 BAD = {
-    "NaN": answering(lambda v: v * float("nan")),
-    "infinite": answering(lambda v: v / 0.0),
-    "long": answering(lambda v: 1e4 * v),
-    "far from a solution": answering(lambda v: -v, "diverged", 5e3),
-    "residual NaN": answering(lambda v: -v, "max_iterations", float("nan")),
-    "non_finite on the way": answering(lambda v: 0.5 * v, "non_finite", 0.5),
+    "NaN": returning(lambda v: v * float("nan")),
+    "infinite": returning(lambda v: v / 0.0),
+    "long": returning(lambda v: 1e4 * v),
+    "far from a solution": returning(lambda v: -v, "diverged", 5e3),
+    "residual NaN": returning(lambda v: -v, "max_iterations", float("nan")),
+    "non_finite on the way": returning(lambda v: 0.5 * v, "non_finite", 0.5),
 }
 
 
 @pytest.mark.parametrize("case", BAD)
 @pytest.mark.parametrize("gamma", [0.0, 1.0])
-def test_a_bad_hypergradient_stops_the_run_or_gives_way_to_the_plain_gradient(case, gamma):
+def test_a_bad_hypergradient_is_an_error_or_replaced_by_the_plain_gradient(case, gamma):
     problem, _, _ = quadratic(gamma=gamma, solver=BAD[case])
     problem.upper.step = 7
     before = [p.detach().clone() for p in problem.upper.parameters]
@@ -262,25 +262,25 @@ def test_a_bad_hypergradient_stops_the_run_or_gives_way_to_the_plain_gradient(ca
     given, expected = (p.upper_gradients(None, p.curvature(None).prepare()) for p in (problem, plain))
     assert torch.equal(given.backbone, expected.backbone) and torch.equal(given.head, expected.head)
     assert given.metrics["solver/fallbacks"] == problem.fallbacks == 1
-    assert given.metrics["solver/status"] == BAD[case](None, torch.ones(1)).status  # what was, not what was made of it
+    assert given.metrics["solver/status"] == BAD[case](None, torch.ones(1)).status  # the status of the solver is kept
 
 
 @pytest.mark.parametrize(
     "solver",
     [
-        answering(lambda v: v, "diverged", 5e3),  # as a guarded solver says that v is the best it has
-        answering(lambda v: 900 * v, "converged", 1e-3),
-        answering(lambda v: 0.1 * v, "negative_curvature", 10.0),
-        answering(lambda v: v, "not_solved", None),
+        returning(lambda v: v, "diverged", 5e3),  # a guarded solver returns v as its best
+        returning(lambda v: 900 * v, "converged", 1e-3),
+        returning(lambda v: 0.1 * v, "negative_curvature", 10.0),
+        returning(lambda v: v, "not_solved", None),
     ],
 )
-def test_an_answer_that_is_poor_but_no_danger_is_followed(solver):
+def test_a_poor_but_bounded_solution_is_used(solver):
     problem, _, _ = quadratic(solver=solver)
     gradients = problem.upper_gradients(None, problem.curvature(None).prepare())
     assert torch.equal(gradients.backbone, gradients.solution.x) and problem.fallbacks == 0
 
 
-def test_a_gradient_to_be_solved_for_that_is_not_finite_is_no_matter_of_the_solver():
+def test_a_right_hand_side_that_is_not_finite_is_an_error_of_the_loss():
     problem, _, _ = quadratic(on_bad_hypergradient="plain")
     problem.upper.head.function = lambda theta, phi, batch: (theta - theta.detach()).abs().sqrt().sum()
     with pytest.raises(NonFiniteLoss, match="upper level, step 0: .*norm of its gradient is nan"):
@@ -289,8 +289,8 @@ def test_a_gradient_to_be_solved_for_that_is_not_finite_is_no_matter_of_the_solv
 
 @pytest.mark.parametrize("hvp_mode", ["retain_graph", "recompute"])
 @pytest.mark.parametrize("solver", [Exact(damping=0.0), ConjugateGradient(), MinRes(), MinRes(damping=1.0)])
-def test_a_curvature_batch_that_is_not_finite_shows_in_the_answer_and_leaves_no_trace_in_the_damping(solver, hvp_mode):
-    def spoilt(**options):
+def test_a_curvature_batch_that_is_not_finite_is_detected_and_does_not_change_the_damping(solver, hvp_mode):
+    def broken(**options):
         problem, _, _ = quadratic(solver=solver, hvp_mode=hvp_mode, lower_steps=1, upper_steps=2, **options)
         function, problem.shift = problem.lower.head.function, 3.0
         # batch 1 is the one that defines the curvature of the first alternation
@@ -300,8 +300,8 @@ def test_a_curvature_batch_that_is_not_finite_shows_in_the_answer_and_leaves_no_
         return problem
 
     with pytest.raises(BadHypergradient, match="losses of the pretext batch on each rank .*'first': nan"):
-        spoilt().alternate(0)
-    problem = spoilt(on_bad_hypergradient="plain")
+        broken().alternate(0)
+    problem = broken(on_bad_hypergradient="plain")
     assert problem.alternate(0)["solver/fallbacks"] == 2 and problem.shift == 3.0
     assert problem.alternate(1)["solver/fallbacks"] == 2  # the next alternation solves again
 
@@ -313,7 +313,7 @@ def test_lambda_must_be_positive(lam):
         BiLevel(problem.lower, problem.upper, Identity(), lam=lam)
 
 
-def test_every_solver_is_registered_and_answers_in_kind():
+def test_every_registered_solver_returns_a_solution():
     problem, _, _ = quadratic()
     for name in SOLVERS.list():
         solver = build_solver(name=name)
@@ -368,7 +368,7 @@ def test_automatic_damping_rises_when_a_later_right_hand_side_shows_negative_cur
     assert operator.shift == problem.shift == pytest.approx(8.0 / (1 - MARGIN))
 
 
-def test_damping_that_the_solver_raised_is_where_the_next_alternation_starts_from():
+def test_the_next_alternation_starts_from_the_damping_that_the_solver_raised():
     problem, _, _ = quadratic(lam=0.5, solver=MinRes(iterations=1, tolerance=0.1, recycled_iterations=1))
     diagonal = torch.tensor([0.0, 9.0, -9.0], dtype=torch.float64)
     problem.lower.head.function = lambda theta, phi, _: (diagonal * theta.square()).sum() / 2
@@ -382,7 +382,7 @@ def test_damping_that_the_solver_raised_is_where_the_next_alternation_starts_fro
     assert metrics["solver/damping"] == operator.shift - 0.5 and metrics["solver/status"] == "converged"
 
 
-def test_every_upper_step_leaves_its_diagnostics():
+def test_every_upper_step_has_diagnostics():
     problem, _, _ = quadratic(gamma=1.0, lower_steps=1, upper_steps=3)
     metrics = problem.alternate(0)
     assert len(problem.diagnostics) == 3
@@ -397,6 +397,7 @@ def resident_bytes():
     return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="needs Linux's /proc")
 @pytest.mark.parametrize("hvp_mode", ["retain_graph", "recompute"])
 def test_thirty_alternations_need_no_more_memory_than_ten(hvp_mode):

@@ -144,7 +144,7 @@ def test_upper_gradients_equal_the_authors(entry, damping, blockwise):
 
 
 @pytest.mark.parametrize(("entry", "damping", "blockwise"), ENTRIES, ids=[entry[0] for entry in ENTRIES])
-def test_our_solver_differs_from_the_authors_by_the_rounding_of_their_denominators(entry, damping, blockwise):
+def test_the_solver_differs_from_the_authors_by_the_epsilon_in_their_denominators(entry, damping, blockwise):
     solver = ConjugateGradient(iterations=5, tolerance=0.0, damping=damping, blockwise=blockwise)
     problem, pretext_batch, batch = golden_problem(entry, solver)
     x = problem.upper_gradients(batch, problem.curvature(pretext_batch).prepare()).solution.x
@@ -175,7 +175,7 @@ def test_the_curvature_is_the_authors_dense_hessian():
     assert operator.shift == 0.001
 
 
-def test_joint_cg_stops_at_negative_curvature_where_the_authors_go_on():
+def test_joint_cg_stops_at_negative_curvature_while_the_authors_continue():
     entry = "simclr_lam0.001_damp10.0_global_it5"  # H has eigenvalues from -29 to 577
     problem, pretext_batch, batch = golden_problem(entry, ConjugateGradient(5, 0.0, damping=10.0))
     operator = problem.curvature(pretext_batch).prepare()
@@ -206,7 +206,7 @@ def test_an_upper_step_equals_the_authors():
     assert all(torch.equal(after[k], v) for k, v in lower_before.items() if "num_batches" not in k)
 
 
-def test_products_do_not_move_the_statistics_that_the_authors_products_move():
+def test_products_do_not_update_batch_norm_statistics_as_the_authors_products_do():
     entry = "simclr_lam0.001_damp2000.0_global_it5"
     problem, pretext_batch, batch = golden_problem(entry, ConjugateGradient(5, 0.0, damping=2000.0))
     reference = copy.deepcopy(problem.lower.backbone)
@@ -223,7 +223,7 @@ def test_products_do_not_move_the_statistics_that_the_authors_products_move():
 
 
 @pytest.mark.parametrize("move", [True, False])
-def test_downstream_images_move_the_lower_statistics_only_where_asked(move):
+def test_downstream_images_update_the_lower_statistics_only_with_update_bn_stats(move):
     problem, pretext_batch, batch = golden_problem("byol_", Identity(), update_bn_stats=move)
     before = copy.deepcopy(problem.lower.backbone.state_dict())
     teacher = copy.deepcopy(problem.lower.head.state_dict())

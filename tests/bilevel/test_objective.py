@@ -134,7 +134,7 @@ def test_every_solver_agrees_with_finite_differences(solver):
     torch.testing.assert_close(found.backbone, finite_differences(1.0), rtol=1e-7, atol=1e-9)
 
 
-def test_damping_changes_the_answer_as_the_formula_says():
+def test_damping_changes_the_solution_by_its_formula():
     delta = 3.0
     bilevel = problem(Exact(damping=delta), gamma=0.0)
     solve_lower(bilevel)

@@ -74,13 +74,6 @@ def test_a_truncated_space_can_be_extended(limit):
     assert_relation(space, matrix)
 
 
-def test_truncation_to_the_current_size_changes_nothing():
-    space = explored(symmetric(20, 0), 0)
-    sizes = len(space.basis), space.explored
-    space.truncate(sizes[0])
-    assert (len(space.basis), space.explored) == sizes
-
-
 def test_truncation_removes_vectors_without_products_first():
     space = explored(symmetric(20, 0), 0)
     size, products = len(space.basis), space.explored
@@ -164,13 +157,6 @@ def test_the_minimal_residual_is_that_of_a_dense_least_squares_fit(size, seed, s
     assert np.linalg.norm(rest.numpy()) == pytest.approx(least, rel=1e-7, abs=1e-8)
 
 
-def test_without_a_product_the_minimal_residual_is_all_of_v():
-    space = Subspace()
-    right = space.coordinates(randn(5, seed=0))
-    x, rest = space.minimal_residual(right, 1.0)
-    assert not x.any() and torch.equal(rest, right)
-
-
 @given(st.integers(2, 20), SEEDS)
 @settings(max_examples=40, deadline=None)
 def test_ritz_values_are_rayleigh_quotients_with_an_eigenvalue_in_their_bounds(size, seed):
@@ -181,13 +167,6 @@ def test_ritz_values_are_rayleigh_quotients_with_an_eigenvalue_in_their_bounds(s
     np.testing.assert_allclose(values, np.linalg.eigvalsh((directions.T @ matrix @ directions).numpy()), atol=1e-10)
     distances = np.abs(np.linalg.eigvalsh(matrix.numpy())[:, None] - values.numpy()).min(axis=0)
     assert (distances <= bounds.numpy() + 1e-9).all()
-
-
-def test_ritz_values_of_all_of_the_space_are_the_eigenvalues():
-    matrix = symmetric(7, 3)
-    values, bounds = explored(matrix, 3, (7,)).ritz_values()
-    np.testing.assert_allclose(values, np.linalg.eigvalsh(matrix.numpy()), atol=1e-10)
-    assert float(bounds.max()) < 1e-10
 
 
 def test_a_cleared_space_is_empty_and_reusable():

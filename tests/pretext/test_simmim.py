@@ -5,7 +5,6 @@ from torch.nn import functional
 
 from bissl_zoo.config import instantiate, load_config
 from bissl_zoo.errors import ConfigError
-from bissl_zoo.hypergradient import CurvatureOperator
 from bissl_zoo.pretext.simmim import masked_l1
 from bissl_zoo.registry import build_backbone, build_pretext
 
@@ -118,36 +117,6 @@ def test_the_tail_is_neither_run_nor_trained():
     assert not any(p.requires_grad for p in method.tail.parameters())
     trained = [name for name, p in method.named_parameters() if p.grad is not None]
     assert trained == ["mask_token", "decoder.0.weight", "decoder.0.bias"]
-
-
-def test_second_derivatives_are_right():
-    prediction, pixels = images(size=4, count=4, dtype=torch.float64).split(2)
-    prediction.requires_grad_()
-    # targets far from tanh's values, away from the kink of the absolute value
-    assert torch.autograd.gradgradcheck(lambda x: masked_l1(x.tanh(), pixels.sign() * 2, MASK), (prediction,))
-
-
-def test_products_equal_finite_differences_of_the_gradient():
-    trunk, method = build()
-    trunk.double(), method.double()
-    pixels = images(dtype=torch.float64)
-    views, parameters = (pixels + 3 * pixels.sign(), MASK), list(trunk.parameters())
-    operator = CurvatureOperator(
-        lambda: sum(method.losses(trunk, views).values()), parameters, 1.0, (trunk, method)
-    ).prepare()
-    u = torch.randn(sum(operator.block_sizes), dtype=torch.float64)
-
-    def gradient(step):
-        with torch.no_grad():
-            for p, direction in zip(parameters, u.split(operator.block_sizes), strict=True):
-                p.add_(direction.view_as(p), alpha=step)
-        loss = sum(method.losses(trunk, views).values())
-        return torch.cat([g.reshape(-1) for g in torch.autograd.grad(loss, parameters)])
-
-    step = 1e-6  # u is about 550 long
-    product, ahead, behind = operator.hessian_product(u), gradient(step), gradient(-2 * step)
-    difference = (ahead - behind) / (2 * step)
-    assert (product - difference).norm() < 1e-6 * difference.norm()
 
 
 def test_a_backbone_that_embeds_no_patches_is_refused():

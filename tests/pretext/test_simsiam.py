@@ -30,17 +30,6 @@ def test_loss_is_the_papers_formula():
     assert found.item() == pytest.approx(expected, rel=1e-12)
 
 
-def test_no_gradient_reaches_the_target():
-    target = draw(6, 4, seed=1).requires_grad_()
-    negative_cosine(draw(6, 4).requires_grad_(), target).backward()
-    assert target.grad is None
-
-
-def test_second_derivatives_are_right():
-    prediction, target = draw(5, 3).requires_grad_(), draw(5, 3, seed=1)
-    assert torch.autograd.gradgradcheck(lambda p: negative_cosine(p, target), (prediction,))
-
-
 def test_losses_are_both_directions_and_a_view_is_predicted_from_the_other():
     torch.manual_seed(0)
     trunk, tail = build_backbone(name="test_resnet").split("c3")
@@ -55,13 +44,3 @@ def test_losses_are_both_directions_and_a_view_is_predicted_from_the_other():
     parameters = [*trunk.parameters(), *simsiam.parameters()]
     for one, other in zip(*(torch.autograd.grad(loss, parameters) for loss in (found, expected)), strict=True):
         torch.testing.assert_close(one, other)
-
-
-def test_heads_are_the_papers():
-    trunk, tail = build_backbone(name="test_resnet").split("c3")
-    simsiam = build_pretext(name="simsiam", backbone=trunk, tail=tail)
-    hidden = [nn.Linear, nn.BatchNorm1d, nn.ReLU]
-    assert [type(layer) for layer in simsiam.projector] == [*hidden, *hidden, nn.Linear, nn.BatchNorm1d]
-    assert not simsiam.projector[-1].affine and simsiam.projector[-2].bias is None
-    assert [type(layer) for layer in simsiam.predictor] == [*hidden, nn.Linear]
-    assert simsiam.predictor[0].out_features == 512 and simsiam.predictor[-1].bias is not None
