@@ -16,7 +16,7 @@ from bissl_zoo.errors import CheckpointError, did_you_mean
 from bissl_zoo.files import sha256_of
 from bissl_zoo.registry import STAGES
 from bissl_zoo.runs.checkpoint import Checkpointer, CheckpointInfo, load_checkpoint
-from bissl_zoo.runs.directory import load_run_config, read_metadata
+from bissl_zoo.runs.directory import CONFIG_FILE, load_run_config, read_metadata
 from bissl_zoo.zoo import Zoo, default_zoo
 from bissl_zoo.zoo.hub import WEIGHTS_FILE
 from bissl_zoo.zoo.index import pin, split_version
@@ -101,13 +101,15 @@ def newest_weights(folder: Path, cfg: DictConfig, evaluated: bool = False) -> tu
                 f"{newest} belongs to an unfinished stage (step {info.step} of {info.total_steps}); --resume it first."
             )
         return stage.name, info, weights_of(stage.name, state)
-    names = " or ".join(stage.name for stage in stages)
+    kind = "a stage that fine-tunes, such as finetune" if evaluated else "a stage that leaves a backbone"
     raise CheckpointError(
-        f"The run directory {folder} holds no checkpoint of {names or 'a stage that leaves such weights'}."
+        f"The run directory {folder} holds no checkpoint of {' or '.join(stage.name for stage in stages) or kind}."
     )
 
 
 def _from_run(folder: Path, cfg: DictConfig, evaluate: bool) -> tuple[Weights, list[dict[str, str]]]:
+    if not (folder / CONFIG_FILE).is_file():
+        raise CheckpointError(f"The folder {folder} holds no checkpoint: it is not a run directory (no {CONFIG_FILE}).")
     run_cfg = load_run_config(folder)
     try:
         stage, info, weights = newest_weights(folder, run_cfg, evaluate)
