@@ -113,6 +113,7 @@ def warnings(capsys):
     return [line for line in capsys.readouterr().out.splitlines() if line.startswith("warning")]
 
 
+@pytest.mark.slow
 def test_a_checkpoint_on_the_way_that_finds_no_room_is_a_warning_and_the_next_is_written(small_disk, pauses, capsys):
     folder, filler = small_disk / "checkpoints", Filler(small_disk, spare=MIB // 2)
     seen = []
@@ -148,6 +149,7 @@ def test_the_earlier_checkpoint_stays_whichever_way_the_disk_fails(tmp_path, fai
     assert load_checkpoint(tmp_path / "stage" / "step_000003")[1]["weight"][0] == 3
 
 
+@pytest.mark.slow
 def test_the_last_checkpoint_of_a_stage_is_tried_for_a_minute_and_written_when_there_is_room(
     small_disk, monkeypatch, capsys
 ):
@@ -168,6 +170,7 @@ def test_the_last_checkpoint_of_a_stage_is_tried_for_a_minute_and_written_when_t
     assert pauses == list(hooks.LAST_PAUSES[:3]) and sum(hooks.LAST_PAUSES) == pytest.approx(60, abs=5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stop_at", [None, 3])
 def test_the_last_checkpoint_and_one_on_stopping_end_the_run_where_the_disk_stays_full(
     small_disk, pauses, capsys, stop_at
@@ -190,6 +193,7 @@ def test_an_error_that_waiting_cannot_fix_ends_the_run_at_once(tmp_path, pauses)
     assert not isinstance(raised.value, DiskError) and pauses == []
 
 
+@pytest.mark.slow
 def test_no_checkpoint_is_deleted_to_make_room(small_disk, pauses, capsys):
     folder = small_disk / "checkpoints"
     with pytest.raises(DiskError):
@@ -198,6 +202,7 @@ def test_no_checkpoint_is_deleted_to_make_room(small_disk, pauses, capsys):
     assert [line.split(" could")[0][-1] for line in warnings(capsys)] == ["4", "5", *"6" * len(hooks.LAST_PAUSES)]
 
 
+@pytest.mark.slow
 def test_a_lack_of_inodes_is_reported(small_disk, pauses):
     for number in range(64):
         try:
@@ -208,6 +213,7 @@ def test_a_lack_of_inodes_is_reported(small_disk, pauses):
         Checkpointer(small_disk).save("stage", 1, 2, "resnet18", {"weight": torch.zeros(3)})
 
 
+@pytest.mark.slow
 def test_metrics_that_find_no_room_wait_and_are_written_in_order(small_disk, capsys):
     filler, trainer = Filler(small_disk), Growing("stage", 200)
     figures = {"total_loss": 1.0, **{f"figure{number}": 0.5 for number in range(40)}}  # much in a page of either file
@@ -261,6 +267,7 @@ def test_a_resumed_run_has_each_step_once_after_a_disk_that_was_full(tmp_path, f
     assert [record["step"] for record in records if "event" not in record] == list(range(1, 9))
 
 
+@pytest.mark.slow
 def test_a_part_of_an_entry_that_could_not_be_cut_off_at_once_is_cut_off_before_the_next(small_disk, monkeypatch):
     file, filler = AppendedFile(small_disk / "log"), Filler(small_disk, spare=4096)
     file.append([ENTRY % 0])
@@ -293,6 +300,7 @@ def test_what_waits_is_bounded_and_the_oldest_go_first(tmp_path, failing_fsync, 
     assert file.path.read_bytes() == b"".join(ENTRY % number for number in (2, 3, 4)) and file.lost == 2
 
 
+@pytest.mark.slow
 def test_a_stage_begins_on_a_full_disk_though_lines_are_to_be_dropped(small_disk):
     path = small_disk / "metrics.jsonl"
     lines = [json.dumps({"stage": "stage", "step": step}) + "\n" for step in range(1, 400)]
@@ -302,6 +310,7 @@ def test_a_stage_begins_on_a_full_disk_though_lines_are_to_be_dropped(small_disk
     assert path.read_text() == "".join(lines[:200])
 
 
+@pytest.mark.slow
 def test_metadata_that_cannot_be_written_is_named_and_unchanged(small_disk):
     path = small_disk / "metadata.json"
     path.write_text(json.dumps({"hardware": 10_000 * "x"}))
