@@ -154,7 +154,7 @@ def evaluate_only(cfg: DictConfig, source: str) -> dict[str, dict[str, float]]:
     if weights.task is None:
         raise CheckpointError(
             f"--eval-only needs a fine-tuned model: train.init='{cfg.train.init}' holds no task head. "
-            "Give the directory of a run that fine-tunes, as in train.init=runs/a."
+            "Give the directory of a run with the stage finetune, as in train.init=runs/a."
         )
     backbone, task = build_downstream(context, weights)
     return {"finetuned": evaluate(context, backbone, task)}

@@ -180,6 +180,7 @@ def test_the_lower_level_is_what_bissl_is_probed_for_and_other_stages_are_not(ti
     assert build_probe(open_context(tiny_config(), "test"), Pretrain()) is None
 
 
+@pytest.mark.slow
 def test_no_more_images_are_looked_at_than_asked_for_and_always_the_same(labelled_config):
     context = open_context(labelled_config(train__probe__period=1, train__probe__images=25), "test")
     probe = build_probe(context, Pretrain())

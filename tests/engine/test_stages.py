@@ -237,6 +237,7 @@ def test_a_solver_that_can_be_used_is_not_refused(tiny_config, at_scenes, solver
     check_parts(open_context(tiny_config(solver=SOLVER % solver), "test"), Weights())
 
 
+@pytest.mark.slow
 def test_closing_a_stage_ends_the_workers_of_its_loader_at_once(tiny_config, at_scenes, tmp_path, monkeypatch):
     context = open_context(tiny_config(dataloader__pretext__num_workers=1), "test")
     trainer = Pretrain().build(context, Weights())
