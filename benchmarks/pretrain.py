@@ -53,7 +53,7 @@ RATIOS = [
 
 
 def write_photographs(folder: Path, count: int) -> Path:
-    """Crops of two photographs, 400 x 300 pixels, as JPEG files."""
+    """Write crops of two photographs, 400 x 300 pixels, as JPEG files."""
     rng = np.random.default_rng(0)
     photos = load_sample_images().images
     (folder / "images").mkdir(parents=True)
@@ -77,24 +77,24 @@ class Bench:
         self.ready = to_device(batch, self.device)
 
     def loader(self, workers: int = 0) -> DataLoader:
-        """The project's own."""
+        """Return the project's loader."""
         transform = ViewsOnly(self.views)
         return build_train_loader(self.dataset, self.args.batch, transform, num_workers=workers)
 
     def plain_loader(self, transform: Callable) -> DataLoader:
-        """torch's, as its users write it."""
+        """Return torch's loader, as its users write it."""
         workers = self.args.workers
         samples = TransformedDataset(self.dataset, transform)
         return DataLoader(samples, self.args.batch, True, num_workers=workers, persistent_workers=True, drop_last=True)
 
     def on_device(self, loader: DataLoader) -> Iterator[tuple[Tensor, ...]]:
-        """Batches without end."""
+        """Yield endless batches on the device."""
         while True:
             for batch in loader:
                 yield to_device(batch, self.device)
 
     def networks(self) -> tuple[nn.Module, nn.Module]:
-        """Trunk and pretext method, the same each time."""
+        """Return trunk and pretext method, the same each time."""
         torch.manual_seed(0)
         whole = build_backbone(name=self.args.architecture)
         trunk, tail = whole.split(whole.stages[-1])
@@ -102,7 +102,7 @@ class Bench:
         return trunk.to(self.device).train(), method.to(self.device).train()
 
     def stage(self, batches: Iterator, channels_last: bool = False, compiled: bool = False) -> Callable[[], None]:
-        """A step of the stage."""
+        """Return a step of the stage."""
         trunk, method = self.networks()
         if channels_last:
             trunk, method = (module.to(memory_format=torch.channels_last) for module in (trunk, method))
@@ -116,7 +116,7 @@ class Bench:
         return PretrainTrainer(level).run_step
 
     def bare(self, batches: Iterator) -> Callable[[], None]:
-        """A step of the loop that one would write by hand, clipped as the stage's is."""
+        """Return a step of a hand-written loop with the clipping of the stage."""
         trunk, method = self.networks()
         parameters = [*trunk.parameters(), *method.parameters()]
         optimizer = torch.optim.SGD(parameters, lr=0.05, momentum=0.9)
@@ -133,7 +133,7 @@ class Bench:
         return step
 
     def lightly(self) -> Callable[[], None]:
-        """A step of lightly's example, its ResNet exchanged for the one that is measured."""
+        """Return a step of lightly's example with the measured network."""
         from lightly.loss import NTXentLoss
         from lightly.models.modules import SimCLRProjectionHead
         from lightly.transforms import SimCLRTransform
@@ -157,7 +157,7 @@ class Bench:
         return step
 
     def variants(self) -> dict[str, Callable[[], None]]:
-        """Their steps by name."""
+        """Return the steps by name."""
         memory = itertools.repeat(self.ready)
         views = self.on_device(self.loader(self.args.workers))
         variants = {
@@ -175,7 +175,7 @@ class Bench:
         return variants
 
     def speed(self, step: Callable[[], None]) -> float:
-        """Images per second of one round."""
+        """Return the images per second of one round."""
         for _ in range(DISCARDED):
             step()
         self._wait()

@@ -13,7 +13,7 @@ from torchvision.transforms.v2 import functional as reference
 from bissl_zoo.data import views as device_views
 from bissl_zoo.data.loaders import build_train_loader
 from bissl_zoo.data.views import Views, in_batch, masked_view, multi_crop, two_parts, two_views
-from bissl_zoo.engine.build import Context, ViewsOnly, Weights, build_pretext, pretext_batches
+from bissl_zoo.engine.build import ViewsOnly, Weights, build_pretext, pretext_batches
 from bissl_zoo.engine.checks import open_context
 from bissl_zoo.engine.resume import seed_everything
 from bissl_zoo.engine.stages import Pretrain
@@ -317,15 +317,6 @@ def test_a_stage_trains_on_such_views_and_a_seed_draws_the_same(tiny_config, at_
         batches.close()
     assert drawn[0].shape == (2, 8, 3, 32, 32) and drawn[0].dtype == torch.float32
     assert torch.equal(drawn[0], drawn[1]) and not torch.equal(drawn[0], drawn[2])
-
-
-def test_a_method_whose_augmentation_has_one_part_is_refused_before_data_is_read(tiny_config, at_scenes):
-    opened = open_context(on_device(tiny_config), "test")
-    context = Context(opened.cfg, {}, opened.device)
-    _, pretext = build_pretext(context.cfg, Weights(), context.device)
-    pretext.augmentation = own_augmentation
-    with pytest.raises(ConfigError, match="'own_augmentation' does not come in two parts"):
-        pretext_batches(context, pretext, seed=0)
 
 
 def test_augment_on_accepts_workers_and_device_only(tiny, train_net):

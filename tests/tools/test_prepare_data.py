@@ -5,8 +5,6 @@ import json
 import os
 import re
 import socket
-import subprocess
-import sys
 import tarfile
 from pathlib import Path
 
@@ -251,32 +249,12 @@ def test_a_set_by_name_is_counted_and_checked(prepare, originals):
     assert status == 1 and f"The image {victim}" in out and "does not exist" in out
 
 
-def test_the_root_may_be_in_the_environment(prepare, originals, monkeypatch):
-    monkeypatch.setenv("BISSL_ZOO_DATASETS", str(originals))
-    assert prepare("dtd")[0] == 0
-    status, out = prepare("--check", "food101")
-    assert status == 1 and f"no folder {originals}/food-101" in out and "prepare_data.py food101" in out
-
-
 def test_the_list_shows_every_set_and_where_it_lies(prepare, originals):
     status, out = prepare("--list", "--root", originals)
     rows = {line.split()[0]: line for line in out.splitlines()}
     assert status == 0 and rows.keys() >= {*CLASSIFICATION_SETS, "voc_detection", "coco_detection"}
     assert "trainval 30, test 15" in rows["dtd"] and rows["dtd"].rstrip().endswith(f"{originals}/dtd/dtd")
     assert sum(line.endswith("not there") for line in rows.values()) == len(CLASSIFICATION_SETS) + 1
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("option", ["--list", "--help"])
-def test_the_list_and_the_help_import_no_slow_library(option):
-    program = (
-        "import sys, runpy\n"
-        f"sys.argv = ['prepare_data.py', '{option}']\n"
-        "try:\n    runpy.run_path('tools/prepare_data.py', run_name='__main__')\n"
-        "finally:\n    assert not {'torch', 'torchvision', 'timm', 'sklearn'} & set(sys.modules)\n"
-    )
-    result = subprocess.run([sys.executable, "-c", program], cwd=REPOSITORY, capture_output=True, text=True)
-    assert result.returncode == 0 and "AssertionError" not in result.stderr, result.stderr
 
 
 def test_an_unknown_name_is_refused_with_the_nearest(prepare, originals):

@@ -460,7 +460,7 @@ def test_a_registered_set_behaves_like_the_others(copy, monkeypatch):
         and len(dataset) == 30
         and dataset.classes == sorted(name.replace("_", " ") for name in CLASSES)
     )
-    with pytest.raises(RegistryError, match="registered already"):
+    with pytest.raises(RegistryError, match="already registered"):
         register_classification_set("food101", mine)
 
 

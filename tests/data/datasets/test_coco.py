@@ -373,10 +373,6 @@ def test_missing_coco_names_the_folder_and_the_command_that_fetches_it(tmp_path,
     assert "prepare_data" not in refusal(root="birds", images="pictures")
 
 
-def test_unknown_way_with_bad_annotations_is_refused(folder):
-    assert 'accepted are "error" and "skip"' in refusal(on_bad_annotation="ignore")
-
-
 def test_image_of_another_size_than_annotated_is_refused_when_read(folder, content):
     content["images"][0].update(width=64, height=48)
     write(folder, content)

@@ -109,11 +109,6 @@ def test_second_time_reads_what_the_first_wrote(tmp_path, monkeypatch):
     assert [path.name for path in tmp_path.iterdir()] == [folder.name]
 
 
-def test_scene_size_is_free(tmp_path, monkeypatch):
-    monkeypatch.setenv("BISSL_ZOO_DATASETS", str(tmp_path))
-    assert DigitScenes("val", image_size=64, **FEW)[0][0].size == (64, 64)
-
-
 @pytest.mark.slow
 def test_processes_that_write_at_once_leave_one_complete_set(tmp_path):
     script = f"from bissl_zoo.data import DigitScenes; print(len(DigitScenes('train', **{FEW})))"

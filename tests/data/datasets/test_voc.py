@@ -1,7 +1,6 @@
 import logging
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -70,12 +69,6 @@ def test_image_without_objects_has_empty_tensors_of_the_right_shape(devkit):
     target = VOCDetection(splits=["2007_train"])[1][1]
     assert (target["boxes"].shape, target["labels"].shape, target["difficult"].shape) == ((0, 4), (0,), (0,))
     assert target["difficult"].dtype == torch.bool
-
-
-def test_changing_a_target_leaves_the_set_as_it_was(devkit):
-    dataset = VOCDetection(splits=["2007_train"])
-    dataset[0][1]["boxes"].zero_()
-    assert dataset[0][1]["boxes"].tolist()[0] == [0, 0, 50, 40]
 
 
 def test_classes_come_from_the_whole_year_so_that_train_and_test_agree(devkit):
@@ -259,11 +252,6 @@ def test_empty_split_missing_split_and_malformed_split_are_refused(devkit):
         VOCDetection(splits=[])
 
 
-def test_unknown_way_with_bad_annotations_is_refused(devkit):
-    with pytest.raises(DatasetError, match='accepted are "error" and "skip"'):
-        VOCDetection(splits=["2007_train"], on_bad_annotation="ignore")
-
-
 def test_missing_voc_names_the_folder_and_the_command_that_fetches_it(tmp_path, monkeypatch):
     monkeypatch.setenv("BISSL_ZOO_DATASETS", str(tmp_path))
     with pytest.raises(DatasetError) as caught:
@@ -287,15 +275,6 @@ def test_image_of_another_size_than_annotated_is_refused_when_read(devkit):
     dataset = VOCDetection(splits=["2007_train"])
     with pytest.raises(DatasetError, match="000001.jpg has 50 x 40 pixels, but its annotation has 64 x 40"):
         dataset[0]
-
-
-def test_truncated_image_is_named_when_read(devkit):
-    path = devkit / "JPEGImages" / "000001.jpg"
-    pixels = np.random.default_rng(0).integers(0, 256, (40, 50, 3), dtype=np.uint8)
-    Image.fromarray(pixels).save(path)
-    path.write_bytes(path.read_bytes()[:-600])
-    with pytest.raises(DatasetError, match="000001.jpg does not decode"):
-        VOCDetection(splits=["2007_train"])[0]
 
 
 def test_annotation_is_read_as_written(devkit):
