@@ -1,4 +1,4 @@
-"""`python -m bissl_zoo doctor`: what of an installation and a machine is not fit for runs, and what to do about it."""
+"""`python -m bissl_zoo doctor`: check the installation and this machine, with advice for each problem."""
 
 import argparse
 import json
@@ -7,23 +7,24 @@ from collections.abc import Sequence
 from dataclasses import asdict
 
 from bissl_zoo.doctor import CHECKS, PROBLEM, examine, page, worst
-from bissl_zoo.progress.console import exit_status, printable
+from bissl_zoo.errors import printable
+from bissl_zoo.progress.console import exit_status
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """The command line."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser(prog="python -m bissl_zoo", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    help = "look at versions, GPUs, data sets, zoo and folders; status 1 where something must be mended first"
+    help = "check versions, GPUs, data sets, zoo and folders; exit status 1 if there is a problem"
     doctor = commands.add_parser("doctor", help=help, description=help)
-    doctor.add_argument("checks", nargs="*", metavar="CHECK", help=f"of {', '.join(CHECKS)}; all of them")
-    doctor.add_argument("--json", action="store_true", help="print JSON, for programs")
-    doctor.add_argument("--runs", metavar="FOLDER", help="where runs are to be written; 'runs'")
+    doctor.add_argument("checks", nargs="*", metavar="CHECK", help=f"of {', '.join(CHECKS)} (default: all)")
+    doctor.add_argument("--json", action="store_true", help="print JSON")
+    doctor.add_argument("--runs", metavar="FOLDER", help="where runs are written (default: runs)")
     return parser.parse_args(argv)
 
 
 def run_doctor(args: argparse.Namespace) -> int:
-    """Print what the checks find; 1 where there is a problem."""
+    """Print the findings; return 1 if there is a problem."""
     findings = examine(args.checks, args.runs)
     status = worst(findings)
     if args.json:
