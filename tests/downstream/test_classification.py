@@ -67,20 +67,7 @@ def test_training_crops_differ_but_for_the_seed():
     assert torch.equal(drawn[0], drawn[1]) and not torch.equal(drawn[0], drawn[2])
 
 
-def test_batches_are_stacked():
-    _, task = build()
-    images, labels = task.collate([(torch.zeros(3, 8, 8), 1), (torch.ones(3, 8, 8), 0)])
-    assert images.shape == (2, 3, 8, 8) and labels.tolist() == [1, 0] and labels.dtype == torch.int64
-
-
-def test_its_evaluator_takes_its_predictions():
-    trunk, task = build()
-    evaluator = task.evaluator()
-    evaluator.process(task.predict(trunk, torch.randn(4, 3, 32, 32)), torch.tensor([0, 1, 2, 0]))
-    figures = evaluator.evaluate()
-    assert "top1" in figures and 0.0 <= figures["top1"] <= 1.0
-
-
+@pytest.mark.slow
 def test_a_few_steps_fit_a_few_images():
     trunk, task = build()
     batch = (torch.randn(6, 3, 32, 32), torch.tensor([0, 1, 2, 0, 1, 2]))

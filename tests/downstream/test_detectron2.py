@@ -16,6 +16,7 @@ from bissl_zoo.errors import ConfigError, NonFiniteLoss
 from bissl_zoo.registry import DOWNSTREAM_TASKS, build_backbone, build_task
 
 
+@pytest.mark.slow
 def test_the_task_is_registered_and_importing_it_imports_no_detectron2():
     assert "detectron2_faster_rcnn" in DOWNSTREAM_TASKS
     program = "import bissl_zoo.downstream.detectron2, sys; assert 'detectron2' not in sys.modules"

@@ -1,4 +1,4 @@
-"""What every registered downstream task keeps, whatever its targets are."""
+"""The contract of every registered downstream task, whatever its targets are."""
 
 import pytest
 import torch
@@ -61,6 +61,15 @@ def test_an_example_batch_is_what_the_losses_take(built):
     losses = task.losses(trunk, (images, targets))
     assert len(images) == len(targets) == 9
     assert losses and all(torch.isfinite(loss) and loss.ndim == 0 for loss in losses.values())
+
+
+def test_the_evaluator_takes_the_predictions(built):
+    _, trunk, task = built
+    images, targets = task.example_batch(2, (24, 40))
+    evaluator = task.evaluator()
+    with evaluating(trunk, task):
+        evaluator.process(task.predict(trunk, images), targets)
+    assert all(0 <= value <= 1 for value in evaluator.evaluate().values())
 
 
 def test_targets_and_predictions_are_drawn_on_axes_over_their_image(built):

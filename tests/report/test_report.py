@@ -75,11 +75,11 @@ def test_the_same_run_gives_the_same_page(whole, finished, at_scenes, tmp_path):
 
 
 @pytest.mark.parametrize("gone", ["metrics.jsonl", "results.json", "checkpoints", "config.yaml", "metadata.json"])
-def test_a_run_without_one_of_its_parts_has_a_page_that_says_so(run_copy, gone):
+def test_missing_parts_of_a_run_are_reported(run_copy, gone):
     path = run_copy / gone
     shutil.rmtree(path) if path.is_dir() else path.unlink()
     parsed = harmless(report_of(run_copy))
-    said = " ".join(parsed.text)
+    text = " ".join(parsed.text)
     expected = {
         "metrics.jsonl": "No loss has been written yet.",
         "results.json": "There are no results yet",
@@ -87,8 +87,8 @@ def test_a_run_without_one_of_its_parts_has_a_page_that_says_so(run_copy, gone):
         "config.yaml": "cannot read this config file",
         "metadata.json": "The wall time of the run is not known",
     }
-    assert expected[gone] in said
-    assert "Environment." in said
+    assert expected[gone] in text
+    assert "Environment." in text
 
 
 def test_missing_data_is_reported_in_place_of_its_images(finished, tmp_path, monkeypatch, caplog):
@@ -118,8 +118,8 @@ def test_a_hostile_run_gives_a_page_of_plain_text(run_copy, tmp_path):
     entry = {"name": HOSTILE, "location": "javascript:alert(1)", "sha256": "0" * 64}
     (run / "zoo_entry.json").write_text(json.dumps(entry))
     parsed = harmless(report_of(run))
-    said = "".join(parsed.text)
-    assert said.count(HOSTILE) > 10 and "49$x" not in said
+    text = "".join(parsed.text)
+    assert text.count(HOSTILE) > 10 and "49$x" not in text
     assert {key, "test/\ufffd\ufffd\\u0000]]>"} <= set(parsed.drawn) and f"from {HOSTILE}" in " ".join(parsed.text)
 
 
@@ -139,21 +139,21 @@ def test_missing_curves_are_explained(tmp_path):
     few = Details({"a": {"top1": 0.5}}, ["a", "b"], [[1, 1], [0, 2]])
     many = Details({str(n): {"top1": 0.5} for n in range(MOST_RANKED + 1)})
     write_details(run, {"pretrained": few, "bissl": many})
-    said = " ".join(harmless(report_of(run)).text)
-    assert "Precision over recall, fine-tuned from pretrained was not recorded." in said
-    assert "Precision over recall and confusion, fine-tuned from bissl are not kept above 200 classes." in said
+    text = " ".join(harmless(report_of(run)).text)
+    assert "Precision over recall, fine-tuned from pretrained was not recorded." in text
+    assert "Precision over recall and confusion, fine-tuned from bissl are not kept above 200 classes." in text
 
 
 def test_the_shipped_config_of_a_run_is_its_base(finished):
     cfg = load_run_config(finished)
-    told = differences(cfg, "command: train_net.py --config-file quickstart/digit_scenes_det.py x=1\n")
-    changed = {one.key: (one.base, one.value) for one in told.changed}
-    assert told.base == "configs/quickstart/digit_scenes_det.py" and changed["bilevel.alternations"] == (12, 2)
+    result = differences(cfg, "command: train_net.py --config-file quickstart/digit_scenes_det.py x=1\n")
+    changed = {one.key: (one.base, one.value) for one in result.changed}
+    assert result.base == "configs/quickstart/digit_scenes_det.py" and changed["bilevel.alternations"] == (12, 2)
     known = leaves(cfg)
     assert all(known.get(key) == value for key, (_, value) in changed.items())
-    told = differences(cfg, "")
-    changed = {one.key: (one.base, one.value) for one in told.changed}
-    assert told.base == "configs/common/train.py" and changed["bilevel.alternations"] == (500, 2)
+    result = differences(cfg, "")
+    changed = {one.key: (one.base, one.value) for one in result.changed}
+    assert result.base == "configs/common/train.py" and changed["bilevel.alternations"] == (500, 2)
     assert all(key.split(".")[0] in ("train", "pretrain", "bilevel", "finetune", "clip_grad") for key in changed)
 
 
@@ -216,7 +216,7 @@ def test_a_report_that_fails_is_a_warning(finished, caplog, monkeypatch):
 
 
 @pytest.mark.slow
-def test_a_run_that_fails_says_how_to_look_at_it(train_net, tiny, tmp_path, monkeypatch):
+def test_the_log_of_a_failed_run_names_the_report_command(train_net, tiny, tmp_path, monkeypatch):
     monkeypatch.setattr("bissl_zoo.engine.publishing.write_details", lambda *arguments: 1 / 0)
     changed = {"train__stages": "[finetune]", "train__publish__name": "null"}
     with pytest.raises(ZeroDivisionError):

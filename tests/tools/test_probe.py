@@ -66,7 +66,7 @@ def folders(digits):
 
 @pytest.fixture
 def plain(tmp_path):
-    """The weights of `MODEL` and nothing else."""
+    """Return a file with the weights of `MODEL` only."""
     save_file(MODEL.state_dict(), tmp_path / "plain.safetensors")
     return tmp_path / "plain.safetensors"
 
@@ -83,14 +83,14 @@ def test_a_plain_file_is_measured_as_scikit_learn_measures_its_features(probe, p
     arguments = [plain, "--architecture", "test_resnet", *folders, *STATISTICS, "--size", 28, "--k", 7, "--json"]
     status, out, err = probe(*arguments, "--linear", "--epochs", 20)
     assert status == 0, err
-    figures = json.loads(out)
+    metrics = json.loads(out)
     reference = KNeighborsClassifier(7, metric="cosine", algorithm="brute", weights=lambda d: np.exp((1 - d) / 0.07))
     reference.fit(*embedded(digits / "train", 32, 28))
-    assert figures["knn"]["top1"] == reference.score(*embedded(digits / "test", 32, 28))
-    assert (figures["train_images"], figures["test_images"], figures["classes"]) == (60, 40, 4)
-    assert (figures["architecture"], figures["features"], figures["size"]) == ("test_resnet", MODEL.num_features, 28)
-    assert 0.5 < figures["linear"]["top1"] <= 1  # four digits, a quarter each; chance is 0.25
-    assert json.loads(probe(*arguments)[1]).keys() == figures.keys() - {"linear"}
+    assert metrics["knn"]["top1"] == reference.score(*embedded(digits / "test", 32, 28))
+    assert (metrics["train_images"], metrics["test_images"], metrics["classes"]) == (60, 40, 4)
+    assert (metrics["architecture"], metrics["features"], metrics["size"]) == ("test_resnet", MODEL.num_features, 28)
+    assert 0.5 < metrics["linear"]["top1"] <= 1  # four digits, a quarter each; chance is 0.25
+    assert json.loads(probe(*arguments)[1]).keys() == metrics.keys() - {"linear"}
 
 
 def test_an_entry_knows_its_size_and_statistics(probe, plain, folders, tmp_path, monkeypatch):
@@ -117,7 +117,7 @@ def test_an_entry_knows_its_size_and_statistics(probe, plain, folders, tmp_path,
     assert row[:6] == ["knn", "k", "20,", "temperature", "0.07", f"{expected['top1']:.4f}"]
 
 
-def test_a_file_of_ours_needs_nothing_but_a_size(probe, folders, tmp_path):
+def test_a_file_of_this_package_needs_only_a_size(probe, folders, tmp_path):
     stored = StoredBackbone(MODEL.state_dict(), "test_resnet", pixels=PIXELS)
     save_backbone(stored, tmp_path / "ours.safetensors")
     status, out, err = probe(tmp_path / "ours.safetensors", *folders, "--size", 28, "--images", 30)
@@ -125,7 +125,7 @@ def test_a_file_of_ours_needs_nothing_but_a_size(probe, folders, tmp_path):
     assert "30 training and 30 test images" in out
 
 
-def test_a_run_gives_its_whole_backbone_and_how_its_images_looked(tiny_config, at_scenes, tmp_path, probe, folders):
+def test_a_run_has_its_whole_backbone_and_pixel_statistics(tiny_config, at_scenes, tmp_path, probe, folders):
     cfg = tiny_config(train__output_dir=tmp_path / "run", train__stages="[pretrain]", train__publish__name="null")
     cfg.pretext.augmentation.mean = [0.4, 0.5, 0.6]
     run(cfg, "test")
@@ -166,7 +166,7 @@ def test_the_data_sets_of_a_config_are_taken_with_overrides(tiny_config, at_scen
     assert status == 1 and "targets of type dict; probes need class labels" in err
 
 
-def test_what_cannot_be_measured_is_one_message(probe, plain, folders, tmp_path):
+def test_errors_are_one_message(probe, plain, folders, tmp_path):
     named = [plain, "--architecture", "test_resnet", *folders]
     cases = [
         (["nothing.safetensors", *folders], "There is no file nothing.safetensors"),
@@ -174,9 +174,9 @@ def test_what_cannot_be_measured_is_one_message(probe, plain, folders, tmp_path)
         ([plain, "--architecture", "resnet18", *folders], "belongs to another architecture"),
         ([*named, "--size", 28], "does not say how its images were normalised. Give --mean and --std"),
     ]
-    for arguments, told in cases:
+    for arguments, message in cases:
         status, out, err = probe(*arguments)
-        assert (status, out) == (1, "") and told in err and err.count("error: ") == 1, err
+        assert (status, out) == (1, "") and message in err and err.count("error: ") == 1, err
     vit = timm.create_model("test_vit", num_classes=0)
     save_backbone(StoredBackbone(vit.state_dict(), "test_vit", pixels=PIXELS), tmp_path / "vit.safetensors")
     status, _, err = probe(tmp_path / "vit.safetensors", *folders, "--size", 28)
@@ -184,7 +184,7 @@ def test_what_cannot_be_measured_is_one_message(probe, plain, folders, tmp_path)
 
 
 @pytest.mark.parametrize(
-    ("arguments", "told"),
+    ("arguments", "message"),
     [
         ([], "give --config-file, or --train-folder and --test-folder"),
         (["--train-folder", "a"], "--train-folder and --test-folder go together"),
@@ -194,7 +194,7 @@ def test_what_cannot_be_measured_is_one_message(probe, plain, folders, tmp_path)
         (["--config-file", "c", "--batch-size", 0], "--batch-size must be 1 or more"),
     ],
 )
-def test_a_command_line_that_cannot_be_meant_is_refused(tool, capsys, arguments, told):
+def test_invalid_command_lines_are_refused(tool, capsys, arguments, message):
     with pytest.raises(SystemExit) as ended:
         tool.cli(["zoo:tiny", *map(str, arguments)])
-    assert ended.value.code == 2 and told in capsys.readouterr().err
+    assert ended.value.code == 2 and message in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""tools/report.py: what it writes where, and what it refuses."""
+"""tools/report.py: the files it writes, and errors."""
 
 import pytest
 from command_line import load_tool
@@ -27,7 +27,7 @@ def test_a_run_gets_its_report_in_its_directory_and_is_left_as_it_was(report, ru
     status, out, err = report(run_copy, "--files-only")
     assert (status, out, err) == (0, f"report {run_copy / 'report.html'}\n", "")
     page = (run_copy / "report.html").read_text()
-    assert page.startswith("<!DOCTYPE html>") and "only the files of the run were to be read" in page
+    assert page.startswith("<!DOCTYPE html>") and "only the files of the run are read" in page
     after = {path: path.stat().st_mtime_ns for path in run_copy.rglob("*") if path.is_file()}
     assert after.pop(run_copy / "report.html") and after == before
 
@@ -50,7 +50,7 @@ def test_several_runs_go_into_one_file(report, finished, run_copy, tmp_path):
     assert "2 runs side by side" in (tmp_path / "both.html").read_text()
 
 
-def test_the_pictures_look_at_as_many_images_as_are_asked_for(report, finished, tmp_path, at_scenes):
+def test_the_number_of_images_is_an_option(report, finished, tmp_path, at_scenes):
     status, out, err = report(finished, "--images", 4, "--output", tmp_path / "report.html")
     assert (status, err) == (0, "") and "warning" not in out
     assert "among 4 of 8 test images" in (tmp_path / "report.html").read_text()
@@ -64,7 +64,7 @@ def test_a_zoo_becomes_a_page_with_its_data_sets(report, tmp_path):
     assert "my_cells" in page and "test_resnet" in page and ">0.5<" in page
 
 
-def test_what_is_no_run_is_refused(report, tmp_path):
+def test_other_folders_are_refused(report, tmp_path):
     status, _, err = report(tmp_path)
     assert status == 1 and err.startswith(f"error: There is no run in {tmp_path}")
 

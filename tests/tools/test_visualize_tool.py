@@ -137,9 +137,9 @@ def test_errors_are_one_message(visualize, config, tiny_config, tmp_path, scenes
         (["embeddings", "nothing.safetensors", *named], "There is no file nothing.safetensors"),
         (["embeddings", "zoo:nothing", *named], "nothing"),
     ]
-    for arguments, told in cases:
+    for arguments, message in cases:
         status, out, err = visualize(*arguments)
-        assert (status, out) == (1, "") and told in err and err.count("error: ") == 1, (arguments, err)
+        assert (status, out) == (1, "") and message in err and err.count("error: ") == 1, (arguments, err)
     assert not (tmp_path / "images").exists()
     root, folder = scenes_copy
     monkeypatch.setenv("BISSL_ZOO_DATASETS", str(root))
@@ -153,7 +153,7 @@ def test_errors_are_one_message(visualize, config, tiny_config, tmp_path, scenes
 
 
 @pytest.mark.parametrize(
-    ("arguments", "told"),
+    ("arguments", "message"),
     [
         ([], "the following arguments are required: COMMAND"),
         (["draw"], "invalid choice: 'draw'"),
@@ -165,10 +165,10 @@ def test_errors_are_one_message(visualize, config, tiny_config, tmp_path, scenes
         (["predictions", "a", "--worst", "--random"], "not allowed with argument"),
     ],
 )
-def test_a_command_line_that_cannot_be_meant_is_refused(visualizer, capsys, arguments, told):
+def test_invalid_command_lines_are_refused(visualizer, capsys, arguments, message):
     with pytest.raises(SystemExit) as ended:
         visualizer.cli(arguments)
-    assert ended.value.code == 2 and told in capsys.readouterr().err
+    assert ended.value.code == 2 and message in capsys.readouterr().err
 
 
 def test_a_command_shows_its_own_help(visualizer, capsys):
