@@ -321,6 +321,7 @@ def pyramid_config(tiny_config, **changed):
     return tiny_config(**{**settings, **changed})
 
 
+@pytest.mark.slow
 def test_a_pyramid_goes_through_the_bilevel_stage_and_is_evaluated(tiny_config, at_scenes):
     context = open_context(pyramid_config(tiny_config), "test")
     trainer = Bissl().build(context, Weights())
@@ -347,6 +348,7 @@ def test_a_map_beyond_the_shared_stage_is_refused(tiny_config, at_scenes):
         Bissl().build(open_context(cfg, "test"), Weights())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "stage", "maps"), [("faster_rcnn", "c4", ()), ("faster_rcnn_fpn", "c5", PYRAMID_MAPS)]
 )
