@@ -188,7 +188,7 @@ def stage(start: Start, name: str, value: float) -> dict[str, float]:
             level.name: upper.head.losses(level.backbone, start.digits.test)["cross_entropy"].item()
             for level in (lower, upper)
         }
-    cosines = [step["solver/cosine"] for step in metrics if "solver/cosine" in step]
+    cosines = [step["solver/cos_x_plain"] for step in metrics if "solver/cos_x_plain" in step]
     return {
         name: value,
         "seed": start.digits.seed,

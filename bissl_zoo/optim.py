@@ -48,10 +48,15 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, factor: float) -> float:
     return optimizer.param_groups[0]["lr"]
 
 
-def effective_learning_rate(optimizer: torch.optim.Optimizer) -> float:
-    """Return `lr / (1 - momentum)` of the first group, the rate of momentum SGD along a constant gradient."""
+def effective_learning_rate(optimizer: torch.optim.Optimizer, scheduled: bool = False) -> float:
+    """Return `lr / (1 - momentum)` of the first group, the rate of momentum SGD along a constant gradient.
+
+    Args:
+        scheduled: use the rate of the current step; otherwise the base rate.
+    """
     group = optimizer.param_groups[0]
-    return group.get("initial_lr", group["lr"]) / (1.0 - group.get("momentum", 0.0))
+    rate = group["lr"] if scheduled else group.get("initial_lr", group["lr"])
+    return rate / (1.0 - group.get("momentum", 0.0))
 
 
 def clip_gradients(parameters: Iterable[Tensor], max_norm: float | None) -> float:

@@ -133,7 +133,7 @@ class ReducedProblem:
         torch.manual_seed(1 + get_rank())
         self.views = _random_views([view.dtype == torch.bool for view in shown])
         lower, upper = _level("lower", trunks[0], pretext), _level("upper", trunks[1], task)
-        self.problem = BiLevel(lower, upper, Exact(damping=0.0), gamma=cfg.bilevel.gamma)
+        self.problem = BiLevel(lower, upper, Exact(damping=0.0), gamma=cfg.bilevel.gamma, curvature="hessian")
         self.parameters = lower.backbone_parameters
         self.holding: contextlib.AbstractContextManager = contextlib.nullcontext()
 

@@ -9,6 +9,9 @@ By the implicit function theorem `d theta_P* / d theta_D = (I + H / lambda)^-1`,
 """
 
 import contextlib
+import functools
+import logging
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple
@@ -30,12 +33,17 @@ from bissl_zoo.distributed import (
 from bissl_zoo.errors import BadHypergradient, ConfigError
 from bissl_zoo.hypergradient import (
     CurvatureOperator,
+    GaussNewtonOperator,
+    GraphOperator,
     LinearOperator,
     Solution,
     choose_shift,
     definite_shift,
     frozen_state,
 )
+from bissl_zoo.optim import effective_learning_rate
+
+logger = logging.getLogger(__name__)
 
 #: limit of the relative residual and of `||x|| / ||v||` of a usable solution
 FAR = 1e3
@@ -81,7 +89,10 @@ class BiLevel:
         adaptation: adaptation of `theta_D` in versions 1 and 2 of the paper, or None.
         curvature_batch_size: samples of the pretext batch that defines `H`, over all ranks; None for a whole batch.
         update_bn_stats: update the lower backbone's batch-norm statistics with the downstream images that give `v`.
-        hvp_mode: "retain_graph" or "recompute", see :class:`CurvatureOperator`.
+        curvature: "gauss_newton", positive semidefinite, for lower heads that have `outputs` and `outer`; or "hessian",
+            exact and in general indefinite.
+        curvature_precision: "float32" or "tf32", of products on CUDA.
+        hvp_mode: "retain_graph" or "recompute", see :class:`GraphOperator`.
         on_bad_hypergradient: if the solution is not finite or exceeds :data:`FAR`, "stop" raises an error and "plain"
             uses `v` in place of `x`.
     Raises:
@@ -90,6 +101,8 @@ class BiLevel:
 
     Attributes:
         shift: lambda plus the automatic damping of the last alternation, the start of the next; None before the first.
+        time_constant: `1 / (lr_eff N_L)` of this alternation's lower steps, the curvature below which they do not
+            converge; None before the first alternation, and if the last lower step was undone.
         fallbacks: number of upper steps that used `v` in place of `x`.
         diagnostics: metrics of each upper step of the last alternation; empty for a step that a level's guard undid.
     """
@@ -107,6 +120,8 @@ class BiLevel:
         adaptation: Adaptation | None = None,
         curvature_batch_size: int | None = None,
         update_bn_stats: bool = True,
+        curvature: Literal["gauss_newton", "hessian"] = "gauss_newton",
+        curvature_precision: Literal["float32", "tf32"] = "float32",
         hvp_mode: Literal["retain_graph", "recompute"] = "retain_graph",
         on_bad_hypergradient: Literal["stop", "plain"] = "stop",
     ) -> None:
@@ -124,9 +139,16 @@ class BiLevel:
         self.adaptation = adaptation
         self.curvature_batch_size = curvature_batch_size
         self.update_bn_stats = update_bn_stats
+        if curvature == "gauss_newton" and not hasattr(lower.head, "outer"):
+            logger.info(
+                f"{type(lower.head).__name__} has no outputs and outer, so the curvature is the Hessian of its loss."
+            )
+            curvature = "hessian"
+        self.curvature_matrix, self.curvature_precision = curvature, curvature_precision
         self.hvp_mode = hvp_mode
         self.on_bad_hypergradient = on_bad_hypergradient
         self.shift: float | None = None
+        self.time_constant: float | None = None
         self.fallbacks = 0
         self.curvature_losses: dict[str, float] = {}
         self.diagnostics: list[dict[str, Any]] = []
@@ -134,8 +156,10 @@ class BiLevel:
     def alternate(self, alternation: int) -> dict[str, float]:
         """Run alternation number `alternation` (from 0); return the metrics of its last lower and last upper step."""
         metrics: dict[str, float] = {}
-        for _ in range(self.lower_steps):
-            metrics.update(self.lower.attempt(self.lower_step))
+        self.time_constant = None
+        for step in range(1, self.lower_steps + 1):
+            last = step == self.lower_steps
+            metrics.update(self.lower.attempt(functools.partial(self.lower_step, last)))
         operator = self.curvature(self.lower.next_batch()).prepare()
         try:
             self.diagnostics = [self.upper.attempt(lambda: self.upper_step(operator)) for _ in range(self.upper_steps)]
@@ -148,7 +172,7 @@ class BiLevel:
             self.adapt(self.adaptation.alpha)
         return metrics
 
-    def lower_step(self) -> dict[str, float]:
+    def lower_step(self, measure: bool = False) -> dict[str, float]:
         """Take one step on `L_P + lambda/2 ||theta_P - theta_D||^2` in `(theta_P, phi_P)`; return its metrics."""
         lower = self.lower
         total, losses = lower.loss(lower.backbone, lower.next_batch())
@@ -159,7 +183,12 @@ class BiLevel:
             gap = theta_p.detach() - theta_d.detach()
             theta_p.grad = gap * self.lam if theta_p.grad is None else theta_p.grad.add_(gap, alpha=self.lam)
             pull = pull + gap.square().sum()
+        if measure:
+            before = flatten(lower.backbone_parameters).detach()
+            gradient = flatten([theta_p.grad for theta_p in lower.backbone_parameters])
         step = lower.optimize()
+        if measure:
+            self._set_time_constant(before, gradient)
         lower.head.after_step(lower.backbone)
         return {
             "lower/total_loss": sum(losses.values()),
@@ -168,28 +197,54 @@ class BiLevel:
             **{f"lower/{name}": value for name, value in step.items()},
         }
 
-    def curvature(self, batch: Any) -> CurvatureOperator:
-        """Return the operator `I + H / (lambda + damping)` at the current `theta_P` and `phi_P` for a pretext batch.
+    def _set_time_constant(self, before: Tensor, gradient: Tensor) -> None:
+        """Set `time_constant` from the parameters before a lower step and its gradient, both `(P,)`.
 
-        Automatic damping needs a right-hand side, so the first upper step chooses it. A loss that is not finite is
-        detected in the solution.
+        `N_L` steps at the effective rate follow `theta_D` in directions of curvature above `1 / (lr_eff N_L)`; below it
+        they stop early, which acts as Tikhonov damping of this size. The rate is `lr / (1 - momentum)` for SGD; for
+        other optimizers it is the length of the step over the norm of its gradient.
+        """
+        lower = self.lower
+        if isinstance(lower.optimizer, torch.optim.SGD):
+            rate = effective_learning_rate(lower.optimizer, scheduled=True)
+        else:
+            moved = (flatten(lower.backbone_parameters).detach() - before).norm()
+            rate = float(moved / gradient.norm().clamp(min=torch.finfo(gradient.dtype).tiny))
+        self.time_constant = 1.0 / (rate * self.lower_steps) if 0 < rate < math.inf else None
+
+    def curvature(self, batch: Any) -> GraphOperator:
+        """Return the operator `I + M / (lambda + damping)` at the current `theta_P` and `phi_P` for a pretext batch.
+
+        `M` is the Gauss-Newton matrix or the Hessian of the lower loss. Automatic damping of the first is the lower
+        level's time constant. That of the second depends on the spectrum and needs a right-hand side, so the first
+        upper step chooses it. A loss that is not finite is detected in the solution.
         """
         lower = self.lower
         if self.curvature_batch_size is not None:
             batch = first_samples(batch, self.curvature_batch_size // get_world_size())
+        options = {
+            "parameters": lower.backbone_parameters,
+            "modules": (lower.backbone, lower.head),
+            "reduce": all_reduce_mean,
+            "hvp_mode": self.hvp_mode,
+            "precision": self.curvature_precision,
+        }
+        damping = self.solver.damping
+        if self.curvature_matrix == "gauss_newton":
+            if damping == "auto":
+                damping = self.time_constant or 1.0
+            return GaussNewtonOperator(
+                outputs=lambda: lower.head.outputs(lower.backbone, batch),
+                outer=lambda outputs: torch.stack(list(lower.head.outer(outputs).values())).sum(),
+                shift=self.lam + damping,
+                **options,
+            )
 
         def loss() -> Tensor:
             total, self.curvature_losses = lower.loss(lower.backbone, batch, amp=False, check=False)
             return total
 
-        return CurvatureOperator(
-            loss=loss,
-            parameters=lower.backbone_parameters,
-            shift=None if self.solver.damping == "auto" else self.lam + self.solver.damping,
-            modules=(lower.backbone, lower.head),
-            reduce=all_reduce_mean,
-            hvp_mode=self.hvp_mode,
-        )
+        return CurvatureOperator(loss, shift=None if damping == "auto" else self.lam + damping, **options)
 
     def upper_step(self, operator: LinearOperator) -> dict[str, float]:
         """Take one step on `(theta_D, phi_D)` along the hypergradient; return its metrics."""
@@ -227,21 +282,27 @@ class BiLevel:
             "solver/products": products + solution.products,
             "solver/status": solution.status,
             "solver/damping": operator.shift - self.lam,
+            "solver/damping_over_lambda": (operator.shift - self.lam) / self.lam,
             "solver/v_norm": v_norm,
             "solver/x_norm": x_norm,
+            "solver/norm_ratio": x_norm / v_norm if v_norm else 1.0,
+            "solver/cos_xv": float(nn.functional.cosine_similarity(solution.x, v, dim=0)),
             "solver/fallbacks": self.fallbacks,
         }
+        if self.time_constant is not None:
+            metrics["solver/damping_over_time_constant"] = (operator.shift - self.lam) / self.time_constant
         if solution.residual is not None:
             metrics["solver/residual"] = solution.residual
         if operator.subspace.explored:
             metrics["solver/least_ritz_value"] = 1.0 + float(operator.subspace.ritz_values()[0][0]) / operator.shift
+            metrics["solver/negative_share"] = operator.subspace.negative_share(solution.x)
         if self.gamma:
             plain, plain_head, losses = self._downstream_gradients(upper.backbone, batch)
             backbone = backbone + self.gamma * plain
             head = head + self.gamma * plain_head
             metrics.update({f"upper/plain_{name}": loss for name, loss in losses.items()})
             metrics["solver/plain_norm"] = float(plain.norm())
-            metrics["solver/cosine"] = float(nn.functional.cosine_similarity(solution.x, plain, dim=0))
+            metrics["solver/cos_x_plain"] = float(nn.functional.cosine_similarity(solution.x, plain, dim=0))
         return UpperGradients(backbone, head, solution, metrics)
 
     def _solve(self, operator: LinearOperator, v: Tensor, v_norm: float) -> tuple[Solution, float]:

@@ -123,6 +123,8 @@ def with_defaults(cfg: DictConfig) -> DictConfig:
     """
     plain = OmegaConf.to_container(cfg)
     _rename_old_keys(plain)
+    if isinstance(plain.get("bilevel"), dict):
+        plain["bilevel"].setdefault("curvature", "hessian")  # before the key existed
     for name, section in OmegaConf.to_container(load_config("common/train.py")).items():
         if isinstance(plain.get(name), dict):
             _fill(plain[name], section)

@@ -63,6 +63,8 @@ _MINIMUM = {
 _CHOICES = {
     "train.amp": tuple(AMP_DTYPES),
     "train.on_nonfinite": ("stop", "skip"),
+    "bilevel.curvature": ("gauss_newton", "hessian"),
+    "bilevel.curvature_precision": ("float32", "tf32"),
     "bilevel.hvp_mode": ("retain_graph", "recompute"),
     "bilevel.on_bad_hypergradient": ("stop", "plain"),
     "bilevel.head_warmup.backbone_mode": ("eval", "train"),

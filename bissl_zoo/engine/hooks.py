@@ -261,6 +261,11 @@ class SolverWatch(Hook):
                 self.warned = True
                 logger.warning(self._message(failed))
 
+    def after_train(self) -> None:
+        """Log what the hypergradients of the stage were."""
+        if self.trainer.done and self.trainer.summary:
+            logger.info(self.trainer.summary)
+
     def _message(self, failed: list[dict[str, Any]]) -> str:
         statuses = Counter(step["solver/status"] for step in failed).most_common()
         residuals = [step["solver/residual"] for step in self.recent if "solver/residual" in step]
@@ -357,6 +362,7 @@ class MetricsWriter(Hook):
         summary = {
             "event": "stage_end" if trainer.done and not trainer.pending else "interrupted",
             "seconds": {name: round(value, 3) for name, value in seconds.items()},
+            **({"summary": trainer.summary} if trainer.summary else {}),
         }
         for writer in self.writers:
             writer.write([Record(trainer.name, trainer.step, summary)], trainer.step)

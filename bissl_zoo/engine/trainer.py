@@ -180,6 +180,8 @@ class Trainer(ABC):
 
     #: the metrics on the progress line
     headline: tuple[str, ...] = ("total_loss", "lr")
+    #: one sentence about the whole stage, for its end
+    summary: str = ""
     #: the key that numbers `records`
     record_key: str = "record"
 

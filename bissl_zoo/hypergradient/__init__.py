@@ -6,10 +6,11 @@ A solver is a pure function of a linear operator and a flat vector: `solve(opera
 from bissl_zoo.hypergradient.cg import ConjugateGradient
 from bissl_zoo.hypergradient.damping import choose_shift, definite_shift
 from bissl_zoo.hypergradient.direct import Exact, Identity
+from bissl_zoo.hypergradient.gauss_newton import GaussNewtonOperator
 from bissl_zoo.hypergradient.minres import MinRes
 from bissl_zoo.hypergradient.neumann import Neumann
 from bissl_zoo.hypergradient.nystrom import Nystrom
-from bissl_zoo.hypergradient.operator import CurvatureOperator, frozen_state
+from bissl_zoo.hypergradient.operator import CurvatureOperator, GraphOperator, frozen_state
 from bissl_zoo.hypergradient.solver import DenseOperator, LinearOperator, Solution
 from bissl_zoo.hypergradient.subspace import Subspace
 
@@ -18,6 +19,8 @@ __all__ = [
     "CurvatureOperator",
     "DenseOperator",
     "Exact",
+    "GaussNewtonOperator",
+    "GraphOperator",
     "Identity",
     "LinearOperator",
     "MinRes",

@@ -13,7 +13,7 @@ from torch.overrides import TorchFunctionMode
 aten = torch.ops.aten
 
 
-def fast_second_order() -> TorchFunctionMode:
+def fast_second_order(linear_backward: bool = False) -> TorchFunctionMode:
     """Context in which to build a graph that will be differentiated twice, as for Hessian-vector products.
 
     `torch.nn.functional.conv2d` and `batch_norm` in training mode, and all modules that call them, get a custom double
@@ -25,10 +25,15 @@ def fast_second_order() -> TorchFunctionMode:
     input is not `(N, C, H, W)` or whose padding is a string, for batch norm with running statistics, under autocast,
     and without gradients.
 
+    Args:
+        linear_backward: a backward pass with `create_graph=True` records only how the gradients depend on the incoming
+            gradient, in which they are linear, and treats activations and weights as constants. This is the graph of a
+            product with the Jacobian: two convolutions a layer where a Hessian-vector product needs four more.
     Raises:
         RuntimeError: on a backward pass through the graph with `create_graph=True`: the third derivative is missing.
     """
-    return _Replace({functional.conv2d: _conv2d, functional.batch_norm: _batch_norm})
+    replacements = {functional.conv2d: _conv2d, functional.batch_norm: _batch_norm}
+    return _Replace({name: functools.partial(new, linear=linear_backward) for name, new in replacements.items()})
 
 
 class _Replace(TorchFunctionMode):
@@ -59,11 +64,13 @@ def _conv2d(
     padding: int | str | tuple[int, ...] = 0,
     dilation: int | tuple[int, ...] = 1,
     groups: int = 1,
+    *,
+    linear: bool,
 ) -> Tensor:
     if not _are_plain(input, weight, bias) or input.dim() != 4 or isinstance(padding, str):
         return NotImplemented
     geometry = (_pair(stride), _pair(padding), _pair(dilation), False, (0, 0), groups)
-    return _Convolution.apply(input, weight, bias, geometry)
+    return _Convolution.apply(input, weight, bias, geometry, linear)
 
 
 def _batch_norm(
@@ -75,13 +82,15 @@ def _batch_norm(
     training: bool = False,
     momentum: float = 0.1,
     eps: float = 1e-5,
+    *,
+    linear: bool,
 ) -> Tensor:
     # torch raises its own error for a single value per channel
     if not training or input.dim() < 2 or input.numel() <= input.shape[1]:
         return NotImplemented
     if not _are_plain(input, weight, bias, running_mean, running_var):
         return NotImplemented
-    return _BatchNorm.apply(input, weight, bias, (running_mean, running_var), momentum, eps)
+    return _BatchNorm.apply(input, weight, bias, (running_mean, running_var), momentum, eps, linear)
 
 
 def _pair(value: int | tuple[int, ...]) -> tuple[int, ...]:
@@ -110,19 +119,23 @@ def _refuse_third_derivative() -> None:
         )
 
 
+def _constants(tensors: tuple[Tensor | None, ...]) -> list[Tensor | None]:
+    return [None if tensor is None else tensor.detach() for tensor in tensors]
+
+
 class _Convolution(Function):
     """`y = x * w + b`, where `*` is the convolution."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, geometry: _Geometry) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, geometry: _Geometry, linear: bool) -> Tensor:
         ctx.save_for_backward(x, weight)
-        ctx.geometry = geometry
+        ctx.geometry, ctx.linear = geometry, linear
         return torch.convolution(x, weight, bias, *geometry)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight = ctx.saved_tensors
-        return (*_ConvolutionBackward.apply(grad, x, weight, ctx.geometry, ctx.needs_input_grad[:3]), None)
+        x, weight = _constants(ctx.saved_tensors) if ctx.linear else ctx.saved_tensors
+        return (*_ConvolutionBackward.apply(grad, x, weight, ctx.geometry, ctx.needs_input_grad[:3]), None, None)
 
 
 class _ConvolutionBackward(Function):
@@ -169,18 +182,26 @@ class _BatchNorm(Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, running: tuple, momentum: float, eps: float
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        running: tuple,
+        momentum: float,
+        eps: float,
+        linear: bool,
     ) -> Tensor:
         y, mean, invstd = torch.native_batch_norm(x, weight, bias, *running, True, momentum, eps)
         ctx.save_for_backward(x, weight, mean, invstd)
-        ctx.eps = eps
+        ctx.eps, ctx.linear = eps, linear
         return y
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         needs_x, needs_weight, needs_bias = ctx.needs_input_grad[:3]
-        x_grad, weight_grad, bias_grad = _BatchNormBackward.apply(grad, *ctx.saved_tensors, ctx.eps, needs_x)
-        return x_grad, weight_grad if needs_weight else None, bias_grad if needs_bias else None, None, None, None
+        saved = _constants(ctx.saved_tensors) if ctx.linear else ctx.saved_tensors
+        x_grad, weight_grad, bias_grad = _BatchNormBackward.apply(grad, *saved, ctx.eps, needs_x)
+        return x_grad, weight_grad if needs_weight else None, bias_grad if needs_bias else None, *[None] * 4
 
 
 class _BatchNormBackward(Function):

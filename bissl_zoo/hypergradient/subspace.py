@@ -158,10 +158,21 @@ class Subspace:
 
     def ritz_values(self) -> tuple[Tensor, Tensor]:
         """Return estimates of eigenvalues of `H`, ascending `(k,)`, and the residual norm of each, float64."""
-        projected = self.directions.T @ self.images
-        values, vectors = torch.linalg.eigh((projected + projected.T) / 2)
+        values, vectors = torch.linalg.eigh((self._projected + self._projected.T) / 2)
         residuals = self.images @ vectors - self.directions @ vectors * values
         return values, residuals.norm(dim=0)
+
+    def negative_share(self, x: Tensor) -> float:
+        """Return the share of `||x||^2` of `x (P,)` that lies in directions of negative Ritz values."""
+        values, vectors = torch.linalg.eigh((self._projected + self._projected.T) / 2)
+        negative = self.directions @ vectors[:, values < 0]
+        *inside, size = self.basis.dots(x).double().cpu()
+        share = (negative.T @ torch.stack(inside)).square().sum() / size if size > 0 else torch.zeros(())
+        return float(share)
+
+    @property
+    def _projected(self) -> Tensor:
+        return self.directions.T @ self.images
 
     def truncate(self, limit: int) -> None:
         """Keep the first products that fit into `limit` basis vectors."""

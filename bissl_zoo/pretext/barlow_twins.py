@@ -70,3 +70,16 @@ class BarlowTwins(PretextMethod):
         first, second = (self.projector(self.embed(backbone, view)) for view in views)
         invariance, redundancy = cross_correlation_losses(first, second)
         return {"invariance": invariance, "redundancy": self.redundancy * redundancy}
+
+    def outputs(self, backbone: Backbone, views: tuple[Tensor, ...]) -> tuple[Tensor]:
+        """Return the cross-correlation matrix `(D, D)` of the batch of all ranks."""
+        first, second = (self.projector(self.embed(backbone, view)) for view in views)
+        a, b = (_standardized(gather_with_gradient(view)) for view in (first, second))
+        return (a.T @ b,)
+
+    def outer(self, outputs: tuple[Tensor]) -> dict[str, Tensor]:
+        """Return the two terms, quadratic in the matrix."""
+        (correlation,) = outputs
+        diagonal = correlation.diagonal()
+        redundancy = correlation.square().sum() - diagonal.square().sum()
+        return {"invariance": (diagonal - 1).square().sum(), "redundancy": self.redundancy * redundancy}

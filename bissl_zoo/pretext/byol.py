@@ -18,6 +18,11 @@ def regression_loss(prediction: Tensor, target: Tensor) -> Tensor:
     return 2.0 - 2.0 * functional.cosine_similarity(prediction, target, dim=1)
 
 
+def normalized_residual(prediction: Tensor, target: Tensor) -> Tensor:
+    """Return the difference of the rows at unit length, two `(N, D)` -> `(N, D)`; the target is a constant."""
+    return functional.normalize(prediction, dim=1) - functional.normalize(target.detach(), dim=1)
+
+
 @PRETEXT_METHODS.register("byol")
 class BYOL(PretextMethod):
     """Predict a momentum teacher's projection of one view from the student's projection of the other.
@@ -54,6 +59,16 @@ class BYOL(PretextMethod):
         first = regression_loss(predictions[0], targets[1])
         second = regression_loss(predictions[1], targets[0])
         return {"regression": (first + second).mean()}
+
+    def outputs(self, backbone: Backbone, views: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """Return the normalised predictions less the normalised targets, `(N, D)` for each direction."""
+        predictions = [self.predictor(self.projector(self.embed(backbone, view))) for view in views]
+        targets = [self.teacher(view) for view in reversed(views)]
+        return tuple(map(normalized_residual, predictions, targets))
+
+    def outer(self, outputs: tuple[Tensor, ...]) -> dict[str, Tensor]:
+        """Return `{"regression": scalar}`: `2 - 2 cos` is the squared length of the residual."""
+        return {"regression": sum(residual.square().sum(dim=1).mean() for residual in outputs)}
 
     def after_step(self, backbone: Backbone) -> None:
         """Update the teacher's parameters; its batch-norm statistics come from its own forward passes."""

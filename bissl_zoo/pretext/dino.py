@@ -103,12 +103,21 @@ class DINO(PretextMethod):
         Raises:
             ConfigError: the views have several sizes, and the backbone takes only one.
         """
+        return self.outer(self.outputs(backbone, views))
+
+    def outputs(self, backbone: Backbone, views: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
+        """Return the student's logits `(V, N, K)` and the teacher's `(2, N, K)`, which are constants."""
         _check_sizes(backbone, views)
         groups = [torch.cat(list(group)) for _, group in groupby(views, key=lambda view: view.shape)]
         embeddings = torch.cat([self.embed(backbone, images) for images in groups])
         student = self.projector(embeddings).unflatten(0, (len(views), -1))
         teacher = self.teacher(torch.cat(tuple(views[:GLOBAL_CROPS]))).unflatten(0, (GLOBAL_CROPS, -1))
         self.teacher_mean = teacher.mean(dim=(0, 1), dtype=self.center.dtype)
+        return student, teacher
+
+    def outer(self, outputs: tuple[Tensor, Tensor]) -> dict[str, Tensor]:
+        """Return `{"cross_entropy": scalar}`, convex in the student's logits."""
+        student, teacher = outputs
         loss = self_distillation(student, teacher, self.center, self.student_temperature, self.teacher_temperature)
         return {"cross_entropy": loss}
 

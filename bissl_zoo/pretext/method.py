@@ -20,6 +20,11 @@ class PretextMethod(nn.Module, ABC):
         class Mine(PretextMethod):
             def losses(self, backbone, views): ...
 
+    Two more methods give it Gauss-Newton curvature, which is positive semidefinite; without them the Hessian is used:
+
+        outputs(backbone, views) -> tuple of tensors     what the loss is a convex function of, such as logits
+        outer(outputs) -> dict of scalars                this function: `losses` is `outer(outputs(backbone, views))`
+
     Args:
         backbone: the trunk that the method will be called with; used for shapes and copies, never stored.
         tail: maps the feature map of the trunk to embeddings `(B, tail.num_features)`.

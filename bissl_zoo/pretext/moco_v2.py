@@ -26,9 +26,18 @@ def info_nce(query: Tensor, key: Tensor, queue: Tensor, temperature: float) -> T
     Returns:
         Scalar, the mean over this rank's queries.
     """
+    return first_cross_entropy(key_logits(query, key, queue, temperature))
+
+
+def key_logits(query: Tensor, key: Tensor, queue: Tensor, temperature: float) -> Tensor:
+    """Return similarities over the temperature `(N, 1 + K)`, that with a query's own key first."""
     positive = (query * key).sum(dim=1, keepdim=True)
-    logits = torch.cat([positive, query @ queue.T], dim=1) / temperature
-    return functional.cross_entropy(logits, torch.zeros(len(query), dtype=torch.long, device=query.device))
+    return torch.cat([positive, query @ queue.T], dim=1) / temperature
+
+
+def first_cross_entropy(logits: Tensor) -> Tensor:
+    """Return the cross entropy of the first column, convex in the logits."""
+    return functional.cross_entropy(logits, torch.zeros(len(logits), dtype=torch.long, device=logits.device))
 
 
 @PRETEXT_METHODS.register("moco_v2")
@@ -78,10 +87,18 @@ class MoCoV2(PretextMethod):
 
     def losses(self, backbone: Backbone, views: tuple[Tensor, ...]) -> dict[str, Tensor]:
         """Return `{"info_nce": scalar}` for two views `(N, 3, S, S)`: queries from the first, keys from the second."""
+        return self.outer(self.outputs(backbone, views))
+
+    def outputs(self, backbone: Backbone, views: tuple[Tensor, ...]) -> tuple[Tensor]:
+        """Return the logits `(N, 1 + K)`."""
         query = functional.normalize(self.projector(self.embed(backbone, views[0])), dim=1)
         key = functional.normalize(self.teacher(views[1]), dim=1)
         self._newest_keys = key
-        return {"info_nce": info_nce(query, key, self.queue, self.temperature)}
+        return (key_logits(query, key, self.queue, self.temperature),)
+
+    def outer(self, outputs: tuple[Tensor]) -> dict[str, Tensor]:
+        """Return `{"info_nce": scalar}`, convex in the logits."""
+        return {"info_nce": first_cross_entropy(outputs[0])}
 
     @torch.no_grad()
     def after_step(self, backbone: Backbone) -> None:

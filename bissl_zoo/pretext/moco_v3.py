@@ -25,10 +25,19 @@ def info_nce_in_batch(query: Tensor, key: Tensor, temperature: float) -> Tensor:
     Returns:
         Scalar, the mean over this rank's queries; each is compared with the keys of all ranks.
     """
-    query = functional.normalize(query, dim=1)
+    return scaled_cross_entropy(batch_logits(query, key, temperature), temperature)
+
+
+def batch_logits(query: Tensor, key: Tensor, temperature: float) -> Tensor:
+    """Return the cosines of this rank's queries with the keys of all ranks over the temperature, `(N, W * N)`."""
     keys = gather_with_gradient(functional.normalize(key.detach(), dim=1))
-    positives = torch.arange(len(query), device=query.device) + get_rank() * len(query)
-    return 2 * temperature * functional.cross_entropy(query @ keys.T / temperature, positives)
+    return functional.normalize(query, dim=1) @ keys.T / temperature
+
+
+def scaled_cross_entropy(logits: Tensor, temperature: float) -> Tensor:
+    """Return `2 * temperature` times the cross entropy of each query's own key, convex in the logits."""
+    own = torch.arange(len(logits), device=logits.device) + get_rank() * len(logits)
+    return 2 * temperature * functional.cross_entropy(logits, own)
 
 
 @PRETEXT_METHODS.register("moco_v3")
@@ -68,10 +77,18 @@ class MoCoV3(PretextMethod):
 
     def losses(self, backbone: Backbone, views: tuple[Tensor, ...]) -> dict[str, Tensor]:
         """Return `{"info_nce": scalar}` for two views `(N, 3, S, S)`: the sum of both directions."""
-        first, second = (self.predictor(self.projector(self.embed(backbone, view))) for view in views)
+        return self.outer(self.outputs(backbone, views))
+
+    def outputs(self, backbone: Backbone, views: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """Return the logits `(N, W * N)` of each direction."""
+        queries = [self.predictor(self.projector(self.embed(backbone, view))) for view in views]
         keys = [self.teacher(view) for view in views]
-        forth = info_nce_in_batch(first, keys[1], self.temperature)
-        back = info_nce_in_batch(second, keys[0], self.temperature)
+        pairs = zip(queries, reversed(keys), strict=True)
+        return tuple(batch_logits(query, key, self.temperature) for query, key in pairs)
+
+    def outer(self, outputs: tuple[Tensor, ...]) -> dict[str, Tensor]:
+        """Return `{"info_nce": scalar}`, convex in the logits."""
+        forth, back = (scaled_cross_entropy(logits, self.temperature) for logits in outputs)
         return {"info_nce": forth + back}
 
     def after_step(self, backbone: Backbone) -> None:

@@ -23,15 +23,23 @@ def nt_xent(z: Tensor, temperature: float) -> Tensor:
     Returns:
         Scalar, the mean over this rank's 2N anchors; each is compared with the projections of all ranks.
     """
+    return positive_cross_entropy(similarity_logits(z, temperature))
+
+
+def similarity_logits(z: Tensor, temperature: float) -> Tensor:
+    """Return cosine similarities over the temperature, `(2N, D)` -> `(2N, W * 2N)`, -inf between a row and itself."""
     z = functional.normalize(z, dim=1)
-    candidates = gather_with_gradient(z)
-    anchors = torch.arange(len(z), device=z.device)
-    offset = get_rank() * len(z)
-    similarity = z @ candidates.T / temperature
-    is_self = functional.one_hot(anchors + offset, len(candidates)).bool()
-    similarity = similarity.masked_fill(is_self, float("-inf"))
-    positives = (anchors + len(z) // 2) % len(z) + offset
-    return functional.cross_entropy(similarity, positives)
+    everything = gather_with_gradient(z)
+    own = torch.arange(len(z), device=z.device) + get_rank() * len(z)
+    is_self = functional.one_hot(own, len(everything)).bool()
+    return (z @ everything.T / temperature).masked_fill(is_self, float("-inf"))
+
+
+def positive_cross_entropy(logits: Tensor) -> Tensor:
+    """Return the cross entropy of the other view of each image, convex in the `(2N, W * 2N)` logits."""
+    anchors = torch.arange(len(logits), device=logits.device)
+    positives = (anchors + len(logits) // 2) % len(logits) + get_rank() * len(logits)
+    return functional.cross_entropy(logits, positives)
 
 
 @PRETEXT_METHODS.register("simclr")
@@ -59,5 +67,13 @@ class SimCLR(PretextMethod):
 
     def losses(self, backbone: Backbone, views: tuple[Tensor, ...]) -> dict[str, Tensor]:
         """Return `{"nt_xent": scalar}` for two views `(N, 3, S, S)`; batch norm uses the statistics of each view."""
+        return self.outer(self.outputs(backbone, views))
+
+    def outputs(self, backbone: Backbone, views: tuple[Tensor, ...]) -> tuple[Tensor]:
+        """Return the similarity logits `(2N, W * 2N)`."""
         z = torch.cat([self.projector(self.embed(backbone, view)) for view in views])
-        return {"nt_xent": nt_xent(z, self.temperature)}
+        return (similarity_logits(z, self.temperature),)
+
+    def outer(self, outputs: tuple[Tensor]) -> dict[str, Tensor]:
+        """Return `{"nt_xent": scalar}`, convex in the logits."""
+        return {"nt_xent": positive_cross_entropy(outputs[0])}

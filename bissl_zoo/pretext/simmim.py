@@ -12,6 +12,9 @@ from bissl_zoo.errors import ConfigError
 from bissl_zoo.pretext.method import PretextMethod
 from bissl_zoo.registry import PRETEXT_METHODS
 
+#: residuals below this, in units of the normalised input, count as this in the weights of the curvature
+SMALLEST_RESIDUAL = 0.01
+
 
 def masked_l1(prediction: Tensor, images: Tensor, mask: Tensor) -> Tensor:
     """Return the mean absolute error of the masked pixels (arXiv 2111.09886, section 3.4).
@@ -63,6 +66,23 @@ class SimMIM(PretextMethod):
         images, mask = views
         prediction = self.decoder(self.hidden_features(backbone, images, mask))
         return {"l1": masked_l1(prediction, images, mask)}
+
+    def outputs(self, backbone: Backbone, views: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        """Return the residuals of the hidden pixels `(M,)` and their weights, see :meth:`outer`."""
+        images, mask = views
+        prediction = self.decoder(self.hidden_features(backbone, images, mask))
+        hidden = _enlarge(mask, images.shape[-2:]).unsqueeze(1).expand_as(images)
+        residual = (prediction - images)[hidden]
+        return residual, 1.0 / residual.detach().abs().clamp(min=SMALLEST_RESIDUAL)
+
+    def outer(self, outputs: tuple[Tensor, Tensor]) -> dict[str, Tensor]:
+        """Return `{"l1": scalar}`, quadratic in the residuals.
+
+        The second derivative of an absolute value is zero, so it is replaced by the parabola that touches it at the
+        residual and lies above it, as in iteratively reweighted least squares: `|r| <= (w r^2 + 1/w) / 2`, `w = 1/|r|`.
+        """
+        residual, weight = outputs
+        return {"l1": (weight * residual.square() + 1.0 / weight).mean() / 2}
 
     def hidden_features(self, backbone: Backbone, images: Tensor, mask: Tensor) -> Tensor:
         """Return the trunk's map `(N, C, h, w)` of images whose patches under `mask` are replaced by the token.

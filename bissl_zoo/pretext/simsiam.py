@@ -8,6 +8,7 @@ from torch.nn import functional
 
 from bissl_zoo.backbones import Backbone, Tail
 from bissl_zoo.data.views import two_views
+from bissl_zoo.pretext.byol import normalized_residual
 from bissl_zoo.pretext.heads import mlp
 from bissl_zoo.pretext.method import PretextMethod
 from bissl_zoo.registry import PRETEXT_METHODS
@@ -59,3 +60,14 @@ class SimSiam(PretextMethod):
         forth = negative_cosine(self.predictor(first), second)
         back = negative_cosine(self.predictor(second), first)
         return {"negative_cosine": (forth + back) / 2}
+
+    def outputs(self, backbone: Backbone, views: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """Return the normalised predictions less the normalised targets, `(N, D)` for each direction."""
+        first, second = (self.projector(self.embed(backbone, view)) for view in views)
+        pairs = ((self.predictor(first), second), (self.predictor(second), first))
+        return tuple(normalized_residual(prediction, target) for prediction, target in pairs)
+
+    def outer(self, outputs: tuple[Tensor, ...]) -> dict[str, Tensor]:
+        """Return `{"negative_cosine": scalar}`: `-cos` is half the squared length of the residual, less 1."""
+        squares = sum(residual.square().sum(dim=1).mean() for residual in outputs)
+        return {"negative_cosine": squares / 4 - 1.0}

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.nn import functional
 
@@ -17,7 +18,12 @@ from bissl_zoo.registry import PRETEXT_METHODS
 
 def variance_loss(z: Tensor, epsilon: float = 1e-4) -> Tensor:
     """Return the hinge loss on the standard deviations of the columns of `z (N, D)` (arXiv 2105.04906, equation 1)."""
-    return functional.relu(1 - (z.var(dim=0) + epsilon).sqrt()).mean()
+    return functional.relu(1 - standard_deviations(z, epsilon)).mean()
+
+
+def standard_deviations(z: Tensor, epsilon: float = 1e-4) -> Tensor:
+    """Return `sqrt(var + epsilon)` of the columns, `(N, D)` -> `(D,)`."""
+    return (z.var(dim=0) + epsilon).sqrt()
 
 
 def covariance_loss(z: Tensor) -> Tensor:
@@ -79,4 +85,22 @@ class VICReg(PretextMethod):
             "invariance": self.invariance * invariance,
             "variance": self.variance * variance,
             "covariance": self.covariance * covariance,
+        }
+
+    def outputs(self, backbone: Backbone, views: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """Return the residual `(N, D)`, the standard deviations `(2, D)` and the covariance matrices `(2, D, D)`."""
+        first, second = (self.projector(self.embed(backbone, view)) for view in views)
+        everything = [gather_with_gradient(view) for view in (first, second)]
+        deviations = torch.stack([standard_deviations(view) for view in everything])
+        covariances = torch.stack([torch.cov(view.T) for view in everything])
+        return first - second, deviations, covariances
+
+    def outer(self, outputs: tuple[Tensor, ...]) -> dict[str, Tensor]:
+        """Return the three weighted terms, convex in the outputs."""
+        residual, deviations, covariances = outputs
+        off_diagonal = covariances.square().sum() - covariances.diagonal(dim1=1, dim2=2).square().sum()
+        return {
+            "invariance": self.invariance * residual.square().mean(),
+            "variance": self.variance * functional.relu(1 - deviations).mean(),
+            "covariance": self.covariance * off_diagonal / covariances.shape[1],
         }

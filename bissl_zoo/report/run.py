@@ -27,7 +27,7 @@ FILES_ONLY = "Left out, since only the files of the run are read (--files-only).
 _HYPERGRADIENT = [
     (["solver/residual"], "relative residual", "Residual of the solve.", {"log": True}),
     (["solver/products"], "products", "Products with the Hessian per upper step.", {}),
-    (["solver/cosine"], "cosine", "Cosine between the curvature term and the plain gradient.", {}),
+    (["solver/cos_x_plain"], "cosine", "Cosine between the curvature term and the plain gradient.", {}),
     (
         ["solver/v_norm", "solver/x_norm", "solver/plain_norm"],
         "norm",

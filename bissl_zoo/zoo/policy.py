@@ -28,11 +28,11 @@ _TEXT = re.compile(r"[\w][\w .,+@=()-]*", re.ASCII)
 _CLASSES = "classes"
 
 
-def restrict(cfg: Mapping[str, Any], reference: Mapping[str, Any], source: str) -> tuple[dict[str, Any], list[str]]:
+def restrict(plain: Mapping[str, Any], reference: Mapping[str, Any], source: str) -> tuple[dict[str, Any], list[str]]:
     """Return what may be taken of the config of a zoo entry, and the keys that are left to the user.
 
     Args:
-        cfg: plain dictionaries, lists and scalars.
+        plain: plain dictionaries, lists and scalars.
         reference: the plain sections with their defaults, `configs/common/train.py`.
         source: of the config, for messages.
     Returns:
@@ -41,10 +41,10 @@ def restrict(cfg: Mapping[str, Any], reference: Mapping[str, Any], source: str) 
     Raises:
         ZooError: for any other call, argument or value that is not listed here, with key and reason.
     """
-    _check_size(cfg, source)
+    _check_size(plain, source)
     left: list[str] = []
     taken: dict[str, Any] = {}
-    for section, value in cfg.items():
+    for section, value in plain.items():
         if section in reference and isinstance(value, Mapping):
             taken[section] = _plain_section(value, reference[section], str(section), left, source)
         elif section in CALL_SECTIONS:
@@ -138,9 +138,9 @@ def _value(value: Any, key: str, source: str) -> Any:
     _refuse(source, key, f"is a {type(value).__name__}")
 
 
-def _check_size(cfg: Mapping[Any, Any], source: str) -> None:
+def _check_size(plain: Mapping[Any, Any], source: str) -> None:
     count = 0
-    for depth, value in _nodes(cfg):
+    for depth, value in _nodes(plain):
         count += 1
         if count > MAX_VALUES:
             raise ZooError(f"{source}: the config has more than {MAX_VALUES:,} values; an entry may have as many.")

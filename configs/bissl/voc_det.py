@@ -23,6 +23,7 @@ train.stages = [
 ]  # with train.init=runs/simclr_imagenet train.stages=[bissl,finetune]: the last two
 
 bilevel.shared_stage = "c4"
+bilevel.curvature = "hessian"
 bilevel.head_warmup.epochs = 5
 optimizer.upper.update(upper("voc_det", "simclr"))
 

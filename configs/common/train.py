@@ -52,7 +52,9 @@ bilevel = {
     "upper_steps": 8,  # N_U, downstream steps per alternation
     "alternations": 500,  # T
     "adaptation": None,  # dict(every=100, alpha=0.1) as in versions 1 and 2 of the paper
-    "curvature_batch_size": None,  # samples of the pretext batch that defines the Hessian; null: a whole batch
+    "curvature": "gauss_newton",  # of the pretext loss, positive semidefinite; hessian: exact, in general indefinite
+    "curvature_precision": "float32",  # of products on a GPU; tf32: twice as fast, off by about 0.1
+    "curvature_batch_size": None,  # samples of the pretext batch that defines the curvature; null: a whole batch
     "hvp_mode": "retain_graph",  # Hessian-vector products: retain_graph, or recompute (slower, less memory)
     "on_bad_hypergradient": "stop",  # if a solution is not finite or far off: stop, or plain (use v instead of x)
     "update_bn_stats": True,  # update the lower backbone's batch-norm statistics with the downstream images

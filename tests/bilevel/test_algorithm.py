@@ -386,9 +386,16 @@ def test_every_upper_step_has_diagnostics():
     problem, _, _ = quadratic(gamma=1.0, lower_steps=1, upper_steps=3)
     metrics = problem.alternate(0)
     assert len(problem.diagnostics) == 3
-    keys = {"solver/residual", "solver/products", "solver/status", "solver/damping", "solver/cosine", "solver/v_norm"}
+    keys = {
+        "solver/residual",
+        "solver/products",
+        "solver/status",
+        "solver/damping",
+        "solver/cos_x_plain",
+        "solver/v_norm",
+    }
     assert all(keys | {"solver/x_norm", "solver/plain_norm"} <= set(record) for record in problem.diagnostics)
-    assert metrics["solver/cosine"] == problem.diagnostics[-1]["solver/cosine"]
+    assert metrics["solver/cos_x_plain"] == problem.diagnostics[-1]["solver/cos_x_plain"]
     losses = [record["upper/total_loss"] for record in problem.diagnostics]
     assert losses == sorted(losses, reverse=True) and losses[0] > losses[-1]
 

@@ -37,6 +37,7 @@ pytestmark = pytest.mark.slow
 
 WORLDS = (2, 4)
 METHODS = PRETEXT_METHODS.list()
+CURVATURES = ("hessian", "gauss_newton")
 SOLVER_NAMES = SOLVERS.list()
 SIZES = {"moco_v2": {"queue_length": 20}}  # shorter than a run, so that it wraps, and no multiple of the batch
 BATCH = 8
@@ -114,7 +115,7 @@ class Pool(nn.Module):
 TRUNKS = {"simmim": PatchTrunk}
 
 
-def problem(method, rank, world):
+def problem(method, rank, world, curvature="gauss_newton"):
     """A pretext method below, classification above, in float64; batch norm uses its running statistics."""
     torch.manual_seed(0)
     trunk, upper = (TRUNKS.get(method, Trunk)() for _ in range(2))
@@ -131,6 +132,7 @@ def problem(method, rank, world):
         lower_steps=2,
         upper_steps=2,
         alternations=3,
+        curvature=curvature,
     )
 
 
@@ -164,9 +166,9 @@ def keep_digests(bilevel):
     return digests
 
 
-def derivatives(method, rank, world):
+def derivatives(method, rank, world, curvature):
     """Return the results of one batch, from the loss to the hypergradient."""
-    bilevel = problem(method, rank, world)
+    bilevel = problem(method, rank, world, curvature)
     lower, batch = bilevel.lower, next(bilevel.lower.data_iterator)
     operator = bilevel.curvature(batch).prepare()
     generator = torch.Generator().manual_seed(3)
@@ -223,7 +225,7 @@ class InPlaceAllReduce(torch.autograd.Function):
 def with_faulty_gather(rank, world):
     simclr.gather_with_gradient = InPlaceAllReduce.apply
     try:
-        return derivatives("simclr", rank, world)
+        return derivatives("simclr", rank, world, "hessian")
     finally:
         simclr.gather_with_gradient = gather_with_gradient
 
@@ -302,7 +304,8 @@ def work(rank, world):
     """Return the results of one rank that the tests inspect."""
     seen = {"derivatives": {}, "alternations": {}, "batch statistics": {}, "spoilt": {}}
     for method in METHODS:
-        seen["derivatives"][method] = derivatives(method, rank, world)
+        for curvature in CURVATURES:
+            seen["derivatives"][method, curvature] = derivatives(method, rank, world, curvature)
         seen["alternations"][method] = alternations(method, rank, world)
         if world > 1:
             seen["batch statistics"][method] = batch_statistics(method, rank, world)
@@ -365,15 +368,17 @@ def distance(actual, expected):
 
 @pytest.mark.parametrize("world", WORLDS)
 @pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("curvature", CURVATURES)
 @pytest.mark.parametrize("what", ["loss", "gradient", "product", "solution", "upper backbone", "upper head"])
-def test_ranks_compute_what_one_process_does_with_the_whole_batch(worlds, world, method, what):
+def test_ranks_compute_what_one_process_does_with_the_whole_batch(worlds, world, method, what, curvature):
     [alone] = worlds[1]
-    expected = alone["derivatives"][method][what]
+    expected = alone["derivatives"][method, curvature][what]
     assert expected.any()
     for seen in worlds[world]:
         # other orders of summation in float64
-        assert distance(seen["derivatives"][method][what], expected) < 1e-6
-        assert torch.equal(seen["derivatives"][method][what], worlds[world][0]["derivatives"][method][what])
+        computed = seen["derivatives"][method, curvature][what]
+        assert distance(computed, expected) < 1e-6
+        assert torch.equal(computed, worlds[world][0]["derivatives"][method, curvature][what])
 
 
 @pytest.mark.parametrize("world", WORLDS)
@@ -406,7 +411,7 @@ def test_all_ranks_are_bit_equal_with_batch_statistics_per_rank(worlds, world, m
 
 
 def test_a_gather_that_can_be_differentiated_only_once_is_detected(worlds):
-    expected, missing = worlds[1][0]["derivatives"]["simclr"], []
+    expected, missing = worlds[1][0]["derivatives"]["simclr", "hessian"], []
     for world in WORLDS:
         faulty = worlds[world][0]["faulty"]
         assert distance(faulty["loss"], expected["loss"]) < 1e-6

@@ -84,7 +84,7 @@ def golden_problem(entry, solver, **options):
     pretext_batch = tuple(torch.from_numpy(given[f"lower_view{i}"]) for i in (1, 2))
     batch = torch.from_numpy(given["upper_x"]), torch.from_numpy(given["upper_y"])
     levels = golden_levels(given, "lower_state__", "upper_state__", method, batches=([pretext_batch], [batch]))
-    return BiLevel(*levels, solver=solver, lam=0.001, **options), pretext_batch, batch
+    return BiLevel(*levels, solver=solver, lam=0.001, curvature="hessian", **options), pretext_batch, batch
 
 
 def close(ours, theirs, rtol):

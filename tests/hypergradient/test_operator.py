@@ -275,3 +275,26 @@ def test_prepare_and_release_clear_the_subspace():
         assert space.explored == 1
         forget()
         assert space.explored == 0 and not space.basis
+
+
+@pytest.mark.parametrize("precision", ["float32", "tf32"])
+def test_products_run_in_the_requested_precision_and_the_settings_are_restored(precision):
+    cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
+
+    def settings():
+        return [cudnn.conv.fp32_precision, cudnn.rnn.fp32_precision, matmul.fp32_precision, cudnn.allow_tf32]
+
+    def loss():
+        seen.append([cudnn.allow_tf32, matmul.allow_tf32, cudnn.conv.fp32_precision == "tf32"])
+        return weight.square().sum()
+
+    before, seen, weight = settings(), [], torch.ones(3, requires_grad=True)
+    operator = CurvatureOperator(loss, [weight], 1.0, hvp_mode="recompute", precision=precision).prepare()
+    operator.hessian_product(torch.ones(3))
+    assert seen == [[precision == "tf32"] * 3]
+    assert settings() == before
+
+
+def test_another_precision_is_refused():
+    with pytest.raises(ValueError, match="precision.*float32.*tf32"):
+        CurvatureOperator(lambda: None, [], shift=1.0, precision="bf16")

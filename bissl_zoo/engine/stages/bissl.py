@@ -11,6 +11,7 @@ from fvcore.common.param_scheduler import ConstantParamScheduler
 from bissl_zoo.backbones import Backbone, Tail
 from bissl_zoo.bilevel import Adaptation, BiLevel
 from bissl_zoo.bilevel.level import Level
+from bissl_zoo.bilevel.summary import HypergradientSummary
 from bissl_zoo.engine.build import (
     build_downstream,
     build_level,
@@ -52,11 +53,13 @@ class BisslTrainer(Trainer):
         super().__init__("bissl", problem.alternations)
         self.problem = problem
         self.entered = entered
+        self.hypergradients = HypergradientSummary()
 
     def run_step(self) -> dict[str, Any]:
         """Run one alternation; its upper steps are the records, numbered over the stage from 1."""
         before = self.problem.upper.step
         metrics = self.problem.alternate(self.step)
+        self.hypergradients.update(self.problem.diagnostics)
         self.records = [
             {self.record_key: number, **record}
             for number, record in enumerate(self.problem.diagnostics, before + 1)
@@ -69,14 +72,26 @@ class BisslTrainer(Trainer):
         return {"lower": self.problem.lower, "upper": self.problem.upper}
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the state of both levels, the shift of automatic damping, and the number of fallbacks."""
-        return {**super().state_dict(), "shift": self.problem.shift, "fallbacks": self.problem.fallbacks}
+        """Return the state of both levels, the shift of automatic damping, and what was counted over the stage."""
+        return {
+            **super().state_dict(),
+            "shift": self.problem.shift,
+            "fallbacks": self.problem.fallbacks,
+            "hypergradients": self.hypergradients.state_dict(),
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue where `state_dict` was called; without a shift in it, automatic damping starts again."""
         super().load_state_dict(state)
         self.problem.shift = state.get("shift")
         self.problem.fallbacks = state.get("fallbacks", 0)
+        if "hypergradients" in state:  # not in checkpoints of earlier versions
+            self.hypergradients.load_state_dict(state["hypergradients"])
+
+    @property
+    def summary(self) -> str:
+        """One sentence about the hypergradients of the stage."""
+        return self.hypergradients.sentence()
 
     def result(self) -> Weights:
         """Return the lower backbone and both heads."""
@@ -173,6 +188,8 @@ class Bissl(Stage):
             adaptation=Adaptation(**settings.adaptation) if settings.adaptation else None,
             curvature_batch_size=settings.curvature_batch_size,
             update_bn_stats=settings.update_bn_stats,
+            curvature=settings.curvature,
+            curvature_precision=settings.curvature_precision,
             hvp_mode=settings.hvp_mode,
             on_bad_hypergradient=settings.on_bad_hypergradient,
         )

@@ -10,6 +10,7 @@ from ..search import classification as search
 from ..solvers.cg import solver
 from ..train import bilevel, clip_grad, finetune
 
+bilevel.curvature = "hessian"
 bilevel.head_warmup.epochs = 20
 
 finetune.epochs = 400

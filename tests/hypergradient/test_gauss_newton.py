@@ -1,0 +1,185 @@
+"""Gauss-Newton products against dense `J^T C J` in float64, for every pretext method."""
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional
+
+from bissl_zoo.backbones import FeatureInfo
+from bissl_zoo.hypergradient import ConjugateGradient, CurvatureOperator, GaussNewtonOperator, MinRes
+from bissl_zoo.registry import PRETEXT_METHODS, build_backbone, build_pretext
+
+HEADS = {
+    "barlow_twins": {"projector": [7, 5]},
+    "byol": {"projector": [7, 5], "predictor": [6, 5]},
+    "dino": {"projector": [7, 5, 9]},
+    "moco_v2": {"projector": [7, 5], "queue_length": 11},
+    "moco_v3": {"projector": [7, 5], "predictor": [6, 5]},
+    "simclr": {"projector": [7, 5]},
+    "simmim": {},
+    "simsiam": {"projector": [7, 5], "predictor": [6, 5]},
+    "vicreg": {"projector": [7, 5]},
+}
+
+
+class Convolutions(nn.Module):
+    """Images `(B, 3, 8, 8)` -> a map of 6 channels, with batch norm and smooth activations."""
+
+    out_features = ("out",)
+    feature_info = {"out": FeatureInfo(6, 4, "norm2")}
+
+    def __init__(self, activation=nn.Softplus):
+        super().__init__()
+        self.layers = nn.Sequential(
+            *(nn.Conv2d(3, 4, 3, padding=1, bias=False), nn.BatchNorm2d(4), activation()),
+            *(nn.Conv2d(4, 6, 3, padding=1, stride=2), nn.BatchNorm2d(6), activation()),
+        )
+
+    def forward(self, images):
+        return {"out": self.layers(images)}
+
+
+class Pool(nn.Module):
+    num_features = 6
+
+    def forward(self, features):
+        return features.mean(dim=(2, 3))
+
+
+def problem(name):
+    """A method in float64 on a tiny backbone, and a batch of views."""
+    torch.manual_seed(0)
+    if name == "simmim":
+        vit = {"img_size": 8, "patch_size": 4, "embed_dim": 4, "depth": 1, "num_heads": 2}
+        backbone = build_backbone(name="vit_tiny_patch16_224", class_token=False, global_pool="avg", **vit)
+        backbone, tail = backbone.split(backbone.stages[-1])
+        views = torch.randn(2, 3, 8, 8, dtype=torch.float64), torch.tensor([[[True, False], [False, True]]] * 2)
+    else:
+        backbone, tail = Convolutions(), Pool()
+        views = tuple(torch.randn(2, 5, 3, 8, 8, dtype=torch.float64))
+    method = build_pretext(name=name, backbone=backbone, tail=tail, **HEADS[name])
+    backbone, method = backbone.double().train(), method.double().train()
+    with torch.no_grad():  # a teacher that differs from the student, and weights that matter
+        for module in (backbone, *method.children()):
+            for parameter in module.parameters():
+                parameter.add_(torch.randn_like(parameter), alpha=0.3)
+    return backbone, method, views
+
+
+def operator_of(backbone, method, views, **options):
+    return GaussNewtonOperator(
+        lambda: method.outputs(backbone, views),
+        lambda outputs: sum(method.outer(outputs).values()),
+        list(backbone.parameters()),
+        shift=1.0,
+        modules=(backbone, method),
+        **options,
+    )
+
+
+def dense(backbone, method, views):
+    """`J^T C J` from rows of the Jacobian and of the Hessian of `outer`, one autograd call each."""
+    parameters = list(backbone.parameters())
+    outputs = method.outputs(backbone, views)
+    varying = [output for output in outputs if output.requires_grad]
+    flat = torch.cat([output.reshape(-1) for output in varying])
+    keep = torch.isfinite(flat)  # logits that are masked out
+    rows = [
+        torch.autograd.grad(value, parameters, retain_graph=True, materialize_grads=True)
+        if finite
+        else [torch.zeros_like(p) for p in parameters]
+        for value, finite in zip(flat, keep, strict=True)
+    ]
+    jacobian = torch.stack([torch.cat([g.reshape(-1) for g in row]) for row in rows])
+    sizes = [output.numel() for output in varying]
+
+    def outer(vector):
+        parts = iter(vector.split(sizes))
+        given = [next(parts).view_as(o) if o.requires_grad else o for o in outputs]
+        return sum(method.outer(tuple(given)).values())
+
+    hessian = torch.autograd.functional.hessian(outer, flat.detach())
+    hessian = hessian.where(keep[:, None] & keep[None, :], 0.0)
+    return jacobian.T @ hessian @ jacobian
+
+
+@pytest.mark.parametrize("name", PRETEXT_METHODS.list())
+def test_products_equal_the_dense_matrix_and_it_is_semidefinite(name):
+    backbone, method, views = problem(name)
+    expected = dense(backbone, method, views)
+    operator = operator_of(backbone, method, views).prepare()
+    identity = torch.eye(len(expected), dtype=torch.float64)
+    count = len(expected) if len(expected) < 500 else 20
+    product = torch.stack([operator.hessian_product(row) for row in identity[:count]])
+    assert (product - expected[:count]).abs().max() <= 1e-12 * expected.abs().max()
+    values = torch.linalg.eigvalsh(expected)
+    assert values[-1] > 0 and values[0] > -1e-10 * values[-1]
+
+
+@pytest.mark.parametrize("name", PRETEXT_METHODS.list())
+def test_outer_of_the_outputs_is_the_loss(name):
+    backbone, method, views = problem(name)
+    losses, composed = method.losses(backbone, views), method.outer(method.outputs(backbone, views))
+    assert losses.keys() == composed.keys()
+    parameters = list(backbone.parameters())
+    for key, loss in losses.items():
+        torch.testing.assert_close(composed[key], loss, rtol=1e-4, atol=0)
+        gradients = (
+            torch.autograd.grad(one, parameters, retain_graph=True, allow_unused=True) for one in (composed[key], loss)
+        )
+        for first, second in zip(*gradients, strict=True):
+            torch.testing.assert_close(first, second, rtol=1e-4, atol=1e-6)
+
+
+def test_for_a_linear_network_it_is_the_hessian():
+    torch.manual_seed(0)
+    network, x = nn.Linear(4, 3).double(), torch.randn(6, 4, dtype=torch.float64)
+    labels, parameters = torch.tensor([0, 1, 2, 0, 1, 2]), list(network.parameters())
+
+    def outer(outputs):
+        return functional.cross_entropy(outputs[0], labels)
+
+    newton = GaussNewtonOperator(lambda: (network(x),), outer, parameters, 1.0, [network]).prepare()
+    hessian = CurvatureOperator(lambda: outer((network(x),)), parameters, 1.0, [network]).prepare()
+    u = torch.randn(15, dtype=torch.float64)
+    torch.testing.assert_close(newton.hessian_product(u), hessian.hessian_product(u), rtol=1e-12, atol=1e-14)
+
+
+def test_recomputed_graphs_give_the_same_products_and_no_state_changes():
+    backbone, method, views = problem("byol")
+    before = {name: value.clone() for name, value in backbone.state_dict().items()}
+    u = torch.randn(sum(p.numel() for p in backbone.parameters()), dtype=torch.float64)
+    products = [
+        operator_of(backbone, method, views, hvp_mode=mode).prepare().hessian_product(u)
+        for mode in ("retain_graph", "recompute")
+    ]
+    assert torch.equal(*products)
+    assert all(torch.equal(before[name], value) for name, value in backbone.state_dict().items())
+    assert all(p.grad is None and p.requires_grad for p in backbone.parameters())
+
+
+@pytest.mark.parametrize("solver", [ConjugateGradient(50, 1e-8, damping=0.1), MinRes(50, 1e-8, damping=0.1)], ids=repr)
+def test_solvers_reach_the_dense_solution_and_never_lengthen_v(solver):
+    backbone, method, views = problem("simclr")
+    matrix = dense(backbone, method, views)
+    operator = operator_of(backbone, method, views).prepare()
+    operator.shift = 0.1
+    v = torch.randn(len(matrix), dtype=torch.float64)
+    solution = solver(operator, v)
+    expected = torch.linalg.solve(torch.eye(len(v), dtype=torch.float64) + matrix / 0.1, v)
+    assert solution.residual <= 1e-6 and solution.x.norm() <= v.norm()
+    torch.testing.assert_close(solution.x, expected, rtol=1e-3, atol=1e-5)
+
+
+def test_a_product_needs_prepare():
+    backbone, method, views = problem("simclr")
+    with pytest.raises(RuntimeError, match="prepare"):
+        operator_of(backbone, method, views).hessian_product(torch.zeros(1))
+
+
+def test_outputs_that_are_linear_in_the_loss_have_no_curvature():
+    network = nn.Linear(3, 2).double()
+    operator = GaussNewtonOperator(
+        lambda: (network(torch.ones(1, 3, dtype=torch.float64)),), lambda o: o[0].sum(), list(network.parameters()), 1.0
+    ).prepare()
+    assert not operator.hessian_product(torch.ones(8, dtype=torch.float64)).any()
