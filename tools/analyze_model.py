@@ -1,12 +1,12 @@
 #!/usr/bin/env python
-"""What a config's networks have and do, and what its stages cost on this machine.
+"""Count the networks of a config, and measure the time and memory of its stages on this machine.
 
 python tools/analyze_model.py --config-file configs/bissl/voc_det.py
 python tools/analyze_model.py --config-file configs/bissl/voc_det.py --batch-scale 0.125 train.amp=bf16
 python tools/analyze_model.py --config-file configs/bissl/voc_det.py --no-timing --json
 
-Parameters, FLOPs and activations of each stage of the backbone and each part of both losses; then seconds and memory of
-the steps of every stage, of one product with the Hessian, and how long the run takes. The data sets need not be there.
+Prints parameters and multiply-adds of each stage of the backbone and each part of both losses; then seconds and memory
+of the steps of every stage and of one Hessian-vector product, and the duration of the run. No data set is needed.
 """
 
 import argparse
@@ -16,35 +16,35 @@ import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as of train_net.py; read once, when torch is imported
-# what takes seconds to import is imported in the functions: --help and wrong options are answered at once
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # torch reads it at import
+# slow imports are inside the functions, so that --help is instant
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """The command line; what is no option is an override."""
+    """Parse the command line; positional arguments are config overrides."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "--config-file", required=True, metavar="FILE", help="a config of configs/, your own, or zoo:NAME"
     )
-    parser.add_argument("--no-timing", action="store_true", help="count only, in seconds")
+    parser.add_argument("--no-timing", action="store_true", help="count only")
     parser.add_argument(
-        "--batch-scale", type=float, default=1.0, metavar="S", help="measure with batches of S times the config's; 1"
+        "--batch-scale", type=float, default=1.0, metavar="S", help="factor on the measured batch sizes (default: 1)"
     )
-    parser.add_argument("--json", action="store_true", help="print JSON, for programs")
-    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="as of train_net.py")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="config overrides")
     return parser.parse_intermixed_args(argv)
 
 
 def main(args: argparse.Namespace) -> int:
-    """What one process does."""
+    """Analyse the config and print the result."""
     from bissl_zoo.analysis.model import analyse, report
 
-    found = analyse(args.config_file, args.overrides, not args.no_timing, args.batch_scale)
+    analysis = analyse(args.config_file, args.overrides, not args.no_timing, args.batch_scale)
     if args.json:
-        durations = [{**asdict(one), "seconds": one.seconds} for one in found.durations]
-        print(json.dumps({**asdict(found), "durations": durations}, indent=2))
+        durations = [{**asdict(item), "seconds": item.seconds} for item in analysis.durations]
+        print(json.dumps({**asdict(analysis), "durations": durations}, indent=2))
     else:
-        print(report(found))
+        print(report(analysis))
     return 0
 
 

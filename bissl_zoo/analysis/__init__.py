@@ -1,1 +1,1 @@
-"""What a config will cost, and whether its hypergradient is right, before a run."""
+"""Checks before a run: the cost of a config, and the correctness of its hypergradient."""

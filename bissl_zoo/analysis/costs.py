@@ -1,4 +1,4 @@
-"""Seconds and memory of the steps of a config's stages, measured on this machine on batches of noise."""
+"""Seconds and memory of the training steps of a config, measured on this machine on random images."""
 
 import contextlib
 import gc
@@ -10,49 +10,150 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from fvcore.common.param_scheduler import ConstantParamScheduler
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
+from PIL import Image
+from torch import nn
+from torch.utils.data import Dataset, default_collate
 
-from bissl_zoo.analysis.data import KnownData, noise_batch, noise_context
 from bissl_zoo.bilevel import BiLevel
-from bissl_zoo.bilevel.level import Level
-from bissl_zoo.engine.build import Context, Weights
+from bissl_zoo.data.batches import to_device
+from bissl_zoo.data.device_views import two_parts
+from bissl_zoo.data.prepare.known import catalog
+from bissl_zoo.engine.build import STAGE_DATA, Context, ViewsOnly, Weights, build_datasets
 from bissl_zoo.engine.checks import open_config
 from bissl_zoo.engine.launch import choose_device
 from bissl_zoo.engine.resume import deterministic
 from bissl_zoo.engine.stages import plan_stages
 from bissl_zoo.engine.stages.bissl import BisslTrainer
 from bissl_zoo.engine.trainer import Trainer
+from bissl_zoo.errors import DatasetError
 from bissl_zoo.optim import LRMultiplier
 from bissl_zoo.pretext import PretextMethod
 
-#: times that a step is measured, after one to warm up, and seconds after which no further time is begun
-REPEATS, ENOUGH_S = 5, 10.0
-#: share of the free memory that is left to others, so that too large a batch ends in an error and not in a kill
-SPARED = 0.1
+#: height and width of the random images before augmentation, those of a photograph of VOC or ImageNet
+IMAGE_SIZE = (375, 500)
+#: distinct images of a pretext batch; larger batches repeat them
+DISTINCT = 8
+#: number of images of a missing data set; nothing that is reported depends on it
+PLACEHOLDER = 1 << 16
+#: number of classes if neither the config nor the data set defines it
+DEFAULT_CLASSES = 20
+#: measurements of a step after one to warm up, and seconds after which no further one starts
+REPEATS, TIME_LIMIT = 5, 10.0
+#: share of the free memory that stays free, so that too large a batch raises an error instead of being killed
+MEMORY_RESERVE = 0.1
 STEP, LOWER, CURVATURE, PRODUCT, UPPER = "step", "lower step", "curvature", "product", "upper step"
 OUT_OF_MEMORY = "out of memory"
-KILLED = "the measuring process was killed, most likely for want of memory"
+KILLED = "the measuring process was killed (probably out of memory)"
+
+
+# ------------------------------------------------------------------------------------------------ random data
+
+
+@dataclass
+class KnownData:
+    """Properties of the data sets of a run, as plain values that can be sent to another process.
+
+    Attributes:
+        lengths: number of images by role, None for a missing data set.
+        classes: names of the downstream classes.
+        notes: sentences about missing data sets.
+    """
+
+    lengths: dict[str, int | None]
+    classes: list[str]
+    notes: list[str] = field(default_factory=list)
+
+
+class RandomImages(Dataset):
+    """PIL images of random pixels without targets."""
+
+    def __init__(self, length: int, classes: list[str] | None) -> None:
+        self.length, self.classes = length, classes
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __getitem__(self, index: int) -> tuple[Image.Image, None]:
+        pixels = np.random.default_rng(index).integers(0, 256, (*IMAGE_SIZE, 3), dtype=np.uint8)
+        return Image.fromarray(pixels), None
+
+
+def find_data(cfg: DictConfig) -> KnownData:
+    """Open the data sets that the stages of a config train on; missing ones are allowed."""
+    roles = sorted({role for stage in cfg.train.stages for role in STAGE_DATA[stage]} - {"test"})
+    data = KnownData({}, [])
+    for role in roles:
+        try:
+            dataset = build_datasets(cfg, {role})[role]
+        except DatasetError as error:
+            data.lengths[role] = None
+            data.notes.append(f"The data set of dataloader.{role} is missing, so epochs cannot be converted: {error}")
+        else:
+            data.lengths[role] = len(dataset)
+            data.classes = list(dataset.classes) if role == "train" else data.classes
+    if not data.classes:
+        section = cfg.dataloader.train.dataset
+        known = catalog().get(section.get("name"))
+        number = known.classes if known else DEFAULT_CLASSES
+        named = OmegaConf.is_list(section.get("classes"))
+        data.classes = list(map(str, section.classes)) if named else [f"class {index}" for index in range(number)]
+        if "train" in roles and not named and not known:
+            data.notes.append(f"The classes of dataloader.train are unknown; {number} are assumed.")
+    return data
+
+
+def random_context(cfg: DictConfig, known: KnownData, device: torch.device) -> Context:
+    """Return the context of a run whose data sets are random images."""
+    data = {
+        role: RandomImages(PLACEHOLDER if length is None else length, known.classes if role == "train" else None)
+        for role, length in known.lengths.items()
+    }
+    return Context(cfg, data, device)
+
+
+def random_batch(context: Context, role: str, head: nn.Module, size: int | None = None) -> Any:
+    """Return a batch of random images as the data loader of `role` makes it for `head`, a pretext method or a task.
+
+    Args:
+        size: number of images; by default the batch size of the config.
+    """
+    section = context.cfg.dataloader[role]
+    size = section.batch_size if size is None else size
+    if role != "pretext":
+        return to_device(head.example_batch(size, IMAGE_SIZE), context.device)
+    views, finish = head.views(), None
+    if section.get("augment_on") == "device":
+        views, finish = two_parts(views)
+    transform = ViewsOnly(views)
+    samples = [transform(*context.data[role][index]) for index in range(min(size, DISTINCT))]
+    batch = to_device(default_collate([samples[index % len(samples)] for index in range(size)]), context.device)
+    return finish(batch) if finish else batch
+
+
+# ------------------------------------------------------------------------------------------------ measurement
 
 
 @dataclass
 class Cost:
-    """What one thing costs.
+    """The cost of a step.
 
     Attributes:
-        stage: that it is of.
+        stage: stage of the step.
         what: a step, or a part of an alternation; `curvature` is the loss, its gradient and their graph.
-        images: of its batch; of an upper step those of the task.
-        seconds: the median, of an upper step the mean over those of an alternation; None where it was not measured.
-        peak: bytes of memory at most, on the CPU over what Python and its libraries take themselves.
-        products: with the Hessian per upper step.
-        problem: why there are no seconds.
+        images: batch size; for an upper step that of the task.
+        seconds: median over the measurements, for an upper step the mean over an alternation; None if not measured.
+        peak: peak memory in bytes; on the CPU above that of Python and the libraries.
+        products: Hessian-vector products per upper step.
+        problem: reason for missing seconds.
     """
 
     stage: str
@@ -64,14 +165,14 @@ class Cost:
     problem: str = ""
 
 
-def measure_in_a_process(
+def measure_in_process(
     config_file: str, overrides: Sequence[str], scale: float, known: KnownData, initial: Weights
 ) -> list[Cost]:
-    """:func:`measure` in a process of its own, in whose memory nothing else has a part.
+    """Run :func:`measure` in a separate process, whose memory holds nothing else.
 
     Args:
-        scale: factor on the batches.
-        initial: weights that the run starts from, as far as they decide on its phases.
+        scale: factor on the batch sizes.
+        initial: weights that the run starts from; they decide which stages run.
     Raises:
         BisslZooError: from opening the config and building its parts.
     """
@@ -86,29 +187,24 @@ def _measure_config(
     config_file: str, overrides: list[str], scale: float, known: KnownData, initial: Weights
 ) -> list[Cost]:
     cfg = open_config(config_file, overrides)
-    scale_batches(cfg, scale)
-    device = choose_device(cfg.train.device)
-    if device.type == "cpu":
-        _limit_memory()
-    with deterministic(cfg.train.deterministic):
-        return measure(noise_context(cfg, known, device), initial)
-
-
-def scale_batches(cfg: DictConfig, scale: float) -> None:
-    """Multiply the batches of a config by `scale`, in place; two images at least."""
-    if scale == 1:
-        return
     sections = [(cfg.dataloader[role], "batch_size") for role in cfg.dataloader]
     for section, key in [*sections, (cfg.bilevel, "curvature_batch_size")]:
-        if section[key] is not None:
+        if section[key] is not None and scale != 1:
             section[key] = max(2, round(section[key] * scale))
+    device = choose_device(cfg.train.device)
+    free = _kilobytes("/proc/meminfo", "MemAvailable") if device.type == "cpu" else None
+    if free is not None:
+        _, hard = resource.getrlimit(resource.RLIMIT_DATA)
+        resource.setrlimit(resource.RLIMIT_DATA, (int(free * (1 - MEMORY_RESERVE)), hard))
+    with deterministic(cfg.train.deterministic):
+        return measure(random_context(cfg, known, device), initial)
 
 
 def measure(context: Context, initial: Weights) -> list[Cost]:
-    """The costs of every stage, at random weights, which no step moves; standard error tells which is measured.
+    """Measure the steps of every stage at random weights, with learning rate 0; progress goes to standard error.
 
     Args:
-        initial: decides on the phases; none of these weights are loaded.
+        initial: decides which stages run; the weights are not loaded.
     """
     gauge, costs = Gauge(context.device), []
     for phase in plan_stages(context, initial):
@@ -116,160 +212,132 @@ def measure(context: Context, initial: Weights) -> list[Cost]:
             continue  # the baseline, whose steps are those of fine-tuning
         print(f"measuring {phase.name}", file=sys.stderr, flush=True)
         cost = Cost(phase.name, "start", 0)
-        made: list[Trainer] = []
-        if gauge.has_room(cost, lambda phase=phase, made=made: made.append(phase.build(context, Weights(), 0))):
-            costs += _costs(context, made.pop(), gauge)
+        trainers: list[Trainer] = []
+        if gauge.fits(cost, lambda phase=phase, to=trainers: to.append(phase.build(context, Weights(), 0))):
+            costs += _measure_trainer(context, trainers.pop(), gauge)
         else:
             costs.append(cost)
-        gauge.settle()
+        gauge.release()
     return costs
 
 
-def _costs(context: Context, trainer: Trainer, gauge: "Gauge") -> list[Cost]:
+def _measure_trainer(context: Context, trainer: Trainer, gauge: "Gauge") -> list[Cost]:
     for level in trainer.levels().values():
-        _feed(context, level)
-    if isinstance(trainer, BisslTrainer):
-        return _alternation(trainer.problem, gauge)
+        role = "pretext" if isinstance(level.head, PretextMethod) else "train"
+        level.data_iterator = itertools.repeat(random_batch(context, role, level.head))
+        level.lr_scheduler = LRMultiplier(ConstantParamScheduler(0.0))  # training on noise may diverge
+    if isinstance(trainer, Bissl):
+        return _measure_alternation(trainer.problem, gauge)
     (level,) = trainer.levels().values()
     cost = Cost(trainer.name, STEP, level.batch_size)
     gauge.median(cost, trainer.run_step)
     return [cost]
 
 
-def _feed(context: Context, level: Level) -> None:
-    """Give a level the same batch for ever, and a learning rate of 0: at that of the run, noise might diverge."""
-    role = "pretext" if isinstance(level.head, PretextMethod) else "train"
-    level.data_iterator = itertools.repeat(noise_batch(context, role, level.head))
-    level.lr_scheduler = LRMultiplier(ConstantParamScheduler(0.0))
-
-
-def _alternation(problem: BiLevel, gauge: "Gauge") -> list[Cost]:
-    """The parts of an alternation; after one for which memory does not suffice, no other is tried."""
+def _measure_alternation(problem: BiLevel, gauge: "Gauge") -> list[Cost]:
+    """Measure the parts of an alternation; after one that does not fit into memory, no other is tried."""
     problem.on_bad_hypergradient = "plain"
     lower, upper = problem.lower, problem.upper
-    of_curvature = min(problem.curvature_batch_size or lower.batch_size, lower.batch_size)
+    size = min(problem.curvature_batch_size or lower.batch_size, lower.batch_size)
     lower_step, curvature, product, upper_step = costs = [
         Cost("bissl", LOWER, lower.batch_size),
-        Cost("bissl", CURVATURE, of_curvature),
-        Cost("bissl", PRODUCT, of_curvature),
-        Cost("bissl", UPPER, upper.batch_size, products=0.0),
+        Cost("bissl", CURVATURE, size),
+        Cost("bissl", PRODUCT, size),
+        Cost("bissl", UPPER, upper.batch_size),
     ]
     operator = problem.curvature(lower.next_batch())
+    counts: list[int] = []
 
     def prepare() -> None:
         operator.release()
         operator.prepare()
 
-    def alternation() -> None:
+    def one_upper_step() -> None:
+        counts.append(problem.upper_step(operator)["solver/products"])
+
+    def upper_steps() -> None:
         operator.shift = None if problem.solver.damping == "auto" else problem.lam + problem.solver.damping
         problem.shift = None
-        steps = [gauge.seconds(lambda: counts.append(upper_products())) for _ in range(problem.upper_steps)]
-        upper_step.seconds = statistics.mean(steps)
-        upper_step.products = statistics.mean(counts[-problem.upper_steps :])
+        counts.clear()
+        upper_step.seconds = statistics.mean(gauge.seconds(one_upper_step) for _ in range(problem.upper_steps))
+        upper_step.products = statistics.mean(counts)
 
-    def upper_products() -> int:
-        return problem.upper_step(operator)["solver/products"]
-
-    counts: list[int] = []
-    if not gauge.median(lower_step, problem.lower_step) or not gauge.median(curvature, prepare):
-        return [cost for cost in costs if cost.seconds is not None or cost.problem]
-    vector = torch.randn(sum(p.numel() for p in lower.backbone_parameters), device=gauge.device)
-    if gauge.median(product, lambda: operator.hessian_product(vector)):
-        # the first upper step warms up, in a subspace that is dropped
-        if gauge.has_room(upper_step, lambda: (upper_products(), prepare())):
-            gauge.has_room(upper_step, alternation)
-    operator.release()
+    if gauge.median(lower_step, problem.lower_step) and gauge.median(curvature, prepare):
+        vector = torch.randn(sum(p.numel() for p in lower.backbone_parameters), device=gauge.device)
+        if gauge.median(product, lambda: operator.hessian_product(vector)):
+            # the first upper step warms up, in a subspace that `prepare` drops
+            if gauge.fits(upper_step, lambda: (one_upper_step(), prepare())):
+                gauge.fits(upper_step, upper_steps)
+        operator.release()
     return [cost for cost in costs if cost.seconds is not None or cost.problem]
 
 
 class Gauge:
-    """Takes time and memory of what runs on a device."""
+    """Measures time and memory of functions on a device."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        self._before = _resident() if device.type == "cpu" else 0
+        self._before = 0 if device.type == "cuda" else _kilobytes("/proc/self/status", "VmRSS") or _max_resident()
 
     def seconds(self, step: Callable[[], Any]) -> float:
-        """Of one call, the device's work included."""
-        self._wait()
+        """Return the seconds of a call, including the work of the device."""
+        self._synchronize()
         start = time.perf_counter()
         step()
-        self._wait()
+        self._synchronize()
         return time.perf_counter() - start
 
     def median(self, cost: Cost, step: Callable[[], Any]) -> bool:
-        """Enter the median seconds of a step and its memory; whether there is memory for it."""
+        """Enter the median seconds of a step and its peak memory into `cost`; return False if memory runs out."""
 
         def repeat() -> None:
             step()
-            taken: list[float] = []
-            while not taken or (len(taken) < REPEATS and sum(taken) < ENOUGH_S):
-                taken.append(self.seconds(step))
-            cost.seconds = statistics.median(taken)
+            times: list[float] = []
+            while not times or (len(times) < REPEATS and sum(times) < TIME_LIMIT):
+                times.append(self.seconds(step))
+            cost.seconds = statistics.median(times)
 
-        return self.has_room(cost, repeat)
+        return self.fits(cost, repeat)
 
-    def has_room(self, cost: Cost, work: Callable[[], Any]) -> bool:
-        """Do the work and enter the memory that it takes, or that this does not suffice."""
-        self._reset_peak()
+    def fits(self, cost: Cost, work: Callable[[], Any]) -> bool:
+        """Call `work` and enter its peak memory into `cost`; return False if memory runs out."""
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)
+        else:
+            with contextlib.suppress(OSError):  # only Linux can reset it; elsewhere the peak is that of all work so far
+                Path("/proc/self/clear_refs").write_text("5")
         try:
             work()
         except (RuntimeError, MemoryError) as error:
-            if not _lacks_memory(error):
+            known = isinstance(error, (MemoryError, torch.OutOfMemoryError))
+            if not known and "can't allocate memory" not in str(error) and "not enough memory" not in str(error):
                 raise
             cost.seconds, cost.problem = None, OUT_OF_MEMORY
             return False
-        cost.peak = self._peak()
+        if self.device.type == "cuda":
+            cost.peak = torch.cuda.max_memory_allocated(self.device)
+        else:
+            cost.peak = max(0, _max_resident() - self._before)
         return True
 
-    def settle(self) -> None:
-        """Give back what nothing holds any more, so that it does not count with what comes next."""
+    def release(self) -> None:
+        """Free unused memory, so that it does not count for the next step."""
         gc.collect()
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
 
-    def _wait(self) -> None:
+    def _synchronize(self) -> None:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
 
-    def _reset_peak(self) -> None:
-        if self.device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(self.device)
-            return
-        with contextlib.suppress(OSError):  # elsewhere than on Linux, the peak is that of all that was done so far
-            Path("/proc/self/clear_refs").write_text("5")
 
-    def _peak(self) -> int:
-        if self.device.type == "cuda":
-            return torch.cuda.max_memory_allocated(self.device)
-        return max(0, _most_resident() - self._before)
+def _max_resident() -> int:
+    unit = 1 if sys.platform == "darwin" else 1024  # macOS counts bytes, other systems kilobytes
+    return _kilobytes("/proc/self/status", "VmHWM") or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
-def _lacks_memory(error: BaseException) -> bool:
-    known = isinstance(error, (MemoryError, torch.OutOfMemoryError))
-    return known or "can't allocate memory" in str(error) or "not enough memory" in str(error)
-
-
-def _limit_memory() -> None:
-    """Let this process have most of the memory that is free, so that asking for more raises."""
-    free = _status_bytes("/proc/meminfo", "MemAvailable")
-    if free is not None:
-        _, most = resource.getrlimit(resource.RLIMIT_DATA)
-        resource.setrlimit(resource.RLIMIT_DATA, (int(free * (1 - SPARED)), most))
-
-
-def _resident() -> int:
-    return _status_bytes("/proc/self/status", "VmRSS") or _most_resident()
-
-
-def _most_resident() -> int:
-    # where there is no /proc: macOS counts bytes, others kilobytes
-    unit = 1 if sys.platform == "darwin" else 1024
-    return _status_bytes("/proc/self/status", "VmHWM") or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-
-
-def _status_bytes(file: str, key: str) -> int | None:
-    """A number of a file of /proc that gives kilobytes."""
+def _kilobytes(file: str, key: str) -> int | None:
+    """Return a value of a file of /proc in bytes, or None on systems without it."""
     try:
         lines = Path(file).read_text().splitlines()
     except OSError:

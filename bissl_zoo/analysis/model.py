@@ -1,6 +1,8 @@
-"""What a config's networks have and do, and what its stages cost on this machine; no data set need be there."""
+"""Parameters and multiply-adds of the networks of a config, and the time and memory of its stages on this machine."""
 
-from collections.abc import Sequence
+import copy
+from collections import Counter
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any
@@ -8,6 +10,10 @@ from typing import Any
 import torch
 from omegaconf import DictConfig, OmegaConf
 from tabulate import tabulate
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
 
 from bissl_zoo.analysis.costs import (
     CURVATURE,
@@ -18,11 +24,15 @@ from bissl_zoo.analysis.costs import (
     STEP,
     UPPER,
     Cost,
-    measure_in_a_process,
+    KnownData,
+    find_data,
+    measure_in_process,
+    random_batch,
+    random_context,
 )
-from bissl_zoo.analysis.counts import IMAGES, Count, LossCount, StageCount, count_losses, count_stages
-from bissl_zoo.analysis.data import KnownData, look_at_data, noise_context
-from bissl_zoo.engine.build import Context, Weights
+from bissl_zoo.backbones import Backbone
+from bissl_zoo.config import instantiate
+from bissl_zoo.engine.build import Context, Weights, build_downstream, build_pretext
 from bissl_zoo.engine.checks import check_config, open_config
 from bissl_zoo.engine.init import load_init
 from bissl_zoo.engine.launch import choose_device
@@ -30,25 +40,200 @@ from bissl_zoo.engine.stages import alternates, plan_stages
 from bissl_zoo.engine.trainer import Stage
 from bissl_zoo.errors import BisslZooError, ConfigError
 
+#: batch size for counting a loss; batch norm in train mode needs two images
+IMAGES = 2
+#: config section with `steps` or `epochs` of each stage, and the data that its epochs count
+_LENGTHS = {
+    "pretrain": ("pretrain", "pretext"),
+    PRETEXT_WARMUP: ("bilevel.pretext_warmup", "pretext"),
+    "head_warmup": ("bilevel.head_warmup", "train"),
+    "finetune": ("finetune", "train"),
+}
 _LEVELS = {"pretext": "lower loss", "train": "upper loss"}
-_FIGURES = ["parameters", "trained", "GFLOPs", "M activations"]
 _COUNTED = (
-    "FLOPs are those of the forward pass, a multiplication with its addition counting as one; activations are what "
-    "convolutions and matrix products put out; the backbone alone is counted in eval mode, losses in train mode."
+    "GMACs are 1e9 multiply-adds (half of the FLOPs of torch.utils.flop_counter) of convolutions, matrix products and "
+    "attention. Other operators of torch are not counted. The backbone is counted in eval mode, losses in train mode."
 )
-_LEFT_OUT = (
-    "Measured in one process on batches of noise that are at hand: reading and augmenting images, evaluations and "
-    "checkpoints are left out. N processes share a batch."
+_EXCLUDED = (
+    "Time and memory are measured in one process on random images that are in memory: reading and augmenting images, "
+    "evaluations and checkpoints are not included. N processes divide the batch."
 )
 _PRODUCTS = (
-    "An upper step takes as many products with the Hessian as the solver asks for at random weights, which is nearly "
-    "all that it may; a trained run may need fewer."
+    "The Hessian-vector products of an upper step are those of the solver at random weights, close to its limit; a "
+    "trained network may need fewer."
 )
+
+
+# ------------------------------------------------------------------------------------------------ counting
+
+
+@dataclass
+class Count:
+    """Size and work of a part of a network for one image.
+
+    Attributes:
+        parameters, trained: number of parameters, and of those that require gradients.
+        macs: multiply-adds of the forward pass.
+        backward_macs: multiply-adds of the backward pass; None if it was not counted.
+        uncounted: calls of operators of other libraries, which cannot be counted, by name.
+    """
+
+    parameters: int
+    trained: int
+    macs: float = 0.0
+    backward_macs: float | None = None
+    uncounted: dict[str, int] = field(default_factory=dict)
+
+
+@dataclass
+class StageCount:
+    """A stage of the backbone, from the output of the previous stage to its feature map of shape `map` (C, H, W)."""
+
+    name: str
+    part: str
+    map: tuple[int, ...]
+    count: Count
+
+
+@dataclass
+class LossCount:
+    """The loss of a level on one image.
+
+    Attributes:
+        inputs: shapes of the inputs of the backbone for a batch of two images.
+        parts: counts of the shared trunk, the modules of the head, and the rest as "loss itself".
+    """
+
+    inputs: list[tuple[int, ...]]
+    parts: dict[str, Count]
+    total: Count
+
+
+class _ForeignOperators(TorchDispatchMode):
+    """Counts the calls of operators that are not part of torch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        if func.namespace not in ("aten", "prim", "prims"):
+            self.calls[f"{func.namespace}::{func._opname}"] += 1
+        return func(*args, **(kwargs or {}))
+
+
+def count_macs(function: Callable[[], Any]) -> tuple[dict[str, float], dict[str, int], Any]:
+    """Call a function and count its multiply-adds.
+
+    Returns:
+        Multiply-adds by module name below the module that is called first, with the sum under ""; calls of operators
+        of other libraries by name; the output of the function.
+    """
+    counter, foreign = FlopCounterMode(display=False), _ForeignOperators()
+    # the counter has no formula for the fused attention of the CPU
+    with sdpa_kernel(SDPBackend.MATH), foreign, counter:
+        output = function()
+    flops = {name: sum(by_operator.values()) for name, by_operator in counter.get_flop_counts().items()}
+    macs = {name.partition(".")[2]: flops[name] / 2 for name in flops if name != "Global"}
+    return {**macs, "": flops.get("Global", 0) / 2}, dict(foreign.calls.most_common()), output
+
+
+def count_module(module: nn.Module, inputs: Tensor) -> Count:
+    """Count a module on a batch of one."""
+    with torch.no_grad():
+        macs, uncounted, _ = count_macs(lambda: module(inputs))
+    return Count(*_parameters(module), macs[""], uncounted=uncounted)
+
+
+def count_stages(cfg: DictConfig, image: Tensor) -> tuple[list[StageCount], Count]:
+    """Count every stage of the backbone, the layers after the last one, and the whole, in eval mode.
+
+    Args:
+        image: (1, 3, H, W).
+    """
+    whole = instantiate(cfg.backbone).eval()
+    shared = whole.stages.index(cfg.bilevel.shared_stage or whole.stages[-1])
+    total = count_module(whole.model, image)
+    stages, before = [], Count(0, 0)
+    for index, name in enumerate(whole.stages):
+        model = copy.deepcopy(whole.model)
+        model.prune_intermediate_layers([index], prune_norm=True, prune_head=True)  # as `Backbone.split`
+        upto = Backbone(model, whole.name, [name], whole.model_args).eval()
+        count = count_module(upto, image)
+        with torch.no_grad():
+            shape = tuple(upto(image)[name].shape[1:])
+        stages.append(StageCount(name, "shared" if index <= shared else "tail", shape, _minus(count, before)))
+        before = count
+    rest = _minus(total, before)
+    stages.append(StageCount("after the last", "tail", (whole.model.head_hidden_size,), rest))
+    return stages, total
+
+
+def count_losses(context: Context) -> dict[str, LossCount]:
+    """Count the losses that the stages of the config train, in train mode, on the CPU, by data role."""
+    counts = {}
+    if "pretext" in context.data:
+        counts["pretext"] = _count_loss(context, "pretext", *build_pretext(context.cfg, Weights(), context.device))
+    if "train" in context.data:
+        counts["train"] = _count_loss(context, "train", *build_downstream(context, Weights()))
+    return counts
+
+
+class _Loss(nn.Module):
+    """The sum of the losses of a head."""
+
+    def __init__(self, backbone: nn.Module, head: nn.Module) -> None:
+        super().__init__()
+        self.backbone, self.head = backbone, head
+
+    def forward(self, batch: Any) -> Tensor:
+        return torch.stack(list(self.head.losses(self.backbone, batch).values())).sum()
+
+
+def _count_loss(context: Context, role: str, backbone: Backbone, head: nn.Module) -> LossCount:
+    loss, batch = _Loss(backbone, head), random_batch(context, role, head, IMAGES)
+    inputs: list[tuple[int, ...]] = []
+    handle = backbone.register_forward_pre_hook(lambda module, images: inputs.append(tuple(images[0].shape)))
+    macs, uncounted, value = count_macs(lambda: loss(batch))
+    handle.remove()
+    backward, _, _ = count_macs(value.backward)
+    total = Count(*_parameters(loss), macs[""] / IMAGES, backward[""] / IMAGES, uncounted)
+    modules = {"shared trunk": ("backbone", backbone)}
+    modules |= {name: (f"head.{name}", child) for name, child in head.named_children()}
+    parts = {
+        name: Count(*_parameters(module), _macs_below(macs, path) / IMAGES) for name, (path, module) in modules.items()
+    }
+    loose = [p.numel() for p in head.parameters(recurse=False)]
+    trained = [p.numel() for p in head.parameters(recurse=False) if p.requires_grad]
+    rest = total.macs - sum(part.macs for part in parts.values())
+    parts["loss itself"] = Count(sum(loose), sum(trained), rest)
+    return LossCount(inputs, {name: part for name, part in parts.items() if part.parameters or part.macs}, total)
+
+
+def _macs_below(macs: dict[str, float], path: str) -> float:
+    """Return the multiply-adds of a module, or of its outermost called modules if it is a container."""
+    names = [name for name in macs if f"{name}.".startswith(f"{path}.")]
+    outermost = [name for name in names if not any(name.startswith(f"{other}.") for other in names)]
+    return sum(macs[name] for name in outermost)
+
+
+def _minus(after: Count, before: Count) -> Count:
+    parameters, trained = after.parameters - before.parameters, after.trained - before.trained
+    return Count(parameters, trained, after.macs - before.macs)
+
+
+def _parameters(module: nn.Module) -> tuple[int, int]:
+    """Return the number of parameters, shared ones once, and of those that are trained."""
+    parameters = list(module.parameters())
+    return sum(p.numel() for p in parameters), sum(p.numel() for p in parameters if p.requires_grad)
+
+
+# ------------------------------------------------------------------------------------------------ analysis
 
 
 @dataclass
 class Duration:
-    """A phase of the run; `steps` is None where epochs of an unknown number of images give them."""
+    """A stage of the run; `steps` is None if they depend on the length of a missing data set."""
 
     phase: str
     steps: int | None
@@ -56,19 +241,19 @@ class Duration:
 
     @property
     def seconds(self) -> float | None:
-        """Of the whole phase."""
+        """Seconds of the whole stage."""
         unknown = self.steps is None or self.seconds_per_step is None
         return None if unknown else self.steps * self.seconds_per_step
 
 
 @dataclass
 class Analysis:
-    """Everything that is found out of a config.
+    """The analysis of a config.
 
     Attributes:
-        image: shape of the image that the stages are counted on, as the pretext loss hands it to the backbone.
+        image: shape (C, H, W) of the image for the stages of the backbone, as the pretext loss passes it on.
         losses: by data role, `pretext` and `train`.
-        costs: nothing where no time was taken.
+        costs: empty without timing.
     """
 
     config: str
@@ -83,48 +268,46 @@ class Analysis:
 
 
 def analyse(config_file: str, overrides: Sequence[str] = (), timing: bool = True, scale: float = 1.0) -> Analysis:
-    """Count what the networks of a config have and do, and measure what its stages cost here.
+    """Count the networks of a config and measure its stages on this machine.
 
     Args:
         config_file: as `--config-file` takes it.
-        scale: factor on the batches that are measured; their seconds are stretched to the config's own.
+        scale: factor on the batch sizes for the measurement; the durations are extrapolated to the config's own.
     Raises:
-        BisslZooError: a config that is wrong, or parts of it that cannot be built.
+        BisslZooError: an invalid config, or parts of it that cannot be built.
     """
     if not 0 < scale <= 1:
-        raise ConfigError(f"The scale of the batches is {scale:g}; it must be above 0 and at most 1.")
+        raise ConfigError(f"--batch-scale is {scale:g}; it must be above 0 and at most 1.")
     cfg = open_config(config_file, overrides)
     check_config(cfg, config_file)
     device = choose_device(cfg.train.device)
-    known = look_at_data(cfg)
-    initial, told = _what_it_starts_from(cfg)
-    context = noise_context(cfg, known, torch.device("cpu"))
+    known = find_data(cfg)
+    notes = [_COUNTED, *known.notes]
+    try:
+        initial = load_init(cfg.train.init, cfg)[0]  # a pretext head in it makes its warm-up unnecessary
+    except BisslZooError as error:
+        initial = Weights()
+        notes.append(f"Random initial weights are assumed: {error}")
+    context = random_context(cfg, known, torch.device("cpu"))
     losses = count_losses(context)
     image = next(iter(losses.values())).inputs[0][1:]
     stages, whole = count_stages(cfg, torch.zeros(1, *image))
-    found = Analysis(config_file, _describe(device), image, stages, whole, losses, notes=[*known.notes, *told])
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} threads"
+    analysis = Analysis(config_file, f"{device}, {name}", image, stages, whole, losses, notes=notes)
     if timing:
-        found.costs = measure_in_a_process(config_file, overrides, scale, known, initial)
-        found.durations = [
-            Duration(stage.name, _steps(stage, context, known), _seconds_per_step(stage, cfg, found.costs))
-            for stage in plan_stages(context, initial)
+        costs = analysis.costs = measure_in_process(config_file, overrides, scale, known, initial)
+        analysis.durations = [
+            Duration(phase.name, _steps(phase, context, known), _seconds_per_step(phase, cfg, costs))
+            for phase in phases_of(context, initial)
         ]
-        found.notes += _on_measuring(cfg, found.costs, scale)
-    return found
-
-
-def _what_it_starts_from(cfg: DictConfig) -> tuple[Weights, list[str]]:
-    """The weights of `train.init`, whose pretext head spares the run a warm-up, and what to tell of them."""
-    try:
-        return load_init(cfg.train.init, cfg)[0], []
-    except BisslZooError as error:
-        return Weights(), [f"It was taken to start from random weights: {error}"]
-
-
-def _describe(device: torch.device) -> str:
-    if device.type == "cuda":
-        return f"{device}, {torch.cuda.get_device_name(device)}"
-    return f"{device}, {torch.get_num_threads()} threads"
+        notes.append(_EXCLUDED)
+        if "bissl" in cfg.train.stages:
+            notes.append(_PRODUCTS)
+        if scale != 1:
+            notes.append(f"Measured with {scale:g} of each batch; the durations are extrapolated to the full batches.")
+        if any(cost.problem in (OUT_OF_MEMORY, KILLED) for cost in costs):
+            notes.append("Out of memory: measure smaller batches with --batch-scale 0.25.")
+    return analysis
 
 
 def _steps(stage: Stage, context: Context, known: KnownData) -> int | None:
@@ -134,99 +317,68 @@ def _steps(stage: Stage, context: Context, known: KnownData) -> int | None:
     return stage.steps(context)
 
 
-def _seconds_per_step(stage: Stage, cfg: DictConfig, costs: Sequence[Cost]) -> float | None:
-    """With the config's own batches, each cost growing with its images; of the BiSSL stage those of an alternation."""
-    name = stage.section if stage.evaluates else stage.name  # the baseline takes as long as the fine-tuning
-    of_stage = {cost.what: cost for cost in costs if cost.stage == name and cost.seconds is not None}
-    wanted = (LOWER, CURVATURE, PRODUCT, UPPER) if stage.unit == "alternation" else (STEP,)
-    if any(what not in of_stage for what in wanted):
+def _seconds_per_step(phase: Phase, cfg: DictConfig, costs: Sequence[Cost]) -> float | None:
+    """Extrapolate the measured seconds linearly to the batches of the config; a BiSSL step is an alternation."""
+    stage = "finetune" if phase.name == BASELINE else phase.name
+    measured = {cost.what: cost for cost in costs if cost.stage == stage and cost.seconds is not None}
+    needed = (LOWER, CURVATURE, PRODUCT, UPPER) if stage == "bissl" else (STEP,)
+    if any(what not in measured for what in needed):
         return None
-    if stage.unit != "alternation":
-        cost = of_stage[STEP]
-        return cost.seconds * cfg.dataloader[stage.epoch_role].batch_size / cost.images
-    lower, curvature, product, upper = (of_stage[what] for what in wanted)
+    if stage != "bissl":
+        cost = measured[STEP]
+        return cost.seconds * cfg.dataloader[_LENGTHS[stage][1]].batch_size / cost.images
+    lower, curvature, product, upper = (measured[what] for what in needed)
     pretext, train = cfg.dataloader.pretext.batch_size, cfg.dataloader.train.batch_size
-    stretch = min(cfg.bilevel.curvature_batch_size or pretext, pretext) / product.images
+    factor = min(cfg.bilevel.curvature_batch_size or pretext, pretext) / product.images
     products = min(upper.products * product.seconds, upper.seconds)
-    upper_step = products * stretch + (upper.seconds - products) * train / upper.images
+    upper_step = products * factor + (upper.seconds - products) * train / upper.images
     lower_step = lower.seconds * pretext / lower.images
-    return cfg.bilevel.lower_steps * lower_step + curvature.seconds * stretch + cfg.bilevel.upper_steps * upper_step
+    return cfg.bilevel.lower_steps * lower_step + curvature.seconds * factor + cfg.bilevel.upper_steps * upper_step
 
 
-def _on_measuring(cfg: DictConfig, costs: Sequence[Cost], scale: float) -> list[str]:
-    notes = [_LEFT_OUT]
-    if any(map(alternates, cfg.train.stages)):
-        notes.append(_PRODUCTS)
-    if scale != 1:
-        notes.append(f"Measured with {scale:g} of each batch; for the run's own batches the seconds are stretched.")
-    if any(cost.problem in (OUT_OF_MEMORY, KILLED) for cost in costs):
-        notes.append("Memory does not suffice for everything: see what a smaller batch takes with --batch-scale 0.25.")
-    return notes
+# ------------------------------------------------------------------------------------------------ tables
 
 
-def report(found: Analysis) -> str:
-    """The analysis as tables."""
-    size = " x ".join(map(str, found.image))
-    parts = [f"config {found.config}\ndevice {found.device}", f"backbone, one image of {size}\n{_stages(found)}"]
-    for role, loss in found.losses.items():
-        parts.append(f"{_LEVELS[role]}, one image: the backbone takes {_inputs(loss)}\n{_loss(loss)}")
-    if found.costs:
-        parts.append(f"time and memory\n{_costs(found.costs)}")
-        parts.append(f"duration on this machine\n{_durations(found.durations)}")
-    parts.append("\n".join(f"note: {note}" for note in [_COUNTED, *found.notes]))
+def report(analysis: Analysis) -> str:
+    """Format an analysis as tables."""
+    headers = ["parameters", "trained", "GMACs"]
+    rows = [[s.name, s.part, " x ".join(map(str, s.map)), *_numbers(s.count)] for s in analysis.stages]
+    rows.append(["whole", "", "", *_numbers(analysis.whole)])
+    size = " x ".join(map(str, analysis.image))
+    parts = [
+        f"config {analysis.config}\ndevice {analysis.device}",
+        f"backbone, one image of {size}\n{_table(rows, ['stage', 'part', 'map', *headers], left=3)}",
+    ]
+    for role, loss in analysis.losses.items():
+        rows = [[name, *_numbers(count)] for name, count in loss.parts.items()]
+        rows += [["whole", *_numbers(loss.total)], ["backward pass", "", "", f"{loss.total.backward_macs / 1e9:.4g}"]]
+        inputs = " and ".join(f"{s[0] / IMAGES:g} of {' x '.join(map(str, s[1:]))}" for s in loss.inputs)
+        text = f"{_LEVELS[role]}, one image: the backbone takes {inputs}\n{_table(rows, ['part', *headers])}"
+        calls = ", ".join(f"{name} {number}" for name, number in loss.total.uncounted.items())
+        parts.append(text + (f"\nnot counted, with the number of calls: {calls}" if calls else ""))
+    if analysis.costs:
+        rows = []
+        for cost in analysis.costs:
+            speed = f"{cost.images / cost.seconds:.4g}" if cost.seconds else None
+            peak = None if cost.peak is None else f"{cost.peak / 2**20:,.0f}"
+            seconds = cost.problem if cost.seconds is None else f"{cost.seconds:.4g}"
+            products = None if cost.products is None or cost.seconds is None else f"{cost.products:.3g}"
+            rows.append([cost.stage, cost.what, cost.images, seconds, speed, products, peak])
+        headers = ["stage", "what", "images", "seconds", "images/s", "products", "peak MiB"]
+        parts.append(f"time and memory\n{_table(rows, headers, left=2)}")
+        rows = []
+        for item in analysis.durations:
+            per_step = None if item.seconds_per_step is None else f"{item.seconds_per_step:.4g}"
+            rows.append([item.phase, item.steps, per_step, _hours(item.seconds)])
+        seconds = [item.seconds for item in analysis.durations]
+        rows.append(["whole", None, None, _hours(None if None in seconds else sum(seconds))])
+        parts.append(f"duration on this machine\n{_table(rows, ['stage', 'steps', 's/step', 'h:mm:ss'])}")
+    parts.append("\n".join(f"note: {note}" for note in analysis.notes))
     return "\n\n".join(parts)
 
 
-def _stages(found: Analysis) -> str:
-    rows = [[s.name, s.part, " x ".join(map(str, s.map)), *_figures(s.count)] for s in found.stages]
-    rows.append(["whole", "", "", *_figures(found.whole)])
-    return _table(rows, ["stage", "part", "map", *_FIGURES]) + _uncounted(found.whole)
-
-
-def _loss(loss: LossCount) -> str:
-    rows = [[name, *_figures(count)] for name, count in loss.parts.items()]
-    rows.append(["whole", *_figures(loss.total)])
-    return _table(rows, ["part", *_FIGURES]) + _uncounted(loss.total)
-
-
-def _inputs(loss: LossCount) -> str:
-    return " and ".join(f"{shape[0] / IMAGES:g} of {' x '.join(map(str, shape[1:]))}" for shape in loss.inputs)
-
-
-def _figures(count: Count) -> list[str]:
-    flops, activations = (
-        "" if number is None else f"{number / unit:.4g}"
-        for number, unit in ((count.flops, 1e9), (count.activations, 1e6))
-    )
-    return [f"{count.parameters:,}", f"{count.trained:,}", flops, activations]
-
-
-def _uncounted(count: Count) -> str:
-    if count.problem:
-        return f"\nnot counted: {count.problem}"
-    names = ", ".join(f"{name.removeprefix('aten::')} {number}" for name, number in count.uncounted.items())
-    return f"\noperators without a count of FLOPs, with their calls: {names or 'none'}"
-
-
-def _costs(costs: Sequence[Cost]) -> str:
-    rows = []
-    for cost in costs:
-        speed = cost.images / cost.seconds if cost.seconds else None
-        peak = None if cost.peak is None else f"{cost.peak / 2**20:,.0f}"
-        seconds = cost.problem if cost.seconds is None else f"{cost.seconds:.4g}"
-        products = None if cost.products is None or cost.seconds is None else f"{cost.products:.3g}"
-        rows.append([cost.stage, cost.what, cost.images, seconds, speed and f"{speed:.4g}", products, peak])
-    return _table(rows, ["stage", "what", "images", "seconds", "images/s", "products", "peak MiB"], left=2)
-
-
-def _durations(durations: Sequence[Duration]) -> str:
-    rows = []
-    for one in durations:
-        per_step = None if one.seconds_per_step is None else f"{one.seconds_per_step:.4g}"
-        rows.append([one.phase, one.steps, per_step, _hours(one.seconds)])
-    total = None if any(d.seconds is None for d in durations) else sum(d.seconds for d in durations)
-    rows.append(["whole", None, None, _hours(total)])
-    return _table(rows, ["stage", "steps", "s/step", "h:mm:ss"])
+def _numbers(count: Count) -> list[str]:
+    return [f"{count.parameters:,}", f"{count.trained:,}", f"{count.macs / 1e9:.4g}"]
 
 
 def _hours(seconds: float | None) -> str:
@@ -234,6 +386,5 @@ def _hours(seconds: float | None) -> str:
 
 
 def _table(rows: list[list[Any]], headers: list[str], left: int = 1) -> str:
-    words = headers.index(_FIGURES[0]) if _FIGURES[0] in headers else left
-    align = ["left"] * words + ["right"] * (len(headers) - words)
+    align = ["left"] * left + ["right"] * (len(headers) - left)
     return tabulate(rows, headers, disable_numparse=True, colalign=align)

@@ -1,9 +1,10 @@
-"""The bilevel problem made so small and smooth that its hypergradient can be compared with finite differences."""
+"""A small smooth bilevel problem whose hypergradient is checked against finite differences and a direct solve."""
 
 import contextlib
 import inspect
 import itertools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -28,14 +29,16 @@ from bissl_zoo.pretext import PretextMethod
 from bissl_zoo.registry import PRETEXT_METHODS
 
 SIZE, SAMPLES, CLASSES, WIDTH = 4, 8, 3, 16
-#: activations with a kink, where finite differences mean nothing
+#: allowed relative error: fourth-order differences in float64 leave about 1e-10, a wrong term 1e-3 and more
+LIMIT = 1e-6
+#: activations that are not differentiable everywhere, as finite differences require
 KINKED = (nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.PReLU, nn.RReLU, nn.Hardtanh, nn.Hardswish, nn.Hardsigmoid)
 
 
 class SmoothTrunk(nn.Module):
-    """Two convolutions and tanh: `(B, 3, 4, 4)` -> `{"c1": (B, 2, 2, 2)}`, 47 parameters.
+    """Two convolutions and tanh: (B, 3, 4, 4) -> {"c1": (B, 2, 2, 2)}, 47 parameters.
 
-    The first convolution, of patches side by side, is where timm's vision transformers have theirs.
+    The first convolution is a patch embedding at the place where timm's vision transformers have it.
     """
 
     out_features = ("c1",)
@@ -49,13 +52,13 @@ class SmoothTrunk(nn.Module):
         self.second = nn.Conv2d(3, 2, 1)
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
-        """Map images to the one stage there is."""
+        """Return the feature map by its name."""
         patches = self.model.patch_embed(images).permute(0, 3, 1, 2)
         return {"c1": torch.tanh(self.second(torch.tanh(patches)))}
 
 
 class SmoothTail(nn.Module):
-    """Feature map `(B, 2, 2, 2)` -> embedding `(B, 4)`."""
+    """Feature map (B, 2, 2, 2) -> embedding (B, 4)."""
 
     num_features = 4
 
@@ -64,15 +67,15 @@ class SmoothTail(nn.Module):
         self.linear = nn.Linear(8, 4)
 
     def forward(self, features: Tensor) -> Tensor:
-        """Embed the map."""
+        """Return the embedding."""
         return torch.tanh(self.linear(features.flatten(1)))
 
 
 class HeldTargets(TorchFunctionMode):
-    """What a method detaches is, from the second pass on, what it was in the first.
+    """Replace detached tensors by their values in the first pass.
 
-    The Hessian takes such a target for a constant, and so must the finite differences: SimSiam's are projections by
-    the parameters that are moved.
+    The Hessian treats detached targets as constants, so finite differences must do the same; SimSiam's targets, for
+    example, depend on the parameters that are moved.
     """
 
     def __init__(self) -> None:
@@ -94,14 +97,14 @@ class HeldTargets(TorchFunctionMode):
 
 
 class ReducedProblem:
-    """The configured pretext method and a linear classifier on a smooth backbone of 47 parameters, float64.
+    """The configured pretext method and a linear classifier on a smooth backbone with 47 parameters, in float64.
 
-    What differs from the configured method is in `changes`. `lambda` is twice the norm of `H`, doubled until the lower
-    problem is solved, so that the curvature matters and the solution is unique nearby; `theta_P` is that solution, and
-    targets without a gradient are held where it has them. The views are others on each rank, the rest is the same.
+    `changes` lists the differences from the configured method. `lambda` is twice the norm of `H`, doubled until the
+    lower problem is solved, so that the curvature matters and the solution is locally unique; `theta_P` is that
+    solution. Detached targets keep their values at the solution. Only the views differ between ranks.
 
     Raises:
-        BisslZooError: the method does not run on this backbone, or its lower problem has no solution.
+        BisslZooError: the method does not run on this backbone, or the lower problem is not solved.
     """
 
     def __init__(self, cfg: DictConfig, seed: int = 0) -> None:
@@ -112,8 +115,8 @@ class ReducedProblem:
                 norm = float(torch.linalg.eigvalsh(self.hessian()).abs().max())
             except (RuntimeError, TypeError, ValueError, AttributeError, KeyError, IndexError) as error:
                 raise BisslZooError(
-                    f"The pretext method '{cfg.pretext.name}' does not run on the reduced backbone, whose one map is "
-                    f"(2, 2, 2) and which is no timm model ({type(error).__name__}: {error})."
+                    f"The pretext method '{cfg.pretext.name}' does not run on the reduced backbone, which has a single "
+                    f"feature map (2, 2, 2) and is no timm model ({type(error).__name__}: {error})."
                 ) from error
             for doublings in range(1, 20):
                 self.problem.lam = norm * 2.0**doublings
@@ -121,7 +124,7 @@ class ReducedProblem:
                     self.holding = HeldTargets()
                     self.gradient()
                     return
-        raise BisslZooError(f"The reduced lower problem was not solved; its curvature has the norm {norm:.3g}.")
+        raise BisslZooError(f"The reduced lower problem was not solved; the norm of its Hessian is {norm:.3g}.")
 
     def _build(self, cfg: DictConfig) -> None:
         trunks = [SmoothTrunk().double(), SmoothTrunk().double()]
@@ -129,18 +132,18 @@ class ReducedProblem:
         task = Classification(trunks[1], [str(n) for n in range(CLASSES)]).double()
         self.batch = torch.randn(SAMPLES, 3, SIZE, SIZE).double(), torch.arange(SAMPLES) % CLASSES
         pretext, self.changes = _reduced_method(cfg.pretext, trunks[0])
-        shown = pretext.views()(Image.fromarray(np.zeros((64, 64, 3), dtype=np.uint8)))
+        example = pretext.views()(Image.fromarray(np.zeros((64, 64, 3), dtype=np.uint8)))
         torch.manual_seed(1 + get_rank())
-        self.views = _random_views([view.dtype == torch.bool for view in shown])
+        self.views = _random_views([view.dtype == torch.bool for view in example])
         lower, upper = _level("lower", trunks[0], pretext), _level("upper", trunks[1], task)
         self.problem = BiLevel(lower, upper, Exact(damping=0.0), gamma=cfg.bilevel.gamma, curvature="hessian")
         self.parameters = lower.backbone_parameters
         self.holding: contextlib.AbstractContextManager = contextlib.nullcontext()
 
     def gradient(self, create_graph: bool = False) -> Tensor:
-        """Of the pretext loss in `theta_P`, by plain autograd; the method's random draws are the same each time.
+        """Return the gradient (P,) of the pretext loss in `theta_P` by plain autograd, with the same random numbers.
 
-        With a graph it is this rank's part.
+        With `create_graph` it is the gradient of this rank.
         """
         torch.manual_seed(0)
         lower = self.problem.lower
@@ -150,18 +153,18 @@ class ReducedProblem:
         return gradient if create_graph else all_reduce_mean(gradient)
 
     def hessian(self) -> Tensor:
-        """`H (P, P)` by plain autograd, row by row."""
+        """Return `H` (P, P) by plain autograd, row by row."""
         rows = [torch.autograd.grad(g, self.parameters, retain_graph=True) for g in self.gradient(create_graph=True)]
         hessian = all_reduce_mean(torch.stack([flatten(row) for row in rows]))
         return (hessian + hessian.T) / 2
 
     def solve_lower(self, hessian: Tensor | None = None) -> bool:
-        """`theta_P*(theta_D)` by Newton's method until the gradient is zero to rounding.
+        """Set `theta_P` to `theta_P*(theta_D)` by Newton's method, until the gradient is zero up to rounding.
 
         Args:
-            hessian: of a point nearby, which will do for a few steps.
+            hessian: Hessian at a point nearby, which saves computing it in the first steps.
         Returns:
-            Whether it came to that; where not, `theta_P` is `theta_D`.
+            True on success; otherwise `theta_P` is `theta_D`.
         """
         theta_d, lam = flatten(p.detach() for p in self.problem.upper.backbone_parameters), self.problem.lam
         for step in range(30):
@@ -170,28 +173,28 @@ class ReducedProblem:
             if slope.norm() <= 1e-13 * lam * theta.norm():
                 return True
             system = (self.hessian() if hessian is None or step > 8 else hessian) + lam * torch.eye(len(theta)).double()
-            place(self.parameters, theta - torch.linalg.solve(system, slope))
-        place(self.parameters, theta_d)
+            set_parameters(self.parameters, theta - torch.linalg.solve(system, slope))
+        set_parameters(self.parameters, theta_d)
         return False
 
     def objective(self, theta_d: Tensor, hessian: Tensor) -> float:
-        """The bilevel objective at `theta_D`, its lower problem solved."""
+        """Return the bilevel objective at `theta_D` with the lower problem solved."""
         lower, upper, gamma = self.problem.lower, self.problem.upper, self.problem.gamma
-        place(upper.backbone_parameters, theta_d)
+        set_parameters(upper.backbone_parameters, theta_d)
         if not self.solve_lower(hessian):
-            raise BisslZooError("The reduced lower problem is not solved near its solution; another seed may do.")
+            raise BisslZooError("The reduced lower problem was not solved near its solution.")
         parts = (1.0, lower.backbone), (gamma, upper.backbone)
         return sum(weight * upper.loss(backbone, self.batch)[1]["cross_entropy"] for weight, backbone in parts)
 
     def operator(self, solver: Any) -> CurvatureOperator:
-        """The curvature as the BiSSL stage builds it for this solver."""
+        """Return the curvature operator as the BiSSL stage builds it for this solver."""
         self.problem.solver, self.problem.shift = solver, None
         torch.manual_seed(0)
         return self.problem.curvature(self.views).prepare()
 
 
 def make_smooth(module: nn.Module) -> list[str]:
-    """Exchange activations with a kink for softplus and switch dropout off, in place; says what was done."""
+    """Replace non-smooth activations by softplus and disable dropout, in place; return the changes."""
     changes = []
     for name, child in list(module.named_modules(remove_duplicate=False)):
         if isinstance(child, KINKED):
@@ -204,14 +207,14 @@ def make_smooth(module: nn.Module) -> list[str]:
 
 
 @torch.no_grad()
-def place(parameters: list[Tensor], vector: Tensor) -> None:
+def set_parameters(parameters: list[Tensor], vector: Tensor) -> None:
     """Set parameters from a flat vector."""
     for parameter, value in zip(parameters, unflatten_like(vector, parameters), strict=True):
         parameter.copy_(value)
 
 
 def narrow_widths(section: Mapping[str, Any]) -> dict[str, list[int]]:
-    """The widths of the heads of a configured pretext method that are above 16, cut to that."""
+    """Return the layer widths of a configured pretext method that exceed 16, reduced to 16, by argument."""
     parameters = inspect.signature(PRETEXT_METHODS.get(section["name"])).parameters.values()
     given = {p.name: p.default for p in parameters if isinstance(p.default, (list, tuple))} | dict(section)
     lists = {key: list(value) for key, value in given.items() if isinstance(value, (list, tuple, ListConfig))}
@@ -220,17 +223,17 @@ def narrow_widths(section: Mapping[str, Any]) -> dict[str, list[int]]:
 
 
 def _reduced_method(section: DictConfig, trunk: SmoothTrunk) -> tuple[PretextMethod, list[str]]:
-    """The method on a reduced backbone, and what was changed in it."""
+    """Return the method on a reduced backbone and the changes in it."""
     narrow = narrow_widths(section)
     pretext = build_part(section, backbone=trunk, tail=SmoothTail(), **narrow).double()
-    return pretext, make_smooth(pretext) + [f"{key} at most {WIDTH} wide" for key in narrow]
+    return pretext, make_smooth(pretext) + [f"{key} at most {WIDTH}" for key in narrow]
 
 
 def _random_views(masks: list[bool]) -> tuple[Tensor, ...]:
-    """Images, and masks of 2 x 2 cells where a method takes them.
+    """Return random images, and masks of 2 x 2 cells for methods that take them.
 
-    A loss of hidden pixels may have a kink at their values, across which finite differences mean nothing: beside a
-    mask, images are far from what a network in its beginnings predicts.
+    A loss of hidden pixels may not be differentiable at their values. With a mask, the images are therefore far from
+    the predictions of an untrained network.
     """
     images = torch.randn(len(masks), SAMPLES, 3, SIZE, SIZE).double()
     if any(masks):
@@ -242,3 +245,106 @@ def _random_views(masks: list[bool]) -> tuple[Tensor, ...]:
 def _level(name: str, backbone: nn.Module, head: nn.Module) -> Level:
     optimizer = torch.optim.SGD([*backbone.parameters(), *head.parameters()], lr=0.1)
     return Level(name, backbone, head, optimizer, itertools.repeat(None), LRMultiplier(ConstantParamScheduler(1.0)), 1)
+
+
+# ------------------------------------------------------------------------------------------------ checks
+
+
+@dataclass(frozen=True)
+class Check:
+    """The error of a value on the reduced problem against a reference; it passes up to `limit`."""
+
+    name: str
+    error: float
+    limit: float
+    detail: str
+
+    @property
+    def passed(self) -> bool:
+        """True if the error is within the limit, False also for NaN."""
+        return self.error <= self.limit
+
+
+def check_reduced(reduced: ReducedProblem, name: str, solver: Any) -> list[Check]:
+    """Check product, hypergradient and configured solver against finite differences and a direct solve."""
+    with torch.random.fork_rng():
+        return [_product(reduced), _objective(reduced), *check_solver(reduced, name, solver)]
+
+
+def _product(reduced: ReducedProblem) -> Check:
+    operator = reduced.operator(Exact(damping=0.0))
+    theta = flatten(p.detach() for p in reduced.parameters)
+    directions = _random_directions(len(theta), 3)
+    products = [operator.hessian_product(u) for u in directions]  # before the parameters move under their graph
+
+    def gradient(at: Tensor) -> Tensor:
+        set_parameters(reduced.parameters, at)
+        return reduced.gradient()
+
+    worst = (0.0, 1.0)
+    for u, product in zip(directions, products, strict=True):
+        expected = differences(gradient, theta, u)
+        error = float((product - expected).norm() / expected.norm())
+        worst = max(worst, (error, float(product @ expected / expected.square().sum())))
+    set_parameters(reduced.parameters, theta)
+    detail = f"on average {worst[1]:.4g} times the expected value" if worst[0] > LIMIT else "3 random directions"
+    return Check("Hessian-vector product against finite differences of the gradient", worst[0], LIMIT, detail)
+
+
+def _objective(reduced: ReducedProblem) -> Check:
+    problem = reduced.problem
+    v = right_hand_side(problem, reduced.batch)
+    gradients = problem.upper_gradients(reduced.batch, reduced.operator(Exact(damping=0.0)))
+    theta_d = flatten(p.detach() for p in problem.upper.backbone_parameters)
+    hessian = reduced.hessian()
+    directions = _random_directions(len(theta_d), 8)
+    slopes = [
+        differences(lambda at: torch.tensor(reduced.objective(at, hessian), dtype=at.dtype), theta_d, direction)
+        for direction in directions
+    ]
+    reduced.objective(theta_d, hessian)
+    expected = torch.stack(slopes)
+    error = float((directions @ gradients.backbone - expected).norm() / expected.norm())
+    moved = float((gradients.solution.x - v).norm() / v.norm())
+    detail = f"the curvature changes it by {moved:.0%}"
+    return Check("exact hypergradient against finite differences of the objective", error, LIMIT, detail)
+
+
+def check_solver(reduced: ReducedProblem, name: str, solver: Any) -> list[Check]:
+    """Check the solution of a solver, and the residual that it reports, against a direct solve."""
+    problem, operator = reduced.problem, reduced.operator(solver)
+    v = right_hand_side(problem, reduced.batch)
+    solution = problem.upper_gradients(reduced.batch, operator).solution
+    columns = [operator(unit) for unit in torch.eye(len(v), dtype=v.dtype)]
+    matrix = torch.stack(columns, dim=1)
+    expected = torch.linalg.solve(matrix, v)
+    residual = float((v - matrix @ solution.x).norm() / v.norm())
+    smallest = float(torch.linalg.svdvals(matrix)[-1])
+    error = float((solution.x - expected).norm() / expected.norm())
+    # ||x - A^-1 v|| <= ||v - A x|| / smallest singular value, and rounding
+    limit = residual * float(v.norm() / expected.norm()) / smallest * (1 + LIMIT) + 1e-12
+    detail = f"residual {residual:.2g}, {solution.status}; limit: residual / smallest singular value {smallest:.3g}"
+    checks = [Check(f"{name} at damping {operator.shift - problem.lam:.4g} against exact", error, limit, detail)]
+    if solution.residual is not None:
+        difference = abs(solution.residual - residual) / max(residual, 1e-9)
+        checks.append(Check(f"residual that {name} reports", difference, LIMIT, f"{solution.residual:.2g}"))
+    return checks
+
+
+def right_hand_side(problem: BiLevel, batch: Any) -> Tensor:
+    """Return `v` (P,), the gradient of the downstream loss in the lower backbone with the upper head."""
+    lower, upper = problem.lower, problem.upper
+    total, _ = upper.loss(lower.backbone, batch)
+    return all_reduce_mean(flatten(torch.autograd.grad(total, lower.backbone_parameters, materialize_grads=True)))
+
+
+def differences(function: Callable[[Tensor], Tensor], point: Tensor, direction: Tensor, step: float = 2e-4) -> Tensor:
+    """Return the derivative of `function` along `direction` by central differences of fourth order."""
+    near, far = (function(point + n * step * direction) - function(point - n * step * direction) for n in (1, 2))
+    return (8 * near - far) / (12 * step)
+
+
+def _random_directions(size: int, count: int) -> Tensor:
+    """Return unit vectors (count, size) in float64, the same at each call."""
+    generator = torch.Generator().manual_seed(0)
+    return nn.functional.normalize(torch.randn(count, size, generator=generator, dtype=torch.float64))

@@ -1,4 +1,4 @@
-"""Part A of the check: it passes for every pretext method, and finds a product that is wrong."""
+"""The reduced problem: it passes for every pretext method and detects wrong products."""
 
 import contextlib
 
@@ -6,8 +6,15 @@ import pytest
 import torch
 from torch import nn
 
-from bissl_zoo.analysis.reduced_checks import check_reduced, differences, right_hand_side
-from bissl_zoo.analysis.reduced_problem import ReducedProblem, make_smooth, place
+from bissl_zoo.analysis.reduced_problem import (
+    ReducedProblem,
+    check_reduced,
+    check_solver,
+    differences,
+    make_smooth,
+    right_hand_side,
+    set_parameters,
+)
 from bissl_zoo.config import LazyCall as L
 from bissl_zoo.config import load_config
 from bissl_zoo.distributed import flatten
@@ -31,6 +38,7 @@ def reduced():
     return ReducedProblem(config())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", PRETEXT_METHODS.list())
 def test_every_pretext_method_passes(method):
     checks = check_reduced(ReducedProblem(config(method)), "minres", MinRes())
@@ -39,12 +47,14 @@ def test_every_pretext_method_passes(method):
         assert check.passed, check
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SOLVERS.list())
 def test_every_solver_passes(reduced, name):
-    for check in check_reduced(reduced, name, SOLVERS.build(name)):
+    for check in check_solver(reduced, name, SOLVERS.get(name)()):
         assert check.passed, check
 
 
+@pytest.mark.slow
 def test_the_lower_problem_is_solved_and_the_curvature_matters(reduced):
     theta_d = flatten(p.detach() for p in reduced.problem.upper.backbone_parameters)
     theta_p = flatten(p.detach() for p in reduced.parameters)
@@ -55,14 +65,15 @@ def test_the_lower_problem_is_solved_and_the_curvature_matters(reduced):
     assert (x - v).norm() > 0.02 * v.norm()
 
 
-def test_targets_without_a_gradient_are_held():
+@pytest.mark.slow
+def test_detached_targets_are_held():
     torch.manual_seed(0)
     simsiam = ReducedProblem(config("simsiam"))
     u = torch.nn.functional.normalize(torch.randn(47, dtype=torch.float64), dim=0)
     theta = flatten(p.detach() for p in simsiam.parameters)
 
     def gradient(at):
-        place(simsiam.parameters, at)
+        set_parameters(simsiam.parameters, at)
         return simsiam.gradient()
 
     expected = simsiam.hessian() @ u
@@ -72,24 +83,27 @@ def test_targets_without_a_gradient_are_held():
     assert (held - expected).norm() < 1e-6 * expected.norm() < 1e-3 * (moving - expected).norm()
 
 
+@pytest.mark.slow
 def test_the_check_leaves_the_random_state_and_the_parameters_as_they_were(reduced):
     before, state = flatten(p.detach() for p in reduced.parameters), torch.get_rng_state()
     check_reduced(reduced, "minres", MinRes())
     assert torch.equal(torch.get_rng_state(), state)
-    # the lower problem is solved anew, to rounding
+    # the lower problem is solved again, up to rounding
     torch.testing.assert_close(flatten(p.detach() for p in reduced.parameters), before, rtol=1e-10, atol=1e-10)
 
 
-def test_a_product_of_half_the_size_is_found_and_told(reduced, monkeypatch):
+@pytest.mark.slow
+def test_a_product_of_half_the_size_is_detected(reduced, monkeypatch):
     right = CurvatureOperator.hessian_product
     monkeypatch.setattr(CurvatureOperator, "hessian_product", lambda self, u: 0.5 * right(self, u))
     checks = check_reduced(reduced, "minres", MinRes())
     assert [check.passed for check in checks[:2]] == [False, False]
     assert checks[PRODUCT].error == pytest.approx(0.5, rel=1e-6)
-    assert "0.5 times what it should be" in checks[PRODUCT].detail
+    assert "0.5 times the expected value" in checks[PRODUCT].detail
 
 
-def test_a_product_that_loses_a_block_is_found(reduced, monkeypatch):
+@pytest.mark.slow
+def test_a_product_that_loses_a_block_is_detected(reduced, monkeypatch):
     right = CurvatureOperator.hessian_product
 
     def without_first_bias(self, u):
@@ -102,16 +116,18 @@ def test_a_product_that_loses_a_block_is_found(reduced, monkeypatch):
     assert not checks[PRODUCT].passed and not checks[OBJECTIVE].passed
 
 
-def test_a_solver_that_reports_a_residual_it_does_not_have_is_found(reduced):
-    class Boaster(MinRes):
+@pytest.mark.slow
+def test_a_solver_that_reports_a_wrong_residual_is_detected(reduced):
+    class WrongResidual(MinRes):
         def __call__(self, operator, v):
             solution = super().__call__(operator, v)
             return type(solution)(solution.x, solution.residual / 10, solution.products, "converged")
 
-    *_, reported = check_reduced(reduced, "boaster", Boaster(damping=0.0, tolerance=0.01))
+    *_, reported = check_solver(reduced, "wrong", WrongResidual(damping=0.0, tolerance=0.01))
     assert not reported.passed
 
 
+@pytest.mark.slow
 def test_a_method_that_does_not_run_on_the_reduced_backbone_is_named(monkeypatch):
     class NeedsBlocks(PretextMethod):
         def losses(self, backbone, views):
@@ -122,17 +138,18 @@ def test_a_method_that_does_not_run_on_the_reduced_backbone_is_named(monkeypatch
         ReducedProblem(config("needs_blocks"))
 
 
-def test_a_loss_without_curvature_is_said_to_have_none(monkeypatch):
+@pytest.mark.slow
+def test_a_loss_without_curvature_is_refused(monkeypatch):
     class Flat(PretextMethod):
         def losses(self, backbone, views):
             return {"loss": sum(p.sum() * 0 + (p * 0).square().sum() for p in backbone.parameters())}
 
     monkeypatch.setitem(PRETEXT_METHODS._obj_map, "flat", Flat)
-    with pytest.raises(BisslZooError, match="curvature has the norm 0"):
+    with pytest.raises(BisslZooError, match="norm of its Hessian is 0"):
         ReducedProblem(config("flat"))
 
 
-def test_kinks_are_exchanged_wherever_they_are_used():
+def test_non_smooth_activations_are_replaced_everywhere():
     relu = nn.ReLU(inplace=True)
     module = nn.Sequential(nn.Linear(2, 2), relu, nn.Sequential(nn.LeakyReLU(), relu), nn.GELU(), nn.Dropout(0.5))
     changes = make_smooth(module)

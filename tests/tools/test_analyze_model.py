@@ -1,4 +1,4 @@
-"""The tool analyze_model.py from its command line: tables, JSON, and what it refuses."""
+"""The command line of tools/analyze_model.py."""
 
 import contextlib
 import io
@@ -6,6 +6,8 @@ import json
 
 import pytest
 from command_line import load_tool
+
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
@@ -31,27 +33,27 @@ def test_the_tiny_quickstart_is_counted_as_tables(analyze, tiny):
     assert "time and memory" not in out and "duration" not in out
 
 
-def test_a_stage_is_measured_and_told_as_json(analyze, tiny):
+def test_the_measurement_of_a_stage_is_printed_as_json(analyze, tiny):
     status, out, err = analyze("--json", "--batch-scale", "0.5", *tiny(), "train.stages=[pretrain]")
     assert status == 0, err
-    found = json.loads(out)
-    (cost,) = found["costs"]
+    result = json.loads(out)
+    (cost,) = result["costs"]
     assert (cost["stage"], cost["what"], cost["images"]) == ("pretrain", "step", 4)
-    (duration,) = found["durations"]
+    (duration,) = result["durations"]
     assert duration["steps"] == 2
     assert duration["seconds"] == pytest.approx(2 * cost["seconds"] / 0.5)
-    assert found["whole"]["parameters"] == sum(stage["count"]["parameters"] for stage in found["stages"])
+    assert result["whole"]["parameters"] == sum(stage["count"]["parameters"] for stage in result["stages"])
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("arguments", "message"),
     [
         (["pretrain.stepz=3"], "pretrain.stepz"),
         (["backbone.name=resnet1"], "resnet1"),
         (["bilevel.shared_stage=c9"], "no stage 'c9'"),
-        (["--batch-scale", "3"], "scale of the batches is 3"),
+        (["--batch-scale", "3"], "--batch-scale is 3"),
     ],
 )
-def test_what_cannot_be_is_refused_in_a_sentence(analyze, tiny, arguments, said):
+def test_invalid_input_is_refused_in_one_message(analyze, tiny, arguments, message):
     status, _, err = analyze("--no-timing", *tiny(), *arguments)
-    assert status == 1 and err.startswith("error: ") and said in err and "Traceback" not in err
+    assert status == 1 and err.startswith("error: ") and message in err and "Traceback" not in err

@@ -1,0 +1,281 @@
+"""Counts against closed forms and published numbers, and the measurement of time and memory."""
+
+import os
+import resource
+import signal
+
+import pytest
+import torch
+from torch import nn
+
+from bissl_zoo.analysis import costs as module
+from bissl_zoo.analysis.costs import (
+    KILLED,
+    OUT_OF_MEMORY,
+    Cost,
+    Gauge,
+    KnownData,
+    find_data,
+    measure_in_process,
+    random_batch,
+    random_context,
+)
+from bissl_zoo.analysis.model import analyse, count_losses, count_macs, count_module, count_stages, report
+from bissl_zoo.config import LazyConfig, load_config
+from bissl_zoo.engine.build import Weights, build_downstream, build_pretext, build_split_backbone
+from bissl_zoo.errors import ConfigError
+from bissl_zoo.registry import build_backbone
+
+QUICKSTART = "quickstart/digit_scenes_det.py"
+VOC = "bissl/voc_det.py"
+CPU = torch.device("cpu")
+
+
+def changed(config, *overrides):
+    return LazyConfig.apply_overrides(load_config(config), overrides)
+
+
+# ------------------------------------------------------------------------------------------------ counting
+
+
+def test_the_macs_of_a_convolution_and_a_linear_layer_are_their_closed_forms_and_so_are_those_of_backward():
+    layers = nn.Sequential(nn.Conv2d(3, 8, 5, stride=2, padding=2, bias=False), nn.Flatten(), nn.Linear(8 * 8 * 8, 10))
+    image = torch.zeros(1, 3, 16, 16)
+    count = count_module(layers, image)
+    convolution, linear = 8 * 8 * 8 * 3 * 5 * 5, 8 * 8 * 8 * 10
+    assert count.macs == convolution + linear
+    assert count.parameters == 8 * 3 * 5 * 5 + 8 * 8 * 8 * 10 + 10
+    output = layers(image.requires_grad_())
+    macs, _, _ = count_macs(output.sum().backward)
+    assert macs[""] == 2 * (convolution + linear)  # the gradients in weights and inputs
+
+
+def test_the_macs_of_attention_are_those_of_its_two_products():
+    class Attention(nn.Module):
+        def forward(self, x):
+            return nn.functional.scaled_dot_product_attention(x, x[..., :5, :], x[..., :5, :4])
+
+    assert count_module(Attention(), torch.zeros(1, 2, 7, 6)).macs == 2 * 7 * 5 * (6 + 4)
+
+
+def test_resnet50_has_its_published_macs_and_parameters_at_224_pixels():
+    stages, whole = count_stages(changed(VOC), torch.zeros(1, 3, 224, 224))
+    assert whole.macs == pytest.approx(4.1e9, rel=0.01)  # He et al., arXiv 1512.03385
+    assert whole.parameters == 25_557_032 - (2048 * 1000 + 1000)  # torchvision's without the classifier
+    assert [stage.map for stage in stages[:5]] == [
+        (64, 112, 112), (256, 56, 56), (512, 28, 28), (1024, 14, 14), (2048, 7, 7)
+    ]  # fmt: skip
+    assert [stage.part for stage in stages] == ["shared"] * 4 + ["tail"] * 2
+
+
+def test_a_vit_has_its_known_macs():
+    vit = build_backbone(name="vit_small_patch16_224", class_token=False, global_pool="avg").eval()
+    count = count_module(vit.model, torch.zeros(1, 3, 224, 224))
+    # 12 layers of 12 D^2 + 2 N D per token, and the embedding of N patches of 768 numbers
+    tokens, width = 196, 384
+    assert count.macs == pytest.approx(tokens * (12 * (12 * width**2 + 2 * tokens * width) + 768 * width), rel=1e-9)
+
+
+def test_stages_add_up_to_the_whole_and_so_do_trunk_and_tail():
+    cfg, image = changed(VOC, "backbone.name=resnet18"), torch.zeros(1, 3, 64, 64)
+    stages, whole = count_stages(cfg, image)
+    trunk, tail = (part.eval() for part in build_split_backbone(cfg))
+    halves = count_module(trunk, image), count_module(tail, trunk(image)["c4"])
+    assert sum(stage.count.macs for stage in stages) == whole.macs == sum(half.macs for half in halves)
+    sizes = [sum(p.numel() for p in part.parameters()) for part in (trunk, tail)]
+    for part, size in zip(("shared", "tail"), sizes, strict=True):
+        assert sum(stage.count.parameters for stage in stages if stage.part == part) == size
+    assert sum(sizes) == whole.parameters
+
+
+def test_the_parts_of_a_loss_add_up_and_have_the_parameters_of_their_modules(tiny_config, at_scenes):
+    cfg = tiny_config()
+    context = random_context(cfg, find_data(cfg), CPU)
+    losses = count_losses(context)
+    for role, (trunk, head) in {
+        "pretext": build_pretext(cfg, Weights(), CPU),
+        "train": build_downstream(context, Weights()),
+    }.items():
+        parts, total = losses[role].parts, losses[role].total
+        assert parts["shared trunk"].parameters == sum(p.numel() for p in trunk.parameters())
+        assert total.parameters == sum(p.numel() for m in (trunk, head) for p in m.parameters())
+        for attribute in ("parameters", "macs"):
+            assert sum(getattr(part, attribute) for part in parts.values()) == getattr(total, attribute)
+        assert total.macs < total.backward_macs <= 2 * total.macs
+    assert losses["pretext"].inputs == [(2, 3, 32, 32)] * 2  # two views of two images
+    assert losses["train"].total.uncounted["torchvision::roi_align"] == 1
+
+
+def test_a_teacher_has_parameters_that_are_not_trained(tiny, at_scenes):
+    byol = "{_target_: bissl_zoo.registry.build_pretext, name: byol, projector: [8, 8], predictor: [8, 8]}"
+    cfg = changed(QUICKSTART, *[o for o in tiny() if not o.startswith("pretext.")], f"pretext={byol}")
+    parts = count_losses(random_context(cfg, find_data(cfg), CPU))["pretext"].parts
+    teacher, student = parts["teacher"], [parts[name] for name in ("shared trunk", "tail", "projector")]
+    assert teacher.trained == 0
+    assert teacher.parameters == sum(part.parameters for part in student)
+    assert teacher.macs == sum(part.macs for part in student)  # both see both views
+
+
+def test_operators_of_other_libraries_are_reported():
+    torch.library.define("bissl_test::double", "(Tensor x) -> Tensor")
+    torch.library.impl("bissl_test::double", "default", lambda x: 2 * x)
+
+    class Double(nn.Module):
+        def forward(self, x):
+            return torch.ops.bissl_test.double(x)
+
+    assert count_module(Double(), torch.zeros(4)).uncounted == {"bissl_test::double": 1}
+
+
+# ------------------------------------------------------------------------------------------------ data
+
+
+@pytest.mark.parametrize("augment_on", ["workers", "device"])
+def test_a_random_batch_has_the_form_of_a_loaded_one(tiny_config, at_scenes, augment_on):
+    cfg = tiny_config()
+    cfg.dataloader.pretext.augment_on = augment_on
+    context = random_context(cfg, find_data(cfg), CPU)
+    _, pretext = build_pretext(cfg, Weights(), CPU)
+    assert [view.shape for view in random_batch(context, "pretext", pretext, 11)] == [(11, 3, 32, 32)] * 2
+    _, task = build_downstream(context, Weights())
+    images, targets = random_batch(context, "train", task)
+    assert len(images) == len(targets) == cfg.dataloader.train.batch_size
+
+
+def test_without_data_sets_steps_are_used_and_epochs_are_unknown(tmp_path, monkeypatch):
+    monkeypatch.setenv("BISSL_ZOO_DATASETS", str(tmp_path / "nothing"))
+    data = find_data(load_config(VOC))
+    assert data.lengths == {"pretext": None, "train": None} and len(data.classes) == 20
+    assert all("is missing" in note for note in data.notes) and len(data.notes) == 2
+    assert find_data(changed(VOC, "dataloader.train.dataset.classes=[cell,edge]")).classes == ["cell", "edge"]
+    analysis = analyse(VOC, ["backbone.name=test_resnet", "bilevel.shared_stage=null"], timing=False)
+    assert not analysis.costs and all(note in report(analysis) for note in data.notes)
+
+
+# ------------------------------------------------------------------------------------------------ measurement
+
+
+@pytest.fixture(scope="module")
+def measured(tiny, scenes):
+    """The tiny quickstart, measured once; its head warm-up lasts an epoch."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("BISSL_ZOO_DATASETS", str(scenes))
+        patch.setenv("OMP_NUM_THREADS", "1")
+        overrides = [*tiny(finetune__baseline=True), "finetune.steps=null", "finetune.epochs=2"]
+        return analyse(QUICKSTART, overrides)
+
+
+@pytest.mark.slow
+def test_every_stage_and_every_part_of_an_alternation_is_measured(measured):
+    assert [(cost.stage, cost.what, cost.images) for cost in measured.costs] == [
+        ("pretrain", "step", 8),
+        ("head_warmup", "step", 4),
+        ("bissl", "lower step", 8),
+        ("bissl", "curvature", 8),
+        ("bissl", "product", 8),
+        ("bissl", "upper step", 4),
+        ("finetune", "step", 4),
+    ]
+    for cost in measured.costs:
+        assert cost.seconds > 0 and cost.peak >= 0 and not cost.problem
+    costs = {cost.what: cost for cost in measured.costs if cost.stage == "bissl"}
+    assert costs["upper step"].products >= 1
+    assert costs["upper step"].seconds > costs["product"].seconds
+
+
+@pytest.mark.slow
+def test_the_duration_is_that_of_the_steps(measured):
+    durations = {item.phase: item for item in measured.durations}
+    assert {name: item.steps for name, item in durations.items()} == {
+        "pretrain": 2, "head_warmup": 2, "bissl": 2, "finetune_pretrained": 8, "finetune": 8
+    }  # fmt: skip
+    seconds = {cost.what: cost.seconds for cost in measured.costs if cost.stage == "bissl"}
+    alternation = 2 * seconds["lower step"] + seconds["curvature"] + seconds["upper step"]
+    assert durations["bissl"].seconds == pytest.approx(2 * alternation)
+    assert durations["finetune_pretrained"].seconds == durations["finetune"].seconds
+    text = report(measured)
+    assert "evaluations and checkpoints are not included" in text
+    for word in ("shared trunk", "tail", "projector", "roi_heads", "upper step", "images/s", "h:mm:ss", "roi_align"):
+        assert word in text
+
+
+@pytest.mark.parametrize("scale", [0.0, -1.0, 2.0])
+def test_an_invalid_scale_is_refused(scale):
+    with pytest.raises(ConfigError, match="--batch-scale"):
+        analyse(QUICKSTART, scale=scale)
+
+
+def test_a_step_that_runs_out_of_memory_has_no_seconds():
+    gauge, cost = Gauge(CPU), Cost("pretrain", "step", 8)
+    assert not gauge.median(cost, lambda: torch.empty(1 << 60, dtype=torch.uint8))
+    assert cost.seconds is None and cost.problem == OUT_OF_MEMORY
+    with pytest.raises(RuntimeError, match="must match"):  # another error
+        gauge.median(cost, lambda: torch.ones(2) + torch.ones(3))
+
+
+def test_the_peak_is_that_of_the_step_alone():
+    gauge, first, second = Gauge(CPU), Cost("a", "step", 1), Cost("a", "step", 1)
+    assert gauge.fits(first, lambda: torch.ones(64 << 20, dtype=torch.uint8).sum())
+    assert gauge.fits(second, lambda: torch.ones(1))
+    assert first.peak >= 60 << 20
+    assert second.peak <= first.peak - (40 << 20)
+
+
+@pytest.mark.slow
+def test_a_measurement_that_exceeds_the_free_memory_raises_and_one_that_is_killed_is_reported(
+    tiny, at_scenes, tmp_path, monkeypatch
+):
+    free = module._kilobytes("/proc/meminfo", "MemAvailable")
+    if free is None:
+        pytest.skip("this system does not report its free memory")
+    before = resource.getrlimit(resource.RLIMIT_DATA)
+    known = KnownData({"pretext": 24, "train": 16}, ["a"])
+
+    def exceed(*_):
+        cost = Cost("pretrain", "step", 8)
+        Gauge(CPU).median(cost, lambda: torch.empty(free, dtype=torch.uint8))
+        return [cost]
+
+    monkeypatch.setattr(module, "measure", exceed)
+    try:
+        [cost] = module._measure_config(QUICKSTART, tiny(), 1.0, known, Weights())
+    finally:
+        resource.setrlimit(resource.RLIMIT_DATA, before)
+    assert cost.problem == OUT_OF_MEMORY
+
+    file = tmp_path / "dies_in_a_child.py"
+    file.write_text(f"import os\nif os.getpid() != {os.getpid()}: os.kill(os.getpid(), {int(signal.SIGKILL)})\n")
+    costs = measure_in_process(QUICKSTART, [*tiny(), f"train.imports=[{file}]"], 1.0, known, Weights())
+    assert [cost.problem for cost in costs] == [KILLED]
+
+
+@pytest.mark.parametrize(
+    ("costs", "scale", "stages", "expected", "note"),
+    [
+        ([Cost("pretrain", "step", 8, problem=OUT_OF_MEMORY)], 1.0, "[pretrain]", None, "--batch-scale 0.25"),
+        ([Cost("pretrain", "step", 4, seconds=0.5)], 0.5, "[pretrain]", 0.5 / 0.5, "Measured with 0.5 of each batch"),
+        (
+            [
+                Cost("bissl", "lower step", 2, seconds=1.0),
+                Cost("bissl", "curvature", 2, seconds=2.0),
+                Cost("bissl", "product", 2, seconds=3.0),
+                Cost("bissl", "upper step", 2, seconds=16.0, products=2.0),
+            ],
+            0.25,
+            "[bissl]",
+            # 2 lower steps on 8 images, a graph and 2 products on 6, and the rest of the upper step on 4
+            2 * 1.0 * 4 + 2.0 * 3 + (2 * 3.0 * 3 + 10.0 * 2),
+            "extrapolated to the full batches",
+        ),
+    ],
+    ids=["out of memory", "pretrain", "alternation"],
+)
+def test_durations_are_extrapolated_to_the_batches_of_the_config(
+    tiny, at_scenes, monkeypatch, costs, scale, stages, expected, note
+):
+    monkeypatch.setattr("bissl_zoo.analysis.model.measure_in_process", lambda *args: costs)
+    overrides = [*tiny(), f"train.stages={stages}", "bilevel.curvature_batch_size=6"]
+    analysis = analyse(QUICKSTART, overrides, scale=scale)
+    seconds = {item.phase: item.seconds_per_step for item in analysis.durations}[costs[0].stage]
+    assert seconds == (None if expected is None else pytest.approx(expected))
+    assert note in report(analysis)
