@@ -26,8 +26,8 @@ from torch.utils.data import Dataset, default_collate
 from bissl_zoo.bilevel import BiLevel
 from bissl_zoo.data.batches import to_device
 from bissl_zoo.data.device_views import two_parts
-from bissl_zoo.data.prepare.known import catalog
-from bissl_zoo.engine.build import STAGE_DATA, Context, ViewsOnly, Weights, build_datasets
+from bissl_zoo.data.prepare.check import known_sets
+from bissl_zoo.engine.build import Context, ViewsOnly, Weights, build_datasets, data_roles
 from bissl_zoo.engine.checks import open_config
 from bissl_zoo.engine.launch import choose_device
 from bissl_zoo.engine.resume import deterministic
@@ -89,7 +89,7 @@ class RandomImages(Dataset):
 
 def find_data(cfg: DictConfig) -> KnownData:
     """Open the data sets that the stages of a config train on; missing ones are allowed."""
-    roles = sorted({role for stage in cfg.train.stages for role in STAGE_DATA[stage]} - {"test"})
+    roles = sorted(data_roles(cfg) - {"val", "test"})
     data = KnownData({}, [])
     for role in roles:
         try:
@@ -102,7 +102,7 @@ def find_data(cfg: DictConfig) -> KnownData:
             data.classes = list(dataset.classes) if role == "train" else data.classes
     if not data.classes:
         section = cfg.dataloader.train.dataset
-        known = catalog().get(section.get("name"))
+        known = known_sets().get(section.get("name"))
         number = known.classes if known else DEFAULT_CLASSES
         named = OmegaConf.is_list(section.get("classes"))
         data.classes = list(map(str, section.classes)) if named else [f"class {index}" for index in range(number)]
@@ -226,7 +226,7 @@ def _measure_trainer(context: Context, trainer: Trainer, gauge: "Gauge") -> list
         role = "pretext" if isinstance(level.head, PretextMethod) else "train"
         level.data_iterator = itertools.repeat(random_batch(context, role, level.head))
         level.lr_scheduler = LRMultiplier(ConstantParamScheduler(0.0))  # training on noise may diverge
-    if isinstance(trainer, Bissl):
+    if isinstance(trainer, BisslTrainer):
         return _measure_alternation(trainer.problem, gauge)
     (level,) = trainer.levels().values()
     cost = Cost(trainer.name, STEP, level.batch_size)

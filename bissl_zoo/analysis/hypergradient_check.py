@@ -109,7 +109,7 @@ def check_on_real(context: Context, initial: Weights, effort: Effort) -> dict[st
     logger.info("B. real problem: backbone, pretext method, task and data of the config")
     if initial.backbone is None:
         notes = [
-            "weights: random. Before pretraining H is large and indefinite, and the results below say little about the "
+            "weights: random. Before pretraining H is large and indefinite, so the results below do not represent the "
             "BiSSL stage. Use --run RUN_DIR or train.init."
         ]
     else:
@@ -138,7 +138,7 @@ def check_on_real(context: Context, initial: Weights, effort: Effort) -> dict[st
 def _warm_up_head(context: Context, initial: Weights, max_steps: int) -> tuple[Weights, str]:
     if initial.task is not None:
         return initial, "downstream head: from the same weights"
-    trainer = build_head_warmup(context, initial)
+    trainer = HeadWarmup().build(context, initial)
     planned = trainer.total_steps
     trainer.total_steps = min(planned, max_steps)
     trainer.train([Progress(period=max(trainer.total_steps, 1))])

@@ -42,13 +42,6 @@ from bissl_zoo.errors import BisslZooError, ConfigError
 
 #: batch size for counting a loss; batch norm in train mode needs two images
 IMAGES = 2
-#: config section with `steps` or `epochs` of each stage, and the data that its epochs count
-_LENGTHS = {
-    "pretrain": ("pretrain", "pretext"),
-    PRETEXT_WARMUP: ("bilevel.pretext_warmup", "pretext"),
-    "head_warmup": ("bilevel.head_warmup", "train"),
-    "finetune": ("finetune", "train"),
-}
 _LEVELS = {"pretext": "lower loss", "train": "upper loss"}
 _COUNTED = (
     "GMACs are 1e9 multiply-adds (half of the FLOPs of torch.utils.flop_counter) of convolutions, matrix products and "
@@ -297,11 +290,11 @@ def analyse(config_file: str, overrides: Sequence[str] = (), timing: bool = True
     if timing:
         costs = analysis.costs = measure_in_process(config_file, overrides, scale, known, initial)
         analysis.durations = [
-            Duration(phase.name, _steps(phase, context, known), _seconds_per_step(phase, cfg, costs))
-            for phase in phases_of(context, initial)
+            Duration(stage.name, _steps(stage, context, known), _seconds_per_step(stage, cfg, costs))
+            for stage in plan_stages(context, initial)
         ]
         notes.append(_EXCLUDED)
-        if "bissl" in cfg.train.stages:
+        if any(map(alternates, cfg.train.stages)):
             notes.append(_PRODUCTS)
         if scale != 1:
             notes.append(f"Measured with {scale:g} of each batch; the durations are extrapolated to the full batches.")
@@ -317,16 +310,16 @@ def _steps(stage: Stage, context: Context, known: KnownData) -> int | None:
     return stage.steps(context)
 
 
-def _seconds_per_step(phase: Phase, cfg: DictConfig, costs: Sequence[Cost]) -> float | None:
+def _seconds_per_step(stage: Stage, cfg: DictConfig, costs: Sequence[Cost]) -> float | None:
     """Extrapolate the measured seconds linearly to the batches of the config; a BiSSL step is an alternation."""
-    stage = "finetune" if phase.name == BASELINE else phase.name
-    measured = {cost.what: cost for cost in costs if cost.stage == stage and cost.seconds is not None}
-    needed = (LOWER, CURVATURE, PRODUCT, UPPER) if stage == "bissl" else (STEP,)
+    name = stage.section if stage.evaluates else stage.name  # the baseline takes as long as the fine-tuning
+    measured = {cost.what: cost for cost in costs if cost.stage == name and cost.seconds is not None}
+    needed = (LOWER, CURVATURE, PRODUCT, UPPER) if stage.unit == "alternation" else (STEP,)
     if any(what not in measured for what in needed):
         return None
-    if stage != "bissl":
+    if stage.unit != "alternation":
         cost = measured[STEP]
-        return cost.seconds * cfg.dataloader[_LENGTHS[stage][1]].batch_size / cost.images
+        return cost.seconds * cfg.dataloader[stage.epoch_role].batch_size / cost.images
     lower, curvature, product, upper = (measured[what] for what in needed)
     pretext, train = cfg.dataloader.pretext.batch_size, cfg.dataloader.train.batch_size
     factor = min(cfg.bilevel.curvature_batch_size or pretext, pretext) / product.images

@@ -183,5 +183,5 @@ def arm_config(
         overrides: further overrides, such as the result of a search.
     """
     settings = {"train.stages": list(stages), "train.seed": seed, "train.init": init}
-    own = ARMS[arm].overrides(base) if ARMS[arm].stage in settings["train.stages"] else []
-    return LazyConfig.apply_overrides(base, [*(override(*item) for item in settings.items()), *own, *overrides])
+    changes = ARMS[arm].overrides(base) if ARMS[arm].stage in settings["train.stages"] else []
+    return LazyConfig.apply_overrides(base, [*(override(*item) for item in settings.items()), *changes, *overrides])

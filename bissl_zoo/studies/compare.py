@@ -114,8 +114,8 @@ def _comparisons(
             hint = did_you_mean(name, known)
             raise ConfigError(f"{source}: compare.datasets has no '{name}'.{hint} Known: {', '.join(known) or 'none'}.")
         where = f"{source}, data set {name}"
-        own = LazyConfig.apply_overrides(cfg, known[name], where)
-        comparisons[name] = Comparison(own, where, folder / name, parallel, engine)
+        dataset_cfg = LazyConfig.apply_overrides(cfg, known[name], where)
+        comparisons[name] = Comparison(dataset_cfg, where, folder / name, parallel, engine)
     return comparisons
 
 
