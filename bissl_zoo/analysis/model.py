@@ -36,7 +36,7 @@ from bissl_zoo.engine.build import Context, Weights, build_downstream, build_pre
 from bissl_zoo.engine.checks import check_config, open_config
 from bissl_zoo.engine.init import load_init
 from bissl_zoo.engine.launch import choose_device
-from bissl_zoo.engine.stages import alternates, plan_stages
+from bissl_zoo.engine.stages import plan_stages
 from bissl_zoo.engine.trainer import Stage
 from bissl_zoo.errors import BisslZooError, ConfigError
 
@@ -289,12 +289,13 @@ def analyse(config_file: str, overrides: Sequence[str] = (), timing: bool = True
     analysis = Analysis(config_file, f"{device}, {name}", image, stages, whole, losses, notes=notes)
     if timing:
         costs = analysis.costs = measure_in_process(config_file, overrides, scale, known, initial)
+        planned = plan_stages(context, initial)
         analysis.durations = [
             Duration(stage.name, _steps(stage, context, known), _seconds_per_step(stage, cfg, costs))
-            for stage in plan_stages(context, initial)
+            for stage in planned
         ]
         notes.append(_EXCLUDED)
-        if any(map(alternates, cfg.train.stages)):
+        if any(stage.unit == "alternation" for stage in planned):
             notes.append(_PRODUCTS)
         if scale != 1:
             notes.append(f"Measured with {scale:g} of each batch; the durations are extrapolated to the full batches.")
