@@ -25,8 +25,8 @@ from torch.utils.data import Dataset, default_collate
 
 from bissl_zoo.bilevel import BiLevel
 from bissl_zoo.data.batches import to_device
-from bissl_zoo.data.device_views import two_parts
 from bissl_zoo.data.prepare.check import known_sets
+from bissl_zoo.data.views import two_parts
 from bissl_zoo.engine.build import Context, ViewsOnly, Weights, build_datasets, data_roles
 from bissl_zoo.engine.checks import open_config
 from bissl_zoo.engine.launch import choose_device
