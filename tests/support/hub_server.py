@@ -55,8 +55,8 @@ class HubHandler(http.server.BaseHTTPRequestHandler):
             return self.send(instead[0], b"", instead[1])
         path = self.path.partition("?")[0]
         for pattern, answer in self.ROUTES:
-            if found := re.fullmatch(pattern, path):
-                return answer(self, *map(unquote, filter(None, found.groups())))
+            if matches := re.fullmatch(pattern, path):
+                return answer(self, *map(unquote, filter(None, matches.groups())))
         return self.send(404, b"", {"X-Error-Code": "RepoNotFound"})
 
     do_GET = do_HEAD = do_POST = do_PUT = handle_request
@@ -82,13 +82,13 @@ class HubHandler(http.server.BaseHTTPRequestHandler):
 
     def paths_info(self, revision):
         files = self.server.files(revision)
-        found = []
+        matches = []
         for path in parse_qs(self.body.decode())["paths"]:
             if path in files:
-                found.append({"type": "file", "path": path, "size": len(files[path]), "oid": "0"})
+                matches.append({"type": "file", "path": path, "size": len(files[path]), "oid": "0"})
             elif any(name.startswith(f"{path}/") for name in files):
-                found.append({"type": "directory", "path": path, "oid": "0"})
-        return self.send(200, found)
+                matches.append({"type": "directory", "path": path, "oid": "0"})
+        return self.send(200, matches)
 
     def tree(self, revision, folder=""):
         if self.server.files(revision) is None:
@@ -98,26 +98,26 @@ class HubHandler(http.server.BaseHTTPRequestHandler):
         if folder and not files:
             return self.send(404, b"", {"X-Error-Code": "EntryNotFound"})
         folders = {start + name[len(start) :].partition("/")[0] for name in files if "/" in name[len(start) :]}
-        found = [{"type": "directory", "path": path, "oid": "0"} for path in folders]
-        found += [
+        matches = [{"type": "directory", "path": path, "oid": "0"} for path in folders]
+        matches += [
             {"type": "file", "path": path, "size": len(content), "oid": "0"}
             for path, content in files.items()
             if "/" not in path[len(start) :]
         ]
-        return self.send(200, found)
+        return self.send(200, matches)
 
     def preupload(self, revision):
         asked = [file["path"] for file in json.loads(self.body)["files"]]
         modes = {True: "lfs", False: "regular"}
-        told = [
+        item = [
             {"path": path, "uploadMode": modes[path.endswith(".safetensors")], "shouldIgnore": False} for path in asked
         ]
-        return self.send(200, {"files": told})
+        return self.send(200, {"files": item})
 
     def lfs_batch(self):
         objects = json.loads(self.body)["objects"]
-        for told in objects:
-            told["actions"] = {"upload": {"href": f"{self.server.address}/upload/{told['oid']}"}}
+        for item in objects:
+            item["actions"] = {"upload": {"href": f"{self.server.address}/upload/{item['oid']}"}}
         return self.send(200, {"transfer": "basic", "objects": objects})
 
     def upload(self, oid):
@@ -165,11 +165,11 @@ class HubHandler(http.server.BaseHTTPRequestHandler):
 
     def content(self, revision, path):
         content = self.server.files(revision)[path]
-        found = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
-        if found and int(found[1]) >= len(content):
+        matches = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
+        if matches and int(matches[1]) >= len(content):
             return self.send(416)
-        part = content[int(found[1]) : int(found[2]) + 1 if found[2] else None] if found else content
-        return self.send(206 if found else 200, part, self.identity(content))
+        part = content[int(matches[1]) : int(matches[2]) + 1 if matches[2] else None] if matches else content
+        return self.send(206 if matches else 200, part, self.identity(content))
 
     def log_message(self, *_):
         """Quiet."""

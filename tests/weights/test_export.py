@@ -210,8 +210,8 @@ def test_onnxruntime_computes_the_same_for_any_batch(tmp_path, architecture):
 
 
 def test_onnx_without_its_packages_names_the_extra(tmp_path, monkeypatch):
-    found = export.importlib.util.find_spec
-    monkeypatch.setattr(export.importlib.util, "find_spec", lambda name: None if "onnx" in name else found(name))
+    find_spec = export.importlib.util.find_spec
+    monkeypatch.setattr(export.importlib.util, "find_spec", lambda name: None if "onnx" in name else find_spec(name))
     with pytest.raises(ZooError, match=r'needs onnx and onnxscript: pip install "bissl_zoo\[onnx\]"'):
         export_backbone(RESNET.state_dict(), "resnet18", "onnx", tmp_path / "a.onnx")
     assert list(tmp_path.iterdir()) == []

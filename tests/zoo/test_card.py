@@ -37,18 +37,18 @@ def seeds(*values):
 
 def tables(text):
     """Every table of a page as rows of cells, as parsed by a Markdown reader."""
-    found, cells = [], None
+    result, cells = [], None
     for token in MarkdownIt("commonmark").enable("table").parse(text):
         if token.type == "table_open":
-            found.append([])
+            result.append([])
         elif token.type == "tr_open":
             cells = []
         elif token.type == "inline" and cells is not None:
             cells.append(token.content)
         elif token.type == "tr_close":
-            found[-1].append(cells)
+            result[-1].append(cells)
             cells = None
-    return found
+    return result
 
 
 def headings(text):

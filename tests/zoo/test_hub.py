@@ -261,9 +261,9 @@ def test_a_run_starts_from_an_entry_of_any_zoo_in_its_config(zoos, tiny_config):
         expected = create_backbone(name, zoo=zoos / place).state_dict()
         assert parents[0]["name"] == f"{name}@1"
         assert parents[0]["sha256"] == Zoo(zoos / place).find(name).record["files"]["model.safetensors"]["sha256"]
-        found = {**weights.backbone, **(weights.tail or {})}
-        assert found.keys() == expected.keys()
-        assert all(torch.equal(found[key], value) for key, value in expected.items())
+        state = {**weights.backbone, **(weights.tail or {})}
+        assert state.keys() == expected.keys()
+        assert all(torch.equal(state[key], value) for key, value in expected.items())
     with pytest.raises(ZooError, match="Unknown zoo entry 'nothing'"):
         load_init("zoo:nothing", cfg)
     assert str(zoo_of(tiny_config(train__zoo=zoos / "first"))) == str(zoos / "first")  # one needs no brackets

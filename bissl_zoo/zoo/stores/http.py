@@ -157,8 +157,7 @@ def _failure(error: Exception, address: str) -> ZooError:
         return ZooError(f"{address}: invalid certificate ({cause.verify_message}). SSL_CERT_FILE names your own CA.")
     if isinstance(cause, socket.gaierror) and cause.errno != socket.EAI_AGAIN:
         return ZooError(f"{address}: unknown host ({cause.strerror}). Check the address and the network.")
-    if isinstance(cause, OSError | http.client.IncompleteRead) and not isinstance(cause, ssl.SSLError):
-        return Transient(f"{address}: {text}.")
-    if isinstance(cause, ssl.SSLEOFError):
+    is_tls = isinstance(cause, ssl.SSLError) and not isinstance(cause, ssl.SSLEOFError)
+    if isinstance(cause, OSError | http.client.IncompleteRead) and not is_tls:
         return Transient(f"{address}: {text}.")
     return ZooError(f"{address} cannot be read: {text}. Check the address and the proxy.")
