@@ -89,18 +89,26 @@ def read_json(path: Path, limit: int = JSON_LIMIT) -> dict[str, Any]:
     loaded = parse_json(content)
     if not isinstance(loaded, dict):
         raise ValueError(f"it holds {type(loaded).__name__}, not an object")
+    with _depth_is_a_value_error():
+        json.dumps(loaded, ensure_ascii=False).encode()  # an escaped half surrogate pair parses but cannot be written
     return loaded
 
 
-def parse_json(text: str | bytes) -> Any:
-    """Parse JSON from an untrusted source; the value can be written as UTF-8 again.
+def parse_json(text: str | bytes, **options: Any) -> Any:
+    """Parse JSON from an untrusted source.
 
+    Args:
+        options: arguments of `json.loads`.
     Raises:
         ValueError: it is not JSON, or nested too deeply.
     """
+    with _depth_is_a_value_error():
+        return json.loads(text, **options)
+
+
+@contextlib.contextmanager
+def _depth_is_a_value_error() -> Iterator[None]:
     try:
-        value = json.loads(text)
-        json.dumps(value, ensure_ascii=False).encode()  # an escaped half surrogate pair parses but cannot be written
+        yield
     except RecursionError as error:
         raise ValueError("it is nested too deeply") from error
-    return value

@@ -1,4 +1,4 @@
-"""What the arguments of parts may be: checked before a run starts, and all that a zoo entry may set."""
+"""Domains of the arguments of parts: checked before a run starts, and the only values that a zoo entry may set."""
 
 import math
 from collections.abc import Callable, Mapping

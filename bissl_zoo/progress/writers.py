@@ -16,6 +16,7 @@ from typing import Any
 
 from bissl_zoo.distributed import is_main_process
 from bissl_zoo.errors import ConfigError, did_you_mean
+from bissl_zoo.files import parse_json
 from bissl_zoo.runs.directory import METRICS_FILE
 from bissl_zoo.runs.disk import reason_of, write_error
 
@@ -188,9 +189,9 @@ def _length_up_to(content: bytes, stage: str, step: int) -> int:
     length, reached = 0, False
     for line in content.splitlines(keepends=True):
         try:
-            record = json.loads(line)
+            record = parse_json(line)
             here, beyond = record["stage"], record["step"] > step
-        except (ValueError, KeyError, TypeError, RecursionError):  # incomplete, or not a record
+        except (ValueError, KeyError, TypeError):  # incomplete, or not a record
             break
         reached = reached or here == stage
         if reached and (here != stage or beyond) or not line.endswith(b"\n"):

@@ -1,6 +1,5 @@
 """The records of `metrics.jsonl`: series over steps, the common axis of all stages, and the time of each stage."""
 
-import json
 import math
 import os
 import re
@@ -11,6 +10,7 @@ from typing import Any
 
 from bissl_zoo.engine.stages import alternates
 from bissl_zoo.engine.stages.finetune import BASELINE
+from bissl_zoo.files import parse_json
 
 #: bytes that are read of the file, and of one line; far above what a run writes
 MAX_BYTES, MAX_LINE = 256 << 20, 1 << 20
@@ -120,8 +120,8 @@ def read_history(path: Path) -> History:
 
 def _entry(line: bytes) -> Entry | None:
     try:
-        record = json.loads(line, parse_constant=str)
-    except (ValueError, RecursionError):
+        record = parse_json(line, parse_constant=str)
+    except ValueError:
         return None
     if not isinstance(record, dict):
         return None

@@ -1,6 +1,5 @@
 """List, show and prune run directories. Reading never waits, changes nothing, and needs no torch."""
 
-import json
 import os
 import re
 import shlex
@@ -17,6 +16,7 @@ from tabulate import tabulate
 
 from bissl_zoo.config import LazyConfig
 from bissl_zoo.errors import CheckpointError, ConfigError, printable
+from bissl_zoo.files import parse_json
 from bissl_zoo.runs.checkpoint import DAMAGED, CheckpointInfo, read_info, verify
 from bissl_zoo.runs.directory import (
     CONFIG_FILE,
@@ -213,8 +213,8 @@ def _last_records(path: Path, whole: bool) -> tuple[dict[str, dict[str, Any]], l
 
 def _record(line: bytes) -> dict[str, Any] | None:
     try:
-        record = json.loads(line, parse_constant=str)
-    except (ValueError, RecursionError):
+        record = parse_json(line, parse_constant=str)
+    except ValueError:
         return None
     if not isinstance(record, dict) or type(record.get("step")) is not int:
         return None

@@ -18,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from bissl_zoo.errors import ZooError, shorten
-from bissl_zoo.files import replacing
+from bissl_zoo.files import parse_json, replacing
 
 SUFFIXES = (".pth", ".pt", ".tar", ".ckpt", ".bin", ".torch", ".th", ".safetensors", ".pkl")
 
@@ -116,9 +116,9 @@ def read_backbone_file(path: Path, architecture: str | None = None) -> StoredBac
         raise ZooError(f"{path} cannot be read as safetensors: {error}.") from error
     try:
         stored = StoredBackbone(
-            state, **{"architecture": architecture, **json.loads(metadata.get(_METADATA_KEY, "{}"))}
+            state, **{"architecture": architecture, **parse_json(metadata.get(_METADATA_KEY, "{}"))}
         )
-    except (ValueError, TypeError, RecursionError) as error:
+    except (ValueError, TypeError) as error:
         raise ZooError(f"{path} has invalid metadata of this package: {error}.") from error
     if not stored.architecture:
         raise ZooError(f"{path} does not state its architecture. Name it: --architecture resnet50.")

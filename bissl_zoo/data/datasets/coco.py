@@ -1,6 +1,5 @@
 """Detection sets whose annotations are one JSON file in COCO's format (Lin et al., arXiv 1405.0312)."""
 
-import json
 import logging
 import math
 import os
@@ -12,6 +11,7 @@ from bissl_zoo.data.datasets.boxes import MAX_SIDE, Box, DetectionSet, has_area
 from bissl_zoo.data.datasets.catalog import datasets_root, require_folder, require_regular_file
 from bissl_zoo.data.datasets.folder import distinct_classes, shown_names
 from bissl_zoo.errors import DatasetError, did_you_mean
+from bissl_zoo.files import parse_json
 from bissl_zoo.registry import DATASETS
 
 logger = logging.getLogger(__name__)
@@ -276,14 +276,14 @@ def read_annotations(path: Path, keys: Sequence[str]) -> dict[str, list[Any]]:
     try:
         if require_regular_file(path, "COCO annotations").st_size > _MAX_BYTES:
             raise DatasetError(f"COCO annotations {path} have more than {_MAX_BYTES:,} bytes, so they are not read.")
-        content = json.loads(path.read_bytes(), object_hook=_without_mask)
+        content = parse_json(path.read_bytes(), object_hook=_without_mask)
     except FileNotFoundError as error:
         present = sorted(name for name in _names_in(path.parent) if name.endswith(".json"))
         raise DatasetError(
             f"COCO annotations {path} do not exist.{did_you_mean(path.name, present)} "
             f"There: {', '.join(present[:20]) or 'none'}{', ...' if len(present) > 20 else ''}."
         ) from error
-    except (ValueError, RecursionError, OSError) as error:
+    except (ValueError, OSError) as error:
         raise DatasetError(f"COCO annotations {path} cannot be read as JSON: {error}.") from error
     for key in keys:
         if not isinstance(content, dict) or not isinstance(content.get(key), list):
