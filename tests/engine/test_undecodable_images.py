@@ -78,7 +78,7 @@ def test_a_run_continues_counts_and_names_images_that_it_cannot_decode(open_run)
     results = json.loads((Path(context.cfg.train.output_dir) / "results.json").read_text())
     assert [figures["left_out"] for figures in results.values()] == [1] * len(results) and "AP50" in results["bissl"]
     assert f"{left_out} does not decode" in log and "left out (1 skipped so far)" in log and "left_out 1\n" in log
-    (note,) = RunReport(Path(context.cfg.train.output_dir), images=0)._bad_images()
+    note = RunReport(Path(context.cfg.train.output_dir), images=0).datasets()[0]
     assert note.problem and f"{total} in bissl" in note.text
 
 
@@ -88,7 +88,8 @@ def test_a_run_whose_images_all_decode_logs_nothing_about_them(open_run):
     assert not any(SKIPPED in line for line in lines) and "could not be decoded" not in log
     results = json.loads((Path(context.cfg.train.output_dir) / "results.json").read_text())
     assert "left_out" not in results["pretrained"]
-    assert RunReport(Path(context.cfg.train.output_dir), images=0)._bad_images() == []
+    blocks = RunReport(Path(context.cfg.train.output_dir), images=0).datasets()
+    assert not any(getattr(block, "problem", False) for block in blocks)
 
 
 def test_a_resumed_run_and_one_of_two_processes_count_the_same(open_run, tmp_path):
