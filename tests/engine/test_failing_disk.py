@@ -11,14 +11,13 @@ import sys
 
 import pytest
 import torch
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from bissl_zoo.engine import hooks
 from bissl_zoo.engine.hooks import MetricsWriter, PeriodicCheckpoint
 from bissl_zoo.engine.trainer import Hook, Trainer
 from bissl_zoo.errors import CheckpointError
 from bissl_zoo.progress import writers
-from bissl_zoo.progress.writers import AppendedFile
+from bissl_zoo.progress.writers import AppendedFile, JsonWriter
 from bissl_zoo.runs import disk
 from bissl_zoo.runs.checkpoint import Checkpointer, load_checkpoint
 from bissl_zoo.runs.directory import add_wall_time
@@ -219,17 +218,17 @@ def test_metrics_that_find_no_room_wait_and_are_written_in_order(small_disk, cap
     figures = {"total_loss": 1.0, **{f"figure{number}": 0.5 for number in range(40)}}  # much in a page of either file
     trainer.run_step = lambda: figures
     trainer.train(
-        [At(step20=filler.fill, step150=filler.clear), MetricsWriter(small_disk, period=10), HalfLines(small_disk)]
+        [
+            At(step20=filler.fill, step150=filler.clear),
+            MetricsWriter(small_disk, 10, [JsonWriter(small_disk, 10)]),
+            HalfLines(small_disk),
+        ]
     )
     records = [json.loads(line) for line in (small_disk / "metrics.jsonl").read_text().splitlines()]
     assert [record["step"] for record in records if "event" not in record] == list(range(10, 201, 10))
-    board = EventAccumulator(str(small_disk / "tensorboard")).Reload()
-    assert [event.step for event in board.Scalars("stage/total_loss")] == list(range(10, 201, 10))
     lines = warnings(capsys)
-    told = [line for line in lines if "metrics.jsonl" in line]
-    assert 8 <= len(told) <= 13  # periods, of the 130 steps without room but for what the file's last page had left
-    assert "No space left on device; it needs about" in told[-1]
-    assert len([line for line in lines if "tfevents" in line]) == 1 and len(lines) == len(told) + 1
+    assert 8 <= len(lines) <= 13  # periods, of the 130 steps without room but for what the file's last page had left
+    assert all("metrics.jsonl" in line for line in lines) and "No space left on device" in lines[-1]
 
 
 class HalfLines(Hook):
