@@ -1,12 +1,15 @@
-"""Two torchrun agents, as two machines with a shared file system would start them, meeting over loopback."""
+"""Two torchrun agents, as on two machines with a shared file system, connected over loopback."""
 
 import hashlib
 import json
 import socket
 from collections import Counter
 
+import pytest
+
 from bissl_zoo.zoo import list_backbones
 
+pytestmark = pytest.mark.slow
 STAGES = ["pretrain", "head_warmup", "bissl", "finetune_pretrained", "finetune"]
 
 
@@ -17,7 +20,7 @@ def free_port():
 
 
 def start_nodes(process, *arguments):
-    """What each of two agents printed on standard output and standard error."""
+    """Return the standard output and standard error of each agent."""
     port = str(free_port())
     meeting = ["--nnodes", "2", "--nproc-per-node", "1", "--master-addr", "127.0.0.1", "--master-port", port]
     program = ["tools/train_net.py", "--config-file", "quickstart/digit_scenes_det.py", *arguments]
@@ -38,7 +41,7 @@ def test_two_nodes_train_all_stages_and_leave_one_run(process, tiny, tmp_path):
     assert [first.count(f"stage {n} of 5: {stage}") for n, stage in enumerate(STAGES, start=1)] == [1] * 5
     assert first.count(f"published {receipt['name']}") == first.count(f"sha256 {receipt['sha256']}") == 1
     assert second.strip() == ""
-    # what was published is what is there
+    # the published entry is in the zoo
     weights = zoo / receipt["name"] / "model.safetensors"
     assert hashlib.sha256(weights.read_bytes()).hexdigest() == receipt["sha256"]
     assert list_backbones(zoo=zoo) == [receipt["name"]]
