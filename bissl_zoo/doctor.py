@@ -149,17 +149,17 @@ def check_python() -> Iterator[Finding]:
 
 def check_packages() -> Iterator[Finding]:
     """Compare the installed versions with the requirements of this package, torchvision and Detectron2."""
-    own = _version("bissl_zoo")
+    version = _version("bissl_zoo")
     missing = Finding(WARNING, "bissl_zoo", "on the path, but not installed", "pip install -e . in its checkout.")
-    yield Finding(OK, "bissl_zoo", own) if own else missing
+    yield Finding(OK, "bissl_zoo", version) if version else missing
     wanted = _requirements("bissl_zoo") | {name: SpecifierSet(pin) for name, pin in PINS.items()}
-    shown = dict.fromkeys(["torch", "torchvision", "timm", "numpy"], SpecifierSet())
-    for name, specifier in (shown | wanted).items():
+    libraries = dict.fromkeys(["torch", "torchvision", "timm", "numpy"], SpecifierSet())
+    for name, specifier in (libraries | wanted).items():
         version, install = _version(name), f'pip install "{name}{_text(specifier)}"'
         if version is None:
             yield Finding(PROBLEM, name, "not installed", install)
         elif specifier.contains(version, prereleases=True):
-            if name in (*shown, *PINS):
+            if name in (*libraries, *PINS):
                 yield Finding(OK, name, version)
         elif name in PINS:
             yield Finding(WARNING, name, f"{version}, outside {PINS[name]}, the pin of Detectron2", install)

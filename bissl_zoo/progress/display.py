@@ -92,7 +92,7 @@ class LogFile(logging.Handler):
         self.write(line_of(record))
         if self.problem and not before:
             logger.warning(
-                f"{self.path} could not be written: {self.problem.strerror}. The run goes on; log lines are kept in "
+                f"{self.path} could not be written: {self.problem.strerror}. The run continues; log lines are kept in "
                 "memory and written later."
             )
 

@@ -1,4 +1,4 @@
-"""Writers of metrics: `metrics.jsonl`, TensorBoard, and Weights & Biases. A failure is a warning; the run goes on."""
+"""Writers of metrics: `metrics.jsonl`, TensorBoard, and Weights & Biases. A failure is a warning; the run continues."""
 
 import contextlib
 import json
@@ -144,7 +144,7 @@ class JsonWriter(Writer):
             if step - self.warned >= self.period:
                 self.warned = step
                 logger.warning(
-                    f"{self.path} could not be written: {self._reason(error)}. The run goes on; "
+                    f"{self.path} could not be written: {self._reason(error)}. The run continues; "
                     f"{len(self.file.pending)} lines are kept in memory for the next write."
                 )
 
@@ -248,7 +248,7 @@ class TensorBoardWriter(Writer):
 class WandbWriter(Writer):
     """Write the config and all metrics to a run of Weights & Biases; a resumed run continues the same one.
 
-    Its id is in the run directory. Steps that a resumed run repeats are there twice. WANDB_MODE, WANDB_PROJECT and so
+    Its id is in the run directory. Steps that a resumed run repeats appear twice. WANDB_MODE, WANDB_PROJECT and so
     on have their usual meaning.
     """
 
@@ -309,7 +309,7 @@ class WandbWriter(Writer):
         except Exception as error:  # of any type; the training matters more than a copy of its metrics
             self.run = None
             logger.warning(
-                f"wandb: {type(error).__name__}: {error} The run goes on without it; all metrics are in "
+                f"wandb: {type(error).__name__}: {error} The run continues without it; all metrics are in "
                 f"{self.folder / METRICS_FILE}."
             )
 

@@ -119,7 +119,7 @@ class Checkpointer:
             shutil.rmtree(draft, ignore_errors=True)
             last = self.newest_step(stage)
             start = f"the beginning of {stage}" if last is None else f"step {last} of {stage}"
-            advice = f"Earlier checkpoints are intact. Free space or fix the disk; --resume goes on from {start}."
+            advice = f"Earlier checkpoints are intact. Free space or fix the disk; --resume continues from {start}."
             raise write_error(f"Could not write checkpoint {target}", error, target, _size(state), advice) from error
         self._apply_retention(stage)
         return target
@@ -221,8 +221,8 @@ def verify(path: Path) -> CheckpointInfo:
         except OSError as error:
             raise CheckpointError(f"{file} cannot be read: {error}.") from error
         if size != expected["size"]:
-            found = "is missing" if size is None else f"has {size:,} bytes instead of {expected['size']:,}"
-            raise CheckpointError(f"{file} {found}.")
+            problem = "is missing" if size is None else f"has {size:,} bytes instead of {expected['size']:,}"
+            raise CheckpointError(f"{file} {problem}.")
         if digest != expected["sha256"]:
             raise CheckpointError(f"{file} is damaged: sha256 {digest[:16]}..., expected {expected['sha256'][:16]}....")
     return info

@@ -174,7 +174,7 @@ def report_command(folder: Path) -> str:
 
 @contextlib.contextmanager
 def pointing_to_report(folder: Path) -> Iterator[None]:
-    """If the block fails, log how to look at the run."""
+    """Log how to look at the run if the block fails."""
     try:
         yield
     except Exception:

@@ -352,10 +352,10 @@ def _head(run: RunState) -> list[list[str]]:
 
 
 def _last_metrics(stage: StageProgress) -> str:
-    shown = {name: value for name, value in stage.metrics.items() if not name.startswith(("time", "speed/"))}
-    summary = [name for name in shown if name.startswith((*SUMMARY, "upper/total_loss", "solver/residual"))]
-    names = [name for name in summary if name.count("/") < 2] or list(shown)[:4]
-    return "  ".join(f"{name} {_short(shown[name])}" for name in names) or "-"
+    metrics = {name: value for name, value in stage.metrics.items() if not name.startswith(("time", "speed/"))}
+    summary = [name for name in metrics if name.startswith((*SUMMARY, "upper/total_loss", "solver/residual"))]
+    names = [name for name in summary if name.count("/") < 2] or list(metrics)[:4]
+    return "  ".join(f"{name} {_short(metrics[name])}" for name in names) or "-"
 
 
 def resume_command(run: RunState) -> str:

@@ -97,7 +97,7 @@ def writer_of(folder: Path) -> str | None:
                 portalocker.lock(file, _SHARED)
             except portalocker.AlreadyLocked:
                 return _holder(file)
-            except portalocker.LockException:  # no locks here, so that nobody holds one
+            except portalocker.LockException:  # no locks here, so that no process holds one
                 return None
     except OSError:
         return None

@@ -143,7 +143,7 @@ def test_the_earlier_checkpoint_stays_whichever_way_the_disk_fails(tmp_path, fai
     Growing("stage", 3).train([At(**fail), checkpoints(tmp_path, keep=1)])
     assert os.strerror(number) in warnings(capsys)[0]
     assert [path.name for path in (tmp_path / "stage").iterdir()] == ["step_000003"]
-    with pytest.raises(CheckpointError, match=f"{os.strerror(number)}.*--resume goes on from step 3 of stage"):
+    with pytest.raises(CheckpointError, match=f"{os.strerror(number)}.*--resume continues from step 3 of stage"):
         checkpoints(tmp_path).checkpointer.save("stage", 2, 3, "resnet18", {"weight": torch.zeros(3)})
     assert load_checkpoint(tmp_path / "stage" / "step_000003")[1]["weight"][0] == 3
 
@@ -187,7 +187,7 @@ def test_the_last_checkpoint_and_one_on_stopping_end_the_run_where_the_disk_stay
 
 def test_an_error_that_waiting_cannot_fix_ends_the_run_at_once(tmp_path, pauses):
     (tmp_path / "stage").write_text("")
-    with pytest.raises(CheckpointError, match="--resume goes on from the beginning of stage") as raised:
+    with pytest.raises(CheckpointError, match="--resume continues from the beginning of stage") as raised:
         Growing("stage", 3).train([checkpoints(tmp_path)])
     assert not isinstance(raised.value, DiskError) and pauses == []
 

@@ -234,7 +234,7 @@ def test_the_log_file_has_every_record_with_its_time_and_is_appended_to(tmp_path
     ("error", "told"),
     [
         (ConfigError("no such key"), "error: no such key"),
-        (Interrupted("stopped as asked", 130), "stopped as asked"),
+        (Interrupted("Interrupted", 130), "Interrupted"),
         (ZeroDivisionError("by zero"), "ZeroDivisionError: by zero"),
     ],
 )

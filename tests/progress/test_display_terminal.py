@@ -48,7 +48,7 @@ def test_a_run_in_a_terminal_ends_with_its_last_state_and_the_table_below_it(too
     assert re.search(r"evaluation +\[finetune\] test  AP ", state) and "published" in table
 
 
-def test_ctrl_c_is_answered_below_the_lines_and_the_run_says_how_to_go_on(tool, arguments):
+def test_ctrl_c_is_answered_below_the_lines_and_the_message_names_resume(tool, arguments):
     terminal = Terminal(tool, arguments(pretrain__steps=4000, train__checkpoint__period=10000))
     terminal.wait_for(r"step [1-9]\d*/4000")
     os.write(terminal.handle, b"\x03")
@@ -63,7 +63,7 @@ def test_ctrl_c_is_answered_below_the_lines_and_the_run_says_how_to_go_on(tool, 
     )
 
 
-def test_an_error_is_told_below_the_display(tool, arguments):
+def test_an_error_is_printed_below_the_display(tool, arguments):
     def sick():
         from bissl_zoo.engine.stages.pretrain import PretrainTrainer
         from bissl_zoo.errors import NonFiniteLoss

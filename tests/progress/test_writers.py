@@ -132,7 +132,7 @@ def entries_of(path):
 
 
 def offline_runs(folder, count):
-    """What wandb has kept of every start, in order; a process of its own writes it, and goes on after the run's end."""
+    """Return what wandb has written for each start, in order; its process continues after the end of the run."""
     deadline = time.monotonic() + 60
     while True:
         runs = [entries_of(path) for path in folder.glob("wandb/offline-run-*/*.wandb")]
@@ -202,4 +202,4 @@ def test_a_wandb_that_fails_on_the_way_is_one_warning_and_the_run_goes_on(wandb,
             writer.write([Record("stage", step, {"loss": 1.0})], step)
     run.finish()
     warnings = [line for line in capsys.readouterr().out.splitlines() if line.startswith("warning")]
-    assert len(warnings) == 1 and "ConnectionError: gone The run goes on without it" in warnings[0]
+    assert len(warnings) == 1 and "ConnectionError: gone The run continues without it" in warnings[0]
