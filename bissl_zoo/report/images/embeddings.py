@@ -279,7 +279,7 @@ def _look(label: int) -> tuple[str, str]:
 
 def _handle(label: int, name: str) -> Line2D:
     colour, marker = _look(label)
-    name = shorten(f"\u200b{name}", 24)  # matplotlib drops labels that begin with an underscore
+    name = f"\u200b{shorten(name, 24)}"  # matplotlib drops labels that begin with an underscore
     return Line2D([], [], linestyle="", color=colour, marker=marker, markersize=5, label=name)
 
 
