@@ -106,6 +106,7 @@ def test_lower_steps_go_to_the_pulled_optimum():
     assert torch.equal(problem.upper.backbone.theta, theta_d) and problem.upper.backbone.theta.grad is None
 
 
+@pytest.mark.slow
 def test_alternating_finds_the_bilevel_optimum():
     problem, response, upper_loss = quadratic(lam=0.5, gamma=0.0, lower_steps=20, upper_steps=1, alternations=200)
     for one, lr in ((problem.lower, 0.3), (problem.upper, 1.0)):

@@ -156,6 +156,7 @@ def test_the_solver_differs_from_the_authors_by_the_epsilon_in_their_denominator
         assert errors[0] < errors[1] < 1e-5 * np.linalg.norm(exact)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("entry", ["simclr_lam0.001_damp2000.0_global_it5", "byol_lam0.001_damp2000.0_global_it5"])
 def test_the_dense_solve_equals_the_authors(entry):
     problem, pretext_batch, batch = golden_problem(entry, Exact(damping=2000.0))

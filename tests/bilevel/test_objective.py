@@ -16,6 +16,8 @@ from bissl_zoo.hypergradient import ConjugateGradient, Exact, MinRes, Neumann, N
 from bissl_zoo.optim import LRMultiplier
 from bissl_zoo.pretext.simclr import nt_xent
 
+pytestmark = pytest.mark.slow
+
 LAM = 5.0  # strong enough for the lower problem to have one optimum
 SIZE = 23  # parameters of the backbone
 
