@@ -26,13 +26,16 @@ LAYERS = [
 LAYER_OF = {unit: number for number, units in enumerate(LAYERS, start=1) for unit in units}
 #: the solvers are usable without the rest of the package
 ALLOWED_IN_HYPERGRADIENT = {"errors", "registry"}
-#: units that may take a whole run config as an argument; all others take named arguments
-SEES_CFG = {"config", "runs", "engine", "analysis", "doctor", "studies", "report", "api", "cli"}
+#: units that may take a whole run config as an argument; all others take named arguments (zoo: to check entries)
+SEES_CFG = {"config", "zoo", "runs", "engine", "analysis", "doctor", "studies", "report", "api", "cli"}
 #: libraries that open connections, which loading a config never does
 NETWORK = {"boto3", "fsspec", "http", "huggingface_hub", "requests", "socket", "urllib"}
 #: (file, imported module) -> reason why this import goes up or closes a circle
 EXCEPTIONS = {
     ("engine/trainer.py", "engine.build"): "a context counts the steps of its stages from the loaders of the config",
+    ("progress/display.py", "progress.live"): "rich is imported only for a live display",
+    ("zoo/stores/__init__.py", "zoo.stores.folder"): "a store is imported when a URL with its scheme is opened",
+    ("zoo/stores/__init__.py", "zoo.stores.fsspec"): "a store is imported when a URL with its scheme is opened",
     ("report/__init__.py", "report.write"): "matplotlib is imported only when a report is written",
     ("studies/jobs.py", "studies.ray_jobs"): "ray is an optional library",
 }
@@ -60,7 +63,11 @@ def module_of(file: Path, root: Path) -> str:
 def imports_of(file: Path, root: Path) -> Iterator[Import]:
     """Yield the imports of a file, those within functions included."""
     folder = file.relative_to(root).parent.parts
-    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+    tree = ast.parse(file.read_text(encoding="utf-8"))
+    for_types = {id(node) for block in ast.walk(tree) if _is_type_checking(block) for node in ast.walk(block)}
+    for node in ast.walk(tree):
+        if id(node) in for_types:
+            continue
         if isinstance(node, ast.Import):
             paths = [alias.name.split(".") for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
@@ -78,6 +85,10 @@ def imports_of(file: Path, root: Path) -> Iterator[Import]:
                 if len(rest) > 1 and not (path.is_dir() or path.with_suffix(".py").is_file()):
                     rest = rest[:-1]  # the last part is a name in the module
                 yield Import(node.lineno, ".".join(rest) if rest and rest[0] in LAYER_OF else "__init__", True)
+
+
+def _is_type_checking(node: ast.AST) -> bool:
+    return isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING"
 
 
 def violations(root: Path) -> list[str]:
