@@ -1,4 +1,4 @@
-"""What the config of a zoo entry may set: it is data from a stranger, so everything is refused unless it is listed.
+"""Check the config of a zoo entry: it is untrusted data, so only listed keys and arguments are accepted.
 
 The calls of a config and their arguments are listed in `bissl_zoo.config.arguments`. Files, addresses, caches and
 modules never come from an entry.
