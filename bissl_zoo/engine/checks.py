@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib
+import logging
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -9,9 +10,11 @@ from typing import Any
 
 import torch
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 from bissl_zoo.bilevel import Adaptation
 from bissl_zoo.config import LazyConfig, instantiate, load_config, with_defaults
+from bissl_zoo.config.arguments import argument_problems
 from bissl_zoo.distributed import get_world_size
 from bissl_zoo.downstream import DownstreamTask
 from bissl_zoo.engine.build import (
@@ -33,7 +36,9 @@ from bissl_zoo.engine.trainer import Context, Stage, Weights
 from bissl_zoo.errors import ConfigError, did_you_mean
 from bissl_zoo.progress.writers import check_writers
 from bissl_zoo.registry import STAGES
-from bissl_zoo.zoo import get_config
+from bissl_zoo.zoo.hub import restricted_config
+
+logger = logging.getLogger(__name__)
 
 _OPEN_SECTIONS = ("optimizer", "lr_multiplier", "dataloader", "backbone", "pretext", "task", "solver")
 _MINIMUM = {
@@ -75,8 +80,8 @@ def open_config(name: str, overrides: Sequence[str] = ()) -> DictConfig:
     """Return the config that `--config-file` names, with overrides, and import the modules of `train.imports`.
 
     Args:
-        name: a path, a shipped config, or `zoo:NAME` for that of a zoo entry, whose code is never run: its
-            `train.imports` and `train.hooks` are dropped.
+        name: a path, a shipped config, or `zoo:NAME` for that of a zoo entry, which is data: it sets listed arguments
+            and no locations, and no code of it is run (`bissl_zoo.zoo.policy`). The log says what was taken.
     Raises:
         ConfigError: from loading, overriding and importing.
         ZooError: the entry is unknown or damaged.
@@ -85,15 +90,14 @@ def open_config(name: str, overrides: Sequence[str] = ()) -> DictConfig:
     if entry == name:
         cfg = LazyConfig.apply_overrides(with_defaults(load_config(name)), overrides, source=name)
     else:
-        cfg = with_defaults(get_config(entry))
-        foreign = [*(cfg.train.imports or []), *(["train.hooks"] if cfg.train.hooks else [])]
-        cfg.train.imports = cfg.train.hooks = None
+        own = [override for override in overrides if override.startswith("train.imports=")]
+        for module in LazyConfig.apply_overrides(load_config("common/train.py"), own).train.imports or []:
+            _import(str(module))  # the entry may need parts that the user registers
+        cfg, left = restricted_config(entry)
+        logger.info(f"{name}: took {', '.join(cfg)} from the entry")
+        if left:
+            logger.info(f"{name}: left to you, with defaults here: {', '.join(left)}")
         cfg = LazyConfig.apply_overrides(cfg, overrides, source=name)
-        if foreign and not (cfg.train.imports or cfg.train.hooks):
-            raise ConfigError(
-                f"The entry '{entry}' was trained with custom code ({', '.join(foreign)}), which a zoo does not "
-                "contain. Get that code, review it, and name it: train.imports=[FILE]."
-            )
     for module in cfg.train.imports or []:
         _import(str(module))
     return cfg
@@ -161,6 +165,9 @@ def check_config(cfg: DictConfig, source: str) -> None:
         if key not in known:
             hint = did_you_mean(key, known)
             raise ConfigError(f"{source}: no key 'bilevel.adaptation.{key}'.{hint} Known: {', '.join(known)}.")
+    problems = argument_problems(_resolved(cfg, source))
+    if problems:
+        raise ConfigError(f"{source}: {' '.join(problems[:5])}")
     _check_stages(list(cfg.train.stages), source)
     check_writers(list(cfg.train.writers), source)
     _check_early_stopping(cfg, source)
@@ -196,6 +203,13 @@ def _check_early_stopping(cfg: DictConfig, source: str) -> None:
             f"{source}: finetune.early_stopping needs dataloader.val, since weights selected on the test set have test "
             "metrics that are too high. Add it, as in +dataloader.val={...}, like dataloader.test with another split."
         )
+
+
+def _resolved(cfg: DictConfig, source: str) -> dict[str, Any]:
+    try:
+        return OmegaConf.to_container(cfg, resolve=True)
+    except OmegaConfBaseException as error:
+        raise ConfigError(f"{source}: '{error.full_key}': {str(error).splitlines()[0]}") from error
 
 
 def _check_keys(values: dict[str, Any], reference: dict[str, Any], section: str, source: str) -> None:

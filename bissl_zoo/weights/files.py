@@ -17,16 +17,12 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from bissl_zoo.config.arguments import PARTS
 from bissl_zoo.errors import ZooError, shorten
 from bissl_zoo.files import parse_json, replacing
 
 SUFFIXES = (".pth", ".pt", ".tar", ".ckpt", ".bin", ".torch", ".th", ".safetensors", ".pkl")
 
-#: arguments of `build_backbone` and `timm.create_model` that would replace the model or load other files
-FORBIDDEN_MODEL_ARGS = {
-    *("name", "architecture", "out_features", "features_only", "num_classes", "device", "dtype"),
-    *("pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "checkpoint_path", "cache_dir"),
-}
 _METADATA_KEY = "bissl_zoo"
 
 #: errors of a pickle that is truncated or crafted
@@ -36,6 +32,22 @@ _DAMAGE = (EOFError, ValueError, LookupError, TypeError, AttributeError, Arithme
 _TRAINING_STATE = re.compile(
     r"(optimi[sz]er|lr_sched|sched|scaler|fp16_scaler|amp|native_amp|callbacks|loops|hyper_parameters|dino_loss|args)"
 )
+
+
+def model_args_problem(model_args: Any) -> str:
+    """Return what is wrong with stored arguments of a timm model, or an empty string.
+
+    Only arguments of `bissl_zoo.config.arguments` are accepted: the others name files, addresses, caches or code.
+    """
+    if not isinstance(model_args, dict):
+        return f"{model_args!r:.100} is not a mapping"
+    _, domains = PARTS["bissl_zoo.registry.build_backbone"]
+    for name, value in model_args.items():
+        if name not in domains or name in ("architecture", "out_features"):
+            return f"'{name!s:.100}' is not an accepted argument"
+        if problem := domains[name].problem(value):
+            return f"{name} is {value!r:.100}; it {problem}"
+    return ""
 
 
 @dataclass(frozen=True)
@@ -58,8 +70,8 @@ class StoredBackbone:
         """Return self; raise `ZooError` for metadata of a wrong type, or an architecture that does not match."""
         if not isinstance(self.architecture, str) or not self.architecture:
             problem = "an architecture that is not a name"
-        elif not isinstance(self.model_args, dict) or FORBIDDEN_MODEL_ARGS & self.model_args.keys():
-            problem = f"invalid model_args: {self.model_args!r:.200}"
+        elif wrong := model_args_problem(self.model_args):
+            problem = f"invalid model_args: {wrong}"
         elif self.pixels is not None and not _are_pixels(self.pixels):
             problem = "pixels without a mean and a std of three numbers each"
         elif not isinstance(self.source, str):

@@ -10,7 +10,7 @@ import timm
 from bissl_zoo.backbones import Backbone
 from bissl_zoo.errors import BisslZooError, ZooError, shorten
 from bissl_zoo.registry import BACKBONES, build_backbone
-from bissl_zoo.weights.files import FORBIDDEN_MODEL_ARGS, StoredBackbone, read_backbone_file, state_difference
+from bissl_zoo.weights.files import StoredBackbone, model_args_problem, read_backbone_file, state_difference
 from bissl_zoo.zoo.hub import Entry, ZooLike, as_zoo
 from bissl_zoo.zoo.index import pin
 
@@ -84,10 +84,10 @@ def read_backbone(
 def _build(entry: Entry, architecture: str, kwargs: Mapping[str, Any]) -> Backbone:
     """Build the backbone of an entry with random weights; its stored arguments are not trusted."""
     model_args = entry.read_json("config.json").get("model_args", {})
-    if not isinstance(model_args, dict) or FORBIDDEN_MODEL_ARGS & model_args.keys():
+    if problem := model_args_problem(model_args):
         raise ZooError(
-            f"The config.json of zoo entry '{pin(entry.name)}' has invalid model_args: {model_args!r:.200}. Nothing "
-            "was loaded; report it to the owner of the zoo."
+            f"The config.json of zoo entry '{pin(entry.name)}' has invalid model_args: {problem}. Nothing was loaded; "
+            "report it to the owner of the zoo."
         )
     try:
         return build_backbone(name=architecture, **{**model_args, **kwargs})

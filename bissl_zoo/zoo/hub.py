@@ -2,7 +2,6 @@
 
 import fnmatch
 import os
-import re
 import shutil
 import tempfile
 from collections.abc import Mapping
@@ -13,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import platformdirs
 from omegaconf import DictConfig, OmegaConf
 
-from bissl_zoo.config import load_config
+from bissl_zoo.config import load_config, with_defaults
 from bissl_zoo.errors import ZooError, did_you_mean, shorten
 from bissl_zoo.files import is_sha256
 from bissl_zoo.zoo.cache import Cache, default_cache
@@ -28,6 +27,7 @@ from bissl_zoo.zoo.index import (
     parse_json,
     split_version,
 )
+from bissl_zoo.zoo.policy import restrict
 from bissl_zoo.zoo.stores import Store, open_store
 
 if TYPE_CHECKING:
@@ -37,15 +37,6 @@ WEIGHTS_FILE, CONFIG_FILE = "model.safetensors", "train_config.yaml"
 
 #: the largest file of an entry that is read into memory (JSON, config, card), in bytes
 MAX_TEXT_BYTES = 4 << 20
-
-#: functions and classes that the config of an entry may call
-_CALLS = re.compile(
-    r"bissl_zoo\.(registry\.build_[a-z]+|data\.loaders\.build_[a-z_]+|data\.views\.[a-z_]+|optim\.LR\w+)"
-    r"|(torch|timm)\.optim\.([a-z_]+\.)?[A-Z]\w*|fvcore\.common\.param_scheduler\.[A-Z]\w*",
-    re.ASCII,
-)
-#: a reference to another value; omegaconf's `${function:arguments}` could be a call
-_REFERENCE = re.compile(r"\$\{[\w.]+\}")
 
 
 @dataclass(frozen=True)
@@ -237,39 +228,29 @@ def get_entry(name: str, zoo: ZooLike = None) -> dict[str, Any]:
 
 
 def get_config(name: str, zoo: ZooLike = None) -> DictConfig:
-    """Return the resolved config of the run that an entry came from.
+    """Return the config of the run that an entry came from, with its locations at their defaults.
 
     Raises:
-        ZooError: the config calls something that is not a part of a run.
+        ZooError: the config sets something that is not listed in `bissl_zoo.config.arguments`.
+    """
+    return restricted_config(name, zoo)[0]
+
+
+def restricted_config(name: str, zoo: ZooLike = None) -> tuple[DictConfig, list[str]]:
+    """Return the config of an entry as :func:`get_config` does, and the keys that are left to the user.
+
+    Raises:
+        ZooError: the config sets something that is not listed in `bissl_zoo.config.arguments`.
     """
     entry = as_zoo(zoo).find(name)
     with tempfile.TemporaryDirectory(prefix="bissl_zoo-") as folder:
         # cached files are named by digest, and the reader needs the suffix
-        cfg = load_config(shutil.copyfile(entry.text_file(CONFIG_FILE), Path(folder) / CONFIG_FILE))
-    _check_calls(OmegaConf.to_container(cfg), f"zoo entry '{entry.name}'")
-    return cfg
+        cfg = with_defaults(load_config(shutil.copyfile(entry.text_file(CONFIG_FILE), Path(folder) / CONFIG_FILE)))
+    reference = OmegaConf.to_container(load_config("common/train.py"))
+    taken, left = restrict(OmegaConf.to_container(cfg, resolve=False), reference, f"zoo entry '{entry.name}'")
+    return OmegaConf.create(taken), left
 
 
 def load_entry_weights(name: str, file: str = WEIGHTS_FILE, zoo: ZooLike = None) -> "dict[str, Tensor]":
     """Return a verified state dict of an entry: its backbone, or a head such as `pretext_head.safetensors`."""
     return as_zoo(zoo).find(name).weights(file)
-
-
-def _check_calls(node: Any, where: str) -> None:
-    """Raise `ZooError` if a config from a zoo would call anything but a part of a run."""
-    if isinstance(node, dict):
-        target = node.get("_target_", "")
-        if target and not (isinstance(target, str) and _CALLS.fullmatch(target)):
-            raise ZooError(
-                f"The config of {where} calls {target!r:.100}, which is not a part of bissl_zoo. It is refused: a "
-                "config from a zoo is data. `tools/zoo.py fetch` downloads the file."
-            )
-        node = list(node.values())
-    if isinstance(node, str) and "${" in _REFERENCE.sub("", node):
-        raise ZooError(
-            f"The config of {where} computes a value ({node!r:.100}), which could run code. It is refused. "
-            "`tools/zoo.py fetch` downloads the file."
-        )
-    if isinstance(node, list):
-        for value in node:
-            _check_calls(value, where)

@@ -24,6 +24,8 @@ CALL_SECTIONS = ("optimizer", "lr_multiplier", "dataloader", "backbone", "pretex
 MAX_VALUES, MAX_DEPTH, MAX_TEXT, MAX_INT = 20_000, 12, 200, 10_000_000
 #: texts: names of models, metrics, splits and choices; no path, no address, no interpolation
 _TEXT = re.compile(r"[\w][\w .,+@=()-]*", re.ASCII)
+#: a reference to another value of the config
+_REFERENCE = re.compile(r"\$\{([\w.]+)\}", re.ASCII)
 #: items of `classes`: anything printable
 _CLASSES = "classes"
 
@@ -42,6 +44,7 @@ def restrict(plain: Mapping[str, Any], reference: Mapping[str, Any], source: str
         ZooError: for any other call, argument or value that is not listed here, with key and reason.
     """
     _check_size(plain, source)
+    plain = _dereferenced(plain, plain, "", source)
     left: list[str] = []
     taken: dict[str, Any] = {}
     for section, value in plain.items():
@@ -148,6 +151,22 @@ def _check_size(plain: Mapping[Any, Any], source: str) -> None:
             raise ZooError(f"{source}: the config is nested deeper than {MAX_DEPTH} levels.")
         if isinstance(value, Mapping) and not all(isinstance(name, str) for name in value):
             raise ZooError(f"{source}: the config has keys that are not text.")
+
+
+def _dereferenced(node: Any, root: Mapping[str, Any], key: str, source: str) -> Any:
+    """Replace texts that are one reference to a number or text, such as `${optimizer.upper.lr}`, by its value."""
+    if isinstance(node, Mapping):
+        return {name: _dereferenced(value, root, f"{key}.{name}".lstrip("."), source) for name, value in node.items()}
+    if isinstance(node, (list, tuple)):
+        return [_dereferenced(value, root, key, source) for value in node]
+    if not isinstance(node, str) or not (reference := _REFERENCE.fullmatch(node)):
+        return node
+    value: Any = root
+    for part in reference[1].split("."):
+        value = value[part] if isinstance(value, Mapping) and part in value else node
+    if isinstance(value, (Mapping, list)) or (isinstance(value, str) and "$" in value):
+        _refuse(source, key, f"is {node!r:.100}, which is not a reference to a single value")
+    return value
 
 
 def _nodes(root: Any) -> Iterator[tuple[int, Any]]:

@@ -70,13 +70,14 @@ def test_a_file_with_the_name_of_another_module_is_refused(tmp_path, monkeypatch
         open_config(QUICKSTART, [f"train.imports=['{tmp_path / 'json.py'}']"])
 
 
-def test_code_that_a_zoo_entry_names_is_not_run_unless_the_user_names_it(file, tmp_path, monkeypatch):
+def test_code_that_a_zoo_entry_names_is_not_run_unless_the_user_names_it(file, tmp_path, monkeypatch, caplog):
+    caplog.set_level("INFO")
     cfg = LazyConfig.apply_overrides(load_config(QUICKSTART), [f"train.imports=['{file}']"])
     LazyConfig.save(cfg, tmp_path / "config.yaml")
     publish_tiny(tmp_path / "zoo", config=(tmp_path / "config.yaml").read_text())
     monkeypatch.setenv("BISSL_ZOO", str(tmp_path / "zoo"))
-    with pytest.raises(ConfigError, match="trained with custom code"):
-        open_config("zoo:tiny")
+    assert open_config("zoo:tiny").train.imports is None
+    assert "left to you" in caplog.text and "train.imports" in caplog.text
     assert file.stem not in PRETEXT_METHODS
     open_config("zoo:tiny", [f"train.imports=['{file}']"])
     assert file.stem in PRETEXT_METHODS

@@ -27,7 +27,9 @@ def test_a_run_is_published_later_into_another_zoo_with_all_that_it_left(run_cop
     assert facts["wall_time_s"] == read_metadata(run_copy)["wall_time_s"] > 0 and "CPU" in facts["hardware"]
     assert {"pretext_head.safetensors", "task_head.safetensors", "metrics.png"} <= set(facts["files"])
     assert published(run_copy) == entry
-    assert get_config("mine", zoo=tmp_path / "zoo") == LazyConfig.load(run_copy / "config.yaml")
+    trained, taken = LazyConfig.load(run_copy / "config.yaml"), get_config("mine", zoo=tmp_path / "zoo")
+    assert all(taken[name] == trained[name] for name in ("pretext", "task", "solver", "bilevel", "finetune"))
+    assert taken.train.publish.zoo is None and taken.train.output_dir != trained.train.output_dir
 
 
 def test_publishing_again_makes_a_version_and_the_weights_are_the_same(run_copy, tmp_path):
@@ -78,7 +80,7 @@ def test_an_entry_may_be_named_after_its_network_or_after_none(tiny_config, name
 def test_a_run_that_only_fine_tunes_publishes_nothing(finished, tiny_config, at_scenes, tmp_path):
     settings = dict(train__stages="[finetune]", train__output_dir=tmp_path / "tuned", train__init=finished)
     assert run(tiny_config(**settings), "test")["entry"] is None
-    with pytest.raises(CheckpointError, match="has finished neither pretrain nor bissl"):
+    with pytest.raises(CheckpointError, match="holds no checkpoint of a stage that leaves a backbone"):
         publish_run(tmp_path / "tuned", name="mine", zoo=Zoo(tmp_path / "zoo"))
 
 
@@ -86,7 +88,7 @@ def test_what_is_no_finished_run_is_refused_with_what_to_do(run_copy, tmp_path):
     with pytest.raises(CheckpointError, match="no config.yaml"):
         publish_run(tmp_path)
     shutil.rmtree(run_copy / "checkpoints" / "bissl" / "step_000002")
-    with pytest.raises(CheckpointError, match=r"bissl of .* is at step 1 of 2; --resume the run first"):
+    with pytest.raises(CheckpointError, match=r"unfinished stage \(step 1 of 2\); --resume it first"):
         publish_run(run_copy, zoo=Zoo(tmp_path / "zoo"))
     assert not (tmp_path / "zoo").exists()
 

@@ -176,7 +176,8 @@ VALUES = [
     "zoo:evil",
     "s3://bucket/key",
     "${oc.env:HOME}",
-    "${train.seed}",
+    "${train.no.such.key}",
+    "${train}",
     "$(id)",
     "`id`",
     "a\nb",
@@ -241,3 +242,10 @@ def test_the_input_is_not_changed_and_the_result_builds():
     taken, _ = restrict(cfg, REFERENCE, "entry")
     assert cfg == before
     assert instantiate(OmegaConf.create(taken).solver)
+
+
+def test_a_reference_to_a_single_value_is_replaced_by_it():
+    cfg = OmegaConf.to_container(load_config("quickstart/digit_scenes_det.py"))
+    cfg["optimizer"]["head_warmup"]["lr"] = "${optimizer.upper.lr}"
+    taken, _ = restrict(cfg, REFERENCE, "entry")
+    assert taken["optimizer"]["head_warmup"]["lr"] == cfg["optimizer"]["upper"]["lr"]
