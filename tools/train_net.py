@@ -62,7 +62,8 @@ def main(args: argparse.Namespace) -> int:
     from bissl_zoo.engine.dry_run import describe
     from bissl_zoo.engine.launch import restarted
     from bissl_zoo.engine.runner import evaluate_only, run
-    from bissl_zoo.progress.display import choose_display, console
+    from bissl_zoo.progress.display import console
+    from bissl_zoo.progress.live import choose_display
     from bissl_zoo.report import report_after
     from bissl_zoo.runs.listing import results_table
 

@@ -2,9 +2,7 @@
 
 import contextlib
 import logging
-import os
 import signal
-import sys
 import time
 import traceback
 from collections.abc import Callable, Hashable, Iterator, Sequence
@@ -113,15 +111,6 @@ class LogFile(logging.Handler):
 
 #: the handler that prints at the moment
 _console: ConsoleHandler | None = None
-
-
-def choose_display(plain: bool = False, quiet: bool = False, verbose: bool = False) -> ConsoleHandler:
-    """Return a live display if standard output is a terminal that supports one, else a handler that prints lines."""
-    if plain or quiet or not sys.stdout.isatty() or os.environ.get("TERM", "dumb") == "dumb" or not is_main_process():
-        return ConsoleHandler(quiet, verbose)
-    from bissl_zoo.progress.live import LiveDisplay  # imports rich
-
-    return LiveDisplay(verbose)
 
 
 @contextlib.contextmanager

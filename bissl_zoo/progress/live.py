@@ -19,6 +19,7 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
 from rich.table import Table
 from rich.text import Text
 
+from bissl_zoo.distributed import is_main_process
 from bissl_zoo.errors import printable
 from bissl_zoo.progress.console import clock, short
 from bissl_zoo.progress.display import ConsoleHandler, RunStatus, StageView
@@ -28,6 +29,13 @@ from bissl_zoo.runs.disk import format_size
 RATE = 2.0
 LEVEL_METRICS = ("total_loss", "lr", "grad_norm")
 SOLVER_METRICS = ("residual", "products", "status", "damping")
+
+
+def choose_display(plain: bool = False, quiet: bool = False, verbose: bool = False) -> ConsoleHandler:
+    """Return a live display if standard output is a terminal that supports one, else a handler that prints lines."""
+    if plain or quiet or not sys.stdout.isatty() or os.environ.get("TERM", "dumb") == "dumb" or not is_main_process():
+        return ConsoleHandler(quiet, verbose)
+    return LiveDisplay(verbose)
 
 
 class LiveDisplay(ConsoleHandler):

@@ -22,14 +22,13 @@ from bissl_zoo.progress.display import (
     PlannedStage,
     RunStatus,
     StageView,
-    choose_display,
     console,
     doing,
     logged,
     place_within,
     show,
 )
-from bissl_zoo.progress.live import LiveDisplay
+from bissl_zoo.progress.live import LiveDisplay, choose_display
 
 logger = logging.getLogger("bissl_zoo.tests")
 METRICS = {
