@@ -32,7 +32,7 @@ WORDS = {
     r"\bone's own\b": 0.0,
     r"\bstands? still\b": 0.0,
     r"\bnot told apart\b": 0.0,
-    r"\bancestors?\b": 0.0,  # lineage, parents
+    r"(?<!')\bancestors?\b": 0.0,  # lineage, parents (in quotes, the key of old files)
     r"(?<![.\w])(the |a |this |whole )[Ww]alk\b": 0.0,  # pipeline, run
     r"\bthicken\w*|\bthin image": 0.0,  # pad
     r"\bbad images?\b": 0.0,  # image that cannot be decoded

@@ -1,4 +1,4 @@
-"""What the hypergradient of a stage was: close to the plain gradient, turned by curvature, or amplified."""
+"""Summary of the hypergradients of a stage: close to the plain gradient, turned by curvature, or amplified."""
 
 import math
 import statistics
