@@ -46,6 +46,8 @@ from bissl_zoo.zoo.cache import Cache
 from bissl_zoo.zoo.hub import Zoo
 from bissl_zoo.zoo.index import check_name, is_name, parse_index, split_version
 
+pytestmark = pytest.mark.slow  # BISSL_ZOO_FUZZ=100000 makes it a long run
+
 TARGETS = 13
 fuzzing = settings(
     max_examples=int(os.environ.get("BISSL_ZOO_FUZZ", "1000")) // TARGETS,
