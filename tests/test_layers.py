@@ -33,7 +33,6 @@ NETWORK = {"boto3", "fsspec", "http", "huggingface_hub", "requests", "socket", "
 #: (file, imported module) -> reason why this import goes up or closes a circle
 EXCEPTIONS = {
     ("engine/trainer.py", "engine.build"): "a context counts the steps of its stages from the loaders of the config",
-    ("progress/display.py", "progress.live"): "rich is imported only for a live display",
     ("zoo/stores/__init__.py", "zoo.stores.folder"): "a store is imported when a URL with its scheme is opened",
     ("zoo/stores/__init__.py", "zoo.stores.fsspec"): "a store is imported when a URL with its scheme is opened",
     ("report/__init__.py", "report.write"): "matplotlib is imported only when a report is written",

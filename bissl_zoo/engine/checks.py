@@ -81,7 +81,7 @@ def open_config(name: str, overrides: Sequence[str] = ()) -> DictConfig:
 
     Args:
         name: a path, a shipped config, or `zoo:NAME` for that of a zoo entry, which is data: it sets listed arguments
-            and no locations, and no code of it is run (`bissl_zoo.zoo.policy`). The log says what was taken.
+            and no locations, and no code of it is run (`bissl_zoo.zoo.policy`). The log lists what was taken.
     Raises:
         ConfigError: from loading, overriding and importing.
         ZooError: the entry is unknown or damaged.
@@ -90,8 +90,8 @@ def open_config(name: str, overrides: Sequence[str] = ()) -> DictConfig:
     if entry == name:
         cfg = LazyConfig.apply_overrides(with_defaults(load_config(name)), overrides, source=name)
     else:
-        own = [override for override in overrides if override.startswith("train.imports=")]
-        for module in LazyConfig.apply_overrides(load_config("common/train.py"), own).train.imports or []:
+        imports = [override for override in overrides if override.startswith("train.imports=")]
+        for module in LazyConfig.apply_overrides(load_config("common/train.py"), imports).train.imports or []:
             _import(str(module))  # the entry may need parts that the user registers
         cfg, left = restricted_config(entry)
         logger.info(f"{name}: took {', '.join(cfg)} from the entry")

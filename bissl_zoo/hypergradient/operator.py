@@ -178,7 +178,7 @@ class GraphOperator(LinearOperator):
 
     @abstractmethod
     def product(self, graph: Any, u: Sequence[Tensor]) -> Sequence[Tensor]:
-        """Return `M u` of this rank, for a vector in parts shaped like the parameters, in parts of its own."""
+        """Return `M u` of this rank, for a vector in parts shaped like the parameters, as new tensors."""
 
 
 class CurvatureOperator(GraphOperator):

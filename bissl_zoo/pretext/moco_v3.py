@@ -36,8 +36,8 @@ def batch_logits(query: Tensor, key: Tensor, temperature: float) -> Tensor:
 
 def scaled_cross_entropy(logits: Tensor, temperature: float) -> Tensor:
     """Return `2 * temperature` times the cross entropy of each query's own key, convex in the logits."""
-    own = torch.arange(len(logits), device=logits.device) + get_rank() * len(logits)
-    return 2 * temperature * functional.cross_entropy(logits, own)
+    positives = torch.arange(len(logits), device=logits.device) + get_rank() * len(logits)
+    return 2 * temperature * functional.cross_entropy(logits, positives)
 
 
 @PRETEXT_METHODS.register("moco_v3")

@@ -29,10 +29,10 @@ def nt_xent(z: Tensor, temperature: float) -> Tensor:
 def similarity_logits(z: Tensor, temperature: float) -> Tensor:
     """Return cosine similarities over the temperature, `(2N, D)` -> `(2N, W * 2N)`, -inf between a row and itself."""
     z = functional.normalize(z, dim=1)
-    everything = gather_with_gradient(z)
-    own = torch.arange(len(z), device=z.device) + get_rank() * len(z)
-    is_self = functional.one_hot(own, len(everything)).bool()
-    return (z @ everything.T / temperature).masked_fill(is_self, float("-inf"))
+    candidates = gather_with_gradient(z)
+    anchors = torch.arange(len(z), device=z.device) + get_rank() * len(z)
+    is_self = functional.one_hot(anchors, len(candidates)).bool()
+    return (z @ candidates.T / temperature).masked_fill(is_self, float("-inf"))
 
 
 def positive_cross_entropy(logits: Tensor) -> Tensor:
