@@ -125,7 +125,7 @@ def test_a_task_without_default_ranges_needs_a_section(tiny_config):
 @pytest.mark.parametrize(
     ("changed", "options", "message"),
     [
-        (dict(train__stages="[pretrain]"), {}, "train.stages has no finetune"),
+        (dict(train__stages="[pretrain]"), {}, "train.stages has none that fine-tunes"),
         (dict(train__stages="[finetune]"), dict(prune=True), "--prune needs finetune.eval_period"),
         (dict(train__stages="[finetune]"), dict(trials=0), "--trials is 0"),
         (dict(train__stages="[finetune]", finetune__steps=0), {}, "finetune.steps is 0"),
