@@ -203,21 +203,21 @@ def test_a_folder_accepts_the_same_comparison_and_more_seeds_and_arms(config, tm
 
 
 @pytest.mark.parametrize(
-    ("changed", "compare", "row"),
+    ("changed", "keys", "row"),
     [
         (["optimizer.finetune.lr=0.25"], {}, r"config\.optimizer\.finetune\.lr +0\.001 +0\.25"),
         (["bilevel.lower_steps=3"], {}, r"config\.bilevel\.lower_steps"),
         ([], {"vary": "finetune"}, r"vary +\"bissl\" +\"finetune\""),
     ],
 )
-def test_a_folder_refuses_another_configuration_with_the_keys_that_differ(config, tmp_path, changed, compare, row):
+def test_a_folder_refuses_another_configuration_with_the_keys_that_differ(config, tmp_path, changed, keys, row):
     claim(tmp_path, config(seeds=2))
     before = (tmp_path / "comparison.yaml").read_text()
     with pytest.raises(ConfigError, match=row):
-        claim(tmp_path, config(changed, seeds=2, **compare))
+        claim(tmp_path, config(changed, seeds=2, **keys))
     assert (tmp_path / "comparison.yaml").read_text() == before
     with pytest.raises(ConfigError, match=row):
-        compare(config(changed, seeds=2, **compare), "test", tmp_path, only_report=True)
+        compare(config(changed, seeds=2, **keys), "test", tmp_path, only_report=True)
 
 
 def test_a_report_needs_a_comparison_with_a_finished_run(config, tmp_path):

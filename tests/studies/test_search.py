@@ -256,7 +256,7 @@ def test_a_search_without_a_finished_trial_reports_the_first_error(faked, tmp_pa
 def test_another_configuration_in_the_same_folder_is_refused_with_its_keys(faked):
     faked({0: 0.5}, trials=1)
     for changed, key in {
-        "optimizer.finetune.momentum=0.5": "config.optimizer",
+        "finetune.steps=3": "config.finetune.steps",
         "+search={seed: 3}": "search.seed",
     }.items():
         with pytest.raises(ConfigError, match=f"(?s)another configuration.*{key}"):
