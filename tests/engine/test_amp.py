@@ -61,11 +61,6 @@ def test_a_whole_run_in_bf16_leaves_float32_and_measures_in_it(tiny_config, at_s
     assert len(files) == 3 and all(dtypes(load_file(file)) == {torch.float32} for file in files)
 
 
-def test_without_amp_everything_is_float32(tiny_config, at_scenes, tmp_path, computed_in):
-    run(tiny_config(train__output_dir=tmp_path / "run"), "test")
-    assert {dtype for _, _, dtype in computed_in} == {torch.float32}
-
-
 @pytest.mark.parametrize("hvp_mode", ["retain_graph", "recompute"])
 def test_hessian_products_do_not_feel_amp_and_the_lower_loss_does(tiny_config, at_scenes, hvp_mode):
     context = open_context(tiny_config(train__amp="bf16", bilevel__hvp_mode=hvp_mode), "test")

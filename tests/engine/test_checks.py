@@ -39,15 +39,6 @@ def test_a_file_of_train_imports_is_imported_when_the_config_is_opened(file):
     assert file.stem in PRETEXT_METHODS and cfg.train.imports == [str(file)]
 
 
-def test_a_saved_config_imports_it_again(file, tmp_path):
-    cfg = open_config(QUICKSTART, [f"train.imports=['{file}']"])
-    LazyConfig.save(cfg, tmp_path / "config.yaml")
-    PRETEXT_METHODS._obj_map.pop(file.stem)
-    del sys.modules[file.stem]
-    assert open_config(str(tmp_path / "config.yaml")) == cfg
-    assert file.stem in PRETEXT_METHODS
-
-
 @pytest.mark.slow
 def test_a_missing_file_and_a_missing_module_are_named(tmp_path):
     with pytest.raises(ConfigError, match=r"train\.imports: there is no file .*nowhere\.py"):
@@ -91,13 +82,10 @@ def voc_det(*overrides):
     "overrides",
     [
         ["bilevel.adaptation={every: 100, alpha: 0.1}"],
-        ["bilevel.lambda=1", "bilevel.gamma=0"],
-        ["clip_grad.lower=null", "clip_grad.finetune=5.0"],
-        ["finetune.epochs=0.5"],
+        ["clip_grad.lower=null", "clip_grad.finetune=5.0", "finetune.epochs=0.5"],
         ["finetune.epochs=null", "finetune.steps=3"],
         ["+my_section={a: 1}"],
         ["train.amp=bf16", "bilevel.hvp_mode=recompute"],
-        ["train.amp=null"],
     ],
 )
 def test_valid_variations_are_accepted(overrides):
@@ -108,29 +96,21 @@ def test_valid_variations_are_accepted(overrides):
     ("override", "message"),
     [
         ("+bilevel.lamda=1", "no key 'bilevel.lamda'. Did you mean 'lambda'"),
-        ("+bilevel.head_warmup.step=1", "no key 'bilevel.head_warmup.step'. Did you mean 'head_warmup.steps'"),
         ("~train.checkpoint.keep", "'train.checkpoint.keep' is missing"),
         ("~optimizer", "section 'optimizer' is missing"),
-        ("train.seed=1.5", "train.seed is 1.5; it must be a whole number"),
         ("train.seed=true", "train.seed is True; it must be a whole number"),
         ("finetune.baseline=1", "finetune.baseline is 1; it must be true or false"),
         ("train.checkpoint={period: 2}", "'train.checkpoint.keep' is missing"),
-        ("train.log_period=0", "train.log_period is 0"),
-        ("finetune.steps=-1", "finetune.steps is -1"),
+        ("train.log_period=0", "train.log_period is 0; it must be a number, 1 or more"),
         ("bilevel.lambda=0", "bilevel.lambda is 0"),
         ("pretrain.ema=1.5", "pretrain.ema is 1.5; it must be below 1"),
         ("bilevel.adaptation={evry: 3}", "no key 'bilevel.adaptation.evry'. Did you mean 'every'"),
-        ("train.stages=[]", "train.stages is []"),
         ("train.stages=[finetnue]", "train.stages has 'finetnue'. Did you mean 'finetune'"),
         ("train.stages=[finetune,pretrain]", "each once, in order"),
-        ("train.stages=[bissl,bissl]", "each once, in order"),
         ("train.stages=bissl", "'train.stages' is a list"),
-        ("bilevel.curvature_batch_size=1", "must be a number, 2 or more"),
         ("train.amp=fp16", "train.amp is 'fp16'; accepted are null and bf16. Did you mean 'bf16'?"),
-        ("train.amp=true", "train.amp is 'True'; accepted are null and bf16."),
-        ("bilevel.hvp_mode=recomputed", "bilevel.hvp_mode is 'recomputed'; accepted are"),
+        ("bilevel.on_bad_hypergradient=skip", "on_bad_hypergradient is 'skip'; accepted are stop and plain"),
         ("bilevel.hvp_mode=null", "bilevel.hvp_mode is None; it must be text, such as 'retain_graph'"),
-        ("bilevel.head_warmup.backbone_mode=evl", "accepted are eval and train. Did you mean 'eval'?"),
     ],
 )
 def test_an_invalid_value_is_refused_with_its_key(override, message):

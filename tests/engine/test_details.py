@@ -72,11 +72,3 @@ def test_details_are_read_as_they_were_written(tmp_path):
     write_details(tmp_path, details)
     assert read_details(tmp_path) == details
     assert read_details(tmp_path / "none") == {}
-
-
-def test_an_evaluator_of_the_users_own_needs_none_of_it():
-    class Own:
-        def evaluate(self):
-            return {"mine": 1.0}
-
-    assert details_of(Own()) == Details()

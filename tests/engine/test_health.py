@@ -10,12 +10,10 @@ import torch
 from nonfinite_stages import (
     BATCH,
     CPU,
-    Unnamed,
     batches,
     drawn,
     fine,
     health,
-    level_of,
     same,
     sample,
     stage,
@@ -23,9 +21,7 @@ from nonfinite_stages import (
     value_at,
 )
 
-from bissl_zoo.data.loaders import build_train_loader
 from bissl_zoo.engine.build import Batches
-from bissl_zoo.engine.stages.pretrain import PretrainTrainer
 from bissl_zoo.errors import NonFiniteLoss
 
 # which samples a batch holds
@@ -71,12 +67,6 @@ def test_a_loss_that_goes_wrong_names_the_samples_their_files_and_what_came_befo
     assert "train.on_nonfinite=skip" in message and trainer.step == 2
 
 
-def test_only_the_first_samples_are_named():
-    loader = build_train_loader(Unnamed(), 12, sample)
-    with pytest.raises(NonFiniteLoss, match=r"has 12 samples: (\d+, ){4}\d+ and 7 more\."):
-        stage(value_at(0, math.nan), stream=Batches(loader, 0, CPU)).train(health())
-
-
 def overflow(numbers, output):
     """Finite, with an infinite slope where sample 7 is."""
     return (
@@ -109,16 +99,6 @@ def test_a_run_that_skips_a_batch_is_a_run_without_it(wrong, capsys):
     assert f"step {step}" in warning and "7.png" in warning and "skipped, 1 of at most 10 in this stage" in warning
 
 
-def test_buffers_are_copied_only_where_steps_may_be_undone(monkeypatch):
-    cloned = []
-    clone = torch.Tensor.clone
-    monkeypatch.setattr(torch.Tensor, "clone", lambda self, **options: (cloned.append(self), clone(self, **options))[1])
-    stage(steps=1).train(health())
-    assert not any(tensor.shape == (2,) for tensor in cloned)
-    stage(steps=1).train(health("skip"))
-    assert any(tensor.shape == (2,) for tensor in cloned)
-
-
 def test_more_steps_than_allowed_end_the_run_and_not_one_fewer():
     def always(numbers, output):
         return output.sum() * math.nan
@@ -147,13 +127,6 @@ def test_a_resumed_run_skips_the_same_steps_and_goes_on_counting():
     del old["skipped"]
     second.load_state_dict(old)
     assert second.skipped == 0
-
-
-def test_the_average_of_the_weights_does_not_follow_a_skipped_step():
-    trainer = PretrainTrainer(level_of("pretrain", batches(), lambda *_: torch.tensor(math.nan)), average_decay=0.5)
-    trainer.total_steps = 1
-    trainer.train(health("skip"))
-    assert trainer.average.updates == 0
 
 
 # exploding gradients

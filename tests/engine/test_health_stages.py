@@ -11,10 +11,9 @@ from nonfinite_stages import batches, drawn, fine, health, level_of, same, stage
 
 from bissl_zoo.bilevel import BiLevel
 from bissl_zoo.bilevel.level import Level
-from bissl_zoo.engine.checks import check_config
 from bissl_zoo.engine.stages.bissl import BisslTrainer
 from bissl_zoo.engine.stages.pretrain import PretrainTrainer, WeightAverage
-from bissl_zoo.errors import BadHypergradient, ConfigError, NonFiniteLoss
+from bissl_zoo.errors import BadHypergradient, NonFiniteLoss
 from bissl_zoo.hypergradient import MinRes, Solution
 from bissl_zoo.pretext.simclr import SimCLR
 from bissl_zoo.registry import build_backbone, build_pretext
@@ -124,8 +123,7 @@ def byol_stage(steps=3):
     return trainer
 
 
-@pytest.mark.parametrize("kind", ["parameters", "buffers"])
-@pytest.mark.parametrize(("log_period", "checkpoint_period"), [(2, 100), (100, 2)])
+@pytest.mark.parametrize(("kind", "log_period", "checkpoint_period"), [("parameters", 2, 100), ("buffers", 100, 2)])
 def test_a_poisoned_teacher_ends_the_run_when_it_is_looked_at(kind, log_period, checkpoint_period):
     trainer = byol_stage()
     # a teacher that the loss does not ask: nothing else would tell
@@ -215,24 +213,3 @@ def test_a_run_that_stops_keeps_its_last_checkpoint_and_is_resumed_without_the_b
         (2, 1, False),
         (3, 1, True),
     ]
-
-
-# configs
-
-
-@pytest.mark.parametrize(
-    ("key", "value", "message"),
-    [
-        (
-            "train__on_nonfinite",
-            "skpi",
-            "on_nonfinite is 'skpi'; accepted are stop and skip. Did you mean 'skip'",
-        ),
-        ("bilevel__on_bad_hypergradient", "skip", "on_bad_hypergradient is 'skip'; accepted are stop and plain"),
-        ("train__max_skipped", -1, "train.max_skipped is -1; it must be a number, 0 or more"),
-        ("train__max_skipped", "many", "train.max_skipped is 'many'; it must be a whole number"),
-    ],
-)
-def test_a_policy_that_there_is_not_is_refused(tiny_config, key, value, message):
-    with pytest.raises(ConfigError, match=message):
-        check_config(tiny_config(**{key: value}), "test")

@@ -66,19 +66,6 @@ def test_the_progress_line_has_losses_speed_and_eta(capsys):
     assert "hidden" not in lines[1]
 
 
-def test_the_length_of_a_step_is_with_the_metrics_of_every_line(tmp_path):
-    Counter("stage", 5).train([Progress(period=2), MetricsWriter(tmp_path, period=1)])
-    records = records_of(tmp_path)
-    told = {record["step"]: record.get("speed/seconds_per_step") for record in records}
-    assert [step for step, seconds in told.items() if seconds] == [1, 2, 4, 5]
-    assert all(0 < seconds < 60 for seconds in told.values() if seconds)
-
-
-def test_a_slow_stage_is_not_silent_between_its_lines(capsys):
-    Counter("bissl", 5).train([Progress(period=100, silence=0.0)])
-    assert len(capsys.readouterr().out.splitlines()) == 5
-
-
 def test_the_progress_line_of_a_resumed_run_counts_its_own_steps(capsys):
     trainer = Counter("stage", 6)
     trainer.load_state_dict({"step": 3, "levels": {}})
@@ -143,19 +130,6 @@ def test_lines_of_steps_that_are_taken_again_are_dropped_and_so_is_a_part_of_a_l
         path.write_text(content)
         writers.drop_lines_after(path, stage, step)
         assert path.read_text() == "".join(kept)
-
-
-def test_metrics_that_are_not_finite_are_text_in_the_file(tmp_path):
-    trainer = Counter("stage", 1)
-    trainer.run_step = lambda: {"solver/residual": math.inf, "loss": math.nan, "fine": 1.0}
-    trainer.train([MetricsWriter(tmp_path, period=1)])
-
-    def refuse(constant):
-        raise ValueError(f"{constant} is not JSON")
-
-    line = (tmp_path / "metrics.jsonl").read_text().splitlines()[0]
-    record = json.loads(line, parse_constant=refuse)
-    assert (record["solver/residual"], record["loss"], record["fine"]) == ("inf", "nan", 1.0)
 
 
 def test_the_last_record_of_a_stage_has_its_seconds_by_activity(tmp_path):

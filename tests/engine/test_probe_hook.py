@@ -15,17 +15,15 @@ from sklearn.preprocessing import StandardScaler
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torchvision.transforms import v2
 
-from bissl_zoo.backbones import evaluating
 from bissl_zoo.config import LazyCall as L
-from bissl_zoo.config import LazyConfig
 from bissl_zoo.engine.build import Weights
-from bissl_zoo.engine.checks import check_config, open_context
-from bissl_zoo.engine.features import CentralCrops, FixedViews, build_probe, extract_features
+from bissl_zoo.engine.checks import open_context
+from bissl_zoo.engine.features import FixedViews, build_probe, extract_features
 from bissl_zoo.engine.hooks import MetricsWriter
 from bissl_zoo.engine.resume import preserved_randomness
 from bissl_zoo.engine.runner import run
 from bissl_zoo.engine.stages import Bissl, HeadWarmup, Pretrain
-from bissl_zoo.errors import ConfigError, DatasetError
+from bissl_zoo.errors import DatasetError
 from bissl_zoo.evaluation import effective_rank, normalized_std
 from bissl_zoo.registry import build_dataset, build_task
 from bissl_zoo.runs.checkpoint import load_checkpoint
@@ -202,17 +200,6 @@ def test_an_embedding_that_is_not_finite_is_logged_and_does_not_end_the_run(tiny
     assert math.isfinite(trainer.metrics["total_loss"]) and math.isnan(trainer.metrics["probe/effective_rank"])
 
 
-def test_modes_and_random_states_are_put_back_even_after_an_error():
-    module = torch.nn.Sequential(torch.nn.Dropout(), torch.nn.BatchNorm1d(2).eval())
-    before = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()
-    with pytest.raises(KeyError), preserved_randomness(CPU), evaluating(module):
-        assert not module[0].training
-        random.random(), np.random.rand(), torch.rand(1)
-        raise KeyError
-    assert module[0].training and not module[1].training
-    assert (random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()) == before
-
-
 def test_a_view_and_its_mask_or_many_crops_give_two_views_that_every_pass_sees_again(digit_folder):
     dataset = build_dataset(name="image_folder", root=str(digit_folder), split="train", labelled=False)
     crop = v2.Compose([v2.PILToTensor(), v2.RandomCrop(16), v2.ToDtype(torch.float32, True)])
@@ -223,68 +210,3 @@ def test_a_view_and_its_mask_or_many_crops_give_two_views_that_every_pass_sees_a
             again = extract_features(torch.clone, samples, CPU, batch_size=1)
         assert first.shape == second.shape == (2, 3, 16, 16) and not torch.equal(first, second)
         assert torch.equal(again[0], first) and torch.equal(again[1], second)
-
-
-def test_central_crops_of_wide_and_tall_images_have_the_side_asked_for(digit_folder):
-    dataset = build_dataset(name="image_folder", root=str(digit_folder), split="train")
-    images, labels = extract_features(torch.clone, CentralCrops(dataset, range(7), 24), CPU, batch_size=3)
-    assert images.shape == (7, 3, 24, 24) and labels.tolist() == [dataset[i][1] for i in range(7)]
-
-
-@pytest.mark.parametrize(
-    ("key", "value", "message"),
-    [
-        ("train__probe__period", -1, "train.probe.period is -1; it must be a number, 0 or more"),
-        ("train__probe__images", 1, "train.probe.images is 1; it must be a number, 2 or more"),
-        ("train__probe__k", "many", "train.probe.k is 'many'; it must be a whole number"),
-    ],
-)
-def test_invalid_probe_settings_are_refused_with_the_key(tiny_config, key, value, message):
-    with pytest.raises(ConfigError, match=message):
-        check_config(tiny_config(**{key: value}), "test")
-    with pytest.raises(ConfigError, match="Did you mean 'probe.period'"):
-        check_config(LazyConfig.apply_overrides(tiny_config(), ["+train.probe.periods=3"]), "test")
-
-
-PROGRAM = """
-import hashlib, json, sys
-from bissl_zoo.config import LazyConfig
-from bissl_zoo.distributed import all_gather_objects, is_main_process
-from bissl_zoo.engine.build import Weights
-from bissl_zoo.engine.launch import launch
-from bissl_zoo.engine.stages import Pretrain
-from bissl_zoo.engine.features import build_probe
-from bissl_zoo.engine.checks import open_context
-from bissl_zoo.progress.display import console
-
-def main(config):
-    digests = []
-    for period in (0, 1):
-        cfg = LazyConfig.load(config)
-        cfg.train.probe.period = period
-        context = open_context(cfg, config)
-        trainer = Pretrain().build(context, Weights())
-        with console():
-            trainer.train([hook for hook in [build_probe(context, Pretrain())] if hook])
-        state = {**trainer.level.backbone.state_dict(), **trainer.level.head.state_dict()}
-        digests.append(hashlib.sha256(b"".join(t.numpy().tobytes() for t in state.values())).hexdigest())
-    everyone = all_gather_objects((digests, trainer.metrics["probe/knn_top1"]))
-    if is_main_process():
-        print(json.dumps(everyone))
-    return 0
-
-if __name__ == "__main__":
-    sys.exit(launch(main, 2, sys.argv[1]))
-"""
-
-
-@pytest.mark.slow
-def test_two_processes_measure_once_and_train_as_if_they_had_not(process, labelled_config, tmp_path):
-    (tmp_path / "program.py").write_text(PROGRAM)
-    LazyConfig.save(labelled_config(), tmp_path / "config.yaml")
-    with process(tmp_path / "program.py", tmp_path / "config.yaml") as running:
-        out, err = running.communicate(timeout=120)
-    assert running.returncode == 0, err
-    (first, accuracy), (second, same) = json.loads(out.splitlines()[-1])
-    assert first[0] == first[1] and second[0] == second[1]
-    assert accuracy == same and out.count("probe  kNN") == 2  # two steps, said by one process

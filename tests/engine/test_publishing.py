@@ -57,7 +57,6 @@ def test_a_finished_run_that_is_resumed_is_not_published_twice(finished, tiny_co
 @pytest.mark.parametrize(
     ("name", "backbone", "right"),
     [
-        ("resnet18.mine", "resnet50", "train.publish.name=resnet50.mine"),
         ("resnet18.mine", "test_resnet", "train.publish.name=test_resnet.mine"),
         ("resnet18", "resnet50", "train.publish.name=resnet50,"),
     ],
@@ -68,13 +67,10 @@ def test_an_entry_that_is_named_after_another_network_is_refused(tiny_config, na
         check_config(cfg, "test")
     cfg.train.stages = ["finetune"]  # publishes nothing
     check_config(cfg, "test")
-
-
-@pytest.mark.parametrize("name", ["resnet50.mine", "cells.resnet18", "mine", None])
-def test_an_entry_may_be_named_after_its_network_or_after_none(tiny_config, name):
-    cfg = tiny_config(backbone__name="resnet50")
-    cfg.train.publish.name = name
-    check_config(cfg, "test")
+    for accepted in (right.split("=")[1].strip(","), "cells.resnet18", "mine", None):
+        cfg = tiny_config(backbone__name=backbone)
+        cfg.train.publish.name = accepted
+        check_config(cfg, "test")
 
 
 def test_a_run_that_only_fine_tunes_publishes_nothing(finished, tiny_config, at_scenes, tmp_path):
@@ -114,9 +110,7 @@ def test_the_lineage_reaches_the_root(run_copy, tiny_config, at_scenes, tmp_path
 @pytest.mark.parametrize(
     "receipt",
     [
-        b"",
         b"\xff",
-        b"[]",
         b"[" * 100_000,
         b'{"name": "a"}',
         b'{"name": 1, "location": "b", "sha256": "c"}',
@@ -128,7 +122,7 @@ def test_a_receipt_that_cannot_be_read_is_none(tmp_path, receipt):
     assert published(tmp_path) is None
 
 
-@pytest.mark.parametrize("figures", [b"[", b"[1]", b'{"bissl": 1}', b'{"bissl": {"AP50": "high"}}', b"[" * 100_000])
+@pytest.mark.parametrize("figures", [b"[1]", b'{"bissl": {"AP50": "high"}}', b"[" * 100_000])
 def test_results_with_values_that_are_not_numbers_are_one_error(tmp_path, figures):
     assert read_results(tmp_path) == {}
     (tmp_path / "results.json").write_bytes(b'{"bissl": {"AP50": NaN, "steps": 3}}')

@@ -97,23 +97,6 @@ def test_a_stage_resumed_at_a_step_takes_the_batches_that_follow(context, tiny_c
     assert [t["image_id"] for t in resumed[1]] == [t["image_id"] for t in batches[2][1]]
 
 
-def test_a_resumed_trainer_has_the_state_of_the_one_that_was_saved(context):
-    weights = trunk_weights(context)
-    trainer = Bissl().build(context, weights)
-    trainer.train()
-    state = trainer.state_dict()
-    again = Bissl().build(context, weights, start_step=2)
-    again.load_state_dict(state)
-    assert again.step == 2 and again.problem.lower.step == 4
-    for name, level in again.levels().items():
-        assert same(level.backbone.state_dict(), trainer.levels()[name].backbone.state_dict())
-        assert same(level.head.state_dict(), trainer.levels()[name].head.state_dict())
-        moments = [s.get("momentum_buffer") for s in level.optimizer.state_dict()["state"].values()]
-        expected = [s.get("momentum_buffer") for s in trainer.levels()[name].optimizer.state_dict()["state"].values()]
-        assert len(moments) == len(expected) > 0
-        assert all(a is b is None or torch.equal(a, b) for a, b in zip(moments, expected, strict=True))
-
-
 PRETEXT = (
     "{_target_: bissl_zoo.registry.build_pretext, name: %s, projector: [16, 8], %s"
     " augmentation: {_target_: bissl_zoo.data.views.two_views, size: 32}}"
@@ -121,16 +104,15 @@ PRETEXT = (
 HEADS = {
     "moco_v2": "queue_length: 20,",
     "moco_v3": "predictor: [12, 8],",
-    "simsiam": "predictor: [12, 8],",
 }
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", ["barlow_twins", "moco_v2", "moco_v3", "simsiam", "vicreg"])
+@pytest.mark.parametrize("method", HEADS)
 def test_teachers_and_queues_of_a_resumed_stage_go_on_as_if_it_had_not_stopped(
     tiny_config, at_scenes, tmp_path, method
 ):
-    context = open_context(tiny_config(pretext=PRETEXT % (method, HEADS.get(method, ""))), "test")
+    context = open_context(tiny_config(pretext=PRETEXT % (method, HEADS[method])), "test")
     pretraining = Pretrain().build(context, Weights())
     pretraining.train()
     trainer = Bissl().build(context, pretraining.result())
@@ -156,7 +138,8 @@ SOLVER = "{_target_: bissl_zoo.registry.build_solver, name: %s}"
 
 
 def test_automatic_damping_goes_on_from_the_shift_that_was_saved(tiny_config, at_scenes, tmp_path):
-    context = open_context(tiny_config(solver=SOLVER % "minres, damping: auto, iterations: 3"), "test")
+    solver = SOLVER % "minres, damping: auto, iterations: 3"
+    context = open_context(tiny_config(solver=solver, bilevel__curvature="hessian"), "test")
     weights = trunk_weights(context)
     trainer = Bissl().build(context, weights)
     assert trainer.state_dict()["shift"] is None
@@ -168,14 +151,6 @@ def test_automatic_damping_goes_on_from_the_shift_that_was_saved(tiny_config, at
     again = Bissl().build(context, weights)
     again.load_state_dict(load_checkpoint(path)[1])
     assert again.problem.shift == shift
-
-
-def test_a_checkpoint_without_a_shift_loads(context):
-    trainer = Bissl().build(context, trunk_weights(context))
-    state = trainer.state_dict()
-    del state["shift"]
-    trainer.load_state_dict(state)
-    assert trainer.problem.shift is None
 
 
 @pytest.mark.slow
@@ -198,43 +173,22 @@ def test_the_upper_steps_of_an_alternation_are_records_and_counted_over_the_stag
     assert [record["upper_step"] for record in again.records] == [7, 8, 9]
 
 
-@pytest.mark.slow
-def test_products_that_are_rebuilt_train_as_those_of_the_graph(tiny_config, at_scenes):
-    states = []
-    for hvp_mode in ("retain_graph", "recompute"):
-        context = open_context(tiny_config(bilevel__hvp_mode=hvp_mode), "test")
-        trainer = Bissl().build(context, trunk_weights(context))
-        assert trainer.problem.hvp_mode == hvp_mode
-        trainer.train()
-        states.append(trainer.problem.upper.backbone.state_dict())
-    # the same operations on the same numbers, so the same bits but for the order in which threads add
-    for key, value in states[0].items():
-        torch.testing.assert_close(states[1][key], value, rtol=1e-4, atol=1e-5, msg=key)
-
-
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
         ({"solver": SOLVER % "minres, iterations: 0"}, r"^solver: .*iterations=0 .*must be 1 or more"),
-        ({"solver": SOLVER % "identity, damping: auto"}, "solver.damping=auto .* give a number"),
         (
-            {"solver": SOLVER % "cg, damping: auto, tolerance: 0"},
+            {"solver": SOLVER % "cg, damping: auto, tolerance: 0", "bilevel__curvature": "hessian"},
             "solver.damping=auto .* must be positive",
         ),
-        ({"solver__damping": "aut"}, "solver.damping is 'aut'; .* Did you mean 'auto'"),
-        ({"solver__damping": -5.0}, "solver.damping is -5.0; .* bilevel.lambda . solver.damping > 0"),
-        ({"optimizer__lower__lr": -1.0}, "^optimizer.lower: Invalid learning rate: -1.0"),
+        ({"solver__damping": "aut"}, "solver.damping is 'aut'; it must be a finite number, or 'auto'"),
+        ({"solver__damping": -5.0}, "solver.damping is -5.0; bilevel.lambda . solver.damping must be positive"),
+        ({"optimizer__lower__lr": -1.0}, "optimizer.lower.lr is -1.0; it must be a number, 0 or more"),
     ],
 )
 def test_what_a_solver_or_an_optimizer_refuses_is_known_before_the_run(tiny_config, at_scenes, changed, message):
-    context = open_context(tiny_config(**changed), "test")
     with pytest.raises(ConfigError, match=message):
-        check_parts(context, Weights())
-
-
-@pytest.mark.parametrize("solver", ["minres, damping: auto", "cg, damping: auto", "exact", "identity", "minres"])
-def test_a_solver_that_can_be_used_is_not_refused(tiny_config, at_scenes, solver):
-    check_parts(open_context(tiny_config(solver=SOLVER % solver), "test"), Weights())
+        check_parts(open_context(tiny_config(**changed), "test"), Weights())
 
 
 @pytest.mark.slow
@@ -270,11 +224,19 @@ def test_coupling_is_lambda_times_the_rate_summed_over_the_steps(tiny_config, at
     assert coupling(Context(cfg, {}, torch.device("cpu"))) == pytest.approx(0.25 * (0.2 / 0.2) * 0.5 * 21)
 
 
-@pytest.mark.parametrize("kind", ["timm.optim.Lars", "timm.optim.Lamb", "torch.optim.AdamW"])
+@pytest.mark.parametrize("kind", ["timm.optim.Lars", "torch.optim.AdamW"])
 def test_the_coupling_is_unknown_for_optimizers_that_rescale_steps(tiny_config, kind):
     cfg = tiny_config(bilevel__lambda=1e-9)
     cfg.optimizer.lower = {"_target_": kind, "lr": 0.1}
     assert coupling(Context(cfg, {}, torch.device("cpu"))) is None
+
+
+# SGD at 0.05 with momentum 0.9 moves at 0.5; four steps of a warm-up from 1/5 make 1.0 of the full rate
+@pytest.mark.parametrize(("strength", "warned"), [(0.001, True), (1.0, False)])
+def test_a_coupling_that_is_too_weak_is_warned_of(tiny_config, capsys, strength, warned):
+    context, stage = Context(tiny_config(bilevel__lambda=strength), {}, torch.device("cpu")), Bissl()
+    stage.announce(context, Weights(pretext={}), [stage])
+    assert ("warning: lambda * lr_eff * lower steps = 0.00" in capsys.readouterr().out) == warned
 
 
 def test_epochs_count_the_samples_and_steps_count_themselves():

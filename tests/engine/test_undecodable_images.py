@@ -11,13 +11,9 @@ from bissl_zoo.data import samples
 from bissl_zoo.engine import build
 from bissl_zoo.engine.build import Decodable, Weights, skips_undecodable
 from bissl_zoo.engine.checks import check_parts, open_context
-from bissl_zoo.engine.evaluate import metric_names
-from bissl_zoo.engine.features import build_probe
 from bissl_zoo.engine.hooks import SKIPPED
-from bissl_zoo.engine.stages import Finetune, Pretrain
 from bissl_zoo.errors import DatasetError
 from bissl_zoo.report.run import RunReport
-from bissl_zoo.runs.listing import results_table
 
 pytestmark = pytest.mark.slow
 
@@ -111,32 +107,12 @@ def test_a_resumed_run_and_one_of_two_processes_count_the_same(open_run, tmp_pat
     assert counts(lines, "pretrain") == unbroken
 
 
-def test_two_processes_leave_out_the_same_test_images_as_one(open_run, tmp_path):
-    results = {}
-    for processes in (1, 2):
-        context = open_run(f"of {processes}", skip_test=True, train__stages="[finetune]", finetune__steps=1)
-        # of the second process, all but one
-        spoil(context, "test", 1, 3, 5)
-        go(context.cfg, processes, tmp_path / "meeting")
-        results[processes] = json.loads((Path(context.cfg.train.output_dir) / "results.json").read_text())["init"]
-    assert results[1]["left_out"] == results[2]["left_out"] == 3
-
-
 def test_a_test_set_without_an_image_that_decodes_is_refused(open_run):
     context = open_run(skip_test=True, train__stages="[finetune]", finetune__steps=1)
     spoil(context, "test", *range(8))
     assert exit_status(start_run(context.cfg, errors=context.cfg.train.output_dir + ".err")) == 1
     said = Path(context.cfg.train.output_dir + ".err").read_text()
     assert "None of the 8 images of dataloader.test can be decoded" in said
-
-
-def test_the_results_table_counts_left_out_images():
-    table = results_table({"init": {"AP50": 0.5, "left_out": 3}, "bissl": {"AP50": 0.25}}).splitlines()
-    assert [line.split() for line in (table[0], *table[2:])] == [
-        ["fine-tuned", "from", "AP50", "left_out"],
-        ["init", "0.5000", "3"],
-        ["bissl", "0.2500", "0"],
-    ]
 
 
 def test_checks_before_a_run_skip_undecodable_images_if_the_loader_does(open_run, caplog):
@@ -149,38 +125,6 @@ def test_checks_before_a_run_skip_undecodable_images_if_the_loader_does(open_run
     spoil(context, "train", *range(2, build.TRIES + 1))
     with pytest.raises(DatasetError, match="does not decode"):
         check_parts(context, Weights())
-
-
-def test_checks_before_a_run_refuse_undecodable_images_if_the_loader_does(open_run):
-    context = open_run(train__stages="[finetune]")
-    (first,) = spoil(context, "train", 0)
-    context.cfg.dataloader.train.on_bad = "error"
-    with pytest.raises(DatasetError, match=f"{first} does not decode"):
-        check_parts(context, Weights())
-
-
-def test_metric_names_skip_undecodable_images_if_the_loader_does(open_run):
-    context = open_run(train__stages="[finetune]")
-    level = Finetune().build(context, Weights()).level
-    spoil(context, "test", 0)
-    with pytest.raises(DatasetError, match="does not decode"):
-        metric_names(context, level.backbone, level.head, "test")
-    context.cfg.dataloader.test.on_bad = "skip"
-    assert "AP50" in metric_names(context, level.backbone, level.head, "test")
-
-
-@pytest.mark.parametrize("on_bad", ["skip", "error"])
-def test_a_probe_uses_the_image_after_an_undecodable_one(open_run, on_bad):
-    context = open_run(train__stages="[pretrain]", train__probe__period=1, train__probe__k=0)
-    context.cfg.dataloader.pretext.on_bad = on_bad
-    spoil(context, "pretext", 3, 4)
-    probe = build_probe(context, Pretrain())
-    probe.trainer = Pretrain().build(context, Weights())
-    if on_bad == "error":
-        with pytest.raises(DatasetError, match="does not decode"):
-            probe._measure()
-    else:
-        assert probe._measure()[0]["effective_rank"] > 0
 
 
 def test_training_loaders_skip_by_default_and_the_next_sample_is_used_instead(open_run):

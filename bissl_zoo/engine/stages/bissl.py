@@ -23,7 +23,7 @@ from bissl_zoo.engine.build import (
 from bissl_zoo.engine.resume import seed_everything, seed_rank
 from bissl_zoo.engine.stages.pretrain import PretrainTrainer
 from bissl_zoo.engine.trainer import Context, SingleLevelTrainer, Stage, Trainer, Weights
-from bissl_zoo.errors import ConfigError, did_you_mean
+from bissl_zoo.errors import ConfigError
 from bissl_zoo.optim import LRMultiplier, effective_learning_rate
 from bissl_zoo.registry import STAGES
 
@@ -132,17 +132,18 @@ class Bissl(Stage):
     def check(self, context: Context, weights: Weights) -> None:
         """Check that the solver's damping is positive together with lambda."""
         solver, lam = build_part(context.cfg.solver), context.cfg.bilevel["lambda"]
-        damping = solver.damping
-        if damping == "auto":
-            if not getattr(solver, "iterations", 0) >= 1 or not getattr(solver, "tolerance", 0) > 0:
+        if solver.damping != "auto":
+            if not lam + solver.damping > 0:
                 raise ConfigError(
-                    "solver.damping=auto is the smallest damping with which solver.iterations reach solver.tolerance; "
-                    "both must be positive. Set them, or give a number for solver.damping."
+                    f"solver.damping is {solver.damping}; bilevel.lambda + solver.damping must be positive."
                 )
-        elif isinstance(damping, bool) or not isinstance(damping, (int, float)) or not lam + damping > 0:
+        elif context.cfg.bilevel.curvature == "hessian" and not (
+            getattr(solver, "iterations", 0) >= 1 and getattr(solver, "tolerance", 0) > 0
+        ):
             raise ConfigError(
-                f"solver.damping is {damping!r}; it must be a number with bilevel.lambda + solver.damping > 0, or "
-                f"auto for an iterative solver.{did_you_mean(str(damping), ['auto'])}"
+                "solver.damping=auto with bilevel.curvature=hessian is the smallest damping with which "
+                "solver.iterations reach solver.tolerance; both must be positive. Set them, or give a number for "
+                "solver.damping."
             )
 
     def announce(self, context: Context, weights: Weights, stages: Sequence[Stage]) -> None:
