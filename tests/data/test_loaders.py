@@ -7,8 +7,8 @@ import torch
 from torch.utils.data import Dataset
 
 from bissl_zoo.data import loaders
+from bissl_zoo.data.batches import first_samples, to_device
 from bissl_zoo.data.loaders import TrainingSampler, build_test_loader, build_train_loader
-from bissl_zoo.data.samples import TransformedDataset
 from bissl_zoo.errors import ConfigError
 
 
@@ -79,11 +79,6 @@ def test_train_loader_is_endless_and_transforms(workers):
     assert torch.cat(batches).tolist() == draw(TrainingSampler(6, 4, seed=5), 24)
 
 
-def test_each_rank_loads_its_share(monkeypatch):
-    as_rank(monkeypatch, 0, 2)
-    assert next(iter(build_train_loader(Numbers(6), 4, first))).shape == (2,)
-
-
 @pytest.mark.parametrize(("world", "batch"), [(3, 4), (1, 0)])
 def test_a_batch_that_does_not_divide_among_the_ranks_is_refused(monkeypatch, world, batch):
     as_rank(monkeypatch, 0, world)
@@ -100,16 +95,6 @@ def test_test_loader_reads_every_sample_once_over_all_ranks(monkeypatch, size, w
             assert len(batch) <= 3
             seen += batch.tolist()
     assert sorted(seen) == list(range(size))
-
-
-def test_collate_receives_the_transformed_samples():
-    [batch] = build_test_loader(Numbers(3), 8, pair, collate=list)
-    assert batch == [(0, 0), (1, -1), (2, -2)]
-
-
-def test_transformed_data_set_keeps_its_length():
-    dataset = TransformedDataset(Numbers(4), lambda image, target: (image + 1, target))
-    assert len(dataset) == 4 and dataset[3] == (4, -3)
 
 
 def noise(image, target):
@@ -150,3 +135,15 @@ def test_drawing_for_a_sample_leaves_the_random_states_alone():
         seed(0)
     next(iter(build_train_loader(Numbers(6), 4, noise)))
     assert draws() == expected
+
+
+def test_to_device_keeps_the_nesting():
+    batch = ([torch.zeros(1)], ({"boxes": torch.ones(2), "image_id": 3},))
+    moved = to_device(batch, torch.device("meta"))
+    assert moved[0][0].is_meta and moved[1][0]["boxes"].is_meta and moved[1][0]["image_id"] == 3
+    assert isinstance(moved, tuple) and isinstance(moved[0], list)
+
+
+def test_first_samples_cuts_every_tensor():
+    cut = first_samples({"a": [torch.arange(5)], "b": (torch.arange(5), torch.arange(5))}, 2)
+    assert cut["a"][0].tolist() == [0, 1] and [t.tolist() for t in cut["b"]] == [[0, 1]] * 2

@@ -111,17 +111,6 @@ def test_a_skipped_file_is_logged_once_and_counted_over_all_workers(images, work
     assert list(loader.skipped) == [images.source(number) for number in victims]
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("workers", [1, 3])
-def test_the_skipped_files_after_a_batch_do_not_depend_on_the_workers(images, workers):
-    for number in range(0, SIZE, 3):
-        remove(images, number)
-    loader, alone = loader_of(images, workers), loader_of(images)
-    counts = [len(loader.skipped) for _ in islice(loader, 6)]
-    assert counts == [len(alone.skipped) for _ in islice(alone, 6)]
-    assert counts == sorted(counts) and 0 < counts[0] < counts[-1]
-
-
 @pytest.mark.parametrize("build", [build_train_loader, build_test_loader])
 def test_a_read_that_fails_once_is_tried_again_after_a_pause(images, monkeypatch, caplog, build):
     path = images.source(ORDER[2])
@@ -211,26 +200,18 @@ def test_a_stream_that_hangs_raises(images):
         next(iter(loader_of(stream, timeout=0.1)))
 
 
-def test_a_timeout_changes_no_draw(images):
-    with_timeout, without = (islice(loader_of(images, timeout=timeout), 5) for timeout in (30, 0))
-    for batches in zip(with_timeout, without, strict=True):
-        assert all(torch.equal(a, b) for a, b in zip(*batches, strict=True))
-
-
 def test_invalid_values_are_refused(images):
     with pytest.raises(ConfigError, match="on_bad is 'skipp'.* Did you mean 'skip'"):
         loader_of(images, on_bad="skipp")
     with pytest.raises(ConfigError, match="on_bad is 'drop'"):
         build_test_loader(images, BATCH, number_and_draw, on_bad="drop")
+    with pytest.raises(ConfigError, match="augment_on is 'devise'.* Did you mean 'device'"):
+        loader_of(images, augment_on="devise")
     for timeout in (-1, "long", True, float("inf"), None):
         with pytest.raises(ConfigError, match=rf"timeout is {timeout!r}"):
             loader_of(images, timeout=timeout)
     with pytest.raises(ConfigError, match=r"dataloader\.pretext\.dataset\.on_bad=error"):
         loader_of(SimpleNamespace(stream=None), on_bad="error")
-
-
-def test_a_dry_run_refuses_an_invalid_on_bad(tiny, train_net):
-    assert "on_bad is 'drop'" in train_net("--dry-run", *tiny(), "+dataloader.train.on_bad=drop").message()
 
 
 # workers
@@ -290,16 +271,6 @@ def test_a_worker_that_is_killed_while_the_main_process_computes_is_recognised(i
     assert "was killed by SIGKILL" in str(lost_worker(caught.value))
     assert lost_worker(ValueError()) is None
     samples.kill(loader._iterator._workers)
-
-
-@pytest.mark.slow
-def test_an_error_of_the_transform_is_no_lost_worker(images):
-    def fail(image, target):
-        raise RuntimeError("of the transform")
-
-    with pytest.raises(RuntimeError, match="of the transform") as caught:
-        next(iter(build_train_loader(images, BATCH, fail, num_workers=1)))
-    assert lost_worker(caught.value) is None
 
 
 @pytest.mark.slow

@@ -9,7 +9,6 @@ import pytest
 from faulty_server import Answer, FaultyServer
 from PIL import Image
 
-from bissl_zoo.config import LazyCall, instantiate
 from bissl_zoo.data import ShardDataset, loaders
 from bissl_zoo.data import shards as shards_module
 from bissl_zoo.data.datasets.catalog import sample_digest
@@ -100,7 +99,7 @@ def test_each_epoch_holds_every_sample_once_in_another_order(original, buffer):
 
 @pytest.mark.parametrize(
     ("world", "workers"),
-    [(2, 0), *(pytest.param(*case, marks=pytest.mark.slow) for case in ((1, 2), (2, 2), (3, 1)))],
+    [(2, 0), *(pytest.param(*case, marks=pytest.mark.slow) for case in ((2, 2), (3, 1)))],
 )
 def test_ranks_and_workers_share_each_epoch_without_overlap(original, monkeypatch, world, workers):
     per_rank = []
@@ -112,8 +111,8 @@ def test_ranks_and_workers_share_each_epoch_without_overlap(original, monkeypatc
         assert sorted(n for numbers in per_rank for n in numbers[epoch * share :][:share]) == list(range(48))
 
 
-@pytest.mark.parametrize(("world", "rank"), [(1, 0), (2, 0), (2, 1)])
-@pytest.mark.parametrize("workers", [0, pytest.param(1, marks=pytest.mark.slow), WORKERS[1]])
+@pytest.mark.parametrize(("world", "rank"), [(1, 0), (2, 1)])
+@pytest.mark.parametrize("workers", WORKERS)
 def test_a_stream_from_a_step_is_the_rest_of_the_whole_one(original, monkeypatch, workers, world, rank):
     as_rank(monkeypatch, rank, world)
     # batches of 5 do not divide the epoch, so several hold samples of two
@@ -210,9 +209,8 @@ def test_a_skipped_image_is_logged_once_and_counted_over_all_workers_and_iterato
         assert "(2 skipped so far)" in caplog.text and "s-000002.tar" in caplog.text
 
 
-@pytest.mark.parametrize("on_bad", ["skip", "error"])
 @pytest.mark.parametrize("how", ["missing", "truncated", "cut between members", "no tar"])
-def test_a_missing_or_damaged_shard_ends_the_run_with_its_name(folder, how, on_bad):
+def test_a_missing_or_damaged_shard_ends_the_run_with_its_name(folder, how):
     path = folder / "s-000002.tar"
     content = path.read_bytes()
     with tarfile.open(path) as tar:
@@ -223,12 +221,12 @@ def test_a_missing_or_damaged_shard_ends_the_run_with_its_name(folder, how, on_b
         kept = {"truncated": content[: header + 700], "cut between members": content[:header], "no tar": b"x" * 2000}
         path.write_bytes(kept[how])
     with pytest.raises(DatasetError, match=f"{path} (does not exist|cannot be read)"):
-        stream(shards(folder, on_bad=on_bad), 12)
+        stream(shards(folder), 12)
 
 
-def test_a_shard_with_fewer_images_than_its_index_says_ends_the_run(folder):
+def test_a_shard_with_fewer_images_than_its_index_lists_ends_the_run(folder):
     write_tar(folder / "s-000002.tar", [("a.jpg", jpeg(1))])
-    with pytest.raises(DatasetError, match="s-000002.tar holds 1 images, but its index lists 12.*--index-shards"):
+    with pytest.raises(DatasetError, match="s-000002.tar holds 1 images, but its index lists 12"):
         stream(shards(folder), 12)
     with pytest.raises(DatasetError, match="holds 1 images"):
         shards(folder)[20]
@@ -255,17 +253,6 @@ def test_an_index_reads_one_image_of_a_local_shard(original, folder):
         shards(folder)[number]
 
 
-def test_images_are_upright(tmp_path):
-    exif = Image.Exif()
-    exif[0x0112] = 6
-    file = io.BytesIO()
-    Image.new("L", (40, 20)).save(file, "JPEG", exif=exif)
-    write_tar(tmp_path / "a.tar", [("x.jpeg", file.getvalue())])
-    write_index(tmp_path, [scan_shard(str(tmp_path / "a.tar"))])
-    image, target = shards(tmp_path)[0]
-    assert (image.size, image.mode, target) == ((20, 40), "RGB", None)
-
-
 def test_the_digest_differs_for_other_shards_only(original, folder):
     digest = sample_digest(shards(original))
     assert digest == sample_digest(shards(folder)) != sample_digest(shards(folder / "s-000001.tar"))
@@ -285,12 +272,6 @@ def test_the_digest_differs_for_other_shards_only(original, folder):
 def test_addresses_are_expanded(monkeypatch, url, expected):
     monkeypatch.setenv("BISSL_ZOO_DATASETS", "root")
     assert expand(url) == expected
-
-
-def test_braces_mean_what_they_mean_in_webdataset(tmp_path):
-    webdataset = pytest.importorskip("webdataset", reason="compares with webdataset, which is not installed")
-    for pattern in ("/a-{000000..000012}.tar", "/{0..2}/b{08..11}.tar"):
-        assert expand(pattern) == list(webdataset.shardlists.expand_urls(pattern))
 
 
 def test_an_invalid_address_is_refused(folder, tmp_path):
@@ -355,7 +336,7 @@ def server(original, monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("workers", [2])
 def test_remote_shards_give_the_same_stream(original, server, workers):
     address = f"{server.address}/set"
     assert stream(shards(address), 14, 4, workers) == stream(shards(original), 14, 4, workers)
@@ -409,11 +390,3 @@ def test_shards_of_the_webdataset_library_are_read_and_ours_by_it(tmp_path, orig
     assert [number_of(*sample) for sample in shards(tmp_path)] == list(range(10))
     theirs = webdataset.WebDataset([str(path) for path in sorted(original.glob("*.tar"))], shardshuffle=False)
     assert [sample["jpg"] for sample in theirs] == [jpeg(number) for number in range(48)]
-
-
-def test_a_config_describes_it(original):
-    call = LazyCall(build_train_loader)(
-        dataset=LazyCall(build_dataset)(name="shards", urls=[str(original)], shuffle_buffer=5), batch_size=6
-    )
-    loader = instantiate(call, transform=number_of)
-    assert next(iter(loader)).shape == (6,)

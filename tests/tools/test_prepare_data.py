@@ -4,21 +4,17 @@ import io
 import json
 import os
 import re
-import socket
 import tarfile
-from pathlib import Path
 
 import numpy as np
 import pytest
 from command_line import load_tool
 from faulty_server import FaultyServer
-from original_layouts import WRITERS, sizes_of, write_coco_detection
+from original_layouts import WRITERS, sizes_of
 from PIL import Image
 
 from bissl_zoo.data import ShardDataset
 from bissl_zoo.data.datasets.classification import CLASSIFICATION_SETS
-
-REPOSITORY = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(scope="module")
@@ -105,16 +101,6 @@ def test_a_shard_stays_within_its_size_and_is_filled(prepare, images, tmp_path):
     # an image that is larger than a shard is one of its own
     assert prepare("--to-shards", images, "--out", tmp_path / "tiny", "--shard-size", 1)[0] == 0
     assert len(list((tmp_path / "tiny").glob("*.tar"))) == 14
-
-
-@pytest.mark.parametrize(("size", "shards"), [(4096, 2), (4097, 4)])
-def test_a_shard_is_as_large_as_it_may_be(prepare, images, tmp_path, size, shards):
-    # 20 blocks: twice a header and 8 of content, and 2 that end the file
-    (tmp_path / "four").mkdir()
-    for number, content in enumerate(content_of(images)[:4]):
-        (tmp_path / "four" / f"{number}.jpg").write_bytes(content.ljust(size, b"x"))
-    assert prepare("--to-shards", tmp_path / "four", "--out", tmp_path / "out", "--shard-size", 10240)[0] == 0
-    assert len(list((tmp_path / "out").glob("*.tar"))) == shards
 
 
 @pytest.mark.parametrize(
@@ -257,12 +243,6 @@ def test_the_list_shows_every_set_and_where_it_lies(prepare, originals):
     assert sum(line.endswith("not there") for line in rows.values()) == len(CLASSIFICATION_SETS) + 1
 
 
-def test_an_unknown_name_is_refused_with_the_nearest(prepare, originals):
-    for arguments in (["--check", "food11"], ["food11"]):
-        status, out = prepare(*arguments, "--root", originals)
-        assert status == 1 and "There is no data set 'food11'. Did you mean 'food101'?" in out
-
-
 def test_a_name_wins_over_a_folder_of_the_same_name_and_a_path_does_not(prepare, packed, originals, monkeypatch):
     monkeypatch.chdir(packed.parent)
     packed.rename("dtd")
@@ -271,19 +251,6 @@ def test_a_name_wins_over_a_folder_of_the_same_name_and_a_path_does_not(prepare,
     for path in ("./dtd", packed.parent / "dtd"):
         status, out = prepare("--check", path)
         assert status == 0 and "3 shards" in out
-
-
-@pytest.mark.slow
-def test_without_a_network_the_page_and_the_files_are_named(prepare, tmp_path, monkeypatch):
-    # a port of this machine that nobody listens at
-    with socket.socket() as nobody:
-        nobody.bind(("127.0.0.1", 0))
-        address = f"http://127.0.0.1:{nobody.getsockname()[1]}"
-    monkeypatch.setattr("torchvision.datasets.DTD._URL", f"{address}/dtd-r1.0.1.tar.gz")
-    status, out = prepare("dtd", "--root", tmp_path / "new")
-    assert status == 1 and "Downloading dtd failed (URLError" in out
-    assert "https://www.robots.ox.ac.uk/~vgg/data/dtd/" in out and "dtd-r1.0.1.tar.gz" in out
-    assert os.listdir(tmp_path / "new") == []
 
 
 def test_data_at_a_path_is_counted_and_every_file_is_opened(prepare, tmp_path):
@@ -297,17 +264,3 @@ def test_data_at_a_path_is_counted_and_every_file_is_opened(prepare, tmp_path):
     (tmp_path / "mine" / "dog" / "1.jpg").write_bytes(b"")
     status, out = prepare("--check", tmp_path / "mine")
     assert status == 1 and "wrong      Image" in out and "dog/1.jpg does not decode" in out
-
-
-def test_boxes_of_ones_own_are_measured_and_those_of_coco_found_by_file_and_folder(prepare, tmp_path, monkeypatch):
-    write_coco_detection(tmp_path)
-    file = tmp_path / "coco" / "annotations" / "instances_val2017.json"
-    (tmp_path / "coco" / "val2017").rename(tmp_path / "far away")
-    monkeypatch.chdir(tmp_path)
-    status, out = prepare("--check", file, "--images", "far away")
-    assert status == 0 and "0 problems" in out
-    (line,) = [line for line in out.splitlines() if "height / width" in line]
-    expected = np.percentile([4 / 8, 5 / 8], [5, 25, 50, 75, 95])
-    assert [float(number) for number in line.split()[-5:]] == pytest.approx(expected, rel=1e-3)
-    status, out = prepare("--check", "coco_detection", "--root", tmp_path)
-    assert status == 1 and "note       coco_detection, split train2017: left out 1 objects" in out

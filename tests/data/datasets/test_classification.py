@@ -9,25 +9,22 @@ import numpy as np
 import pytest
 import torch
 import torchvision.datasets as tv
-from original_layouts import CLASSES, WRITERS, accept_small_copies, picture, shade, sizes_of
+from original_layouts import WRITERS, accept_small_copies, picture, shade, sizes_of
 from scipy.io import savemat
 
 from bissl_zoo.config import LazyConfig, config_root, instantiate
 from bissl_zoo.data.datasets.catalog import sample_digest
 from bissl_zoo.data.datasets.classification import (
     CLASSIFICATION_SETS,
-    ClassificationSet,
     Layout,
     register_classification_set,
 )
-from bissl_zoo.data.datasets.voc import VOC_CLASSES, read_annotation
 from bissl_zoo.engine.build import build_datasets
 from bissl_zoo.errors import ConfigError, DatasetError, RegistryError
 from bissl_zoo.registry import DATASETS, build_dataset
 
 NAMES = sorted(CLASSIFICATION_SETS)
 DRAWN = [name for name in NAMES if "val" not in CLASSIFICATION_SETS[name].images]
-FILES = [name for name in NAMES if name not in ("cifar10", "cifar100", "stl10", "fashion_mnist")]
 OPTIONS = {
     "dtd": [{}, {"partition": 3}],
     "sun397": [{}, {"partition": 4}],
@@ -93,10 +90,6 @@ def names_in(dataset):
     return {os.path.relpath(source, dataset.root) for source in sources(dataset)}
 
 
-def test_every_set_has_a_small_original():
-    assert NAMES == sorted(WRITERS)
-
-
 @pytest.mark.parametrize("name", NAMES)
 def test_splits_labels_and_class_names_are_those_of_earlier_versions(name, datasets):
     content = []
@@ -153,22 +146,11 @@ def test_the_digest_depends_on_the_split_and_not_on_the_machine(name, copy, monk
     digests = {split: sample_digest(build_dataset(name, split=split)) for split in CLASSIFICATION_SETS[name].splits}
     assert len(set(digests.values())) == len(digests)
     folder = copy(name)
-    listdir, scandir = os.listdir, os.scandir
+    listdir = os.listdir
     monkeypatch.setattr(os, "listdir", lambda path: sorted(listdir(path), key=lambda entry: entry[::-1]))
-    monkeypatch.setattr(os, "scandir", lambda path: Entries(sorted(scandir(path), key=lambda entry: entry.name[::-1])))
     for split, digest in digests.items():
         assert sample_digest(build_dataset(name, split=split)) == digest
     assert build_dataset(name, split="train").source(0).startswith(str(folder))
-
-
-class Entries(list):
-    """The result of os.scandir in another order."""
-
-    def __enter__(self):
-        return iter(self)
-
-    def __exit__(self, *error):
-        pass
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -187,7 +169,7 @@ def test_an_unlabelled_set_another_root_and_a_pickled_copy_read_the_same_images(
         pickled[len(pickled)]
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", ["food101", "voc2007_classification"])
 def test_a_missing_set_names_the_folder_the_command_and_the_variable(name, tmp_path, monkeypatch):
     monkeypatch.setenv("BISSL_ZOO_DATASETS", str(tmp_path))
     with pytest.raises(DatasetError, match=f"python tools/prepare_data.py {name}\n.*BISSL_ZOO_DATASETS") as caught:
@@ -204,7 +186,7 @@ def test_a_misspelt_argument_is_refused_with_the_nearest():
         build_dataset("food101", partition=2)
 
 
-@pytest.mark.parametrize("name", sorted(set(FILES) - {"caltech101", "imagenet"}))  # those have no lists of files
+@pytest.mark.parametrize("name", ["cub200", "oxford_pets"])
 def test_a_listed_image_that_does_not_exist_is_named(name, copy):
     copy(name)
     victim = build_dataset(name, split="test").source(3)
@@ -231,21 +213,15 @@ LISTS = {
 
 
 @pytest.mark.parametrize("name", LISTS)
-@pytest.mark.parametrize("damage", ["missing", "empty", "noise"])
-def test_a_missing_or_damaged_list_is_an_error_that_names_the_set_and_the_check(name, damage, copy):
+def test_a_missing_or_damaged_list_is_an_error_that_names_the_set_and_the_check(name, copy):
     file = copy(name) / LISTS[name]
-    if damage == "missing":
-        file.unlink()
-    else:
-        file.write_bytes({"empty": b"", "noise": bytes(range(256))}[damage])
-    with pytest.raises(
-        DatasetError, match=f"Data set '{name}', split 'trainval', in {file.parents[0].anchor}"
-    ) as error:
-        build_dataset(name, split="trainval")
-    assert str(error.value).endswith(f"python tools/prepare_data.py --check {name}")
+    for content in (bytes(range(256)), b"", None):
+        file.unlink() if content is None else file.write_bytes(content)
+        with pytest.raises(DatasetError, match=f"Data set '{name}', split 'trainval', in /") as error:
+            build_dataset(name, split="trainval")
+        assert str(error.value).endswith(f"python tools/prepare_data.py --check {name}")
 
 
-@pytest.mark.parametrize("kept", [0, 10, -1])
 @pytest.mark.parametrize(
     ("name", "file"),
     [
@@ -255,22 +231,14 @@ def test_a_missing_or_damaged_list_is_an_error_that_names_the_set_and_the_check(
         ("stl10", "train_X.bin"),
     ],
 )
-def test_a_truncated_array_is_refused(name, file, kept, copy):
+def test_a_truncated_array_is_refused(name, file, copy):
     path = copy(name) / file
     packed = path.with_name(f"{file}.gz")
     content = gzip.decompress(packed.read_bytes()) if packed.exists() else path.read_bytes()
-    path.write_bytes(content[:kept])
-    with pytest.raises(DatasetError, match=f"Data set '{name}'"):
-        build_dataset(name, split="trainval")
-
-
-def test_an_array_file_that_is_truncated_later_raises_when_it_is_read(copy):
-    folder = copy("stl10")
-    dataset = build_dataset("stl10", split="unlabeled")
-    (folder / "unlabeled_X.bin").write_bytes((folder / "unlabeled_X.bin").read_bytes()[:-1])
-    assert dataset[4][0].size == (96, 96)
-    with pytest.raises(DatasetError, match="Image 5 of .*unlabeled_X.bin cannot be read"):
-        dataset[5]
+    for kept in (0, 10, -1):
+        path.write_bytes(content[:kept])
+        with pytest.raises(DatasetError, match=f"Data set '{name}'"):
+            build_dataset(name, split="trainval")
 
 
 def test_a_pickle_with_another_checksum_is_not_loaded(copy, tmp_path, monkeypatch):
@@ -308,12 +276,6 @@ def test_an_image_that_is_listed_twice_is_refused(copy):
     file.write_text(file.read_text() + file.read_text().splitlines()[0])
     with pytest.raises(DatasetError, match="more than once"):
         build_dataset("dtd", split="train")
-
-
-def test_a_set_that_torchvision_reads_needs_its_usual_folder_name(copy):
-    copy("food101").rename(os.path.join(os.environ["BISSL_ZOO_DATASETS"], "mine"))
-    with pytest.raises(DatasetError, match="a folder called food-101"):
-        build_dataset("food101", root="mine")
 
 
 def test_sun397_without_its_lists_names_their_address(copy):
@@ -368,22 +330,6 @@ def test_an_invalid_option_is_refused(name, options, message):
         build_dataset(name, **options)
 
 
-@pytest.mark.parametrize(("difficult", "value"), [("ignore", -1), ("positive", 1), ("negative", 0)])
-def test_voc_labels_agree_with_the_boxes_of_the_images(difficult, value, datasets):
-    only_difficult = 0
-    for split in ("train", "val", "trainval", "test"):
-        dataset = build_dataset("voc2007_classification", split=split, difficult=difficult)
-        assert dataset.classes == list(VOC_CLASSES)
-        for index in range(len(dataset)):
-            stem = os.path.splitext(os.path.basename(dataset.source(index)))[0]
-            annotation = read_annotation(datasets / "VOCdevkit" / "VOC2007" / "Annotations" / f"{stem}.xml")
-            for label, name in enumerate(VOC_CLASSES):
-                flags = [flag for n, flag in zip(annotation.names, annotation.difficult, strict=True) if n == name]
-                only_difficult += bool(flags) and all(flags)
-                assert dataset.label(index)[label] == (0 if not flags else value if all(flags) else 1)
-    assert only_difficult > 3
-
-
 # sets that are read here, against torchvision
 
 
@@ -397,11 +343,11 @@ def ours(name, split, **options):
 
 
 @pytest.mark.parametrize("partition", [1, 10])
-@pytest.mark.parametrize("split", ["train", "val", "test"])
-def test_dtd_is_read_as_torchvision_reads_it(split, partition, datasets):
-    reference = tv.DTD(datasets, split=split, partition=partition)
-    pairs = zip(reference._image_files, reference._labels, strict=True)
-    assert ours("dtd", split, partition=partition) == pairs_of(pairs, datasets / "dtd" / "dtd")
+def test_dtd_is_read_as_torchvision_reads_it(partition, datasets):
+    for split in ("train", "val", "test"):
+        reference = tv.DTD(datasets, split=split, partition=partition)
+        pairs = zip(reference._image_files, reference._labels, strict=True)
+        assert ours("dtd", split, partition=partition) == pairs_of(pairs, datasets / "dtd" / "dtd")
 
 
 def test_sun397_and_caltech101_hold_the_images_and_labels_that_torchvision_finds(datasets):
@@ -447,19 +393,14 @@ def test_fashion_mnist_is_read_as_torchvision_reads_it_packed_or_not(split, data
     assert build_dataset("fashion_mnist").classes == reference.classes
 
 
-def test_a_registered_set_behaves_like_the_others(copy, monkeypatch):
+def test_a_registered_set_is_built_by_its_name(copy, monkeypatch):
     monkeypatch.setattr(DATASETS, "_obj_map", dict(DATASETS._obj_map))
     monkeypatch.setattr("bissl_zoo.data.datasets.classification.CLASSIFICATION_SETS", dict(CLASSIFICATION_SETS))
     dtd = CLASSIFICATION_SETS["dtd"]
     mine = Layout("mine", ("mine",), lambda folder, part: dtd.read(folder, part, partition=1), dtd.images, 3)
     copy("dtd").rename(os.path.join(os.environ["BISSL_ZOO_DATASETS"], "mine"))
     register_classification_set("mine", mine)
-    dataset = build_dataset("mine", split="trainval")
-    assert (
-        isinstance(dataset, ClassificationSet)
-        and len(dataset) == 30
-        and dataset.classes == sorted(name.replace("_", " ") for name in CLASSES)
-    )
+    assert build_dataset("mine", split="trainval").classes == ["Great Auk", "dodo", "moa"]
     with pytest.raises(RegistryError, match="already registered"):
         register_classification_set("food101", mine)
 
@@ -483,7 +424,7 @@ def experiment(tmp_path):
     return write
 
 
-@pytest.mark.parametrize("name", ["food101", "stl10", "voc2007_classification"])
+@pytest.mark.parametrize("name", ["food101", "voc2007_classification"])
 def test_the_config_section_has_the_loaders_of_every_set(name, experiment, tmp_path):
     cfg = experiment(f"loaders('{name}', batch_size=6)", f"unlabelled('{name}')")
     LazyConfig.save(cfg, tmp_path / "config.yaml")
@@ -495,15 +436,6 @@ def test_the_config_section_has_the_loaders_of_every_set(name, experiment, tmp_p
     assert sum(len(batch) for batch in test) == len(sets["test"])
 
 
-def test_splits_and_arguments_reach_both_loaders_and_can_be_overridden(experiment):
-    cfg = experiment("loaders('dtd', train='train', test='val', partition=3, seed=2)")
-    train, test = cfg.dataloader.train.dataset, cfg.dataloader.test.dataset
-    assert (train.split, test.split) == ("train", "val")
-    assert (train.partition, test.partition, train.seed, test.seed) == (3, 3, 2, 2)
-    cfg = LazyConfig.apply_overrides(cfg, ["dataloader.train.batch_size=32", "dataloader.train.dataset.split=trainval"])
-    assert cfg.dataloader.train.batch_size == 32 and cfg.dataloader.train.dataset.split == "trainval"
-
-
 @pytest.mark.parametrize("name", ["dtd", "food101"])  # with official validation images, and with drawn ones
 def test_validation_images_are_held_out_of_training(name, experiment):
     cfg = experiment(f"loaders('{name}', val='val', batch_size=6, seed=3)", f"unlabelled('{name}')")
@@ -511,11 +443,6 @@ def test_validation_images_are_held_out_of_training(name, experiment):
     files = {role: set(sources(data)) for role, data in build_datasets(cfg, {"train", "val", "test"}).items()}
     assert all(files.values()) and not (files["train"] & files["val"] or files["val"] & files["test"])
     assert files["train"] | files["val"] == set(sources(build_dataset(name, split="trainval")))
-
-
-def test_without_a_validation_split_all_images_are_trained_on(experiment):
-    cfg = experiment("loaders('dtd')")
-    assert set(cfg.dataloader) == {"pretext", "train", "test"} and cfg.dataloader.train.dataset.split == "trainval"
 
 
 def test_the_test_split_is_refused_for_validation(experiment):

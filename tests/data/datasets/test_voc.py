@@ -3,6 +3,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from original_layouts import SPECIAL_FILES, time_limit
 from PIL import Image
 
 from bissl_zoo.data import VOC_CLASSES, VOCDetection
@@ -65,16 +66,10 @@ def test_target_holds_zero_based_boxes_with_the_far_edges_outside(devkit):
     assert dataset.source(0) == str(devkit / "JPEGImages" / "000001.jpg")
 
 
-def test_image_without_objects_has_empty_tensors_of_the_right_shape(devkit):
-    target = VOCDetection(splits=["2007_train"])[1][1]
-    assert (target["boxes"].shape, target["labels"].shape, target["difficult"].shape) == ((0, 4), (0,), (0,))
-    assert target["difficult"].dtype == torch.bool
-
-
 def test_classes_come_from_the_whole_year_so_that_train_and_test_agree(devkit):
     train, test = VOCDetection(splits="2007_train"), VOCDetection(splits="2007_test")
     assert train.classes == test.classes == ["bird", "cat", "dog"]
-    assert test.target(0)["labels"].tolist() == [0]
+    assert test.target(0)["labels"].tolist() == [0] and train.target(1)["boxes"].shape == (0, 4)
 
 
 def test_classes_may_be_given_or_be_those_of_voc(devkit):
@@ -121,11 +116,9 @@ def test_exif_orientation_does_not_turn_the_image_away_from_its_boxes(devkit):
     [
         ([thing("dog", (1, 1, 9, 9))] * 2 + [thing("dog", (1, 1, 512, 9))],
          "object 3: xmax 512 lies outside the image (width 50)"),
-        ([thing("dog", (1, 1, 9, 41))], "object 1: ymax 41 lies outside the image (height 40)"),
         ([thing("dog", (-1, 1, 9, 9))], "object 1: xmin -1 lies outside the image (width 50)"),
         ([thing("dog", (9, 1, 3, 9))], "object 1: the box has no area (xmin 9, ymin 1, xmax 3, ymax 9)"),
         ([thing("dog", (9, 4, 12, 4))], "object 1: the box has no area"),
-        ([thing("dog", ("left", 4, 12, 4))], "object 1: xmin is missing or not a number"),
         ([thing("dog", (1, "nan", 12, 4))], "object 1: ymin is missing or not a number"),
         ([thing("dgo", (1, 1, 9, 9))], "object 1: unknown class 'dgo'. Did you mean 'dog'? The classes are cat, dog"),
         (["<object></object>"], "object 1: xmin is missing"),
@@ -136,12 +129,11 @@ def test_impossible_object_is_named_with_file_and_number(devkit, objects, proble
     with pytest.raises(DatasetError) as caught:
         VOCDetection(splits=["2007_train"], classes=["cat", "dog"])
     message = str(caught.value)
-    assert message.startswith(f"VOC annotation {path}, ")
-    assert problem in message
-    assert message.endswith('on_bad_annotation="skip" to leave such objects out (they are counted in the log).')
+    assert message.startswith(f"VOC annotation {path}, ") and problem in message
+    assert 'on_bad_annotation="skip"' in message
 
 
-def test_class_name_of_a_stranger_is_told_short_and_without_what_steers_a_terminal(devkit):
+def test_a_long_class_name_with_control_characters_is_shortened_and_escaped_in_the_message(devkit):
     damage(devkit, [thing("\x9b31m" + "x" * 100_000, (1, 1, 9, 9))])
     with pytest.raises(DatasetError, match=r"object 1: unknown class '\\x9b31mxxx") as caught:
         VOCDetection(splits=["2007_train"], classes=["cat", "dog"])
@@ -196,35 +188,21 @@ def test_annotation_beyond_all_measure_is_refused_unread(devkit):
 
 
 def test_annotation_of_the_greatest_depth_that_is_read_is_read(devkit):
-    path = damage(devkit, ["<a>" * 100_000 + "</a>" * 100_000, thing("dog", (1, 1, 9, 9))])
+    path = damage(devkit, ["<a>" * 20_000 + "</a>" * 20_000, thing("dog", (1, 1, 9, 9))])
     assert read_annotation(path).names == ["dog"]
 
 
-def test_split_list_that_is_no_text_is_named(devkit):
-    (devkit / "ImageSets" / "Main" / "train.txt").write_bytes(b"000001\n\xff\xfe\n")
-    with pytest.raises(DatasetError, match="listed in .*train.txt, does not exist"):
-        VOCDetection(splits=["2007_train"])
-
-
-def test_split_list_cannot_name_images_elsewhere(devkit):
-    for name in ("../../secret", str(devkit / "JPEGImages" / "000001")):
-        (devkit / "ImageSets" / "Main" / "train.txt").write_text(f"{name}\n")
+def test_a_listed_image_that_does_not_exist_or_is_elsewhere_is_named_or_skipped(devkit, caplog):
+    elsewhere = str(devkit / "JPEGImages" / "000001").encode()
+    for name in (b"000009", b"../../secret", elsewhere, b"\xff\xfe"):
+        (devkit / "ImageSets" / "Main" / "train.txt").write_bytes(b"000002\n" + name + b"\n")
         with pytest.raises(DatasetError, match="listed in .*train.txt, does not exist"):
             VOCDetection(splits=["2007_train"])
-
-
-def test_missing_image_is_named_or_skipped(devkit, caplog):
-    (devkit / "JPEGImages" / "000001.jpg").unlink()
-    with pytest.raises(DatasetError, match=r"000001.jpg, listed in .*train.txt, does not exist"):
-        VOCDetection(splits=["2007_train"])
     assert len(VOCDetection(splits=["2007_train"], on_bad_annotation="skip")) == 1
     assert "left out 1 images without a file" in caplog.text
-
-
-def test_set_in_which_everything_is_skipped_is_refused(devkit):
-    (devkit / "JPEGImages" / "000003.jpg").unlink()
-    with pytest.raises(DatasetError, match="2007_test hold no usable image"):
-        VOCDetection(splits=["2007_test"], on_bad_annotation="skip")
+    (devkit / "JPEGImages" / "000002.jpg").unlink()
+    with pytest.raises(DatasetError, match="2007_train hold no usable image"):
+        VOCDetection(splits=["2007_train"], on_bad_annotation="skip")
 
 
 def test_the_three_folders_are_read_themselves_by_splits_without_a_year(devkit, tmp_path, monkeypatch):
@@ -252,7 +230,7 @@ def test_empty_split_missing_split_and_malformed_split_are_refused(devkit):
         VOCDetection(splits=[])
 
 
-def test_missing_voc_names_the_folder_and_the_command_that_fetches_it(tmp_path, monkeypatch):
+def test_a_missing_set_names_its_folder_and_the_command_that_fetches_it_if_there_is_one(tmp_path, monkeypatch):
     monkeypatch.setenv("BISSL_ZOO_DATASETS", str(tmp_path))
     with pytest.raises(DatasetError) as caught:
         VOCDetection(splits=["2012_trainval"])
@@ -260,10 +238,6 @@ def test_missing_voc_names_the_folder_and_the_command_that_fetches_it(tmp_path, 
     assert str(tmp_path / "VOCdevkit" / "VOC2012") in message
     assert "python tools/prepare_data.py voc_detection" in message
     assert "BISSL_ZOO_DATASETS" in message
-
-
-def test_missing_set_of_another_root_offers_no_download(tmp_path, monkeypatch):
-    monkeypatch.setenv("BISSL_ZOO_DATASETS", str(tmp_path))
     with pytest.raises(DatasetError) as caught:
         VOCDetection(root="cells", splits=["2007_train"])
     assert str(tmp_path / "cells" / "VOCdevkit" / "VOC2007") in str(caught.value)
@@ -272,15 +246,27 @@ def test_missing_set_of_another_root_offers_no_download(tmp_path, monkeypatch):
 
 def test_image_of_another_size_than_annotated_is_refused_when_read(devkit):
     damage(devkit, [], size=(64, 40))
-    dataset = VOCDetection(splits=["2007_train"])
     with pytest.raises(DatasetError, match="000001.jpg has 50 x 40 pixels, but its annotation has 64 x 40"):
-        dataset[0]
+        VOCDetection(splits=["2007_train"])[0]
+    damage(devkit, [], size=(40, 50))  # as drawn on the image that a viewer turns
+    with pytest.raises(DatasetError, match="000001.jpg has 50 x 40 pixels.* has 40 x 50.*EXIF orientation"):
+        VOCDetection(splits=["2007_train"])[0]
 
 
-def test_annotation_is_read_as_written(devkit):
-    annotation = read_annotation(devkit / "Annotations" / "000001.xml")
-    assert (annotation.width, annotation.height, annotation.names) == (50, 40, ["dog", "cat"])
-    assert annotation.boxes == [(1, 1, 50, 40), (11, 5, 20, 10)]
+def test_an_id_of_two_files_is_refused_or_skipped(devkit):
+    Image.new("RGB", (50, 40)).save(devkit / "JPEGImages" / "000001.png")
+    with pytest.raises(DatasetError, match=r"VOC image '000001', listed in .*, may be 000001\.jpg or 000001\.png in "):
+        VOCDetection(splits=["2007_train"])
+    assert VOCDetection(splits=["2007_train"], on_bad_annotation="skip").source(0).endswith("000002.jpg")
+
+
+@pytest.mark.parametrize("kind", SPECIAL_FILES)
+def test_pipe_or_device_in_place_of_an_annotation_is_refused_at_once(devkit, kind):
+    path = devkit / "Annotations" / "000001.xml"
+    path.unlink()
+    SPECIAL_FILES[kind](path)
+    with time_limit(), pytest.raises(DatasetError, match=f"{path} is not a regular file"):
+        VOCDetection(splits=["2007_train"])
 
 
 @pytest.mark.skipif(not (SHARED / "bccd_voc").is_dir(), reason="the bccd_voc images are not beside the checkout")

@@ -170,15 +170,3 @@ def test_what_no_program_downloads_is_told_with_its_files(small):
     for file in ("ILSVRC2012_img_train.tar does not exist", "ILSVRC2012_devkit_t12.tar.gz", "image-net.org"):
         assert file in str(caught.value)
     assert os.listdir(small) == []
-
-
-def test_a_set_that_is_where_the_official_archive_unpacks_is_not_fetched(small):
-    WRITERS["dtd"](small)
-    (small / "dtd" / "dtd").rename(small / "moved")
-    (small / "dtd").rmdir()
-    (small / "moved").rename(small / "dtd")
-    WRITERS["caltech101"](small)
-    (small / "caltech101").rename(small / "caltech-101")
-    for name in ("dtd", "caltech101"):
-        fetched, result = prepare(name)
-        assert fetched == [] and result.problems == []
