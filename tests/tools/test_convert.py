@@ -11,7 +11,7 @@ from command_line import load_tool
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from bissl_zoo.zoo import publish_entry, read_backbone
+from bissl_zoo.zoo import publish_entry
 
 PIXELS = {"mean": (0.4, 0.5, 0.6), "std": (0.2, 0.25, 0.3), "input_size": (3, 64, 64)}
 IMAGES = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
@@ -118,10 +118,13 @@ def test_a_file_without_metadata_needs_its_architecture_and_takes_statistics(con
 
 
 @pytest.mark.slow
-def test_a_partial_backbone_needs_an_option(convert, tmp_path):
+def test_a_partial_backbone_and_objects_each_need_an_option(convert, tmp_path):
     trunk = {name: tensor for name, tensor in MODEL.state_dict().items() if not name.startswith("layer4.")}
-    torch.save(trunk, tmp_path / "c4.pth")
+    torch.save({"model": trunk, "args": argparse.Namespace(lr=1)}, tmp_path / "c4.pth")
     arguments = ["in", tmp_path / "c4.pth", "--architecture", "resnet18", "--output", tmp_path / "c4.safetensors"]
+    status, _, err = convert(*arguments)
+    assert status == 1 and "argparse.Namespace" in err and "--skip-objects" in err
+    arguments.append("--skip-objects")
     status, _, err = convert(*arguments)
     assert status == 1 and err.startswith("error: ") and "ends at layer3" in err
     assert not (tmp_path / "c4.safetensors").exists()
@@ -129,25 +132,12 @@ def test_a_partial_backbone_needs_an_option(convert, tmp_path):
     assert (status, err) == (0, "")
     assert "90 of 120 tensors match" in out and "missing    30: layer4.0.conv1.weight (512, 256, 3, 3)" in out
     assert load_file(tmp_path / "c4.safetensors").keys() == trunk.keys()
-    status, _, err = convert("out", tmp_path / "c4.safetensors", "--to", "torchvision", "--output", tmp_path / "a.pth")
-    assert status == 1 and "90 of 120 tensors match" in err
-
-
-@pytest.mark.slow
-def test_leaving_out_objects_needs_an_option(convert, tmp_path):
-    torch.save({"state_dict": MODEL.state_dict(), "args": argparse.Namespace(lr=1)}, tmp_path / "a.pth")
-    arguments = ["in", tmp_path / "a.pth", "--output", tmp_path / "a.safetensors"]
-    status, _, err = convert(*arguments)
-    assert status == 1 and "argparse.Namespace" in err and "--skip-objects" in err
-    assert convert(*arguments, "--skip-objects")[0] == 0
-    assert read_backbone(tmp_path / "a.safetensors").architecture == "resnet18"
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["in", "nothing.pth", "--output", "a.safetensors"], "There is no file nothing.pth"),
-        (["out", "nothing.safetensors", "--to", "onnx", "--output", "a.onnx"], "There is no file nothing.safetensors"),
         (["out", "nothing", "--to", "onnx", "--output", "a.onnx"], "Unknown zoo entry 'nothing'"),
     ],
 )
@@ -156,26 +146,3 @@ def test_a_missing_source_is_one_message(convert, arguments, message, tmp_path, 
     monkeypatch.setenv("BISSL_ZOO", str(tmp_path))
     status, out, err = convert(*arguments)
     assert status == 1 and out == "" and message in err and err.count("\n") == 1
-
-
-def test_another_suffix_and_another_architecture_are_refused(convert, moco, tmp_path):
-    status, _, err = convert("in", moco, "--output", tmp_path / "a.pth")
-    assert status == 1 and "are written as .safetensors" in err
-    assert convert("in", moco, "--output", tmp_path / "a.safetensors")[0] == 0
-    status, _, err = convert(
-        "out",
-        tmp_path / "a.safetensors",
-        "--architecture",
-        "resnet34",
-        "--to",
-        "export",
-        "--output",
-        tmp_path / "a.pt2",
-    )
-    assert status == 1 and "is a resnet18, not a resnet34" in err
-
-
-def test_the_help_names_the_targets(tool, capsys):
-    with pytest.raises(SystemExit) as ended:
-        tool.cli(["out", "--help"])
-    assert ended.value.code == 0 and "{timm,torchvision,detectron2,onnx,export}" in capsys.readouterr().out

@@ -20,7 +20,6 @@ from bissl_zoo.zoo.commands import COMMANDS
 from bissl_zoo.zoo.stores.folder import MARKER_FILE
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-TOOL = REPOSITORY / "tools" / "zoo.py"
 
 
 @pytest.fixture(scope="module")
@@ -90,20 +89,13 @@ def test_a_list_fits_the_terminal_with_one_line_per_metric(run, zoo):
         ["minres", "AP50", "0.42 ± 0.014", "0.42 ± 0.014"],
         ["AP75", "0.42 ± 0.014", "0.42 ± 0.014"],
     ]
-    assert [line.split()[0] for line in lines if line.startswith(("byol", DETECTION))] == [
-        "byol",
-        DETECTION,
-        f"{DETECTION}@2",
-    ]
+    names = [line.split()[0] for line in lines if line.startswith(("byol", DETECTION))]
+    assert names == ["byol", DETECTION, f"{DETECTION}@2"]
 
 
 def test_a_list_can_be_filtered(run, empty, zoo):
     assert f"{DETECTION}@2" in run("list", "*simclr*", "--task", "det*", "--metric", "AP50*")[1]
-    assert run("list", "*simclr*", "--pretext", "byol") == (
-        0,
-        f"{zoo} has 3 entries, but none matches.\n",
-        "",
-    )
+    assert run("list", "*simclr*", "--pretext", "byol")[1] == f"{zoo} has 3 entries, but none matches.\n"
     assert run("list", "--zoo", empty) == (0, f"{empty} has no entries.\n", "")
     assert "byol" not in run("list", "--architecture", "resnet*")[1]
     assert list(json.loads(run("list", "--pretext", "byol", "--json")[1])) == ["byol"]
@@ -115,16 +107,6 @@ def test_json_has_the_index_records_and_locations(run, zoo, empty):
     assert listed == {name: {**record, "location": str(zoo / name)} for name, record in records.items()}
     assert run("list", "--json", "--zoo", empty) == (0, "{}\n", "")
     assert json.loads(run("show", "byol", "--json")[1])["location"] == str(zoo / "byol")
-
-
-def test_several_zoos_are_listed_in_order_and_the_first_wins(run, zoo, tmp_path):
-    other = tmp_path / "other"
-    publish(other, "byol", 5)
-    publish(other, "third", 6, pretext="vicreg")
-    out = run("list", "--zoo", other, "--zoo", zoo)[1]
-    mine, rest = out.split(f"\n{zoo}\n")
-    assert mine.startswith(str(other)) and "third" in mine and "byol" in mine
-    assert "byol" not in rest and DETECTION in rest
 
 
 def test_show_and_card_print_the_entry(run, zoo):
@@ -179,8 +161,6 @@ def test_publish_publishes_a_finished_run(run, run_copy, empty):
     assert result["name"] == "mine@2" and result["location"] == str(empty / "mine@2") and len(result["sha256"]) == 64
     assert run("verify", "--zoo", empty)[0] == 0
     assert create_backbone("mine", zoo=empty).name == "test_resnet"
-    listed = run("list", "--zoo", empty)[1]
-    assert max(map(len, listed.splitlines())) <= 100
 
 
 def test_a_folder_without_a_finished_run_is_not_published(run, empty, run_copy):
@@ -191,7 +171,7 @@ def test_a_folder_without_a_finished_run_is_not_published(run, empty, run_copy):
     assert (status, out) == (1, "") and "no backbone to publish" in err and not any(empty.iterdir())
 
 
-@pytest.mark.parametrize("typed", ["", "\n", "n\n", "nonsense\n"])
+@pytest.mark.parametrize("typed", ["", "n\n"])
 def test_remove_asks_and_only_yes_removes(run, zoo, typed):
     status, out, err = run("remove", "byol", typed=typed)
     assert (status, out) == (1, "") and "Remove" in err and "[y/N]" in err and "Nothing was removed" in err
@@ -203,28 +183,16 @@ def test_remove_removes_one_version_whose_name_is_not_used_again(run, zoo, run_c
     assert (status, out) == (1, "") and f"for example '{DETECTION}@2'" in err
     status, out, _ = run("remove", f"{DETECTION}@2", typed="y\n")
     assert (status, out) == (0, f"removed {zoo / DETECTION}@2\n") and not (zoo / f"{DETECTION}@2").exists()
-    assert run("remove", f"{DETECTION}@1", "--yes", "--json") == (
-        0,
-        json.dumps({"removed": DETECTION}, indent=2) + "\n",
-        "",
-    )
-    status, out, err = run("remove", DETECTION, "--yes")
-    assert (status, out) == (1, "") and "Unknown zoo entry" in err
+    assert json.loads(run("remove", f"{DETECTION}@1", "--yes", "--json")[1]) == {"removed": DETECTION}
     result = json.loads(run("publish", run_copy, "--name", DETECTION, "--json", "--zoo", zoo)[1])
     assert result["name"] == f"{DETECTION}@3"
     assert run("verify")[0] == 0
-
-
-def test_remove_uses_only_the_first_zoo(run, zoo, empty):
-    status, _, err = run("remove", "byol", "--yes", "--zoo", empty, "--zoo", zoo)
-    assert status == 1 and "Unknown zoo entry 'byol'" in err and (zoo / "byol").exists()
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["show", "nothing"], "Unknown zoo entry 'nothing'"),
-        (["card", "../x"], "is not a valid entry name"),
         (["list", "--zoo", "htps://zoo.example.org"], "Did you mean 'https'"),
         (["publish", "RUN", "--name", "x", "--zoo", "http://127.0.0.1:9"], "is read-only"),
         (["remove", "byol", "--yes", "--zoo", "EMPTY"], "It has no entries"),
@@ -236,23 +204,11 @@ def test_an_error_is_one_line_and_status_1(run, empty, run_copy, arguments, mess
     assert (status, out) == (1, "") and err.startswith("error: ") and message in err and err.count("\n") == 1
 
 
-@pytest.mark.parametrize("arguments", [[], ["lists"], ["show"], ["serve"]])
-def test_an_invalid_command_line_is_status_2_with_the_usage(run, capsys, arguments):
-    with pytest.raises(SystemExit) as caught:
-        run(*arguments)
-    assert caught.value.code == 2 and "usage:" in capsys.readouterr().err
-
-
-def environment(**more):
-    paths = filter(None, [str(REPOSITORY), os.environ.get("PYTHONPATH")])
-    return {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "NO_PROXY": "127.0.0.1", **more}
-
-
 @pytest.mark.slow
 def test_the_program_lists_and_each_command_has_help(zoo, zoo_tool):
-    done = subprocess.run(
-        [sys.executable, TOOL, "list", "--json"], env=environment(BISSL_ZOO=str(zoo)), capture_output=True, text=True
-    )
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "BISSL_ZOO": str(zoo)}
+    command = [sys.executable, REPOSITORY / "tools" / "zoo.py", "list", "--json"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "") and len(json.loads(done.stdout)) == 3
     for command in (*COMMANDS, "publish"):
         with pytest.raises(SystemExit) as caught:

@@ -1,13 +1,10 @@
 import errno
 import hashlib
-import logging
 import os
 import random
-import shutil
 import signal
 import subprocess
 import sys
-import threading
 import time
 from pathlib import Path
 
@@ -17,7 +14,6 @@ from faulty_server import Answer, FaultyServer
 
 from bissl_zoo.errors import ZooError
 from bissl_zoo.zoo import cache as cache_module
-from bissl_zoo.zoo import locks
 from bissl_zoo.zoo.cache import ATTEMPTS, TOTAL_ATTEMPTS, Cache, default_cache, is_offline
 from bissl_zoo.zoo.stores import Missing, Store, Transient
 from bissl_zoo.zoo.stores.folder import FolderStore
@@ -124,10 +120,8 @@ def test_a_local_file_is_verified_and_not_copied(tmp_path, cache):
     local.write_bytes(CONTENT[:-1])
     assert f"{local} differs" in (message := error_of(fetch, cache, store)) and f"found {SIZE - 1}" in message
     local.write_bytes(CONTENT[:-1] + bytes([CONTENT[-1] ^ 1]))
-    assert (
-        SHA256 in (message := error_of(fetch, cache, store))
-        and hashlib.sha256(local.read_bytes()).hexdigest() in message
-    )
+    message = error_of(fetch, cache, store)
+    assert SHA256 in message and hashlib.sha256(local.read_bytes()).hexdigest() in message
     assert local.exists() and not cache.root.exists()
 
 
@@ -165,15 +159,10 @@ def test_a_server_may_ask_to_wait_within_limits(store, cache, waits):
     assert waits == [40, cache_module._LONGEST_ASKED_WAIT_S]
 
 
-def test_a_download_is_limited_in_seconds(store, cache, monkeypatch):
+def test_a_download_and_a_small_file_are_limited_in_seconds(store, cache, monkeypatch):
     clock = iter(range(0, 10**9, 400))
     monkeypatch.setattr(cache_module.time, "monotonic", lambda: next(clock))
     assert "longer than the limit of 918 s" in error_of(fetch, cache, store)
-
-
-def test_a_small_file_is_limited_in_seconds(store, cache, monkeypatch):
-    clock = iter(range(0, 10**9, 400))
-    monkeypatch.setattr("bissl_zoo.zoo.stores.time.monotonic", lambda: next(clock))
     assert "limit of 300 s" in error_of(store.read_bytes, FILE, SIZE)
 
 
@@ -221,10 +210,9 @@ def pipe(path):
 
 
 @pytest.mark.parametrize("damage", [cut, flip, link, pipe])
-@pytest.mark.parametrize("offline", ["0", "1"])
-def test_a_damaged_copy_is_named_removed_and_downloaded_again(store, cache, monkeypatch, damage, offline):
+def test_a_damaged_copy_is_named_removed_and_downloaded_again(store, cache, monkeypatch, damage):
     damage(fetch(cache, store))
-    monkeypatch.setenv("BISSL_ZOO_OFFLINE", offline)
+    monkeypatch.setenv("BISSL_ZOO_OFFLINE", "1")
     assert f"{blob(cache)} was damaged" in error_of(fetch, cache, store)
     assert not os.path.lexists(blob(cache))
     monkeypatch.setenv("BISSL_ZOO_OFFLINE", "0")
@@ -271,31 +259,18 @@ def test_the_random_state_of_a_run_does_not_change(store, cache):
     assert after == random.random()
 
 
-def test_without_a_terminal_a_large_download_is_one_log_line(store, cache, caplog, capfd, monkeypatch):
-    caplog.set_level(logging.INFO)
-    monkeypatch.setattr(cache_module, "_PROGRESS_FROM", 1000)
-    fetch(cache, store)
-    assert [record.getMessage() for record in caplog.records] == [f"Downloading {store.location}/{FILE} (0.3 MiB)."]
-    assert capfd.readouterr().err == ""  # no progress bar
-
-
 def test_the_environment_names_the_cache(monkeypatch, tmp_path):
     assert default_cache().root == platformdirs.user_cache_path("bissl_zoo", appauthor=False)
     monkeypatch.setenv("BISSL_ZOO_CACHE", str(tmp_path / "here"))
     assert default_cache().root == tmp_path / "here"
 
 
-@pytest.mark.parametrize(
-    ("value", "expected"), [("1", True), ("True", True), ("0", False), ("", False), ("yes", None), (" 1", None)]
-)
-def test_offline_is_parsed_strictly(monkeypatch, store, cache, value, expected):
-    monkeypatch.setenv("BISSL_ZOO_OFFLINE", value)
-    if expected is not None:
+def test_offline_is_parsed_strictly(monkeypatch, store, cache):
+    for value, expected in (("1", True), ("True", True), ("0", False), ("", False)):
+        monkeypatch.setenv("BISSL_ZOO_OFFLINE", value)
         assert is_offline() is expected
-    else:
-        assert "BISSL_ZOO_OFFLINE" in error_of(fetch, cache, store)
-        assert "BISSL_ZOO_OFFLINE" in error_of(cache.read_index, store, "index.json", 100)
-        assert store.starts == []
+    monkeypatch.setenv("BISSL_ZOO_OFFLINE", "yes")
+    assert "BISSL_ZOO_OFFLINE" in error_of(fetch, cache, store) and store.starts == []
 
 
 def test_offline_uses_copies_and_reads_nothing(monkeypatch, store, cache):
@@ -325,35 +300,6 @@ def test_an_index_that_cannot_be_read_is_an_error_and_keeps_its_copy(monkeypatch
     assert "BISSL_ZOO_OFFLINE=1 works" in error_of(cache.read_index, store, "index.json", 2)
     monkeypatch.setenv("BISSL_ZOO_OFFLINE", "1")
     assert cache.read_index(store, "index.json", 2) == b"{}"
-
-
-def test_a_link_instead_of_the_copy_of_an_index_is_not_followed(tmp_path, store, cache):
-    store.files["index.json"] = b"{}"
-    cache.read_index(store, "index.json", 2)
-    (copy,) = (cache.root / "indexes").iterdir()
-    copy.unlink()
-    (tmp_path / "target").write_bytes(b"mine")
-    copy.symlink_to(tmp_path / "target")
-    cache.read_index(store, "index.json", 2)
-    assert not copy.is_symlink() and (tmp_path / "target").read_bytes() == b"mine"
-
-
-def test_a_waiting_process_logs_the_file_it_waits_for(store, cache, monkeypatch, caplog):
-    monkeypatch.setattr(locks, "SILENT_WAIT_S", 0.05)
-    lock = cache.root / "locks" / SHA256
-    lock.parent.mkdir(parents=True)
-    descriptor, results = locks.try_lock(lock), []
-    waiting = threading.Thread(target=lambda: results.append(fetch(cache, store)))
-    waiting.start()
-    deadline = time.monotonic() + 60
-    while not caplog.records and time.monotonic() < deadline:
-        time.sleep(0.01)
-    assert store.starts == []
-    os.close(descriptor)
-    waiting.join(60)
-    assert (
-        results == [blob(cache)] and f"Waiting for another process to download {store.location}/{FILE}" in caplog.text
-    )
 
 
 PROGRAM = """
@@ -408,10 +354,3 @@ def test_after_a_kill_the_next_process_resumes_the_download(server, cache):
     received = partial(cache).stat().st_size
     assert fetch(cache, HttpStore(server.address)).read_bytes() == CONTENT
     assert server.ranges() == [None, f"bytes={received}-"]
-
-
-@pytest.mark.slow
-def test_a_cache_may_be_deleted_between_uses(server, cache):
-    fetch(cache, HttpStore(server.address))
-    shutil.rmtree(cache.root)
-    assert fetch(cache, HttpStore(server.address)).read_bytes() == CONTENT

@@ -8,9 +8,8 @@ import pytest
 import yaml
 
 from bissl_zoo.engine.publishing import publish_run
-from bissl_zoo.errors import ZooError
 from bissl_zoo.zoo import EntryMetadata, Zoo
-from bissl_zoo.zoo.card import format_metric, markdown_table, render_card, render_page, split_metric
+from bissl_zoo.zoo.card import format_metric, render_card, render_page, split_metric
 from bissl_zoo.zoo.index import Index
 from bissl_zoo.zoo.publish import entry_fields
 
@@ -56,11 +55,6 @@ def headings(text):
     return [tokens[i + 1].content for i, token in enumerate(tokens) if token.type == "heading_open"]
 
 
-def test_the_page_of_an_empty_zoo_has_no_table():
-    assert render_page(Index()).endswith("It has no entries.\n")
-    assert headings(render_page(Index())) == ["Model zoo"]
-
-
 def test_each_task_has_a_table_of_its_metrics_and_pretraining_is_last():
     page = render_page(
         Index(
@@ -73,45 +67,28 @@ def test_each_task_has_a_table_of_its_metrics_and_pretraining_is_last():
             }
         )
     )
-    assert headings(page) == [
-        "Model zoo",
+    assert headings(page)[1:] == [
         "Aligned with `detection`",
         "Aligned with `segmentation`",
         "Pretrained, without a task",
     ]
     detection, segmentation, pretrained = tables(page)
     assert detection[0] == ["entry", "architecture", "pretext", "AP50 (bissl)", "AP (bissl)", "published"]
-    assert [row[0] for row in detection[1:]] == [
-        "[det](det/README.md)",
-        "[det@2](det@2/README.md)",
-        "[det@10](det@10/README.md)",
-    ]
+    assert [row[0].partition("]")[0] for row in detection[1:]] == ["[det", "[det@2", "[det@10"]
     assert [row[3] for row in detection[1:]] == ["0.42 ± 0.01 (2 seeds)", "0.4", "-"]
     assert segmentation[1] == ["[seg](seg/README.md)", "resnet18", "simclr", "0.5", "2026-01-02"]
     assert pretrained[1] == ["[pre](pre/README.md)", "resnet18", "-", "-"]
 
 
-@pytest.mark.parametrize("text", ["a|b", "a\nb", "a\\|b", "a\\", "`a|b`", "| --- |", "\r\n\r\n# x", "\x85x\u2028y"])
-def test_any_text_stays_in_one_cell(text):
-    page = render_page(Index({"x": record(metrics={text: seeds(0.5)}, architecture=text)}))
+@pytest.mark.parametrize(
+    "text", ["a|b\n# b", "a\\|b`", "| --- |", "\x85x\u2028y", "<img src=x> [x](javascript:y) ![y](http://z/z.png)"]
+)
+def test_any_text_stays_in_its_cell_or_heading_without_markup(text):
+    page = render_page(Index({"x": record(text, metrics={text: seeds(0.5)}, architecture=text, pretext=text)}))
     (table,) = tables(page)
-    assert [len(row) for row in table] == [5, 5]
-    assert headings(page) == ["Model zoo", "Aligned with `detection`"]
-
-
-@pytest.mark.parametrize("task", ["a`b", "a\nb", "# a", "<script>alert(1)</script>", "](javascript:alert(1))"])
-def test_any_task_stays_one_heading(task):
-    page = render_page(Index({"x": record(task)}))
-    assert len(headings(page)) == 2 and len(tables(page)) == 1
-    assert "<script>" not in MarkdownIt().render(page).replace("&lt;script&gt;", "")
-
-
-def test_links_and_html_of_a_record_are_escaped():
-    hostile = "<img src=x onerror=alert(1)> [x](javascript:alert(1)) ![y](http://evil.example/z.png)"
-    page = render_page(Index({"x": record(metrics={hostile: seeds(0.5)}, pretext=hostile, architecture=hostile)}))
+    assert [len(row) for row in table] == [5, 5] and len(headings(page)) == 2
     html = MarkdownIt("commonmark", {"html": True}).enable("table").render(page)
-    assert "<img" not in html and 'javascript:alert(1)"' not in html
-    assert html.count("<a ") == 1 and 'href="x/README.md"' in html
+    assert "<img" not in html and html.count("<a ") == 1 and 'href="x/README.md"' in html
 
 
 def test_the_commands_repeat_each_entry():
@@ -135,21 +112,11 @@ def test_the_commands_of_a_published_run_are_valid(finished, tool, tmp_path, cap
     assert all(len(row) == len(table[0]) for row in table) and table[1][0] == "[tiny](tiny/README.md)"
 
 
-def test_metrics_have_four_digits_and_the_deviation_of_seeds():
-    assert format_metric(None) == format_metric({}) == "-"
+def test_a_metric_has_four_digits_and_the_deviation_of_its_seeds():
+    assert format_metric({}) == format_metric({"mean": None}) == "-"
     assert format_metric({"mean": 0.123456, "std": None, "values": [0.123456]}) == "0.1235"
     assert format_metric({"mean": 71.25, "std": 0.0312, "values": [1, 2, 3]}) == "71.25 ± 0.031 (3 seeds)"
-    assert format_metric({"mean": None}) == "-"
-
-
-def test_a_metric_name_is_split_into_metric_and_initial_weights():
-    assert split_metric("AP50 (bissl)") == ("AP50", "bissl")
-    assert split_metric("top1") == ("top1", "")
-    assert split_metric("F1 (macro) (bissl)") == ("F1", "macro) (bissl")
-
-
-def test_a_markdown_table():
-    assert markdown_table(["a", "b"], [["1", "2"]]) == "| a | b |\n| --- | --- |\n| 1 | 2 |"
+    assert split_metric("AP50 (bissl)") == ("AP50", "bissl") and split_metric("top1") == ("top1", "")
 
 
 PARENT = "ab" * 32
@@ -225,24 +192,8 @@ def test_missing_metadata_is_left_out_of_the_card():
     assert "Licence: unknown." in card
 
 
-def test_every_table_has_as_many_cells_in_each_row():
-    for line in render_card(make_entry(metrics={"a|b\nc": [1, 2]})).split("\n"):
-        if line.startswith("|"):
-            assert len(re.findall(r"(?<!\\)\|", line)) in (4, 5)
-    assert "| a\\|b c | 1.5 |" in render_card(make_entry(metrics={"a|b\nc": [1, 2]}))
-
-
-def test_one_seed_has_no_deviation():
-    assert entry_fields({"metrics": {"top1": 0.5}, "seeds": [0]})["metrics"]["top1"] == {
-        "mean": 0.5,
-        "std": None,
-        "values": [0.5],
-    }
-    with pytest.raises(ZooError, match="one finite value per seed; it has \\[0.5\\] for the seeds \\[\\]"):
-        entry_fields({"metrics": {"top1": 0.5}})
-
-
-def test_metadata_include_versions_and_the_time_in_utc():
-    fields = entry_fields({})
+def test_metadata_have_versions_the_time_in_utc_and_one_value_per_seed():
+    fields = entry_fields({"metrics": {"top1": 0.5}, "seeds": [0]})
+    assert fields["metrics"]["top1"] == {"mean": 0.5, "std": None, "values": [0.5]}
     assert set(fields["versions"]) == {"bissl_zoo", "torch", "timm", "python"}
     assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\+00:00", fields["created"])

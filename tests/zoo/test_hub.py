@@ -1,5 +1,4 @@
 import json
-import os
 import shutil
 import sys
 from pathlib import Path
@@ -54,14 +53,6 @@ def test_an_empty_or_absent_zoo_lists_nothing(tmp_path):
         get_entry("tiny", zoo=tmp_path / "absent")
 
 
-def test_folders_outside_the_index_are_not_listed(zoo):
-    shutil.copytree(zoo / "tiny", zoo / ".draft-1")
-    shutil.copytree(zoo / "tiny", zoo / "half")
-    assert list_backbones(zoo=zoo) == ["other", "tiny", "tiny@2"]
-    with pytest.raises(ZooError, match="Unknown zoo entry 'half'"):
-        create_backbone("half", zoo=zoo)
-
-
 def test_a_curated_entry_is_listed_below_what_was_published(zoo):
     index = json.loads((zoo / "index.json").read_text())["entries"]
     curated = {"format": 1, "entries": {"curated": index["other"], "tiny": {**index["tiny"], "architecture": "old"}}}
@@ -108,18 +99,12 @@ def test_an_architecture_is_only_built_without_pretrained_weights(published):
         create_backbone("test_convnext", zoo=published)
 
 
-def test_an_unknown_name_suggests_the_nearest(published):
+def test_an_unknown_name_suggests_the_nearest_and_an_invalid_one_is_refused(published):
     with pytest.raises(ZooError, match=r"Did you mean 'other'\? It has: other, tiny, tiny@2\."):
         create_backbone("othr", zoo=published)
-
-
-@pytest.mark.parametrize(
-    "name", ["../tiny", "a/b", "a\\b", ".hidden", "", "/tiny", "tiny@0", "tiny@", "ti\nny", "x" * 101]
-)
-def test_invalid_names_are_refused(published, name):
-    for use in (create_backbone, get_entry, load_entry_weights, lambda name, zoo: Zoo(zoo).find(name)):
+    for use in (create_backbone, get_entry, load_entry_weights):
         with pytest.raises(ZooError, match="is not a valid entry name"):
-            use(name, zoo=published)
+            use("../tiny", zoo=published)
 
 
 def test_a_changed_byte_is_refused_with_both_digests(zoo):
@@ -134,42 +119,9 @@ def test_a_changed_byte_is_refused_with_both_digests(zoo):
         assert part in str(caught.value)
 
 
-def test_a_truncated_file_is_refused_with_both_sizes(zoo):
-    path = zoo / "tiny@2" / "model.safetensors"
-    size = path.stat().st_size
-    os.truncate(path, size - 100)
-    with pytest.raises(ZooError, match=f"expected {size} bytes, found {size - 100}"):
-        create_backbone("tiny", zoo=zoo)
-
-
-@pytest.mark.parametrize("file", ["entry.json", "config.json"])
-def test_the_json_files_of_an_entry_are_checked_too(zoo, file):
-    path = zoo / "tiny@2" / file
-    path.write_bytes(path.read_bytes().replace(b"test_resnet", b"test_resnex"))
-    with pytest.raises(ZooError, match=f"{file} differs from what was published: expected sha256"):
-        get_entry("tiny", zoo=zoo) if file == "entry.json" else create_backbone("tiny", zoo=zoo)
-
-
 def test_a_file_that_the_entry_lacks_is_an_error_with_those_it_has(published):
     with pytest.raises(ZooError, match=r"has no file 'task_head\.safetensors'\. It has: README\.md, config\.json"):
         load_entry_weights("tiny", "task_head.safetensors", zoo=published)
-
-
-def register_bytes(zoo, content):
-    """Write other bytes and list their digest in the index."""
-    path = zoo / "tiny@2" / "model.safetensors"
-    path.write_bytes(content)
-    record = {"sha256": sha256_of(path), "size": len(content)}
-    edit_index(zoo, lambda index: index["entries"]["tiny@2"]["files"].update({"model.safetensors": record}))
-
-
-def test_a_file_that_is_not_safetensors_is_refused_even_if_its_digest_matches(zoo):
-    real = (zoo / "tiny" / "model.safetensors").read_bytes()
-    torch.save({"a": torch.zeros(1)}, zoo / "pickle")
-    for content in ((zoo / "pickle").read_bytes(), b"", real[:-100], (1 << 60).to_bytes(8, "little") + real[8:]):
-        register_bytes(zoo, content)
-        with pytest.raises(ZooError, match="not valid safetensors"):
-            create_backbone("tiny", zoo=zoo)
 
 
 def test_weights_of_another_architecture_are_refused_with_counts(zoo):
@@ -182,15 +134,6 @@ def test_an_architecture_that_timm_lacks_is_an_error_with_the_version_to_install
     edit_index(zoo, lambda index: index["entries"]["tiny@2"].update(architecture="resnet_of_2040"))
     with pytest.raises(ZooError, match=f"'resnet_of_2040', which timm.*published with timm {timm.__version__}"):
         create_backbone("tiny", zoo=zoo)
-
-
-def test_the_environment_chooses_the_zoo_and_an_argument_wins(published, tmp_path, monkeypatch):
-    monkeypatch.setenv("BISSL_ZOO", str(published))
-    assert list_backbones() == ["other", "tiny", "tiny@2"]
-    assert list_backbones(zoo=tmp_path) == []
-    monkeypatch.setenv("BISSL_ZOO", "htps://example.org/zoo")
-    with pytest.raises(ZooError, match="Did you mean 'https'"):
-        list_backbones()
 
 
 def test_the_default_zoo_is_that_of_the_checkout_or_of_the_user(tmp_path, monkeypatch):
@@ -248,6 +191,7 @@ def test_the_environment_may_name_several_zoos(zoos, monkeypatch):
     monkeypatch.setenv("BISSL_ZOO", f" {zoos / 'first'} ,{zoos / 'second'},, ")
     assert str(default_zoo()) == f"{zoos / 'first'}, {zoos / 'second'}"
     assert list_backbones() == ["both", "mine", "theirs"] and seed_of("theirs") == 5
+    assert list_backbones(zoo=zoos / "second") == ["both", "both@2", "theirs"]  # an argument wins
     publish(None, "both", 7)
     assert default_zoo().find("both").location == str(zoos / "first" / "both@2")
     assert get_entry("both")["name"] == "both@2"
@@ -273,26 +217,15 @@ def test_a_run_starts_from_an_entry_of_any_zoo_in_its_config(zoos, tiny_config):
     ("patterns", "names"),
     [
         ({}, ["both", "both@2", "mine", "theirs"]),
-        ({"filter": "both*"}, ["both", "both@2"]),
         ({"filter": "*@2"}, ["both@2"]),
-        ({"pretext": "simclr"}, ["theirs"]),
         ({"pretext": "b?ol"}, ["mine"]),
-        ({"task": "seg*"}, ["theirs"]),
+        ({"pretext": "None"}, []),
+        ({"task": "?*"}, ["theirs"]),
         ({"task": "detection"}, []),
-        ({"architecture": "test_*"}, ["both", "both@2", "mine", "theirs"]),
         ({"architecture": "resnet*"}, []),
-        ({"metric": "mIoU"}, ["theirs"]),
-        ({"metric": "AP50*"}, []),
         ({"metric": "*"}, ["theirs"]),
-        ({"filter": "t*", "pretext": "simclr", "task": "*", "metric": "m*"}, ["theirs"]),
         ({"filter": "m*", "pretext": "simclr"}, []),
     ],
 )
 def test_filters_use_the_first_entry_of_each_name(two_zoos, patterns, names):
     assert list_backbones(**patterns, zoo=Zoo(two_zoos / "second", two_zoos / "first")) == names
-
-
-def test_missing_metadata_do_not_match_none(two_zoos):
-    zoo = Zoo(two_zoos / "second")
-    assert list_backbones(task="?*", zoo=zoo) == ["theirs"]
-    assert list_backbones(pretext="None", zoo=zoo) == list_backbones(task="[Nn]*", zoo=zoo) == []

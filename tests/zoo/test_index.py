@@ -28,66 +28,40 @@ def files_of(name, **changes):
 
 BAD_INDEXES = {
     "not JSON": b"\x80\x04N.",
-    "an array": b"[]",
-    "of the future": b'{"format": 2, "entries": {}}',
     "format true": b'{"format": true, "entries": []}',
     "deeply nested": b'{"format": 1, "entries": ' + b'{"a":' * 100_000 + b"1" + b"}" * 100_001,
-    "a huge integer": b'{"format": 1, "entries": {}, "x": ' + b"9" * 10_000 + b"}",
     "NaN": b'{"format": 1, "entries": {}, "x": NaN}',
     "an infinite number": b'{"format": 1, "entries": {}, "x": 1e999}',
     "half a surrogate pair": b'{"format": 1, "entries": {}, "x": "\\ud800"}',
     "another encoding": json.dumps({"format": 1, "entries": {}}).encode("utf-16"),
-    "removed is text": index_of({}, removed="tiny"),
     "removed is an object": index_of({}, removed={"tiny": 1}),
-    "removed holds numbers": index_of({}, removed=[1]),
     "removed holds paths": index_of({}, removed=["../../etc"]),
     "entries is a list": index_of([]),
     "name with folders": index_of({"../../tiny": entry_of()}),
-    "absolute name": index_of({"/etc/passwd": entry_of()}),
     "a long name": index_of({"x" * 5000: entry_of()}),
-    "a long format": b'{"format": "' + b"x" * 5000 + b'"}',
-    "a long metric": index_of({"tiny": entry_of(metrics={"x" * 5000: 1})}),
-    "a long file name": index_of({"tiny": entry_of(files=files_of("x" * 5000))}),
-    "hidden name": index_of({".lock": entry_of()}),
-    "name of two lines": index_of({"tiny\nother": entry_of()}),
-    "a record of text": index_of({"tiny": "x"}),
     "architecture is a number": index_of({"tiny": entry_of(architecture=5)}),
     "pretext is a list": index_of({"tiny": entry_of(pretext=["simclr"])}),
-    "task is an object": index_of({"tiny": entry_of(task={})}),
-    "created is a number": index_of({"tiny": entry_of(created=20260101)}),
-    "metrics are a list": index_of({"tiny": entry_of(metrics=[1])}),
     "a metric is a number": index_of({"tiny": entry_of(metrics={"AP": 0.5})}),
     "a mean is text": index_of({"tiny": entry_of(metrics={"AP": {"mean": "0.5"}})}),
-    "a mean is true": index_of({"tiny": entry_of(metrics={"AP": {"mean": True}})}),
-    "a spread is a list": index_of({"tiny": entry_of(metrics={"AP": {"mean": 1, "std": [1]}})}),
     "values are a number": index_of({"tiny": entry_of(metrics={"AP": {"mean": 1, "std": 1, "values": 3}})}),
     "a mean beyond floats": index_of({"tiny": entry_of(metrics={"AP": {"mean": 10**400}})}),
     "files are a list": index_of({"tiny": entry_of(files=["model.safetensors"])}),
     "a file elsewhere": index_of({"tiny": entry_of(files=files_of("../../outside"))}),
-    "an absolute file": index_of({"tiny": entry_of(files=files_of("/etc/passwd"))}),
-    "a file of another drive": index_of({"tiny": entry_of(files=files_of("c:\\x"))}),
     "a file with NUL": index_of({"tiny": entry_of(files=files_of("a\0b"))}),
     "negative size": index_of({"tiny": entry_of(files=files_of("a", size=-1))}),
-    "size is a float": index_of({"tiny": entry_of(files=files_of("a", size=1.0))}),
     "size is true": index_of({"tiny": entry_of(files=files_of("a", size=True))}),
     "size above the limit": index_of({"tiny": entry_of(files=files_of("a", size=10**400))}),
     "a digest that is a path": index_of({"tiny": entry_of(files=files_of("a", sha256="../" * 21 + "x"))}),
-    "an upper-case digest": index_of({"tiny": entry_of(files=files_of("a", sha256="A" * 64))}),
 }
 
 
-@pytest.mark.parametrize("text", ["a", "resnet50.simclr_x-1@2", "0", "A" * 100, "a@999999"])
-def test_valid_names(text):
-    assert is_name(text) and check_name(text) is None
-
-
-@pytest.mark.parametrize(
-    "text", ["../tiny", "a/b", "a\\b", ".hidden", "", "/tiny", "tiny@0", "tiny@", "ti\nny", "x" * 101, "é", 3, None]
-)
-def test_invalid_names_are_refused(text):
-    assert not is_name(text)
-    with pytest.raises(ZooError, match="is not a valid entry name"):
-        check_name(text)
+def test_names_are_one_plain_path_component():
+    for text in ("a", "resnet50.simclr_x-1@2", "0", "A" * 100, "a@999999"):
+        assert is_name(text) and check_name(text) is None
+    for text in ("../a", "a/b", "a\\b", ".hidden", "", "/a", "a@0", "a@", "ti\nny", "x" * 101, "é", "c:\\x", 3, None):
+        assert not is_name(text)
+        with pytest.raises(ZooError, match="is not a valid entry name"):
+            check_name(text)
 
 
 def test_versions_of_names():
@@ -136,33 +110,6 @@ def test_an_index_of_an_older_version_and_unknown_keys_are_read():
 hypothesis = pytest.importorskip("hypothesis", reason="fuzzing needs hypothesis: pip install hypothesis")
 st = hypothesis.strategies
 
-json_values = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
-    max_leaves=6,
-)
-metric_values = st.fixed_dictionaries(
-    {}, optional={key: json_values | st.lists(st.floats(), max_size=3) for key in ("mean", "std", "values")}
-)
-file_values = st.fixed_dictionaries(
-    {}, optional={"sha256": st.just(SHA256) | json_values, "size": st.integers() | json_values}
-)
-record_values = st.fixed_dictionaries(
-    {},
-    optional={
-        **{key: st.text(max_size=8) | json_values for key in ("architecture", "pretext", "task", "solver", "created")},
-        "metrics": st.dictionaries(st.text(max_size=8), metric_values | json_values, max_size=3) | json_values,
-        "files": st.dictionaries(st.sampled_from(["a", "../a", "b.json"]), file_values, max_size=2) | json_values,
-    },
-)
-index_values = st.fixed_dictionaries(
-    {"format": st.sampled_from([1, 1, 1, 1, 2, None, "1"])},
-    optional={
-        "entries": st.dictionaries(st.sampled_from(["x", "x@2", "y", "..", "a/b"]), record_values, max_size=3)
-        | json_values,
-        "removed": st.lists(st.sampled_from(["z", "..", 3]), max_size=2) | json_values,
-    },
-)
 good_records = st.fixed_dictionaries(
     {"architecture": st.text(), "files": st.dictionaries(st.just("a"), st.just({"sha256": SHA256, "size": 3}))},
     optional={
@@ -182,7 +129,7 @@ good_records = st.fixed_dictionaries(
     },
 )
 settings = hypothesis.settings(
-    max_examples=100,
+    max_examples=30,
     derandomize=True,
     deadline=None,
     database=None,
@@ -202,16 +149,6 @@ def consume(index, place):
         arguments = dict(filter="*", pretext=None, task=None, architecture="*", metric=None, json=as_json)
         assert commands.list_entries(Namespace(**arguments), Zoo(place)) == 0
     return page
-
-
-@settings
-@hypothesis.given(content=st.binary(max_size=60) | index_values.map(lambda value: json.dumps(value).encode()))
-def test_any_index_is_listed_or_refused(tmp_path_factory, content):
-    try:
-        index = parse_index(content, "fuzz")
-    except ZooError:
-        return
-    consume(index, tmp_path_factory.getbasetemp() / "fuzz")
 
 
 @settings
