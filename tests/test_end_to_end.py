@@ -6,7 +6,6 @@ import pytest
 import timm
 import torch
 from safetensors.torch import load_file
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import bissl_zoo
 from bissl_zoo.config import LazyConfig
@@ -105,14 +104,6 @@ def test_every_metrics_line_parses_and_the_solver_is_in_them(finished_run):
     ]
     assert all({f"solver/{name}" for name in solver} <= set(line) for line in upper_steps)
     assert upper_steps[-1]["solver/residual"] == bissl["solver/residual"]
-
-
-def test_tensorboard_shows_every_upper_step(finished_run):
-    board = EventAccumulator(str(finished_run[0] / "run" / "tensorboard")).Reload()
-    for name in ("solver/residual", "upper/total_loss", "upper/lr"):
-        assert [event.step for event in board.Scalars(f"bissl/upper_step/{name}")] == [1, 2, 3, 4]
-        assert [event.step for event in board.Scalars(f"bissl/{name}")] == [1, 2]
-    assert not [tag for tag in board.Tags()["scalars"] if tag.endswith("/upper_step")]
 
 
 def test_plain_timm_loads_the_entry_with_the_same_features(finished_run):

@@ -32,7 +32,7 @@ from bissl_zoo.engine.init import ZOO_PREFIX
 from bissl_zoo.engine.launch import choose_device
 from bissl_zoo.engine.publishing import check_entry_name
 from bissl_zoo.engine.resume import preserved_randomness
-from bissl_zoo.engine.trainer import Context, Stage, Weights
+from bissl_zoo.engine.trainer import Context, Weights
 from bissl_zoo.errors import ConfigError, did_you_mean
 from bissl_zoo.progress.writers import check_writers
 from bissl_zoo.registry import STAGES
@@ -270,7 +270,7 @@ def check_parts(context: Context, initial: Weights) -> None:
         _, task = build_downstream(context, Weights(initial.backbone))
         _check_targets(context, task)
     custom_hooks(context)
-    for stage in every_stage(cfg):
+    for stage in map(STAGES.build, _with_warmups(cfg.train.stages)):
         for role in stage.optimizers:
             build_part(cfg.optimizer[role], params=[torch.zeros(1, requires_grad=True)])
             build_part(cfg.lr_multiplier[role])
@@ -295,7 +295,5 @@ def _check_targets(context: Context, task: DownstreamTask) -> None:
         ) from error
 
 
-def every_stage(cfg: DictConfig) -> list[Stage]:
-    """Return the stages of `train.stages` and the warm-ups that they may need."""
-    names = [each for name in cfg.train.stages for each in (*STAGES.get(name).requires.values(), name)]
-    return [STAGES.build(name) for name in dict.fromkeys(names)]
+def _with_warmups(stages: Sequence[str]) -> list[str]:
+    return list(dict.fromkeys(each for name in stages for each in (*STAGES.get(name).requires.values(), name)))

@@ -258,13 +258,13 @@ class Trainer(ABC):
 
     def state_dict(self) -> dict[str, Any]:
         """Return all that a resumed run needs, as tensors and plain types."""
-        pending = {"pending": {"metrics": self.metrics, "records": self.records}} if self.pending else {}
+        pending = {"metrics": self.metrics, "records": self.records} if self.pending else None
         return {
             "step": self.step,
             "skipped": self.skipped,
             "ended": self.ended,
-            **({"bad": self.bad} if self.bad else {}),
-            **pending,
+            "bad": self.bad,
+            "pending": pending,
             "levels": {
                 name: {
                     "backbone": level.backbone.state_dict(),
@@ -286,13 +286,10 @@ class Trainer(ABC):
         self.skipped = state.get("skipped", 0)  # absent in checkpoints of early versions, as are the next three
         self.ended = state.get("ended", False)
         self.bad = state.get("bad", {})
-        # found by its content, since its name has changed
-        pending = [
-            value for value in state.values() if isinstance(value, dict) and {"metrics", "records"} == set(value)
-        ]
-        self.pending = bool(pending)
+        pending = state.get("pending", state.get("owed"))  # its name in checkpoints of early versions
+        self.pending = pending is not None
         if pending:
-            self.metrics, self.records = pending[0]["metrics"], pending[0]["records"]
+            self.metrics, self.records = pending["metrics"], pending["records"]
         for name, level in self.levels().items():
             saved = state["levels"][name]
             load_state(level.backbone, saved["backbone"], f"{name} backbone")

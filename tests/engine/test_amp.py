@@ -33,7 +33,7 @@ def computed_in(monkeypatch):
 
         monkeypatch.setattr(owner, name, spied)
 
-    for owner, name in ((SimCLR, "losses"), (SimCLR, "after_step"), (FasterRCNN, "losses"), (FasterRCNN, "predict")):
+    for owner, name in ((SimCLR, "outputs"), (SimCLR, "after_step"), (FasterRCNN, "losses"), (FasterRCNN, "predict")):
         spy(owner, name)
     return counts
 
@@ -49,8 +49,8 @@ def dtypes(state):
 def test_a_whole_run_in_bf16_leaves_float32_and_measures_in_it(tiny_config, at_scenes, tmp_path, computed_in):
     entry = run(tiny_config(train__amp="bf16", train__output_dir=tmp_path / "run"), "test")["entry"]
     assert computed_in == {
-        ("SimCLR", "losses", torch.bfloat16): 2 + 2 * 2,  # of pretraining and of two alternations
-        ("SimCLR", "losses", torch.float32): 2,  # the curvature of each alternation
+        ("SimCLR", "outputs", torch.bfloat16): 2 + 2 * 2,  # of pretraining and of two alternations
+        ("SimCLR", "outputs", torch.float32): 2,  # the curvature of each alternation
         ("SimCLR", "after_step", torch.float32): 2 + 2 * 2,
         ("FasterRCNN", "losses", torch.bfloat16): 2 + 2 * 2 + 2 + 2,  # warm-up, v and plain, baseline, fine-tuning
         ("FasterRCNN", "predict", torch.float32): 2 * 2,

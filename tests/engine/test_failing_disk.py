@@ -184,17 +184,6 @@ def test_an_error_that_waiting_cannot_fix_ends_the_run_at_once(tmp_path, pauses)
 
 
 @pytest.mark.slow
-def test_a_lack_of_inodes_is_reported(small_disk, pauses):
-    for number in range(64):
-        try:
-            (small_disk / str(number)).touch()
-        except OSError:
-            break
-    with pytest.raises(DiskError, match=r"needs about 12 bytes, 4\.0 MiB are free, and no inode for another file"):
-        Checkpointer(small_disk).save("stage", 1, 2, "resnet18", {"weight": torch.zeros(3)})
-
-
-@pytest.mark.slow
 def test_metrics_that_find_no_room_wait_and_are_written_in_order(small_disk, capsys):
     filler, trainer = Filler(small_disk), Growing("stage", 200)
     figures = {"total_loss": 1.0, **{f"figure{number}": 0.5 for number in range(40)}}  # much in a page of either file
@@ -256,16 +245,6 @@ def test_what_waits_is_bounded_and_the_oldest_go_first(tmp_path, failing_fsync, 
     recover()
     file.append([])
     assert file.path.read_bytes() == b"".join(ENTRY % number for number in (2, 3, 4)) and file.lost == 2
-
-
-@pytest.mark.slow
-def test_a_stage_begins_on_a_full_disk_though_lines_are_to_be_dropped(small_disk):
-    path = small_disk / "metrics.jsonl"
-    lines = [json.dumps({"stage": "stage", "step": step}) + "\n" for step in range(1, 400)]
-    path.write_text("".join(lines))
-    Filler(small_disk).fill()
-    writers.drop_lines_after(path, "stage", 200)
-    assert path.read_text() == "".join(lines[:200])
 
 
 def test_output_to_a_full_disk_does_not_end_the_run_but_a_closed_pipe_does(monkeypatch):

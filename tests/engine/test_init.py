@@ -5,6 +5,7 @@ import json
 import pytest
 import timm
 import torch
+from safetensors.torch import save_file
 
 from bissl_zoo.backbones import merge_split_states
 from bissl_zoo.engine.build import Weights
@@ -50,6 +51,15 @@ def test_a_zoo_entry_is_started_from_and_becomes_the_parent(finished, tiny_confi
     assert weights.pretext.keys() == head.keys() and all(torch.equal(v, head[k]) for k, v in weights.pretext.items())
     other, _ = load_init(f"zoo:{pin(entry['name'])}", tiny_config(pretext__name="byol"))
     assert other.pretext is None  # a head of another method is not taken
+
+
+def test_a_file_of_timm_weights_is_split_as_the_run_is(tiny_config, tmp_path):
+    state = timm.create_model("test_resnet", num_classes=0).state_dict()
+    save_file(state, tmp_path / "weights.safetensors")
+    weights, parents = load_init(str(tmp_path / "weights.safetensors"), tiny_config())
+    whole = merge_split_states(weights.backbone, weights.tail)
+    assert whole.keys() == state.keys() and all(torch.equal(value, state[key]) for key, value in whole.items())
+    assert weights.pretext is None and [parent["name"] for parent in parents] == ["weights.safetensors"]
 
 
 def test_weights_cut_at_one_stage_are_cut_again_at_another():

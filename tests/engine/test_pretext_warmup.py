@@ -1,6 +1,5 @@
 """A backbone without a head of the config's pretext method: a new head is warmed up on it before the BiSSL stage."""
 
-import json
 import shutil
 
 import pytest
@@ -147,29 +146,6 @@ def test_the_warm_up_runs_at_the_base_rate_of_the_lower_level(config):
     assert [trainer.run_step()["lr"] for _ in range(2)] == [0.05, 0.05]
 
 
-def test_a_file_without_a_head_gets_a_warm_up_stage_and_a_log_line(config, weights_file, tmp_path, capsys):
-    run(config(), "test")
-    out = capsys.readouterr().out
-    line = "train.init brings no pretext head of simclr: a new one is trained for 4 steps on the frozen backbone"
-    assert line in out and "stage 1 of 3: pretext_warmup" in out and "[pretext_warmup 4/4] total_loss" in out
-    assert "starts with a random one" not in out
-    records = [json.loads(text) for text in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
-    losses = [
-        record["total_loss"] for record in records if record["stage"] == "pretext_warmup" and "event" not in record
-    ]
-    assert len(losses) == 4 and losses[-1] < losses[0]
-    info = json.loads((tmp_path / "run/checkpoints/pretext_warmup/step_000004/manifest.json").read_text())
-    assert info["done"] and info["stage"] == "pretext_warmup"
-
-
-def test_a_warm_up_of_0_steps_is_left_out_with_a_warning(config, tmp_path, capsys):
-    run(config(bilevel__pretext_warmup__steps=0), "test")
-    out = capsys.readouterr().out
-    assert "warning: train.init brings no pretext head of simclr" in out and "starts with a random one" in out
-    assert "stage 1 of 2: head_warmup" in out
-    assert not (tmp_path / "run" / "checkpoints" / "pretext_warmup").exists()
-
-
 def test_the_warm_up_is_planned_only_if_the_head_is_missing(config, finished, weights_file):
     def names(**changed):
         return [phase.name for phase in plan_stages(*opened(config(**changed)))]
@@ -180,19 +156,13 @@ def test_the_warm_up_is_planned_only_if_the_head_is_missing(config, finished, we
     assert names(train__stages="[finetune]") == ["finetune"]
 
 
-def test_an_entry_of_another_method_is_warmed_up_and_one_of_the_same_is_not(config, finished, tmp_path, capsys):
-    entry = json.loads((finished / "zoo_entry.json").read_text())
-    zoo = entry["location"].rpartition("/")[0]
-    settings = dict(train__init=f"zoo:{entry['name']}", train__zoo=f"['{zoo}']")
-    published = opened(config("byol", **settings))[1].backbone
-    run(config("byol", **settings), "test")
-    assert "brings no pretext head of byol: a new one" in capsys.readouterr().out
-    level = warmed_up(tmp_path / "run")
-    assert same(level["backbone"], published)
-    assert same(part(level["head"], "teacher.backbone."), {f"teacher.backbone.{k}": v for k, v in published.items()})
-    run(config(**settings, train__output_dir=tmp_path / "same"), "test")
-    out = capsys.readouterr().out
-    assert "brings no pretext head" not in out and "stage 1 of 2: head_warmup" in out
+def test_a_warm_up_of_0_steps_is_left_out_with_a_warning(config, capsys):
+    context, weights = opened(config(bilevel__pretext_warmup__steps=0))
+    stages = plan_stages(context, weights)
+    assert [stage.name for stage in stages] == ["head_warmup", "bissl"]
+    stages[-1].announce(context, weights, stages)
+    assert "warning: train.init brings no pretext head of simclr" in (out := capsys.readouterr().out)
+    assert "starts with a random one" in out
 
 
 def test_a_run_of_another_method_provides_its_backbone_and_its_tail(config, finished):
@@ -204,11 +174,12 @@ def test_a_run_of_another_method_provides_its_backbone_and_its_tail(config, fini
 def test_a_warm_up_that_is_resumed_ends_as_one_that_was_not_interrupted(config, tmp_path, capsys):
     cfg = config("byol", train__checkpoint__keep=9, dataloader__pretext__batch_size=8)
     run(cfg, "test")
+    line = "train.init brings no pretext head of byol: a new one is trained for 4 steps on the frozen backbone"
+    assert line in capsys.readouterr().out
     whole = shutil.copytree(tmp_path / "run", tmp_path / "whole")
     checkpoints = tmp_path / "run" / "checkpoints"
     for later in ("pretext_warmup/step_000003", "pretext_warmup/step_000004", "head_warmup", "bissl"):
         shutil.rmtree(checkpoints / later)
-    capsys.readouterr()
     run(cfg, "test", resume=True)
     newest = checkpoints / "pretext_warmup" / "step_000002"
     assert f"resuming: pretext_warmup at step 2 of 4, from {newest}" in capsys.readouterr().out

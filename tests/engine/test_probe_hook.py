@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from digit_images import write_digit_folder
+from run_outcomes import assert_same, outcome
 from sklearn.linear_model import LogisticRegression
 from sklearn.neighbors import KNeighborsClassifier
 from sklearn.pipeline import make_pipeline
@@ -26,7 +27,6 @@ from bissl_zoo.engine.stages import Bissl, HeadWarmup, Pretrain
 from bissl_zoo.errors import DatasetError
 from bissl_zoo.evaluation import effective_rank, normalized_std
 from bissl_zoo.registry import build_dataset, build_task
-from bissl_zoo.runs.checkpoint import load_checkpoint
 
 CPU = torch.device("cpu")
 
@@ -62,25 +62,6 @@ def untimed(record):
     return {key: value for key, value in record.items() if key != "time" and not key.startswith(("speed/", "time/"))}
 
 
-def states(folder):
-    """Every stage's last checkpoint."""
-    return {path.parent.name: load_checkpoint(path)[1] for path in (folder / "checkpoints").glob("*/step_000002")}
-
-
-def assert_equal(one, other):
-    if isinstance(one, torch.Tensor):
-        assert torch.equal(one, other)
-    elif isinstance(one, dict):
-        assert one.keys() == other.keys()
-        for key in one:
-            assert_equal(one[key], other[key])
-    elif isinstance(one, (list, tuple)):
-        for pair in zip(one, other, strict=True):
-            assert_equal(*pair)
-    else:
-        assert one == other
-
-
 @pytest.mark.slow
 def test_a_run_with_and_without_the_probe_ends_bit_equal(labelled_config, tmp_path):
     folders, random_states = {}, {}
@@ -90,9 +71,9 @@ def test_a_run_with_and_without_the_probe_ends_bit_equal(labelled_config, tmp_pa
         cfg.train.stages, cfg.train.publish.name = ["pretrain", "bissl"], None
         run(cfg, "test")
         random_states[period] = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()
-    without, with_probe = (states(folders[period]) for period in (0, 1))
-    assert without.keys() == {"pretrain", "head_warmup", "bissl"}
-    assert_equal(without, with_probe)
+    without, with_probe = (outcome(folders[period])["states"] for period in (0, 1))
+    assert {name.partition("/")[0] for name in without} == {"pretrain", "head_warmup", "bissl"}
+    assert_same(without, with_probe)
     assert random_states[0] == random_states[1]
     plain, probed = (records(folders[period]) for period in (0, 1))
     for record, other in zip(plain, probed, strict=True):

@@ -12,7 +12,7 @@ from bissl_zoo.engine.publishing import publish_run, published
 from bissl_zoo.engine.runner import run
 from bissl_zoo.errors import BisslZooError, CheckpointError, ConfigError
 from bissl_zoo.runs.directory import read_metadata, read_results
-from bissl_zoo.zoo import Zoo, get_config, get_entry, list_backbones
+from bissl_zoo.zoo import Zoo, get_config, get_entry
 
 pytestmark = pytest.mark.slow
 
@@ -44,14 +44,6 @@ def test_the_samples_of_every_data_set_are_counted_and_their_list_has_a_digest(f
     ids = (devkit / "ImageSets" / "Main" / "test.txt").read_text().split()
     names = sorted(os.path.relpath(devkit / "JPEGImages" / f"{image_id}.jpg", scenes) for image_id in ids)
     assert facts["test"]["sample_list_sha256"] == hashlib.sha256("\n".join(names).encode()).hexdigest()
-
-
-def test_a_finished_run_that_is_resumed_is_not_published_twice(finished, tiny_config, at_scenes):
-    cfg = tiny_config(train__output_dir=finished)
-    zoo = cfg.train.publish.zoo
-    before = list_backbones(zoo=zoo)
-    assert run(cfg, "test", resume=True)["entry"] == published(finished)
-    assert list_backbones(zoo=zoo) == before
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ from run_outcomes import assert_same, outcome
 
 from bissl_zoo.bilevel.level import Level
 from bissl_zoo.engine import hooks, publishing, runner
-from bissl_zoo.hypergradient import CurvatureOperator
+from bissl_zoo.hypergradient import GraphOperator
 from bissl_zoo.runs import checkpoint
 from bissl_zoo.zoo.stores import folder as folder_store
 
@@ -51,7 +51,7 @@ class Bomb:
     def plant(self):
         """In the child only: where a run computes and where it writes."""
         Level.optimize = self.around(Level.optimize)
-        CurvatureOperator.hessian_product = self.around(CurvatureOperator.hessian_product)
+        GraphOperator.hessian_product = self.around(GraphOperator.hessian_product)
         for module in (checkpoint, hooks, publishing, runner, folder_store):
             for name in ("write_atomically", "_write_state", "evaluate", "publish_entry"):
                 if hasattr(module, name):

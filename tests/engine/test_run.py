@@ -8,13 +8,12 @@ import pytest
 import timm
 import torch
 from PIL import Image
-from safetensors.torch import save_file
 
 from bissl_zoo.config import LazyConfig
 from bissl_zoo.engine.build import Context, Weights
 from bissl_zoo.engine.runner import run
 from bissl_zoo.engine.stages import plan_stages
-from bissl_zoo.runs.checkpoint import load_checkpoint, read_info
+from bissl_zoo.runs.checkpoint import load_checkpoint
 from bissl_zoo.zoo import get_entry
 
 pytestmark = pytest.mark.slow
@@ -124,22 +123,6 @@ def test_a_run_without_a_name_to_publish_leaves_the_zoo_alone(tiny_config, at_sc
     assert not zoo.exists() and not (tmp_path / "run" / "zoo_entry.json").exists()
 
 
-def test_the_stages_go_on_from_a_run_that_only_pretrained(tiny_config, at_scenes, tmp_path, capsys):
-    first, second = tmp_path / "first", tmp_path / "second"
-    run(tiny_config(train__output_dir=first, train__stages="[pretrain]"), "test")
-    left = load_checkpoint(first / "checkpoints" / "pretrain" / "step_000002")[1]["levels"]["level"]["backbone"]
-    capsys.readouterr()
-    settings = dict(train__output_dir=second, train__stages="[bissl]", train__init=first)
-    entry = run(tiny_config(**settings), "test")["entry"]
-    assert "brings no pretext head" not in capsys.readouterr().out
-    assert not (second / "checkpoints" / "pretext_warmup").exists()
-    warm = load_checkpoint(second / "checkpoints" / "head_warmup" / "step_000002")[1]["levels"]["level"]["backbone"]
-    assert all(torch.equal(warm[key], value) for key, value in left.items())  # frozen, and in eval mode
-    parent = read_info(first / "checkpoints" / "pretrain" / "step_000002").sha256
-    facts = get_entry(entry.name, zoo=tiny_config().train.publish.zoo)
-    assert facts["lineage"]["parent"] == parent
-
-
 def test_a_run_whose_levels_shared_another_stage_can_be_started_from(tiny_config, folder_of_images, tmp_path):
     def published(name, **changed):
         cfg = byol_classification(tiny_config(train__output_dir=tmp_path / name, train__stages="[pretrain]", **changed))
@@ -151,19 +134,6 @@ def test_a_run_whose_levels_shared_another_stage_can_be_started_from(tiny_config
     second = published("second", bilevel__shared_stage="c4", train__init=tmp_path / "first")
     for one, other in zip(first.named_parameters(), second.named_parameters(), strict=True):
         assert torch.equal(one[1], other[1]), one[0]
-
-
-def test_a_file_of_timm_weights_is_what_the_first_stage_starts_from(tiny_config, at_scenes, tmp_path, capsys):
-    torch.manual_seed(5)
-    state = timm.create_model("test_resnet", num_classes=0).state_dict()
-    save_file(state, tmp_path / "weights.safetensors")
-    init = tmp_path / "weights.safetensors"
-    settings = dict(train__output_dir=tmp_path / "run", train__stages="[bissl]", bilevel__pretext_warmup__steps=1)
-    cfg = tiny_config(**settings, train__init=init)
-    entry = run(LazyConfig.apply_overrides(cfg, ["optimizer.lower.lr=0.0"]), "test")["entry"]
-    assert "brings no pretext head" in capsys.readouterr().out
-    published = dict(timm.create_model(f"local-dir:{entry.location}", pretrained=True).named_parameters())
-    assert all(torch.equal(value, state[key]) for key, value in published.items())
 
 
 def test_the_plan_of_a_run_has_the_warm_ups_and_names_what_each_fine_tuning_starts_from(tiny_config):

@@ -2,9 +2,11 @@
 
 import json
 import time
+from functools import partial
 
 import pytest
 import torch
+from forked_runs import exit_status, start_run
 from omegaconf import OmegaConf
 
 from bissl_zoo.config import LazyConfig
@@ -15,7 +17,7 @@ from bissl_zoo.engine.hooks import MetricsWriter
 from bissl_zoo.engine.launch import choose_device, launch
 from bissl_zoo.engine.resume import seed_everything
 from bissl_zoo.engine.stages import Bissl, Finetune, HeadWarmup, Pretrain
-from bissl_zoo.engine.stages.bissl import coupling
+from bissl_zoo.engine.stages.bissl import BisslTrainer, coupling
 from bissl_zoo.errors import BisslZooError, ConfigError
 from bissl_zoo.runs.checkpoint import Checkpointer, load_checkpoint
 
@@ -191,6 +193,13 @@ def test_what_a_solver_or_an_optimizer_refuses_is_known_before_the_run(tiny_conf
         check_parts(open_context(tiny_config(**changed), "test"), Weights())
 
 
+def test_a_batch_that_does_not_divide_among_processes_is_refused(tiny_config, at_scenes, monkeypatch):
+    monkeypatch.setattr("bissl_zoo.engine.checks.get_world_size", lambda: 2)
+    context = open_context(tiny_config(dataloader__train__batch_size=3), "test")
+    with pytest.raises(ConfigError, match="dataloader.train.batch_size=3 must be .* a multiple of their number .2."):
+        check_parts(context, Weights())
+
+
 @pytest.mark.slow
 def test_closing_a_stage_ends_the_workers_of_its_loader_at_once(tiny_config, at_scenes, tmp_path, monkeypatch):
     context = open_context(tiny_config(dataloader__pretext__num_workers=1), "test")
@@ -268,42 +277,22 @@ def test_a_project_error_ends_in_a_message_and_others_are_raised(capsys):
         launch(fail, 1, ZeroDivisionError())
 
 
-PROGRAM = """
-import hashlib, json, sys
-from bissl_zoo.config import LazyConfig
-from bissl_zoo.distributed import all_gather_objects, is_main_process
-from bissl_zoo.engine.stages import Bissl
-from bissl_zoo.engine.build import Weights
-from bissl_zoo.engine.hooks import MetricsWriter
-from bissl_zoo.engine.launch import launch
-from bissl_zoo.engine.checks import open_context
-
-def digest(module):
-    return hashlib.sha256(b"".join(p.detach().numpy().tobytes() for p in module.parameters())).hexdigest()
-
-def main(config):
-    trainer = Bissl().build(open_context(LazyConfig.load(config), config), Weights())
-    trainer.train()
-    levels = trainer.levels()
-    mine = {f"{n} {part}": digest(getattr(l, part)) for n, l in levels.items() for part in ("backbone", "head")}
-    images = [t["image_id"] for t in next(levels["upper"].data_iterator)[1]]
-    everyone = all_gather_objects((mine, images))
-    if is_main_process():
-        print(json.dumps(everyone))
-    return 0
-
-if __name__ == "__main__":
-    sys.exit(launch(main, 2, sys.argv[1]))
-"""
-
-
 @pytest.mark.slow
-def test_two_processes_hold_the_same_parameters_and_see_different_images(process, tiny_config, tmp_path):
-    (tmp_path / "program.py").write_text(PROGRAM)
-    LazyConfig.save(tiny_config(), tmp_path / "config.yaml")
-    with process(tmp_path / "program.py", tmp_path / "config.yaml") as running:
-        out, err = running.communicate(timeout=120)
-    assert running.returncode == 0, err
-    (first, images), (second, others) = json.loads(out.splitlines()[-1])
-    assert first == second and len(set(first.values())) == 4
+def test_two_processes_hold_the_same_parameters_and_see_different_images(tiny_config, at_scenes, tmp_path):
+    def recording(rank):
+        def close(trainer):
+            levels = trainer.levels()
+            parts = [getattr(level, part) for level in levels.values() for part in ("backbone", "head")]
+            values = [torch.cat([p.flatten() for p in part.parameters()]).tolist() for part in parts]
+            images = [target["image_id"] for target in next(levels["upper"].data_iterator)[1]]
+            (tmp_path / f"{rank}.json").write_text(json.dumps([values, images]))
+            original(trainer)
+
+        original, BisslTrainer.close = BisslTrainer.close, close
+
+    cfg = tiny_config(train__stages="[bissl]", train__output_dir=tmp_path / "run", train__publish__name="null")
+    pids = [start_run(cfg, rank, 2, tmp_path / "meeting", before=partial(recording, rank)) for rank in range(2)]
+    assert [exit_status(pid) for pid in pids] == [0, 0]
+    (first, images), (second, others) = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2))
+    assert first == second and first[0] != first[2] and first[1] != first[3]
     assert len(images) == len(others) == 2 and not set(images) & set(others)

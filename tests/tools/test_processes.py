@@ -90,20 +90,6 @@ def test_two_processes_measure_the_whole_set_and_one_of_them_speaks(train_net_pr
     assert figures == pytest.approx({name: measured[name] for name in figures}, abs=5.1e-5)
 
 
-def test_torchrun_starts_it_and_one_process_speaks(train_net_process, tiny):
-    outcome = train_net_process("--dry-run", *tiny(), launcher=TORCHRUN)
-    assert outcome.status == 0, outcome.err
-    assert outcome.out.count("finetune_pretrained (baseline)") == 1
-
-
-def test_a_batch_that_does_not_divide_among_processes_is_one_message(train_net_process, tiny, tmp_path):
-    run = tmp_path / "run"
-    outcome = train_net_process("--num-gpus", "2", *tiny(dataloader__train__batch_size=3), f"train.output_dir={run}")
-    assert outcome.message().count("error") == 1
-    assert "dataloader.train.batch_size=3" in outcome.err
-    assert not run.exists()
-
-
 def test_a_damaged_image_of_one_process_is_one_message(train_net_process, tiny, scenes_copy, tmp_path):
     root, year = scenes_copy
     for image in year.glob("JPEGImages/test_00000[1357].jpg"):  # the second process's part of the test set
