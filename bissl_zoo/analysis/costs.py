@@ -246,6 +246,7 @@ def _measure_alternation(problem: BiLevel, gauge: "Gauge") -> list[Cost]:
         Cost("bissl", UPPER, upper.batch_size),
     ]
     operator = problem.curvature(lower.next_batch())
+    shift = operator.shift
     counts: list[int] = []
 
     def prepare() -> None:
@@ -256,8 +257,7 @@ def _measure_alternation(problem: BiLevel, gauge: "Gauge") -> list[Cost]:
         counts.append(problem.upper_step(operator)["solver/products"])
 
     def upper_steps() -> None:
-        operator.shift = None if problem.solver.damping == "auto" else problem.lam + problem.solver.damping
-        problem.shift = None
+        operator.shift, problem.shift = shift, None
         counts.clear()
         upper_step.seconds = statistics.mean(gauge.seconds(one_upper_step) for _ in range(problem.upper_steps))
         upper_step.products = statistics.mean(counts)

@@ -34,7 +34,8 @@ from bissl_zoo.engine.init import load_init
 from bissl_zoo.engine.stages import Bissl, HeadWarmup
 from bissl_zoo.errors import BisslZooError, ConfigError
 from bissl_zoo.files import write_atomically
-from bissl_zoo.hypergradient import CurvatureOperator
+from bissl_zoo.hypergradient import GraphOperator
+from bissl_zoo.optim import effective_learning_rate
 from bissl_zoo.registry import SOLVERS
 
 logger = logging.getLogger(__name__)
@@ -121,6 +122,9 @@ def check_on_real(context: Context, initial: Weights, effort: Effort) -> dict[st
         logger.info(f"   {note}")
     trainer = Bissl().build(context, weights)
     problem = trainer.problem
+    optimizer = problem.lower.optimizer
+    if isinstance(optimizer, torch.optim.SGD):  # that of other optimizers is only known after a step
+        problem.time_constant = 1.0 / (effective_learning_rate(optimizer) * problem.lower_steps)
     try:
         views, batch = next(problem.lower.data_iterator), next(problem.upper.data_iterator)
         v = right_hand_side(problem, batch)
@@ -147,7 +151,7 @@ def _warm_up_head(context: Context, initial: Weights, max_steps: int) -> tuple[W
 
 
 def _measure(
-    section: DictConfig, problem: BiLevel, operator: CurvatureOperator, v: Tensor, effort: Effort
+    section: DictConfig, problem: BiLevel, operator: GraphOperator, v: Tensor, effort: Effort
 ) -> dict[str, Any]:
     name, solver, lam = section.name, problem.solver, problem.lam
     symmetry, seconds = _check_symmetry(operator, v)
@@ -160,10 +164,14 @@ def _measure(
         ritz = spectrum(operator, v, effort.lanczos_steps)
     except ValueError as error:
         raise BisslZooError(f"{error} Check the weights and the first batches.") from error
-    automatic = automatic_shift(operator, v, solver, lam)
-    used = automatic if solver.damping == "auto" else lam + solver.damping
+    gauss_newton = problem.curvature_matrix == "gauss_newton"
+    automatic = lam + (problem.time_constant or 1.0) if gauss_newton else automatic_shift(operator, v, solver, lam)
+    used = operator.shift or automatic
     low, high = (f"{ritz.values[i]:.4g} +- {ritz.bounds[i]:.2g}" for i in (0, -1))
-    logger.info(f"   H from {low} to {high}; automatic damping {automatic - lam:.4g}, configured {solver.damping}")
+    matrix = "Gauss-Newton matrix" if gauss_newton else "Hessian"
+    logger.info(
+        f"   {matrix} from {low} to {high}; automatic damping {automatic - lam:.4g}, configured {solver.damping}"
+    )
     logger.info(f"   at damping {used - lam:.4g} the system is {ritz.definiteness(used)}")
     shifts = [used] if abs(automatic - used) <= 0.01 * used else [used, automatic]
     rows, skipped = compare_solvers(name, operator, v, solver, lam, shifts, effort.max_products)
@@ -171,6 +179,7 @@ def _measure(
     advice = advise(operator, v, name, solver, used, lam, ritz, rivals, effort.max_products)
     return {
         "real": {
+            "curvature": problem.curvature_matrix,
             "parameters": len(v),
             "lambda": lam,
             "seconds_per_product": seconds,
@@ -186,7 +195,7 @@ def _measure(
     }
 
 
-def _check_symmetry(operator: CurvatureOperator, v: Tensor) -> tuple[dict[str, Any], float]:
+def _check_symmetry(operator: GraphOperator, v: Tensor) -> tuple[dict[str, Any], float]:
     """Return the symmetry error with its limit, and the seconds of a product."""
     vectors = torch.randn(3, len(v), generator=torch.Generator().manual_seed(0), dtype=v.dtype).to(v.device)
     operator.hessian_product(vectors[2])  # the first one may take longer
@@ -288,7 +297,7 @@ def _plot_spectrum(axes: Axes, real: dict[str, Any]) -> None:
     axes.axvline(0.0, color="black", linewidth=1)
     axes.set_xscale("symlog", linthresh=1.0)
     axes.margins(x=0.1)
-    axes.set(xlabel="Ritz values of A = I + H / (lambda + damping), with error bounds", ylabel="damping")
+    axes.set(xlabel="Ritz values of A = I + curvature / (lambda + damping), with error bounds", ylabel="damping")
     axes.set_yticks(range(count), [f"{item['damping']:.4g}" for item in real["definiteness"]])
     axes.set(ylim=(-0.5, count - 0.2), title="Spectrum: A is indefinite if a value is left of the line")
     axes.legend(fontsize=8, loc="upper left")

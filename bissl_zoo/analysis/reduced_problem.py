@@ -23,7 +23,7 @@ from bissl_zoo.distributed import all_reduce_mean, flatten, get_rank, unflatten_
 from bissl_zoo.downstream.classification import Classification
 from bissl_zoo.engine.build import build_part
 from bissl_zoo.errors import BisslZooError
-from bissl_zoo.hypergradient import CurvatureOperator, Exact
+from bissl_zoo.hypergradient import Exact, GraphOperator
 from bissl_zoo.optim import LRMultiplier
 from bissl_zoo.pretext import PretextMethod
 from bissl_zoo.registry import PRETEXT_METHODS
@@ -137,6 +137,7 @@ class ReducedProblem:
         self.views = _random_views([view.dtype == torch.bool for view in example])
         lower, upper = _level("lower", trunks[0], pretext), _level("upper", trunks[1], task)
         self.problem = BiLevel(lower, upper, Exact(damping=0.0), gamma=cfg.bilevel.gamma, curvature="hessian")
+        self.gauss_newton = cfg.bilevel.curvature == "gauss_newton" and hasattr(pretext, "outer")
         self.parameters = lower.backbone_parameters
         self.holding: contextlib.AbstractContextManager = contextlib.nullcontext()
 
@@ -186,9 +187,9 @@ class ReducedProblem:
         parts = (1.0, lower.backbone), (gamma, upper.backbone)
         return sum(weight * upper.loss(backbone, self.batch)[1]["cross_entropy"] for weight, backbone in parts)
 
-    def operator(self, solver: Any) -> CurvatureOperator:
+    def operator(self, solver: Any, curvature: str = "hessian") -> GraphOperator:
         """Return the curvature operator as the BiSSL stage builds it for this solver."""
-        self.problem.solver, self.problem.shift = solver, None
+        self.problem.solver, self.problem.shift, self.problem.curvature_matrix = solver, None, curvature
         torch.manual_seed(0)
         return self.problem.curvature(self.views).prepare()
 
@@ -268,7 +269,10 @@ class Check:
 def check_reduced(reduced: ReducedProblem, name: str, solver: Any) -> list[Check]:
     """Check product, hypergradient and configured solver against finite differences and a direct solve."""
     with torch.random.fork_rng():
-        return [_product(reduced), _objective(reduced), *check_solver(reduced, name, solver)]
+        checks = [_product(reduced), _objective(reduced)]
+        if reduced.gauss_newton:
+            checks.append(_gauss_newton_product(reduced))
+        return checks + check_solver(reduced, name, solver)
 
 
 def _product(reduced: ReducedProblem) -> Check:
@@ -289,6 +293,32 @@ def _product(reduced: ReducedProblem) -> Check:
     set_parameters(reduced.parameters, theta)
     detail = f"on average {worst[1]:.4g} times the expected value" if worst[0] > LIMIT else "3 random directions"
     return Check("Hessian-vector product against finite differences of the gradient", worst[0], LIMIT, detail)
+
+
+def _gauss_newton_product(reduced: ReducedProblem) -> Check:
+    """Check `J^T C J u` against the Jacobian, row by row, and the loss against `outer(outputs)`."""
+    head, operator = reduced.problem.lower.head, reduced.operator(Exact(damping=0.0), "gauss_newton")
+    torch.manual_seed(0)
+    outputs = head.outputs(reduced.problem.lower.backbone, reduced.views)
+    moving = [output for output in outputs if output.requires_grad]
+    rows = [
+        torch.autograd.grad(z, reduced.parameters, retain_graph=True, materialize_grads=True) for z in flatten(moving)
+    ]
+    jacobian, point = torch.stack([flatten(row) for row in rows]), flatten(moving).detach()
+
+    def outer(flat: Tensor) -> Tensor:
+        parts = iter(unflatten_like(flat, moving))
+        losses = head.outer(tuple(next(parts) if output.requires_grad else output for output in outputs))
+        return torch.stack(list(losses.values())).sum()
+
+    slope = torch.autograd.functional.vjp(outer, point)[1]
+    pairs = [(all_reduce_mean(jacobian.T @ slope), reduced.gradient())]
+    for u in _random_directions(jacobian.shape[1], 3):
+        curved = torch.autograd.functional.hvp(outer, point, jacobian @ u)[1]
+        pairs.append((operator.hessian_product(u), all_reduce_mean(jacobian.T @ curved)))
+    errors = [float((value - expected).norm() / expected.norm()) for value, expected in pairs]
+    detail = f"gradient of outer(outputs) {errors[0]:.1e}, products {max(errors[1:]):.1e}"
+    return Check("Gauss-Newton product against the Jacobian of the outputs", max(errors), LIMIT, detail)
 
 
 def _objective(reduced: ReducedProblem) -> Check:

@@ -42,7 +42,7 @@ def reduced():
 @pytest.mark.parametrize("method", PRETEXT_METHODS.list())
 def test_every_pretext_method_passes(method):
     checks = check_reduced(ReducedProblem(config(method)), "minres", MinRes())
-    assert len(checks) == 4
+    assert len(checks) == 5
     for check in checks:
         assert check.passed, check
 

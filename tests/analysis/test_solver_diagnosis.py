@@ -15,7 +15,6 @@ from bissl_zoo.analysis.solver_diagnosis import (
     budget_key,
     budgets_up_to,
     convergence,
-    is_too_large,
     spectrum,
     symmetry_error,
 )
@@ -84,14 +83,10 @@ def test_a_small_space_is_explored_whole():
     assert ritz.bounds.max() < 1e-6
 
 
-def test_a_zero_right_hand_side_is_refused():
-    with pytest.raises(ValueError, match="zero"):
-        spectrum(DenseOperator(torch.eye(3)), torch.zeros(3), steps=2)
-
-
-def test_products_that_are_not_finite_are_refused():
-    with pytest.raises(ValueError, match="not finite"):
-        spectrum(DenseOperator(torch.full((3, 3), torch.nan)), torch.ones(3), steps=2)
+@pytest.mark.parametrize(("entry", "v", "message"), [(1.0, 0.0, "zero"), (torch.nan, 1.0, "not finite")])
+def test_a_system_without_a_spectrum_is_refused(entry, v, message):
+    with pytest.raises(ValueError, match=message):
+        spectrum(DenseOperator(torch.full((3, 3), entry)), torch.full((3,), v), steps=2)
 
 
 @pytest.mark.parametrize(("shift", "state"), [(6.9, "indefinite"), (7.1, "definite")])
@@ -117,9 +112,7 @@ def test_the_automatic_shift_is_the_solvers_own_and_leaves_no_subspace():
     assert operator.subspace.explored == 0
 
 
-@pytest.mark.parametrize(
-    ("limit", "expected"), [(1, [1]), (2, [1, 2]), (4, [1, 2, 3, 4]), (8, [1, 2, 3, 5, 8]), (12, [1, 2, 3, 5, 8, 12])]
-)
+@pytest.mark.parametrize(("limit", "expected"), [(1, [1]), (2, [1, 2]), (12, [1, 2, 3, 5, 8, 12])])
 def test_budgets_grow_and_end_at_the_limit(limit, expected):
     assert budgets_up_to(limit) == expected
 
@@ -146,23 +139,10 @@ def test_curves_hold_the_true_residuals_from_a_cold_start(name):
     assert len({p.products for p in points}) == len(points)  # nothing is left from one budget to the next
 
 
-def test_the_curve_of_minres_equals_separate_solves():
-    matrix, v = symmetric(torch.linspace(-1, 20, SIZE)), draw(SIZE, seed=1)
-    points, _ = convergence(CachedOperator(DenseOperator(matrix), 5.0), v, MinRes(), [1, 2, 3, 5])
-    for point in points:
-        alone = MinRes(iterations=point.budget, tolerance=1e-12)(DenseOperator(matrix, shift=5.0), v)
-        assert point.residual == pytest.approx(alone.residual, rel=1e-9)
-
-
 def test_budgets_share_cached_products():
     operator = DenseOperator(symmetric(torch.linspace(-1, 20, SIZE)))
     convergence(CachedOperator(operator, 5.0), draw(SIZE, seed=1), ConjugateGradient(), [1, 2, 3, 5, 8])
     assert operator.products <= 8 + 2 * 5  # the longest run, and two residuals of each
-
-
-def test_only_a_solver_with_a_limit_of_size_is_too_large():
-    assert is_too_large(Exact(max_size=10), 11) and not is_too_large(Exact(max_size=10), 10)
-    assert not is_too_large(Identity(), 10**9)
 
 
 # ------------------------------------------------------------------------------------------------ advice

@@ -15,7 +15,7 @@ from bissl_zoo.config import LazyConfig, instantiate, load_config
 from bissl_zoo.errors import BisslZooError, ConfigError
 from bissl_zoo.files import is_sha256
 from bissl_zoo.studies import compare as module
-from bissl_zoo.studies.arms import ARMS, Settings, arm_config, base_config, pretrain_config, read_settings
+from bissl_zoo.studies.arms import ARMS, Settings, base_config, pretrain_config, read_settings
 from bissl_zoo.studies.compare import Comparison, claim_folder, compare, compare_datasets
 from bissl_zoo.studies.compare_report import (
     Results,
@@ -70,17 +70,11 @@ def test_missing_keys_have_their_defaults(config):
         ({"metric": None}, "compare.metric is None"),
         ({"arms": ["pretrained", "bisl"]}, "Did you mean 'bissl'"),
         ({"arms": ["bissl", "joint"]}, "give 'pretrained'"),
-        ({"arms": ["pretrained"]}, "at least one of bissl, longer_pretraining, joint"),
-        ({"arms": ["pretrained", "bissl", "bissl"]}, "give 'pretrained'"),
-        ({"seeds": 0}, "give their number"),
         ({"seeds": [1, 1]}, "without duplicates"),
-        ({"seeds": [1, -2]}, "without duplicates"),
         ({"vary": "seed"}, "compare.vary has 'seed'"),
-        ({"search_trials": -1}, "0 for none"),
         ({"search_trials": 3}, "needs a section 'search'"),
         ({"search_trials": 3, "search": {"overrides": ["a=1"]}, "higher_is_better": False}, "for error rates"),
         ({"search_trials": 2, "search": {**SEARCH, "space": {"optimizer.upper.lr": [0.1, 1]}}}, "optimizer.upper.lr"),
-        ({"search_trials": 2, "search": {"space": SEARCH["space"]}}, "validation split"),
         ({"datasets": ["a"]}, "must map names to lists"),
     ],
 )
@@ -98,12 +92,6 @@ def test_a_comparison_needs_its_section_and_a_pretrained_backbone(config, tiny_c
     with pytest.raises(ConfigError, match="vary is 'pretrain'"):
         read_settings(config(given, vary="pretrain"), "test")
     assert read_settings(config(given), "test").vary == "bissl"
-
-
-def test_a_wrong_key_of_a_search_is_refused_before_pretraining(config):
-    search = {**SEARCH, "space": {"optimizer.finetune.lrr": [0.1, 1.0]}}
-    with pytest.raises(ConfigError, match="Nearest: optimizer.finetune.lr"):
-        Comparison(config(search_trials=2, search=search), "test", Path("folder"))
 
 
 # ------------------------------------------------------------------------------------------------ arms
@@ -558,8 +546,3 @@ def test_the_shipped_comparisons_couple_their_levels():
         steps = cfg.bilevel.lower_steps * cfg.bilevel.alternations
         upper = cfg.bilevel["lambda"] * optimizer.lr / (1 - optimizer.momentum) * steps
         assert 1.0 < upper < 15.0  # at the full rate; the schedule takes about half of it
-
-
-def test_runs_of_an_arm_accept_further_overrides(config):
-    cfg = arm_config(base_config(config(seeds=2)), "bissl", 0, None, ["bissl"], ["bilevel.alternations=7"])
-    assert cfg.bilevel.alternations == 7

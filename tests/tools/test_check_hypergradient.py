@@ -5,7 +5,6 @@ import io
 import json
 import math
 
-import numpy as np
 import pytest
 from command_line import load_tool
 from PIL import Image
@@ -22,10 +21,10 @@ def check(scenes):
     """Call the command line: `check("a.b=c", output=folder)` -> (status, out, err)."""
     tool = load_tool("check_hypergradient")
 
-    def call(*arguments, output, config="quickstart/digit_scenes_det.py", datasets=scenes):
+    def call(*arguments, output, config="quickstart/digit_scenes_det.py"):
         out, err = io.StringIO(), io.StringIO()
         with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-            patch.setenv("BISSL_ZOO_DATASETS", str(datasets))
+            patch.setenv("BISSL_ZOO_DATASETS", str(scenes))
             command = ["--config-file", str(config), "--output-dir", str(output), *map(str, arguments)]
             status = tool.cli(command)
         return status, out.getvalue(), err.getvalue()
@@ -44,7 +43,7 @@ def outcome(check, tiny, finished, tmp_path_factory):
 
 
 def test_the_results_are_complete_and_finite(outcome):
-    _, result, _ = outcome
+    folder, result, _ = outcome
     assert result["passed"] and all(entry["passed"] for entry in result["reduced"]["checks"])
     real = result["real"]
     assert real["symmetry"]["passed"] and real["lambda"] == 0.1 and real["damping"]["configured"] == 2.0
@@ -55,23 +54,12 @@ def test_the_results_are_complete_and_finite(outcome):
         assert [p["budget"] for p in row["points"]] in ([1, 2, 3], [None])
         assert all(p["residual"] >= 0 for p in row["points"])
         assert -1 <= row["cosine_to_v"] <= 1.0001 and -1 <= row["cosine_to_best"] <= 1.0001
-
-
-def test_every_damping_has_a_verdict_and_every_solver(outcome):
-    _, result, _ = outcome
-    real = result["real"]
-    dampings = [entry["damping"] for entry in real["definiteness"]]
-    assert dampings[0] == pytest.approx(2.0)
-    for damping in dampings:
-        assert [row["solver"] for row in real["solvers"] if row["damping"] == damping].count("minres") == 1
+    identity = next(row for row in real["solvers"] if row["solver"] == "identity")
+    assert identity["cosine_to_v"] == pytest.approx(1.0, abs=1e-6) and identity["points"][0]["products"] == 0
+    assert real["definiteness"][0]["damping"] == pytest.approx(2.0)
     assert {entry["state"] for entry in real["definiteness"]} <= {"definite", "indefinite", "undecided"}
-
-
-def test_the_solution_of_no_curvature_is_the_right_hand_side(outcome):
-    _, result, _ = outcome
-    row = next(row for row in result["real"]["solvers"] if row["solver"] == "identity")
-    assert row["cosine_to_v"] == pytest.approx(1.0, abs=1e-6)  # float32
-    assert row["points"][0]["products"] == 0
+    with Image.open(folder / "check.png") as image:
+        assert image.width >= 1200
 
 
 def test_the_output_agrees_with_the_file(outcome):
@@ -82,16 +70,6 @@ def test_the_output_agrees_with_the_file(outcome):
     assert "min to go" in out
     for words in result["advice"]["overrides"]:
         assert " ".join(words) in out
-
-
-def test_the_plot_has_two_panels(outcome):
-    folder, _, _ = outcome
-    with Image.open(folder / "check.png") as image:
-        pixels = np.asarray(image.convert("RGB")).astype(int)
-    assert pixels.shape[0] >= 500 and pixels.shape[1] >= 1200
-    for half in np.array_split(pixels, 2, axis=1):
-        coloured = half.max(axis=2) - half.min(axis=2) > 60
-        assert coloured.mean() > 1e-3
 
 
 def test_the_damping_that_is_advised_converges(check, tiny, finished, tmp_path):
@@ -141,24 +119,15 @@ def test_a_wrong_product_ends_with_status_1_and_its_name(check, tiny, tmp_path, 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["solver.iteration=3"], "Nearest: solver.iterations"),
         (["solver.name=minrs"], "Did you mean 'minres'?"),
         (["--max-products", "0"], "--max-products is 0"),
-        (["--lanczos-steps", "1"], "--lanczos-steps is 1"),
-        (["--warmup-steps", "-1"], "--warmup-steps is -1"),
         (["--run", "runs/nowhere"], "runs/nowhere"),
-        (["bilevel.lambda=0"], "lambda"),
     ],
 )
 def test_invalid_input_is_refused_before_the_check(check, tiny, tmp_path, arguments, message):
     status, out, err = check(*tiny(), *arguments, output=tmp_path / "refused")
     assert status == 1 and err.startswith("error: ") and message in err and "Traceback" not in err
     assert "reduced problem" not in out and not (tmp_path / "refused").exists()
-
-
-def test_a_missing_data_set_is_refused(check, tmp_path):
-    status, out, err = check(output=tmp_path / "refused", config="bissl/voc_det.py", datasets=tmp_path / "none")
-    assert status == 1 and "BISSL_ZOO_DATASETS" in err and "reduced problem" not in out
 
 
 def test_a_file_in_the_place_of_the_output_directory_is_refused(check, tiny, tmp_path):
