@@ -184,8 +184,10 @@ def tiny(tmp_path_factory):
 def tiny_config(tiny):
     """Build the config with the overrides of `tiny`: `tiny_config(bilevel__alternations=3)`."""
 
+    base = load_config(QUICKSTART)
+
     def build(**changed):
-        return LazyConfig.apply_overrides(load_config(QUICKSTART), tiny(**changed))
+        return LazyConfig.apply_overrides(base, tiny(**changed))
 
     return build
 

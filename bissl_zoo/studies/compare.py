@@ -59,7 +59,7 @@ def compare(
     comparison = Comparison(cfg, source, folder, parallel, engine)
     if not only_report:
         comparison.check()
-    return _run_and_report(comparison, only_report)
+    return comparison.report(only_report)
 
 
 def compare_datasets(
@@ -76,14 +76,16 @@ def compare_datasets(
     Raises:
         BisslZooError: as :func:`compare`; all data sets are checked before the first run.
     """
-    comparisons = _comparisons(cfg, source, folder, names, parallel, engine)
+    comparisons = {
+        name: Comparison(*_dataset_config(cfg, source, name), folder / name, parallel, engine) for name in names
+    }
     if not only_report:
         for comparison in comparisons.values():
             comparison.check()
     reports = {}
     for name, comparison in comparisons.items():
         logger.info(f"data set {name}")
-        reports[name] = _run_and_report(comparison, only_report)
+        reports[name] = comparison.report(only_report)
         save_datasets(reports, folder)
     return reports
 
@@ -94,53 +96,20 @@ def describe(cfg: DictConfig, source: str, folder: Path, names: list[str] | None
     Raises:
         BisslZooError: as `Comparison.check`.
     """
-    if names:
-        comparisons = _comparisons(cfg, source, folder, names)
-        return "\n\n".join(f"data set {name}\n\n{_description(item)}" for name, item in comparisons.items())
-    return _description(Comparison(cfg, source, folder))
+    if not names:
+        return Comparison(cfg, source, folder).describe()
+    comparisons = {name: Comparison(*_dataset_config(cfg, source, name), folder / name) for name in names}
+    return "\n\n".join(f"data set {name}\n\n{item.describe()}" for name, item in comparisons.items())
 
 
-def _comparisons(
-    cfg: DictConfig,
-    source: str,
-    folder: Path,
-    names: list[str],
-    parallel: int | None = None,
-    engine: Literal["local", "ray"] = "local",
-) -> dict[str, "Comparison"]:
-    known, comparisons = read_settings(cfg, source).datasets, {}
-    for name in names:
-        if name not in known:
-            hint = did_you_mean(name, known)
-            raise ConfigError(f"{source}: compare.datasets has no '{name}'.{hint} Known: {', '.join(known) or 'none'}.")
-        where = f"{source}, data set {name}"
-        dataset_cfg = LazyConfig.apply_overrides(cfg, known[name], where)
-        comparisons[name] = Comparison(dataset_cfg, where, folder / name, parallel, engine)
-    return comparisons
-
-
-def _run_and_report(comparison: "Comparison", only_report: bool) -> dict[str, Any]:
-    results = comparison.collect() if only_report else comparison.run()
-    if not any(results.values.values()):
-        reasons = "\n".join(f"  {name}: {message}" for name, message in list(results.failures.items())[:4])
-        raise BisslZooError(f"No run of {comparison.folder} has finished:\n{reasons}")
-    report = make_report(results, comparison.settings)
-    save_report(report, comparison.folder)
-    return report
-
-
-def _description(comparison: "Comparison") -> str:
-    comparison.check()
-    settings, base = comparison.settings, comparison.base
-    jobs = [*comparison.shared_jobs(), *comparison.search_jobs(), *comparison.seed_jobs({}).values()]
-    rows = [
-        [job.name, ", ".join(job.cfg.train.stages), job.cfg.train.seed, job.cfg.train.init or "random"] for job in jobs
-    ]
-    runs = tabulate(rows, headers=["run", "stages", "seed", "starts from"], disable_numparse=True)
-    arms = [[name, ARMS[name].label, "\n".join(ARMS[name].overrides(base)) or "-"] for name in settings.arms]
-    changes = tabulate(arms, headers=["arm", "", "overrides of its stage"], disable_numparse=True)
-    trials = f"   and a search of {settings.search_trials} trials per arm" if settings.search_trials else ""
-    return f"folder {comparison.folder}   metric {settings.metric}   {len(jobs)} runs{trials}\n\n{runs}\n\n{changes}"
+def _dataset_config(cfg: DictConfig, source: str, name: str) -> tuple[DictConfig, str]:
+    """Return the config of a data set in `compare.datasets`, and its name for messages."""
+    known = read_settings(cfg, source).datasets
+    if name not in known:
+        hint = did_you_mean(name, known)
+        raise ConfigError(f"{source}: compare.datasets has no '{name}'.{hint} Known: {', '.join(known) or 'none'}.")
+    where = f"{source}, data set {name}"
+    return LazyConfig.apply_overrides(cfg, known[name], where), where
 
 
 class Comparison:
@@ -291,6 +260,28 @@ class Comparison:
             else:
                 self._enter(results, arm, seed, run.results)
         return results
+
+    def report(self, only_report: bool) -> dict[str, Any]:
+        """Run or collect the results, save their report and return it."""
+        results = self.collect() if only_report else self.run()
+        if not any(results.values.values()):
+            reasons = "\n".join(f"  {name}: {message}" for name, message in list(results.failures.items())[:4])
+            raise BisslZooError(f"No run of {self.folder} has finished:\n{reasons}")
+        report = make_report(results, self.settings)
+        save_report(report, self.folder)
+        return report
+
+    def describe(self) -> str:
+        """Check everything and return the tables of the runs and of the arms."""
+        self.check()
+        jobs = [*self.shared_jobs(), *self.search_jobs(), *self.seed_jobs({}).values()]
+        rows = [[job.name, ", ".join(job.cfg.train.stages), job.cfg.train.seed, job.cfg.train.init] for job in jobs]
+        runs = tabulate(rows, ["run", "stages", "seed", "starts from"], disable_numparse=True, missingval="random")
+        arms = [[arm, ARMS[arm].label, "\n".join(ARMS[arm].overrides(self.base)) or "-"] for arm in self.settings.arms]
+        changes = tabulate(arms, ["arm", "", "overrides of its stage"], disable_numparse=True)
+        trials = f"   and a search of {self.settings.search_trials} trials per arm" if self.search else ""
+        head = f"folder {self.folder}   metric {self.settings.metric}   {len(jobs)} runs{trials}"
+        return f"{head}\n\n{runs}\n\n{changes}"
 
     def record(self) -> dict[str, Any]:
         """Return everything that the results depend on."""

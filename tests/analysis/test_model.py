@@ -50,6 +50,7 @@ def test_the_macs_of_a_convolution_and_a_linear_layer_are_their_closed_forms_and
     assert macs[""] == 2 * (convolution + linear)  # the gradients in weights and inputs
 
 
+@pytest.mark.slow
 def test_the_macs_of_attention_are_those_of_its_two_products():
     class Attention(nn.Module):
         def forward(self, x):
@@ -58,6 +59,7 @@ def test_the_macs_of_attention_are_those_of_its_two_products():
     assert count_module(Attention(), torch.zeros(1, 2, 7, 6)).macs == 2 * 7 * 5 * (6 + 4)
 
 
+@pytest.mark.slow
 def test_resnet50_has_its_published_macs_and_parameters_at_224_pixels():
     stages, whole = count_stages(changed(VOC), torch.zeros(1, 3, 224, 224))
     assert whole.macs == pytest.approx(4.1e9, rel=0.01)  # He et al., arXiv 1512.03385
@@ -88,6 +90,7 @@ def test_stages_add_up_to_the_whole_and_so_do_trunk_and_tail():
     assert sum(sizes) == whole.parameters
 
 
+@pytest.mark.slow
 def test_the_parts_of_a_loss_add_up_and_have_the_parameters_of_their_modules(tiny_config, at_scenes):
     cfg = tiny_config()
     context = random_context(cfg, find_data(cfg), CPU)
@@ -130,6 +133,7 @@ def test_operators_of_other_libraries_are_reported():
 # ------------------------------------------------------------------------------------------------ data
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("augment_on", ["workers", "device"])
 def test_a_random_batch_has_the_form_of_a_loaded_one(tiny_config, at_scenes, augment_on):
     cfg = tiny_config()

@@ -152,7 +152,7 @@ def faked(monkeypatch, tiny_config, tmp_path):
     """Search without training: `faked({0: 0.5, 1: "an error"}, trials=2)`; `faked.ran` lists the trials that ran."""
     ran = []
 
-    def call(outcomes, changed=(), **options):
+    def call(outcomes, changed=(), plot=False, **options):
         def run_jobs(jobs, folder, parallel, on_done, stop_if, engine):
             for done, job in enumerate(jobs, start=1):
                 ran.append(job.name)
@@ -185,6 +185,8 @@ def faked(monkeypatch, tiny_config, tmp_path):
 
         monkeypatch.setattr(search_module, "run_jobs", run_jobs)
         monkeypatch.setattr(search_module, "check_trials", lambda *_: None)
+        if not plot:
+            monkeypatch.setattr(search_module, "save_plot", lambda *_: None)
         cfg = tiny_config(train__stages="[finetune]", finetune__eval_period=1)
         return search(LazyConfig.apply_overrides(cfg, changed), "my.py", tmp_path / "search", **options)
 
@@ -198,7 +200,7 @@ def rows(tmp_path):
 
 
 def test_the_best_trial_has_the_highest_metric_of_the_last_fine_tuning(faked, tmp_path, capsys):
-    result = faked({0: 0.25, 1: 0.75, 2: float("nan"), 3: "error with\na second line", 4: 0.75}, trials=5)
+    result = faked({0: 0.25, 1: 0.75, 2: float("nan"), 3: "error with\na second line", 4: 0.75}, trials=5, plot=True)
     assert [row["state"] for row in rows(tmp_path)] == ["finished"] * 2 + ["failed"] * 2 + ["finished"]
     assert [row["AP50"] for row in rows(tmp_path)] == ["0.25", "0.75", "", "", "0.75"]
     assert [row["message"] for row in rows(tmp_path)][2:4] == ["AP50 is nan", "error with a second line"]
