@@ -331,7 +331,12 @@ def _gauss_newton_product(reduced: ReducedProblem) -> Check:
         pairs.append((product, pull_back(torch.autograd.functional.hvp(outer, at, tangent)[1])))
     errors = [float((value - expected).norm() / expected.norm()) for value, expected in pairs]
     detail = f"gradient of outer(outputs) {errors[0]:.1e}, products {max(errors[1:]):.1e}"
-    return Check("Gauss-Newton product against finite differences of the outputs", float(torch.tensor(errors).max()), LIMIT, detail)
+    return Check(
+        "Gauss-Newton product against finite differences of the outputs",
+        float(torch.tensor(errors).max()),
+        LIMIT,
+        detail,
+    )
 
 
 def _objective(reduced: ReducedProblem) -> Check:

@@ -194,7 +194,6 @@ def test_a_folder_accepts_the_same_comparison_and_more_seeds_and_arms(config, tm
     ("changed", "keys", "row"),
     [
         (["optimizer.finetune.lr=0.25"], {}, r"config\.optimizer\.finetune\.lr +0\.001 +0\.25"),
-        (["bilevel.lower_steps=3"], {}, r"config\.bilevel\.lower_steps"),
         ([], {"vary": "finetune"}, r"vary +\"bissl\" +\"finetune\""),
     ],
 )

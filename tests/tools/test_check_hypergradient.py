@@ -99,10 +99,17 @@ def test_another_solver_that_is_advised_converges_with_its_overrides(check, tiny
         assert json.loads((tmp_path / str(number) / "check.json").read_text())["advice"]["converges"]
 
 
-def test_random_weights_are_reported(check, tiny, tmp_path):
-    status, out, err = check(*QUICK, *tiny(), output=tmp_path)
+@pytest.mark.parametrize(("curvature", "matrix"), [("gauss_newton", "Gauss-Newton matrix"), ("hessian", "Hessian")])
+def test_both_curvatures_are_checked_also_with_random_weights(check, tiny, tmp_path, curvature, matrix):
+    changed = dict(bilevel__curvature=curvature, solver__damping="auto")
+    status, out, err = check(*QUICK, *tiny(**changed), output=tmp_path)
     assert status == 0, err
     assert "weights: random" in out and "--run RUN_DIR" in out
+    result = json.loads((tmp_path / "check.json").read_text())
+    assert result["real"]["curvature"] == curvature and f"   {matrix} from " in out
+    assert ("pass  Gauss-Newton product" in out) == (curvature == "gauss_newton")
+    if curvature == "gauss_newton":
+        assert min(result["real"]["spectrum"]["values"]) > -1e-3 * max(result["real"]["spectrum"]["values"])
 
 
 def test_a_wrong_product_ends_with_status_1_and_its_name(check, tiny, tmp_path, monkeypatch):
