@@ -308,9 +308,10 @@ def _gauss_newton_product(reduced: ReducedProblem) -> Check:
         return head.outputs(reduced.problem.lower.backbone, reduced.views)
 
     def moving(at: Tensor) -> Tensor:
-        return flatten(output for output in outputs(at) if output.requires_grad)
+        flat = flatten(output.detach() for output in outputs(at) if output.requires_grad)
+        return flat.masked_fill(flat.isinf(), 0.0)  # entries that a method masks are constants
 
-    tangents = [differences(moving, theta, u).detach() for u in directions]
+    tangents = [differences(moving, theta, u) for u in directions]
     fixed = outputs(theta)
     point = [output for output in fixed if output.requires_grad]
 
