@@ -4,8 +4,8 @@
 python tools/check_hypergradient.py --config-file configs/bissl/voc_det.py --run runs/pretrained
 python tools/check_hypergradient.py --config-file configs/bissl/voc_det.py bilevel.curvature_batch_size=64
 
-A. A small smooth problem with the configured pretext method, in float64: products, hypergradient and solver against
-   finite differences and a direct solve.
+A. A small smooth problem with the configured pretext method, in float64: products with the Hessian and, if configured,
+   the Gauss-Newton matrix, the hypergradient and the solver against finite differences and a direct solve.
 B. The config's own networks and data, one curvature batch: symmetry, spectrum, and the convergence of every solver.
 
 Writes DIR/check.json and DIR/check.png, and prints which changes of the solver's settings help.

@@ -69,12 +69,6 @@ def test_a_search_runs_its_trials_survives_a_divergence_and_can_be_extended(sear
     assert status == 1 and "another configuration" in err and "optimizer.finetune.lr" in err
 
 
-def test_an_invalid_search_is_refused_in_one_message(search, tmp_path):
-    status, _, err = search("--trials", "2", "+search={metric: top1}")
-    assert status == 1 and err.startswith("error: search.metric is 'top1'") and "AP50" in err
-    assert not (tmp_path / "search").exists()
-
-
 def test_a_search_on_the_test_set_is_warned_of(search, tmp_path):
     status, out, err = search("--parallel", "0")
     assert status == 1 and "--parallel is 0" in err
