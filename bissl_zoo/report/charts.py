@@ -11,9 +11,7 @@ from matplotlib.ticker import MaxNLocator, NullFormatter
 
 from bissl_zoo.downstream.drawing import COLOURS, shorten
 from bissl_zoo.engine.evaluate import Details, worst_confusions
-from bissl_zoo.engine.stages import alternates
-from bissl_zoo.engine.stages.bissl import HEAD_WARMUP, PRETEXT_WARMUP
-from bissl_zoo.engine.stages.finetune import BASELINE
+from bissl_zoo.engine.stages import alternates, find_stage
 from bissl_zoo.evaluation.ranking import MOST_RANKED
 from bissl_zoo.report.history import MAX_CURVES, Axis, History, Series, StageTime
 from bissl_zoo.report.page import TEXT, Block, Chart, Fold, Note, Table, chart_style, embed, shown
@@ -59,21 +57,21 @@ def draw_losses(history: History, axis: Axis) -> Figure | None:
 
 def loss_parts(history: History, axis: Axis) -> dict[str, list[Series]]:
     """Return the losses of both levels, if there are any, as one series per stage on the common axis."""
-    levels = {
-        "pretext loss": _level(history, axis, "lower", ("pretrain", PRETEXT_WARMUP)),
-        "downstream loss": _level(history, axis, "upper", (HEAD_WARMUP, BASELINE, "finetune")),
-    }
+    levels = {"pretext loss": _level(history, axis, "lower"), "downstream loss": _level(history, axis, "upper")}
     return {name: parts for name, parts in levels.items() if parts}
 
 
-def _level(history: History, axis: Axis, level: str, stages: Sequence[str]) -> list[Series]:
+def _level(history: History, axis: Axis, level: str) -> list[Series]:
     parts = []
     for span in axis.spans:
-        if span.stage in stages:
-            entries, name = history.of([span.stage]), "total_loss"
-        elif alternates(span.stage):
-            by_step = level == "upper" and any(True for _ in history.of([span.stage], upper=True))
-            entries, name = history.of([span.stage], upper=by_step), f"{level}/total_loss"
+        stage = find_stage(span.stage)
+        if stage is None:
+            continue
+        if alternates(span.stage):
+            by_step = level == "upper" and any(True for _ in history.of(span.stage, upper=True))
+            entries, name = history.of(span.stage, upper=by_step), f"{level}/total_loss"
+        elif ("pretext" in stage.provides) == (level == "lower"):
+            entries, name = history.of(span.stage), "total_loss"
         else:
             continue
         part = Series()

@@ -8,8 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from bissl_zoo.engine.stages import alternates
-from bissl_zoo.engine.stages.finetune import BASELINE
+from bissl_zoo.engine.stages import alternates, find_stage
 from bissl_zoo.files import parse_json
 
 #: bytes that are read of the file, and of one line; far above what a run writes
@@ -72,14 +71,14 @@ class History:
     entries: list[Entry] = field(default_factory=list)
     problem: str = ""
 
-    def of(self, stages: Sequence[str], upper: bool = False) -> Iterator[Entry]:
-        """Yield the records of steps of these stages or, with `upper`, of single upper steps."""
-        return (entry for entry in self.entries if entry.stage in stages and (entry.upper is not None) == upper)
+    def of(self, stage: str, upper: bool = False) -> Iterator[Entry]:
+        """Yield the records of steps of a stage or, with `upper`, of single upper steps."""
+        return (entry for entry in self.entries if entry.stage == stage and (entry.upper is not None) == upper)
 
     def series(self, key: str, stage: str, upper: bool = False) -> Series:
         """Return a metric over the steps of a stage."""
         series = Series()
-        for entry in self.of([stage], upper):
+        for entry in self.of(stage, upper):
             value = entry.number(key)
             if value is not None:
                 series.x.append(entry.upper if upper else entry.step)
@@ -217,8 +216,9 @@ def time_of(history: History, wall: Any, tested: Mapping[str, float]) -> tuple[l
     for name, stage in stages.items():
         stage.speed = (history.series("speed/images_per_second", name).y or [math.nan])[-1]
     for start, seconds in tested.items():
-        name = BASELINE if start == "pretrained" and BASELINE in stages else "finetune"
-        if name in stages:
+        evaluated = {name: stage.start for name in stages if (stage := find_stage(name)) and stage.evaluates}
+        name = next((name for name in evaluated if evaluated[name] == start), [*evaluated, None][-1])
+        if name is not None:
             stages[name].seconds += seconds
             stages[name].evaluating += seconds
     notes = []

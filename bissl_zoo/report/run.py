@@ -14,6 +14,7 @@ from bissl_zoo.engine.evaluate import DETAILS_FILE, Details, read_details
 from bissl_zoo.engine.hooks import SKIPPED
 from bissl_zoo.engine.stages import alternates
 from bissl_zoo.errors import BisslZooError, CheckpointError
+from bissl_zoo.registry import STAGES
 from bissl_zoo.report.charts import detail_blocks, draw_curves, draw_losses, draw_timing, in_time
 from bissl_zoo.report.config import differences, parts_of, read_text
 from bissl_zoo.report.history import MAX_CURVES, Axis, History, Series, make_axis, read_history, time_of
@@ -26,12 +27,13 @@ FILES_ONLY = "Left out, since only the files of the run are read (--files-only).
 #: charts of the hypergradient: metrics, label, caption, options
 _HYPERGRADIENT = [
     (["solver/residual"], "relative residual", "Residual of the solve.", {"log": True}),
-    (["solver/products"], "products", "Products with the Hessian per upper step.", {}),
-    (["solver/cos_x_plain"], "cosine", "Cosine between the curvature term and the plain gradient.", {}),
+    (["solver/products"], "products", "Products with the curvature matrix per upper step.", {}),
+    (["solver/cos_xv"], "cosine", "Cosine between x and v; 1 means that curvature had no effect.", {}),
+    (["solver/norm_ratio"], "|x| / |v|", "Norm of x over that of v; above 1, negative curvature was amplified.", {}),
     (
         ["solver/v_norm", "solver/x_norm", "solver/plain_norm"],
         "norm",
-        "Norms: of the right-hand side v, of the solution x, and of the plain gradient.",
+        "Norms: of the upper gradient v at the lower backbone, of the solution x, and of the plain gradient.",
         {"log": True},
     ),
 ]
@@ -125,10 +127,12 @@ class RunReport:
         results = self.state.results
         names = [m for m in dict.fromkeys(m for metrics in results.values() for m in metrics) if "/" not in m]
         rows: list[list[Any]] = [[start, *map(metrics.get, names)] for start, metrics in results.items()]
-        if {"pretrained", "bissl"} <= results.keys():
-            before, after = results["pretrained"], results["bissl"]
-            both = [after[name] - before[name] if name in before and name in after else None for name in names]
-            rows.append(["bissl minus pretrained", *("\u2013" if d is None else f"{d:+.4f}" for d in both)])
+        for _, stage in STAGES:
+            if {stage.label, stage.baseline_label} <= results.keys():
+                before, after = results[stage.baseline_label], results[stage.label]
+                both = [after[name] - before[name] if name in before and name in after else None for name in names]
+                title = f"{stage.label} minus {stage.baseline_label}"
+                rows.append([title, *("\u2013" if d is None else f"{d:+.4f}" for d in both)])
         if rows:
             caption = "Metrics on the test set, fractions; a single seed does not show significance."
             numbers = range(1, 1 + len(names))
@@ -198,14 +202,15 @@ class RunReport:
         if stage is None:
             return [Note("There are no records of a bilevel stage.")]
         tolerance = OmegaConf.select(self.cfg, "solver.tolerance")
-        blocks: list[Block] = []
+        summaries = [entry.metrics["summary"] for entry in self.history.of(stage) if "summary" in entry.metrics]
+        blocks: list[Block] = [Note(summaries[-1])] if summaries else []
         for keys, y_label, caption, options in _HYPERGRADIENT:
             curves = self._curves(keys, stage, upper=True)
             if curves:
                 level = tolerance if keys == ["solver/residual"] and type(tolerance) is float else None
                 blocks.append(_chart(draw_curves(curves, "upper steps", y_label, level=level, **options), caption))
         statuses: dict[str, int] = {}
-        for entry in self.history.of([stage], upper=True):
+        for entry in self.history.of(stage, upper=True):
             status = str(entry.metrics.get("solver/status", "unknown"))
             statuses[status] = statuses.get(status, 0) + 1
         table = Table(["status", "upper steps"], list(statuses.items()), "Status of the solves.", [1])

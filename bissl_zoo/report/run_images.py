@@ -5,16 +5,16 @@ from pathlib import Path
 
 from omegaconf import DictConfig
 
-from bissl_zoo.backbones import Backbone
 from bissl_zoo.distributed import get_world_size
-from bissl_zoo.downstream import DownstreamTask
-from bissl_zoo.engine.build import Context, build_datasets, build_downstream
+from bissl_zoo.engine.build import Context, build_datasets, build_downstream, data_roles
 from bissl_zoo.engine.checks import check_config, open_config
 from bissl_zoo.engine.features import sample_indices
 from bissl_zoo.engine.init import load_init
 from bissl_zoo.engine.launch import choose_device
 from bissl_zoo.engine.resume import preserved_randomness
+from bissl_zoo.engine.stages import alternates
 from bissl_zoo.errors import CheckpointError
+from bissl_zoo.registry import STAGES
 from bissl_zoo.report.images.embeddings import draw_embeddings
 from bissl_zoo.report.images.sheets import draw_predictions, predict, samples_of
 from bissl_zoo.report.images.visualize import NEIGHBOURS, data_figure, embeddings_figure, views_figure
@@ -25,7 +25,6 @@ from bissl_zoo.runs.directory import CONFIG_FILE
 SAMPLES, VIEWS, PREDICTIONS = 8, 3, 4
 #: inches up to which a figure is readable on a phone
 _PHONE = 5.0
-NO_MODEL = "The run has no stage finetune, so there is no fine-tuned model."
 #: images on a map of features
 MAPPED = 500
 
@@ -48,21 +47,10 @@ class RunImages:
         check_config(cfg, source)
         return cfg
 
-    @cached_property
-    def model(self) -> tuple[Context, Backbone, DownstreamTask]:
-        """Return the test set, the backbone and the task of the fine-tuned model."""
-        _require_one_process()
-        if "finetune" not in self.cfg.train.stages:
-            raise CheckpointError(NO_MODEL)
-        weights, _ = load_init(str(self.folder), self.cfg, evaluate=True)
-        context = Context(self.cfg, build_datasets(self.cfg, {"test"}), choose_device(self.cfg.train.device))
-        with preserved_randomness(context.device):
-            return context, *build_downstream(context, weights)
-
     def data(self) -> list[Block]:
         """Return sheets of random training images with their targets."""
-        role = "train" if {"bissl", "finetune"} & set(self.cfg.train.stages) else "pretext"
         _require_one_process()
+        role = "train" if "train" in data_roles(self.cfg) else "pretext"
         figure = data_figure(self.cfg, role, SAMPLES, columns=2)
         caption = f"Random images of dataloader.{role} with their targets."
         return [Chart(embed(figure, caption, "png"), caption)]
@@ -70,7 +58,7 @@ class RunImages:
     def views(self) -> list[Block]:
         """Return the views that the pretext method trains on."""
         _require_one_process()
-        if "pretext" not in self.cfg.dataloader or not {"pretrain", "bissl"} & set(self.cfg.train.stages):
+        if "pretext" not in data_roles(self.cfg):
             return []
         figure = views_figure(self.cfg, VIEWS)
         caption = f"Views of {self.cfg.pretext.name}: what the pretext method trains on."
@@ -78,11 +66,14 @@ class RunImages:
 
     def predictions(self) -> list[Block]:
         """Return the test images with the best and the worst predictions."""
-        if "finetune" not in self.cfg.train.stages:
-            return [Note(NO_MODEL)]
-        context, backbone, task = self.model
+        if not any(STAGES.get(name).evaluates for name in self.cfg.train.stages):
+            return [Note("The run has no stage finetune, so there is no fine-tuned model.")]
+        _require_one_process()
+        weights, _ = load_init(str(self.folder), self.cfg, evaluate=True)
+        context = Context(self.cfg, build_datasets(self.cfg, {"test"}), choose_device(self.cfg.train.device))
         dataset, loader = context.data["test"], self.cfg.dataloader.test
         with preserved_randomness(context.device):
+            backbone, task = build_downstream(context, weights)
             indices = sample_indices(len(dataset), self.images, seed=0)
             settings = (context.device, loader.batch_size, loader.get("num_workers", 0))
             predictions = predict(backbone, task, dataset, indices, *settings)
@@ -103,8 +94,8 @@ class RunImages:
     def embeddings(self) -> list[Block]:
         """Return maps of the test features before and after the BiSSL stage."""
         _require_one_process()
-        if "bissl" not in self.cfg.train.stages:
-            return [Note("The run has no stage bissl, so there are no features before and after it.")]
+        if not any(map(alternates, self.cfg.train.stages)):
+            return [Note("The run has no bilevel stage, so there are no features before and after it.")]
         result = embeddings_figure(self.cfg, [str(self.folder)], min(self.images, MAPPED))
         notes = [f"kNN: top-1 accuracy, k = {NEIGHBOURS}"]
         blocks: list[Block] = []

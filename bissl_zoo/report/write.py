@@ -1,6 +1,7 @@
 """Reports: one self-contained HTML file on one run or on several runs side by side."""
 
 from collections.abc import Sequence
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +17,8 @@ from bissl_zoo.report.page import Block, Chart, Note, Sections, Table, embed, fo
 from bissl_zoo.report.run import RunReport
 from bissl_zoo.runs.listing import is_run
 
-#: curves of several runs in one chart: title, metric, stage
-_CURVES = [
-    ("Pretext loss", "total_loss", "pretrain"),
-    ("Lower loss, bissl", "lower/total_loss", "bissl"),
-    ("Fine-tuning loss", "total_loss", "finetune"),
-    ("kNN top-1, bissl", "probe/knn_top1", "bissl"),
-    ("kNN top-1, pretrain", "probe/knn_top1", "pretrain"),
-]
+#: metrics of several runs in one chart, for each stage that has them
+_CURVES = {"total_loss": "loss", "lower/total_loss": "lower loss", "probe/knn_top1": "kNN top-1"}
 
 
 def write_report(folders: Sequence[Path], output: Path, images: int = IMAGES, ended: bool = False) -> int:
@@ -93,13 +88,13 @@ def _curves(runs: Sequence[RunReport], names: Sequence[str]) -> list[Block]:
     blocks: list[Block] = []
     pairs = list(zip(runs, names, strict=True))[:MAX_CURVES]
     evaluated = list(dict.fromkeys(metric for run, _ in pairs for metric in run.history.names("val/", "test/")))
-    for title, key, stage in [*_CURVES, *((f"{metric}, finetune", metric, "finetune") for metric in evaluated[:3])]:
+    stages = dict.fromkeys(stage for run, _ in pairs for stage in run.history.stages())
+    for stage, (key, y_label) in product(stages, {**_CURVES, **{metric: metric for metric in evaluated[:3]}}.items()):
         curves: dict[str, Series] = {name: run.history.series(key, stage) for run, name in pairs}
         curves = {name: series for name, series in curves.items() if series.x}
         if curves:
-            x_label = f"{'alternations' if alternates(stage) else 'steps'} of {stage}"
-            figure = draw_curves(curves, x_label, title.partition(",")[0])
-            blocks.append(Chart(embed(figure, title), f"{title}."))
+            x_label, title = f"{'alternations' if alternates(stage) else 'steps'} of {stage}", f"{y_label}, {stage}"
+            blocks.append(Chart(embed(draw_curves(curves, x_label, y_label), title), f"{title[0].upper()}{title[1:]}."))
     if len(runs) > MAX_CURVES:
         blocks.append(Note(f"The charts show the first {MAX_CURVES} runs."))
     return blocks or [Note("The runs have written no curves yet.")]

@@ -7,7 +7,9 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from bissl_zoo.config import LazyConfig, load_config
+from bissl_zoo.engine.stages import alternates
 from bissl_zoo.errors import ConfigError, did_you_mean
+from bissl_zoo.registry import STAGES
 from bissl_zoo.studies.jobs import override
 
 #: sections of a comparison's config that are not part of a run
@@ -104,14 +106,19 @@ def read_settings(cfg: DictConfig, source: str) -> Settings:
     values["seeds"], values["arms"] = _seeds(values["seeds"], source), _arms(values["arms"], source)
     if values["search_trials"]:
         _check_search(cfg, source)
-    if "pretrain" not in cfg.train.stages and cfg.train.init is None:
+    if not pretrains(cfg) and cfg.train.init is None:
         raise ConfigError(
             f"{source}: a comparison needs a pretrained backbone. Set train.init, as in train.init=zoo:NAME, or let it "
             "pretrain one: train.stages=[pretrain,bissl,finetune]."
         )
-    if "pretrain" not in cfg.train.stages and values["vary"] == "pretrain":
-        raise ConfigError(f"{source}: compare.vary is 'pretrain', but train.stages has no pretrain.")
+    if not pretrains(cfg) and values["vary"] == VARY[0]:
+        raise ConfigError(f"{source}: compare.vary is '{VARY[0]}', but train.stages has no pretraining.")
     return Settings(**values)
+
+
+def pretrains(cfg: DictConfig) -> bool:
+    """Return True if a stage of the config pretrains a backbone."""
+    return any("backbone" in STAGES.get(name).provides and not alternates(name) for name in cfg.train.stages)
 
 
 def _seeds(value: Any, source: str) -> tuple[int, ...]:

@@ -17,14 +17,12 @@ from bissl_zoo.data.datasets.catalog import sample_digest
 from bissl_zoo.engine.build import Context, build_datasets, data_roles
 from bissl_zoo.engine.checks import check_config, check_parts
 from bissl_zoo.engine.init import ZOO_PREFIX, load_init
-from bissl_zoo.engine.stages import alternates
 from bissl_zoo.engine.stages.bissl import MIN_COUPLING, coupling
 from bissl_zoo.errors import BisslZooError, ConfigError, did_you_mean
 from bissl_zoo.files import read_json, write_atomically
-from bissl_zoo.registry import STAGES
 from bissl_zoo.runs.listing import FINISHED as RUN_FINISHED
 from bissl_zoo.runs.listing import is_run, look_at
-from bissl_zoo.studies.arms import ARMS, arm_config, base_config, pretrain_config, read_settings
+from bissl_zoo.studies.arms import ARMS, arm_config, base_config, pretrain_config, pretrains, read_settings
 from bissl_zoo.studies.compare_report import Results, make_report, save_datasets, save_report
 from bissl_zoo.studies.jobs import FINISHED, Job, JobOutcome, check_unchanged, progress_line, run_jobs
 from bissl_zoo.studies.search import draw, read_search, search, trial_config
@@ -131,7 +129,7 @@ class Comparison:
     ) -> None:
         self.source, self.folder, self.parallel, self.engine = source, folder, parallel, engine
         self.settings, self.base = read_settings(cfg, source), base_config(cfg)
-        self.pretrains = any("pretext" in STAGES.get(s).provides for s in self.base.train.stages if not alternates(s))
+        self.pretrains = pretrains(self.base)
         self.search = cfg.search if self.settings.search_trials else None
         #: base config with the data of the search: a BiSSL stage must not see the labels of the validation images
         self.search_base = self._search_base() if self.settings.search_trials else None

@@ -6,7 +6,7 @@ import shutil
 import pytest
 import torch
 from browser import browser, find_browser
-from report_pages import HOSTILE, Parsed, harmless, report_of, small_run
+from report_pages import HOSTILE, Parsed, harmless, report_of, small_run, write_records
 
 from bissl_zoo.engine.evaluate import DETAILS_FILE, Details, read_details, write_details
 from bissl_zoo.errors import CheckpointError
@@ -59,7 +59,7 @@ def test_the_charts_name_their_axes_and_links_lead_to_sections(whole):
     parsed = Parsed(whole[0].read_text(encoding="utf-8"))
     drawn = set(parsed.drawn)
     assert {"pretext loss", "downstream loss", "optimizer steps since the run began", "relative residual"} <= drawn
-    assert {"precision (fraction)", "recall (fraction)", "seconds", "cosine", "bissl, 6 steps"} <= drawn
+    assert {"precision (fraction)", "recall (fraction)", "seconds", "cosine", "|x| / |v|", "bissl, 6 steps"} <= drawn
     names = [attrs["id"] for _, attrs in parsed.elements if "id" in attrs]
     assert len(names) == len(set(names))
     links = [attrs["href"] for tag, attrs in parsed.elements if tag == "a"]
@@ -121,6 +121,16 @@ def test_a_hostile_run_gives_a_page_of_plain_text(run_copy, tmp_path):
     text = "".join(parsed.text)
     assert text.count(HOSTILE) > 10 and "49$x" not in text
     assert {key, "test/\ufffd\ufffd\\u0000]]>"} <= set(parsed.drawn) and f"from {HOSTILE}" in " ".join(parsed.text)
+
+
+def test_the_sentence_about_the_hypergradients_is_shown_with_their_charts(tmp_path):
+    run = small_run(tmp_path / "run", stages=["bissl"])
+    upper = {"stage": "bissl", "step": 1, "upper_step": 1, "solver/cos_xv": 0.5, "solver/norm_ratio": 1.5}
+    write_records(run, upper, {"stage": "bissl", "event": "stage_end", "summary": HOSTILE})
+    parsed = harmless(report_of(run))
+    assert {"cosine", "|x| / |v|"} <= set(parsed.drawn)
+    place = parsed.text.index("Hypergradient", parsed.text.index("Training") + 10)
+    assert HOSTILE in parsed.text[place : place + 5]
 
 
 def test_the_time_of_every_evaluation_is_in_the_table(whole, finished):

@@ -90,7 +90,7 @@ def test_embeddings_of_a_run_an_entry_and_a_file_lie_side_by_side(visualize, run
     assert f"coordinates {run_copy / 'images' / 'embeddings.csv'}" in out
     with open(run_copy / "images" / "embeddings.csv", newline="") as file:
         rows = list(csv.DictReader(file))
-    assert [row["backbone"] for row in rows] == ["run: pretrained"] * 12 + ["run: BiSSL"] * 12
+    assert [row["backbone"] for row in rows] == ["run: pretrained"] * 12 + ["run: bissl"] * 12
     assert all(".jpg#" in row["image"] and row["class"] in "0123456789" for row in rows)
     sources = [run_copy, "plain.safetensors", "--architecture", "test_resnet", "ours.safetensors"]
     status, out, err = visualize("embeddings", *sources, "--config-file", config, "--images", 12)

@@ -1,17 +1,35 @@
 """Stages of the pipeline, one file per stage, and their order in a run."""
 
 from bissl_zoo.engine.stages.bissl import Bissl, HeadWarmup, PretextWarmup, coupling
-from bissl_zoo.engine.stages.finetune import Finetune
+from bissl_zoo.engine.stages.finetune import BASELINE, Finetune
 from bissl_zoo.engine.stages.pretrain import Pretrain
 from bissl_zoo.engine.trainer import Context, Stage, Weights
 from bissl_zoo.registry import STAGES
 
-__all__ = ["Bissl", "Finetune", "HeadWarmup", "PretextWarmup", "Pretrain", "alternates", "coupling", "plan_stages"]
+__all__ = [
+    "Bissl",
+    "Finetune",
+    "HeadWarmup",
+    "PretextWarmup",
+    "Pretrain",
+    "alternates",
+    "coupling",
+    "find_stage",
+    "plan_stages",
+]
+
+
+def find_stage(name: str) -> Stage | None:
+    """Return the stage whose records and checkpoints have this name; None if it is not registered."""
+    if name == BASELINE:
+        return Finetune(Bissl.baseline_label, baseline=True)
+    return STAGES.build(name) if name in STAGES else None
 
 
 def alternates(name: str) -> bool:
     """Return True if a step of the registered stage `name` is an alternation between two levels."""
-    return name in STAGES and STAGES.get(name).unit == "alternation"
+    stage = find_stage(name)
+    return stage is not None and stage.unit == "alternation"
 
 
 def plan_stages(context: Context, initial: Weights) -> list[Stage]:

@@ -27,10 +27,12 @@ from bissl_zoo.engine.build import Weights, build_split_backbone
 from bissl_zoo.engine.features import CROP, FrozenBackbone, load_frozen, pretext_pixels
 from bissl_zoo.engine.init import load_init, pinned_init, resplit, weights_of
 from bissl_zoo.engine.resume import seed_everything
+from bissl_zoo.engine.stages import alternates
 from bissl_zoo.engine.trainer import load_state
 from bissl_zoo.errors import CheckpointError, ConfigError, DatasetError
 from bissl_zoo.evaluation import knn_accuracy
 from bissl_zoo.files import write_atomically
+from bissl_zoo.registry import STAGES
 from bissl_zoo.report.images.sheets import DPI
 from bissl_zoo.runs.checkpoint import Checkpointer, load_checkpoint
 from bissl_zoo.runs.directory import CONFIG_FILE, load_run_config
@@ -122,16 +124,19 @@ def load_stages(source: str, architecture: str | None = None) -> list[tuple[str,
     folder = Path(source)
     if (folder / CONFIG_FILE).is_file():
         cfg = load_run_config(folder)
-        if "bissl" in cfg.train.stages:
-            stages = [_entering(folder, cfg), ("BiSSL", _of_stage(folder, cfg, "bissl"))]
+        bilevel = next(filter(alternates, cfg.train.stages), None)
+        if bilevel is not None:
+            stages = [_entering(folder, cfg, bilevel), (STAGES.get(bilevel).label, _of_stage(folder, cfg, bilevel))]
             return [_named(folder, cfg, *stage) for stage in stages]
     backbone = load_frozen(source, architecture)
     return [(backbone.source, backbone)]
 
 
-def _entering(folder: Path, cfg: DictConfig) -> tuple[str, Weights]:
-    if "pretrain" in cfg.train.stages:
-        return "pretrained", _of_stage(folder, cfg, "pretrain")
+def _entering(folder: Path, cfg: DictConfig, bilevel: str) -> tuple[str, Weights]:
+    earlier = cfg.train.stages[: cfg.train.stages.index(bilevel)]
+    for name in reversed(earlier):
+        if "backbone" in STAGES.get(name).provides:
+            return STAGES.get(name).label, _of_stage(folder, cfg, name)
     if cfg.train.init is not None:
         return f"from {Path(cfg.train.init).name}", load_init(pinned_init(cfg.train.init, folder), cfg)[0]
     seed_everything(cfg.train.seed)  # the random weights that the stage starts from

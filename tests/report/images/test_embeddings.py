@@ -146,7 +146,7 @@ def test_a_run_with_a_bissl_stage_has_two_maps_with_their_own_knn(finished, at_s
     assert random_states() == before
     data = build_datasets(cfg, {"train", "test"})
     titles = [axes.get_title() for axes in result.figure.axes]
-    for title, name, stage in zip(titles, ("pretrained", "BiSSL"), ("pretrain", "bissl"), strict=True):
+    for title, name, stage in zip(titles, ("pretrained", "bissl"), ("pretrain", "bissl"), strict=True):
         state = stage_state(finished, stage)
         parts = [part for role in ("train", "test") for part in features_by_hand(state, "test_resnet", data[role])]
         knn = knn_accuracy(*parts, k=20)["top1"]
