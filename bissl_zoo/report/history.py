@@ -217,7 +217,7 @@ def time_of(history: History, wall: Any, tested: Mapping[str, float]) -> tuple[l
         stage.speed = (history.series("speed/images_per_second", name).y or [math.nan])[-1]
     for start, seconds in tested.items():
         evaluated = {name: stage.start for name in stages if (stage := find_stage(name)) and stage.evaluates}
-        name = next((name for name in evaluated if evaluated[name] == start), [*evaluated, None][-1])
+        name = next((name for name in evaluated if evaluated[name] == start), next(reversed(evaluated), None))
         if name is not None:
             stages[name].seconds += seconds
             stages[name].evaluating += seconds

@@ -57,16 +57,6 @@ def test_the_test_crop_is_central_and_always_the_same():
     assert (image == 1).all() and torch.equal(image, transform(Image.fromarray(pixels), 0)[0])
 
 
-def test_training_crops_differ_but_for_the_seed():
-    _, task = build(image_size=16)
-    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 40, 3), dtype=np.uint8))
-    drawn = []
-    for seed in (0, 0, 1):
-        torch.manual_seed(seed)
-        drawn.append(task.transform(train=True)(image, 0)[0])
-    assert torch.equal(drawn[0], drawn[1]) and not torch.equal(drawn[0], drawn[2])
-
-
 @pytest.mark.slow
 def test_a_few_steps_fit_a_few_images():
     trunk, task = build()

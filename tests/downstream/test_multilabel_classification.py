@@ -4,7 +4,6 @@ from PIL import Image
 from torch.nn import functional
 from torch.utils.data import Dataset
 
-from bissl_zoo.config import instantiate, load_config
 from bissl_zoo.downstream.multilabel import binary_cross_entropy, softmax_cross_entropy
 from bissl_zoo.engine.build import Context, Weights
 from bissl_zoo.engine.checks import check_parts, open_context
@@ -38,16 +37,6 @@ def test_the_head_and_the_samples_are_those_of_single_label_classification():
     picture, target = Image.new("RGB", (50, 40), (255, 0, 51)), torch.tensor([1.0, 0.0, -1.0])
     image, same = task.transform(train=False)(picture, target)
     assert torch.equal(image, other.transform(train=False)(picture, 0)[0]) and torch.equal(same, target)
-
-
-def test_without_ignored_labels_the_loss_is_the_plain_mean():
-    logits, targets = random_logits_and_targets()
-    probabilities = logits.detach().double().sigmoid()
-    expected = -torch.where(targets == 1, probabilities.log(), (1 - probabilities).log()).mean()
-    torch.testing.assert_close(binary_cross_entropy(logits, targets).double(), expected)
-    torch.testing.assert_close(
-        binary_cross_entropy(logits, targets), functional.binary_cross_entropy_with_logits(logits, targets)
-    )
 
 
 def test_ignored_labels_are_neither_in_the_loss_nor_in_its_mean():
@@ -109,12 +98,6 @@ def test_targets_that_are_not_multilabel_are_refused(target, message):
         task.collate([(torch.zeros(3, 8, 8), target)])
 
 
-def test_the_common_config_builds():
-    trunk, _ = build()
-    task = instantiate(load_config("common/downstream/multilabel.py").task, backbone=trunk, classes=CLASSES)
-    assert (task.image_size, task.loss) == (96, "bce")
-
-
 class WhichDigits(Dataset):
     """The classes in the images of a detection set; the class of the last object is ignored."""
 
@@ -132,6 +115,7 @@ class WhichDigits(Dataset):
         return image, labels
 
 
+@pytest.mark.slow
 def test_it_goes_through_the_bilevel_stage_and_is_evaluated(tiny_config, at_scenes):
     call = "{_target_: bissl_zoo.registry.build_task, name: multilabel_classification, image_size: 32}"
     opened = open_context(tiny_config(task=call, bilevel__alternations=1), "test")

@@ -10,6 +10,7 @@ from bissl_zoo.report.charts import loss_parts
 from bissl_zoo.report.history import Series, make_axis, read_history, time_of
 
 
+@pytest.mark.slow
 def test_damaged_lines_are_counted_and_the_others_drawn(run_copy):
     path = run_copy / "metrics.jsonl"
     lines = path.read_bytes().splitlines(keepends=True)
@@ -83,7 +84,7 @@ def test_stages_of_earlier_versions_have_no_times(tmp_path):
     assert "No times have been recorded" in report_of(run)
 
 
-@pytest.mark.parametrize("value", [-5.0, 1e300, math.nan, "x", True, None, []])
+@pytest.mark.parametrize("value", [-5.0, 1e300, math.nan, "x", True, []])
 def test_impossible_times_count_as_nothing(tmp_path, value):
     run = small_run(tmp_path / "run")
     seconds = dict.fromkeys(("total", "evaluation", "probe", "data", "checkpoint"), value)

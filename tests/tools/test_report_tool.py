@@ -21,6 +21,7 @@ def report(capsys):
     return call
 
 
+@pytest.mark.slow
 def test_a_run_gets_its_report_in_its_directory_and_is_left_as_it_was(report, run_copy):
     (run_copy / "report.html").unlink(missing_ok=True)
     before = {path: path.stat().st_mtime_ns for path in run_copy.rglob("*") if path.is_file()}
@@ -32,6 +33,7 @@ def test_a_run_gets_its_report_in_its_directory_and_is_left_as_it_was(report, ru
     assert after.pop(run_copy / "report.html") and after == before
 
 
+@pytest.mark.slow
 def test_reading_files_alone_imports_and_builds_nothing_of_the_config(report, run_copy):
     marker = run_copy.parent / "ran"
     module = run_copy.parent / "mine.py"
@@ -44,12 +46,7 @@ def test_reading_files_alone_imports_and_builds_nothing_of_the_config(report, ru
     assert not marker.exists()
 
 
-def test_several_runs_go_into_one_file(report, finished, run_copy, tmp_path):
-    status, out, _ = report(finished, run_copy, "--files-only", "--output", tmp_path / "both.html")
-    assert status == 0 and out == f"report {tmp_path / 'both.html'}\n"
-    assert "2 runs side by side" in (tmp_path / "both.html").read_text()
-
-
+@pytest.mark.slow
 def test_the_number_of_images_is_an_option(report, finished, tmp_path, at_scenes):
     status, out, err = report(finished, "--images", 4, "--output", tmp_path / "report.html")
     assert (status, err) == (0, "") and "warning" not in out
@@ -67,12 +64,6 @@ def test_a_zoo_becomes_a_page_with_its_data_sets(report, tmp_path):
 def test_other_folders_are_refused(report, tmp_path):
     status, _, err = report(tmp_path)
     assert status == 1 and err.startswith(f"error: There is no run in {tmp_path}")
-
-
-def test_a_file_that_cannot_be_written_is_an_error(report, finished, tmp_path):
-    (tmp_path / "file").touch()
-    status, _, err = report(finished, "--files-only", "--output", tmp_path / "file" / "report.html")
-    assert status == 1 and "cannot be written" in err and "Traceback" not in err
 
 
 @pytest.mark.parametrize(

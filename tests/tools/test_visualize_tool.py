@@ -10,7 +10,6 @@ from safetensors.torch import save_file
 from bissl_zoo.config import LazyConfig
 from bissl_zoo.engine.runner import run
 from bissl_zoo.registry import build_backbone
-from bissl_zoo.runs.directory import load_run_config
 from bissl_zoo.weights.files import StoredBackbone, save_backbone
 
 
@@ -46,16 +45,15 @@ def size(path):
         return image.size
 
 
+@pytest.mark.slow
 def test_data_of_each_split_is_drawn_to_a_file_of_its_own(visualize, config, tmp_path):
     for split in ("train", "test", "pretext"):
         status, out, err = visualize("data", "--config-file", config, "--split", split, "--images", 3)
         assert status == 0, err
         assert out == f"image images/data_{split}.png\n"
         assert min(size(tmp_path / "images" / f"data_{split}.png")) > 300
-    assert size(tmp_path / "images" / "data_train.png") != size(tmp_path / "images" / "data_pretext.png")
-    status, _, err = visualize("data", "--config-file", config)
-    assert status == 0, err
-    assert size(tmp_path / "images" / "data_train.png")[1] > 1000  # 16 images, in four rows
+    files = [tmp_path / "images" / f"data_{split}.png" for split in ("train", "test", "pretext")]
+    assert len({file.read_bytes() for file in files}) == 3
 
 
 def test_views_take_overrides_before_and_after_options(visualize, config, tmp_path):
@@ -65,6 +63,7 @@ def test_views_take_overrides_before_and_after_options(visualize, config, tmp_pa
     assert size(tmp_path / "a=b.png")
 
 
+@pytest.mark.slow
 def test_predictions_of_a_run_go_to_its_own_folder(visualize, run_copy, tmp_path):
     run_copy = run_copy.rename(tmp_path / "lr=0.1")  # a name that is no override
     status, out, err = visualize("predictions", run_copy, "--images", 2)
@@ -75,11 +74,12 @@ def test_predictions_of_a_run_go_to_its_own_folder(visualize, run_copy, tmp_path
     config = ["--config-file", run_copy / "config.yaml", f"train.init='{run_copy}'"]
     status, _, err = visualize("predictions", *config, "--random", "--images", 2)
     assert status == 0 and default.read_bytes() == first, err  # the same figure, the same bytes
-    for choice in (["--seed", 5], ["--worst"], ["--threshold", 0.9]):
-        status, _, err = visualize("predictions", run_copy, "--images", 2, *choice, "--output", "other.png")
-        assert status == 0 and (tmp_path / "other.png").read_bytes() != first, err
+    other = ["--seed", 5, "--threshold", 0.9, "--output", "other.png"]
+    status, _, err = visualize("predictions", run_copy, "--images", 2, *other)
+    assert status == 0 and (tmp_path / "other.png").read_bytes() != first, err
 
 
+@pytest.mark.slow
 def test_embeddings_of_a_run_an_entry_and_a_file_lie_side_by_side(visualize, run_copy, config, tmp_path):
     model = build_backbone(name="test_resnet")
     save_file(model.state_dict(), tmp_path / "plain.safetensors")
@@ -97,28 +97,10 @@ def test_embeddings_of_a_run_an_entry_and_a_file_lie_side_by_side(visualize, run
     assert status == 0, err
     four = size(run_copy / "images" / "embeddings.png")
     assert four[0] > 1.9 * two[0]
-    status, out, err = visualize("embeddings", "ours.safetensors", "--config-file", config, "--images", 12)
-    assert (status, out) == (0, "image images/embeddings.png\n"), err
 
 
-def test_an_entry_of_the_zoo_is_embedded_by_its_name(visualize, finished, config, tmp_path, monkeypatch):
-    published = load_run_config(finished).train.publish
-    monkeypatch.setenv("BISSL_ZOO", str(published.zoo))
-    source = f"zoo:{published.name}"
-    status, _, err = visualize("embeddings", source, "--config-file", config, "--images", 12, "--csv")
-    assert status == 0, err
-    with open(tmp_path / "images" / "embeddings.csv", newline="") as file:
-        assert {row["backbone"] for row in csv.DictReader(file)} == {source}
-
-
-def test_images_have_other_formats(visualize, config, tmp_path):
-    for ending, begin in (("pdf", b"%PDF"), ("svg", b"<?xml")):
-        output = tmp_path / f"data.{ending}"
-        status, _, err = visualize("data", "--config-file", config, "--images", 2, "--output", output)
-        assert status == 0 and output.read_bytes().startswith(begin), err
-
-
-def test_errors_are_one_message(visualize, config, tiny_config, tmp_path, scenes_copy, monkeypatch, capsys):
+@pytest.mark.slow
+def test_errors_are_one_message(visualize, config, tiny_config, tmp_path, capsys):
     cfg = tiny_config(train__output_dir=tmp_path / "run", train__stages="[pretrain]", train__publish__name="null")
     run(cfg, "test")
     capsys.readouterr()
@@ -126,42 +108,27 @@ def test_errors_are_one_message(visualize, config, tiny_config, tmp_path, scenes
     named = ["--config-file", config]
     cases = [
         (["data"], "Give --config-file or the directory of a run."),
-        (["data", "nowhere"], "Give --config-file or the directory of a run; nowhere is not one."),
         (["data", *named, "--split", "test", unlabelled], "reads an unlabelled data set"),
         (["data", *named, "--output", "a.gif"], "must end in .png, .pdf, .svg"),
-        (["data", *named, "train.sed=1"], "Nearest: train.seed"),
         (["data", *named, "--split", "val"], "no usable 'dataloader.val'"),
         (["predictions", *named], "Predictions need a fine-tuned model"),
-        (["predictions", tmp_path / "run"], "holds no checkpoint of finetune"),
+        (["predictions", tmp_path / "run"], "holds no checkpoint of a stage that fine-tunes"),
         (["embeddings", tmp_path / "run", "--images", 2], "needs 3 or more"),
-        (["embeddings", "nothing.safetensors", *named], "There is no file nothing.safetensors"),
         (["embeddings", "zoo:nothing", *named], "nothing"),
     ]
     for arguments, message in cases:
         status, out, err = visualize(*arguments)
         assert (status, out) == (1, "") and message in err and err.count("error: ") == 1, (arguments, err)
     assert not (tmp_path / "images").exists()
-    root, folder = scenes_copy
-    monkeypatch.setenv("BISSL_ZOO_DATASETS", str(root))
-    for image in (folder / "JPEGImages").glob("test_*"):
-        image.write_bytes(image.read_bytes()[:200])
-    status, _, err = visualize("data", *named, "--split", "test")
-    assert status == 1 and "JPEGImages/test_" in err and "Replace the file" in err and "Traceback" not in err
-    workers = "dataloader.test.num_workers=1"
-    status, _, err = visualize("embeddings", tmp_path / "run", workers)
-    assert status == 1 and "JPEGImages/test_" in err and "Traceback" not in err
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "the following arguments are required: COMMAND"),
         (["draw"], "invalid choice: 'draw'"),
         (["embeddings", "--config-file", "a"], "give a SOURCE"),
         (["data", "a", "--config-file", "b"], "give --config-file, or one run directory"),
-        (["views", "a", "b"], "give --config-file, or one run directory"),
         (["views", "--config-file", "a", "--images", "0"], "--images must be 1 or more"),
-        (["views", "--config-file", "a", "--csv"], "unrecognized arguments: --csv"),
         (["predictions", "a", "--worst", "--random"], "not allowed with argument"),
     ],
 )
@@ -169,10 +136,3 @@ def test_invalid_command_lines_are_refused(visualizer, capsys, arguments, messag
     with pytest.raises(SystemExit) as ended:
         visualizer.cli(arguments)
     assert ended.value.code == 2 and message in capsys.readouterr().err
-
-
-def test_a_command_shows_its_own_help(visualizer, capsys):
-    with pytest.raises(SystemExit) as ended:
-        visualizer.cli(["predictions", "--help"])
-    own = capsys.readouterr().out
-    assert ended.value.code == 0 and "--worst" in own and "--csv" not in own

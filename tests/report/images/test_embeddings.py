@@ -1,6 +1,5 @@
 """Maps of features: what is embedded, from which backbones, and the metrics beside the maps."""
 
-import csv
 import math
 import shutil
 
@@ -33,7 +32,6 @@ from bissl_zoo.report.images.embeddings import (
     project,
     silhouette,
     square_around,
-    write_csv,
 )
 from bissl_zoo.report.images.visualize import embeddings_figure
 from bissl_zoo.runs.checkpoint import Checkpointer, load_checkpoint
@@ -139,6 +137,7 @@ def stage_state(folder, stage):
     return merge_split_states(level["backbone"], tail)
 
 
+@pytest.mark.slow
 def test_a_run_with_a_bissl_stage_has_two_maps_with_their_own_knn(finished, at_scenes, labelled):
     cfg = labelled
     before = random_states()
@@ -155,18 +154,7 @@ def test_a_run_with_a_bissl_stage_has_two_maps_with_their_own_knn(finished, at_s
     assert any("k = 20, 60 neighbours from dataloader.train" in word for word in words(result.figure))
 
 
-@pytest.mark.slow  # scikit-learn starts a process to count cores
-def test_the_coordinates_are_written_with_image_and_class(tmp_path):
-    features, labels = clusters(5.0, count=2)
-    one = embedding("a, b", features, labels, features, labels)
-    write_csv([one], CLASSES, [f"{i}.png" for i in range(6)], tmp_path / "deep" / "points.csv")
-    with open(tmp_path / "deep" / "points.csv", newline="") as file:
-        rows = list(csv.DictReader(file))
-    assert [row["image"] for row in rows] == [f"{i}.png" for i in range(6)] and rows[0]["backbone"] == "a, b"
-    assert [row["class"] for row in rows] == [CLASSES[label] for label in labels]
-    assert np.allclose([[float(row["x"]), float(row["y"])] for row in rows], one.points, rtol=1e-4)
-
-
+@pytest.mark.slow
 def test_the_backbone_that_enters_the_stage_is_the_one_it_started_from(finished, at_scenes, run_copy):
     cfg = load_run_config(run_copy)
     cfg.train.stages, cfg.train.init = ["bissl"], None
@@ -188,21 +176,14 @@ def test_the_backbone_that_enters_the_stage_is_the_one_it_started_from(finished,
     assert all(torch.equal(value, expected[key]) for key, value in entering.model.state_dict().items())
 
 
+@pytest.mark.slow
 def test_a_run_whose_stage_is_not_finished_has_no_maps(run_copy):
     shutil.rmtree(run_copy / "checkpoints" / "bissl")
     with pytest.raises(CheckpointError, match="no checkpoint of the stage bissl"):
         load_stages(str(run_copy))
 
 
-def test_objects_of_a_detection_set_are_embedded_by_their_crops(finished, at_scenes):
-    cfg = load_run_config(finished)
-    result = embeddings_figure(cfg, [str(finished)], images=15)
-    assert [len(one.labels) for one in result.embeddings] == [len(result.names)] * 2
-    assert all("#" in name for name in result.names)
-    with pytest.raises(DatasetError, match="a map of embeddings needs 3"):
-        embeddings_figure(cfg, [str(finished)], images=1)
-
-
+@pytest.mark.slow
 def test_images_of_several_classes_are_on_the_map_and_not_in_the_metrics(finished, labelled, tmp_path, monkeypatch):
     write_voc2007_classification(tmp_path)
     monkeypatch.setenv("BISSL_ZOO_DATASETS", str(tmp_path))

@@ -64,6 +64,7 @@ def test_a_box_is_drawn_around_its_pixels_in_the_written_file(tmp_path):
         assert edges == pytest.approx([20, 20, 30], abs=0.75)  # a line is half a pixel wide
 
 
+@pytest.mark.slow
 def test_a_sheet_of_16_images_has_no_text_on_another_and_none_outside():
     samples = [sample(boxed([], []), n, noise(90, 100, n))._replace(name="a_long_name" * 9) for n in range(16)]
     figure = draw_samples(samples, detection(), "A title " * 60)
@@ -128,6 +129,7 @@ def test_every_pretext_method_shows_its_views(tiny_config, at_scenes, name):
         assert not np.array_equal(pixels_of(figure.axes[1]), pixels_of(other.axes[1]))
 
 
+@pytest.mark.slow
 def test_data_of_a_config_has_the_boxes_of_its_annotations(tiny_config, at_scenes):
     cfg = tiny_config()
     before = random_states()
@@ -153,6 +155,7 @@ def test_an_image_that_cannot_be_decoded_is_named(tiny_config, scenes_copy, monk
         data_figure(tiny_config(), "test")
 
 
+@pytest.mark.slow
 def test_predicted_boxes_are_those_of_the_model_of_the_run(finished, at_scenes):
     cfg = load_run_config(finished)
     cfg.train.init = str(finished)
@@ -176,6 +179,7 @@ def test_predicted_boxes_are_those_of_the_model_of_the_run(finished, at_scenes):
         assert f"score {evaluator.evaluate()['voc_AP50']:.2f}" in [text.get_text() for text in predicted.texts]
 
 
+@pytest.mark.slow
 def test_the_worst_predictions_are_those_of_the_whole_set(finished, at_scenes):
     cfg = load_run_config(finished)
     cfg.train.init = str(finished)
