@@ -67,18 +67,14 @@ class PlacedSampler(Sampler[tuple[int, int]]):
 class EvaluationSampler(Sampler[int]):
     """This rank's sample numbers of a test set, in order: rank, rank + world size, ..."""
 
-    def __init__(self, size: int, batch_size: int) -> None:
-        self.numbers, self.batch_size = range(get_rank(), size, get_world_size()), batch_size
+    def __init__(self, size: int) -> None:
+        self.numbers = range(get_rank(), size, get_world_size())
 
     def __len__(self) -> int:
         return len(self.numbers)
 
     def __iter__(self) -> Iterator[int]:
         return iter(self.numbers)
-
-    def batch(self, step: int) -> list[int]:
-        """Return the sample numbers of this rank's batch `step`."""
-        return list(self.numbers[step * self.batch_size : (step + 1) * self.batch_size])
 
 
 def build_train_loader(
@@ -131,7 +127,6 @@ def build_train_loader(
         sampler = PlacedSampler(TrainingSampler(len(dataset), batch_size, seed, start_step))
     return Loader(
         samples,
-        start_step=start_step,
         on_skip="Another sample takes its place",
         batch_size=batch_size // world,
         sampler=sampler,
@@ -169,7 +164,7 @@ def build_test_loader(
         OrderedSamples(dataset, transform, on_bad, timeout),
         on_skip="It is left out",
         batch_size=batch_size,
-        sampler=EvaluationSampler(len(dataset), batch_size),
+        sampler=EvaluationSampler(len(dataset)),
         collate_fn=Collate(collate or default_collate),
         num_workers=num_workers,
         pin_memory=pin_memory,

@@ -9,7 +9,7 @@ import time
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
-from itertools import count, islice
+from itertools import islice
 from multiprocessing.process import BaseProcess
 from multiprocessing.util import Finalize
 from queue import Empty, SimpleQueue
@@ -98,9 +98,7 @@ class Collate:
 class _ReadableSamples(TransformedDataset):
     """Transformed samples that are read within `timeout` seconds (0: no limit), and a second time if that fails."""
 
-    def __init__(
-        self, dataset: Dataset, transform: Callable[[Any, Any], Any], on_bad: str = "skip", timeout: float = 0
-    ) -> None:
+    def __init__(self, dataset: Dataset, transform: Callable[[Any, Any], Any], on_bad: str, timeout: float) -> None:
         super().__init__(dataset, transform)
         self.on_bad, self.timeout = on_bad, timeout
         self._failed: set[int] = set()
@@ -130,12 +128,7 @@ class DrawnSamples(_ReadableSamples):
     """
 
     def __init__(
-        self,
-        dataset: Dataset,
-        transform: Callable[[Any, Any], Any],
-        seed: int,
-        on_bad: str = "skip",
-        timeout: float = 0,
+        self, dataset: Dataset, transform: Callable[[Any, Any], Any], seed: int, on_bad: str, timeout: float
     ) -> None:
         super().__init__(dataset, transform, on_bad, timeout)
         self.seed = seed
@@ -179,7 +172,7 @@ class DrawnStream(IterableDataset):
     """
 
     def __init__(
-        self, stream: IterableDataset, transform: Callable[[Any, Any], Any], seed: int, timeout: float = 0
+        self, stream: IterableDataset, transform: Callable[[Any, Any], Any], seed: int, timeout: float
     ) -> None:
         self.stream, self.transform, self.seed, self.timeout = stream, transform, seed, timeout
 
@@ -232,7 +225,6 @@ class Loader(DataLoader):
     Its workers ignore the signals that stop a run, so they are killed when the iterator or this process ends.
 
     Args:
-        start_step: number of the first batch.
         on_skip: what happens to a sample that cannot be read, as a sentence for the warning.
 
     Attributes:
@@ -240,8 +232,8 @@ class Loader(DataLoader):
             drawn for, so the content after a batch does not depend on the number of workers.
     """
 
-    def __init__(self, *args: Any, start_step: int = 0, on_skip: str = "", **options: Any) -> None:
-        self.start_step, self.on_skip = start_step, on_skip
+    def __init__(self, *args: Any, on_skip: str = "", **options: Any) -> None:
+        self.on_skip = on_skip
         self.skipped: dict[str, str] = {}
         super().__init__(*args, **options)
 
@@ -256,13 +248,13 @@ class Loader(DataLoader):
         if workers:
             _workers.update(workers)
             Finalize(batches, kill, (workers,), exitpriority=0)
-        for step in count(self.start_step):
+        while True:
             try:
                 batch = next(batches)
             except StopIteration:
                 return
             except (RuntimeError, KeyboardInterrupt) as error:
-                lost = lost_worker(error, self._pending(step, workers))
+                lost = lost_worker(error)
                 kill(workers)
                 if lost is None:
                     raise
@@ -276,15 +268,6 @@ class Loader(DataLoader):
             if batch.value is not None:
                 yield batch.value
 
-    def _pending(self, step: int, workers: list[BaseProcess]) -> str:
-        """Return which batch a dead worker was to deliver next, as a sentence; workers take turns."""
-        dead = [turn for turn, worker in enumerate(workers) if worker.exitcode is not None]
-        if not dead or not hasattr(self.sampler, "batch"):
-            return ""
-        pending = min(step + (turn - (step - self.start_step)) % len(workers) for turn in dead)
-        names = name_samples(self.sampler.batch(pending), self.dataset.dataset)
-        return f"Its next batch was number {pending} with {names}."
-
 
 def name_samples(numbers: Sequence[int], dataset: Any) -> str:
     """Return e.g. `8 samples: 3 (a.jpg), 7 (b.jpg) and 6 more`, with files if the data set has `source(index)`."""
@@ -294,14 +277,11 @@ def name_samples(numbers: Sequence[int], dataset: Any) -> str:
     return f"{len(numbers)} samples: {', '.join(names)}{more}"
 
 
-def lost_worker(error: BaseException, pending: str = "") -> DatasetError | None:
+def lost_worker(error: BaseException) -> DatasetError | None:
     """Return a DatasetError if `error` is torch's report that a loader's worker died, else None.
 
     torch raises a RuntimeError from a signal handler, in any line of the main thread. The workers' exit codes
     distinguish it from other RuntimeErrors.
-
-    Args:
-        pending: a sentence about the batch that the worker was to deliver.
     """
     dead = [worker for worker in _workers if worker.exitcode]  # None: running; 0: a normal end
     if not dead or not isinstance(error, RuntimeError):
@@ -309,7 +289,7 @@ def lost_worker(error: BaseException, pending: str = "") -> DatasetError | None:
     code = dead[0].exitcode
     how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"exited with status {code}"
     return DatasetError(
-        f"Data worker (pid {dead[0].pid}) {how}. {pending}{' ' if pending else ''}SIGKILL usually means out of memory: "
+        f"Data worker (pid {dead[0].pid}) {how}. SIGKILL usually means out of memory: "
         "use fewer workers (num_workers) or give the job more memory. Then continue with --resume."
     )
 

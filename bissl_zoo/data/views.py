@@ -7,7 +7,7 @@ round alike.
 
 import math
 from collections.abc import Callable, Sequence
-from functools import partial, singledispatch
+from functools import singledispatch
 from typing import Any
 
 import torch
@@ -108,18 +108,9 @@ def two_views(
         blur_sigma: range of the Gaussian's standard deviation in pixels.
         mean, std: normalisation of images in [0, 1], per RGB channel.
     """
-    view = partial(
-        _view,
-        aspect_ratio=aspect_ratio,
-        jitter=jitter,
-        jitter_probability=jitter_probability,
-        grayscale_probability=grayscale_probability,
-        flip_probability=flip_probability,
-        blur_sigma=blur_sigma,
-        mean=mean,
-        std=std,
-    )
-    return Views([view(size, crop_scale, b, s) for b, s in zip(blur_probability, solarize_probability, strict=True)])
+    shared = (aspect_ratio, jitter, jitter_probability, grayscale_probability, flip_probability, blur_sigma, mean, std)
+    probabilities = zip(blur_probability, solarize_probability, strict=True)
+    return Views([_view(size, crop_scale, blur, solarize, *shared) for blur, solarize in probabilities])
 
 
 def multi_crop(
@@ -150,20 +141,10 @@ def multi_crop(
         blur_probability: for the first, the second global crop and each local one; likewise `solarize_probability`.
         aspect_ratio, jitter, blur_sigma, mean, std: as for :func:`two_views`.
     """
-    view = partial(
-        _view,
-        aspect_ratio=aspect_ratio,
-        jitter=jitter,
-        jitter_probability=jitter_probability,
-        grayscale_probability=grayscale_probability,
-        flip_probability=flip_probability,
-        blur_sigma=blur_sigma,
-        mean=mean,
-        std=std,
-    )
+    shared = (aspect_ratio, jitter, jitter_probability, grayscale_probability, flip_probability, blur_sigma, mean, std)
     first, second, local = zip(blur_probability, solarize_probability, strict=True)
-    crops = [view(size, crop_scale, *first), view(size, crop_scale, *second)]
-    return Views(crops + [view(local_size, local_scale, *local) for _ in range(local_crops)])
+    crops = [_view(size, crop_scale, *probabilities, *shared) for probabilities in (first, second)]
+    return Views(crops + [_view(local_size, local_scale, *local, *shared) for _ in range(local_crops)])
 
 
 def masked_view(
@@ -205,7 +186,6 @@ def _view(
     crop_scale: Sequence[float],
     blur: float,
     solarize: float,
-    *,
     aspect_ratio: Sequence[float],
     jitter: Sequence[float],
     jitter_probability: float,
@@ -384,16 +364,12 @@ def _uniform(images: Tensor, bounds: Sequence[float]) -> Tensor:
 
 @in_batch.register
 def _(transform: v2.RandomApply, images: Tensor) -> Tensor:
-    return _some(images, transform.p, lambda some: _all(transform.transforms, some))
+    return _some(images, transform.p, lambda some: in_batch(v2.Compose(list(transform.transforms)), some))
 
 
 @in_batch.register
 def _(transform: v2.Compose, images: Tensor) -> Tensor:
-    return _all(transform.transforms, images)
-
-
-def _all(steps: Sequence[v2.Transform], images: Tensor) -> Tensor:
-    for step in steps:
+    for step in transform.transforms:
         images = in_batch(step, images)
     return images
 

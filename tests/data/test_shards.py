@@ -14,7 +14,7 @@ from bissl_zoo.data import shards as shards_module
 from bissl_zoo.data.datasets.catalog import sample_digest
 from bissl_zoo.data.loaders import build_test_loader, build_train_loader
 from bissl_zoo.data.prepare.pack import scan_shard, write_index
-from bissl_zoo.data.shards import buffered_order, epoch_bounds, epoch_share, expand, find_shards
+from bissl_zoo.data.shards import buffered_order, expand, find_shards
 from bissl_zoo.errors import ConfigError, DatasetError
 from bissl_zoo.registry import build_dataset
 
@@ -124,18 +124,6 @@ def test_a_stream_from_a_step_is_the_rest_of_the_whole_one(original, monkeypatch
 
 def test_the_stream_is_the_one_of_earlier_versions(original):
     assert stream(shards(original), 4, 6, seed=7) == GOLDEN
-
-
-def test_consumers_draw_differently(original, monkeypatch):
-    drawn = []
-    for rank in range(2):
-        as_rank(monkeypatch, rank, 2)
-        numbers = flat(stream(shards(original), 12, 4))
-        pieces = epoch_share(np.array(SIZES), 0, 0, *epoch_bounds(48, 0, rank, 2))
-        lying = [sum(SIZES[: piece.shard]) + n for piece in pieces for n in range(piece.start, piece.stop)]
-        drawn.append([lying.index(number) for number in numbers])
-    assert sorted(drawn[0]) == sorted(drawn[1]) == list(range(24))
-    assert drawn[0] != drawn[1]
 
 
 def test_the_buffer_shuffles_within_its_reach():

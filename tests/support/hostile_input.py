@@ -4,6 +4,7 @@ import contextlib
 import copy
 import json
 import os
+import signal
 import struct
 import sys
 import zlib
@@ -147,3 +148,23 @@ def watched(folder: Path, port: int | None = None) -> Iterator[None]:
     finally:
         _watch["folder"] = None
     assert not _watch["seen"], str(_watch["seen"][:3])[:500]
+
+
+#: makes something in place of a regular file, which must not be opened
+SPECIAL_FILES = {"pipe": os.mkfifo, "device": lambda path: os.symlink("/dev/zero", path), "folder": os.mkdir}
+
+
+@contextlib.contextmanager
+def time_limit(seconds=30):
+    """Fail if the block does not end, as when it reads from a pipe."""
+
+    def give_up(number, frame):
+        raise AssertionError(f"not done after {seconds} seconds")
+
+    before = signal.signal(signal.SIGALRM, give_up)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)

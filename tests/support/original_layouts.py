@@ -6,11 +6,8 @@ Every image is of one colour, whose red is 40 times its label, so that a label t
 import gzip
 import io
 import json
-import os
 import pickle
-import signal
 import struct
-from contextlib import contextmanager
 
 import numpy as np
 from PIL import Image
@@ -301,23 +298,3 @@ def accept_small_copies(monkeypatch):
     """Let torchvision read small sets, whose files do not have the checksums of the originals."""
     monkeypatch.setattr("torchvision.datasets.cifar.check_integrity", lambda *_: True)
     monkeypatch.setattr("torchvision.datasets.Flowers102._check_integrity", lambda self: True)
-
-
-#: makes something in place of a regular file, which must not be opened
-SPECIAL_FILES = {"pipe": os.mkfifo, "device": lambda path: os.symlink("/dev/zero", path), "folder": os.mkdir}
-
-
-@contextmanager
-def time_limit(seconds=30):
-    """Fail if the block does not end, as when it reads from a pipe."""
-
-    def give_up(number, frame):
-        raise AssertionError(f"not done after {seconds} seconds")
-
-    before = signal.signal(signal.SIGALRM, give_up)
-    signal.setitimer(signal.ITIMER_REAL, seconds)
-    try:
-        yield
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)

@@ -102,27 +102,18 @@ class COCODetection(DetectionSet):
         self.classes = in_order if chosen is None else distinct_classes(chosen)
         if not self.classes:
             raise DatasetError(f"COCO annotations {self._path}: there is no category, or none is chosen in classes.")
-        self._check_absent([name for name in in_order if name not in self.classes], names)
-        label_of_name = {name: label for label, name in enumerate(self.classes)}
-        return {key: label_of_name.get(name) for key, name in name_of.items()}
-
-    def _check_absent(self, others: list[str], names: set[str]) -> None:
-        """Log the chosen classes that the file lacks.
-
-        Args:
-            others: the file's categories that are not chosen.
-        Raises:
-            DatasetError: one may be misspelt, or the file has none of them.
-        """
+        others = [name for name in in_order if name not in self.classes]
         absent = [name for name in self.classes if name not in names]
-        misspelt = next((name for name in absent if did_you_mean(name, others)), None)
-        if len(absent) == len(self.classes) or misspelt:
-            wrong = misspelt or absent[0]
-            add = f" If {_shown(wrong)} is right, add it to the file's list 'categories'." if misspelt else ""
-            hint = did_you_mean(wrong, others)
-            raise DatasetError(f"COCO annotations {self._path} have no category {_shown(wrong)}.{hint}{add}")
+        for name in absent:
+            if (hint := did_you_mean(name, others)) or len(absent) == len(self.classes):
+                raise DatasetError(
+                    f"COCO annotations {self._path} have no category {_shown(name)}.{hint} If the name is right, add "
+                    "it to the file's list 'categories'."
+                )
         if absent:
             logger.warning("COCO %s has no category %s; no image has such objects", self._path, shown_names(absent))
+        label_of_name = {name: label for label, name in enumerate(self.classes)}
+        return {key: label_of_name.get(name) for key, name in name_of.items()}
 
     def _images_of(
         self, records: list[Any], labelled: bool
@@ -134,9 +125,7 @@ class COCODetection(DetectionSet):
         for number, record in enumerate(records, start=1):
             try:
                 key = _id(record, "id")
-                if (
-                    key in place_of
-                ):  # raised even if records may be skipped: it is unknown which annotations belong to which
+                if key in place_of:  # never skipped: it is unknown which annotations belong to which
                     raise DatasetError(f"{self._at('image', number, record)}: its id was there before. Fix the file.")
                 place_of[key] = None
                 file, size = self._file_of(record, folders), _size(record) if labelled else (0, 0)

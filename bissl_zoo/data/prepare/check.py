@@ -138,8 +138,9 @@ def prepare(name: str) -> tuple[list[str], Survey]:
     Raises:
         DatasetError: an unknown name, or a download that failed or does not exist.
     """
-    usual = (datasets_root() / known_sets()[name].folder).absolute() if folder_of(name) else None
-    fetched = fetch(name, datasets_root()) if folder_of(name) == usual else []
+    folder = folder_of(name)
+    usual = (datasets_root() / known_sets()[name].folder).absolute()
+    fetched = fetch(name, datasets_root()) if folder == usual else []
     return fetched, survey(name)
 
 

@@ -10,8 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hostile_input import png_of
-from original_layouts import SPECIAL_FILES, time_limit
+from hostile_input import SPECIAL_FILES, png_of, time_limit
 from PIL import EpsImagePlugin, Image
 from sklearn.datasets import load_sample_image
 from torchvision.transforms.v2.functional import pil_to_tensor

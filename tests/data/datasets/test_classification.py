@@ -278,12 +278,6 @@ def test_an_image_that_is_listed_twice_is_refused(copy):
         build_dataset("dtd", split="train")
 
 
-def test_sun397_without_its_lists_names_their_address(copy):
-    shutil.rmtree(copy("sun397") / "Partitions")
-    with pytest.raises(DatasetError, match="SUN/download/Partitions.zip"):
-        build_dataset("sun397")
-
-
 def test_imagenet_with_unsorted_val_images_names_the_command(copy):
     folder = copy("imagenet")
     shutil.rmtree(folder / "val")
@@ -331,38 +325,6 @@ def test_an_invalid_option_is_refused(name, options, message):
 
 
 # sets that are read here, against torchvision
-
-
-def pairs_of(samples, root):
-    return sorted((os.path.relpath(file, root), int(label)) for file, label in samples)
-
-
-def ours(name, split, **options):
-    dataset = build_dataset(name, split=split, **options)
-    return pairs_of(zip(sources(dataset), dataset.targets, strict=True), dataset.root)
-
-
-@pytest.mark.parametrize("partition", [1, 10])
-def test_dtd_is_read_as_torchvision_reads_it(partition, datasets):
-    for split in ("train", "val", "test"):
-        reference = tv.DTD(datasets, split=split, partition=partition)
-        pairs = zip(reference._image_files, reference._labels, strict=True)
-        assert ours("dtd", split, partition=partition) == pairs_of(pairs, datasets / "dtd" / "dtd")
-
-
-def test_sun397_and_caltech101_hold_the_images_and_labels_that_torchvision_finds(datasets):
-    reference = tv.SUN397(datasets)
-    pairs = pairs_of(zip(reference._image_files, reference._labels, strict=True), datasets / "SUN397")
-    assert sorted(ours("sun397", "trainval") + ours("sun397", "test")) == pairs
-    reference = tv.Caltech101(datasets)
-    files = [
-        f"101_ObjectCategories/{reference.categories[label]}/image_{number:04d}.jpg"
-        for number, label in zip(reference.index, reference.y, strict=True)
-    ]
-    assert sorted(ours("caltech101", "trainval") + ours("caltech101", "test")) == sorted(
-        zip(files, reference.y, strict=True)
-    )
-    assert np.bincount(build_dataset("caltech101", split="trainval").targets).tolist() == [30, 30, 30]
 
 
 def same_samples(dataset, reference):

@@ -8,7 +8,7 @@ import re
 import numpy as np
 import pytest
 import torch
-from original_layouts import SPECIAL_FILES, time_limit
+from hostile_input import SPECIAL_FILES, time_limit
 from PIL import Image
 from pycocotools.coco import COCO
 

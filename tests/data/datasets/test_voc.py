@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from original_layouts import SPECIAL_FILES, time_limit
+from hostile_input import SPECIAL_FILES, time_limit
 from PIL import Image
 
 from bissl_zoo.data import VOC_CLASSES, VOCDetection

@@ -16,7 +16,7 @@ from scipy.io import savemat
 
 from bissl_zoo.data.datasets.classification import CLASSIFICATION_SETS
 from bissl_zoo.data.prepare.check import folder_of, known_sets, prepare, survey
-from bissl_zoo.data.prepare.download import SOURCES, from_archive
+from bissl_zoo.data.prepare.download import SOURCES
 from bissl_zoo.errors import DatasetError
 from bissl_zoo.registry import DATASETS
 
@@ -55,7 +55,7 @@ def archive_of(folder):
 @pytest.fixture
 def server(tmp_path, monkeypatch):
     """Serves what torchvision downloads of three sets, from where it is told to."""
-    for name in ("food101", "fgvc_aircraft", "fashion_mnist", "sun397"):
+    for name in ("food101", "fgvc_aircraft", "fashion_mnist"):
         WRITERS[name](tmp_path / "originals")
     originals = tmp_path / "originals"
     with FaultyServer() as server:
@@ -109,19 +109,6 @@ def test_a_process_that_was_killed_over_a_download_leaves_nothing_in_the_way(sma
     assert not folder_of("fgvc_aircraft").is_dir()
     assert prepare("fgvc_aircraft")[1].problems == []
     assert os.listdir(small) == ["fgvc-aircraft-2013b"]
-
-
-def test_a_second_piece_is_fetched_where_only_the_first_is_there(small, server, tmp_path, monkeypatch):
-    shutil.copytree(tmp_path / "originals" / "SUN397", small / "SUN397")
-    lists = small / "SUN397" / "Partitions"
-    archive = shutil.make_archive(str(tmp_path / "Partitions"), "zip", lists)
-    shutil.rmtree(lists)
-    server.files["/Partitions.zip"] = open(archive, "rb").read()
-    bring = from_archive(f"{server.address}/Partitions.zip", None, "SUN397/Partitions")
-    pieces = {**SOURCES["sun397"].pieces, "SUN397/Partitions": bring}
-    monkeypatch.setitem(SOURCES, "sun397", SOURCES["sun397"]._replace(pieces=pieces))
-    fetched, result = prepare("sun397")
-    assert fetched == ["SUN397/Partitions"] and result.problems == []
 
 
 def test_the_archives_of_imagenet_are_unpacked_and_sorted(small, tmp_path, monkeypatch):
