@@ -98,12 +98,12 @@ def test_test_loader_reads_every_sample_once_over_all_ranks(monkeypatch, size, w
 
 
 def noise(image, target):
-    """What a transform draws, by each of the three generators."""
+    """Return draws of the three generators."""
     return image, random.random(), np.random.rand(), torch.rand(()).item()
 
 
 @pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.slow)])
-def test_what_is_drawn_for_a_sample_depends_on_its_place_in_the_stream_alone(workers):
+def test_random_draws_for_a_sample_depend_only_on_its_place_in_the_stream(workers):
     def batches(start, count, num_workers=workers, seed=5):
         loader = build_train_loader(Numbers(6), 4, noise, num_workers=num_workers, seed=seed, start_step=start)
         return [torch.stack([part.double() for part in batch]) for batch in islice(loader, count)]

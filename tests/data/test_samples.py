@@ -36,7 +36,7 @@ class Images(ImageFolder):
 
 @pytest.fixture
 def images(tmp_path, monkeypatch):
-    """Forty JPEG files, each of its own gray."""
+    """Forty JPEG files, each of another gray."""
     monkeypatch.setattr(samples, "RETRY_PAUSE", 0.0)
     for number in range(SIZE):
         Image.new("RGB", (16, 16), (number * 6,) * 3).save(tmp_path / f"{number:02d}.jpg", quality=95)

@@ -25,7 +25,7 @@ GOLDEN = [[18, 14, 17, 19, 22, 46], [24, 0, 20, 47, 44, 25], [5, 2, 45, 6, 21, 3
 
 
 def jpeg(number):
-    """A JPEG that `number_of` tells from every other below 64."""
+    """Return a JPEG from which `number_of` reads `number`, which is below 64."""
     file = io.BytesIO()
     Image.new("RGB", (8, 8), (4 * number,) * 3).save(file, "JPEG", quality=95)
     return file.getvalue()
@@ -137,7 +137,7 @@ def test_the_buffer_shuffles_within_its_reach():
     assert np.bincount(first, minlength=4).min() > 440  # 500 expected, standard deviation 19
 
 
-def test_going_on_reads_only_the_shards_that_are_still_wanted(folder):
+def test_resuming_reads_only_the_remaining_shards(folder):
     dataset = shards(folder, shuffle_buffer=1, on_bad="error")
     whole = stream(dataset, 12)
     gone = next(

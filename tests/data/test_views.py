@@ -62,7 +62,7 @@ def test_views_are_two_normalised_squares(size):
     assert not torch.equal(*views)
 
 
-def test_a_seed_draws_the_two_views_it_always_drew():
+def test_a_seed_draws_the_same_two_views_as_earlier_versions():
     views, image = two_views(size=32), noise()
     torch.manual_seed(0)
     drawn = [view for _ in range(3) for view in views(image)]
@@ -281,7 +281,7 @@ def test_the_order_of_the_jitter_is_each_images_own_and_all_orders_are_equally_l
 def statistics(views):
     """Statistics of views `(N, 3, S, S)` in [0, 1]: colours, contrast, sharpness, and which steps were applied.
 
-    Squares as well, so that means over many views tell how they spread.
+    Squares are included, so that means over many views also measure the spread.
     """
     means, stds = views.mean(dim=(2, 3)), views.std(dim=(2, 3))
     gray = views.mean(dim=1)
@@ -336,7 +336,7 @@ def test_a_mask_comes_back_as_the_workers_drew_it(photographs):
     assert images.shape == (2, 3, 64, 64) and images.dtype == torch.float32 and torch.equal(same, masks)
 
 
-def test_steps_before_the_first_that_is_known_are_left_to_the_workers(photographs):
+def test_steps_before_the_first_batched_one_run_in_the_workers(photographs):
     views = Views(
         [v2.Compose([v2.RandomCrop(24), v2.RandomRotation(30), v2.Grayscale(3), v2.RandomSolarize(128, 1.0)])]
     )
@@ -345,7 +345,7 @@ def test_steps_before_the_first_that_is_known_are_left_to_the_workers(photograph
     assert torch.equal(views.on_device([crop[None]])[0][0], reference.solarize(crop, 128))
 
 
-def test_a_step_that_batches_do_not_know_is_refused_until_it_is_registered(photographs):
+def test_a_step_without_a_batched_form_is_refused_until_it_is_registered(photographs):
     class Inverted(v2.Transform):
         def transform(self, inpt, params):
             return 255 - inpt

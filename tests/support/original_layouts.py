@@ -286,7 +286,7 @@ del WRITERS["lines"], WRITERS["cifar"], WRITERS["coco_detection"]  # the last is
 
 
 def sizes_of(name):
-    """How many images a small set has: by official part, as the layouts of the originals call them."""
+    """Return the number of images of a small set by official part."""
     if name == "caltech101":
         return {"trainval": 90, "test": 3 * (CALTECH - 30) + 3}
     own_val = name in ("fgvc_aircraft", "voc2007_classification", "dtd", "flowers102")

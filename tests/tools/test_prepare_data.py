@@ -40,7 +40,7 @@ def prepare(tool):
 def images(tmp_path):
     """Twelve JPEGs and a PNG at several depths, some of the same name, some with dots."""
     folder, rng = tmp_path / "images", np.random.default_rng(0)
-    names = [f"class.{n % 3}/picture.{n // 3}.JPEG" for n in range(9)]
+    names = [f"class.{n % 3}/photo.{n // 3}.JPEG" for n in range(9)]
     for name in [*names, "a/b.jpg", "a_b.jpg", "a-b.jpg", "top.png", "very/" + "long" * 40 + ".jpg"]:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(rng.integers(0, 256, (16, 16, 3), dtype=np.uint8)).save(folder / name)
@@ -98,7 +98,7 @@ def test_a_shard_stays_within_its_size_and_is_filled(prepare, images, tmp_path):
     assert prepare("--to-shards", images, "--out", out, "--shard-size", "10.24KB")[0] == 0
     sizes = [path.stat().st_size for path in sorted(out.glob("images-*.tar"))]
     assert set(sizes) == {10240} and len(members(out)) == 14 and 1 < len(sizes) < 14
-    # an image that is larger than a shard is one of its own
+    # an image larger than a shard gets a shard to itself
     assert prepare("--to-shards", images, "--out", tmp_path / "tiny", "--shard-size", 1)[0] == 0
     assert len(list((tmp_path / "tiny").glob("*.tar"))) == 14
 
@@ -116,7 +116,7 @@ def test_images_that_do_not_decode_are_refused_or_left_out_and_counted(prepare, 
     status, out = prepare("--to-shards", images, "--out", tmp_path / "out", "--samples-per-shard", 1)
     assert status == 1 and "does not decode" in out and "--on-bad skip" in out
     assert not (tmp_path / "out" / "index.json").exists()
-    for path in (tmp_path / "out").glob("*.tar"):  # what is there is whole
+    for path in (tmp_path / "out").glob("*.tar"):  # the shards before it are complete
         with tarfile.open(path) as tar:
             assert len(tar.getmembers()) == 1
     status, out = prepare("--to-shards", images, "--out", tmp_path / "skipped", "--on-bad", "skip")

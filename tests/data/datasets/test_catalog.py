@@ -129,7 +129,7 @@ KINDS = {
         np.repeat((RAMP >> 8)[..., None], 3, 2),
     ),
     "16-bit rgb.png": (deep_png(2, COLOURS), np.asarray(PHOTO)),
-    "a name that says otherwise.jpg": (encoded(PHOTO, "WEBP", lossless=True), np.asarray(PHOTO)),
+    "another format than its name.jpg": (encoded(PHOTO, "WEBP", lossless=True), np.asarray(PHOTO)),
 }
 
 
@@ -147,7 +147,7 @@ def test_every_kind_of_image_is_read_as_viewers_show_it(tmp_path, name):
 
 
 def cmyk_jpegs():
-    """As Pillow writes it, inverted as Adobe's; without Adobe's mark; and marked as YCCK."""
+    """Return the photo as Pillow writes it, inverted as by Adobe; without the mark of Adobe; and marked as YCCK."""
     content = encoded(PHOTO.convert("CMYK"), "JPEG", quality=95)
     start = content.index(b"\xff\xee")
     end = start + 2 + struct.unpack(">H", content[start + 2 : start + 4])[0]
@@ -223,7 +223,7 @@ def test_image_that_is_a_program_is_not_run(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("damage", ["missing", "cut", "bomb", "text"])
-def test_pixels_that_cannot_be_read_are_told_as_images_are(tmp_path, damage, monkeypatch):
+def test_both_readers_raise_the_same_error_for_an_image_that_cannot_be_read(tmp_path, damage, monkeypatch):
     path = tmp_path / "photo.jpg"
     Image.fromarray(load_sample_image("flower.jpg")[:90, :120]).save(path)
     content = path.read_bytes()

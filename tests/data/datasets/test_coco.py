@@ -33,7 +33,7 @@ def box(key, image, category, bbox, **more):
 
 @pytest.fixture
 def content():
-    """What the annotation file says; image 4 has no objects, and those of the others do not lie together."""
+    """Return annotations in which image 4 has no objects and those of the other images are mixed."""
     files = [{"id": key, "file_name": f"{key:012d}.jpg", "width": w, "height": h} for key, (w, h) in SIZES.items()]
     objects = [
         box(7, 11, 18, [0, 0, 50, 40]),
@@ -47,7 +47,7 @@ def content():
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch, content):
-    """COCO's own layout, with the images as the file says."""
+    """Write a set in COCO's layout."""
     monkeypatch.setenv("BISSL_ZOO_DATASETS", str(tmp_path))
     root = tmp_path / "coco"
     (root / "train2017").mkdir(parents=True)
@@ -90,7 +90,7 @@ def test_targets_are_those_that_pycocotools_reads_from_the_same_file(folder):
         assert target["image_id"] == index
 
 
-def test_shipped_section_reads_the_original_layout_and_does_without_the_boxes_that_have_no_height(folder, content):
+def test_the_config_section_reads_the_original_layout_and_skips_boxes_without_height(folder, content):
     (folder / "val2017").symlink_to(folder / "train2017")
     (folder / "annotations" / "instances_val2017.json").write_text(json.dumps(content))
     content["annotations"].append(box(918, 11, 1, [29.65, 38.33, 1.03, 0.0]))
@@ -118,11 +118,11 @@ def test_chosen_classes_give_the_labels_and_objects_of_others_are_counted(folder
         ([], "there is no category, or none is chosen"),
     ],
 )
-def test_classes_that_are_not_there_are_refused(folder, classes, problem):
+def test_unknown_classes_are_refused(folder, classes, problem):
     assert re.search(problem, refusal(classes=classes))
 
 
-def test_classes_may_be_absent_from_the_file_and_are_named_then(folder, caplog):
+def test_classes_absent_from_the_file_are_logged(folder, caplog):
     dataset = COCODetection(classes=["zebra", "person", "boat", "dog", "toothbrush"])
     assert dataset.classes == ["zebra", "person", "boat", "dog", "toothbrush"]
     assert dataset.target(0)["labels"].tolist() == [3, 1]
@@ -284,7 +284,7 @@ def test_file_that_is_not_in_the_format_is_named(folder, text, problem):
         assert refusal(on_bad_annotation=way).startswith(f"COCO annotations {path} {problem}")
 
 
-def test_file_beyond_all_measure_is_refused_unread(folder, content):
+def test_a_huge_file_is_refused_unread(folder, content):
     path = write(folder, content)
     with open(path, "r+b") as stream:
         stream.truncate(9 << 30)

@@ -22,7 +22,7 @@ def scenes(tmp_path_factory):
 
 
 def digest(folder):
-    """Of every file below the folder, names included."""
+    """Return the sha256 of the names and contents of all files below a folder."""
     found = hashlib.sha256()
     for path in sorted(path for path in folder.rglob("*") if path.is_file()):
         found.update(str(path.relative_to(folder)).encode() + path.read_bytes())

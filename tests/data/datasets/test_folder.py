@@ -1,5 +1,4 @@
 import os
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,8 +10,6 @@ from bissl_zoo.data import ImageFolder
 from bissl_zoo.data.datasets.catalog import sample_digest
 from bissl_zoo.data.datasets.folder import draw_fraction, draw_per_class
 from bissl_zoo.errors import DatasetError
-
-SHARED = Path(__file__).resolve().parents[3].parent / "shared" / "data"
 
 
 def picture(path, shade=0):
@@ -75,7 +72,7 @@ def test_class_folders_besides_the_classes_are_refused_with_the_nearest(pets):
         ImageFolder("pets", split="test", classes="cat")
 
 
-def test_classes_may_have_no_images_and_are_named_then(pets, caplog):
+def test_classes_without_images_are_logged(pets, caplog):
     (pets / "test" / "bird").mkdir()
     dataset = ImageFolder("pets", split="test", classes=["ant", "dog", "bird", "cat"])
     assert dataset.classes == ["ant", "dog", "bird", "cat"] and [label for _, label in dataset] == [1, 3]
@@ -85,7 +82,7 @@ def test_classes_may_have_no_images_and_are_named_then(pets, caplog):
     assert not caplog.records
 
 
-def test_a_class_is_a_folder_here_and_no_path_to_another(pets):
+def test_a_class_name_is_no_path_to_another_folder(pets):
     dataset = ImageFolder("pets", split="test", classes=["../train/cat", "cat", "dog", "dog/."])
     assert [label for _, label in dataset] == [1, 2]
 
@@ -112,16 +109,6 @@ def test_empty_split_empty_class_and_folder_without_classes_are_refused(pets):
         ImageFolder("pets", split="val", labelled=False)
     with pytest.raises(DatasetError, match="no class folders.*labelled=False"):
         ImageFolder("pets", split="train/cat")
-
-
-@pytest.mark.skipif(not (SHARED / "clothing10").is_dir(), reason="the clothing10 images are not beside the checkout")
-def test_real_classification_set_loads(monkeypatch):
-    monkeypatch.setenv("BISSL_ZOO_DATASETS", str(SHARED))
-    train = ImageFolder("clothing10", split="train")
-    test = ImageFolder("clothing10", split="test", classes=train.classes)
-    assert (len(train), len(test), len(train.classes)) == (3068, 372, 10)
-    assert np.asarray(test[0][0]).shape[2] == 3
-    assert len(ImageFolder("clothing10", labelled=False)) == 3781
 
 
 # a validation set that is drawn
@@ -165,7 +152,7 @@ def test_the_seed_decides_the_parts_on_every_machine(drawn, tmp_path, monkeypatc
     assert digests == {part: sample_digest(drawn(part)) for part in ("train", "val", None)}
 
 
-def test_the_parts_are_as_of_the_sets_by_name(drawn):
+def test_parts_are_drawn_like_those_of_the_sets_by_name(drawn):
     first = np.random.default_rng((0, 0)).permutation(10)[:2]
     assert sources(drawn("val"))[:2] == [f"a/{number}.png" for number in sorted(first)]
 
@@ -189,7 +176,7 @@ def labels_of(*sizes, seed=0):
     return np.random.default_rng(seed).permutation(np.repeat(np.arange(len(sizes)), sizes))
 
 
-def test_of_each_class_the_same_part_is_drawn_rounded_down():
+def test_the_same_fraction_of_each_class_is_drawn_rounded_down():
     # the sizes of the BiSSL authors' validation lists: 150 of Food-101's 750, 10 of SUN397's 50, 5 of CUB's 29
     labels = labels_of(750, 50, 29, 30, 100)
     drawn = draw_fraction(labels, 0.2, seed=0)
@@ -205,7 +192,7 @@ def test_small_classes_give_one_and_keep_one():
         draw_fraction(labels_of(1, 1), 0.5, 0)
 
 
-def test_a_number_of_each_class_is_drawn_and_something_left():
+def test_the_given_number_of_each_class_is_drawn_and_one_image_left():
     labels = labels_of(31, 50, 0, 40)
     drawn = draw_per_class(labels, 30, seed=0)
     assert np.bincount(labels[drawn], minlength=4).tolist() == [30, 30, 0, 30]
@@ -215,12 +202,12 @@ def test_a_number_of_each_class_is_drawn_and_something_left():
 
 
 @pytest.mark.parametrize("fraction", [0, 1, True, "0.2", float("nan")])
-def test_a_fraction_that_is_none_is_refused(fraction):
+def test_an_invalid_fraction_is_refused(fraction):
     with pytest.raises(DatasetError, match="val_fraction is"):
         draw_fraction(labels_of(9, 9), fraction, 0)
 
 
 @pytest.mark.parametrize("seed", [-1, 0.5, True])
-def test_a_seed_that_is_none_is_refused(seed):
+def test_an_invalid_seed_is_refused(seed):
     with pytest.raises(DatasetError, match="seed is"):
         draw_fraction(labels_of(9, 9), 0.2, seed)

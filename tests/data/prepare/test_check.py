@@ -81,17 +81,6 @@ def test_images_that_two_splits_share_are_reported(small):
     assert "dtd: 18 images are both in trainval and in test." in problems
 
 
-def test_detection_sets_are_counted_with_their_boxes(small):
-    WRITERS["voc2007_classification"](small)
-    WRITERS["voc2007_classification"](small, "VOCdevkit/VOC2012")
-    result = survey("voc_detection", open_files=True, num_workers=0)
-    images = [(split.split, split.images) for split in result.splits]
-    assert images == [("2007_trainval", 30), ("2007_test", 15), ("2012_trainval", 30)]
-    assert all(split.boxes > split.images and split.classes == 20 for split in result.splits)
-    assert len(result.problems) == 3 and all("but the original has" in problem for problem in result.problems)
-    assert "boxes" in result.table() and result.notes == []
-
-
 @pytest.fixture
 def coco(small, monkeypatch):
     """A small COCO that counts as the original."""
@@ -218,7 +207,7 @@ def test_a_folder_with_annotations_as_json_is_counted_and_its_boxes_are_measured
     assert {split: len(dataset.boxes) for split, dataset in build_as_noted(result).items()} == {"test": 1, "train": 5}
 
 
-def test_a_json_file_is_looked_at_alone_with_its_images_beside_or_named(street, tmp_path):
+def test_a_json_file_is_checked_with_its_images_beside_it_or_in_a_given_folder(street, tmp_path):
     file = street / "annotations" / "train.json"
     assert rows(look(file)) == [("train", 2, 1, 5)]
     (street / "images").rename(tmp_path / "far")
@@ -232,7 +221,7 @@ def test_a_json_file_is_looked_at_alone_with_its_images_beside_or_named(street, 
         look(file.with_name("captions.json"))
 
 
-def test_images_that_lie_beside_their_json_file_are_result_though_splits_share_names(tmp_path):
+def test_images_beside_their_json_file_are_found_if_splits_share_file_names(tmp_path):
     write_coco_detection(tmp_path)
     for place in ("train2017", "val2017"):
         file = tmp_path / "coco" / "annotations" / f"instances_{place}.json"

@@ -54,7 +54,7 @@ def archive_of(folder):
 
 @pytest.fixture
 def server(tmp_path, monkeypatch):
-    """Serves what torchvision downloads of three sets, from where it is told to."""
+    """Serve the files that torchvision downloads for three sets."""
     for name in ("food101", "fgvc_aircraft", "fashion_mnist"):
         WRITERS[name](tmp_path / "originals")
     originals = tmp_path / "originals"
@@ -79,7 +79,7 @@ def server(tmp_path, monkeypatch):
     ("name", "folder"),
     [("food101", "food-101"), ("fgvc_aircraft", "fgvc-aircraft-2013b"), ("fashion_mnist", "FashionMNIST")],
 )
-def test_what_is_not_there_is_downloaded_once_and_found_whole(name, folder, small, server):
+def test_a_missing_set_is_downloaded_once_and_complete(name, folder, small, server):
     fetched, result = prepare(name)
     assert fetched == [folder] and result.problems == []
     assert os.listdir(small) == [folder]
@@ -90,7 +90,7 @@ def test_what_is_not_there_is_downloaded_once_and_found_whole(name, folder, smal
 
 @pytest.mark.parametrize("end", ["close", "reset"])
 @pytest.mark.parametrize(("name", "file"), [("food101", "/food-101.tar.gz"), ("fgvc_aircraft", "/aircraft.tar.gz")])
-def test_a_download_that_is_interrupted_leaves_nothing_and_is_done_again(name, file, end, small, server):
+def test_an_interrupted_download_leaves_nothing_and_can_be_repeated(name, file, end, small, server):
     # the first request asks for redirections only
     server.plans[file] = [Answer(), Answer(sends=len(server.files[file]) // 2, end=end)] * 2
     with pytest.raises(DatasetError) as caught:
@@ -101,7 +101,7 @@ def test_a_download_that_is_interrupted_leaves_nothing_and_is_done_again(name, f
     assert prepare(name)[1].problems == []
 
 
-def test_a_process_that_was_killed_over_a_download_leaves_nothing_in_the_way(small, server):
+def test_leftovers_of_a_killed_download_do_not_block_the_next_one(small, server):
     # what it leaves: half an archive, which torchvision takes for a whole one, and half of its folder
     hidden = small / ".downloading-fgvc_aircraft"
     (hidden / "fgvc-aircraft-2013b" / "data").mkdir(parents=True)
@@ -147,7 +147,7 @@ def test_the_archives_of_imagenet_are_unpacked_and_sorted(small, tmp_path, monke
     assert sorted(os.listdir(small)) == ["imagenet"] and len(os.listdir(archives)) == 5
 
 
-def test_what_no_program_downloads_is_told_with_its_files(small):
+def test_files_to_download_by_hand_are_listed(small):
     with pytest.raises(DatasetError) as caught:
         prepare("stanford_cars")
     for file in ("cars_train_annos.mat", "cars_meta.mat", "cars_test_annos_withlabels.mat", str(small)):
