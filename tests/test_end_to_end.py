@@ -75,7 +75,7 @@ def test_the_run_directory_records_what_was_run(finished_run):
     assert (run / "checkpoints" / "latest").read_text() == "finetune/step_000003\n"
     results = json.loads((run / "results.json").read_text())
     assert list(results) == ["pretrained", "bissl"]
-    assert all(0.0 <= figures["AP50"] <= 1.0 for figures in results.values())
+    assert all(0.0 <= metrics["AP50"] <= 1.0 for metrics in results.values())
     left = {path.name for path in run.iterdir()}
     expected = {"config.yaml", "environment.txt", "metrics.jsonl", "tensorboard", "checkpoints", "results.json"}
     assert left == expected | {"metadata.json", "zoo_entry.json", "log.txt", "per_class.json", "report.html"}
@@ -130,12 +130,12 @@ def test_the_entry_is_the_lower_backbone(finished_run):
 
 def test_the_entry_has_the_metrics_and_its_data_sets(finished_run):
     base, entry = finished_run[0], entry_of(finished_run)
-    facts = bissl_zoo.get_entry(entry["name"], zoo=base / "zoo")
+    record = bissl_zoo.get_entry(entry["name"], zoo=base / "zoo")
     results = json.loads((base / "run" / "results.json").read_text())
-    stated = json.dumps(facts["metrics"])
-    for start, figures in results.items():
-        assert f"AP50 ({start})" in stated and str(figures["AP50"]) in stated
-    pretext = facts["datasets"]["pretext"]
+    stated = json.dumps(record["metrics"])
+    for start, metrics in results.items():
+        assert f"AP50 ({start})" in stated and str(metrics["AP50"]) in stated
+    pretext = record["datasets"]["pretext"]
     assert len(pretext.pop("sample_list_sha256")) == 64
     assert pretext == {"name": "digit_scenes", "split": "unlabeled", "samples": 48, **COUNTS}
 

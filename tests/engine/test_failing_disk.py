@@ -186,8 +186,8 @@ def test_an_error_that_waiting_cannot_fix_ends_the_run_at_once(tmp_path, pauses)
 @pytest.mark.slow
 def test_metrics_that_find_no_room_wait_and_are_written_in_order(small_disk, capsys):
     filler, trainer = Filler(small_disk), Growing("stage", 200)
-    figures = {"total_loss": 1.0, **{f"figure{number}": 0.5 for number in range(40)}}  # much in a page of either file
-    trainer.run_step = lambda: figures
+    metrics = {"total_loss": 1.0, **{f"figure{number}": 0.5 for number in range(40)}}  # much in a page of either file
+    trainer.run_step = lambda: metrics
     trainer.train(
         [
             At(step20=filler.fill, step150=filler.clear),

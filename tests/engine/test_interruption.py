@@ -44,10 +44,10 @@ def test_a_run_that_is_asked_to_stop_saves_within_a_step_and_says_how_to_go_on(c
     newest = Checkpointer(tmp_path / "run" / "checkpoints").newest("pretrain")
     step = load_checkpoint(newest)[0].step
     assert step == json.loads(lines(tmp_path / "run")[-1])["step"] < 400
-    said = (tmp_path / "errors").read_text()
-    assert f"{number}: saving after this step" in said
-    assert f"Interrupted at pretrain step {step}/400; checkpoint saved. Continue with --resume." in said
-    assert "Traceback" not in said and not (tmp_path / "run" / "run.lock").exists()
+    errors = (tmp_path / "errors").read_text()
+    assert f"{number}: saving after this step" in errors
+    assert f"Interrupted at pretrain step {step}/400; checkpoint saved. Continue with --resume." in errors
+    assert "Traceback" not in errors and not (tmp_path / "run" / "run.lock").exists()
 
 
 def test_a_second_ctrl_c_stops_at_once(config, tmp_path):
@@ -119,15 +119,15 @@ def stopping_at_call(number, owner, name):
 
 
 #: of 2 batches of the test set per evaluation: the first batch of the one after step 2, and the last of the final one
-@pytest.mark.parametrize(("call", "measured", "told"), [(3, 1, "step 2/3"), (6, 2, "step 3/3")])
+@pytest.mark.parametrize(("call", "measured", "progress"), [(3, 1, "step 2/3"), (6, 2, "step 3/3")])
 def test_a_run_that_is_asked_to_stop_while_it_evaluates_ends_at_once_and_evaluates_when_it_goes_on(
-    config, tmp_path, call, measured, told
+    config, tmp_path, call, measured, progress
 ):
     settings = dict(train__stages="[finetune]", finetune__steps=3, finetune__eval_period=1, train__deterministic=True)
     before = stopping_at_call(call, FasterRCNN, "predict")
     pid = start_run(config("asked", **settings), before=before, errors=tmp_path / "errors")
     assert exit_status(pid) == 143
-    assert f"Interrupted at finetune {told}; checkpoint saved" in (tmp_path / "errors").read_text()
+    assert f"Interrupted at finetune {progress}; checkpoint saved" in (tmp_path / "errors").read_text()
     assert sum("test/AP" in line for line in lines(tmp_path / "asked")) == measured
     for name in ("asked", "whole"):
         assert exit_status(start_run(config(name, **settings))) == 0

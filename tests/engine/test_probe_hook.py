@@ -1,4 +1,4 @@
-"""`train.probe`: what it measures, what it says, and that the run does not notice."""
+"""`train.probe`: its metrics, its log line, and that training is unchanged."""
 
 import json
 import math
@@ -89,7 +89,7 @@ def test_the_metrics_agree_with_scikit_learn_and_the_formulas(labelled_config, c
     context = open_context(labelled_config(train__probe__period=2, train__probe__k=5, pretrain__steps=2), "test")
     trainer = Pretrain().build(context, Weights())
     trainer.train([build_probe(context, Pretrain())])
-    figures = {name: value for name, value in trainer.metrics.items() if name.startswith("probe/")}
+    metrics = {name: value for name, value in trainer.metrics.items() if name.startswith("probe/")}
     backbone, method = trainer.level.backbone.eval(), trainer.level.head.eval()
     crop = [v2.PILToTensor(), v2.Resize(37, v2.InterpolationMode.BICUBIC), v2.CenterCrop(32)]  # 37 is 32 / 0.875
     normalize = [v2.ToDtype(torch.float32, True), v2.Normalize([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])]
@@ -102,23 +102,23 @@ def test_the_metrics_agree_with_scikit_learn_and_the_formulas(labelled_config, c
 
     reference = KNeighborsClassifier(5, metric="cosine", algorithm="brute", weights=lambda d: np.exp((1 - d) / 0.07))
     train, test = embedded(context.data["train"]), embedded(context.data["test"])
-    assert figures["probe/knn_top1"] == reference.fit(*train).score(*test)
+    assert metrics["probe/knn_top1"] == reference.fit(*train).score(*test)
     linear = make_pipeline(StandardScaler(), LogisticRegression(C=100.0, max_iter=1000)).fit(*train)
-    assert figures["probe/linear_top1"] == pytest.approx(linear.score(*test), abs=0.15)
+    assert metrics["probe/linear_top1"] == pytest.approx(linear.score(*test), abs=0.15)
     with preserved_randomness(CPU), torch.no_grad():
         samples = FixedViews(context.data["pretext"], range(60), method.views(), seed=0)
         first = method.embed(backbone, torch.stack([samples[i][0] for i in range(60)]))
     # batches of 8 there, of 60 here
-    assert figures["probe/effective_rank"] == pytest.approx(effective_rank(first), rel=1e-4)
-    assert figures["probe/std"] == pytest.approx(normalized_std(first), rel=1e-4)
+    assert metrics["probe/effective_rank"] == pytest.approx(effective_rank(first), rel=1e-4)
+    assert metrics["probe/std"] == pytest.approx(normalized_std(first), rel=1e-4)
     names = ("knn_top1", "linear_top1", "effective_rank", "std", "alignment", "uniformity")
-    assert figures.keys() == {f"probe/{name}" for name in names}
+    assert metrics.keys() == {f"probe/{name}" for name in names}
     line = next(line for line in capsys.readouterr().out.splitlines() if "probe" in line)
     assert line.startswith(
-        f"[pretrain 2/2] probe  kNN top-1 {figures['probe/knn_top1']:.3f} (k=5, 60 images)  "
-        f"linear top-1 {figures['probe/linear_top1']:.3f}  effective"
+        f"[pretrain 2/2] probe  kNN top-1 {metrics['probe/knn_top1']:.3f} (k=5, 60 images)  "
+        f"linear top-1 {metrics['probe/linear_top1']:.3f}  effective"
     )
-    assert f"rank {figures['probe/effective_rank']:.1f}/60  std {figures['probe/std']:.2f}" in line
+    assert f"rank {metrics['probe/effective_rank']:.1f}/60  std {metrics['probe/std']:.2f}" in line
 
 
 def test_boxes_are_no_labels_and_leave_the_monitors(tiny_config, at_scenes, tmp_path, capsys):
@@ -164,12 +164,12 @@ def test_no_more_images_are_looked_at_than_asked_for_and_always_the_same(labelle
     context = open_context(labelled_config(train__probe__period=1, train__probe__images=25), "test")
     probe = build_probe(context, Pretrain())
     probe.trainer = Pretrain().build(context, Weights())
-    figures, line = probe._measure()
+    metrics, line = probe._measure()
     assert "25 images" in line and "/25 " in line
     torch.manual_seed(99)
-    assert probe._measure() == (figures, line)
+    assert probe._measure() == (metrics, line)
     context.cfg.dataloader.pretext.num_workers = 1
-    assert probe._measure() == (figures, line)
+    assert probe._measure() == (metrics, line)
 
 
 def test_an_embedding_that_is_not_finite_is_logged_and_does_not_end_the_run(tiny_config, at_scenes, capsys):

@@ -19,13 +19,13 @@ pytestmark = pytest.mark.slow
 
 def test_a_run_is_published_later_into_another_zoo_with_all_that_it_left(run_copy, tmp_path):
     entry = publish_run(run_copy, name="mine", zoo=Zoo(tmp_path / "zoo"))
-    facts = get_entry("mine", zoo=tmp_path / "zoo")
+    metadata = get_entry("mine", zoo=tmp_path / "zoo")
     results = json.loads((run_copy / "results.json").read_text())
-    assert facts["metrics"]["AP50 (bissl)"]["mean"] == results["bissl"]["AP50"]
-    assert facts["metrics"]["AP50 (pretrained)"]["mean"] == results["pretrained"]["AP50"]
-    assert (facts["pretext"], facts["task"], facts["seeds"]) == ("simclr", "faster_rcnn", [0])
-    assert facts["wall_time_s"] == read_metadata(run_copy)["wall_time_s"] > 0 and "CPU" in facts["hardware"]
-    assert {"pretext_head.safetensors", "task_head.safetensors", "metrics.png"} <= set(facts["files"])
+    assert metadata["metrics"]["AP50 (bissl)"]["mean"] == results["bissl"]["AP50"]
+    assert metadata["metrics"]["AP50 (pretrained)"]["mean"] == results["pretrained"]["AP50"]
+    assert (metadata["pretext"], metadata["task"], metadata["seeds"]) == ("simclr", "faster_rcnn", [0])
+    assert metadata["wall_time_s"] == read_metadata(run_copy)["wall_time_s"] > 0 and "CPU" in metadata["hardware"]
+    assert {"pretext_head.safetensors", "task_head.safetensors", "metrics.png"} <= set(metadata["files"])
     assert published(run_copy) == entry
     trained, taken = LazyConfig.load(run_copy / "config.yaml"), get_config("mine", zoo=tmp_path / "zoo")
     assert all(taken[name] == trained[name] for name in ("pretext", "task", "solver", "bilevel", "finetune"))
@@ -38,12 +38,12 @@ def test_publishing_again_makes_a_version_and_the_weights_are_the_same(run_copy,
 
 
 def test_the_samples_of_every_data_set_are_counted_and_their_list_has_a_digest(finished, scenes):
-    facts = read_metadata(finished)["datasets"]
-    assert {role: found["samples"] for role, found in facts.items()} == {"pretext": 24, "train": 16, "test": 8}
+    metadata = read_metadata(finished)["datasets"]
+    assert {role: found["samples"] for role, found in metadata.items()} == {"pretext": 24, "train": 16, "test": 8}
     devkit = next(scenes.glob("*/VOCdevkit/VOC2007"))
     ids = (devkit / "ImageSets" / "Main" / "test.txt").read_text().split()
     names = sorted(os.path.relpath(devkit / "JPEGImages" / f"{image_id}.jpg", scenes) for image_id in ids)
-    assert facts["test"]["sample_list_sha256"] == hashlib.sha256("\n".join(names).encode()).hexdigest()
+    assert metadata["test"]["sample_list_sha256"] == hashlib.sha256("\n".join(names).encode()).hexdigest()
 
 
 @pytest.mark.parametrize(
@@ -114,12 +114,12 @@ def test_a_receipt_that_cannot_be_read_is_none(tmp_path, receipt):
     assert published(tmp_path) is None
 
 
-@pytest.mark.parametrize("figures", [b"[1]", b'{"bissl": {"AP50": "high"}}', b"[" * 100_000])
-def test_results_with_values_that_are_not_numbers_are_one_error(tmp_path, figures):
+@pytest.mark.parametrize("content", [b"[1]", b'{"bissl": {"AP50": "high"}}', b"[" * 100_000])
+def test_results_with_values_that_are_not_numbers_are_one_error(tmp_path, content):
     assert read_results(tmp_path) == {}
     (tmp_path / "results.json").write_bytes(b'{"bissl": {"AP50": NaN, "steps": 3}}')
     assert read_results(tmp_path)["bissl"]["steps"] == 3
-    (tmp_path / "results.json").write_bytes(figures)
+    (tmp_path / "results.json").write_bytes(content)
     with pytest.raises(CheckpointError, match="results.json"):
         read_results(tmp_path)
 
@@ -128,8 +128,8 @@ def test_results_with_values_that_are_not_numbers_are_one_error(tmp_path, figure
     "change", [{"surprise": 1}, {"pretext": "other", "hardware": 3}, {"datasets": {"train": {}}}, {"ancestors": 3}]
 )
 def test_metadata_that_no_entry_can_have_publishes_nothing(run_copy, tmp_path, change):
-    facts = json.loads((run_copy / "metadata.json").read_text())
-    (run_copy / "metadata.json").write_text(json.dumps(facts | change))
+    metadata = json.loads((run_copy / "metadata.json").read_text())
+    (run_copy / "metadata.json").write_text(json.dumps(metadata | change))
     with pytest.raises(BisslZooError):
         publish_run(run_copy, name="mine", zoo=Zoo(tmp_path / "zoo"))
     assert not (tmp_path / "zoo").exists()

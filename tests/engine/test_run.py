@@ -21,7 +21,7 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture
 def folder_of_images(tmp_path, monkeypatch):
-    """Two classes that a glance tells apart, as class folders: red and blue noise."""
+    """Write class folders of two easy classes, red and blue noise."""
     rng = np.random.default_rng(0)
     for split, count in (("train", 8), ("test", 6)):
         for channel, name in ((0, "red"), (2, "blue")):
@@ -60,20 +60,20 @@ def byol_classification(cfg):
 def test_byol_and_classification_run_through_all_stages(tiny_config, folder_of_images, tmp_path, capsys):
     cfg = byol_classification(tiny_config(train__output_dir=tmp_path / "run"))
     outcome = run(cfg, "test")
-    assert outcome["results"]["bissl"]["top1"] == 1.0  # red and blue: a network that learns at all tells them apart
+    assert outcome["results"]["bissl"]["top1"] == 1.0  # any network that learns separates red from blue
     assert "[finetune 10/20] test  top1" in capsys.readouterr().out
     state = load_checkpoint(tmp_path / "run" / "checkpoints" / "bissl" / "step_000002")[1]
     head = state["levels"]["lower"]["head"]
     backbone = state["levels"]["lower"]["backbone"]
     moved = [key for key in backbone if not torch.equal(head[f"teacher.backbone.{key}"], backbone[key])]
     assert "layer1.0.conv1.weight" in moved
-    facts = get_entry(outcome["entry"].name, zoo=cfg.train.publish.zoo)
-    assert (facts["pretext"], facts["task"]) == ("byol", "classification")
+    record = get_entry(outcome["entry"].name, zoo=cfg.train.publish.zoo)
+    assert (record["pretext"], record["task"]) == ("byol", "classification")
     records = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert [r["step"] for r in records if r["stage"] == "finetune" and "test/top1" in r] == [10]
 
 
-#: pretext methods with views of their own kind, on a small ViT
+#: pretext methods with other views, on a small ViT
 ON_A_VIT = {
     "dino": "projector: [16, 8, 32], augmentation: {_target_: bissl_zoo.data.views.multi_crop,"
     " size: 32, local_size: 16, local_crops: 2}",
@@ -111,7 +111,7 @@ def test_a_resumed_run_of_crops_or_masks_on_a_vit_ends_as_one_that_was_not_inter
 
 
 def final_states(folder):
-    """Of the lower backbone and its head after the BiSSL stage."""
+    """Return the states of the lower backbone and its head after the BiSSL stage."""
     lower = load_checkpoint(folder / "checkpoints" / "bissl" / "step_000002")[1]["levels"]["lower"]
     return lower["backbone"], lower["head"]
 

@@ -72,7 +72,7 @@ def test_a_run_continues_counts_and_names_images_that_it_cannot_decode(open_run)
         assert sum(file in line for file in bad[role]) == min(5, len(bad[role]))
         assert ("and 1 more" in line) == (role == "pretext")
     results = json.loads((Path(context.cfg.train.output_dir) / "results.json").read_text())
-    assert [figures["left_out"] for figures in results.values()] == [1] * len(results) and "AP50" in results["bissl"]
+    assert [metrics["left_out"] for metrics in results.values()] == [1] * len(results) and "AP50" in results["bissl"]
     assert f"{left_out} does not decode" in log and "left out (1 skipped so far)" in log and "left_out 1\n" in log
     note = RunReport(Path(context.cfg.train.output_dir), images=0).datasets()[0]
     assert note.problem and f"{total} in bissl" in note.text
@@ -107,21 +107,13 @@ def test_a_resumed_run_and_one_of_two_processes_count_the_same(open_run, tmp_pat
     assert counts(lines, "pretrain") == unbroken
 
 
-def test_a_test_set_without_an_image_that_decodes_is_refused(open_run):
-    context = open_run(skip_test=True, train__stages="[finetune]", finetune__steps=1)
-    spoil(context, "test", *range(8))
-    assert exit_status(start_run(context.cfg, errors=context.cfg.train.output_dir + ".err")) == 1
-    said = Path(context.cfg.train.output_dir + ".err").read_text()
-    assert "None of the 8 images of dataloader.test can be decoded" in said
-
-
 def test_checks_before_a_run_skip_undecodable_images_if_the_loader_does(open_run, caplog):
     context = open_run(train__stages="[finetune]")
     first, second = spoil(context, "train", 0, 1)
     check_parts(context, Weights())
-    said = [record.getMessage() for record in caplog.records]
-    assert len(said) == 2 and first in said[0] and second in said[1]
-    assert said[0].endswith("Using the next sample instead.")
+    output = [record.getMessage() for record in caplog.records]
+    assert len(output) == 2 and first in output[0] and second in output[1]
+    assert output[0].endswith("Using the next sample instead.")
     spoil(context, "train", *range(2, build.TRIES + 1))
     with pytest.raises(DatasetError, match="does not decode"):
         check_parts(context, Weights())

@@ -43,9 +43,9 @@ def test_a_full_disk_leaves_the_earlier_checkpoints_as_they_were(train_net_proce
     assert on_the_way.startswith(f"warning: checkpoint of bissl at step 1 could not be written to {bissl}: File too")
     assert on_the_way.endswith("The run continues; there is none of bissl yet.")
     assert len(retries) == 3 and all("at step 2" in line and "Trying again" in line for line in retries)
-    kept = sorted(path.relative_to(run / "checkpoints").as_posix() for path in run.glob("checkpoints/*/*"))
-    assert [path for path in kept if path.startswith("pretrain")] == ["pretrain/step_000001", "pretrain/step_000002"]
-    assert not [path for path in kept if path.startswith("bissl")]  # neither a checkpoint nor the draft of one
+    left = sorted(path.relative_to(run / "checkpoints").as_posix() for path in run.glob("checkpoints/*/*"))
+    assert [path for path in left if path.startswith("pretrain")] == ["pretrain/step_000001", "pretrain/step_000002"]
+    assert not [path for path in left if path.startswith("bissl")]  # neither a checkpoint nor the draft of one
 
 
 def test_a_killed_run_goes_on_from_its_newest_checkpoint(process, train_net, tiny, tmp_path):
@@ -85,9 +85,9 @@ def test_two_processes_measure_the_whole_set_and_one_of_them_speaks(train_net_pr
     alone = train_net("--eval-only", *tiny(), f"train.init={run}")
     assert alone.status == 0, alone.err
     rows = [line.split() for line in alone.out.splitlines() if line]
-    figures = dict(zip(rows[0][2:], map(float, rows[-1][1:]), strict=True))
+    metrics = dict(zip(rows[0][2:], map(float, rows[-1][1:]), strict=True))
     # printed with four digits; what a single process finds in all eight images is what two found together
-    assert figures == pytest.approx({name: measured[name] for name in figures}, abs=5.1e-5)
+    assert metrics == pytest.approx({name: measured[name] for name in metrics}, abs=5.1e-5)
 
 
 def test_a_damaged_image_of_one_process_is_one_message(train_net_process, tiny, scenes_copy, tmp_path):
@@ -151,5 +151,5 @@ def test_torchrun_starts_a_run_again_that_lost_a_process_and_it_goes_on_by_itsel
         out, err = running.communicate(timeout=120)
     assert running.returncode == 0, err
     assert "resuming: pretrain at step" in out and "[pretrain 40/40]" in out
-    steps = [json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines()]
-    assert steps == list(range(1, 41))
+    records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert [record["step"] for record in records if "event" not in record] == list(range(1, 41))
