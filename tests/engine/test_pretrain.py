@@ -107,6 +107,7 @@ def test_the_average_is_what_leaves_the_stage_and_what_a_run_directory_hands_on(
         assert one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
 
 
+@pytest.mark.slow
 def test_a_resumed_average_goes_on_where_it_was(build):
     whole = build(pretrain__ema=0.9, pretrain__steps=4)
     whole.train()

@@ -121,6 +121,7 @@ def test_the_metrics_agree_with_scikit_learn_and_the_formulas(labelled_config, c
     assert f"rank {metrics['probe/effective_rank']:.1f}/60  std {metrics['probe/std']:.2f}" in line
 
 
+@pytest.mark.slow
 def test_boxes_are_no_labels_and_leave_the_monitors(tiny_config, at_scenes, tmp_path, capsys):
     context = open_context(tiny_config(train__probe__period=3, pretrain__steps=4), "test")
     trainer = Pretrain().build(context, Weights())

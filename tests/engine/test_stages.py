@@ -139,6 +139,7 @@ def test_teachers_and_queues_of_a_resumed_stage_go_on_as_if_it_had_not_stopped(
 SOLVER = "{_target_: bissl_zoo.registry.build_solver, name: %s}"
 
 
+@pytest.mark.slow
 def test_automatic_damping_goes_on_from_the_shift_that_was_saved(tiny_config, at_scenes, tmp_path):
     solver = SOLVER % "minres, damping: auto, iterations: 3"
     context = open_context(tiny_config(solver=solver, bilevel__curvature="hessian"), "test")
