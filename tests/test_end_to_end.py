@@ -95,7 +95,7 @@ def test_every_metrics_line_parses_and_the_solver_is_in_them(finished_run):
     steps = dict(zip(STAGES, (three, two, [1, 2], three, three), strict=True))  # every alternation
     assert logged == [(stage, step) for stage in STAGES for step in steps[stage]]
     bissl = next(record for record in reversed(records) if record["stage"] == "bissl")
-    solver = {"residual", "products", "status", "damping", "v_norm", "x_norm", "plain_norm", "cosine"}
+    solver = {"residual", "products", "status", "damping", "v_norm", "x_norm", "cos_xv", "plain_norm", "cos_x_plain"}
     assert {f"solver/{name}" for name in solver} <= set(bissl)
     assert {"lower/total_loss", "lower/pull", "lower/lr", "upper/total_loss", "upper/lr"} <= set(bissl)
     upper_steps = [line for line in lines if "upper_step" in line]
