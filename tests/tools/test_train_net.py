@@ -70,7 +70,7 @@ def test_a_missing_voc_set_names_folder_variable_and_command(refused, tmp_path):
     options = dict(config="bissl/voc_det.py", overrides=["train.stages=[finetune]"], datasets=tmp_path / "none")
     message = refused(**options)
     assert str(tmp_path / "none" / "VOCdevkit" / "VOC2007") in message
-    assert "BISSL_ZOO_DATASETS" in message and "torchvision.datasets" in message
+    assert "BISSL_ZOO_DATASETS" in message and "tools/prepare_data.py voc_detection" in message
 
 
 def test_an_image_that_does_not_decode_is_named(train_net, tiny, scenes_copy, tmp_path):
