@@ -75,10 +75,10 @@ def convert_in(args: argparse.Namespace) -> None:
 
 def report(read: "ForeignBackbone") -> str:
     """Return lines on the layout, and on matching, missing and unexpected tensors."""
-    total = len(read.matched) + len(read.missing)
+    total = len(read.state) + len(read.missing)
     lines = [
         f"layout     {read.format}",
-        f"backbone   {read.architecture}: {len(read.matched)} of {total} tensors match",
+        f"backbone   {read.architecture}: {len(read.state)} of {total} tensors match",
         f"images     {_images(read)}",
     ]
     for name, tensors in (("missing", read.missing), ("head", list(read.head)), ("unexpected", read.unexpected)):

@@ -81,8 +81,7 @@ def _loaded(architecture: str, state: Mapping[str, Tensor], model_args: dict[str
     if not timm.is_model(architecture):
         hint = did_you_mean(architecture, timm.list_models())
         raise ZooError(f"timm {timm.__version__} has no architecture '{architecture}'.{hint}")
-    with torch.random.fork_rng(devices=[]):
-        model = timm.create_model(architecture, num_classes=0, **model_args)
+    model = _untrained(architecture, num_classes=0, **model_args)
     if difference := state_difference(model.state_dict(), state):
         raise ZooError(f"The state does not fit {architecture}(num_classes=0): {difference}.")
     model.load_state_dict(state)

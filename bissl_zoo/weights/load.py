@@ -29,7 +29,6 @@ class ForeignBackbone:
         state: on the CPU in float32, under the names of `timm.create_model(architecture, num_classes=0, **model_args)`;
             without the tensors in `missing`.
         format: the recognised layout, a name in `formats.FORMATS` or "timm:...".
-        matched: names of the tensors in `state`.
         missing: tensors of the backbone that the file lacks or has in another shape, with shapes.
         unexpected: tensors of the file that are neither in `state` nor in `head`, with shapes.
         head: the classifier or pretext head, under the names in the file.
@@ -40,7 +39,6 @@ class ForeignBackbone:
     state: dict[str, Tensor]
     architecture: str
     format: str
-    matched: list[str]
     missing: list[str]
     unexpected: list[str]
     head: dict[str, Tensor] = field(default_factory=dict)
@@ -95,7 +93,6 @@ def read_foreign(
         state={name: state[name].contiguous() for name in expected if name in state},
         architecture=architecture,
         format=layout.name,
-        matched=[name for name in expected if name in state],
         missing=missing,
         unexpected=[f"{name} {_shape(tensors[name])}" for name in [*parts.stray, *parts.rest]],
         head=parts.head | separate_head,
@@ -126,7 +123,6 @@ def _from_timm(name: str, architecture: str | None) -> ForeignBackbone:
         state=state,
         architecture=cfg["architecture"],
         format=f"timm:{name}",
-        matched=list(state),
         missing=[],
         unexpected=[],
         pixels=as_pixels(cfg["mean"], cfg["std"]),
@@ -202,7 +198,9 @@ def _complete(
         values |= {"running_mean": 0.0, "running_var": 1.0 - BATCH_NORM_EPS}
     for kind, value in values.items():
         absent = [
-            name for name in expected if name.endswith(f".{kind}") and name not in state and _sibling(name) in state
+            name
+            for name in expected
+            if name.endswith(f".{kind}") and name not in state and f"{name.rpartition('.')[0]}.weight" in state
         ]
         # frozen batch norm is a scale and a shift: its mean is 0, and its variance plus eps is 1
         for name in absent:
@@ -211,10 +209,6 @@ def _complete(
         if absent:
             notes.append(f"The file lacks {kind} of {len(absent)} batch norms; set to {value:g}.")
     return notes
-
-
-def _sibling(name: str) -> str:
-    return f"{name.rpartition('.')[0]}.weight"
 
 
 def _model_args(layout: Format, state: Mapping[str, Tensor]) -> dict[str, Any]:

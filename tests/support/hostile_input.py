@@ -1,4 +1,4 @@
-"""Input from a stranger, for fuzzing: what is valid and then damaged, and a watch over what reading it does."""
+"""Hostile input for fuzz tests: valid files that are damaged, and a check of what the reader of a file does."""
 
 import contextlib
 import copy
@@ -14,7 +14,7 @@ from typing import Any
 
 from hypothesis import strategies as st
 
-#: stand in for what `json.dumps` cannot write: nesting near and beyond any recursion limit, a number of too many digits
+#: stand-ins for values that `json.dumps` cannot write: nesting beyond any recursion limit, a number of 5000 digits
 _WRITTEN = {f"@deep {depth}@": "[" * depth + "]" * depth for depth in (150, 330, 600, 20_000)} | {
     "@digits@": "9" * 5000
 }
@@ -28,7 +28,7 @@ VALUES = st.sampled_from([None, *_WRITTEN, *TEXTS, *NUMBERS, *CONTAINERS])
 
 @st.composite
 def damaged(draw: Any, valid: Sequence[bytes]) -> bytes:
-    """One of `valid` after up to three cuts, flipped or doubled stretches, and insertions."""
+    """Return one of `valid` after up to three cuts, flips, repetitions and insertions."""
     content = draw(st.sampled_from(valid))
     for _ in range(draw(st.integers(0, 3))):
         start = draw(st.integers(0, len(content)))
@@ -61,7 +61,7 @@ def changed(draw: Any, document: Any) -> Any:
 
 
 def as_json(document: Any) -> bytes:
-    """A document of `changed` as the bytes of a JSON file."""
+    """Return a document of `changed` as the bytes of a JSON file."""
     text = json.dumps(document)
     for stand_in, written in _WRITTEN.items():
         text = text.replace(f'"{stand_in}"', written)
@@ -69,17 +69,17 @@ def as_json(document: Any) -> bytes:
 
 
 def json_files(document: Any) -> st.SearchStrategy[bytes]:
-    """Files that ought to hold `document`: other values, damaged bytes, or anything."""
+    """JSON files of `document` with other values or damaged bytes, or random bytes."""
     return changed(document).map(as_json) | damaged([as_json(document)]) | st.binary(max_size=60)
 
 
 def safetensors_of(header: bytes, body: bytes, claimed: int | None = None) -> bytes:
-    """A safetensors file; `claimed` is the header's length as it says, its true one where None."""
+    """Return a safetensors file; `claimed` is the stated length of the header, None for the true one."""
     return (len(header) if claimed is None else claimed).to_bytes(8, "little") + header + body
 
 
 def safetensors_files(valid: bytes) -> st.SearchStrategy[bytes]:
-    """Files that ought to be `valid`: another header, a length that it does not have, damaged bytes, or anything."""
+    """Files like `valid` with another header, a wrong length or damaged bytes, or random bytes."""
     length = int.from_bytes(valid[:8], "little")
     header, body = json.loads(valid[8 : 8 + length]), valid[8 + length :]
     dtypes = st.sampled_from("BOOL U8 I8 F8_E5M2 F8_E4M3 F8_E8M0 F4 F6_E2M3 C64 U16 U32 U64 BF16 F64 F1".split())
@@ -92,7 +92,7 @@ def safetensors_files(valid: bytes) -> st.SearchStrategy[bytes]:
 
 
 def png_of(width: int, height: int, depth: int, colour: int, pixels: bytes) -> bytes:
-    """A PNG file whose checksums are right, whatever it says."""
+    """Return a PNG file with valid checksums and any header."""
 
     def chunk(kind: bytes, content: bytes) -> bytes:
         return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
@@ -121,7 +121,7 @@ def _notice(event: str, arguments: tuple[Any, ...]) -> None:
     beside = event in _MOVES and isinstance(arguments[-1], int) and arguments[-1] >= 0  # of a folder that was opened
     writes = event == "open" and isinstance(arguments[2], int) and arguments[2] & (os.O_WRONLY | os.O_RDWR)
     paths = (
-        [one for one in arguments[:2] if isinstance(one, (str, bytes, os.PathLike))]
+        [path for path in arguments[:2] if isinstance(path, (str, bytes, os.PathLike))]
         if event in _MOVES and not beside
         else []
     )
@@ -133,15 +133,12 @@ def _notice(event: str, arguments: tuple[Any, ...]) -> None:
         _watch["seen"].append((event, arguments))
 
 
-sys.addaudithook(_notice)  # there is no taking it off again, hence the switch
+sys.addaudithook(_notice)  # a hook cannot be removed; `_watch["folder"]` turns it on and off
 
 
 @contextlib.contextmanager
 def watched(folder: Path, port: int | None = None) -> Iterator[None]:
-    """Fails where the block starts a program, unpickles a name, writes outside of `folder`, or connects.
-
-    It may connect to `port` of this machine, where there is one.
-    """
+    """Fail if the block starts a program, unpickles a name, writes outside `folder`, or connects except to `port`."""
     _watch.update(folder=os.path.abspath(folder), port=port, seen=[])
     try:
         yield

@@ -185,12 +185,6 @@ def test_an_incomplete_file_is_used_as_far_as_it_fits(store, cache, content, sta
     assert fetch(cache, store).read_bytes() == CONTENT and store.starts == starts
 
 
-def test_a_damaged_incomplete_file_is_found_by_the_digest(store, cache):
-    partial(cache, bytes(1000))
-    assert "expected sha256" in error_of(fetch, cache, store)
-    assert fetch(cache, store).read_bytes() == CONTENT
-
-
 def cut(path):
     path.write_bytes(CONTENT[:-1])
 

@@ -4,7 +4,6 @@ import sys
 from pathlib import Path
 
 import pytest
-import timm
 import torch
 from tiny_entries import publish_tiny
 
@@ -81,16 +80,9 @@ def test_pretrained_loads_the_weights_in_eval_mode(published):
     stored = load_entry_weights("tiny@1", zoo=published)
     assert backbone.state_dict().keys() == stored.keys()
     assert all(torch.equal(value, stored[key]) for key, value in backbone.state_dict().items())
-    newest = create_backbone("tiny", zoo=published).state_dict()
-    assert not torch.equal(newest["layer1.0.conv1.weight"], stored["layer1.0.conv1.weight"])
-
-
-def test_not_pretrained_gives_the_architecture_with_other_weights(published):
-    torch.manual_seed(9)
-    backbone = create_backbone("tiny", pretrained=False, zoo=published)
-    stored = load_entry_weights("tiny", zoo=published)
-    assert backbone.name == "test_resnet"
-    assert not torch.equal(backbone.state_dict()["layer1.0.conv1.weight"], stored["layer1.0.conv1.weight"])
+    for other in (create_backbone("tiny", zoo=published), create_backbone("tiny@1", pretrained=False, zoo=published)):
+        assert other.name == "test_resnet"
+        assert not torch.equal(other.state_dict()["layer1.0.conv1.weight"], stored["layer1.0.conv1.weight"])
 
 
 def test_an_architecture_is_only_built_without_pretrained_weights(published):
@@ -127,12 +119,6 @@ def test_a_file_that_the_entry_lacks_is_an_error_with_those_it_has(published):
 def test_weights_of_another_architecture_are_refused_with_counts(zoo):
     edit_index(zoo, lambda index: index["entries"]["tiny@2"].update(architecture="test_convnext"))
     with pytest.raises(ZooError, match=r"0 of \d+ tensors match; \d+ missing: stem.*; \d+ unexpected: bn1"):
-        create_backbone("tiny", zoo=zoo)
-
-
-def test_an_architecture_that_timm_lacks_is_an_error_with_the_version_to_install(zoo):
-    edit_index(zoo, lambda index: index["entries"]["tiny@2"].update(architecture="resnet_of_2040"))
-    with pytest.raises(ZooError, match=f"'resnet_of_2040', which timm.*published with timm {timm.__version__}"):
         create_backbone("tiny", zoo=zoo)
 
 

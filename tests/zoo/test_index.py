@@ -102,7 +102,7 @@ def test_an_invalid_index_is_one_short_error(content):
     assert "index.json" in message and len(message) < 2000 and "\n" not in message
 
 
-def test_an_index_of_an_older_version_and_unknown_keys_are_read():
+def test_unknown_keys_of_an_index_are_kept():
     record = entry_of(extra={"a": [1]}, metrics={"AP": {"mean": None}})
     assert parse_index(index_of({"tiny": record}, comment="x"), "index.json").records == {"tiny": record}
 
