@@ -1,6 +1,7 @@
 """Small zoo entries: real ones of a small ResNet, and drafts of a few bytes for tests of stores."""
 
 import hashlib
+import json
 import random
 import tempfile
 from pathlib import Path
@@ -44,3 +45,17 @@ def publish_draft(zoo, name="tiny", seed=0, once=False):
             return {"architecture": "test_resnet", "files": files}
 
         return open_store(zoo).publish(Draft(name, folder, complete, once))
+
+
+def edit_index(zoo, edit):
+    """Call `edit` with the content of the index of a folder, and write it back."""
+    content = json.loads((zoo / "index.json").read_text())
+    edit(content)
+    (zoo / "index.json").write_text(json.dumps(content))
+
+
+def replace_file(zoo, name, file, content):
+    """Replace the bytes of a file of an entry, and its size and digest in the index."""
+    (zoo / name / file).write_bytes(content)
+    record = {"sha256": hashlib.sha256(content).hexdigest(), "size": len(content)}
+    edit_index(zoo, lambda index: index["entries"][name]["files"].update({file: record}))

@@ -14,10 +14,9 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
-from tiny_entries import publish_tiny
+from tiny_entries import publish_tiny, replace_file
 
 from bissl_zoo.errors import ZooError
-from bissl_zoo.files import sha256_of
 from bissl_zoo.weights.files import StoredBackbone, named_tensors, read_backbone_file, read_file, save_backbone
 from bissl_zoo.zoo import read_backbone
 
@@ -280,10 +279,7 @@ def test_invalid_metadata_are_one_error(tmp_path, metadata, problem):
 )
 def test_invalid_metadata_of_an_entry_are_one_error(tmp_path, file, change, problem):
     publish_tiny(tmp_path)
-    path, index = tmp_path / "tiny" / file, tmp_path / "index.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | change))
-    content = json.loads(index.read_text())
-    content["entries"]["tiny"]["files"][file] = {"sha256": sha256_of(path), "size": path.stat().st_size}
-    index.write_text(json.dumps(content))
+    content = json.loads((tmp_path / "tiny" / file).read_text()) | change
+    replace_file(tmp_path, "tiny", file, json.dumps(content).encode())
     with pytest.raises(ZooError, match=f"Zoo entry 'tiny' has {problem}"):
         read_backbone("tiny", zoo=tmp_path)

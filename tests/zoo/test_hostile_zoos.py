@@ -9,10 +9,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_entries import publish_tiny
+from tiny_entries import edit_index, publish_tiny, replace_file
 
 from bissl_zoo.errors import BisslZooError, ZooError
-from bissl_zoo.files import sha256_of
 from bissl_zoo.zoo import commands, create_backbone, get_config, get_entry
 from bissl_zoo.zoo.cache import Cache
 from bissl_zoo.zoo.hub import Zoo
@@ -52,20 +51,6 @@ def untouched(tmp_path, folder):
     return check
 
 
-def edit_index(folder, edit):
-    content = json.loads((folder / "index.json").read_text())
-    edit(content)
-    (folder / "index.json").write_text(json.dumps(content))
-
-
-def replace_file(folder, file, content):
-    """Replace a file of `tiny` and its digest in the index."""
-    path = folder / "tiny" / file
-    path.write_bytes(content)
-    record = {"sha256": sha256_of(path), "size": len(content)}
-    edit_index(folder, lambda index: index["entries"]["tiny"]["files"].update({file: record}))
-
-
 class Bomb:
     """A pickle that creates a file when it is loaded."""
 
@@ -100,7 +85,7 @@ def hostile_weights(canary):
 @pytest.mark.parametrize("kind", list(hostile_weights(Path("canary"))))
 def test_hostile_weights_are_one_error_and_nothing_is_run(zoo, folder, tmp_path, untouched, kind):
     canary = tmp_path / "canary"
-    replace_file(folder, "model.safetensors", hostile_weights(canary)[kind])
+    replace_file(folder, "tiny", "model.safetensors", hostile_weights(canary)[kind])
     with pytest.raises(ZooError, match="not valid safetensors|do not fit"):
         create_backbone("tiny", zoo=zoo)
     assert not canary.exists()
@@ -128,7 +113,7 @@ def test_hostile_model_arguments_are_one_error_and_nothing_is_run(
     monkeypatch.chdir(folder)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     config = json.loads((folder / "tiny" / "config.json").read_text())
-    replace_file(folder, "config.json", json.dumps({**config, "model_args": arguments}).encode())
+    replace_file(folder, "tiny", "config.json", json.dumps({**config, "model_args": arguments}).encode())
     with pytest.raises(BisslZooError):
         create_backbone("tiny", zoo=zoo)
     assert not (tmp_path / "canary").exists() and not (folder / "canary").exists()
@@ -137,8 +122,7 @@ def test_hostile_model_arguments_are_one_error_and_nothing_is_run(
 
 @pytest.mark.parametrize("file", ["entry.json", "config.json", "train_config.yaml"])
 def test_a_text_file_above_the_size_limit_is_refused(zoo, folder, file):
-    (folder / "tiny" / file).write_bytes(b" " * (5 << 20))
-    replace_file(folder, file, (folder / "tiny" / file).read_bytes())
+    replace_file(folder, "tiny", file, b" " * (5 << 20))
     use = {"entry.json": get_entry, "config.json": create_backbone, "train_config.yaml": get_config}[file]
     with pytest.raises(ZooError, match=f"{file} of zoo entry 'tiny' has 5,242,880 bytes; the limit is 4,194,304"):
         use("tiny", zoo=zoo)
@@ -146,7 +130,7 @@ def test_a_text_file_above_the_size_limit_is_refused(zoo, folder, file):
 
 @pytest.mark.parametrize("content", [b"[]", b"\x80\x04N.", b'{"format": 7}', b'{"format": 1, "versions": 3}'])
 def test_invalid_metadata_are_one_error(zoo, folder, content):
-    replace_file(folder, "entry.json", content)
+    replace_file(folder, "tiny", "entry.json", content)
     if not content.startswith(b'{"format": 1'):
         with pytest.raises(ZooError, match=r"JSON|format 7; this bissl_zoo reads up to 1"):
             get_entry("tiny", zoo=zoo)
@@ -180,7 +164,7 @@ CONFIGS = {
 def test_a_hostile_train_config_is_data_or_one_error(zoo, folder, tmp_path, untouched, kind):
     text = CONFIGS[kind]
     text = text if isinstance(text, bytes) else text.replace("CANARY", str(tmp_path / "canary")).encode()
-    replace_file(folder, "train_config.yaml", text)
+    replace_file(folder, "tiny", "train_config.yaml", text)
     try:
         cfg = get_config("tiny", zoo=zoo)
     except BisslZooError as error:
@@ -193,8 +177,8 @@ def test_a_hostile_train_config_is_data_or_one_error(zoo, folder, tmp_path, unto
 
 def test_text_of_a_zoo_is_escaped_for_the_terminal(zoo, folder, capsys):
     metadata = json.loads((folder / "tiny" / "entry.json").read_text()) | {"notes": ESCAPES, ESCAPES: 1}
-    replace_file(folder, "entry.json", json.dumps(metadata, ensure_ascii=False).encode())
-    replace_file(folder, "README.md", f"# Card\n\n\tindented {ESCAPES}\n".encode() + b"\xff")
+    replace_file(folder, "tiny", "entry.json", json.dumps(metadata, ensure_ascii=False).encode())
+    replace_file(folder, "tiny", "README.md", f"# Card\n\n\tindented {ESCAPES}\n".encode() + b"\xff")
     hostile = {"pretext": ESCAPES, "solver": ESCAPES, "metrics": {ESCAPES: {"mean": 0.5}}}
     edit_index(folder, lambda index: index["entries"]["tiny"].update(hostile))
     arguments = dict(filter="*", pretext=None, task=None, architecture=None, metric=None, name="tiny")

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_entries import publish_tiny
+from tiny_entries import edit_index, publish_tiny
 
 from bissl_zoo.engine.init import load_init, zoo_of
 from bissl_zoo.errors import ZooError
@@ -31,12 +31,6 @@ def published(tmp_path_factory):
 def zoo(published, tmp_path):
     """A writable copy."""
     return Path(shutil.copytree(published, tmp_path / "zoo"))
-
-
-def edit_index(zoo, edit):
-    content = json.loads((zoo / "index.json").read_text())
-    edit(content)
-    (zoo / "index.json").write_text(json.dumps(content))
 
 
 def test_listing_filters_by_pattern_and_sorts_versions_as_numbers(zoo):

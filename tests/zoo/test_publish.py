@@ -5,6 +5,7 @@ import pytest
 import timm
 import torch
 from safetensors.torch import load_file
+from tiny_entries import replace_file
 
 from bissl_zoo.errors import ZooError
 from bissl_zoo.files import sha256_of
@@ -203,9 +204,6 @@ def test_entries_and_runs_of_version_0_1_are_read(tmp_path):
     parent = {"name": "base@1", "sha256": "ab" * 32}
     entry = publish(tmp_path, metadata={"ancestors": [parent]})
     assert Zoo(tmp_path).find("tiny").parents() == [parent]
-    path = Path(entry.location) / "entry.json"
-    path.write_text(path.read_text().replace('"parents"', '"ancestors"'))
-    index = json.loads((tmp_path / "index.json").read_text())
-    index["entries"]["tiny"]["files"]["entry.json"] = {"sha256": sha256_of(path), "size": path.stat().st_size}
-    (tmp_path / "index.json").write_text(json.dumps(index))
+    old = (Path(entry.location) / "entry.json").read_bytes().replace(b'"parents"', b'"ancestors"')
+    replace_file(tmp_path, "tiny", "entry.json", old)
     assert Zoo(tmp_path).find("tiny").parents() == [parent]
