@@ -130,32 +130,17 @@ class DetectionEvaluator:
 
 
 def voc_average_precision(
-    predictions: Sequence[Mapping[str, Any]],
-    targets: Sequence[Mapping[str, Any]],
-    num_classes: int,
-    iou_threshold: float = 0.5,
-    eleven_point: bool = False,
+    predictions: Sequence[Mapping[str, Any]], targets: Sequence[Mapping[str, Any]], num_classes: int
 ) -> np.ndarray:
-    """Return the average precision per class by the rules of the VOC devkit (Everingham et al., IJCV 2010).
-
-    Detections of a class are matched by falling score, equal scores in the given order. Each is compared with the
-    object of its class and image that it overlaps most. It is wrong if the IoU is below the threshold (an equal IoU is
-    accepted, as in the devkit) or the object is already matched, and ignored if the object is difficult. Boxes are
-    0-based with exclusive far edges, so the width is `x1 - x0`.
+    """Return `voc_AP50` per class, float64 `(K,)`; NaN for a class without objects that are not difficult.
 
     Args:
-        predictions: per image `boxes (M, 4)`, `scores (M,)` and `labels (M,)`; arrays or tensors.
-        targets: per image `boxes (N, 4)`, `labels (N,)` and `difficult (N,)`.
+        predictions, targets: as in :meth:`DetectionEvaluator.process`.
         num_classes: K.
-        iou_threshold: minimum IoU of a correct detection.
-        eleven_point: see :func:`average_precision`.
-    Returns:
-        float64 `(K,)`; NaN for a class without objects that are not difficult.
     """
     arrays = [_arrays(prediction, "scores") for prediction in predictions]
     truth = [_arrays(target, "difficult") for target in targets]
-    curves = _match(arrays, truth, num_classes, iou_threshold)
-    return np.array([average_precision(correct, positives, eleven_point) for correct, positives in curves])
+    return np.array([average_precision(*curve) for curve in _match(arrays, truth, num_classes, iou_threshold=0.5)])
 
 
 def average_precision(correct: np.ndarray, positives: int, eleven_point: bool = False) -> float:
@@ -184,7 +169,12 @@ def _match(
     num_classes: int,
     iou_threshold: float,
 ) -> list[tuple[np.ndarray, int]]:
-    """Return the arguments of :func:`average_precision` for each class."""
+    """Return the arguments of :func:`average_precision` for each class, by the rules of the VOC devkit.
+
+    Detections are matched by falling score, each with the object of its class and image that it overlaps most
+    (Everingham et al., IJCV 2010). It is wrong if the IoU is below the threshold or the object is already matched, and
+    ignored if the object is difficult. Boxes are 0-based with exclusive far edges, so the width is `x1 - x0`.
+    """
     curves = []
     for label in range(num_classes):
         scores, correct, positives = [np.zeros(0)], [np.zeros(0, dtype=bool)], 0

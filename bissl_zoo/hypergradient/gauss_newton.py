@@ -1,7 +1,8 @@
 """The Gauss-Newton matrix of the lower level, positive semidefinite everywhere, as a linear operator."""
 
+import functools
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -43,45 +44,38 @@ class GaussNewtonOperator(GraphOperator):
     def build(self) -> "_Graphs":
         """Return the graphs of the outputs, of `J^T w` and of the gradient of `outer`."""
         with fast_second_order(linear_backward=True):
-            return _Graphs(self.outputs(), self.outer, self.parameters)
+            outputs = self.outputs()
+            varying = [output for output in outputs if output.requires_grad]
+            cotangents = [torch.zeros_like(output, requires_grad=True) for output in varying]
+            transposed = torch.autograd.grad(
+                varying, self.parameters, grad_outputs=cotangents, create_graph=True, materialize_grads=True
+            )
+            constants = [output.detach().requires_grad_(output.requires_grad) for output in outputs]
+            points = [point for point in constants if point.requires_grad]
+            slopes = torch.autograd.grad(
+                self.outer(tuple(constants)), points, create_graph=True, materialize_grads=True
+            )
+        return _Graphs(varying, cotangents, transposed, points, slopes)
 
     def product(self, graph: "_Graphs", u: Sequence[Tensor]) -> Sequence[Tensor]:
-        """Return `G u`."""
-        return graph.product(u, self.parameters)
-
-
-class _Graphs:
-    """The graphs of the outputs, of `w -> J^T w` and of the gradient of `outer`, for products with one matrix."""
-
-    def __init__(
-        self,
-        outputs: tuple[Tensor, ...],
-        outer: Callable[[tuple[Tensor, ...]], Tensor],
-        parameters: Sequence[Tensor],
-    ) -> None:
-        self.outputs = [output for output in outputs if output.requires_grad]
-        self.cotangents = [torch.zeros_like(output, requires_grad=True) for output in self.outputs]
-        self.transposed = torch.autograd.grad(
-            self.outputs, parameters, grad_outputs=self.cotangents, create_graph=True, materialize_grads=True
-        )
-        points = [output.detach().requires_grad_(output.requires_grad) for output in outputs]
-        self.points = [point for point in points if point.requires_grad]
-        self.slopes = torch.autograd.grad(outer(tuple(points)), self.points, create_graph=True, materialize_grads=True)
-
-    def product(self, u: Sequence[Tensor], parameters: Sequence[Tensor]) -> tuple[Tensor, ...]:
-        """Return `J^T C J u` for a vector in parts like the parameters."""
-        pairs = [(g, part) for g, part in zip(self.transposed, u, strict=True) if g.requires_grad]
+        """Return `G u = J^T C J u`."""
+        grad = functools.partial(torch.autograd.grad, retain_graph=True, materialize_grads=True)
+        pairs = [(g, part) for g, part in zip(graph.transposed, u, strict=True) if g.requires_grad]
         gradients, directions = zip(*pairs, strict=True)
-        tangents = torch.autograd.grad(
-            gradients, self.cotangents, grad_outputs=directions, retain_graph=True, materialize_grads=True
-        )
-        curved = [(slope, tangent) for slope, tangent in zip(self.slopes, tangents, strict=True) if slope.requires_grad]
+        tangents = grad(gradients, graph.cotangents, grad_outputs=directions)
+        curved = [(slope, t) for slope, t in zip(graph.slopes, tangents, strict=True) if slope.requires_grad]
         if not curved:  # outer is linear
-            return tuple(torch.zeros_like(parameter) for parameter in parameters)
+            return [torch.zeros_like(part) for part in u]
         slopes, tangents = zip(*curved, strict=True)
-        weighted = torch.autograd.grad(
-            slopes, self.points, grad_outputs=tangents, retain_graph=True, materialize_grads=True
-        )
-        return torch.autograd.grad(
-            self.outputs, parameters, grad_outputs=weighted, retain_graph=True, materialize_grads=True
-        )
+        weighted = grad(slopes, graph.points, grad_outputs=tangents)
+        return grad(graph.outputs, self.parameters, grad_outputs=weighted)
+
+
+class _Graphs(NamedTuple):
+    """Outputs, `w` and `J^T w`, and the detached outputs with the gradient of `outer` there."""
+
+    outputs: Sequence[Tensor]
+    cotangents: Sequence[Tensor]
+    transposed: Sequence[Tensor]
+    points: Sequence[Tensor]
+    slopes: Sequence[Tensor]

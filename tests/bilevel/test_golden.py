@@ -164,6 +164,7 @@ def test_the_dense_solve_equals_the_authors(entry):
     close(problem.upper_gradients(batch, operator).solution.x, UPPER[f"{entry}/exact_ij_backbone_flat"], 1e-9)
 
 
+@pytest.mark.slow
 def test_the_curvature_is_the_authors_dense_hessian():
     problem, pretext_batch, _ = golden_problem("simclr_", Identity())
     triangle = np.load(GOLDEN / "lower_hessian_simclr.npz")["upper_triangle"]
@@ -174,19 +175,6 @@ def test_the_curvature_is_the_authors_dense_hessian():
     dense = torch.stack([operator.hessian_product(e) for e in torch.eye(344, dtype=torch.float64)])
     close(dense, expected, 1e-11)
     assert operator.shift == 0.001
-
-
-def test_joint_cg_stops_at_negative_curvature_while_the_authors_continue():
-    entry = "simclr_lam0.001_damp10.0_global_it5"  # H has eigenvalues from -29 to 577
-    problem, pretext_batch, batch = golden_problem(entry, ConjugateGradient(5, 0.0, damping=10.0))
-    operator = problem.curvature(pretext_batch).prepare()
-    solution = problem.upper_gradients(batch, operator).solution
-    v, theirs = torch.from_numpy(UPPER[f"{entry}/v"]), torch.from_numpy(UPPER[f"{entry}/ij"])
-    assert solution.status == "negative_curvature" and solution.products == 4
-    assert torch.isfinite(solution.x).all()
-    reached = [float((v - operator(x)).norm() / v.norm()) for x in (solution.x, v)]
-    assert solution.residual == pytest.approx(reached[0], rel=1e-9) and reached[0] <= reached[1]
-    assert (solution.x - theirs).norm() > 1e-3 * theirs.norm()
 
 
 def test_an_upper_step_equals_the_authors():
@@ -205,22 +193,6 @@ def test_an_upper_step_equals_the_authors():
     assert metrics["upper/lr"] == 0.05 and upper.step == 1
     after = problem.lower.backbone.state_dict()
     assert all(torch.equal(after[k], v) for k, v in lower_before.items() if "num_batches" not in k)
-
-
-def test_products_do_not_update_batch_norm_statistics_as_the_authors_products_do():
-    entry = "simclr_lam0.001_damp2000.0_global_it5"
-    problem, pretext_batch, batch = golden_problem(entry, ConjugateGradient(5, 0.0, damping=2000.0))
-    reference = copy.deepcopy(problem.lower.backbone)
-    problem.upper_gradients(batch, problem.curvature(pretext_batch).prepare())
-    reference(batch[0])  # the one pass that does move them
-    state, theirs = (
-        problem.lower.backbone.state_dict(),
-        tensors(UPPER, f"{entry}/lower_state_after_upper_grads_bn__backbone."),
-    )
-    for name, value in reference.state_dict().items():
-        assert torch.equal(state[name], value), name
-    assert int(state["bn1.num_batches_tracked"]) < int(theirs["bn1.num_batches_tracked"])
-    assert not torch.allclose(state["bn1.running_mean"], theirs["bn1.running_mean"], rtol=1e-3)
 
 
 @pytest.mark.parametrize("move", [True, False])

@@ -64,7 +64,9 @@ def test_listed_arguments_of_optimizers_are_those_of_some_optimizer_and_none_is_
     assert listed <= taken and "params" not in listed
 
 
-@pytest.mark.parametrize("name", SHIPPED)
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=[] if n.startswith("quickstart") else pytest.mark.slow) for n in SHIPPED]
+)
 def test_arguments_of_shipped_configs_are_in_their_domains(name):
     assert argument_problems(OmegaConf.to_container(load_config(name), resolve=True)) == []
 

@@ -45,7 +45,7 @@ def datasets(tmp_path_factory):
 
 @pytest.mark.parametrize(
     "folder",
-    ["pretrain", "quickstart", *(pytest.param(n, marks=pytest.mark.slow) for n in ("bissl", "bissl_v2", "compare"))],
+    ["quickstart", *(pytest.param(n, marks=pytest.mark.slow) for n in ("pretrain", "bissl", "bissl_v2", "compare"))],
 )
 def test_every_config_is_equal_after_saving_and_loading(folder, tmp_path):
     configs = sorted((ROOT / folder).glob("*.py"))

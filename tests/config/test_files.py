@@ -82,12 +82,9 @@ def test_the_import_of_the_process_is_never_replaced():
     [
         ("a = 1\nb = = 2\n", "a.py:2: invalid syntax: b = = 2"),
         ("a = {}\nfrom .tain import train\n", "a.py:2: relative import of a file that does not exist: tain.py."),
-        ("from .nowhere.x import y\n", "a.py:1: relative import of a file that does not exist: nowhere/x.py."),
         ("from .train import trian\n", "a.py:1: train.py has no 'trian'. Did you mean 'train'?"),
         ("\nfrom .broken import x\n", "broken.py:3: ZeroDivisionError: division by zero"),
-        ("def f():\n    return 1 / 0\n\nx = f()\n", "a.py:2: ZeroDivisionError: division by zero"),
         ("import no_such_module_at_all\n", "a.py:1: ModuleNotFoundError: No module named 'no_such_module_at_all'"),
-        (HEADER + "x = L(lambda: 0)()\n", "a.py:4: <function <lambda>"),
         (HEADER + "def f(): pass\nx = L(f)()\n", "a.py:5: <function f"),
         (HEADER + "x = L(nn.Linear)(3)\n", "a.py:4: L(torch.nn.modules.linear.Linear)(...) takes keyword arguments"),
         ("x = dict(a='${')\n", "a.py: "),
@@ -102,12 +99,6 @@ def test_a_file_that_does_not_run_is_refused_with_file_and_line(text, expected):
     assert "tain" not in text or "Did you mean 'train.py'?" in message
 
 
-def test_errors_of_a_config_are_chained():
-    with pytest.raises(ConfigError) as error:
-        LazyConfig.load(write("a.py", "x = [1, 2][5]\n"))
-    assert isinstance(error.value.__cause__, IndexError)
-
-
 @pytest.mark.parametrize(
     ("text", "key", "kind"),
     [
@@ -116,7 +107,6 @@ def test_errors_of_a_config_are_chained():
             "task.a.1.head",
             "torch.nn.modules.linear.Linear",
         ),
-        ("task = L(nn.Sequential)(w=torch.zeros(2))", "task.w", "torch.Tensor"),
         ("import dataclasses\n@dataclasses.dataclass\nclass S:\n    a: int = 1\nt = dict(s=S())", "t.s", "S"),
         ("import pathlib\ntrain = dict(out=pathlib.PurePosixPath('runs'))", "train.out", "PurePosixPath"),
     ],
@@ -124,10 +114,6 @@ def test_errors_of_a_config_are_chained():
 def test_a_live_object_is_refused_with_file_and_key(text, key, kind):
     message = refusal("a.py", HEADER + text + "\n")
     assert message.startswith(f"a.py: '{key}' is a live object of ") and kind in message and "L(" in message
-
-
-def test_local_functions_as_values_are_refused_with_key():
-    assert refusal("a.py", "t = dict(f=lambda x: x)\n").startswith("a.py: 't.f': <function <lambda>")
 
 
 def test_classes_as_values_and_callable_targets_become_names():
@@ -155,37 +141,8 @@ def test_load_needs_an_existing_file_of_a_known_kind():
 
 HARD = {
     "floats": [1e-3, 1e20, -0.0, 1e-300, math.inf, -math.inf, 3.0, 0.1 + 0.2],
-    "text": [
-        "1e-3",
-        "1e5",
-        "on",
-        "Off",
-        "null",
-        "~",
-        "",
-        "007",
-        "0x1F",
-        "12:30:45",
-        "2024-01-31",
-        ".5",
-        "1_000",
-        ".nan",
-    ],
-    "more": [
-        "=",
-        "<<",
-        "- a",
-        "a: b",
-        "#x",
-        " x ",
-        "two\nlines\n",
-        "tab\t",
-        "ünïcode 猫 🐈",
-        "\x85\u2028",
-        "'\"",
-        "!tag",
-        "%",
-    ],
+    "text": ["", " x ", *"1e-3 1e5 on Off null ~ 007 0x1F 12:30:45 2024-01-31 .5 1_000 .nan = << #x !tag %".split()],
+    "more": ["- a", "a: b", "two\nlines\n", "tab\t", "ünïcode 猫 🐈", "\x85\u2028", "'\""],
     "none": None,
     "bools": [True, False],
     "ints": [0, -7, 10**30],
@@ -227,7 +184,7 @@ trees = st.recursive(
 )
 
 
-@settings(max_examples=60, deadline=None, database=None, derandomize=True)
+@settings(max_examples=30, deadline=None, database=None, derandomize=True)
 @given(st.dictionaries(text | numeric, trees, max_size=3))
 def test_any_plain_config_survives_saving(plain):
     cfg = OmegaConf.create(plain)
@@ -258,18 +215,15 @@ def test_yaml_values_are_read_without_surprises():
     [
         ("a: 1\nb: !!python/object/apply:os.system ['touch pwned']\n", "a.yaml:2: not valid YAML: the tag"),
         ("a: 1\n\nb: !mine {x: 1}\n", "a.yaml:3: not valid YAML: the tag !mine is refused"),
-        ("a: !!str 5\n", "a.yaml:1: not valid YAML: the tag"),
         ("a: 1\nb: {c: 1, d: 2, c: 3}\n", "a.yaml:2: not valid YAML: the key 'c' is given twice"),
         ("a: &x [1]\nb: *x\n", "a.yaml:1: not valid YAML: anchors and aliases are refused"),
         ("a: [1\n", "a.yaml:2: not valid YAML: expected ',' or ']'"),
-        ("a: 1\n---\nb: 2\n", "a.yaml:2: not valid YAML: but found another document"),
         ("? [1, 2]\n: 3\n", "a.yaml:1: not valid YAML: found unhashable key"),
         ("a: {on: 1}\n", "a.yaml: in 'a.True' the key True is a bool; quote it"),
         ("a: '${'\n", "a.yaml: 'a': "),
         ("a: " + "[" * 3000, "a.yaml:1: not valid YAML: nested more than 64 levels"),
         ("a: " + "9" * 5000, "a.yaml: not valid YAML: Exceeds the limit"),
         ("a: \x01\n", "a.yaml: not valid YAML: "),
-        ("- 1\n", "a.yaml: a config is a mapping of sections, not list."),
         ("", "a.yaml: a config is a mapping of sections, not NoneType."),
     ],
 )

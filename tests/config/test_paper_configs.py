@@ -1,17 +1,16 @@
 """The configs of the BiSSL paper (arXiv 2410.02387) have the numbers of its tables, and each kind of task trains."""
 
-import contextlib
 import inspect
-import io
 import json
 
 import pytest
-from command_line import load_tool
 from original_layouts import WRITERS, write_imagenet, write_voc2007_classification
 
 from bissl_zoo.config import LazyConfig, config_root, instantiate, load_config, locate
 from bissl_zoo.studies.arms import base_config, read_settings
 from bissl_zoo.studies.search import draw, read_search, trial_config
+
+pytestmark = pytest.mark.slow  # loads a hundred configs
 
 # learning rate and weight decay of the upper level from SimCLR and from BYOL, and the metric of the table
 TABLE = {
@@ -111,6 +110,7 @@ def test_all_configs_share_the_two_levels_of_the_papers(configs):
     for config, cfg in configs.items():
         b, lower, solver = cfg.bilevel, cfg.optimizer.lower, cfg.solver
         assert (b.lower_steps, b.upper_steps, b.alternations, b["lambda"]) == (20, 8, 500, 0.001), config
+        assert b.curvature == "hessian", config
         assert (solver.name, solver.iterations, solver.damping, solver.blockwise) == ("cg", 5, 10.0, False)
         assert lower._target_ == "timm.optim.lars.Lars"
         assert (lower.lr, lower.weight_decay, lower.momentum, lower.trust_coeff) == (1.0, 1e-6, 0.9, 0.001)
@@ -122,6 +122,17 @@ def test_all_configs_share_the_two_levels_of_the_papers(configs):
         if config != "bissl/voc_det.py":  # it also pretrains
             start = "simclr_stl10" if "v2" in config else f"{CONFIGS[config][1]}_imagenet"
             assert cfg.train.init == f"runs/{start}"
+
+
+def test_configs_of_the_papers_use_the_hessian_and_others_gauss_newton():
+    names = [
+        "bissl/voc_det_minres.py",
+        "bissl/voc_det_detectron2.py",
+        *(f"compare/{table}.py" for table in COMPARISONS),
+    ]
+    assert all(load_config(name).bilevel.curvature == "hessian" for name in names)
+    for name in ("common/train.py", "quickstart/digit_scenes_det.py"):
+        assert load_config(name).bilevel.curvature == "gauss_newton"
 
 
 def test_detection_has_the_detector_of_the_papers(configs):
@@ -183,7 +194,6 @@ def test_heads_and_views_are_those_of_the_papers(configs):
         assert numbers.items() <= {**defaults, **augmentation}.items()
 
 
-@pytest.mark.slow  # loads a hundred configs
 @pytest.mark.parametrize("table", COMPARISONS)
 def test_each_data_set_of_a_comparison_is_the_experiment_of_its_config(table, configs):
     cfg = load_config(f"compare/{table}.py")
@@ -200,22 +210,6 @@ def test_each_data_set_of_a_comparison_is_the_experiment_of_its_config(table, co
         assert list(settings.arms) == ["pretrained", "bissl"]
 
 
-@pytest.mark.slow
-def test_a_comparison_of_every_set_dry_runs(originals, tmp_path):
-    folder, out, err = tmp_path / "c", io.StringIO(), io.StringIO()
-    names = list(COMPARISONS["papers_byol"])
-    changes = [*TINY, "task.image_size=32", "train.stages=[pretrain,bissl,finetune]", f"train.output_dir={folder}"]
-    arguments = ["--config-file", "compare/papers_byol.py", "--datasets", ",".join(names), "--seeds", "2"]
-    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        patch.setenv("BISSL_ZOO_DATASETS", str(originals))
-        status = load_tool("compare").cli([*arguments, "--dry-run", *changes])
-    assert status == 0, err.getvalue()
-    for name in names:
-        assert str(folder / name) in out.getvalue() and METRICS[name] in out.getvalue()
-    assert not folder.exists()
-
-
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("config", "changes", "rate", "losses", "metrics"),
     [

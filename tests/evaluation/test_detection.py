@@ -7,7 +7,7 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 from bissl_zoo.errors import BisslZooError, DatasetError
-from bissl_zoo.evaluation import DetectionEvaluator, average_precision, voc_average_precision
+from bissl_zoo.evaluation import DetectionEvaluator, average_precision
 
 GOLDEN = Path(__file__).resolve().parents[1] / "golden"
 ONE = pytest.approx(1.0, rel=1e-12)  # pycocotools adds a rounding unit to a denominator
@@ -111,44 +111,6 @@ def test_metrics_equal_those_of_pycocotools(capsys):
     assert capsys.readouterr().err == ""
 
 
-def test_area_and_pycocotools_agree_where_their_definitions_meet():
-    # A hundred objects far apart, found in any order among wrong detections: at the recalls 1/100, 2/100, ... COCO
-    # takes the precision of the same ranking, and once more that of the first at recall 0.
-    generator = np.random.default_rng(0)
-    corners = np.stack(np.meshgrid(np.arange(10), np.arange(10)), axis=-1).reshape(-1, 2) * 50.0
-    boxes = np.concatenate([corners, corners + 20], axis=1)
-    wrong = boxes[:60] + 25
-    scores = np.concatenate([[1.0], generator.uniform(0, 0.9, 159)])
-    targets, predictions = [], []
-    for image in range(4):  # COCO takes a hundred detections of an image
-        mine, others = boxes[image::4], wrong[image::4]
-        targets.append(target(mine.tolist(), image_id=image))
-        mine_scores = [*scores[:100][image::4], *scores[100:][image::4]]
-        predictions.append(prediction([*mine.tolist(), *others.tolist()], mine_scores))
-    metrics = evaluate(predictions, targets)
-    assert 0.6 < metrics["voc_AP50"] < 0.95
-    # a few of its hundredths are above the recall by rounding, and then it takes the next
-    assert metrics["AP50"] == pytest.approx((1 + 100 * metrics["voc_AP50"]) / 101, abs=2e-3)
-
-
-def test_eleven_point_mean_agrees_with_an_independent_implementation():
-    data = np.load(GOLDEN / "map11_a.npz")
-    values = []
-    for scores, positive in zip(data["scores"].T, data["targets"].T > 0, strict=True):
-        values.append(
-            average_precision(positive[np.argsort(-scores, kind="stable")], positive.sum(), eleven_point=True)
-        )
-    # The reference takes its mean in float32.
-    assert np.mean(values) == pytest.approx(float(data["mAP"]) / 100, rel=1e-6)
-
-
-def test_eleven_point_recalls_are_exact_tenths():
-    # Three of ten are found, then only misses: precision 1 at the recalls 0, 0.1, 0.2, 0.3, and 0 beyond.
-    assert average_precision(np.array([True] * 3 + [False] * 5), 10, eleven_point=True) == pytest.approx(
-        4 / 11, rel=1e-15
-    )
-
-
 def test_area_and_eleven_points_of_a_ranking_worked_out_by_hand():
     # Recall 1/3, 1/3, 2/3, precision 1, 1/2, 2/3: area 1/3 + 2/3 * 1/3; best precision 1 at 4 recalls, 2/3 at 3.
     ranking = np.array([True, False, True])
@@ -177,55 +139,64 @@ def test_difficult_object_is_neither_right_nor_wrong():
         assert all(metrics[name] == ONE for name in ("AP", "AP50", "voc_AP50", "voc07_AP50"))
 
 
-def test_difficult_object_is_matched_by_iou_and_not_by_the_share_of_the_detection():
-    # The second detection lies inside the difficult object but covers a hundredth of it: it is wrong.
-    targets = [target([BOX, [100, 100, 200, 200]], difficult=[False, True])]
-    metrics = evaluate([prediction([BOX, [100, 100, 110, 110]], [0.5, 0.9])], targets)
-    assert metrics["AP50"] == pytest.approx(0.5, rel=1e-9)
-    assert metrics["voc_AP50"] == pytest.approx(0.5, rel=1e-9)
-
-
-def test_second_detection_of_an_object_is_wrong():
-    metrics = evaluate([prediction([BOX, BOX, FAR], [0.9, 0.8, 0.7])], [target([BOX, FAR])])
-    assert metrics["voc_AP50"] == pytest.approx(1 / 2 + 2 / 3 / 2, rel=1e-15)
-
-
-def test_overlap_of_exactly_the_threshold_is_right():
-    values = voc_average_precision([prediction([[0, 0, 10, 5]], [0.9])], [target([BOX])], num_classes=1)
-    assert values.tolist() == [1.0]
-    values = voc_average_precision([prediction([[0, 0, 10, 4.99]], [0.9])], [target([BOX])], num_classes=1)
-    assert values.tolist() == [0.0]
-
-
-def test_devkit_rule_looks_only_at_the_object_overlapped_most():
-    # Both detections overlap the first object most (1 and 0.82); the second also overlaps the other one by 0.67.
-    targets = [target([BOX, [0, 2, 10, 12]])]
-    values = voc_average_precision([prediction([BOX, [0, 1, 10, 10.9]], [0.9, 0.8])], targets, num_classes=1)
-    assert values.tolist() == [0.5]
-
-
-def test_label_and_image_must_agree():
-    targets = [target([BOX], [0], image_id=0), target([BOX], [1], image_id=1)]
-    metrics = evaluate([prediction([BOX], [0.9], [1]), prediction([BOX], [0.9], [0])], targets, ["a", "b"])
-    assert metrics["AP50"] == metrics["voc_AP50"] == metrics["AP50/a"] == 0.0
-
-
-def test_equal_scores_rank_by_image_number_whatever_the_order_of_processing():
-    pairs = [
-        (prediction([FAR], [0.5]), target([BOX], image_id=1)),
-        (prediction([BOX], [0.5]), target([BOX], image_id=0)),
-    ]
-    for order in (pairs, pairs[::-1]):
-        metrics = evaluate(*zip(*order, strict=True))
-        # The right one, in image 0, comes first: precision 1 at recall 1/2.
-        assert metrics["voc_AP50"] == 0.5
-
-
-def test_scores_are_ranked_in_full_precision():
+def precise():
+    """Two detections with scores that are equal in float32, the right one with the higher score."""
     found = prediction([FAR, BOX], [0.5, 0.5])
-    found["scores"] = torch.tensor([0.5, 0.5 + 1e-15], dtype=torch.float64)  # equal in float32
-    metrics = evaluate([found], [target([BOX])])
-    assert metrics["voc_AP50"] == 1.0 and metrics["AP50"] == ONE
+    return found | {"scores": torch.tensor([0.5, 0.5 + 1e-15], dtype=torch.float64)}
+
+
+SMALL, LARGE = [100, 100, 110, 110], [100, 100, 200, 200]
+TIED = [
+    (prediction([FAR], [0.5]), target([BOX], image_id=1)),
+    (prediction([BOX], [0.5]), target([BOX], image_id=0)),
+]
+#: predictions, targets, voc_AP50, and AP50 where the definitions agree
+CASES = {
+    "a second detection of an object is wrong": (
+        *([prediction([BOX, BOX, FAR], [0.9, 0.8, 0.7])], [target([BOX, FAR])]),
+        *(1 / 2 + 2 / 3 / 2, None),
+    ),
+    "an overlap of exactly the threshold is right": ([prediction([[0, 0, 10, 5]], [0.9])], [target([BOX])], 1.0, 1.0),
+    "an overlap below the threshold is wrong": ([prediction([[0, 0, 10, 4.99]], [0.9])], [target([BOX])], 0.0, 0.0),
+    # it lies inside the difficult object but covers a hundredth of it
+    "a difficult object is matched by IoU": (
+        *([prediction([BOX, SMALL], [0.5, 0.9])], [target([BOX, LARGE], difficult=[False, True])]),
+        *(0.5, 0.5),
+    ),
+    # both overlap the first object most (1 and 0.82); the second also overlaps the other one by 0.67
+    "only the object overlapped most counts in VOC": (
+        *([prediction([BOX, [0, 1, 10, 10.9]], [0.9, 0.8])], [target([BOX, [0, 2, 10, 12]])]),
+        *(0.5, None),
+    ),
+    "label and image must agree": (
+        [prediction([BOX], [0.9], [1]), prediction([BOX], [0.9], [0])],
+        [target([BOX], [0], image_id=0), target([BOX], [1], image_id=1)],
+        *(0.0, 0.0),
+    ),
+    # the right one, in image 0, comes first: precision 1 at recall 1/2
+    "equal scores rank by image number": (*zip(*TIED, strict=True), 0.5, None),
+    "equal scores rank by image number, reversed": (*zip(*TIED[::-1], strict=True), 0.5, None),
+    "scores are ranked in full precision": ([precise()], [target([BOX])], 1.0, 1.0),
+    "a class without objects is not in the mean": (
+        [prediction([BOX, FAR], [0.9, 0.8], [0, 1])],
+        [target([BOX])],
+        1.0,
+        1.0,
+    ),
+    "an image without objects counts its false detections": (
+        [prediction([BOX], [0.5]), prediction([BOX], [0.9])],
+        [target([BOX], image_id=0), target([], image_id=1)],
+        *(0.5, 0.5),
+    ),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_rules_of_matching_and_ranking(case):
+    predictions, targets, voc, coco = CASES[case]
+    metrics = evaluate(predictions, targets, ["a", "b"])
+    assert metrics["voc_AP50"] == pytest.approx(voc, rel=1e-12)
+    assert coco is None or metrics["AP50"] == pytest.approx(coco, rel=1e-9)
 
 
 def test_metrics_by_class_by_class_worked_out_by_hand():
@@ -253,21 +224,6 @@ def test_metrics_by_class_by_class_worked_out_by_hand():
     for name in expected:
         assert metrics[name] == pytest.approx(sum(one[name] for one in metrics_by_class.values()) / 3, rel=1e-12)
     assert {name for name in metrics if "/" in name} == {"AP50/a", "AP50/b", "AP50/c"}
-
-
-def test_class_without_objects_is_left_out_of_the_mean():
-    metrics = evaluate([prediction([BOX, FAR], [0.9, 0.8], [0, 1])], [target([BOX])], ["a", "b"])
-    assert all(metrics[name] == ONE for name in ("AP50", "voc_AP50", "voc07_AP50"))
-    assert "AP50/a" in metrics and "AP50/b" not in metrics
-    values = voc_average_precision([prediction([BOX], [0.9])], [target([BOX])], num_classes=2)
-    assert values[0] == 1.0 and np.isnan(values[1])
-
-
-def test_image_without_objects_still_counts_its_false_detections():
-    targets = [target([BOX], image_id=0), target([], image_id=1)]
-    metrics = evaluate([prediction([BOX], [0.5]), prediction([BOX], [0.9])], targets)
-    assert metrics["voc_AP50"] == 0.5
-    assert metrics["AP50"] == pytest.approx(0.5, rel=1e-9)
 
 
 @pytest.mark.parametrize("targets", [[target([])], [target([BOX], difficult=[True])]])

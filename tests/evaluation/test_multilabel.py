@@ -66,6 +66,7 @@ def test_equal_scores_are_ranked_in_the_order_of_the_set():
     assert least < theirs < most and abs(ours - theirs) > 1e-3
 
 
+@pytest.mark.slow  # the import of torchmetrics
 @pytest.mark.filterwarnings("ignore:No positive samples found")  # of torchmetrics, on the class without
 @pytest.mark.parametrize("levels", [None, 7])
 def test_the_area_agrees_with_torchmetrics_over_ties_and_ignored_labels(levels):

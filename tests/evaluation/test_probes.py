@@ -97,23 +97,6 @@ def test_the_linear_probe_is_as_good_as_logistic_regression(name):
     assert probe.metrics["top1"] == pytest.approx(best, abs=tolerance)
 
 
-def test_one_rate_trained_long_comes_to_the_optimum_of_logistic_regression():
-    train, labels, test, truth = clusters(1.0, classes=3, width=4)  # overlapping: the optimum is finite
-    reference = LogisticRegression(C=np.inf, max_iter=5000, tol=1e-10).fit(train.numpy(), labels.numpy())
-    probe = linear_probe(train, labels, test, truth, learning_rates=[0.5], epochs=400, batch_size=10**6)
-    # the same convex loss to its minimum: the classifiers are one but for points on their boundary
-    assert probe.metrics["top1"] == pytest.approx(reference.score(test.numpy(), truth.numpy()), abs=1.5 / len(truth))
-
-
-def test_rates_trained_side_by_side_are_those_trained_alone():
-    train, labels, test, truth = SETS["hard"]
-    together = linear_probe(train, labels, test, truth, learning_rates=[0.001, 0.1], epochs=3)
-    for rate in (0.001, 0.1):
-        alone = linear_probe(train, labels, test, truth, learning_rates=[rate], epochs=3)
-        assert alone.held_out[rate] == together.held_out[rate]
-    assert together.learning_rate == max(together.held_out, key=together.held_out.get)
-
-
 def test_the_steps_are_those_of_torch_sgd_with_momentum_decay_and_cosine():
     train, labels, *_ = clusters(1.0, classes=3, width=5, train=50)
     train, rates, settings = train.double(), [0.01, 0.3], {"momentum": 0.9, "weight_decay": 0.02}

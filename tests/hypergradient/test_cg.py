@@ -23,7 +23,7 @@ def golden(name):
 
 
 @given(st.integers(1, 25), st.integers(0, 10_000), st.floats(1.0, 1e3))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 def test_joint_cg_agrees_with_a_direct_solve(size, seed, largest):
     matrix = spd(size, seed, largest)
     operator = system(matrix)
@@ -83,15 +83,6 @@ def test_the_residual_is_that_of_the_solution(blockwise, iterations):
     solution = ConjugateGradient(iterations=iterations, tolerance=1e-9, blockwise=blockwise)(operator, v)
     assert solution.residual == pytest.approx(residual(matrix, solution.x, v), rel=1e-9, abs=1e-15)
     assert solution.products == operator.products <= iterations + 1
-
-
-def test_tolerance_ends_the_solve_early():
-    operator = system(spd(30, 0))
-    v = torch.ones(30, dtype=torch.float64)
-    loose, tight = (ConjugateGradient(iterations=100, tolerance=t)(operator, v) for t in (1e-1, 1e-8))
-    assert loose.status == tight.status == "converged"
-    assert loose.products < tight.products < 40
-    assert loose.residual <= 1e-1 and tight.residual <= 1.1e-8
 
 
 def test_a_solve_cut_short_returns_the_textbook_iterate():

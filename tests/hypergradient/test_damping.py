@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from systems import Breaking, krylov_basis, randn, rotated
 
-from bissl_zoo.hypergradient import ConjugateGradient, DenseOperator, MinRes, choose_shift, definite_shift
+from bissl_zoo.hypergradient import ConjugateGradient, DenseOperator, MinRes, choose_shift
 from bissl_zoo.hypergradient.damping import LARGEST, MARGIN
 
 SEEDS = st.integers(0, 10_000)
@@ -40,7 +40,7 @@ def is_safely_definite(hessian, v, steps, shift):
 
 
 @given(SEEDS, st.integers(12, 20))
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=20, deadline=None)
 def test_the_system_is_definite_and_the_solve_reaches_its_tolerance(seed, iterations):
     hessian, v = indefinite(seed)
     operator = DenseOperator(hessian, shift=None)
@@ -56,7 +56,7 @@ def test_the_system_is_definite_and_the_solve_reaches_its_tolerance(seed, iterat
 
 
 @given(SEEDS, st.integers(2, 15), st.sampled_from([0.01, 0.05, 0.3]))
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=20, deadline=None)
 def test_the_shift_is_the_smallest_that_meets_both_conditions(seed, iterations, tolerance):
     hessian, v = indefinite(seed)
     shift, _ = choose_shift(DenseOperator(hessian, None), v, iterations, tolerance, LAMBDA)
@@ -70,19 +70,8 @@ def test_the_shift_is_the_smallest_that_meets_both_conditions(seed, iterations, 
     assert not meets_both(0.98 * shift)  # it is found to a per cent
 
 
-@given(SEEDS)
-@settings(max_examples=30, deadline=None)
-def test_the_residual_falls_with_the_shift_once_the_system_is_definite(seed):
-    hessian, v = indefinite(seed)
-    operator = DenseOperator(hessian, None)
-    choose_shift(operator, v, 5, 0.05, LAMBDA)
-    low = definite_shift(operator.subspace)
-    residuals = [galerkin_residual(hessian, v, 5, low * 1.2**i) for i in range(20)]
-    assert all(after <= before + 1e-12 for before, after in zip(residuals, residuals[1:], strict=False))
-
-
 @given(SEEDS, st.sampled_from([0.5, 5.0]))
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=10, deadline=None)
 def test_a_definite_system_that_converges_gets_no_damping(seed, at_least):
     hessian = rotated(torch.linspace(0.1, 1.0, 30), seed)
     operator = DenseOperator(hessian, None)
@@ -110,13 +99,6 @@ def test_unexplored_directions_need_no_damping():
     operator = DenseOperator(torch.diag(torch.tensor([-3.0, 5.0], dtype=torch.float64)), None)
     v = torch.tensor([0.0, 1.0], dtype=torch.float64)
     assert choose_shift(operator, v, 5, 0.05, LAMBDA) == (LAMBDA, 1)
-
-
-@pytest.mark.parametrize("scale", [1e-30, 1e30])
-def test_the_scale_of_v_does_not_matter(scale):
-    hessian, v = indefinite(0)
-    chosen = [choose_shift(DenseOperator(hessian.float(), None), v.float() * s, 5, 0.05, LAMBDA) for s in (1, scale)]
-    assert chosen[0][0] == pytest.approx(chosen[1][0], rel=0.02) and chosen[0][1] == chosen[1][1]
 
 
 @pytest.mark.parametrize("tolerance", [0.0, -1.0, float("nan")])

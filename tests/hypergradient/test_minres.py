@@ -18,7 +18,7 @@ def krylov_residual(matrix, v, steps):
 
 
 @given(st.integers(1, 20), SEEDS, st.floats(1.0, 100.0), st.sampled_from([0, 1000]), st.booleans())
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=25, deadline=None)
 def test_a_definite_or_indefinite_system_is_solved(size, seed, largest, recycle, definite):
     values = torch.linspace(1.0, largest, size)
     values = values if definite else values * torch.where(torch.arange(size) % 3 == 0, -1.0, 1.0)
@@ -50,7 +50,7 @@ def right_hand_sides(size, count, seed, dtype=torch.float64):
 
 
 @given(SEEDS, st.sampled_from([-2.0, 0.5]), st.sampled_from([8, 30]))
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=5, deadline=None)
 def test_recycling_saves_products_and_reports_the_true_residual(seed, lowest, recycle):
     matrix = rotated(torch.cat([torch.linspace(lowest, 40.0, 10), torch.linspace(0.9, 1.1, 50)]), seed)
     recycled, cold = (system(matrix) for _ in range(2))
@@ -94,7 +94,7 @@ def automatic(hessian, v, solver):
 
 
 @given(SEEDS, st.sampled_from([0, 3, 8]), st.integers(1, 3))
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=12, deadline=None)
 def test_automatic_damping_rises_for_a_right_hand_side_that_few_products_do_not_solve(seed, recycle, recycled):
     hessian = rotated(torch.cat([torch.linspace(-5.0, 60.0, 40), torch.linspace(-0.1, 0.1, 20)]), seed)
     solver = MinRes(iterations=6, tolerance=0.05, recycle=recycle, recycled_iterations=recycled)
@@ -139,15 +139,6 @@ def test_the_shift_may_change_between_solves_without_a_product():
     assert solution.status == "converged" and operator.products == known
     matrix = torch.eye(30, dtype=torch.float64) + hessian / 5.0
     assert solution.residual == pytest.approx(residual(matrix, solution.x, v), rel=1e-9)
-
-
-def test_thousands_of_float32_parameters_have_the_residual_reported():
-    values = torch.cat([torch.linspace(-1.0, 20.0, 50), torch.linspace(0.9, 1.1, 1950)])
-    matrix = rotated(values, 0, torch.float32)
-    operator = system(matrix)
-    for v in right_hand_sides(2000, 3, 0, torch.float32):
-        solution = MinRes(iterations=6, tolerance=0.02)(operator, v)
-        assert solution.residual == pytest.approx(residual(matrix.double(), solution.x.double(), v.double()), abs=1e-4)
 
 
 def test_an_invariant_space_that_leaves_a_residual_is_singular():

@@ -21,7 +21,7 @@ def largest_eigenvalue(matrix, start, steps):
 
 
 @given(st.integers(1, 20), SEEDS, st.floats(1.0, 20.0))
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=20, deadline=None)
 def test_a_definite_system_is_solved(size, seed, largest):
     matrix, v = rotated(torch.linspace(1.0, largest, size), seed), randn(size, seed=seed)
     operator = system(matrix)
@@ -53,17 +53,6 @@ def test_the_step_is_estimated_once():
     assert len(operator.subspace.basis) == STEPS + 1  # right-hand sides do not pile up
 
 
-def test_a_large_curvature_converges_where_the_plain_series_would_not():
-    values = torch.linspace(0.0, 1000.0, 5).tolist() + [0.0] * 15
-    hessian, v = rotated(values, 0), randn(20, seed=0)
-    solution = Neumann(iterations=60, tolerance=0.3)(DenseOperator(hessian, shift=200.0), v)
-    assert solution.status == "converged" and solution.residual <= 0.3
-    plain, matrix = v, torch.eye(20, dtype=torch.float64) + hessian / 200.0
-    for _ in range(10):
-        plain = plain + (v - matrix @ plain)
-    assert residual(matrix, plain, v) > 1e3
-
-
 def test_v_is_returned_if_it_is_better_than_the_series():
     values = torch.cat([torch.zeros(19), torch.tensor([100.0])]).double()
     v = torch.ones(20, dtype=torch.float64)
@@ -74,7 +63,7 @@ def test_v_is_returned_if_it_is_better_than_the_series():
 
 
 @given(SEEDS, st.integers(1, 30))
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=20, deadline=None)
 def test_negative_curvature_is_reported_with_the_best_iterate(seed, iterations):
     matrix, v = rotated(torch.linspace(-3.0, 9.0, 20), seed), randn(20, seed=seed)
     operator = system(matrix)
@@ -94,17 +83,6 @@ def test_unexplored_negative_curvature_is_a_growing_residual():
     solution = solve(operator, v)
     assert solution.status == "diverged" and solution.products < 10
     assert solution.residual == pytest.approx(residual(matrix, solution.x, v)) and solution.residual < 0.3
-
-
-def test_a_step_that_is_too_long_is_a_growing_residual():
-    matrix = torch.diag(torch.tensor([1.0, 1.0, 50.0], dtype=torch.float64))
-    operator, blind = system(matrix), torch.tensor([1.0, 1.0, 0.0], dtype=torch.float64)
-    solve = Neumann(iterations=50, tolerance=1e-9)
-    assert solve(operator, blind).status == "converged"  # all that is known of A now is its eigenvalue 1
-    v = torch.tensor([1.0, 1.0, 0.01], dtype=torch.float64)
-    solution = solve(operator, v)
-    assert solution.status == "diverged" and solution.products <= 3
-    assert solution.residual == pytest.approx(residual(matrix, solution.x, v))
 
 
 @pytest.mark.parametrize("after", [0, 1, STEPS, STEPS + 1, STEPS + 4])

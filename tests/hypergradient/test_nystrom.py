@@ -22,7 +22,7 @@ def with_approximation(hessian, directions, shift):
 
 
 @given(SEEDS, st.integers(1, 10), st.sampled_from([0.5, 10.0]))
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=20, deadline=None)
 def test_it_inverts_the_approximation_by_its_gaussian_sketch(seed, rank, shift):
     hessian, v = rotated(20.0 / torch.arange(1, 26) ** 2, seed), randn(25, seed=seed + 100)
     operator = DenseOperator(hessian, shift)
@@ -38,7 +38,7 @@ def test_it_inverts_the_approximation_by_its_gaussian_sketch(seed, rank, shift):
 
 
 @given(SEEDS, st.integers(1, 8))
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=15, deadline=None)
 def test_curvature_of_low_rank_is_met_exactly(seed, curved):
     values = torch.cat([torch.linspace(1.0, 100.0, curved), torch.zeros(30 - curved)])
     operator, v = DenseOperator(rotated(values, seed), shift=2.0), randn(30, seed=seed + 100)
@@ -71,22 +71,6 @@ def test_further_solves_spend_only_the_product_of_the_check():
         torch.testing.assert_close(checked.x, quick.x, rtol=0, atol=0)
         assert len(operator.subspace.basis) == size  # right-hand sides do not pile up
     assert operator.products == 7 + 5
-
-
-def test_the_order_of_right_hand_sides_does_not_matter():
-    hessian, v = rotated(20.0 / torch.arange(1, 41) ** 2, 0), randn(40, seed=100)
-    early, late = DenseOperator(hessian), DenseOperator(hessian)
-    for seed in range(1, 4):
-        Nystrom(rank=6)(late, randn(40, seed=100 + seed))
-    torch.testing.assert_close(Nystrom(rank=6)(late, v).x, Nystrom(rank=6)(early, v).x, rtol=0, atol=1e-10)
-
-
-def test_the_part_that_the_sketch_does_not_see_passes_unchanged():
-    values = torch.cat([torch.linspace(1.0, 10.0, 3), torch.zeros(17)])
-    operator = DenseOperator(torch.diag(values.double()))
-    v = torch.zeros(20, dtype=torch.float64)
-    v[5:] = 1.0
-    torch.testing.assert_close(Nystrom(rank=4)(operator, v).x, v, rtol=0, atol=1e-9)
 
 
 @pytest.mark.parametrize(("steps", "drawn"), [(3, 5), (8, 0), (12, 0)])

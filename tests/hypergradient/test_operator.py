@@ -1,16 +1,10 @@
 import pytest
 import torch
-from cuda_batch_norm import RefuseBatchNormThatCudaRefuses
+from pretext_methods import batch_of_views, build_method
 from torch import nn
 
-from bissl_zoo.analysis.reduced_problem import narrow_widths
 from bissl_zoo.hypergradient import CurvatureOperator, frozen_state
-from bissl_zoo.registry import PRETEXT_METHODS, build_backbone, build_pretext
-
-#: backbone and split stage of methods that do not take a small ResNet
-BACKBONES = {
-    "simmim": ({"name": "test_vit", "class_token": False, "global_pool": "avg", "img_size": 32}, "blocks.5"),
-}
+from bissl_zoo.registry import PRETEXT_METHODS
 
 
 def smooth_net(**extra):
@@ -68,17 +62,6 @@ def test_fused_attention_has_products_as_well():
     torch.testing.assert_close(fused, written_out, rtol=1e-10, atol=1e-14)
 
 
-def test_products_do_not_depend_on_what_came_before():
-    net, loss = smooth_net()
-    operator = CurvatureOperator(loss, list(net.parameters()), shift=1.0).prepare()
-    u, w = torch.randn(2, 26, dtype=torch.float64)
-    first = operator(u)
-    operator(w)
-    with torch.no_grad():
-        assert torch.equal(operator(u), first)
-    assert not first.requires_grad
-
-
 def test_unused_parameters_have_zero_rows():
     net, loss = smooth_net()
     unused = nn.Parameter(torch.randn(5, dtype=torch.float64))
@@ -130,23 +113,11 @@ def buffer_identities(*modules):
     return {f"{i}.{name}": id(buffer) for i, m in enumerate(modules) for name, buffer in m.named_buffers()}
 
 
-def pretext_problem(method):
-    """Return a trunk in train mode with stochastic depth, a method, and a batch of views for it."""
-    torch.manual_seed(0)
-    arguments, stage = BACKBONES.get(method, ({"name": "test_resnet"}, "c3"))
-    trunk, tail = build_backbone(**arguments, drop_path_rate=0.3).split(stage)
-    pretext = build_pretext(name=method, backbone=trunk, tail=tail, **narrow_widths({"name": method})).train()
-    views = tuple(torch.randn(2, 4, 3, 32, 32))
-    if method == "dino":
-        views = *views, *torch.randn(2, 4, 3, 16, 16)
-    if method == "simmim":
-        views = views[0], torch.tensor([[True, False], [True, True]]).expand(4, 2, 2)
-    return trunk.train(), pretext, views
-
-
 @pytest.mark.parametrize("method", PRETEXT_METHODS.list())
 def test_products_leave_no_trace(method):
-    trunk, pretext, views = pretext_problem(method)
+    trunk, pretext = build_method(method, drop_path_rate=0.3)
+    trunk.train(), pretext.train()
+    views = batch_of_views(method)
     parameters = list(trunk.parameters())
     u = torch.randn(sum(p.numel() for p in parameters))
     before, buffers = snapshot(trunk, pretext), buffer_identities(trunk, pretext)
@@ -169,19 +140,6 @@ def test_products_leave_no_trace(method):
             assert torch.equal(after[key], before[key]), key
     assert all(p.grad is None for module in (trunk, pretext) for p in module.parameters())
     assert torch.isfinite(first).all() and first.norm() > 0
-
-
-@pytest.mark.parametrize("method", PRETEXT_METHODS.list())
-def test_products_of_every_method_call_batch_norm_kernels_as_cuda_accepts_them(method):
-    trunk, pretext, views = pretext_problem(method)
-    parameters = list(trunk.parameters())
-    with RefuseBatchNormThatCudaRefuses() as mode:
-        operator = CurvatureOperator(
-            lambda: sum(pretext.losses(trunk, views).values()), parameters, shift=1.0, modules=(trunk, pretext)
-        ).prepare()
-        product = operator(torch.ones(sum(p.numel() for p in parameters)))
-    assert product.isfinite().all()
-    assert mode.calls > 1 or not any(isinstance(m, nn.BatchNorm2d) for m in trunk.modules())
 
 
 def test_frozen_state_is_restored_when_the_forward_pass_fails():
@@ -244,9 +202,11 @@ def test_prepare_draws_new_dropout_masks():
     assert not torch.equal(operator.prepare()(u), first)
 
 
-def test_an_unknown_hvp_mode_is_refused():
+def test_an_unknown_hvp_mode_or_precision_is_refused():
     with pytest.raises(ValueError, match="hvp_mode.*retain_graph.*recompute"):
         CurvatureOperator(lambda: None, [], shift=1.0, hvp_mode="reuse")
+    with pytest.raises(ValueError, match="precision.*float32.*tf32"):
+        CurvatureOperator(lambda: None, [], shift=1.0, precision="bf16")
 
 
 def test_only_the_backbone_is_differentiated_and_the_head_stays_trainable():
@@ -293,8 +253,3 @@ def test_products_run_in_the_requested_precision_and_the_settings_are_restored(p
     operator.hessian_product(torch.ones(3))
     assert seen == [[precision == "tf32"] * 3]
     assert settings() == before
-
-
-def test_another_precision_is_refused():
-    with pytest.raises(ValueError, match="precision.*float32.*tf32"):
-        CurvatureOperator(lambda: None, [], shift=1.0, precision="bf16")

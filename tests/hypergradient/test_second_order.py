@@ -69,8 +69,7 @@ def batch_norm(case, **options):
     return function, [tensor.requires_grad_() for tensor in inputs]
 
 
-@pytest.mark.parametrize("case", CONVOLUTIONS)
-@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("case, bias", [*((case, True) for case in CONVOLUTIONS), ("padded", False)])
 def test_both_derivatives_of_a_convolution_equal_finite_differences(case, bias):
     function, inputs = convolution(case, bias, **DOUBLE)
     assert is_replaced(fast(function)(*inputs))
@@ -86,7 +85,7 @@ def test_both_derivatives_of_batch_norm_equal_finite_differences(case):
     assert gradgradcheck(fast(function), inputs)
 
 
-@pytest.mark.parametrize("constants", [(0,), (1,), (2,), (0, 1), (0, 2), (1, 2)])
+@pytest.mark.parametrize("constants", [(0,), (1,), (2,), (1, 2)])
 @pytest.mark.parametrize("make, case", [(convolution, "padded"), (batch_norm, "4d affine")])
 def test_second_derivatives_are_right_if_some_inputs_are_constant(make, case, constants):
     function, inputs = make(case, **DOUBLE)
@@ -99,7 +98,7 @@ def test_second_derivatives_are_right_if_some_inputs_are_constant(make, case, co
     assert gradgradcheck(fast(of_the_free), free)
 
 
-@pytest.mark.parametrize("wanted", [(0,), (1,), (2,), (0, 1), (0, 2), (1, 2)])
+@pytest.mark.parametrize("wanted", [(0,), (1,), (2,), (0, 1)])
 @pytest.mark.parametrize("make, case", [(convolution, "padded"), (batch_norm, "4d affine")])
 def test_second_derivatives_are_right_if_only_some_gradients_are_differentiated(make, case, wanted):
     function, inputs = make(case, **DOUBLE)
@@ -149,7 +148,8 @@ def networks():
 
 
 @pytest.mark.parametrize(
-    "network, dtype, tolerance", [(0, torch.float64, 1e-9), (0, torch.float32, 1e-4), (1, torch.float32, 1e-4)]
+    "network, dtype, tolerance",
+    [(0, torch.float64, 1e-9), pytest.param(1, torch.float32, 1e-4, marks=pytest.mark.slow)],
 )
 def test_hessian_products_of_networks_equal_those_of_torch(network, dtype, tolerance):
     net = list(networks())[network].to(dtype).train()
@@ -207,7 +207,7 @@ def test_a_third_derivative_is_refused(make, case):
 
 
 def left_to_torch():
-    """What the context does not replace: a name, and a function of `(2, 4, 6, 6)`."""
+    """What the context does not replace: a name, and a function of `(2, 4, 4, 4)`."""
     w = torch.linspace(-1, 1, 4 * 4 * 9).view(4, 4, 3, 3)
     mean, var = torch.full((4,), 0.3), torch.full((4,), 2.0)
     yield "named padding", lambda x: functional.conv2d(x, w.to(x), padding="same")
@@ -224,7 +224,7 @@ def left_to_torch():
 )
 def test_what_is_not_replaced_is_torchs_own(name, function):
     torch.manual_seed(0)
-    x = torch.randn(2, 4, 6, 6, **DOUBLE, requires_grad=True)
+    x = torch.randn(2, 4, 4, 4, **DOUBLE, requires_grad=True)
     y = fast(function)(x)
     assert not is_replaced(y) and torch.equal(y, function(x))
     assert gradgradcheck(fast(function), (x,))

@@ -48,7 +48,7 @@ def assert_relation(space, matrix, tolerance=1e-10):
 
 
 @given(st.integers(1, 25), SEEDS, st.integers(0, 12))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 def test_the_lanczos_relation_holds_also_after_truncation(size, seed, limit):
     matrix = symmetric(size, seed)
     space = explored(matrix, seed)
@@ -61,17 +61,6 @@ def test_the_lanczos_relation_holds_also_after_truncation(size, seed, limit):
     if len(space.basis):  # the first products are kept, as they were
         for kept, all_of_them in zip(dense(space)[1:], before[1:], strict=True):
             torch.testing.assert_close(kept, all_of_them[:, : space.explored], rtol=0, atol=1e-12)
-
-
-@pytest.mark.parametrize("limit", [0, 1, 4])
-def test_a_truncated_space_can_be_extended(limit):
-    matrix = symmetric(20, 0)
-    space = explored(matrix, 0)
-    space.truncate(limit)
-    known = space.explored
-    assert space.explore(lambda u: matrix @ u, space.unexplored(space.coordinates(randn(20, seed=9))))
-    assert space.explored == known + 1
-    assert_relation(space, matrix)
 
 
 def test_truncation_removes_vectors_without_products_first():
@@ -91,7 +80,7 @@ def test_thousands_of_float32_parameters_keep_the_relation():
 
 
 @given(st.integers(1, 20), SEEDS)
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=20, deadline=None)
 def test_a_vector_is_the_combination_of_its_coordinates(size, seed):
     space = explored(symmetric(size, seed), seed)
     w = randn(size, seed=seed + 77)
@@ -142,7 +131,7 @@ def test_an_invariant_space_has_no_next_direction():
 
 
 @given(st.integers(2, 20), SEEDS, st.sampled_from([0.1, 1.0, 30.0]))
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=20, deadline=None)
 def test_the_minimal_residual_is_that_of_a_dense_least_squares_fit(size, seed, shift):
     matrix = symmetric(size, seed)
     space = explored(matrix, seed, (2, 1))
@@ -158,7 +147,7 @@ def test_the_minimal_residual_is_that_of_a_dense_least_squares_fit(size, seed, s
 
 
 @given(st.integers(2, 20), SEEDS)
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=20, deadline=None)
 def test_ritz_values_are_rayleigh_quotients_with_an_eigenvalue_in_their_bounds(size, seed):
     matrix = symmetric(size, seed)
     space = explored(matrix, seed, (2, 1))
@@ -169,10 +158,10 @@ def test_ritz_values_are_rayleigh_quotients_with_an_eigenvalue_in_their_bounds(s
     assert (distances <= bounds.numpy() + 1e-9).all()
 
 
-def test_a_cleared_space_is_empty_and_reusable():
-    space = explored(symmetric(8, 0), 0)
-    space.clear()
-    assert not space.basis and not space.explored
-    matrix = symmetric(5, 1)
-    assert space.explore(lambda u: matrix @ u, space.unexplored(space.coordinates(randn(5, seed=0))))
-    assert_relation(space, matrix)
+def test_the_negative_share_is_that_of_the_components_of_negative_ritz_values():
+    matrix = torch.diag(torch.tensor([-2.0, 3.0, 0.5], dtype=torch.float64))
+    space = Subspace()
+    for vector in torch.eye(3, dtype=torch.float64)[:2]:
+        assert space.explore(lambda u: matrix @ u, space.unexplored(space.coordinates(vector)))
+    x = torch.tensor([2.0, 1.0, 2.0], dtype=torch.float64)
+    assert space.negative_share(x) == pytest.approx(4 / 9) and space.negative_share(0 * x) == 0.0

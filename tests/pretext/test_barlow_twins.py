@@ -1,16 +1,12 @@
 import numpy as np
 import pytest
 import torch
+from pretext_methods import build_method, draw
 
 from bissl_zoo.pretext.barlow_twins import cross_correlation_losses, off_diagonal_squares
-from bissl_zoo.registry import build_backbone, build_pretext
 
 #: rows and columns: more of the first take the one way to the sum of squares, more of the second the other
 SHAPES = [(9, 4), (4, 9)]
-
-
-def draw(*shape, seed=0):
-    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
 
 
 def total(first, second, weight=0.005):
@@ -58,11 +54,9 @@ def test_neither_scale_nor_offset_of_a_feature_matters():
 
 
 def test_losses_are_those_of_the_two_views_projections():
-    torch.manual_seed(0)
-    trunk, tail = build_backbone(name="test_resnet").split("c3")
-    method = build_pretext(name="barlow_twins", backbone=trunk, tail=tail, projector=[16, 8], redundancy=0.1)
+    trunk, method = build_method("barlow_twins", projector=[16, 8], redundancy=0.1)
     views = torch.randn(2, 4, 3, 32, 32)
-    z = [method.projector(tail(trunk(view)["c3"])) for view in views]
+    z = [method.projector(method.tail(trunk(view)["c3"])) for view in views]
     invariance, redundancy = cross_correlation_losses(*z)
     losses = method.losses(trunk, tuple(views))
     torch.testing.assert_close(losses, {"invariance": invariance, "redundancy": 0.1 * redundancy})

@@ -2,23 +2,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from pretext_methods import build_method, shake
 
 from bissl_zoo.pretext.byol import regression_loss
-from bissl_zoo.registry import build_backbone, build_pretext
 
 GOLDEN = Path(__file__).resolve().parents[1] / "golden"  # computed with the BiSSL authors' published code, float64
-
-
-def build(**kwargs):
-    torch.manual_seed(0)
-    trunk, tail = build_backbone(name="test_resnet").split("c3")
-    return trunk, build_pretext(name="byol", backbone=trunk, tail=tail, projector=[16, 8], predictor=[12, 8], **kwargs)
-
-
-def shake(*modules):
-    with torch.no_grad():
-        for parameter in (p for module in modules for p in module.parameters()):
-            parameter.add_(torch.randn_like(parameter), alpha=0.1)
 
 
 def test_regression_term_and_gradient_equal_the_authors():
@@ -31,7 +19,7 @@ def test_regression_term_and_gradient_equal_the_authors():
 
 
 def test_loss_is_both_directions_against_the_teacher():
-    trunk, byol = build()
+    trunk, byol = build_method("byol", projector=[16, 8], predictor=[12, 8])
     shake(byol.teacher)
     views = tuple(torch.randn(2, 4, 3, 32, 32))
 

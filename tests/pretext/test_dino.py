@@ -1,23 +1,17 @@
 import copy
+import functools
 
 import pytest
 import torch
-from torch import nn
+from pretext_methods import VIT, build_method, shake
 
 from bissl_zoo.config import instantiate, load_config
 from bissl_zoo.errors import ConfigError
 from bissl_zoo.hypergradient import CurvatureOperator
 from bissl_zoo.pretext import dino
-from bissl_zoo.pretext.dino import Prototypes, dino_head, self_distillation
-from bissl_zoo.registry import build_backbone, build_pretext
+from bissl_zoo.pretext.dino import dino_head, self_distillation
 
-VIT = {"name": "test_vit", "class_token": False, "global_pool": "avg", "img_size": 32}
-
-
-def build(backbone=None, stage="c3", **kwargs):
-    torch.manual_seed(0)
-    trunk, tail = build_backbone(**(backbone or {"name": "test_resnet"})).split(stage)
-    return trunk, build_pretext(name="dino", backbone=trunk, tail=tail, projector=[16, 8, 32], **kwargs)
+build = functools.partial(build_method, "dino", projector=[16, 8, 32])
 
 
 def crops(count=4, size=32, local_size=16, local=3, dtype=torch.float32):
@@ -27,12 +21,6 @@ def crops(count=4, size=32, local_size=16, local=3, dtype=torch.float32):
         for n, side in ((2, size), (local, local_size))
     )
     return *large, *small
-
-
-def shake(*modules):
-    with torch.no_grad():
-        for parameter in (p for module in modules for p in module.parameters()):
-            parameter.add_(torch.randn_like(parameter), alpha=0.1)
 
 
 def logits(views=5, images=4, width=6):
@@ -86,17 +74,6 @@ def test_second_derivatives_of_loss_and_head_are_right():
     assert torch.autograd.gradgradcheck(outputs, (x, *values))
 
 
-def test_the_last_layer_is_torchs_weight_normalised_one_of_norm_one():
-    torch.manual_seed(0)
-    mine, theirs = Prototypes(3, 7).double(), nn.Linear(3, 7, bias=False).double()
-    theirs = nn.utils.parametrizations.weight_norm(theirs)
-    with torch.no_grad():
-        theirs.parametrizations.weight.original0.fill_(1.0)
-        theirs.parametrizations.weight.original1.copy_(mine.weight)
-    x = torch.randn(5, 3, dtype=torch.float64)
-    torch.testing.assert_close(mine(x), theirs(x / x.norm(dim=1, keepdim=True)), rtol=1e-12, atol=1e-14)
-
-
 def test_the_head_is_lightlys():
     heads = pytest.importorskip("lightly.models.modules.heads", reason="lightly is the reference")
     torch.manual_seed(0)
@@ -134,17 +111,12 @@ def test_crops_of_one_size_share_their_batch_statistics():
     assert sizes == [(8, 3, 32, 32), (12, 3, 16, 16)]
 
 
-def test_after_step_moves_the_teacher_and_once_the_center():
-    trunk, method = build(decay=0.9, center_decay=0.75)
+def test_after_step_moves_the_center_once():
+    trunk, method = build(center_decay=0.75)
     method.losses(trunk, crops())
-    shake(trunk, method.tail, method.projector)
     outputs = method.teacher_mean.clone()
-    before = [p.clone() for p in method.teacher.parameters()]
     method.after_step(trunk)
     torch.testing.assert_close(method.center, 0.25 * outputs)
-    student = nn.ModuleList([trunk, method.tail, method.projector]).parameters()
-    for slow, old, fast in zip(method.teacher.parameters(), before, student, strict=True):
-        torch.testing.assert_close(slow, 0.9 * old + 0.1 * fast, rtol=1e-5, atol=1e-6)
     center = method.center.clone()
     method.after_step(trunk)  # of a step without a loss
     assert torch.equal(method.center, center)
@@ -167,15 +139,15 @@ def test_what_a_solve_computes_does_not_reach_the_next_center():
 
 
 def test_small_crops_are_embedded_by_a_vit_of_any_size_and_refused_by_one_of_a_fixed_size():
-    trunk, method = build(VIT, "blocks.5")
+    trunk, method = build(VIT)
     assert method.losses(trunk, crops())["cross_entropy"].isfinite()
-    trunk, method = build(VIT | {"dynamic_img_size": False}, "blocks.5")
+    trunk, method = build(VIT | {"dynamic_img_size": False})
     with pytest.raises(ConfigError, match=r"'test_vit' takes only images of \(32, 32\).*dynamic_img_size=True"):
         method.losses(trunk, crops())
 
 
 def test_the_center_is_kept_in_float32_under_autocast():
-    trunk, method = build(VIT, "blocks.5")
+    trunk, method = build(VIT)
     with torch.autocast("cpu", torch.bfloat16):
         method.losses(trunk, crops())["cross_entropy"].backward()
     method.after_step(trunk)

@@ -1,27 +1,19 @@
+import functools
 import math
 
 import pytest
 import torch
+from pretext_methods import build_method, draw
 from torch.nn.functional import normalize
 
 from bissl_zoo.hypergradient import CurvatureOperator
 from bissl_zoo.pretext.moco_v2 import info_nce
-from bissl_zoo.registry import build_backbone, build_pretext
 
-
-def draw(*shape, seed=0):
-    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+build = functools.partial(build_method, "moco_v2", projector=[16, 8], queue_length=10)
 
 
 def unit(*shape, seed=0):
     return normalize(draw(*shape, seed=seed), dim=1)
-
-
-def build(**kwargs):
-    torch.manual_seed(0)
-    trunk, tail = build_backbone(name="test_resnet").split("c3")
-    sizes = {"projector": [16, 8], "queue_length": 10}
-    return trunk, build_pretext(name="moco_v2", backbone=trunk, tail=tail, **sizes | kwargs)
 
 
 def views(size=4, seed=0):
@@ -112,18 +104,6 @@ def test_keys_of_a_solve_never_enter_the_queue():
     assert torch.equal(moco.queue[4:], kept[4:]) and moco.position == 4
     moco.after_step(trunk)  # without a loss before it there are no keys
     assert moco.position == 4
-
-
-def test_the_state_holds_teacher_queue_and_position():
-    trunk, moco = build()
-    step(moco, trunk, 0)
-    _, again = build()
-    again.load_state_dict(moco.state_dict())
-    for each in (moco, again):
-        step(each, trunk, 1)
-    assert all(torch.equal(value, again.state_dict()[key]) for key, value in moco.state_dict().items())
-    copies = {f"teacher.backbone.{key}" for key in trunk.state_dict()}
-    assert {"queue", "position", *copies} <= moco.state_dict().keys()
 
 
 def test_keys_computed_in_bfloat16_join_a_queue_in_float32():

@@ -1,26 +1,9 @@
 import numpy as np
 import pytest
 import torch
+from pretext_methods import build_method, draw, shake
 
 from bissl_zoo.pretext.moco_v3 import info_nce_in_batch
-from bissl_zoo.registry import build_backbone, build_pretext
-
-
-def draw(*shape, seed=0):
-    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
-
-
-def build(**kwargs):
-    torch.manual_seed(0)
-    trunk, tail = build_backbone(name="test_resnet").split("c3")
-    sizes = {"projector": [16, 16, 8], "predictor": [12, 8]}
-    return trunk, build_pretext(name="moco_v3", backbone=trunk, tail=tail, **sizes | kwargs)
-
-
-def shake(*modules):
-    with torch.no_grad():
-        for parameter in (p for module in modules for p in module.parameters()):
-            parameter.add_(torch.randn_like(parameter), alpha=0.1)
 
 
 def test_loss_and_gradient_are_the_papers_formula():
@@ -39,7 +22,7 @@ def test_loss_and_gradient_are_the_papers_formula():
 
 
 def test_losses_are_both_directions_against_the_teacher():
-    trunk, moco = build(temperature=0.5)
+    trunk, moco = build_method("moco_v3", projector=[16, 16, 8], predictor=[12, 8], temperature=0.5)
     shake(moco.teacher)
     views = torch.randn(2, 4, 3, 32, 32)
     t = moco.teacher

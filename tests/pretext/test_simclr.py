@@ -4,9 +4,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from pretext_methods import build_method
 
 from bissl_zoo.pretext.simclr import nt_xent
-from bissl_zoo.registry import build_backbone, build_pretext
 
 GOLDEN = Path(__file__).resolve().parents[1] / "golden"  # computed with the BiSSL authors' published code, float64
 
@@ -33,9 +33,7 @@ def test_loss_is_the_papers_formula():
 
 
 def test_views_belong_together_by_position():
-    torch.manual_seed(0)
-    trunk, tail = build_backbone(name="test_resnet").split("c3")
-    simclr = build_pretext(name="simclr", backbone=trunk, tail=tail, projector=[16, 8], temperature=0.2)
+    trunk, simclr = build_method("simclr", projector=[16, 8], temperature=0.2)
     first, second = torch.randn(2, 4, 3, 32, 32)
     z = torch.cat([simclr.projector(simclr.embed(trunk, view)) for view in (first, second)])
     torch.testing.assert_close(simclr.losses(trunk, (first, second))["nt_xent"], nt_xent(z, 0.2))

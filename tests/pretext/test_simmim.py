@@ -1,5 +1,6 @@
 import pytest
 import torch
+from pretext_methods import MASK, VIT, build_method
 from torch import nn
 from torch.nn import functional
 
@@ -8,14 +9,9 @@ from bissl_zoo.errors import ConfigError
 from bissl_zoo.pretext.simmim import masked_l1
 from bissl_zoo.registry import build_backbone, build_pretext
 
-VIT = {"name": "test_vit", "class_token": False, "global_pool": "avg", "img_size": 32}
-MASK = torch.tensor([[[True, False], [True, True]], [[False, True], [False, False]]])
 
-
-def build(stage="blocks.5", **backbone):
-    torch.manual_seed(0)
-    trunk, tail = build_backbone(**VIT | backbone).split(stage)
-    return trunk, build_pretext(name="simmim", backbone=trunk, tail=tail)
+def build(**backbone):
+    return build_method("simmim", VIT | backbone)
 
 
 def images(size=32, count=2, dtype=torch.float32):
@@ -119,14 +115,10 @@ def test_the_tail_is_neither_run_nor_trained():
     assert trained == ["mask_token", "decoder.0.weight", "decoder.0.bias"]
 
 
-def test_a_backbone_that_embeds_no_patches_is_refused():
+def test_a_backbone_without_patches_or_with_overlapping_ones_is_refused():
     trunk, tail = build_backbone(name="test_resnet").split("c3")
     with pytest.raises(ConfigError, match="'test_resnet' has no embedding of non-overlapping patches. Use a ViT"):
         build_pretext(name="simmim", backbone=trunk, tail=tail)
-
-
-def test_patches_that_overlap_are_refused():
-    torch.manual_seed(0)
     trunk, tail = build_backbone(**VIT).split("blocks.5")
     trunk.model.patch_embed.proj = nn.Conv2d(3, 64, 24, stride=16, padding=4)
     with pytest.raises(ConfigError, match="no embedding of non-overlapping patches"):
@@ -134,8 +126,9 @@ def test_patches_that_overlap_are_refused():
 
 
 def test_a_split_that_leaves_blocks_in_the_tail_is_refused():
+    trunk, tail = build_backbone(**VIT).split("blocks.3")
     with pytest.raises(ConfigError, match="leaves blocks after it.*bilevel.shared_stage=null"):
-        build(stage="blocks.3")
+        build_pretext(name="simmim", backbone=trunk, tail=tail)
 
 
 def test_the_config_has_the_papers_numbers_and_fits_the_small_vit():

@@ -1,14 +1,10 @@
 import numpy as np
 import pytest
 import torch
+from pretext_methods import build_method, draw
 from torch import nn
 
 from bissl_zoo.pretext.simsiam import negative_cosine
-from bissl_zoo.registry import build_backbone, build_pretext
-
-
-def draw(*shape, seed=0):
-    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
 
 
 def test_loss_and_gradient_equal_lightlys():
@@ -31,11 +27,9 @@ def test_loss_is_the_papers_formula():
 
 
 def test_losses_are_both_directions_and_a_view_is_predicted_from_the_other():
-    torch.manual_seed(0)
-    trunk, tail = build_backbone(name="test_resnet").split("c3")
-    simsiam = build_pretext(name="simsiam", backbone=trunk, tail=tail, projector=[16, 8], predictor=[4, 8])
+    trunk, simsiam = build_method("simsiam", projector=[16, 8], predictor=[4, 8])
     views = torch.randn(2, 4, 3, 32, 32)
-    z = [simsiam.projector(tail(trunk(view)["c3"])) for view in views]
+    z = [simsiam.projector(simsiam.tail(trunk(view)["c3"])) for view in views]
     p = [simsiam.predictor(each) for each in z]
     cosines = [nn.functional.cosine_similarity(p[i], z[1 - i].detach(), dim=1) for i in (0, 1)]
     expected = -torch.stack(cosines).mean()

@@ -2,34 +2,19 @@
 
 import pytest
 import torch
+from pretext_methods import build_method, shake
 from torch import nn
 
-from bissl_zoo.analysis.reduced_problem import narrow_widths
-from bissl_zoo.registry import build_backbone, build_pretext
-
 METHODS = ["byol", "dino", "moco_v2", "moco_v3"]
-
-
-def build(method, decay=0.9):
-    torch.manual_seed(0)
-    trunk, tail = build_backbone(name="test_resnet").split("c3")
-    widths = narrow_widths({"name": method})
-    return trunk, build_pretext(name=method, backbone=trunk, tail=tail, decay=decay, **widths)
 
 
 def students(trunk, pretext):
     return nn.ModuleDict({"backbone": trunk, "tail": pretext.tail, "projector": pretext.projector})
 
 
-def shake(module):
-    with torch.no_grad():
-        for parameter in module.parameters():
-            parameter.add_(torch.randn_like(parameter), alpha=0.1)
-
-
 @pytest.mark.parametrize("method", METHODS)
 def test_the_teacher_starts_as_a_copy_without_gradients_and_without_a_predictor(method):
-    trunk, pretext = build(method)
+    trunk, pretext = build_method(method, decay=0.9)
     student, teacher = students(trunk, pretext), pretext.teacher
     assert sorted(teacher) == ["backbone", "projector", "tail"]
     assert all(torch.equal(teacher.state_dict()[key], value) for key, value in student.state_dict().items())
@@ -39,7 +24,7 @@ def test_the_teacher_starts_as_a_copy_without_gradients_and_without_a_predictor(
 
 @pytest.mark.parametrize("method", METHODS)
 def test_only_after_step_moves_the_teacher_by_an_exponential_moving_average(method):
-    trunk, pretext = build(method)
+    trunk, pretext = build_method(method, decay=0.9)
     student = students(trunk, pretext)
     shake(student)
     before = [p.clone() for p in pretext.teacher.parameters()]

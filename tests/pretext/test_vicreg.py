@@ -1,9 +1,9 @@
 import numpy as np
 import pytest
 import torch
+from pretext_methods import build_method
 
 from bissl_zoo.pretext.vicreg import covariance_loss, variance_loss, vicreg_losses
-from bissl_zoo.registry import build_backbone, build_pretext
 
 #: rows and columns: more of the first take the one way to the covariances, more of the second the other
 SHAPES = [(9, 4), (4, 9)]
@@ -55,11 +55,9 @@ def test_a_constant_feature_has_finite_derivatives():
 
 
 def test_losses_are_weighted_terms_of_the_two_views_projections():
-    torch.manual_seed(0)
-    trunk, tail = build_backbone(name="test_resnet").split("c3")
     weights = {"invariance": 3.0, "variance": 5.0, "covariance": 7.0}
-    method = build_pretext(name="vicreg", backbone=trunk, tail=tail, projector=[16, 8], **weights)
+    trunk, method = build_method("vicreg", projector=[16, 8], **weights)
     views = torch.randn(2, 4, 3, 32, 32)
-    terms = vicreg_losses(*(method.projector(tail(trunk(view)["c3"])) for view in views))
+    terms = vicreg_losses(*(method.projector(method.tail(trunk(view)["c3"])) for view in views))
     expected = {name: weight * term for (name, weight), term in zip(weights.items(), terms, strict=True)}
     torch.testing.assert_close(method.losses(trunk, tuple(views)), expected)
