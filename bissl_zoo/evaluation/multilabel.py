@@ -52,7 +52,7 @@ class MultilabelEvaluator:
             )
         if not torch.isfinite(scores).all():
             raise BisslZooError("Multi-label evaluation: a score is NaN or infinite; the model has diverged.")
-        if not torch.isin(targets, torch.tensor([-1, 0, 1], dtype=targets.dtype)).all():
+        if not are_multilabel(targets):
             raise BisslZooError(
                 f"Multi-label evaluation: targets are {targets.unique().tolist()[:5]}; expected 1 for a class that is "
                 "present, 0 for one that is absent, and -1 for one to ignore."
@@ -113,3 +113,8 @@ class MultilabelEvaluator:
                 f"Multi-label evaluation: none of the {samples} samples has a class; average precision is not defined."
             )
         return {f"m{name}": fmean(metrics[name] for metrics in per_class.values()) for name in ("AP11", "AP")}
+
+
+def are_multilabel(targets: Tensor) -> bool:
+    """Return True if all targets are 1, 0 or -1."""
+    return bool(((targets == 1) | (targets == 0) | (targets == -1)).all())

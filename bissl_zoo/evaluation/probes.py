@@ -1,7 +1,7 @@
 """Probes of frozen features: a weighted k-nearest-neighbor classifier and a linear classifier."""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -18,6 +18,7 @@ CHUNK = 2**25
 LEARNING_RATES = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0)
 
 
+@torch.no_grad()
 def knn_probabilities(
     train_features: Tensor,
     train_labels: Tensor,
@@ -46,9 +47,26 @@ def knn_probabilities(
     Raises:
         BisslZooError: shapes, labels, k or temperature are invalid, or a feature is not finite.
     """
+    if k < 1 or not temperature > 0:
+        raise BisslZooError(f"kNN: k={k} must be 1 or more, and temperature={temperature} positive.")
     _check(train_features, train_labels, num_classes)
     _check(test_features, None, num_classes)
-    return torch.cat(list(_votes(train_features, train_labels, test_features, num_classes, k, temperature, chunk)))
+    bank = functional.normalize(train_features.float(), dim=1)
+    k, votes = min(k, len(bank)), []
+    for part in test_features.split(max(1, chunk // len(bank))):
+        similarity = functional.normalize(part.float(), dim=1) @ bank.T
+        best = similarity.topk(k, dim=1).values
+        first, last = best[:, :1], best[:, -1:]
+        above, tied = similarity > last, similarity == last
+        share = (k - above.sum(dim=1, keepdim=True)) / tied.sum(dim=1, keepdim=True)
+        rows, columns = (above | tied).nonzero(as_tuple=True)
+        # subtract the largest similarity: the shares are equal, and exp() does not overflow
+        weight = ((similarity[rows, columns] - first[rows, 0]) / temperature).exp()
+        weight = torch.where(tied[rows, columns], weight * share[rows, 0], weight)
+        counts = weight.new_zeros(len(part), num_classes)
+        counts.index_put_((rows, train_labels[columns]), weight, accumulate=True)
+        votes.append(counts / counts.sum(dim=1, keepdim=True))
+    return torch.cat(votes)
 
 
 def knn_accuracy(
@@ -66,43 +84,11 @@ def knn_accuracy(
         BisslZooError: see :func:`knn_probabilities`.
     """
     num_classes = _num_classes(train_labels, test_labels)
-    _check(train_features, train_labels, num_classes)
     _check(test_features, test_labels, num_classes)
+    votes = knn_probabilities(train_features, train_labels, test_features, num_classes, k, temperature, chunk)
     evaluator = TopKEvaluator([str(label) for label in range(num_classes)])
-    done = 0
-    for votes in _votes(train_features, train_labels, test_features, num_classes, k, temperature, chunk):
-        evaluator.process(votes, test_labels[done : done + len(votes)])
-        done += len(votes)
+    evaluator.process(votes, test_labels)
     return evaluator.evaluate()
-
-
-@torch.no_grad()
-def _votes(
-    train_features: Tensor,
-    train_labels: Tensor,
-    test_features: Tensor,
-    num_classes: int,
-    k: int,
-    temperature: float,
-    chunk: int,
-) -> Iterator[Tensor]:
-    if k < 1 or not temperature > 0:
-        raise BisslZooError(f"kNN: k={k} must be 1 or more, and temperature={temperature} positive.")
-    bank = functional.normalize(train_features.float(), dim=1)
-    k = min(k, len(bank))
-    for part in test_features.split(max(1, chunk // len(bank))):
-        similarity = functional.normalize(part.float(), dim=1) @ bank.T
-        best = similarity.topk(k, dim=1).values
-        first, last = best[:, :1], best[:, -1:]
-        above, tied = similarity > last, similarity == last
-        share = (k - above.sum(dim=1, keepdim=True)) / tied.sum(dim=1, keepdim=True)
-        rows, columns = (above | tied).nonzero(as_tuple=True)
-        # subtract the largest similarity: the shares are equal, and exp() does not overflow
-        weight = ((similarity[rows, columns] - first[rows, 0]) / temperature).exp()
-        weight = torch.where(tied[rows, columns], weight * share[rows, 0], weight)
-        votes = weight.new_zeros(len(part), num_classes)
-        votes.index_put_((rows, train_labels[columns]), weight, accumulate=True)
-        yield votes / votes.sum(dim=1, keepdim=True)
 
 
 @dataclass(frozen=True)
