@@ -27,6 +27,11 @@ def short(tiny_config, at_scenes):
     return build
 
 
+def steps_in(metrics):
+    records = map(json.loads, metrics.read_text().splitlines())
+    return [record["step"] for record in records if "event" not in record]
+
+
 def wait_for(condition, seconds=120):
     deadline = time.monotonic() + seconds
     while not condition():
@@ -67,8 +72,7 @@ def test_a_job_that_fails_or_is_killed_leaves_the_others_alone_and_a_finished_on
     [killed] = run_jobs([longer], tmp_path, stop_if=kill)
     assert (killed.status, killed.ran, killed.results) == ("failed", True, {})
     assert "SIGKILL" in killed.message and "good.log" in killed.message
-    steps = [json.loads(line)["step"] for line in lines.read_text().splitlines()]
-    assert steps[:4] == [1, 1, 2, 3]  # pretraining, fine-tuning before and after the resume
+    assert steps_in(lines)[:4] == [1, 1, 2, 3]  # pretraining, fine-tuning before and after the resume
 
     with pytest.raises(ConfigError, match=r"(?s)^good: .*train.seed +0 +5"):
         run_jobs([Job("new", short()), Job("good", short(train__seed=5, finetune__steps=100000))], tmp_path)
@@ -97,7 +101,7 @@ def test_a_signal_to_stop_reaches_the_jobs_which_save_and_resume_at_the_next_cal
 
     [outcome] = run_jobs([Job("long", cfg)], tmp_path, stop_if=reason)
     assert (outcome.status, outcome.message) == ("stopped", "seen enough")
-    steps = [json.loads(line)["step"] for line in metrics.read_text().splitlines()]
+    steps = steps_in(metrics)
     assert steps == list(range(1, len(steps) + 1))
 
 
