@@ -49,7 +49,6 @@ def test_the_macs_of_a_convolution_and_a_linear_layer_are_their_closed_forms_and
     assert macs[""] == 2 * (convolution + linear)  # the gradients in weights and inputs
 
 
-@pytest.mark.slow
 def test_the_macs_of_attention_are_those_of_its_two_products():
     class Attention(nn.Module):
         def forward(self, x):
@@ -69,6 +68,7 @@ def test_resnet50_has_its_published_macs_and_parameters_at_224_pixels():
     assert [stage.part for stage in stages] == ["shared"] * 4 + ["tail"] * 2
 
 
+@pytest.mark.slow
 def test_a_vit_has_its_known_macs():
     vit = build_backbone(name="vit_small_patch16_224", class_token=False, global_pool="avg").eval()
     count = count_module(vit.model, torch.zeros(1, 3, 224, 224))
@@ -89,7 +89,6 @@ def test_stages_add_up_to_the_whole_and_so_do_trunk_and_tail():
     assert sum(sizes) == whole.parameters
 
 
-@pytest.mark.slow
 def test_the_parts_of_a_loss_add_up_and_have_the_parameters_of_their_modules(tiny_config, at_scenes):
     cfg = tiny_config()
     context = random_context(cfg, find_data(cfg), CPU)
@@ -108,6 +107,7 @@ def test_the_parts_of_a_loss_add_up_and_have_the_parameters_of_their_modules(tin
     assert losses["train"].total.uncounted["torchvision::roi_align"] == 1
 
 
+@pytest.mark.slow
 def test_a_teacher_has_parameters_that_are_not_trained(tiny, at_scenes):
     byol = "{_target_: bissl_zoo.registry.build_pretext, name: byol, projector: [8, 8], predictor: [8, 8]}"
     cfg = changed(QUICKSTART, *[o for o in tiny() if not o.startswith("pretext.")], f"pretext={byol}")
@@ -121,7 +121,6 @@ def test_a_teacher_has_parameters_that_are_not_trained(tiny, at_scenes):
 # ------------------------------------------------------------------------------------------------ data
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("augment_on", ["workers", "device"])
 def test_a_random_batch_has_the_form_of_a_loaded_one(tiny_config, at_scenes, augment_on):
     cfg = tiny_config()
@@ -134,6 +133,7 @@ def test_a_random_batch_has_the_form_of_a_loaded_one(tiny_config, at_scenes, aug
     assert len(images) == len(targets) == cfg.dataloader.train.batch_size
 
 
+@pytest.mark.slow
 def test_without_data_sets_steps_are_used_and_epochs_are_unknown(tmp_path, monkeypatch):
     monkeypatch.setenv("BISSL_ZOO_DATASETS", str(tmp_path / "nothing"))
     data = find_data(load_config(VOC))
