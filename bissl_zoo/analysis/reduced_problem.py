@@ -301,16 +301,19 @@ def _gauss_newton_product(reduced: ReducedProblem) -> Check:
     theta = flatten(p.detach() for p in reduced.parameters)
     directions = _random_directions(len(theta), 3)
     products = [operator.hessian_product(u) for u in directions]  # before the parameters move under their graph
+    holding = HeldTargets()
 
     def outputs(at: Tensor) -> tuple[Tensor, ...]:
         set_parameters(reduced.parameters, at)
         torch.manual_seed(0)
-        return head.outputs(reduced.problem.lower.backbone, reduced.views)
+        with holding:
+            return head.outputs(reduced.problem.lower.backbone, reduced.views)
 
     def moving(at: Tensor) -> Tensor:
         flat = flatten(output.detach() for output in outputs(at) if output.requires_grad)
         return flat.masked_fill(flat.isinf(), 0.0)  # entries that a method masks are constants
 
+    outputs(theta)  # keeps the targets
     tangents = [differences(moving, theta, u) for u in directions]
     fixed = outputs(theta)
     point = [output for output in fixed if output.requires_grad]
