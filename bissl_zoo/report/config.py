@@ -14,8 +14,6 @@ from bissl_zoo.errors import ConfigError
 
 #: sections with defaults in common/train.py
 PLAIN = ("train", "pretrain", "bilevel", "finetune", "clip_grad")
-#: sections with one call, and sections with several
-PARTS, GROUPS = ("backbone", "pretext", "task", "solver"), ("dataloader", "optimizer", "lr_multiplier")
 #: maximum bytes of a text file that are read
 _LIMIT = 4 << 20
 
@@ -85,23 +83,6 @@ def shipped_config(environment: str) -> str | None:
     name = words[place].removeprefix("configs/") if place < len(words) else ""
     shipped = {path.relative_to(config_root()).as_posix() for path in config_root().rglob("*.py")}
     return name if name in shipped else None
-
-
-def parts_of(cfg: DictConfig) -> list[tuple[str, str]]:
-    """Return the calls of a config, one line each."""
-    plain = OmegaConf.to_container(cfg, resolve=False)
-    calls = [(name, plain.get(name)) for name in PARTS]
-    for group in GROUPS:
-        section = plain.get(group)
-        calls += [(f"{group}.{name}", call) for name, call in section.items()] if isinstance(section, dict) else []
-    return [(name, _call(call)) for name, call in calls if isinstance(call, dict)]
-
-
-def _call(value: Any) -> str:
-    if isinstance(value, dict) and "_target_" in value:
-        arguments = [f"{key}={_call(item)}" for key, item in value.items() if key != "_target_"]
-        return f"{str(value['_target_']).rpartition('.')[2]}({', '.join(arguments)})"
-    return value if isinstance(value, str) else f"{value}"
 
 
 def differing(configs: Sequence[DictConfig]) -> list[tuple[str, list[Any]]]:

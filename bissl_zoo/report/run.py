@@ -16,7 +16,7 @@ from bissl_zoo.engine.stages import alternates
 from bissl_zoo.errors import BisslZooError, CheckpointError
 from bissl_zoo.registry import STAGES
 from bissl_zoo.report.charts import detail_blocks, draw_curves, draw_losses, draw_timing, in_time
-from bissl_zoo.report.config import differences, parts_of, read_text
+from bissl_zoo.report.config import differences, read_text
 from bissl_zoo.report.history import MAX_CURVES, Axis, History, Series, make_axis, read_history, time_of
 from bissl_zoo.report.page import Block, Chart, Fold, Note, Section, Sections, Table, Text, embed
 from bissl_zoo.report.run_images import RunImages
@@ -158,8 +158,7 @@ class RunReport:
         blocks: list[Block] = [Table(["key", "base", "this run"], rows, caption)] if rows else []
         if not rows:
             blocks.append(Note(f"The config is {result.base} without changes."))
-        parts = Fold("The parts of the run", [Table(["section", "call"], parts_of(self.cfg), wide=True)])
-        return [*blocks, parts, Fold("The whole config", [Text(LazyConfig.to_py(self.cfg))])]
+        return [*blocks, Fold("The whole config", [Text(LazyConfig.to_py(self.cfg))])]
 
     def datasets(self) -> list[Block]:
         """Return the data sets with their sizes, and how many images could not be decoded."""
