@@ -23,7 +23,7 @@ setup(
     install_requires=[
         "torch>=2.11",
         "torchvision>=0.26",  # the release that belongs to torch 2.11
-        "timm>=1.0.20,<2",
+        "timm>=1.0.31,<2",  # earlier releases cannot load what is published, or fail in Backbone.split
         # the pins of Detectron2, so that both can be installed in one environment
         "omegaconf>=2.3,<2.4",
         "iopath>=0.1.7,<0.1.10",
