@@ -47,10 +47,9 @@ setup(
         "fsspec[http]>=2023.5",
     ],
     extras_require={
-        "s3": ["s3fs>=2023.5"],
+        "s3": ["s3fs>=2023.5"],  # zoos and shards on s3://
         "hub": ["huggingface_hub>=1.0"],
-        "gs": ["fsspec", "gcsfs"],
-        "shards": ["fsspec", "s3fs"],  # shards on s3://; local folders and http need nothing
+        "gs": ["gcsfs>=2023.5"],
         "search": ["optuna>=4"],  # for tools/search.py
         "ray": ["ray>=2.9"],  # for tools/search.py and tools/compare.py with --engine ray
         "wandb": ["wandb>=0.19"],  # train.writers=[json,tensorboard,wandb]

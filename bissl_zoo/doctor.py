@@ -29,10 +29,9 @@ PYTHON = ">=3.10,<3.14"
 PINS = {"omegaconf": ">=2.3,<2.4", "iopath": ">=0.1.7,<0.1.10", "fvcore": ">=0.1.5,<0.1.6"}
 #: purpose and distributions of each optional part, as in `pip install "bissl_zoo[NAME]"`
 EXTRAS = {
-    "s3": ("zoos on s3://", ["s3fs"]),
+    "s3": ("zoos and shards on s3://", ["s3fs"]),
     "hub": ("zoos and weights on the Hugging Face Hub, hf://", ["huggingface_hub"]),
-    "gs": ("checkpoints and zoos on gs://", ["fsspec", "gcsfs"]),
-    "shards": ("shards on s3://", ["fsspec", "s3fs"]),
+    "gs": ("zoos and shards on gs://", ["gcsfs"]),
     "onnx": ("export to ONNX", ["onnx", "onnxscript"]),
     "wandb": ("metrics to Weights & Biases", ["wandb"]),
     "search": ("searches over hyper-parameters", ["optuna"]),

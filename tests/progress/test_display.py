@@ -255,12 +255,3 @@ def test_a_log_file_that_cannot_be_written_is_one_warning_and_its_lines_are_writ
     assert out.count("warning") == 1 and "log.txt could not be written: No space left on device" in out
     first, warning, *rest = [line[20:] for line in path.read_text().splitlines()]
     assert [first, *rest] == ["first", "second", "third"] and warning.startswith("warning: ")
-
-
-def test_the_plain_output_of_a_run_has_no_escape_codes_and_all_of_it_is_logged(finished):
-    said, logged_lines = ((finished / name).read_text() for name in ("said.txt", "log.txt"))
-    assert "\x1b" not in said and "\x1b" not in logged_lines
-    bare = [line[20:] for line in logged_lines.splitlines()]
-    before_the_table = said[: said.index("\nfine-tuned from")].splitlines()
-    assert [line for line in before_the_table if line not in bare] == []
-    assert any(line.startswith("fine-tuned from") for line in bare)

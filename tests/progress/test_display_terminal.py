@@ -78,6 +78,10 @@ def test_an_error_is_printed_below_the_display(tool, arguments):
     assert status == 1 and last.endswith("\nerror: the loss is not finite\n") and "pretrain  step 0/2" in last
 
 
-def test_a_plain_run_in_a_terminal_has_no_escape_codes(tool, arguments):
+def test_a_plain_run_in_a_terminal_has_no_escape_codes_and_all_its_output_is_in_the_log(tool, arguments, tmp_path):
     status, output = Terminal(tool, ["--plain", *arguments(train__stages="[finetune]")]).end()
-    assert status == 0 and "\x1b" not in output and "[finetune 2/2]" in output
+    log = (tmp_path / "run" / "log.txt").read_text()
+    assert status == 0 and "\x1b" not in output + log and "[finetune 2/2]" in output
+    before_the_table, _, _ = output.replace("\r", "").partition("\nfine-tuned from")
+    assert set(before_the_table.splitlines()) <= {line[20:] for line in log.splitlines()}
+    assert "fine-tuned from" in log
