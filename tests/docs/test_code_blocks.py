@@ -44,7 +44,7 @@ RUN_ELSEWHERE = {
 UNTESTED = {"tensorboard"}
 #: arguments of the digit scenes that the fixture `scenes` writes
 SCENES = {"image_size": 64, "unlabeled": 24, "train": 16, "val": 1, "test": 8}
-RUNS = ("quickstart", "a", "b", "digits", "mine")
+RUNS = ("quickstart", "a", "b", "digits", "mine", "segmentation")
 #: entries that the commands of the pages publish
 ENTRIES = {
     "resnet18.simclr_bissl_digit_scenes",

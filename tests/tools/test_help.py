@@ -14,7 +14,7 @@ pytestmark = pytest.mark.slow  # starts a process
 REPOSITORY = TOOLS.parent
 HEAVY = ["torch", "torchvision", "timm", "numpy", "scipy", "sklearn", "pandas", "matplotlib", "PIL", "safetensors"]
 SCRIPTS = sorted(f"tools/{script.name}" for script in TOOLS.glob("*.py"))
-LISTS = [["tools/runs.py", "list", "runs"], ["tools/zoo.py", "list"], ["tools/prepare_data.py", "--list"]]
+LISTS = [["tools/zoo.py", "list"], ["tools/prepare_data.py", "--list"]]
 #: for each command of a JSON list, prints [exit status, stdout, stderr, heavy modules imported so far]
 PROGRAM = f"""
 import contextlib, io, json, runpy, sys
