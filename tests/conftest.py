@@ -71,6 +71,10 @@ class Outcome(NamedTuple):
         return self.err
 
 
+# Autograd starts a thread for every device that is known at the first backward pass, and forks are impossible then.
+# torch.export makes devices known that do not exist, so the first pass comes before it.
+torch.ones(1, requires_grad=True).sum().backward()
+
 if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)  # one xdist worker per core
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # also for the processes that tests start
