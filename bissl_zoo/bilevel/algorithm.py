@@ -45,6 +45,8 @@ from bissl_zoo.optim import effective_learning_rate
 
 logger = logging.getLogger(__name__)
 
+#: automatic Gauss-Newton damping before a lower step, or if the last one was undone
+UNMEASURED_DAMPING = 1.0
 #: limit of the relative residual and of `||x|| / ||v||` of a usable solution
 FAR = 1e3
 
@@ -232,7 +234,9 @@ class BiLevel:
         damping = self.solver.damping
         if self.curvature_matrix == "gauss_newton":
             if damping == "auto":
-                damping = self.time_constant or 1.0
+                damping = self.time_constant or UNMEASURED_DAMPING
+                if self.time_constant is None:
+                    logger.warning(f"No lower step was measured in this alternation: damping is {UNMEASURED_DAMPING}.")
             return GaussNewtonOperator(
                 outputs=lambda: lower.head.outputs(lower.backbone, batch),
                 outer=lambda outputs: torch.stack(list(lower.head.outer(outputs).values())).sum(),
