@@ -20,6 +20,7 @@ setup(
     packages=[*find_packages(include=["bissl_zoo", "bissl_zoo.*"]), "bissl_zoo.configs", *CONFIGS],
     package_dir={"bissl_zoo.configs": "configs"},
     package_data={"bissl_zoo.report": ["templates/*"]},
+    entry_points={"console_scripts": ["bissl = bissl_zoo.cli:main"]},
     install_requires=[
         "torch>=2.11",
         "torchvision>=0.26",  # the release that belongs to torch 2.11
@@ -50,8 +51,8 @@ setup(
         "s3": ["s3fs>=2023.5"],  # zoos and shards on s3://
         "hub": ["huggingface_hub>=1.0"],
         "gs": ["gcsfs>=2023.5"],
-        "search": ["optuna>=4"],  # for tools/search.py
-        "ray": ["ray>=2.9"],  # for tools/search.py and tools/compare.py with --engine ray
+        "search": ["optuna>=4"],  # for bissl search
+        "ray": ["ray>=2.9"],  # for bissl search and bissl compare with --engine ray
         "wandb": ["wandb>=0.19"],  # train.writers=[json,tensorboard,wandb]
         "docs": DOCS,
         "onnx": ["onnx>=1.16", "onnxscript>=0.2"],

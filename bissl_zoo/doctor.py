@@ -254,7 +254,7 @@ def check_run_folder() -> Iterator[Finding]:
     free = shutil.disk_usage(folder).free
     if free < FREE_DISK:
         message = f"{place}: {free / _GIB:.1f} GiB free; checkpoints may not fit"
-        yield Finding(WARNING, "runs", message, "Free space; tools/runs.py prune removes old checkpoints.")
+        yield Finding(WARNING, "runs", message, "Free space; bissl runs prune removes old checkpoints.")
     elif not problems:
         yield Finding(OK, "runs", f"{place}: writable, with locks, {free / _GIB:.0f} GiB free")
 

@@ -97,7 +97,7 @@ def printed_log():
 
 @pytest.fixture(scope="session")
 def tool():
-    """Return the module tools/train_net.py."""
+    """Return the command `bissl train`."""
     return load_tool("train_net")
 
 

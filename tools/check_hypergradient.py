@@ -1,88 +1,9 @@
 #!/usr/bin/env python
-"""Check the hypergradient of a config and the convergence of its solver.
+"""`bissl check` in a checkout."""
 
-python tools/check_hypergradient.py --config-file configs/bissl/voc_det.py --run runs/pretrained
-python tools/check_hypergradient.py --config-file configs/bissl/voc_det.py bilevel.curvature_batch_size=64
-
-A. A small smooth problem with the configured pretext method, in float64: products with the Hessian and, if configured,
-   the Gauss-Newton matrix, the hypergradient and the solver against finite differences and a direct solve.
-B. The config's own networks and data, one curvature batch: symmetry, spectrum, and the convergence of every solver.
-
-Writes DIR/check.json and DIR/check.png, and prints which changes of the solver's settings help.
-Exit status: 0 if part A passes, whether the solver converges or not; 1 if part A fails or the input is invalid.
-"""
-
-import argparse
-import json
-import os
 import sys
-from collections.abc import Sequence
-from pathlib import Path
 
-from bissl_zoo.errors import BisslZooError, ConfigError
-
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # torch reads it at import
-# slow imports are inside the functions, so that --help is instant
-
-
-def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """Parse the command line; positional arguments are config overrides."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config-file", required=True, metavar="FILE", help="a config of configs/ or your own")
-    parser.add_argument(
-        "--output-dir", type=Path, default=Path("runs/check"), metavar="DIR", help="default: runs/check"
-    )
-    parser.add_argument("--run", metavar="RUN_DIR", help="use the weights of this run, as train.init=RUN_DIR does")
-    parser.add_argument("--max-products", type=int, default=12, metavar="N", help="largest budget of a solver")
-    parser.add_argument("--lanczos-steps", type=int, default=12, metavar="N", help="steps from v, and a random vector")
-    parser.add_argument("--warmup-steps", type=int, default=20, metavar="N", help="limit of the head's warm-up")
-    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="config overrides")
-    return parser.parse_intermixed_args(argv)
-
-
-def main(args: argparse.Namespace) -> int:
-    """Run the check, save its results and print the advice."""
-    from bissl_zoo.analysis.hypergradient_check import Effort, check_hypergradient, open_check, save, table
-    from bissl_zoo.distributed import is_main_process, on_main_process
-    from bissl_zoo.engine.checks import open_config
-    from bissl_zoo.progress.display import console
-
-    overrides = [*args.overrides, *([f"train.init={json.dumps(args.run)}"] if args.run else [])]
-    cfg = open_config(args.config_file, overrides)
-    effort = Effort(args.max_products, args.lanczos_steps, args.warmup_steps)
-    with console():
-        context, initial = open_check(cfg, args.config_file)
-        on_main_process(lambda: make_folder(args.output_dir))
-        result = {"config": args.config_file, "overrides": overrides, **check_hypergradient(context, initial, effort)}
-        on_main_process(lambda: save(result, args.output_dir))
-    if is_main_process():
-        print(f"\n{table(result['real'])}")
-        print(f"\nresults {args.output_dir / 'check.json'}   plot {args.output_dir / 'check.png'}")
-        print(f"\n{result['advice']['sentence']}")
-        for words in result["advice"]["overrides"]:
-            print(f"    {' '.join(words)}")
-    if not result["passed"]:
-        reduced = result["reduced"]
-        failed = [f"{c['name']}: {c['error']:.1e}, {c['detail']}" for c in reduced["checks"] if not c["passed"]]
-        raise BisslZooError(f"The hypergradient is wrong. {'; '.join(failed) or reduced['error']}")
-    return 0
-
-
-def make_folder(folder: Path) -> None:
-    """Create the output directory before the check starts."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ConfigError(f"--output-dir {folder}: cannot create this directory ({error.strerror}).") from error
-
-
-def cli(argv: Sequence[str] | None = None) -> int:
-    """Run the command line `argv` (`sys.argv` by default) and return the exit status."""
-    args = parse_args(argv)
-    from bissl_zoo.engine.launch import launch
-
-    return launch(main, 1, args)
-
+from bissl_zoo.cli import main
 
 if __name__ == "__main__":
-    sys.exit(cli())
+    sys.exit(main(["check", *sys.argv[1:]]))

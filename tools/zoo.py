@@ -1,89 +1,9 @@
 #!/usr/bin/env python
-"""The model zoo from the command line.
+"""`bissl zoo` in a checkout."""
 
-python tools/zoo.py list                                   # of $BISSL_ZOO, the checkout's model_zoo/, or the user's
-python tools/zoo.py list "*simclr*" --metric "AP50*" --zoo https://zoo.example.org
-python tools/zoo.py fetch resnet18.simclr_bissl_digit_scenes --to backbones
-python tools/zoo.py publish runs/quickstart --zoo /data/zoo
-python tools/zoo.py verify --repair
-"""
-
-import argparse
-import logging
 import sys
-from collections.abc import Sequence
-from pathlib import Path
 
-from bissl_zoo.progress.console import exit_status
-
-# slow imports are in the functions, so that --help is instant
-
-
-def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """Parse the command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-
-    def add(name: str, help: str, json: bool = True) -> argparse.ArgumentParser:
-        command = subparsers.add_parser(name, help=help, description=help)
-        command.add_argument(
-            "--zoo",
-            action="append",
-            metavar="LOCATION",
-            help="folder or address; repeat for several, the first has priority",
-        )
-        if json:
-            command.add_argument("--json", action="store_true", help="print JSON, for programs")
-        return command
-
-    command = add("list", "list the entries of a zoo")
-    command.add_argument("filter", nargs="?", default="*", help="shell pattern of names")
-    for key in ("pretext", "task", "architecture", "metric"):
-        command.add_argument(f"--{key}", metavar="PATTERN", help=f"only entries with this {key}")
-    add("show", "print the metadata of an entry").add_argument("name")
-    add("card", "print the card (README.md) of an entry", json=False).add_argument("name")
-    command = add("fetch", "download and verify an entry")
-    command.add_argument("name")
-    command.add_argument("--to", type=Path, metavar="FOLDER", help="copy it to FOLDER/NAME, for timm's local-dir:")
-    command = add("verify", "compare every file with the index, and find leftovers of interrupted publishers")
-    command.add_argument("--repair", action="store_true", help="remove the leftovers and rewrite MODEL_ZOO.md")
-    command = add("publish", "publish the backbone of a finished run")
-    command.add_argument("run", type=Path, help="the run directory")
-    command.add_argument("--name", help="name of the entry; default: train.publish.name of the run")
-    command = add("remove", "remove an entry from a zoo")
-    command.add_argument("name", help="with its version, for example x@1")
-    command.add_argument("--yes", action="store_true", help="skip the question")
-    return parser.parse_args(argv)
-
-
-def run(args: argparse.Namespace) -> int:
-    """Run the command and return its exit status."""
-    from bissl_zoo.zoo import Zoo, default_zoo
-    from bissl_zoo.zoo.commands import COMMANDS
-
-    if args.command == "publish":
-        return publish(args)
-    return COMMANDS[args.command](args, Zoo(*args.zoo) if args.zoo else default_zoo())
-
-
-def publish(args: argparse.Namespace) -> int:
-    """Publish the backbone of a finished run."""
-    from bissl_zoo.engine.publishing import publish_run
-    from bissl_zoo.zoo import Zoo
-    from bissl_zoo.zoo.commands import print_json
-
-    entry = publish_run(args.run, name=args.name, zoo=Zoo(*args.zoo) if args.zoo else None)
-    result = {"name": entry.name, "location": entry.location, "sha256": entry.sha256}
-    return print_json(result) if args.json else print(f"published {entry.name} at {entry.location}") or 0
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line `argv` (`sys.argv` by default) and return the exit status."""
-    args = parse_args(argv)
-    logging.basicConfig(format="%(message)s")
-    logging.getLogger("bissl_zoo").setLevel(logging.INFO)
-    return exit_status(lambda: run(args))
-
+from bissl_zoo.cli import main
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(["zoo", *sys.argv[1:]]))

@@ -148,7 +148,7 @@ class ShardDataset(Dataset):
             raise ConfigError(
                 f"{len(self.shards)} shards cannot feed {consumers} readers ({world} ranks with {max(1, num_workers)} "
                 "workers each). Use fewer workers (num_workers), or pack the images into more shards "
-                "(tools/prepare_data.py --to-shards ... --samples-per-shard)."
+                "(bissl data --to-shards ... --samples-per-shard)."
             )
         return ShardStream(self, batch_size, seed, start_step, rank, world)
 
@@ -191,7 +191,7 @@ class ShardStream(IterableDataset):
             else:
                 raise DatasetError(
                     f"{MAX_SKIPPED_IN_A_ROW:,} images in a row cannot be decoded. Check the shards with "
-                    "tools/prepare_data.py --check."
+                    "bissl data --check."
                 )
             ahead.popleft()
             yield (consumer, turn), (image, None)
@@ -341,7 +341,7 @@ def _check_count(shard: Shard, count: int) -> None:
     if count < shard.samples:
         raise DatasetError(
             f"Shard {shard.address} holds {count} images, but its index lists {shard.samples}. Copy it again, or write "
-            "a new index with tools/prepare_data.py --index-shards."
+            "a new index with bissl data --index-shards."
         )
 
 
@@ -459,7 +459,7 @@ def find_shards(urls: str | Sequence[str], index: str | None = None) -> list[Sha
 
 def _how_to_index(address: str) -> str:
     return (
-        f"Write an index with\n  python tools/prepare_data.py --index-shards '{address}' --out DIR\n"
+        f"Write an index with\n  bissl data --index-shards '{address}' --out DIR\n"
         f'and put it beside the shards, or pass index="DIR/{INDEX_FILE}".'
     )
 

@@ -110,7 +110,7 @@ def change(model: DictConfig, values: Mapping[str, Any]) -> None:
     if values.get("input_format", "RGB") != "RGB":
         raise ConfigError(
             f"task.overrides: input_format is {values['input_format']!r}, but images are always RGB. For weights "
-            "trained on BGR, tools/convert.py --channel-order BGR swaps the channels of the first layer."
+            "trained on BGR, bissl convert --channel-order BGR swaps the channels of the first layer."
         )
     for key, value in values.items():
         place, _, name = key.rpartition(".")

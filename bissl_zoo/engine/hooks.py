@@ -276,7 +276,7 @@ class SolverWatch(Hook):
         return (
             f"{len(failed)} of the last {self.window} solves for the hypergradient failed ({', '.join(parts)}), so the "
             "hypergradient is inaccurate. Raise solver.iterations or solver.damping, or set solver.damping=auto; to "
-            f"compare solvers run python tools/check_hypergradient.py --config-file {self.config}."
+            f"compare solvers run bissl check --config-file {self.config}."
         )
 
 

@@ -110,5 +110,5 @@ def _require_one_process() -> None:
     """Networks are built by all processes together, but a report is made by one of them."""
     if get_world_size() > 1:
         raise CheckpointError(
-            f"Left out, since the run ended with {get_world_size()} processes. python tools/report.py RUN adds it."
+            f"Left out, since the run ended with {get_world_size()} processes. bissl report RUN adds it."
         )

@@ -169,7 +169,7 @@ def describe_environment() -> str:
 
 def report_command(folder: Path) -> str:
     """Return the command that writes the report of the run in `folder`."""
-    return f"python tools/report.py {folder}"
+    return f"bissl report {folder}"
 
 
 @contextlib.contextmanager

@@ -360,7 +360,7 @@ def _last_metrics(stage: StageProgress) -> str:
 
 def resume_command(run: RunState) -> str:
     """Return the command that resumes the run in the folder where it is now."""
-    command = ["python", "tools/train_net.py", "--config-file", str(run.folder / CONFIG_FILE), "--resume"]
+    command = ["bissl", "train", "--config-file", str(run.folder / CONFIG_FILE), "--resume"]
     if run.output_dir is None or Path(run.output_dir).resolve() != run.folder.resolve():  # it was moved
         command.append(f"train.output_dir={run.folder}")
     return shlex.join(command)

@@ -167,7 +167,7 @@ def _prepare(job: Job, folder: Path) -> Job:
     """Return the job with its final config, checked against its run directory."""
     cfg = with_defaults(job.cfg() if callable(job.cfg) else job.cfg)
     cfg.train.output_dir = str(folder / "runs" / job.name)
-    cfg.train.report = False  # tools/report.py can write it later
+    cfg.train.report = False  # bissl report can write it later
     check_config(cfg, job.name)
     try:
         check_run_dir(cfg, resume=has_begun(cfg))

@@ -252,7 +252,7 @@ def _refusal(path: Path, error: Exception, names: set[str], skipped: bool) -> st
         return f"{path} is refused even without its objects ({', '.join(sorted(names))}): {line} Do not use this file."
     return (
         f"{path} contains objects that could run code: {', '.join(sorted(names))}. Leave them out with "
-        "skip_objects=True (tools/convert.py in --skip-objects), or save only the weights: "
+        "skip_objects=True (bissl convert in --skip-objects), or save only the weights: "
         "torch.save(model.state_dict(), FILE)."
     )
 

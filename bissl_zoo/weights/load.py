@@ -250,7 +250,7 @@ def _incomplete(
     if missing and all(name.startswith("layer4.") for name in missing):
         text += ". It ends at layer3, as a C4 backbone does"
     return (
-        f"{text}. Name another architecture, or accept a partial backbone with allow_partial=True (tools/convert.py in "
+        f"{text}. Name another architecture, or accept a partial backbone with allow_partial=True (bissl convert in "
         "--allow-partial)."
     )
 
@@ -281,7 +281,7 @@ def find_pixels(
         raise ZooError(
             f"{path} (layout 'detectron2') does not state whether its network takes RGB or BGR images. Pass "
             "channel_order='BGR' for Detectron2's own models (BGR is its default for INPUT.FORMAT), or 'RGB' "
-            "(tools/convert.py in --channel-order)."
+            "(bissl convert in --channel-order)."
         )
     if mean is None:
         return order, as_pixels(*(IMAGENET if order == "RGB" else CAFFE))

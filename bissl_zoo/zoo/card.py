@@ -129,9 +129,7 @@ def _section(task: str, records: Mapping[str, Mapping[str, Any]]) -> str:
         for name, record in chosen.items()
     ]
     table = markdown_table(["entry", "architecture", "pretext", *map(escape, metrics), "published"], rows)
-    commands = "\n".join(
-        f"python tools/train_net.py --config-file zoo:{pin(name)} train.output_dir=runs/{name}" for name in chosen
-    )
+    commands = "\n".join(f"bissl train --config-file zoo:{pin(name)} train.output_dir=runs/{name}" for name in chosen)
     title = f"Aligned with {f'`{task}`' if is_name(task) else escape(task)}" if task else "Pretrained, without a task"
     return f"## {title}\n\n{table}\n\nTo repeat the run of an entry:\n\n```bash\n{commands}\n```"
 
@@ -209,7 +207,7 @@ def _origin(entry: Mapping[str, Any]) -> str:
         f"Licence: {entry['licence']}.",
         f"Made with {versions}.",
         "`train_config.yaml` is the resolved configuration of the run; "
-        f"`python tools/train_net.py --config-file zoo:{pin(entry['name'])} train.output_dir=runs/again` repeats it.",
+        f"`bissl train --config-file zoo:{pin(entry['name'])} train.output_dir=runs/again` repeats it.",
     ]
     return "## Origin\n\n" + "\n".join(f"- {line}" for line in lines)
 

@@ -1,4 +1,4 @@
-"""The commands of `tools/zoo.py`: each takes the parsed arguments and a zoo, and returns the exit status."""
+"""The commands of `bissl zoo`: each takes the parsed arguments and a zoo, and returns the exit status."""
 
 import json
 import shutil
@@ -183,7 +183,7 @@ def print_json(content: Any) -> int:
     return 0
 
 
-#: `publish` is in `tools/zoo.py`, since it reads a run
+#: `publish` is in `bissl zoo`, since it reads a run
 COMMANDS: dict[str, Callable[[Namespace, Zoo], int]] = {
     "list": list_entries,
     "show": show,

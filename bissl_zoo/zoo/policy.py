@@ -181,5 +181,5 @@ def _nodes(root: Any) -> Iterator[tuple[int, Any]]:
 def _refuse(source: str, key: str, reason: str) -> None:
     raise ZooError(
         f"{source}: the config is refused: {key[:200]!r} {reason}. A config from a zoo may only set listed arguments; "
-        "`tools/zoo.py fetch` brings the file to look at."
+        "`bissl zoo fetch` brings the file to look at."
     )

@@ -1,6 +1,6 @@
 """The table of versions 3 to 5 of the BiSSL paper (arXiv 2410.02387) from BYOL: 12 classification sets and detection.
 
-    python tools/compare.py --config-file configs/compare/papers_byol.py --datasets food101,dtd,voc_det
+    bissl compare --config-file configs/compare/papers_byol.py --datasets food101,dtd,voc_det
 
 Per set and arm a search of 100 draws (50 of detection), then 10 seeds of fine-tuning at the best of them, from one
 BiSSL stage. Without --datasets it is Food-101. Controls that the papers do not have:

@@ -1,6 +1,6 @@
 """The table of versions 1 and 2 of the BiSSL paper (arXiv 2410.02387): ResNet-18 from STL-10, 14 classification sets.
 
-    python tools/compare.py --config-file configs/compare/papers_v2.py --datasets food101,stl10,fashion_mnist
+    bissl compare --config-file configs/compare/papers_v2.py --datasets food101,stl10,fashion_mnist
 
 Per set and arm a search of 100 draws, then 10 seeds of fine-tuning at the best of them, from one BiSSL stage. Without
 --datasets it is Food-101.

@@ -361,7 +361,7 @@ def test_a_remote_shard_that_is_missing_or_short_is_named(server, kept):
 def test_remote_shards_without_an_index_name_the_command(server, original):
     server.files.pop("/set/index.json")
     for urls in (f"{server.address}/set", f"{server.address}/set/s-000000.tar"):
-        with pytest.raises(DatasetError, match="tools/prepare_data.py --index-shards"):
+        with pytest.raises(DatasetError, match="bissl data --index-shards"):
             shards(urls)
     elsewhere = shards(f"{server.address}/set/s-{{000000..000005}}.tar", index=str(original / "index.json"))
     assert len(elsewhere) == 48

@@ -68,7 +68,7 @@ def test_unknown_kinds_are_refused(given, message):
         ("FPN", dict(anchor_sizes=[8, 16]), "its levels are p2, p3, p4, p5, p6 here, but there are 2 sizes"),
         ("res5", dict(config="FPN"), "backbone.out_features="),
         ("res5", dict(overrides={"proposal_generator.nms_tresh": 0.5}), "Did you mean 'nms_thresh'"),
-        ("res5", dict(overrides={"input_format": "BGR"}), "images are RGB here.*tools/convert.py --channel-order BGR"),
+        ("res5", dict(overrides={"input_format": "BGR"}), "images are RGB here.*bissl convert --channel-order BGR"),
     ],
 )
 def test_what_detectron2_does_not_know_is_refused(kind, given, message):

@@ -224,7 +224,7 @@ def test_a_report_that_fails_is_a_warning(finished, caplog, monkeypatch):
 
     monkeypatch.setattr("bissl_zoo.report.write.write_report", fail)
     report_after(finished)
-    assert f"the report was not written: RuntimeError: no ink. Try python tools/report.py {finished}" in caplog.text
+    assert f"the report was not written: RuntimeError: no ink. Try bissl report {finished}" in caplog.text
 
 
 @pytest.mark.slow

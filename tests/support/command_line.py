@@ -1,14 +1,24 @@
-"""Import the scripts of `tools/`, which are not in a package."""
+"""Call commands of `bissl` in this process."""
 
-import importlib.util
-from pathlib import Path
+from bissl_zoo.cli import main, parse_args
 
-TOOLS = Path(__file__).resolve().parents[2] / "tools"
+#: scripts of tools/ that have another name than their command
+COMMAND_OF = {"train_net": "train", "analyze_model": "analyze", "check_hypergradient": "check", "prepare_data": "data"}
 
 
-def load_tool(name):
-    """Return a new import of `tools/NAME.py`."""
-    spec = importlib.util.spec_from_file_location(name, TOOLS / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+class Command:
+    """A command by its name, or by that of its script in tools/."""
+
+    def __init__(self, name):
+        self.name = COMMAND_OF.get(name, name)
+
+    def cli(self, arguments):
+        """Run the command and return its exit status."""
+        return main([self.name, *map(str, arguments)])
+
+    def parse_args(self, arguments):
+        """Return the parsed arguments without running the command."""
+        return parse_args([self.name, *map(str, arguments)])[1]
+
+
+load_tool = Command

@@ -5,16 +5,17 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
-from command_line import TOOLS
+
+from bissl_zoo.cli import COMMANDS
 
 pytestmark = pytest.mark.slow  # starts a process
 
-REPOSITORY = TOOLS.parent
+REPOSITORY = Path(__file__).resolve().parents[2]
 HEAVY = ["torch", "torchvision", "timm", "numpy", "scipy", "sklearn", "pandas", "matplotlib", "PIL", "safetensors"]
-SCRIPTS = sorted(f"tools/{script.name}" for script in TOOLS.glob("*.py"))
-LISTS = [["tools/zoo.py", "list"], ["tools/prepare_data.py", "--list"]]
+SCRIPTS = sorted(str(script.relative_to(REPOSITORY)) for script in (REPOSITORY / "tools").glob("*.py"))
 #: for each command of a JSON list, prints [exit status, stdout, stderr, heavy modules imported so far]
 PROGRAM = f"""
 import contextlib, io, json, runpy, sys
@@ -53,19 +54,33 @@ def answer(tmp_path_factory):
     return call
 
 
-def test_help_prints_the_docstring_and_imports_nothing_heavy(answer):
-    for script, (status, out, err, heavy) in zip(SCRIPTS, answer([[s, "--help"] for s in SCRIPTS]), strict=True):
-        docstring = ast.get_docstring(ast.parse((REPOSITORY / script).read_text(encoding="utf-8")))
-        assert (status, err, heavy) == (0, "", []) and docstring in out, script
+def docstring(command):
+    module = REPOSITORY / "bissl_zoo" / "cli" / f"{command}.py"
+    return ast.get_docstring(ast.parse(module.read_text(encoding="utf-8")))
 
 
-def test_an_unknown_option_is_a_usage_error_and_imports_nothing_heavy(answer):
-    commands = [[script, "--no-such-option"] for script in SCRIPTS] + [["bissl_zoo", "doctor", "--no-such-option"]]
+def test_help_prints_the_docstring_of_each_command_and_imports_nothing_heavy(answer):
+    commands = [["bissl_zoo", name, "--help"] for name in COMMANDS] + [[script, "--help"] for script in SCRIPTS]
+    outputs = []
     for command, (status, out, err, heavy) in zip(commands, answer(commands), strict=True):
+        assert (status, err, heavy) == (0, "", []), command
+        outputs.append(out)
+    for name, out in zip(COMMANDS, outputs, strict=False):
+        assert out.startswith(f"usage: bissl {name} ") and docstring(name) in out, name
+    assert set(outputs[len(COMMANDS) :]) < set(outputs)  # a script is a command
+
+
+def test_usage_errors_name_the_nearest_command_and_import_nothing_heavy(answer):
+    commands = [["bissl_zoo", name, "--no-such-option"] for name in COMMANDS] + [["bissl_zoo"], ["bissl_zoo", "trian"]]
+    answers = answer(commands)
+    for command, (status, out, err, heavy) in zip(commands, answers, strict=True):
         assert (status, out, heavy) == (2, "", []) and err.startswith("usage:") and "error:" in err, command
+    assert "Did you mean 'train'?" in answers[-1][2]
+    [[status, out, _, heavy]] = answer([["bissl_zoo", "--help"]])
+    assert (status, heavy) == (0, []) and all(f"  {name} " in out for name in COMMANDS)
 
 
-@pytest.mark.parametrize("command", LISTS, ids=lambda command: command[0])
+@pytest.mark.parametrize("command", [["bissl_zoo", "zoo", "list"], ["bissl_zoo", "data", "--list"]], ids=str)
 def test_lists_import_no_torch(answer, command):
     [[status, _, err, heavy]] = answer([command])
     assert status == 0, err

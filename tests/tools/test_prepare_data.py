@@ -13,6 +13,7 @@ from faulty_server import FaultyServer
 from original_layouts import WRITERS, sizes_of
 from PIL import Image
 
+from bissl_zoo.cli.data import byte_size
 from bissl_zoo.data import ShardDataset
 from bissl_zoo.data.datasets.classification import CLASSIFICATION_SETS
 
@@ -106,8 +107,8 @@ def test_a_shard_stays_within_its_size_and_is_filled(prepare, images, tmp_path):
 @pytest.mark.parametrize(
     ("text", "count"), [("1GB", 10**9), ("1.5 mb", 1_500_000), ("2GiB", 2**31), ("64K", 64_000), ("123", 123)]
 )
-def test_sizes_are_written_as_usual(tool, text, count):
-    assert tool.byte_size(text) == count
+def test_sizes_are_written_as_usual(text, count):
+    assert byte_size(text) == count
 
 
 def test_images_that_do_not_decode_are_refused_or_left_out_and_counted(prepare, images, tmp_path):

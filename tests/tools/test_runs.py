@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from command_line import TOOLS, load_tool
+from command_line import load_tool
 
 from bissl_zoo.runs import listing
 from bissl_zoo.runs.checkpoint import MANIFEST_FILE, Checkpointer
@@ -60,7 +60,7 @@ def runs(capsys):
     tool = load_tool("runs")
 
     def call(*arguments):
-        status = tool.main([str(argument) for argument in arguments])
+        status = tool.cli([str(argument) for argument in arguments])
         output = capsys.readouterr()
         return status, output.out, output.err
 
@@ -149,11 +149,9 @@ def test_reading_changes_nothing(runs, run):
 
 @pytest.mark.slow
 def test_listing_and_showing_do_not_import_torch(run):
-    code = "import sys; sys.argv[0] = sys.argv[1]; sys.path.insert(0, sys.argv[2]); import runs; " + (
-        "status = runs.main(sys.argv[3:]); sys.exit(status or int('torch' in sys.modules))"
-    )
+    code = "import sys; from bissl_zoo.cli import main; sys.exit(main() or int('torch' in sys.modules))"
     for command in (["list", str(run)], ["show", str(run), "--verify"]):
-        ran = subprocess.run([sys.executable, "-c", code, "runs", str(TOOLS), *command], capture_output=True, text=True)
+        ran = subprocess.run([sys.executable, "-c", code, "runs", *command], capture_output=True, text=True)
         assert ran.returncode == 0 and "finished" in ran.stdout, ran
 
 
@@ -235,7 +233,7 @@ def test_a_finished_run_is_shown_with_all_its_content_and_not_to_be_resumed(runs
 
 
 def test_an_interrupted_run_is_shown_with_the_command_that_resumes_it_where_it_is(runs, run, tmp_path):
-    command = ["python", "tools/train_net.py", "--config-file", str(run / "config.yaml"), "--resume"]
+    command = ["bissl", "train", "--config-file", str(run / "config.yaml"), "--resume"]
     assert runs("show", interrupt(run))[1].endswith(f"resume it with\n    {shlex.join(command)}\n")
     moved = Path(shutil.move(run, tmp_path / "another place"))
     shown = shlex.split(json.loads(runs("show", "--json", moved)[1])["resume"])

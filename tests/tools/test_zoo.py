@@ -24,7 +24,7 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 
 @pytest.fixture(scope="module")
 def zoo_tool():
-    """The module tools/zoo.py."""
+    """The command `bissl zoo`."""
     return load_tool("zoo")
 
 
@@ -37,7 +37,7 @@ def run(zoo_tool, capsys, monkeypatch, zoo):
 
     def call(*arguments, typed=""):
         monkeypatch.setattr(sys, "stdin", io.StringIO(typed))
-        status = zoo_tool.main([str(argument) for argument in arguments])
+        status = zoo_tool.cli([str(argument) for argument in arguments])
         output = capsys.readouterr()
         return status, output.out, output.err
 
@@ -204,5 +204,5 @@ def test_the_program_lists_and_each_command_has_help(zoo, zoo_tool):
     assert (done.returncode, done.stderr) == (0, "") and len(json.loads(done.stdout)) == 3
     for command in (*COMMANDS, "publish"):
         with pytest.raises(SystemExit) as caught:
-            zoo_tool.main([command, "--help"])
+            zoo_tool.cli([command, "--help"])
         assert caught.value.code == 0

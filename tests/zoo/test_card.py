@@ -93,9 +93,9 @@ def test_any_text_stays_in_its_cell_or_heading_without_markup(text):
 
 def test_the_commands_repeat_each_entry():
     page = render_page(Index({"x": record(), "x@2": record(), "y": record(None)}))
-    commands = [shlex.split(line) for line in page.splitlines() if line.startswith("python ")]
+    commands = [shlex.split(line) for line in page.splitlines() if line.startswith("bissl ")]
     assert [command[3] for command in commands] == ["zoo:x@1", "zoo:x@2", "zoo:y@1"]
-    assert all(command[:3] == ["python", "tools/train_net.py", "--config-file"] for command in commands)
+    assert all(command[:3] == ["bissl", "train", "--config-file"] for command in commands)
     assert commands[1][4] == "train.output_dir=runs/x@2"
 
 
@@ -105,7 +105,7 @@ def test_the_commands_of_a_published_run_are_valid(finished, tool, tmp_path, cap
     run = shutil.copytree(finished, tmp_path / "run")
     publish_run(run, name="tiny", zoo=Zoo(tmp_path / "zoo"))
     page = (tmp_path / "zoo" / "MODEL_ZOO.md").read_text()
-    (command,) = [shlex.split(line) for line in page.splitlines() if line.startswith("python ")]
+    (command,) = [shlex.split(line) for line in page.splitlines() if line.startswith("bissl ")]
     assert tool.cli([*command[2:], "--dry-run"]) == 0, capsys.readouterr().err
     assert "test_resnet" in capsys.readouterr().out
     (table,) = tables(page)

@@ -121,7 +121,7 @@ class ClassificationSet:
         if split not in layout.splits:
             hint = did_you_mean(str(split), layout.splits)
             raise DatasetError(f"{name} has no split '{split}'.{hint} There are {', '.join(layout.splits)}.")
-        fetch = f"python tools/prepare_data.py {name}"
+        fetch = f"bissl data {name}"
         self.root = require_folder(find_folder(name, root), f"Data set '{name}', split '{split}'", fetch)
         try:
             samples, rows = _read_split(layout, self.root, split, val_fraction, seed, {**layout.options, **options})
@@ -129,7 +129,7 @@ class ClassificationSet:
             problem = str(error) if isinstance(error, DatasetError) else f"{type(error).__name__}: {error}."
             raise DatasetError(
                 f"Data set '{name}', split '{split}', in {self.root.absolute()}: {problem} Compare the folder with the "
-                f"original by\n  python tools/prepare_data.py --check {name}"
+                f"original by\n  bissl data --check {name}"
             ) from error
         # arrays, not lists: reference counts of a million objects would be copied into every worker
         self._names = np.array([os.fsencode(name) for name in samples.names], dtype=np.bytes_)[rows]
@@ -393,7 +393,7 @@ def _class_folders(folder: Path, below: str, without: tuple[str, ...] = ()) -> S
     if not classes:
         raise DatasetError(
             f"There are no class folders in {folder.absolute() / below}. (ImageNet's val archive is unsorted; "
-            "python tools/prepare_data.py imagenet unpacks it into class folders.)"
+            "bissl data imagenet unpacks it into class folders.)"
         )
     images = [images_in(folder / below / name) for name in classes]
     names = [f"{below}/{name}/{image}" for name, files in zip(classes, images, strict=True) for image in files]

@@ -69,7 +69,7 @@ class COCODetection(DetectionSet):
         super().__init__(on_bad_annotation)
         folder = datasets_root() / root
         is_official = root == "coco" and images in ("train2017", "val2017")
-        fetch = "python tools/prepare_data.py coco_detection" if is_official else ""
+        fetch = "bissl data coco_detection" if is_official else ""
         self._folder = require_folder(folder / images, f"COCO set '{root}'", fetch)
         self._path = folder / annotations
         content = read_annotations(self._path, ("images", "annotations", "categories") if labelled else ("images",))

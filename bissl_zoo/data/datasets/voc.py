@@ -243,5 +243,5 @@ def _year_folder(root: str, split: str) -> Path:
         )
     year = split.split("_", 1)[0]
     folder = datasets_root() / root / "VOCdevkit" / f"VOC{year}"
-    fetch = "python tools/prepare_data.py voc_detection" if not root and year in ("2007", "2012") else ""
+    fetch = "bissl data voc_detection" if not root and year in ("2007", "2012") else ""
     return require_folder(folder, f"Pascal VOC set '{root or 'VOCdevkit'}', split '{split}'", fetch)

@@ -39,7 +39,7 @@ from bissl_zoo.report.images.sheets import draw_predictions, draw_samples, draw_
 
 #: batch size of a frozen backbone
 BATCH = 64
-#: neighbours of kNN, as in tools/probe.py
+#: neighbours of kNN, as in bissl probe
 NEIGHBOURS = 20
 _CPU = torch.device("cpu")
 

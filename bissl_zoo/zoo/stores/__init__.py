@@ -56,7 +56,7 @@ class Draft:
 
 @dataclass(frozen=True)
 class Finding:
-    """A problem that `tools/zoo.py verify` found.
+    """A problem that `bissl zoo verify` found.
 
     Attributes:
         where: the entry or file.

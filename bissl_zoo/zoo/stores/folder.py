@@ -176,7 +176,7 @@ class FolderStore(Store):
             return
         except OSError as error:
             raise ZooError(
-                f"'{name}' is no longer listed, but its files remain: {error}. Run `tools/zoo.py verify --repair`."
+                f"'{name}' is no longer listed, but its files remain: {error}. Run `bissl zoo verify --repair`."
             ) from error
 
     def _index(self, file: str = INDEX_FILE) -> Index:

@@ -3,5 +3,5 @@
 from ..pretext.byol import pretext
 from .imagenet_simclr import backbone, dataloader, lr_multiplier, pretrain, train
 
-# python tools/train_net.py --config-file configs/pretrain/byol_imagenet.py
+# bissl train --config-file configs/pretrain/byol_imagenet.py
 train.init = "runs/byol_imagenet"

@@ -9,6 +9,6 @@ from ..train import pretrain, train
 dataloader = dict(pretext=pretext_loader)
 del pretext_loader
 
-# python tools/train_net.py --config-file configs/pretrain/simclr_imagenet.py
+# bissl train --config-file configs/pretrain/simclr_imagenet.py
 train.init = "runs/simclr_imagenet"
 train.stages = ["bissl", "finetune"]

@@ -9,6 +9,6 @@ from ..train import pretrain, train
 dataloader = dict(pretext=unlabelled("stl10", split="unlabeled"))
 lr_multiplier.pretrain = cosine(0.001, warmup_steps=10 * 98)  # 10 epochs of STL-10 at batch 1024
 
-# python tools/train_net.py --config-file configs/pretrain/simclr_stl10.py
+# bissl train --config-file configs/pretrain/simclr_stl10.py
 train.init = "runs/simclr_stl10"
 train.stages = ["bissl", "finetune"]

@@ -174,7 +174,7 @@ def test_an_unlabelled_set_another_root_and_a_pickled_copy_read_the_same_images(
 @pytest.mark.parametrize("name", ["food101", "voc2007_classification"])
 def test_a_missing_set_names_the_folder_the_command_and_the_variable(name, tmp_path, monkeypatch):
     monkeypatch.setenv("BISSL_ZOO_DATASETS", str(tmp_path))
-    with pytest.raises(DatasetError, match=f"python tools/prepare_data.py {name}\n.*BISSL_ZOO_DATASETS") as caught:
+    with pytest.raises(DatasetError, match=f"bissl data {name}\n.*BISSL_ZOO_DATASETS") as caught:
         build_dataset(name)
     assert str(tmp_path / CLASSIFICATION_SETS[name].folders[0]) in str(caught.value)
 
@@ -221,7 +221,7 @@ def test_a_missing_or_damaged_list_is_an_error_that_names_the_set_and_the_check(
         file.unlink() if content is None else file.write_bytes(content)
         with pytest.raises(DatasetError, match=f"Data set '{name}', split 'trainval', in /") as error:
             build_dataset(name, split="trainval")
-        assert str(error.value).endswith(f"python tools/prepare_data.py --check {name}")
+        assert str(error.value).endswith(f"bissl data --check {name}")
 
 
 @pytest.mark.parametrize(
@@ -277,7 +277,7 @@ def test_imagenet_with_unsorted_val_images_names_the_command(copy):
     folder = copy("imagenet")
     shutil.rmtree(folder / "val")
     picture(folder / "val" / "ILSVRC2012_val_00000001.JPEG", 0)
-    with pytest.raises(DatasetError, match="no class folders.*tools/prepare_data.py imagenet"):
+    with pytest.raises(DatasetError, match="no class folders.*bissl data imagenet"):
         build_dataset("imagenet", split="test")
     assert len(build_dataset("imagenet", split="trainval")) == 30
 

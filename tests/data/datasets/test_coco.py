@@ -295,7 +295,7 @@ def test_missing_coco_names_the_folder_and_the_command_that_fetches_it(tmp_path,
     monkeypatch.setenv("BISSL_ZOO_DATASETS", str(tmp_path))
     message = refusal()
     assert str(tmp_path / "coco" / "train2017") in message and "BISSL_ZOO_DATASETS" in message
-    assert "python tools/prepare_data.py coco_detection" in message
+    assert "bissl data coco_detection" in message
     assert "prepare_data" not in refusal(root="birds", images="pictures")
 
 

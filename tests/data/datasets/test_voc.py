@@ -233,7 +233,7 @@ def test_a_missing_set_names_its_folder_and_the_command_that_fetches_it_if_there
         VOCDetection(splits=["2012_trainval"])
     message = str(caught.value)
     assert str(tmp_path / "VOCdevkit" / "VOC2012") in message
-    assert "python tools/prepare_data.py voc_detection" in message
+    assert "bissl data voc_detection" in message
     assert "BISSL_ZOO_DATASETS" in message
     with pytest.raises(DatasetError) as caught:
         VOCDetection(root="cells", splits=["2007_train"])

@@ -1,0 +1,83 @@
+"""The `bissl` command: `bissl NAME ...` runs the module `bissl_zoo/cli/NAME.py`; the scripts of tools/ do the same.
+
+The module of a command has its help as docstring, `parse(parser, argv)`, which adds the options and returns the parsed
+arguments, and `run(args)`, which returns the exit status. It imports what takes seconds inside of functions, so that
+help and wrong options are answered at once.
+"""
+
+import argparse
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+from types import ModuleType
+
+from bissl_zoo import __version__
+from bissl_zoo.errors import did_you_mean
+from bissl_zoo.progress.console import exit_status
+
+COMMANDS = {
+    "train": "run the stages of a config: pretrain, BiSSL, fine-tune, evaluate, publish",
+    "compare": "does BiSSL help? compare its arms over the same seeds",
+    "search": "search hyperparameters of fine-tuning",
+    "probe": "evaluate a frozen backbone by kNN and a linear classifier",
+    "runs": "list runs, show one, remove old checkpoints",
+    "report": "write an HTML report of runs or of a zoo",
+    "visualize": "draw data, views, predictions and embeddings",
+    "analyze": "count parameters and operations, measure time and memory",
+    "check": "check the hypergradient of a config and its solver",
+    "data": "check your data, fetch known sets, pack and index shards",
+    "zoo": "list, show, fetch, verify, publish and remove entries",
+    "convert": "import a checkpoint of another project, or export a backbone",
+    "doctor": "check the installation and this machine",
+}
+#: commands that start no processes and import torch only where they need it
+LIGHT = {"convert", "data", "doctor", "runs", "zoo"}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line `argv` (`sys.argv[1:]` by default) and return the exit status."""
+    # OpenMP threads spin while they wait and would slow loader workers on the same cores down by a factor of ten
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # read once, when torch is imported
+    module, args = parse_args(sys.argv[1:] if argv is None else argv)
+    if args.bissl_command in LIGHT:
+        return exit_status(lambda: module.run(args))
+    from bissl_zoo.engine.launch import launch
+
+    return launch(module.run, getattr(args, "num_gpus", 1), args)
+
+
+def parse_args(argv: Sequence[str]) -> tuple[ModuleType, argparse.Namespace]:
+    """Return the module of the command that `argv` begins with, and its parsed arguments."""
+    commands = "\n".join(f"  {name:<10} {text}" for name, text in COMMANDS.items())
+    parser = argparse.ArgumentParser(
+        prog="bissl",
+        description="Align a self-supervised backbone with its downstream task (BiSSL), and use a zoo of the results.",
+        epilog=f"commands:\n{commands}\n\n`bissl COMMAND --help` lists the options of each.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"bissl_zoo {__version__}")
+    parser.add_argument("command", metavar="COMMAND", help="one of the commands below")
+    parser.add_argument("rest", nargs=argparse.REMAINDER, metavar="...", help="its arguments")
+    first = parser.parse_args(argv)
+    if first.command not in COMMANDS:
+        parser.error(f"there is no command '{first.command}'.{did_you_mean(first.command, COMMANDS)}")
+    module = importlib.import_module(f"{__name__}.{first.command}")
+    command = argparse.ArgumentParser(
+        prog=f"bissl {first.command}",
+        description=module.__doc__,
+        epilog=getattr(module, "EPILOG", None),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    args = module.parse(command, first.rest)
+    args.bissl_command = first.command
+    return module, args
+
+
+def add_config(parser: argparse.ArgumentParser, required: bool = True, help: str = "") -> None:
+    """Add `--config-file` and overrides of the config."""
+    help = help or "a file, a shipped config such as bissl/voc_det.py, or zoo:NAME"
+    parser.add_argument("--config-file", required=required, metavar="FILE", help=help)
+    parser.add_argument(
+        "overrides", nargs="*", metavar="KEY=VALUE", help="a.b=c changes a key, +a.b=c adds one, ~a.b removes one"
+    )

@@ -1,0 +1,81 @@
+"""Does BiSSL help on a data set? Compare its arms over the same seeds, with confidence intervals.
+
+bissl compare --config-file configs/compare/digit_scenes.py --seeds 10
+bissl compare --config-file configs/compare/cells.py --parallel 2 train.output_dir=runs/cells
+bissl compare --config-file configs/compare/papers_simclr.py --datasets food101,dtd,voc_det
+
+Arms: fine-tuning the pretrained backbone; BiSSL, then fine-tuning; as many more pretext steps, then fine-tuning; the
+BiSSL stage without curvature, then fine-tuning. Repeat the command to resume a comparison or, with more --seeds, to
+extend it. The report is written to train.output_dir: comparison.md, .csv, .json and .png.
+"""
+
+import argparse
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from bissl_zoo.cli import add_config
+
+
+def parse(parser: argparse.ArgumentParser, argv: Sequence[str]) -> argparse.Namespace:
+    """Parse the command line; positional arguments are config overrides of all arms."""
+    add_config(parser)
+    parser.add_argument("--seeds", type=seeds, metavar="N", help="number of seeds, or a list as in 0,1,5")
+    parser.add_argument("--arms", type=names, metavar="A,B", help="arms to compare (default: compare.arms)")
+    parser.add_argument("--datasets", type=names, metavar="A,B", help="names in compare.datasets, a comparison each")
+    parser.add_argument("--parallel", type=int, metavar="N", help="runs at a time (default: one per GPU, or one)")
+    parser.add_argument(
+        "--engine", choices=("local", "ray"), default="local", help="run on this machine or on a Ray cluster"
+    )
+    parser.add_argument("--report", action="store_true", help="report the finished runs and start none")
+    parser.add_argument("--dry-run", action="store_true", help="list the runs and start none")
+    args = parser.parse_intermixed_args(argv)
+    if args.report and args.dry_run:
+        parser.error("--report and --dry-run exclude each other")
+    return args
+
+
+def seeds(text: str) -> int | list[int]:
+    """Parse `10` as a number of seeds and `0,1,5` as a list."""
+    return [int(part) for part in text.split(",") if part] if "," in text else int(text)
+
+
+def names(text: str) -> list[str]:
+    """Split `a,b`."""
+    return [part.strip() for part in text.split(",") if part.strip()]
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run the comparison and print its report."""
+    from bissl_zoo.engine.checks import open_config
+    from bissl_zoo.progress.display import console
+    from bissl_zoo.studies.compare import compare, compare_datasets, describe
+    from bissl_zoo.studies.compare_report import datasets_table
+
+    chosen = {"compare.seeds": args.seeds, "compare.arms": args.arms}
+    overrides = [f"{key}={json.dumps(value)}" for key, value in chosen.items() if value is not None]
+    with console():
+        cfg = open_config(args.config_file, [*args.overrides, *overrides])
+        folder = Path(cfg.train.output_dir)
+        if args.dry_run:
+            print(describe(cfg, args.config_file, folder, args.datasets))
+        elif args.datasets:
+            settings = (args.parallel, args.report, args.engine)
+            reports = compare_datasets(cfg, args.config_file, folder, args.datasets, *settings)
+            print(f"\n{datasets_table(reports)}\n\nreport {folder / 'datasets.md'}")
+        else:
+            print_report(compare(cfg, args.config_file, folder, args.parallel, args.report, args.engine), folder)
+    return 0
+
+
+def print_report(report: dict, folder: Path) -> None:
+    """Print the table, the sentences and the runs that are left out."""
+    from bissl_zoo.errors import printable
+    from bissl_zoo.studies.compare_report import table
+
+    print(f"\n{table(report)}\n")
+    for name, message in report["failures"].items():
+        print(f"warning: {name} is left out: {printable(message)}")
+    print("\n".join([*report["sentences"], report["conclusion"]]))
+    print("\n".join(f"  {note}" for note in report["notes"]))
+    print(f"\nreport {folder / 'comparison.md'}   plot {folder / 'comparison.png'}")
