@@ -78,7 +78,8 @@ PARTS: dict[str, tuple[str, dict[str, Domain]]] = {
         "DOWNSTREAM_TASKS",
         {
             **_NORMALIZATION,
-            **{"image_size": COUNT, "crop_scale": _SCALE, "resize": NULL | COUNT},
+            **{"image_size": COUNT, "crop_scale": _SCALE, "aspect_ratio": _RATIO, "resize": NULL | COUNT},
+            "interpolation": choice("bicubic", "bilinear"),
             "loss": choice("bce", "softmax"),
             **{"min_size": COUNT | WIDTHS, "max_size": COUNT, "fpn_channels": NULL | COUNT},
             **{"anchor_sizes": NULL | WIDTHS, "anchor_ratios": NULL | sequence(POSITIVE)},

@@ -31,6 +31,8 @@ class PooledLinear(DownstreamTask, ABC):
     Args:
         image_size: side in pixels of the training crop and of the central test crop.
         crop_scale: area of the training crop as a fraction of the image.
+        aspect_ratio: width over height of the training crop.
+        interpolation: "bicubic" or "bilinear".
         resize: shorter side in pixels before the central test crop; by default 8/7 of `image_size`.
         mean, std: normalisation of images in [0, 1], per RGB channel.
     """
@@ -44,21 +46,24 @@ class PooledLinear(DownstreamTask, ABC):
         resize: int | None = None,
         mean: Sequence[float] = IMAGENET_MEAN,
         std: Sequence[float] = IMAGENET_STD,
+        aspect_ratio: tuple[float, float] = (3 / 4, 4 / 3),
+        interpolation: str = "bicubic",
     ) -> None:
         super().__init__(backbone, classes)
         self.image_size = image_size
-        self.crop_scale = tuple(crop_scale)
+        self.crop_scale, self.aspect_ratio = tuple(crop_scale), tuple(aspect_ratio)
+        self.interpolation = v2.InterpolationMode(interpolation)
         self.resize = resize or round(image_size * 8 / 7)
         self.mean, self.std = list(mean), list(std)
         self.linear = nn.Linear(self.feature.channels, len(self.classes))
 
     def transform(self, train: bool) -> Callable[[Any, Any], Batch]:
         """Return a random resized crop and flip for training, a central crop for testing; targets are unchanged."""
-        size, bicubic = self.image_size, v2.InterpolationMode.BICUBIC
+        size, mode = self.image_size, self.interpolation
         if train:
-            crop = [v2.RandomResizedCrop(size, self.crop_scale, interpolation=bicubic), v2.RandomHorizontalFlip()]
+            crop = [v2.RandomResizedCrop(size, self.crop_scale, self.aspect_ratio, mode), v2.RandomHorizontalFlip()]
         else:
-            crop = [v2.Resize(self.resize, bicubic), v2.CenterCrop(size)]
+            crop = [v2.Resize(self.resize, mode), v2.CenterCrop(size)]
         to_float = [v2.ToDtype(torch.float32, scale=True), v2.Normalize(self.mean, self.std)]
         return _ImageTransform(v2.Compose([v2.PILToTensor(), *crop, *to_float]))
 

@@ -58,11 +58,13 @@ class MultilabelClassification(PooledLinear):
         resize: int | None = None,
         mean: Sequence[float] = IMAGENET_MEAN,
         std: Sequence[float] = IMAGENET_STD,
+        aspect_ratio: tuple[float, float] = (3 / 4, 4 / 3),
+        interpolation: str = "bicubic",
     ) -> None:
         if loss not in LOSSES:
             hint = did_you_mean(str(loss), LOSSES)
             raise ConfigError(f"task.loss is '{loss}'; accepted are {' and '.join(LOSSES)}.{hint}")
-        super().__init__(backbone, classes, image_size, crop_scale, resize, mean, std)
+        super().__init__(backbone, classes, image_size, crop_scale, resize, mean, std, aspect_ratio, interpolation)
         self.loss = loss
 
     def collate(self, samples: list[Batch]) -> Batch:

@@ -22,6 +22,11 @@ class Teacher(nn.ModuleDict):
         features = self["backbone"](images)[self["backbone"].out_features[-1]]
         return self["projector"](self["tail"](features))
 
+    def reset(self, **student: nn.Module) -> None:
+        """Set parameters and buffers to those of the student."""
+        for name, module in student.items():
+            self[name].load_state_dict(module.state_dict())
+
     @torch.no_grad()
     def follow(self, decay: float, **student: nn.Module) -> None:
         """Set the parameters to `decay * teacher + (1 - decay) * student` (arXiv 1911.05722, equation 2)."""

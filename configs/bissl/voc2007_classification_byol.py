@@ -1,9 +1,9 @@
 """BiSSL for VOC2007 classification from BYOL, ResNet-50 on ImageNet (arXiv 2410.02387, versions 3 to 5)."""
 
 from ..common.data.classification import loaders
-from ..common.downstream.multilabel import task
 from ..common.papers.classification import bilevel, clip_grad, finetune, optimizer, search, solver
 from ..common.papers.imagenet_byol import backbone, dataloader, lr_multiplier, pretext, pretrain, train
+from ..common.papers.multilabel import task
 from ..common.papers.sets import metric, upper
 
 dataloader.update(loaders("voc2007_classification"))

@@ -7,7 +7,7 @@ from ..common.data.voc0712 import train as train_loader
 from ..common.downstream.faster_rcnn import task
 from ..common.optim import lr_multiplier, optimizer
 from ..common.papers.detection import search
-from ..common.papers.sets import upper
+from ..common.papers.sets import as_in_the_papers, upper
 from ..common.pretext.simclr import pretext
 from ..common.solvers.cg import solver
 from ..common.train import bilevel, clip_grad, finetune, pretrain, train
@@ -22,10 +22,9 @@ train.stages = [
     "finetune",
 ]  # with train.init=runs/simclr_imagenet train.stages=[bissl,finetune]: the last two
 
+as_in_the_papers(bilevel, finetune)
 bilevel.shared_stage = "c4"
-bilevel.curvature = "hessian"
 bilevel.head_warmup.epochs = 5
 optimizer.upper.update(upper("voc_det", "simclr"))
 
 finetune.epochs = 50
-finetune.baseline = True

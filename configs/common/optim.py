@@ -7,9 +7,10 @@ from torch.optim import SGD
 from bissl_zoo.config import LazyCall as L
 from bissl_zoo.optim import LRMultiplier
 
+# always_adapt: otherwise timm's Lars takes steps of plain SGD, 100 times longer, if weight_decay is 0
 optimizer = dict(
-    pretrain=L(Lars)(lr=4.8, momentum=0.9, weight_decay=1e-6, trust_coeff=0.001),
-    lower=L(Lars)(lr=1.0, momentum=0.9, weight_decay=1e-6, trust_coeff=0.001),
+    pretrain=L(Lars)(lr=4.8, momentum=0.9, weight_decay=1e-6, trust_coeff=0.001, always_adapt=True),
+    lower=L(Lars)(lr=1.0, momentum=0.9, weight_decay=1e-6, trust_coeff=0.001, always_adapt=True),
     upper=L(SGD)(lr=0.015, momentum=0.9, weight_decay=0.001),
     head_warmup=L(SGD)(lr="${optimizer.upper.lr}", momentum=0.9, weight_decay="${optimizer.upper.weight_decay}"),
     finetune=L(SGD)(lr=0.01, momentum=0.9, weight_decay=0.001),
@@ -28,5 +29,5 @@ lr_multiplier = dict(
     lower=cosine(0.001, warmup_steps=10 * 20),  # 10 alternations
     upper=cosine(0.001),
     head_warmup=L(LRMultiplier)(scheduler=L(ConstantParamScheduler)(value=1.0)),
-    finetune=cosine(0.0),
+    finetune=cosine(0.001),
 )

@@ -57,6 +57,7 @@ bilevel = {
     "curvature_batch_size": None,  # samples of the pretext batch that defines the curvature; null: a whole batch
     "hvp_mode": "retain_graph",  # Hessian-vector products: retain_graph, or recompute (slower, less memory)
     "on_bad_hypergradient": "stop",  # if a solution is not finite or far off: stop, or plain (use v instead of x)
+    "reset_teacher": False,  # set a momentum teacher to its student when the stage starts, as in the authors' code
     "update_bn_stats": True,  # update the lower backbone's batch-norm statistics with the downstream images
     "shared_stage": None,  # last stage of the backbone that both levels share, such as c4; null: the whole backbone
     "pretext_warmup": dict(  # if neither train.init nor pretrain provides a pretext head
@@ -76,6 +77,7 @@ finetune = dict(
     baseline=False,  # also fine-tune from the backbone before the BiSSL stage, with the same budget and seed
     eval_period=None,  # steps between evaluations on dataloader.val if there is one, else test; null: only at the end
     layer_decay=None,  # factor, such as 0.75, on the learning rate from each layer to the one below; null: none
+    sync_batch_norm=False,  # with several GPUs, compute batch-norm statistics over all of them
     freeze_at=None,  # freeze the backbone up to this stage, such as c2; null: train all of it
     early_stopping=dict(
         metric=None,  # test the weights that are best by this metric, such as AP50, on dataloader.val; null: the last

@@ -107,16 +107,19 @@ def test_each_row_of_the_papers_tables_is_a_config(configs):
             multilabel = name == "voc2007_classification"
             assert cfg.task.name == ("multilabel_classification" if multilabel else "classification")
             assert cfg.task.get("loss") == ("bce" if multilabel else None) and cfg.task.image_size == 96
+            crops = (cfg.task.aspect_ratio, cfg.task.interpolation, cfg.task.resize)
+            assert crops == ([0.5, 1.0], "bilinear", 109), config  # int(96 / 0.875)
 
 
 def test_all_configs_share_the_two_levels_of_the_papers(configs):
     for config, cfg in configs.items():
         b, lower, solver = cfg.bilevel, cfg.optimizer.lower, cfg.solver
         assert (b.lower_steps, b.upper_steps, b.alternations, b["lambda"]) == (20, 8, 500, 0.001), config
-        assert b.curvature == "hessian", config
+        assert (b.curvature, b.reset_teacher, cfg.finetune.sync_batch_norm) == ("hessian", True, True), config
         assert (solver.name, solver.iterations, solver.damping, solver.blockwise) == ("cg", 5, 10.0, False)
         assert lower._target_ == "timm.optim.lars.Lars"
         assert (lower.lr, lower.weight_decay, lower.momentum, lower.trust_coeff) == (1.0, 1e-6, 0.9, 0.001)
+        assert lower.always_adapt and cfg.optimizer.pretrain.always_adapt
         for role in ("upper", "head_warmup", "finetune"):
             assert cfg.optimizer[role]._target_.endswith(".SGD") and cfg.optimizer[role].momentum == 0.9
         assert (cfg.clip_grad.lower, cfg.clip_grad.upper, b.head_warmup.steps) == (10.0, 10.0, None)
@@ -150,7 +153,7 @@ def test_schedules_are_cosines_and_the_lower_one_warms_up_for_10_alternations(co
     assert lower(0, 10_000) == pytest.approx(1 / 200) and lower(199, 10_000) == 1.0
     assert lower(5100, 10_000) == pytest.approx(0.5005, abs=1e-3) and lower(10_000, 10_000) == pytest.approx(0.001)
     assert upper(0, 4000) == 1.0 and upper(2000, 4000) == pytest.approx(0.5005) and upper(4000, 4000) == 0.001
-    assert finetune(0, 100) == 1.0 and finetune(50, 100) == pytest.approx(0.5)
+    assert finetune(0, 100) == 1.0 and finetune(50, 100) == pytest.approx(0.5005) and finetune(100, 100) == 0.001
     assert schedules["head_warmup"](0, 100) == schedules["head_warmup"](99, 100) == 1.0
 
 

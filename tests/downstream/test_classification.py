@@ -2,6 +2,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torchvision.transforms.v2 import InterpolationMode
 
 from bissl_zoo.registry import build_backbone, build_task
 
@@ -55,6 +56,19 @@ def test_the_test_crop_is_central_and_always_the_same():
     transform = task.transform(train=False)
     image, _ = transform(Image.fromarray(pixels), 0)
     assert (image == 1).all() and torch.equal(image, transform(Image.fromarray(pixels), 0)[0])
+
+
+@pytest.mark.parametrize("kind", ["classification", "multilabel_classification"])
+def test_crops_have_the_aspect_ratio_and_the_interpolation(kind):
+    options = {"image_size": 16, "aspect_ratio": [0.5, 1.0], "interpolation": "bilinear", "resize": 18}
+    task = build_task(name=kind, backbone=build()[0], classes=CLASSES, **options)
+    (_, crop, *_), (_, resize, *_) = (task.transform(train).transform.transforms for train in (True, False))
+    assert crop.ratio == (0.5, 1.0) and resize.size == [18]
+    assert crop.interpolation == resize.interpolation == InterpolationMode.BILINEAR
+    torch.manual_seed(0)
+    shapes = [crop.make_params([torch.zeros(3, 60, 60)]) for _ in range(50)]
+    ratios = [shape["width"] / shape["height"] for shape in shapes]
+    assert 0.45 < min(ratios) < 0.6 and 0.9 < max(ratios) <= 1.05  # sides are whole pixels
 
 
 @pytest.mark.slow

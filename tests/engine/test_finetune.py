@@ -10,6 +10,7 @@ import torch
 from forked_runs import exit_status, start_run
 from run_outcomes import assert_same, outcome
 from timm.optim import param_groups_layer_decay
+from torch import nn
 
 from bissl_zoo.config import LazyConfig
 from bissl_zoo.engine import hooks
@@ -17,7 +18,7 @@ from bissl_zoo.engine.build import Weights
 from bissl_zoo.engine.checks import open_context
 from bissl_zoo.engine.hooks import EarlyStopping, PeriodicEvaluation
 from bissl_zoo.engine.runner import evaluate_only, run
-from bissl_zoo.engine.stages import Finetune
+from bissl_zoo.engine.stages import Finetune, finetune
 from bissl_zoo.engine.trainer import SingleLevelTrainer
 from bissl_zoo.errors import BisslZooError
 from bissl_zoo.registry import build_backbone
@@ -61,6 +62,18 @@ def test_stages_that_are_frozen_stay_as_they_are_their_statistics_too(config):
     moved = changed(before, states(backbone))
     assert moved and not any(name.startswith(("stem.", "conv1", "bn1", "layer1")) for name in moved)
     assert any(name.startswith("layer2") and "running_mean" in name for name in moved)
+
+
+@pytest.mark.parametrize("ranks, device, synchronized", [(2, "cuda", True), (2, "cpu", False), (1, "cuda", False)])
+def test_batch_norm_is_synchronized_on_several_gpus(config, monkeypatch, ranks, device, synchronized):
+    context = open_context(config(finetune__sync_batch_norm=True), "test")
+    networks = finetune.build_downstream(context, Weights())
+    monkeypatch.setattr(finetune, "build_downstream", lambda *_: networks)
+    monkeypatch.setattr(finetune, "get_world_size", lambda: ranks)
+    context.device = torch.device(device)
+    backbone = Finetune().build(context, Weights()).level.backbone
+    kinds = {type(m) for m in backbone.modules() if isinstance(m, (nn.BatchNorm2d, nn.SyncBatchNorm))}
+    assert (nn.SyncBatchNorm in kinds) == synchronized and len(kinds) == 1
 
 
 @pytest.mark.parametrize("name", ["resnet18", "convnext_atto", "test_vit"])

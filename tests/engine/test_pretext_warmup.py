@@ -118,8 +118,12 @@ def test_the_bissl_stage_starts_from_the_warm_head_and_trains_all_of_it(config):
     for level in (problem.lower, problem.upper):
         assert same(level.backbone.state_dict(), weights.backbone)
         assert all(p.requires_grad for p in level.backbone.parameters()) and level.backbone.training
-    tail = problem.lower.head.tail
-    assert tail.training and all(p.requires_grad for p in tail.parameters())
+    head = problem.lower.head
+    assert head.tail.training and all(p.requires_grad for p in head.tail.parameters())
+    assert not same(head.teacher["projector"].state_dict(), head.projector.state_dict())
+    context.cfg.bilevel.reset_teacher = True
+    head = Bissl().build(context, warmup.result()).problem.lower.head
+    assert same(head.teacher["projector"].state_dict(), head.projector.state_dict())
 
 
 def test_the_teacher_of_byol_keeps_the_frozen_backbone_and_follows_the_head(config):

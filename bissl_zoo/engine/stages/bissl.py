@@ -25,6 +25,7 @@ from bissl_zoo.engine.stages.pretrain import PretrainTrainer
 from bissl_zoo.engine.trainer import Context, SingleLevelTrainer, Stage, Trainer, Weights
 from bissl_zoo.errors import ConfigError
 from bissl_zoo.optim import LRMultiplier, effective_learning_rate
+from bissl_zoo.pretext.teacher import Teacher
 from bissl_zoo.registry import STAGES
 
 logger = logging.getLogger(__name__)
@@ -173,6 +174,8 @@ class Bissl(Stage):
         seed_everything(cfg.train.seed)
         lower_trunk, pretext = build_pretext(cfg, weights, context.device)
         upper_trunk, task = build_downstream(context, weights)
+        if settings.reset_teacher and isinstance(teacher := getattr(pretext, "teacher", None), Teacher):
+            teacher.reset(backbone=lower_trunk, tail=pretext.tail, projector=pretext.projector)
         # an alternation takes one more pretext batch, for the curvature
         lower_batches = pretext_batches(context, pretext, cfg.train.seed + 1, start_step * (settings.lower_steps + 1))
         upper_batches = train_batches(context, task, cfg.train.seed + 1, start_step * settings.upper_steps)

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from bissl_zoo.backbones import Backbone
 from bissl_zoo.bilevel.level import Level
+from bissl_zoo.distributed import get_world_size
 from bissl_zoo.downstream import DownstreamTask
 from bissl_zoo.engine.build import build_downstream, build_level, build_part, train_batches
 from bissl_zoo.engine.evaluate import metric_names
@@ -116,6 +117,8 @@ class Finetune(Stage):
         source = weights.previous or weights if self.baseline else weights
         seed_everything(cfg.train.seed + 2)
         trunk, task = build_downstream(context, Weights(source.backbone))
+        if cfg.finetune.sync_batch_norm and get_world_size() > 1 and context.device.type == "cuda":
+            trunk, task = map(nn.SyncBatchNorm.convert_sync_batchnorm, (trunk, task))
         batches = train_batches(context, task, cfg.train.seed + 2, start_step)
         groups = trained_parameters(cfg, trunk, task)
         level = build_level(cfg, self.name, "finetune", trunk, task, batches, self.steps(context), groups=groups)

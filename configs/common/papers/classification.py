@@ -9,11 +9,12 @@ from ..optim import optimizer
 from ..search import classification as search
 from ..solvers.cg import solver
 from ..train import bilevel, clip_grad, finetune
+from .sets import as_in_the_papers, crops
 
-bilevel.curvature = "hessian"
+as_in_the_papers(bilevel, finetune)
+task.update(crops(96))
+
 bilevel.head_warmup.epochs = 20
-
 finetune.epochs = 400
-finetune.baseline = True
 
 search.overrides = ["dataloader.train.dataset.split=train", "dataloader.test.dataset.split=val"]

@@ -1,4 +1,4 @@
-"""Settings per data set in the BiSSL paper (arXiv 2410.02387): rates of the upper level and metric.
+"""Settings of the BiSSL paper (arXiv 2410.02387): what all configs share; rates of the upper level and metric per set.
 
 The configs in `bissl/` read the row of their data set; `compare/papers_*.py` turn each row into overrides.
 """
@@ -26,6 +26,19 @@ _UPPER = {
     "voc_det": dict(simclr=(0.015, 0.0), byol=(0.03, 0.0002)),
 }
 _METRICS = {"fgvc_aircraft": "mean_per_class", "voc2007_classification": "mAP11"}  # FGVC Aircraft also has top1
+
+
+def as_in_the_papers(bilevel, finetune):
+    """Set what all configs of the papers share and other configs do not."""
+    bilevel.curvature = "hessian"
+    bilevel.reset_teacher = True
+    finetune.baseline = True
+    finetune.sync_batch_norm = True
+
+
+def crops(size):
+    """Return the crops of training and test images of a classification task, for `task.update`."""
+    return dict(aspect_ratio=[0.5, 1.0], interpolation="bilinear", resize=int(size / 0.875))
 
 
 def upper(name, method):
@@ -62,7 +75,7 @@ def classification_set(name, method=None):
         values |= {f"optimizer.upper.{key}": value for key, value in upper(name, method).items()}
     values |= {f"{section}.metric": metric(name) for section in ("compare", "search")}
     if name == "voc2007_classification":
-        values["task"] = load_config("common/downstream/multilabel.py").task
+        values["task"] = load_config("common/papers/multilabel.py").task
     return _changes(values)
 
 
