@@ -10,6 +10,7 @@ SOLVERS.register("cg")(hypergradient.ConjugateGradient)
 SOLVERS.register("minres")(hypergradient.MinRes)
 SOLVERS.register("neumann")(hypergradient.Neumann)
 SOLVERS.register("nystrom")(hypergradient.Nystrom)
+SOLVERS.register("mfac")(hypergradient.MFac)
 SOLVERS.register("exact")(hypergradient.Exact)
 SOLVERS.register("identity")(hypergradient.Identity)
 

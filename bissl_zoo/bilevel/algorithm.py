@@ -82,7 +82,8 @@ class BiLevel:
         lower: pretext level, `theta_P` and `phi_P`; its backbone is the result of the stage.
         upper: downstream level, `theta_D` and `phi_D`.
         solver: maps `(operator, v)` to a `Solution`. It has `damping`; if that is "auto", also `iterations` and
-            `tolerance`, for which the damping is chosen.
+            `tolerance`, for which the damping is chosen. A solver may also have `start_alternation(lower_steps)` and
+            `observe_lower_gradient(gradients)`, which takes the gradient of `L_P` alone of each lower step by name.
         lam: lambda, weight of the pull of `theta_P` towards `theta_D`.
         gamma: weight of the plain downstream loss; 0 disables it.
         lower_steps: N_L, lower steps per alternation.
@@ -159,6 +160,8 @@ class BiLevel:
         """Run alternation number `alternation` (from 0); return the metrics of its last lower and last upper step."""
         metrics: dict[str, float] = {}
         self.time_constant = None
+        if hasattr(self.solver, "start_alternation"):
+            self.solver.start_alternation(self.lower_steps)
         for step in range(1, self.lower_steps + 1):
             last = step == self.lower_steps
             metrics.update(self.lower.attempt(functools.partial(self.lower_step, last)))
@@ -180,10 +183,15 @@ class BiLevel:
         total, losses = lower.loss(lower.backbone, lower.next_batch())
         total.backward()
         average_gradients(lower.parameters)
+        for theta_p in lower.backbone_parameters:  # unused ones are pulled as well
+            theta_p.grad = torch.zeros_like(theta_p) if theta_p.grad is None else theta_p.grad
+        if hasattr(self.solver, "observe_lower_gradient"):
+            named = lower.backbone.named_parameters()
+            self.solver.observe_lower_gradient({name: p.grad for name, p in named if p.requires_grad})
         pull = 0.0
         for theta_p, theta_d in zip(lower.backbone_parameters, self.upper.backbone_parameters, strict=True):
             gap = theta_p.detach() - theta_d.detach()
-            theta_p.grad = gap * self.lam if theta_p.grad is None else theta_p.grad.add_(gap, alpha=self.lam)
+            theta_p.grad.add_(gap, alpha=self.lam)
             pull = pull + gap.square().sum()
         if measure:
             before = flatten(lower.backbone_parameters).detach()
@@ -344,7 +352,7 @@ class BiLevel:
 
     def _downstream_gradients(self, backbone: nn.Module, batch: Any) -> tuple[Tensor, Tensor, dict[str, float]]:
         total, losses = self.upper.loss(backbone, batch)
-        shared, head = list(backbone.parameters()), self.upper.head_parameters
+        shared, head = [p for p in backbone.parameters() if p.requires_grad], self.upper.head_parameters
         grads = torch.autograd.grad(total, [*shared, *head], materialize_grads=True)
         flat = all_reduce_mean(flatten(grads))
         sizes = [sum(p.numel() for p in parameters) for parameters in (shared, head)]

@@ -62,8 +62,8 @@ class Level:
 
     @property
     def backbone_parameters(self) -> list[Tensor]:
-        """Parameters that correspond between the levels, in the order of a flat `(P,)` vector."""
-        return list(self.backbone.parameters())
+        """Trained parameters of the backbone, equal in both levels, in the order of a flat `(P,)` vector."""
+        return [p for p in self.backbone.parameters() if p.requires_grad]
 
     @property
     def head_parameters(self) -> list[Tensor]:
@@ -73,7 +73,7 @@ class Level:
     @property
     def parameters(self) -> list[Tensor]:
         """Trained parameters of backbone and head."""
-        return [p for p in self.backbone.parameters() if p.requires_grad] + self.head_parameters
+        return self.backbone_parameters + self.head_parameters
 
     def attempt(self, step: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         """Call `step`, a step of this level, through the guard if there is one; return its metrics."""

@@ -95,6 +95,7 @@ PARTS: dict[str, tuple[str, dict[str, Domain]]] = {
         {
             **{"iterations": WHOLE, "tolerance": NON_NEGATIVE, "damping": NUMBER | choice("auto")},
             **{"blockwise": FLAG, "growth": POSITIVE, "check": FLAG},
+            **{"gradients": COUNT, "blocks": choice("tensor", "layer", "all"), "store": choice("device", "cpu")},
             **{"recycle": WHOLE, "recycled_iterations": COUNT, "rank": COUNT, "max_size": COUNT, "seed": SEED},
         },
     ),

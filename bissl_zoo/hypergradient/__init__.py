@@ -1,12 +1,14 @@
 """Solvers for the hypergradient system `(I + H / (lambda + damping)) x = v`; the package depends on torch alone.
 
-A solver is a pure function of a linear operator and a flat vector: `solve(operator, v) -> Solution`.
+A solver is a function of a linear operator and a flat vector: `solve(operator, v) -> Solution`. One that uses the
+gradients of the lower steps has further methods, see `MFac`.
 """
 
 from bissl_zoo.hypergradient.cg import ConjugateGradient
 from bissl_zoo.hypergradient.damping import choose_shift, definite_shift
 from bissl_zoo.hypergradient.direct import Exact, Identity
 from bissl_zoo.hypergradient.gauss_newton import GaussNewtonOperator
+from bissl_zoo.hypergradient.mfac import MFac
 from bissl_zoo.hypergradient.minres import MinRes
 from bissl_zoo.hypergradient.neumann import Neumann
 from bissl_zoo.hypergradient.nystrom import Nystrom
@@ -23,6 +25,7 @@ __all__ = [
     "GraphOperator",
     "Identity",
     "LinearOperator",
+    "MFac",
     "MinRes",
     "Neumann",
     "Nystrom",

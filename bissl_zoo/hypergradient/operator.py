@@ -1,6 +1,7 @@
 """The damped curvature of the lower level as a linear operator on flat vectors."""
 
 import contextlib
+import functools
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal, TypeVar
@@ -138,14 +139,13 @@ class GraphOperator(LinearOperator):
         self._graph: Callable[[], Any] | None = None
 
     def prepare(self) -> "GraphOperator":
-        """Fix the matrix and return the operator; call again for a new batch or new parameters."""
+        """Fix the matrix and return the operator; call again for a new batch or new parameters.
+
+        The graphs are built at the first product, so that a solver without products does not pay for them.
+        """
         self.subspace.clear()
         build = replayed(self._build, self.modules)
-        if self.hvp_mode == "retain_graph":
-            graph = build()
-            self._graph = lambda: graph
-        else:
-            self._graph = build
+        self._graph = functools.cache(build) if self.hvp_mode == "retain_graph" else build
         return self
 
     def release(self) -> None:

@@ -12,7 +12,7 @@ from bissl_zoo.bilevel import Adaptation, BiLevel
 from bissl_zoo.bilevel.level import Level
 from bissl_zoo.distributed import flatten
 from bissl_zoo.errors import BadHypergradient, ConfigError, NonFiniteLoss
-from bissl_zoo.hypergradient import ConjugateGradient, Exact, Identity, MinRes, Solution
+from bissl_zoo.hypergradient import ConjugateGradient, Exact, Identity, MFac, MinRes, Solution
 from bissl_zoo.hypergradient.damping import MARGIN
 from bissl_zoo.optim import LRMultiplier
 
@@ -127,8 +127,8 @@ def test_an_alternation_takes_its_steps_and_one_batch_for_the_curvature():
             seen.append((name, batch)) or losses(backbone, batch)
         )
     metrics = problem.alternate(0)
-    # gamma = 0: one downstream pass per upper step
-    assert seen == [("lower", 0), ("lower", 1), ("lower", 2), ("lower", 3), ("upper", 0), ("upper", 1)]
+    # gamma = 0: one downstream pass per upper step; the first product builds the graph of the curvature
+    assert seen == [("lower", 0), ("lower", 1), ("lower", 2), ("upper", 0), ("lower", 3), ("upper", 1)]
     assert len(problem.lower.head.after) == 3  # never for the curvature batch
     assert problem.lower.step == 3 and problem.upper.step == 2
     expected = {"lower/total_loss", "lower/pull", "lower/lr", "upper/total_loss", "upper/lr", "solver/residual"}
@@ -447,3 +447,27 @@ def test_thirty_alternations_need_no_more_memory_than_ten(hvp_mode):
         problem.alternate(alternation)
     # one graph that is not freed holds about 5 MiB of activations, twenty 100 MiB
     assert resident_bytes() - before < 30 * 2**20
+
+
+def test_mfac_gets_the_gradients_without_the_pull_and_no_graph_is_built():
+    problem, _, _ = quadratic(lam=0.5, gamma=1.0, solver=MFac(gradients=3, blocks="all"), lower_steps=3, upper_steps=1)
+    points, lower = [], problem.lower.head.losses
+    problem.lower.head.losses = lambda backbone, batch: (
+        points.append(backbone.theta.detach().clone()) or lower(backbone, batch)
+    )
+    recorded, solver = [], problem.solver
+    solve = lambda operator, v: recorded.append((v, solver(operator, v))) or recorded[-1][1]  # noqa: E731
+    for name in ("damping", "start_alternation", "observe_lower_gradient"):
+        setattr(solve, name, getattr(solver, name))
+    problem.solver = solve
+    with torch.no_grad():
+        problem.lower.backbone.theta.add_(1.0)  # away from the optimum
+    problem.alternate(0)
+    assert len(points) == 3
+    rows = []
+    for point in points:
+        theta = point.requires_grad_()
+        rows.append(torch.autograd.grad(problem.lower.head.function(theta, None, None), theta)[0])
+    fisher = sum(torch.outer(row, row) for row in rows) / 3
+    v, solution = recorded[0]
+    torch.testing.assert_close(solution.x, torch.linalg.solve(torch.eye(3).double() + fisher / 0.5, v))

@@ -219,9 +219,11 @@ def test_only_the_backbone_is_differentiated_and_the_head_stays_trainable():
         shift=1.0,
         modules=(net, head),
     ).prepare()
+    assert seen == []  # a solver without products builds no graph
+    for _ in range(2):
+        assert operator(torch.ones(sum(operator.block_sizes), dtype=torch.float64)).isfinite().all()
     assert seen == [[True] * 6 + [False] * 2]
     assert [p.requires_grad for p in head.parameters()] == [True, False] and not frozen.requires_grad
-    assert operator(torch.ones(sum(operator.block_sizes), dtype=torch.float64)).isfinite().all()
 
 
 def test_prepare_and_release_clear_the_subspace():

@@ -79,6 +79,7 @@ class BisslTrainer(Trainer):
             "shift": self.problem.shift,
             "fallbacks": self.problem.fallbacks,
             "hypergradients": self.hypergradients.state_dict(),
+            "solver": self.problem.solver.state_dict() if hasattr(self.problem.solver, "state_dict") else None,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -88,6 +89,8 @@ class BisslTrainer(Trainer):
         self.problem.fallbacks = state.get("fallbacks", 0)
         if "hypergradients" in state:  # not in checkpoints of earlier versions
             self.hypergradients.load_state_dict(state["hypergradients"])
+        if state.get("solver"):
+            self.problem.solver.load_state_dict(state["solver"])
 
     @property
     def summary(self) -> str:
