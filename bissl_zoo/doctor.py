@@ -106,11 +106,12 @@ def print_checks(names: Sequence[str]) -> None:
     with os.fdopen(os.dup(1), "w", encoding="utf-8") as out:
         os.dup2(2, 1)
         for name in names:
+            findings: list[Finding] = []
             try:
-                findings = list(CHECKS[name]())
+                findings.extend(CHECKS[name]())
             except Exception as error:  # of any type, raised by a library
                 message = " ".join(str(error).split()) or "no message"
-                findings = [Finding(PROBLEM, name, f"{type(error).__name__}: {message}")]
+                findings.append(Finding(PROBLEM, name, f"{type(error).__name__}: {message}"))
             print(json.dumps([asdict(finding) for finding in findings]), file=out, flush=True)
 
 
