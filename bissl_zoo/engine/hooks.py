@@ -23,7 +23,7 @@ from bissl_zoo.engine.resume import random_state
 from bissl_zoo.engine.trainer import Hook, Stage, Trainer
 from bissl_zoo.errors import ConfigError, shorten
 from bissl_zoo.progress.console import clock, short
-from bissl_zoo.progress.display import StageView, doing, every_step, place_within, show
+from bissl_zoo.progress.display import StageView, doing, every_step, show
 from bissl_zoo.progress.writers import JsonWriter, Record, TensorBoardWriter, Writer
 from bissl_zoo.runs.checkpoint import Checkpointer
 from bissl_zoo.runs.directory import CONFIG_FILE
@@ -141,7 +141,6 @@ class Progress(Hook):
     def view(self) -> StageView:
         """Return the current state of the stage; another thread may call this in the middle of a step."""
         trainer = self.trainer
-        phase, within = place_within(trainer)
         left = None
         if self.seconds is not None:
             elapsed = time.perf_counter() - self.step_time
@@ -150,8 +149,6 @@ class Progress(Hook):
             trainer.name,
             trainer.step,
             trainer.total_steps,
-            phase,
-            fraction=(trainer.step + within) / max(trainer.total_steps, 1),
             levels=tuple(trainer.levels()),
             metrics=dict(trainer.metrics),
             speed=self.speed,
@@ -422,7 +419,7 @@ class PeriodicCheckpoint(Hook):
                 last = self.checkpointer.newest_step(trainer.name)
                 existing = f"there is none of {trainer.name} yet" if last is None else f"the last one is step {last}"
                 return self._warn(error, f"The run continues; {existing}.")
-        show(checkpoint=(f"{trainer.name} step {trainer.step}", time.monotonic()))
+        show(checkpoint=f"{trainer.name} step {trainer.step}, {time.strftime('%H:%M:%S')}")
 
     def _warn(self, error: DiskError, then: str) -> None:
         name = self.trainer.name

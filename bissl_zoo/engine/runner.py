@@ -23,7 +23,6 @@ from bissl_zoo.engine.trainer import Context, Stage, Trainer, Weights
 from bissl_zoo.errors import CheckpointError
 from bissl_zoo.progress.display import (
     FILE_ONLY,
-    PlannedStage,
     console_by_default,
     doing,
     end_display,
@@ -62,7 +61,7 @@ def run(
     init = pinned_init(cfg.train.init, Path(cfg.train.output_dir)) if resume else cfg.train.init
     initial, lineage = load_init(init, cfg)
     stages = plan_stages(context, initial)
-    plan = [PlannedStage(stage.name, type(stage), stage.steps(context)) for stage in stages]
+    steps = {stage.name: stage.steps(context) for stage in stages}
     check_parts(context, initial)
     context.folder = folder = on_main_process(lambda: check_run_dir(cfg, resume))
     checkpoint = cfg.train.checkpoint
@@ -79,9 +78,8 @@ def run(
         on_main_process(lambda: prepare_run_dir(cfg, resume))
         stack.enter_context(logged(folder))
         stack.callback(end_display)
-        steps = {stage.name: stage.steps for stage in plan}
         on_main_process(lambda: write_metadata(folder, cfg, context.data, lineage, steps))
-        show(folder=str(folder), device=context.device, stages=plan)
+        show(folder=str(folder), device=context.device, stages=list(steps))
         logger.info(f"run: {folder}  stages: {', '.join(cfg.train.stages)}  device: {context.device}")
         for role, dataset in context.data.items():
             logger.info(f"data: {role} {cfg.dataloader[role].dataset.name}, {len(dataset)} images")

@@ -5,10 +5,10 @@ import logging
 import signal
 import time
 import traceback
-from collections.abc import Callable, Hashable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
@@ -228,22 +228,12 @@ def signals_aside() -> Iterator[None]:
             signal.signal(number, handler)
 
 
-class PlannedStage(NamedTuple):
-    """A stage of the run; steps of stages of the same `kind` take equally long."""
-
-    name: str
-    kind: Hashable
-    steps: int
-
-
 @dataclass(frozen=True)
 class StageView:
     """A snapshot of a stage.
 
     Attributes:
         step, total_steps: in optimizer steps; of a bilevel stage in alternations.
-        phase: place within an alternation, such as `lower step 3/20`, or empty.
-        fraction: completed part of the stage, 0 to 1.
         levels: names of the levels.
         metrics: of the last step.
         speed: `images_per_second`, and `waiting`, the fraction of time waiting for data; or empty.
@@ -254,28 +244,11 @@ class StageView:
     name: str
     step: int
     total_steps: int
-    phase: str
-    fraction: float
     levels: tuple[str, ...]
     metrics: dict[str, Any]
     speed: dict[str, float]
     seconds: float | None
     left: float | None
-
-
-def place_within(trainer: Any) -> tuple[str, float]:
-    """Return the optimizer step within the current alternation as text, and the completed fraction of it.
-
-    Reads the levels' counters only, so that another thread may call it at any time.
-    """
-    levels = trainer.levels()
-    if trainer.done or trainer.stopping or len(levels) < 2:
-        return "", 0.0
-    each = {name: level.total_steps // trainer.total_steps for name, level in levels.items()}
-    done = {name: min(max(level.step - trainer.step * each[name], 0), each[name]) for name, level in levels.items()}
-    current = next((name for name in each if done[name] < each[name]), None)
-    text = f"{current} step {done[current] + 1}/{each[current]}" if current else ""
-    return text, sum(done.values()) / sum(each.values())
 
 
 @dataclass
@@ -284,34 +257,18 @@ class RunStatus:
 
     Attributes:
         folder: the run directory.
-        stages: all stages; number: the current one, from 1.
+        stages: names of all stages; number: the current one, from 1.
         source: returns a snapshot of the current stage, from any thread.
         doing: the activity between two steps, such as an evaluation.
         evaluation: the line of the last evaluation.
-        checkpoint: the last checkpoint and the time when it was written (`time.monotonic`).
-        rates: seconds per step by kind of stage, of the stages so far.
+        checkpoint: the last checkpoint.
     """
 
     folder: str = ""
     device: torch.device | None = None
-    stages: Sequence[PlannedStage] = ()
+    stages: Sequence[str] = ()
     number: int = 0
     source: Callable[[], StageView] | None = None
     doing: str = ""
     evaluation: str = ""
-    checkpoint: tuple[str, float] | None = None
-    rates: dict[Hashable, float] = field(default_factory=dict)
-
-    def stage(self) -> StageView | None:
-        """Return a snapshot of the current stage, and remember its seconds per step."""
-        view = self.source() if self.source else None
-        if view and view.seconds is not None and self.number:
-            self.rates[self.stages[self.number - 1].kind] = view.seconds
-        return view
-
-    def left(self, view: StageView | None) -> float | None:
-        """Return the seconds until the run ends; None if no stage of the kind of a later one has run yet."""
-        later = [(self.rates.get(stage.kind), stage.steps) for stage in self.stages[self.number :]]
-        if view is None or view.left is None or any(rate is None for rate, _ in later):
-            return None
-        return view.left + sum(rate * steps for rate, steps in later)
+    checkpoint: str = ""

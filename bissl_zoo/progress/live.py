@@ -3,7 +3,6 @@
 import contextlib
 import math
 import os
-import resource
 import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
@@ -22,7 +21,7 @@ from rich.text import Text
 from bissl_zoo.distributed import is_main_process
 from bissl_zoo.errors import printable
 from bissl_zoo.progress.console import clock, short
-from bissl_zoo.progress.display import ConsoleHandler, RunStatus, StageView
+from bissl_zoo.progress.display import ConsoleHandler, RunStatus
 from bissl_zoo.runs.disk import format_size
 
 #: drawings per second; each takes one or two milliseconds
@@ -120,40 +119,34 @@ class _Bars(Progress):
             yield Text(f"warning: the display failed ({type(error).__name__}: {error})", "yellow")
 
     def _group(self) -> Group:
-        status, view = self.status, self.status.stage()
-        stage = [f"{status.number} of {len(status.stages)}: {status.stages[status.number - 1].name}"]
-        stage = stage if status.number else []
+        status, view = self.status, self.status.source() if self.status.source else None
+        stage = (
+            [f"{status.number} of {len(status.stages)}: {status.stages[status.number - 1]}"] if status.number else []
+        )
+        rows = {"run": [status.folder, clock(time.monotonic() - self.started)], "stage": stage}
+        details: dict[str, list[str]] = {}
         if view:
-            # steps count those that are done, alternations the current one
-            unit, count = ("alternation", view.step + bool(view.phase)) if len(view.levels) > 1 else ("step", view.step)
-            stage += [f"{unit} {count}/{view.total_steps}", view.phase]
-        left = f"stage {clock(view.left if view else None)}  run {clock(status.left(view))} left"
-        self.update(self.task, completed=view.fraction if view else 0.0, left=left)
-        rows = {"run": [status.folder, clock(time.monotonic() - self.started)], "stage": [*stage, status.doing]}
-        return Group(_table(rows), self.make_tasks_table(self.tasks), _table(_details(status, view)))
+            several = len(view.levels) > 1
+            stage.append(f"{'alternation' if several else 'step'} {view.step}/{view.total_steps}")
+            done = view.step / max(view.total_steps, 1)
+            self.update(self.task, completed=done, left=f"{clock(view.left)} left")
+            for level in view.levels:
+                prefix = f"{level}/" if several else ""
+                details[f"{level} level" if several else "training"] = _named(view.metrics, prefix, LEVEL_METRICS)
+            details["hypergradient"] = _named(view.metrics, "solver/", SOLVER_METRICS)
+            details["speed"] = [f"{view.seconds:.3g} s/step"] if view.seconds is not None else []
+            if view.speed:
+                text = "{images_per_second:.0f} images/s  {waiting:.0%} waiting for data"
+                details["speed"].append(text.format(**view.speed))
+        stage.append(status.doing)
+        if status.device is not None and status.device.type == "cuda":
+            peak = torch.cuda.max_memory_allocated(status.device)
+            details["memory"] = [f"GPU {format_size(peak)} allocated, peak"]
+        details |= {"evaluation": [status.evaluation], "checkpoint": [status.checkpoint]}
+        return Group(_table(rows), self.make_tasks_table(self.tasks), _table(details))
 
 
-def _details(status: RunStatus, view: StageView | None) -> dict[str, Sequence[str]]:
-    rows: dict[str, Sequence[str]] = {}
-    for level in view.levels if view else ():
-        several = len(view.levels) > 1
-        label = f"{level} level" if several else "training"
-        rows[label] = _named(view.metrics, f"{level}/" if several else "", LEVEL_METRICS)
-    if view:
-        rows["hypergradient"] = _named(view.metrics, "solver/", SOLVER_METRICS)
-        speed = [f"{view.seconds:.3g} s/step"] if view.seconds is not None else []
-        if view.speed:
-            speed += ["{images_per_second:.0f} images/s".format(**view.speed)]
-            speed += ["{waiting:.0%} waiting for data".format(**view.speed)]
-        rows["speed"] = speed
-    rows |= {"memory": [_memory(status.device)], "evaluation": [status.evaluation]}
-    if status.checkpoint:
-        place, written = status.checkpoint
-        rows["checkpoint"] = [place, f"{clock(time.monotonic() - written)} ago"]
-    return rows
-
-
-def _table(rows: dict[str, Sequence[str]]) -> Table:
+def _table(rows: dict[str, list[str]]) -> Table:
     table = Table.grid(padding=(0, 2))
     for label, items in rows.items():
         if any(items):
@@ -163,15 +156,6 @@ def _table(rows: dict[str, Sequence[str]]) -> Table:
 
 def _named(metrics: dict[str, Any], prefix: str, names: Sequence[str]) -> list[str]:
     return [f"{name} {short(metrics[prefix + name])}" for name in names if prefix + name in metrics]
-
-
-def _memory(device: torch.device | None) -> str:
-    if device is not None and device.type == "cuda":
-        stats = torch.cuda.memory_stats(device)
-        now, peak = (stats.get(f"allocated_bytes.all.{which}", 0) for which in ("current", "peak"))
-        return f"GPU {format_size(now)} allocated, {format_size(peak)} peak"
-    unit = 1 if sys.platform == "darwin" else 1024
-    return f"{format_size(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit)} of this process, peak"
 
 
 class _Frame(LiveRender):

@@ -8,9 +8,8 @@ import os
 import secrets
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +48,11 @@ class Record:
 
 
 class Writer:
-    """A destination of metrics."""
+    """A destination of metrics; an optional one that fails is a warning, and the run continues without it."""
+
+    name = ""
+    folder: Path
+    target: Any = None
 
     def begin(self, stage: str, step: int) -> None:
         """Start a stage, or resume it after `step`."""
@@ -63,56 +66,22 @@ class Writer:
     def close(self, failed: bool) -> None:
         """Close the writer at the end of the run."""
 
-
-class AppendedFile:
-    """A file to which entries are appended, each as a whole or not at all; if the disk refuses, they are kept pending.
-
-    Attributes:
-        pending: entries that are not in the file yet.
-        lost: number of entries that exceeded the buffer.
-    """
-
-    def __init__(self, path: Path) -> None:
-        self.path = Path(path)
-        self.pending: deque[bytes] = deque(maxlen=BUFFER_LIMIT)
-        self.lost = 0
-        self._complete: int | None = None  # size of the file without the partial entry of a failed write
-
-    def append(self, entries: Iterable[bytes] = ()) -> None:
-        """Write pending entries and `entries`, and flush them to disk.
-
-        Raises:
-            OSError: they are pending; a partial entry is removed now or before the next write.
-        """
-        for entry in entries:
-            self.lost += len(self.pending) == BUFFER_LIMIT
-            self.pending.append(entry)
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        self._truncate()
-        size = self._size()
+    @contextlib.contextmanager
+    def _warning(self) -> Iterator[None]:
         try:
-            with open(self.path, "ab") as file:
-                file.write(b"".join(self.pending))
-                file.flush()
-                os.fsync(file.fileno())
-        except OSError:
-            self._complete = size
-            with contextlib.suppress(OSError):  # or before the next write
-                self._truncate()
-            raise
-        self.pending.clear()
-
-    def _truncate(self) -> None:
-        if self._complete is not None and self._size() > self._complete:
-            os.truncate(self.path, self._complete)
-        self._complete = None
-
-    def _size(self) -> int:
-        return self.path.stat().st_size if self.path.exists() else 0
+            yield
+        except Exception as error:  # of any type; the training matters more than a copy of its metrics
+            self.target = None
+            logger.warning(
+                f"{self.name}: {type(error).__name__}: {error} The run continues without it; all metrics are in "
+                f"{self.folder / METRICS_FILE}."
+            )
 
 
 class JsonWriter(Writer):
     """Append one line to `metrics.jsonl` for each record; a resumed run drops the lines of steps that it repeats.
+
+    Lines are written as a whole or not at all; if the disk refuses, they are kept in memory for the next step.
 
     Args:
         period: steps between warnings that the file cannot be written.
@@ -128,40 +97,52 @@ class JsonWriter(Writer):
             CheckpointError: the file cannot be truncated.
         """
         drop_lines_after(self.path, stage, step)
-        self.file, self.warned = AppendedFile(self.path), -math.inf
+        self.size = self.path.stat().st_size if self.path.exists() else 0
+        self.pending: deque[bytes] = deque(maxlen=BUFFER_LIMIT)
+        self.lost, self.warned = 0, -math.inf
 
     def write(self, records: Sequence[Record], step: int) -> None:
         """Append a line for each record."""
-        lines = []
         for record in records:
             head = {"stage": record.stage, "step": record.step, "time": time.time()}
-            lines.append((json.dumps({**head, **_jsonable(record.metrics)}) + "\n").encode())
-        if not lines and not self.file.pending:
-            return
-        try:
-            self.file.append(lines)
-        except OSError as error:
-            if step - self.warned >= self.period:
-                self.warned = step
-                logger.warning(
-                    f"{self.path} could not be written: {self._reason(error)}. The run continues; "
-                    f"{len(self.file.pending)} lines are kept in memory for the next write."
-                )
+            self.lost += len(self.pending) == BUFFER_LIMIT
+            self.pending.append((json.dumps({**head, **_jsonable(record.metrics)}) + "\n").encode())
+        problem = self._flush()
+        if problem and step - self.warned >= self.period:
+            self.warned = step
+            logger.warning(
+                f"{self.path} could not be written: {problem}. The run continues; {len(self.pending)} lines are kept "
+                "in memory for the next write."
+            )
 
     def end(self) -> None:
         """Write pending lines, and warn about those that are lost."""
-        reason = f"more than {BUFFER_LIMIT} were pending"
-        try:
-            if self.file.pending:
-                self.file.append()
-        except OSError as error:
-            self.file.lost += len(self.file.pending)
-            reason = self._reason(error)
-        if self.file.lost:
-            logger.warning(f"{self.file.lost} lines of {self.path} are lost: {reason}.")
+        problem = self._flush()
+        lost = self.lost + len(self.pending)
+        if lost:
+            logger.warning(
+                f"{lost} lines of {self.path} are lost: {problem or f'more than {BUFFER_LIMIT} were pending'}."
+            )
 
-    def _reason(self, error: OSError) -> str:
-        return reason_of(error, self.path, sum(map(len, self.file.pending)))
+    def _flush(self) -> str:
+        """Write pending lines through to the disk; return the problem, or an empty string."""
+        if not self.pending:
+            return ""
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with open(self.path, "ab") as file:
+                if file.tell() > self.size:  # drop what remained of a failed write
+                    file.truncate(self.size)
+                file.write(b"".join(self.pending))
+                file.flush()
+                os.fsync(file.fileno())
+                self.size = file.tell()
+            self.pending.clear()
+            return ""
+        except OSError as error:
+            with contextlib.suppress(OSError):  # or before the next write
+                os.truncate(self.path, self.size)
+            return reason_of(error, self.path, sum(map(len, self.pending)))
 
 
 def drop_lines_after(path: Path, stage: str, step: int) -> None:
@@ -208,41 +189,31 @@ def _jsonable(metrics: dict[str, Any]) -> dict[str, Any]:
 class TensorBoardWriter(Writer):
     """Write scalars for TensorBoard to the folder `tensorboard`, one file per stage and process."""
 
+    name = "TensorBoard"
+
     def __init__(self, folder: Path) -> None:
-        self.folder = Path(folder) / "tensorboard"
+        self.folder = Path(folder)
 
     def begin(self, stage: str, step: int) -> None:
         """Open a file."""
         from torch.utils.tensorboard import SummaryWriter
 
-        self.writer: SummaryWriter | None = None
         with self._warning():
-            self.writer = SummaryWriter(str(self.folder), flush_secs=10)
+            self.target = SummaryWriter(str(self.folder / "tensorboard"), flush_secs=10)
 
     def write(self, records: Sequence[Record], step: int) -> None:
         """Write every number under its name, at the record's number."""
         with self._warning():
-            for record in records if self.writer else ():
+            for record in records if self.target else ():
                 name = f"{record.stage}/{record.key}" if record.key else record.stage
                 for metric, value in record.numbers().items():
-                    self.writer.add_scalar(f"{name}/{metric}", value, record.number)
+                    self.target.add_scalar(f"{name}/{metric}", value, record.number)
 
     def end(self) -> None:
         """Flush and close the file."""
-        if self.writer:
+        if self.target:
             with self._warning():
-                self.writer.close()
-
-    @contextlib.contextmanager
-    def _warning(self) -> Iterator[None]:
-        try:
-            yield
-        except OSError as error:
-            self.writer = None
-            logger.warning(
-                f"TensorBoard file in {self.folder} could not be written: {error.strerror}. It is incomplete; all "
-                f"metrics are in {METRICS_FILE}."
-            )
+                self.target.close()
 
 
 class WandbWriter(Writer):
@@ -252,66 +223,48 @@ class WandbWriter(Writer):
     on have their usual meaning.
     """
 
+    name = "wandb"
+
     def __init__(self, folder: Path, config: Mapping[str, Any]) -> None:
         self.folder = Path(folder)
-        self.run: Any = None
         self.defined: set[str] = set()
-        self._guarded(partial(self._open, config))
+        with self._warning():
+            import wandb
 
-    def _open(self, config: Mapping[str, Any]) -> None:
-        import wandb
-
-        id_file = self.folder / "wandb" / "run_id"
-        if not id_file.exists():
-            id_file.parent.mkdir(parents=True, exist_ok=True)
-            id_file.write_text(secrets.token_hex(4) + "\n")
-        names = {"name": self.folder.resolve().name, "project": PROJECT}
-        self.run = wandb.init(
-            id=id_file.read_text().strip(),
-            resume="allow",
-            dir=self.folder,
-            config=dict(config),
-            settings=wandb.Settings(console="off", silent=True, finish_timeout=UPLOAD_TIMEOUT),
-            **{key: value for key, value in names.items() if f"WANDB_{key.upper()}" not in os.environ},
-        )
-        logger.info(f"wandb: {Path(self.run.dir).parent if self.run.offline else self.run.url}")
-
-    def begin(self, stage: str, step: int) -> None:
-        """Plot the metrics of the stage over its steps."""
-        self._guarded(partial(self._define, stage, "step"))
-
-    def _define(self, name: str, number: str) -> None:
-        if self.run and name not in self.defined:
-            self.defined.add(name)
-            self.run.define_metric(f"{name}/{number}", hidden=True)
-            self.run.define_metric(f"{name}/*", step_metric=f"{name}/{number}")
+            id_file = self.folder / "wandb" / "run_id"
+            if not id_file.exists():
+                id_file.parent.mkdir(parents=True, exist_ok=True)
+                id_file.write_text(secrets.token_hex(4) + "\n")
+            names = {"name": self.folder.resolve().name, "project": PROJECT}
+            self.target = wandb.init(
+                id=id_file.read_text().strip(),
+                resume="allow",
+                dir=self.folder,
+                config=dict(config),
+                settings=wandb.Settings(console="off", silent=True, finish_timeout=UPLOAD_TIMEOUT),
+                **{key: value for key, value in names.items() if f"WANDB_{key.upper()}" not in os.environ},
+            )
+            run = self.target
+            logger.info(f"wandb: {Path(run.dir).parent if run.offline else run.url}")
 
     def write(self, records: Sequence[Record], step: int) -> None:
-        """Log every number under its name, at the record's number."""
-        if self.run:
-            self._guarded(lambda: [self._log(record) for record in records if record.numbers()])
-
-    def _log(self, record: Record) -> None:
-        # not `stage/key`, which `stage/*` would match too
-        name, number = (f"{record.stage}_{record.key}", "number") if record.key else (record.stage, "step")
-        self._define(name, number)
-        metrics = {f"{name}/{key}": value for key, value in record.numbers().items()}
-        self.run.log({**metrics, f"{name}/{number}": record.number})
+        """Log every number under its name, plotted over the record's number."""
+        with self._warning():
+            for record in records if self.target else ():
+                # not `stage/key`, which `stage/*` would match too
+                name, number = (f"{record.stage}_{record.key}", "number") if record.key else (record.stage, "step")
+                if name not in self.defined:
+                    self.defined.add(name)
+                    self.target.define_metric(f"{name}/{number}", hidden=True)
+                    self.target.define_metric(f"{name}/*", step_metric=f"{name}/{number}")
+                if metrics := {f"{name}/{key}": value for key, value in record.numbers().items()}:
+                    self.target.log({**metrics, f"{name}/{number}": record.number})
 
     def close(self, failed: bool) -> None:
         """Finish the run there, as successful or failed."""
-        if self.run:
-            self._guarded(lambda: self.run.finish(exit_code=int(failed)))
-
-    def _guarded(self, action: Callable[[], Any]) -> None:
-        try:
-            action()
-        except Exception as error:  # of any type; the training matters more than a copy of its metrics
-            self.run = None
-            logger.warning(
-                f"wandb: {type(error).__name__}: {error} The run continues without it; all metrics are in "
-                f"{self.folder / METRICS_FILE}."
-            )
+        if self.target:
+            with self._warning():
+                self.target.finish(exit_code=int(failed))
 
 
 def check_writers(names: Sequence[str], source: str) -> None:
@@ -320,14 +273,13 @@ def check_writers(names: Sequence[str], source: str) -> None:
     Raises:
         ConfigError: a writer does not exist or its library is missing, or `json` is left out.
     """
-    for name in names:
-        if name not in NAMES:
-            hint = did_you_mean(str(name), NAMES)
-            raise ConfigError(f"{source}: train.writers has '{name}'.{hint} Writers: {', '.join(NAMES)}.")
+    if unknown := [name for name in names if name not in NAMES]:
+        hint = did_you_mean(str(unknown[0]), NAMES)
+        raise ConfigError(f"{source}: train.writers has '{unknown[0]}'.{hint} Writers: {', '.join(NAMES)}.")
     if "json" not in names:
         raise ConfigError(
             f"{source}: train.writers is {list(names)}, but json cannot be left out: a run is resumed and shown from "
-            f"{METRICS_FILE}. Add it, as in train.writers=[json{''.join(f',{name}' for name in names)}]."
+            f"{METRICS_FILE}. Add it."
         )
     if "wandb" in names:
         try:

@@ -17,7 +17,7 @@ from bissl_zoo.engine.hooks import MetricsWriter, PeriodicCheckpoint
 from bissl_zoo.engine.trainer import Hook, Trainer
 from bissl_zoo.errors import CheckpointError
 from bissl_zoo.progress import writers
-from bissl_zoo.progress.writers import AppendedFile, JsonWriter
+from bissl_zoo.progress.writers import JsonWriter, Record
 from bissl_zoo.runs import disk
 from bissl_zoo.runs.checkpoint import Checkpointer, load_checkpoint
 from bissl_zoo.runs.disk import DiskError
@@ -25,7 +25,6 @@ from bissl_zoo.runs.disk import DiskError
 logger = logging.getLogger("bissl_zoo.tests")
 CPU = torch.device("cpu")
 MIB = 1 << 20
-ENTRY = b"entry %06d\n"
 
 
 @pytest.fixture
@@ -235,16 +234,17 @@ def test_a_resumed_run_has_each_step_once_after_a_disk_that_was_full(tmp_path, f
     assert [record["step"] for record in records if "event" not in record] == list(range(1, 9))
 
 
-def test_what_waits_is_bounded_and_the_oldest_go_first(tmp_path, failing_fsync, monkeypatch):
+def test_pending_lines_are_bounded_and_the_oldest_are_lost(tmp_path, failing_fsync, monkeypatch, capsys):
     monkeypatch.setattr(writers, "BUFFER_LIMIT", 3)
-    recover = failing_fsync("log", errno.EIO)
-    file = AppendedFile(tmp_path / "log")
-    for number in range(5):
-        with pytest.raises(OSError):
-            file.append([ENTRY % number])
+    recover = failing_fsync("metrics.jsonl", errno.EIO)
+    writer = JsonWriter(tmp_path, period=10)
+    writer.begin("stage", 0)
+    for step in range(5):
+        writer.write([Record("stage", step, {})], step)
     recover()
-    file.append([])
-    assert file.path.read_bytes() == b"".join(ENTRY % number for number in (2, 3, 4)) and file.lost == 2
+    writer.end()
+    assert [json.loads(line)["step"] for line in writer.path.read_text().splitlines()] == [2, 3, 4]
+    assert warnings(capsys)[-1].endswith(f"2 lines of {writer.path} are lost: more than 3 were pending.")
 
 
 def test_output_to_a_full_disk_does_not_end_the_run_but_a_closed_pipe_does(monkeypatch):

@@ -45,9 +45,7 @@ def voc_det(writers, **options):
     ("writers", "message"),
     [
         ("[json,tensorbord]", "train.writers has 'tensorbord'. Did you mean 'tensorboard'? Writers: json, tensorboard"),
-        ("[json,wanb]", "train.writers has 'wanb'. Did you mean 'wandb'?"),
-        ("[tensorboard]", "json cannot be left out: a run is resumed and shown from metrics.jsonl"),
-        ("[]", "Add it, as in train.writers=[json]."),
+        ("[tensorboard]", "json cannot be left out"),
         ("json", "'train.writers' is a list"),
     ],
 )
@@ -155,7 +153,7 @@ def history(entries):
 
 
 @pytest.mark.slow
-def test_wandb_has_the_config_and_every_figure_and_a_resumed_run_is_the_same_one(wandb, tmp_path, capsys):
+def test_wandb_has_the_config_and_every_metric_and_a_resumed_run_is_the_same_one(wandb, tmp_path, capsys):
     folder = tmp_path / "run"
     folder.mkdir()
     train(folder, "json", "wandb")
@@ -194,10 +192,10 @@ def test_a_wandb_that_fails_on_the_way_is_one_warning_and_the_run_goes_on(wandb,
     with open_writers(["json", "wandb"], tmp_path, 1) as writers:
         *_, writer = writers
 
-        def refuse(figures):
+        def refuse(metrics):
             raise ConnectionError("gone")
 
-        run, writer.run.log = writer.run, refuse
+        run, writer.target.log = writer.target, refuse
         for step in (1, 2):
             writer.write([Record("stage", step, {"loss": 1.0})], step)
     run.finish()
