@@ -1,4 +1,4 @@
-"""Statistics of a few seeds: means, paired differences, confidence intervals and tests."""
+"""Statistics of a few seeds: means, paired differences, intervals, tests, and the number of seeds for an effect."""
 
 import math
 from collections.abc import Sequence
@@ -89,6 +89,80 @@ def compare_paired(values: Sequence[float], reference: Sequence[float], confiden
         statistic = abs(summary.mean) / (summary.std / math.sqrt(summary.count))
         paired_p = 2.0 * float(stats.t.sf(statistic, summary.count - 1))
     return Difference(**vars(summary), paired_p=paired_p, welch_p=_welch(array, other))
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """Return p values adjusted for several tests (Holm, Scand. J. Statist. 6, 1979); reject where they are < level.
+
+    Args:
+        p_values: of the tests of one family, in any order.
+    """
+    adjusted, highest = [0.0] * len(p_values), 0.0
+    for rank, index in enumerate(sorted(range(len(p_values)), key=p_values.__getitem__)):
+        highest = max(highest, min(1.0, (len(p_values) - rank) * p_values[index]))
+        adjusted[index] = highest
+    return adjusted
+
+
+def equivalence_p(difference: Summary, margin: float) -> float | None:
+    """Return the p value of two one-sided t tests (TOST; Schuirmann, 1987) that the mean lies within +- `margin`.
+
+    A p value below the level shows that the two arms differ by less than the margin. None without spread or seeds.
+
+    Raises:
+        BisslZooError: the margin is not positive.
+    """
+    return _one_sided(difference, margin, margin)
+
+
+def non_inferiority_p(difference: Summary, margin: float, higher_is_better: bool = True) -> float | None:
+    """Return the p value of the one-sided t test that the mean is not worse than zero by `margin` or more.
+
+    Raises:
+        BisslZooError: the margin is not positive.
+    """
+    return _one_sided(difference, margin, None) if higher_is_better else _one_sided(difference, None, margin)
+
+
+def _one_sided(difference: Summary, below: float | None, above: float | None) -> float | None:
+    """Return the larger p value of the tests that the mean is above `-below` and below `above`."""
+    margins = [margin for margin in (below, above) if margin is not None]
+    if not all(margin > 0 for margin in margins):
+        raise BisslZooError(f"The margin is {margins[0]}; use a positive difference of the metric, such as 0.01.")
+    if not difference.std:
+        return None
+    error = difference.std / math.sqrt(difference.count)
+    distances = [] if below is None else [difference.mean + below]
+    distances += [] if above is None else [above - difference.mean]
+    return max(float(stats.t.sf(distance / error, difference.count - 1)) for distance in distances)
+
+
+def seeds_needed(std: float, effect: float, level: float = 0.05, power: float = 0.8, most: int = 10_000) -> int | None:
+    """Return the number of pairs with which a two-sided paired t test finds a mean difference.
+
+    Args:
+        std: standard deviation of the paired differences.
+        effect: the difference to be found, of either sign.
+        power: probability of finding it.
+    Returns:
+        The smallest sufficient number, at least 2; None if it exceeds `most`.
+    """
+
+    def found(count: int) -> float:
+        critical = stats.t.isf(level / 2, count - 1)
+        return float(stats.nct.sf(critical, count - 1, abs(effect) / std * math.sqrt(count)))
+
+    if std == 0:
+        return 2
+    low, high = 2, 2
+    while found(high) < power:
+        low, high = high, 2 * high
+        if high > 2 * most:
+            return None
+    while low < high:
+        middle = (low + high) // 2
+        low, high = (low, middle) if found(middle) >= power else (middle + 1, high)
+    return low if low <= most else None
 
 
 def _welch(values: np.ndarray, reference: np.ndarray) -> float | None:

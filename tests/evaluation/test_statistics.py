@@ -7,7 +7,14 @@ import pytest
 from scipy import stats
 
 from bissl_zoo.errors import BisslZooError
-from bissl_zoo.evaluation.statistics import compare_paired, summarize
+from bissl_zoo.evaluation.statistics import (
+    compare_paired,
+    equivalence_p,
+    holm,
+    non_inferiority_p,
+    seeds_needed,
+    summarize,
+)
 
 #: of Student's t, two-sided, 95 %, from a printed table
 T_TABLE = {1: 12.706, 2: 4.303, 4: 2.776, 9: 2.262}
@@ -102,3 +109,38 @@ def test_invalid_inputs_are_refused():
         summarize([])
     with pytest.raises(BisslZooError, match="between 0 and 1"):
         summarize([0.5, 0.6], confidence=95)
+
+
+def test_holms_adjusted_p_values_are_those_worked_out_by_hand():
+    # sorted 0.01, 0.02, 0.03, 0.04 times 4, 3, 2, 1, and never below the value before
+    assert holm([0.03, 0.01, 0.04, 0.02]) == pytest.approx([0.06, 0.04, 0.06, 0.06])
+    assert holm([0.9, 0.8]) == pytest.approx([1.0, 1.0])
+    assert holm([]) == []
+
+
+@pytest.mark.parametrize("shift", [0.0, 0.004, -0.02])
+def test_equivalence_is_the_larger_of_scipys_two_one_sided_tests(shift):
+    values, reference = draws()
+    difference, margin = compare_paired(values + shift, reference), 0.015
+    raw = values + shift - reference
+    above = stats.ttest_1samp(raw, -margin, alternative="greater").pvalue
+    below = stats.ttest_1samp(raw, margin, alternative="less").pvalue
+    assert equivalence_p(difference, margin) == pytest.approx(max(above, below), rel=1e-9)
+    assert non_inferiority_p(difference, margin) == pytest.approx(above, rel=1e-9)
+    assert non_inferiority_p(difference, margin, higher_is_better=False) == pytest.approx(below, rel=1e-9)
+
+
+def test_equivalence_needs_a_positive_margin_and_a_spread():
+    with pytest.raises(BisslZooError, match="margin"):
+        equivalence_p(compare_paired([1.0, 2.0], [1.0, 1.5]), 0.0)
+    assert equivalence_p(compare_paired([1.0], [0.9]), 0.1) is None
+
+
+def test_the_number_of_seeds_gives_the_power_asked_for():
+    # a printed table: effects of 1 and 0.5 standard deviations need 10 and 34 pairs at 5 % and a power of 0.8
+    assert seeds_needed(1.0, 1.0) == 10
+    assert seeds_needed(2.0, -1.0) == 34
+    assert seeds_needed(1.0, 1e-6) is None and seeds_needed(0.0, 0.1) == 2
+    generator = np.random.default_rng(0)
+    samples = generator.normal(0.02, 0.025, (4000, seeds_needed(0.025, 0.02)))
+    assert (stats.ttest_1samp(samples, 0.0, axis=1).pvalue < 0.05).mean() == pytest.approx(0.82, abs=0.04)
