@@ -15,6 +15,7 @@ from bissl_zoo.backbones import Backbone, Tail
 from bissl_zoo.bilevel.level import Level
 from bissl_zoo.config import instantiate
 from bissl_zoo.data.batches import to_device
+from bissl_zoo.data.datasets.fraction import LabelFraction
 from bissl_zoo.data.loaders import PlacedSampler
 from bissl_zoo.data.views import two_parts
 from bissl_zoo.distributed import broadcast_module
@@ -64,6 +65,9 @@ def build_datasets(cfg: DictConfig, roles: set[str]) -> dict[str, Dataset]:
     for role in labelled:
         if data[role].classes is None:
             raise DatasetError(f"dataloader.{role} reads an unlabelled data set; the downstream task needs labels.")
+    if "train" in data and (fraction := cfg.train.get("label_fraction")) is not None:
+        seed = cfg.train.seed if cfg.train.label_seed is None else cfg.train.label_seed
+        data["train"] = LabelFraction(data["train"], fraction, seed)
     for role in labelled[1:]:
         _check_classes(labelled[0], data[labelled[0]].classes, role, data[role].classes)
     if {"val", "test"} <= data.keys() and _same_samples(data["val"], data["test"]):

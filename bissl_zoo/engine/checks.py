@@ -43,6 +43,7 @@ logger = logging.getLogger(__name__)
 _OPEN_SECTIONS = ("optimizer", "lr_multiplier", "dataloader", "backbone", "pretext", "task", "solver")
 _MINIMUM = {
     "train.seed": 0,
+    "train.label_seed": 0,
     "train.log_period": 1,
     "train.max_skipped": 0,
     "train.checkpoint.period": 1,

@@ -8,6 +8,8 @@ train = dict(
     hooks=None,  # additional hooks, a list of lazy calls such as [L(MyHook)(period=10)]; see the engine reference
     zoo=None,  # folder, address or list of them in which zoo:NAME is looked up; null: $BISSL_ZOO, or model_zoo/
     seed=0,  # seed of weights, data order and augmentation
+    label_fraction=None,  # share of dataloader.train to use, such as 0.05, class by class; null: all of it
+    label_seed=None,  # seed of that share; null: train.seed; smaller shares of a seed are contained in larger ones
     deterministic=False,  # use deterministic algorithms; resumed runs are bit-equal, too; slower on GPUs
     device="auto",  # auto (a GPU if available), cpu, cuda
     amp=None,  # bf16: bfloat16 autocast for losses that are differentiated once; null: float32

@@ -132,8 +132,11 @@ class ImageFolder:
         return len(self._files)
 
     def __getitem__(self, index: int) -> "tuple[Image.Image | Tensor, int | None]":
-        target = None if self.classes is None else int(self._labels[index])
-        return self._load(self.source(index)), target
+        return self._load(self.source(index)), self.target(index)
+
+    def target(self, index: int) -> int | None:
+        """Return the class index of sample `index` without decoding its image; None without labels."""
+        return None if self.classes is None else int(self._labels[index])
 
     def source(self, index: int) -> str:
         """Return the file of sample `index`."""
