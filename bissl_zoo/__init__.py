@@ -12,12 +12,14 @@ _PUBLIC = {
     "DOWNSTREAM_TASKS": "registry",
     "PRETEXT_METHODS": "registry",
     "SOLVERS": "registry",
+    "Model": "model",
     "STAGES": "registry",
     "create_backbone": "zoo",
     "get_config": "zoo",
     "get_entry": "zoo",
     "list_backbones": "zoo",
     "load_config": "config",
+    "load_model": "model",
 }
 
 __all__ = sorted(_PUBLIC)

@@ -17,7 +17,7 @@ LAYERS = [
     {"config", "registry", "distributed", "optim", "files", "errors"},
     {"weights", "backbones", "data", "evaluation", "hypergradient"},
     {"zoo", "pretext", "downstream", "bilevel"},
-    {"runs", "progress"},
+    {"runs", "progress", "model"},
     {"engine"},
     {"analysis", "doctor"},
     {"studies", "report"},

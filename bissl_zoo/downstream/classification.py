@@ -76,6 +76,22 @@ class PooledLinear(DownstreamTask, ABC):
         """Return the probabilities `(K,)` of the classes for the logits `(K,)` of one image."""
         return logits.float().softmax(dim=0)
 
+    def blank_target(self, size: tuple[int, int]) -> Any:
+        """Return the first class."""
+        return 0
+
+    def describe(self, prediction: Tensor, threshold: float = 0.5) -> dict[str, Any]:
+        """Return the most probable class as `label`, its probability as `score`, and `probabilities` by class name."""
+        values = self.probabilities(prediction)
+        label = int(values.argmax())
+        probabilities = dict(zip(self.classes, values.tolist(), strict=True))
+        return {"label": self.classes[label], "score": values[label].item(), "probabilities": probabilities}
+
+    def preprocessing(self) -> dict[str, Any]:
+        """Return the shorter side after resizing, the side of the central crop, and the normalisation."""
+        sizes = {"resize": self.resize, "crop": self.image_size, "interpolation": "bicubic"}
+        return {**sizes, "mean": self.mean, "std": self.std}
+
     def draw(self, axes: "Axes", image: Any, value: Any, predicted: bool = False, threshold: float = 0.5) -> None:
         """Show the image with its classes or, of a prediction, with the three most probable classes."""
         show_image(axes, image, self._predicted(value) if predicted else self._target_text(value))

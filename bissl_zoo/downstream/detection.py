@@ -58,19 +58,28 @@ class DetectionTask(DownstreamTask, ABC):
 
         return self.random_batch(n, size, target)
 
+    def blank_target(self, size: tuple[int, int]) -> Target:
+        """Return a target without objects."""
+        nothing = torch.zeros(0)
+        return {"boxes": nothing.view(0, 4), "labels": nothing.long(), "difficult": nothing.bool(), "image_id": 0}
+
+    def describe(self, prediction: Target, threshold: float = 0.5) -> dict[str, Any]:
+        """Return `boxes` as x0, y0, x1, y1 in pixels of the image, `labels` as names, and `scores`, best first."""
+        best = _best(prediction, threshold)
+        labels = [self.classes[label] for label in best["labels"].tolist()]
+        return {"boxes": best["boxes"].tolist(), "labels": labels, "scores": best["scores"].tolist()}
+
     def draw(self, axes: "Axes", image: Any, value: Target, predicted: bool = False, threshold: float = 0.5) -> None:
         """Draw boxes with class names and, of a prediction, scores; difficult objects are dashed."""
+        if predicted:
+            value = _best(value, threshold)
         boxes, labels = value["boxes"], value["labels"]
         dashed = None if predicted else value["difficult"].tolist()
-        if predicted:
-            order = value["scores"].argsort(descending=True)
-            order = order[value["scores"][order] >= threshold]
-            boxes, labels, scores = boxes[order], labels[order], value["scores"][order].tolist()
         names = [self.classes[label] for label in labels.tolist()]
         counts = ", ".join(f"{count} {name}" for name, count in Counter(names).most_common())
         show_image(axes, image, counts or "no objects")
         if predicted:
-            names = [f"{name} {score:.2f}" for name, score in zip(names, scores, strict=True)]
+            names = [f"{name} {score:.2f}" for name, score in zip(names, value["scores"].tolist(), strict=True)]
         draw_boxes(axes, boxes, labels.tolist(), names, dashed)
 
     def score(self, prediction: Target, target: Target) -> float:
@@ -84,6 +93,13 @@ class DetectionTask(DownstreamTask, ABC):
         """Return the boxes that are not difficult with their classes."""
         rows = zip(target["boxes"].tolist(), target["labels"].tolist(), target["difficult"].tolist(), strict=True)
         return [(tuple(box), label) for box, label, difficult in rows if not difficult]
+
+
+def _best(prediction: Target, threshold: float) -> Target:
+    """Return the boxes with at least this score, in descending order of their scores."""
+    order = prediction["scores"].argsort(descending=True)
+    order = order[prediction["scores"][order] >= threshold]
+    return {key: prediction[key][order] for key in ("boxes", "labels", "scores")}
 
 
 def require_boxes(target: Any) -> None:
@@ -182,6 +198,11 @@ class FasterRCNN(DetectionTask):
             nms_thresh=nms_threshold,
             detections_per_img=detections,
         )
+
+    def preprocessing(self) -> dict[str, Any]:
+        """Return the sizes that an image is resized to, and the normalisation."""
+        sizes = {"min_size": self.resize.min_size[0], "max_size": self.resize.max_size, "interpolation": "bilinear"}
+        return {**sizes, "mean": list(self.resize.image_mean), "std": list(self.resize.image_std)}
 
     def transform(self, train: bool) -> Callable[[Any, Target], Batch]:
         """Return a conversion to float images in [0, 1] at their own size, with random flips for training."""

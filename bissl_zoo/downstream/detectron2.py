@@ -122,6 +122,12 @@ class Detectron2FasterRCNN(DetectionTask):
         change(described, {key: value for key, value in given.items() if value is not None})
         change(described, overrides or {})
         self.model = build(described)
+        self.mean, self.std = list(mean), list(std)
+
+    def preprocessing(self) -> dict[str, Any]:
+        """Return the sizes that an image is resized to, and the normalisation."""
+        sizes = {"min_size": max(self.sizes), "max_size": self.max_size, "interpolation": "bilinear"}
+        return {**sizes, "mean": self.mean, "std": self.std}
 
     def transform(self, train: bool) -> Callable[[Any, Target], Batch]:
         """Return a mapper to Detectron2's dicts (uint8 RGB, resized), with random flips of image and boxes to train."""

@@ -1,6 +1,7 @@
 """Multi-label image classification: an image shows any number of the classes."""
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -98,6 +99,18 @@ class MultilabelClassification(PooledLinear):
     def probabilities(self, logits: Tensor) -> Tensor:
         """Return independent probabilities `(K,)` for "bce", one distribution over the classes for "softmax"."""
         return super().probabilities(logits) if self.loss == "softmax" else logits.float().sigmoid()
+
+    def blank_target(self, size: tuple[int, int]) -> Tensor:
+        """Return "ignored" for all classes."""
+        return torch.full((len(self.classes),), -1.0)
+
+    def describe(self, prediction: Tensor, threshold: float = 0.5) -> dict[str, Any]:
+        """Return the classes with at least this probability as `labels` and `scores`, and all `probabilities`."""
+        probabilities = super().describe(prediction)["probabilities"]
+        order = sorted(probabilities, key=probabilities.get, reverse=True)
+        labels = [name for name in order if probabilities[name] >= threshold]
+        scores = [probabilities[name] for name in labels]
+        return {"labels": labels, "scores": scores, "probabilities": probabilities}
 
     def example_batch(self, n: int, size: tuple[int, int]) -> Batch:
         """Return `n` images of noise, each with one positive class."""

@@ -117,6 +117,27 @@ class DownstreamTask(nn.Module, ABC):
         """
         return [(None, None)]
 
+    def blank_target(self, size: tuple[int, int]) -> Any:
+        """Return a target that `transform(train=False)` and `collate` accept for an image without one, to predict.
+
+        Args:
+            size: width and height of the image in pixels.
+        """
+        return None
+
+    def describe(self, prediction: Any, threshold: float = 0.5) -> dict[str, Any]:
+        """Return the prediction for one image in plain types, with class names; by default its values.
+
+        Args:
+            prediction: item of the output of `predict`, on the CPU.
+            threshold: minimum score of the parts that are returned, such as boxes.
+        """
+        return {"prediction": prediction.tolist() if isinstance(prediction, Tensor) else prediction}
+
+    def preprocessing(self) -> dict[str, Any]:
+        """Return sizes, mean and std of `transform(train=False)` in plain types, for users of an exported model."""
+        return {}
+
     def random_batch(self, n: int, size: tuple[int, int], target: Callable[[int], Any]) -> Batch:
         """Return `n` images of noise with the targets `target(index)`, through the training transform and `collate`.
 

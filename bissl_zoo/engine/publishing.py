@@ -10,6 +10,7 @@ import timm
 from omegaconf import DictConfig
 
 from bissl_zoo.backbones import merge_split_states
+from bissl_zoo.bilevel.level import Level
 from bissl_zoo.engine.evaluate import Details, write_details
 from bissl_zoo.engine.features import pretext_pixels
 from bissl_zoo.engine.init import newest_weights, zoo_of
@@ -17,6 +18,7 @@ from bissl_zoo.engine.resume import is_done
 from bissl_zoo.engine.trainer import Context, Stage
 from bissl_zoo.errors import CheckpointError, ConfigError, ZooError
 from bissl_zoo.files import write_atomically
+from bissl_zoo.model import MODEL_FOLDER, Model, describe_model
 from bissl_zoo.registry import BACKBONES, STAGES
 from bissl_zoo.runs.directory import (
     CONFIG_FILE,
@@ -29,6 +31,7 @@ from bissl_zoo.runs.directory import (
     read_metadata,
     read_results,
 )
+from bissl_zoo.runs.disk import write_error
 from bissl_zoo.zoo import PublishedEntry, Zoo, publish_entry
 
 
@@ -45,6 +48,35 @@ def published(folder: Path) -> PublishedEntry | None:
         return PublishedEntry(**receipt) if receipt and texts else None
     except (CheckpointError, TypeError):
         return None
+
+
+def save_model(context: Context, stage: Stage, level: Level, metrics: dict[str, float]) -> None:
+    """Write a fine-tuned model to `model/` of the run, and that of the baseline to `model_pretrained/`.
+
+    Raises:
+        CheckpointError: it cannot be written.
+    """
+    cfg = context.cfg
+    metadata = describe_model(
+        level.head,
+        backbone_name=cfg.backbone.name,
+        backbone_arguments=arguments_of(cfg.backbone, "name"),
+        shared_stage=cfg.bilevel.shared_stage,
+        task_name=cfg.task.name,
+        task_arguments=arguments_of(cfg.task, "name"),
+        metrics=metrics,
+        start=stage.start,
+        licence=cfg.train.publish.licence,
+        parents=read_metadata(context.folder).get("ancestors", []),
+        imports=list(cfg.train.imports or []),
+    )
+    folder = context.folder / (f"{MODEL_FOLDER}_{stage.start}" if getattr(stage, "baseline", False) else MODEL_FOLDER)
+    size = sum(tensor.nbytes for part in (level.backbone, level.head) for tensor in part.state_dict().values())
+    try:
+        Model(level.backbone, level.head, metadata).save(folder)
+    except OSError as error:
+        advice = "Free space or fix the disk, then continue with --resume."
+        raise write_error(f"The model could not be written to {folder}", error, folder, size, advice) from error
 
 
 def finish_run(
@@ -74,7 +106,8 @@ def finished_outcome(context: Context, stages: Sequence[Stage]) -> dict[str, Any
     """Return results and entry of a run that has come to its end; None if it has not."""
     folder, publishing = context.folder, publishes(context.cfg)
     entry = published(folder) if publishing else None
-    written = (folder / RESULTS_FILE).exists()
+    models = (folder / MODEL_FOLDER).is_dir() or not any(stage.evaluates for stage in stages)
+    written = (folder / RESULTS_FILE).exists() and models
     if not written or (publishing and entry is None) or not all(is_done(stage, context) for stage in stages):
         return None
     return {"results": read_results(folder), "entry": entry}

@@ -5,6 +5,7 @@ import gc
 import logging
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,7 +17,7 @@ from bissl_zoo.engine.checks import check_parts, open_context
 from bissl_zoo.engine.evaluate import Details, evaluate, format_metrics, safe_details
 from bissl_zoo.engine.hooks import default_hooks
 from bissl_zoo.engine.init import load_init, pinned_init
-from bissl_zoo.engine.publishing import finish_run, finished_outcome
+from bissl_zoo.engine.publishing import finish_run, finished_outcome, save_model
 from bissl_zoo.engine.resume import build_resumed, deterministic, interrupt, newest_checkpoint
 from bissl_zoo.engine.stages import plan_stages
 from bissl_zoo.engine.trainer import Context, Stage, Trainer, Weights
@@ -118,7 +119,8 @@ def run_stages(
         if trainer.stopping or context.stop.pending(context.device):
             interrupt(context, trainer)
         if stage.evaluates:
-            results[stage.start] = evaluate_stage(context, stage, trainer, details)
+            results[stage.start] = metrics = evaluate_stage(context, stage, trainer, details)
+            on_main_process(partial(save_model, context, stage, trainer.levels()["level"], metrics))
         else:
             weights = trainer.result()
         trainer.close()
