@@ -1,12 +1,10 @@
-"""MkDocs hooks: render equations as MathML, include files in code blocks, and redirect links that leave docs/.
+"""MkDocs hooks: render equations as MathML, and redirect links that leave docs/.
 
-The Markdown is written for GitHub, where links lead to files of the checkout and `$...$` is mathematics. A code block
-that consists of `# file: configs/common/train.py` is replaced by the content of that file.
+The Markdown is written for GitHub, where links lead to files of the checkout and `$...$` is mathematics.
 """
 
 import posixpath
 import re
-from pathlib import Path
 from typing import Any
 
 from latex2mathml.converter import convert
@@ -31,8 +29,6 @@ PAGES = {
     "bissl_zoo/bilevel/algorithm.py": "reference/bilevel.md",
     "bissl_zoo/backbones/backbone.py": "reference/backbones.md",
 }
-ROOT = Path(__file__).resolve().parents[1]
-INCLUDED = re.compile(r"^# file: (\S+)$", re.MULTILINE)
 LINK = re.compile(r"(?<!!)\[([^\]\n]+)\]\((?!https?:|#|mailto:)([^)\s#]+)(#[^)\s]*)?\)")
 FENCED = re.compile(r"^(```|~~~).*?^\1\s*$", re.MULTILINE | re.DOTALL)
 NAME = re.compile(r"(?<!<pre>)(?<!<span></span>)<code>([^<\n]+)</code>")
@@ -41,7 +37,7 @@ EQUATION = re.compile(r'<(span|div) class="arithmatex">\\[(\[](.*?)\\[)\]]</\1>'
 
 
 def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
-    """Include files, and redirect links that leave docs/ to pages; a link without a page becomes plain text."""
+    """Redirect links that leave docs/ to pages; a link without a page becomes plain text."""
     folder = posixpath.dirname(f"docs/{page.file.src_uri}")
 
     def redirect(link: re.Match) -> str:
@@ -56,7 +52,7 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
 
     end, parts = 0, []
     for fence in FENCED.finditer(markdown):
-        parts += [LINK.sub(redirect, markdown[end : fence.start()]), INCLUDED.sub(_file, fence.group())]
+        parts += [LINK.sub(redirect, markdown[end : fence.start()]), fence.group()]
         end = fence.end()
     return "".join([*parts, LINK.sub(redirect, markdown[end:])])
 
@@ -65,10 +61,6 @@ def on_page_content(html: str, **_: Any) -> str:
     """Convert equations to MathML, which browsers render without a script, and allow line breaks in long names."""
     html = NAME.sub(lambda name: f"<code>{BREAK.sub('<wbr>', name.group(1))}</code>", html)
     return EQUATION.sub(_mathml, html)
-
-
-def _file(name: re.Match) -> str:
-    return (ROOT / name.group(1)).read_text(encoding="utf-8").rstrip()
 
 
 def _mathml(equation: re.Match) -> str:

@@ -25,6 +25,7 @@ import bissl_zoo.registry as registry
 from bissl_zoo.config import load_config
 from bissl_zoo.data.datasets.voc import VOC_CLASSES
 
+with_files = runpy.run_path(str(REPOSITORY / "docs" / "include_files.py"))["with_files"]
 PAGES = pages()
 BLOCKS = {page.relative_to(REPOSITORY).as_posix(): blocks(page) for page in PAGES}
 #: imports that the text of a page has introduced
@@ -268,6 +269,12 @@ def test_the_blocks_of_a_page_run_in_order_or_are_marked(page, reader, data):
                 run_python(block, namespace, reader)
             else:
                 run_bash(block, reader, data)
+
+
+@pytest.mark.parametrize("page", sorted((REPOSITORY / "docs").glob("**/*.md")), ids=lambda page: page.name)
+def test_the_files_in_a_page_are_those_of_the_checkout(page):
+    text = page.read_text(encoding="utf-8")
+    assert with_files(text) == text, "run `python docs/include_files.py`"
 
 
 def test_extras_named_in_the_pages_exist():

@@ -15,7 +15,7 @@ SECTIONS = {*SECTIONS.split(), "search", "compare"}
 NEEDS = {"network", "gpu", "slurm"}
 FENCE = re.compile(r"^```(\w*)\s*$")
 MARK = re.compile(r"^<!-- test: needs (\w+) -->$")
-INCLUDED = re.compile(r"# file: (\S+)")
+INCLUDED = re.compile(r"# file: (\S+)\n")
 
 
 class Block(NamedTuple):
@@ -29,8 +29,8 @@ class Block(NamedTuple):
 
     @property
     def source(self) -> str | None:
-        """Return the file that the block includes, or None if it is a block of code."""
-        include = INCLUDED.fullmatch(self.code.strip())
+        """Return the file that the block holds, or None if it is a block written for the page."""
+        include = INCLUDED.match(self.code + "\n")
         return include.group(1) if include else None
 
     @property
