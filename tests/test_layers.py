@@ -36,7 +36,6 @@ EXCEPTIONS = {
     ("zoo/stores/__init__.py", "zoo.stores.folder"): "a store is imported when a URL with its scheme is opened",
     ("zoo/stores/__init__.py", "zoo.stores.fsspec"): "a store is imported when a URL with its scheme is opened",
     ("report/__init__.py", "report.write"): "matplotlib is imported only when a report is written",
-    ("studies/jobs.py", "studies.ray_jobs"): "ray is an optional library",
 }
 
 

@@ -6,7 +6,7 @@ bissl compare --config-file configs/compare/papers_simclr.py --datasets food101,
 
 Arms: fine-tuning the pretrained backbone; BiSSL, then fine-tuning; as many more pretext steps, then fine-tuning; the
 BiSSL stage without curvature, then fine-tuning. Repeat the command to resume a comparison or, with more --seeds, to
-extend it. The report is written to train.output_dir: comparison.md, .csv, .json and .png.
+extend it. The report is written to train.output_dir: comparison.md, .json and .png.
 """
 
 import argparse
@@ -48,34 +48,24 @@ def names(text: str) -> list[str]:
 def run(args: argparse.Namespace) -> int:
     """Run the comparison and print its report."""
     from bissl_zoo.engine.checks import open_config
+    from bissl_zoo.errors import printable
     from bissl_zoo.progress.display import console
-    from bissl_zoo.studies.compare import compare, compare_datasets, describe
-    from bissl_zoo.studies.compare_report import datasets_table
+    from bissl_zoo.studies.compare import compare, open_comparisons
+    from bissl_zoo.studies.compare_report import datasets_table, summary
 
     chosen = {"compare.seeds": args.seeds, "compare.arms": args.arms}
     overrides = [f"{key}={json.dumps(value)}" for key, value in chosen.items() if value is not None]
     with console():
         cfg = open_config(args.config_file, [*args.overrides, *overrides])
         folder = Path(cfg.train.output_dir)
+        comparisons = open_comparisons(cfg, args.config_file, folder, args.datasets, args.parallel, args.engine)
         if args.dry_run:
-            print(describe(cfg, args.config_file, folder, args.datasets))
-        elif args.datasets:
-            settings = (args.parallel, args.report, args.engine)
-            reports = compare_datasets(cfg, args.config_file, folder, args.datasets, *settings)
-            print(f"\n{datasets_table(reports)}\n\nreport {folder / 'datasets.md'}")
-        else:
-            print_report(compare(cfg, args.config_file, folder, args.parallel, args.report, args.engine), folder)
+            print("\n\n".join(comparison.describe() for comparison in comparisons.values()))
+            return 0
+        reports = compare(comparisons, folder, args.report)
+    if args.datasets:
+        print(f"\n{datasets_table(reports)}\n\nreport {folder / 'datasets.md'}")
+    else:
+        print(f"\n{printable(summary(reports['']))}")
+        print(f"\nreport {folder / 'comparison.md'}   plot {folder / 'comparison.png'}")
     return 0
-
-
-def print_report(report: dict, folder: Path) -> None:
-    """Print the table, the sentences and the runs that are left out."""
-    from bissl_zoo.errors import printable
-    from bissl_zoo.studies.compare_report import table
-
-    print(f"\n{table(report)}\n")
-    for name, message in report["failures"].items():
-        print(f"warning: {name} is left out: {printable(message)}")
-    print("\n".join([*report["sentences"], report["conclusion"]]))
-    print("\n".join(f"  {note}" for note in report["notes"]))
-    print(f"\nreport {folder / 'comparison.md'}   plot {folder / 'comparison.png'}")

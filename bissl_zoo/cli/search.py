@@ -5,8 +5,8 @@ bissl search --config-file my.py --trials 20 --parallel 4 --prune finetune.eval_
 bissl search --config-file my.py --trials 50        # later: 30 more, in the same folder
 
 The section `search` of the config defines the search space; the default is learning rate and weight decay in the ranges
-of the BiSSL paper. Repeat the command to resume an interrupted search. The output folder holds trials.csv, search.png
-and best.yaml, a config for tools/train_net.py.
+of the BiSSL paper. Repeat the command to resume an interrupted search. The output folder holds trials.csv and
+best.yaml, a config for tools/train_net.py.
 """
 
 import argparse
@@ -40,7 +40,7 @@ def run(args: argparse.Namespace) -> int:
     """Run the search and print the best trials."""
     from bissl_zoo.engine.checks import open_config
     from bissl_zoo.progress.display import console
-    from bissl_zoo.studies.search import BEST_FILE, PLOT_FILE, TABLE_FILE, search
+    from bissl_zoo.studies.search import BEST_FILE, TABLE_FILE, search
 
     name = re.sub(r"[^\w.-]", "_", Path(args.config_file).stem)
     folder = args.output or Path("runs") / f"search_{name}"
@@ -48,6 +48,6 @@ def run(args: argparse.Namespace) -> int:
         cfg = open_config(args.config_file, args.overrides)
         result = search(cfg, args.config_file, folder, args.trials, args.parallel, args.prune, args.engine)
     print(f"\n{result.table}\n\nbest: {' '.join(result.best_overrides)}")
-    print(f"Results: {folder / TABLE_FILE}, {folder / PLOT_FILE}. Run the best config with")
+    print(f"Results: {folder / TABLE_FILE}. Run the best config with")
     print(f"    bissl train --config-file {folder / BEST_FILE}")
     return 0

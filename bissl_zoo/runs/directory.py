@@ -118,28 +118,33 @@ def prepare_run_dir(cfg: DictConfig, resume: bool) -> Path:
     return folder
 
 
+def flatten(value: Any, key: str = "") -> dict[str, Any]:
+    """Return the leaves of nested dictionaries and lists under dotted keys."""
+    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else None
+    if items is None:
+        return {key: value}
+    return {k: v for name, item in items for k, v in flatten(item, f"{key}.{name}".lstrip(".")).items()}
+
+
+def is_free(key: str) -> bool:
+    """Return True if a resumed run may change this key."""
+    return key.startswith(FREE_KEYS) or key.endswith(LOADER_KEYS)
+
+
 def _differences(old: DictConfig, new: DictConfig) -> list[tuple[str, Any, Any]]:
     """Return the keys that change what is computed, with the old and the new value."""
-
-    def leaves(node: Any, key: str = "") -> dict[str, Any]:
-        items = node.items() if isinstance(node, dict) else enumerate(node) if isinstance(node, list) else None
-        if items is None:
-            return {key: node}
-        return {k: v for name, item in items for k, v in leaves(item, f"{key}.{name}".lstrip(".")).items()}
-
-    before, after = (leaves(OmegaConf.to_container(cfg, resolve=True)) for cfg in (old, new))
+    before, after = (flatten(OmegaConf.to_container(cfg, resolve=True)) for cfg in (old, new))
     # an absent key equals null: it is from a later version, and null is its default
+    changed = [key for key in sorted(before.keys() | after.keys()) if before.get(key) != after.get(key)]
     return [
         (key, before.get(key, "absent"), after.get(key, "absent"))
-        for key in sorted(before.keys() | after.keys())
-        if before.get(key) != after.get(key) and not _is_free(key, before.get(key), after.get(key))
+        for key in changed
+        if not is_free(key) and not _is_longer(key, before.get(key), after.get(key))
     ]
 
 
-def _is_free(key: str, before: Any, after: Any) -> bool:
-    if key in LENGTHS:
-        return before is not None and after is not None and after > before
-    return key.startswith(FREE_KEYS) or key.endswith(LOADER_KEYS)
+def _is_longer(key: str, before: Any, after: Any) -> bool:
+    return key in LENGTHS and before is not None and after is not None and after > before
 
 
 def describe_environment() -> str:

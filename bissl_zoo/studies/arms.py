@@ -21,23 +21,6 @@ VARY = ("pretrain", "bissl", "finetune")
 SEARCHABLE = ("optimizer.finetune.", "lr_multiplier.finetune.", "clip_grad.finetune", "finetune.")
 
 
-def _no_overrides(cfg: DictConfig) -> list[str]:
-    return []
-
-
-def _longer_pretraining(cfg: DictConfig) -> list[str]:
-    """Pretrain for the steps of the lower level in the BiSSL stage, with its optimizer, schedule and clipping."""
-    plain = {"epochs": None, "ema": None, "accumulate": 1, "channels_last": False, "compile": False}
-    settings = {f"pretrain.{key}": value for key, value in plain.items()}
-    settings["pretrain.steps"] = cfg.bilevel.lower_steps * cfg.bilevel.alternations
-    settings |= {f"{section}.pretrain": cfg[section].lower for section in ("optimizer", "lr_multiplier", "clip_grad")}
-    return [override(key, value) for key, value in settings.items()]
-
-
-def _identity_solver(cfg: DictConfig) -> list[str]:
-    return [override("solver", load_config("common/solvers/identity.py").solver)]
-
-
 @dataclass(frozen=True)
 class Arm:
     """A way from the pretrained backbone to a fine-tuned model.
@@ -51,13 +34,26 @@ class Arm:
 
     label: str
     stage: str | None = None
-    overrides: Callable[[DictConfig], list[str]] = _no_overrides
+    overrides: Callable[[DictConfig], list[str]] = lambda cfg: []
     compared_with: tuple[str, ...] = ("pretrained",)
 
     @property
     def stages(self) -> list[str]:
         """Stages of a run from the pretrained backbone to the results."""
         return [*filter(None, [self.stage]), "finetune"]
+
+
+def _longer_pretraining(cfg: DictConfig) -> list[str]:
+    """Pretrain for the steps of the lower level in the BiSSL stage, with its optimizer, schedule and clipping."""
+    plain = {"epochs": None, "ema": None, "accumulate": 1, "channels_last": False, "compile": False}
+    settings = {f"pretrain.{key}": value for key, value in plain.items()}
+    settings["pretrain.steps"] = cfg.bilevel.lower_steps * cfg.bilevel.alternations
+    settings |= {f"{section}.pretrain": cfg[section].lower for section in ("optimizer", "lr_multiplier", "clip_grad")}
+    return [override(key, value) for key, value in settings.items()]
+
+
+def _identity_solver(cfg: DictConfig) -> list[str]:
+    return [override("solver", load_config("common/solvers/identity.py").solver)]
 
 
 #: every arm by its name; a module of `train.imports` may add others
@@ -92,28 +88,32 @@ def read_settings(cfg: DictConfig, source: str) -> Settings:
     if not OmegaConf.is_dict(cfg.get("compare")):
         raise ConfigError(f"{source}: the section 'compare' is missing; start from configs/compare/digit_scenes.py.")
     given = OmegaConf.to_container(cfg.compare, resolve=True)
-    for key in given.keys() - defaults.keys():
-        hint = did_you_mean(str(key), defaults)
-        raise ConfigError(f"{source}: no key 'compare.{key}'.{hint} Known: {', '.join(defaults)}.")
+    _check_names(given, defaults, "compare", source)
     values = {**defaults, **given}
-    if not isinstance(values["metric"], str):
-        raise ConfigError(f"{source}: compare.metric is {values['metric']!r}; name a metric of the task, such as AP50.")
-    if not _is_count(values["search_trials"]):
-        raise ConfigError(f"{source}: compare.search_trials is {values['search_trials']!r}; give a number, 0 for none.")
-    if not isinstance(values["datasets"], dict):
-        raise ConfigError(f"{source}: compare.datasets must map names to lists of overrides.")
-    _check_choice(values["vary"], VARY, "compare.vary", source)
-    values["seeds"], values["arms"] = _seeds(values["seeds"], source), _arms(values["arms"], source)
-    if values["search_trials"]:
-        _check_search(cfg, source)
-    if not pretrains(cfg) and cfg.train.init is None:
+    metric, vary, trials, datasets = (values[key] for key in ("metric", "vary", "search_trials", "datasets"))
+    seeds, arms = tuple(range(n) if _is_count(n := values["seeds"]) else n or ()), tuple(values["arms"] or ())
+    _check_names([vary], VARY, "compare.vary", source)
+    _check_names(arms, ARMS, "compare.arms", source)
+    has_pretraining = pretrains(cfg)
+    for key, valid, advice in (
+        ("metric", isinstance(metric, str), "name a metric of the task, such as AP50"),
+        ("seeds", seeds and all(map(_is_count, seeds)) and _differ(seeds), "give a number or a list of different ones"),
+        ("arms", len(arms) > 1 and "pretrained" in arms and _differ(arms), "give 'pretrained' and at least one other"),
+        ("vary", has_pretraining or vary != "pretrain", "but train.stages has no pretraining"),
+        ("search_trials", _is_count(trials), "give a number, 0 for none"),
+        ("datasets", isinstance(datasets, dict), "map names to lists of overrides"),
+    ):
+        if not valid:
+            raise ConfigError(f"{source}: compare.{key} is {values[key]!r}; {advice}. See configs/common/compare.py.")
+    if not has_pretraining and cfg.train.init is None:
         raise ConfigError(
             f"{source}: a comparison needs a pretrained backbone. Set train.init, as in train.init=zoo:NAME, or let it "
             "pretrain one: train.stages=[pretrain,bissl,finetune]."
         )
-    if not pretrains(cfg) and values["vary"] == VARY[0]:
-        raise ConfigError(f"{source}: compare.vary is '{VARY[0]}', but train.stages has no pretraining.")
-    return Settings(**values)
+    settings = Settings(metric, values["higher_is_better"], seeds, arms, vary, trials, datasets)
+    if trials:
+        _check_search(cfg, settings, source)
+    return settings
 
 
 def pretrains(cfg: DictConfig) -> bool:
@@ -121,30 +121,13 @@ def pretrains(cfg: DictConfig) -> bool:
     return any("backbone" in STAGES.get(name).provides and not alternates(name) for name in cfg.train.stages)
 
 
-def _seeds(value: Any, source: str) -> tuple[int, ...]:
-    seeds = list(range(value)) if _is_count(value) else value
-    if not isinstance(seeds, list) or not seeds or not all(map(_is_count, seeds)) or len(set(seeds)) < len(seeds):
-        raise ConfigError(f"{source}: seeds is {value!r}; give their number, such as 10, or a list without duplicates.")
-    return tuple(seeds)
-
-
-def _arms(value: Any, source: str) -> tuple[str, ...]:
-    arms = value if isinstance(value, list) else []
-    for name in arms:
-        _check_choice(name, ARMS, "compare.arms", source)
-    if len(set(arms)) < len(arms) or len(arms) < 2 or "pretrained" not in arms:
-        others = ", ".join(name for name in ARMS if name != "pretrained")
-        raise ConfigError(f"{source}: compare.arms is {value!r}; give 'pretrained' and at least one of {others}.")
-    return tuple(arms)
-
-
-def _check_search(cfg: DictConfig, source: str) -> None:
+def _check_search(cfg: DictConfig, settings: Settings, source: str) -> None:
     if not OmegaConf.is_dict(cfg.get("search")) or not cfg.search.get("overrides"):
         raise ConfigError(
             f"{source}: compare.search_trials needs a section 'search' whose overrides replace the test set by a "
             "validation split, as in configs/compare/cells.py."
         )
-    if cfg.compare.get("higher_is_better") is False:
+    if not settings.higher_is_better:
         raise ConfigError(f"{source}: a search maximizes its metric; set compare.search_trials=0 for error rates.")
     for key in cfg.search.get("space") or ():
         if not str(key).startswith(SEARCHABLE):
@@ -158,11 +141,16 @@ def _is_count(value: Any) -> bool:
     return type(value) is int and value >= 0
 
 
-def _check_choice(value: Any, choices: Iterable[str], key: str, source: str) -> None:
-    names = list(choices)
-    if value not in names:
-        hint = did_you_mean(str(value), names)
-        raise ConfigError(f"{source}: {key} has '{value}'.{hint} Known: {', '.join(names)}.")
+def _differ(values: tuple[Any, ...]) -> bool:
+    return len(set(values)) == len(values)
+
+
+def _check_names(given: Iterable[str], known: Iterable[str], key: str, source: str) -> None:
+    names = list(known)
+    for name in given:
+        if name not in names:
+            hint = did_you_mean(str(name), names)
+            raise ConfigError(f"{source}: {key} has '{name}'.{hint} Known: {', '.join(names)}.")
 
 
 def base_config(cfg: DictConfig) -> DictConfig:

@@ -3,9 +3,9 @@
 import json
 import logging
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from omegaconf import DictConfig, OmegaConf
@@ -20,12 +20,13 @@ from bissl_zoo.engine.init import ZOO_PREFIX, load_init
 from bissl_zoo.engine.stages.bissl import MIN_COUPLING, coupling
 from bissl_zoo.errors import BisslZooError, ConfigError, did_you_mean
 from bissl_zoo.files import read_json, write_atomically
+from bissl_zoo.runs.directory import flatten
 from bissl_zoo.runs.listing import FINISHED as RUN_FINISHED
 from bissl_zoo.runs.listing import is_run, look_at
 from bissl_zoo.studies.arms import ARMS, arm_config, base_config, pretrain_config, pretrains, read_settings
 from bissl_zoo.studies.compare_report import Results, make_report, save_datasets, save_report
-from bissl_zoo.studies.jobs import FINISHED, Job, JobOutcome, check_unchanged, progress_line, run_jobs
-from bissl_zoo.studies.search import draw, read_search, search, trial_config
+from bissl_zoo.studies.jobs import FINISHED, Engine, Job, JobOutcome, check_unchanged, progress_line, run_jobs
+from bissl_zoo.studies.search import check_metric, draw, read_search, search, trial_config
 
 #: what the results of a comparison depend on
 RECORD_FILE = "comparison.yaml"
@@ -35,79 +36,57 @@ SEARCHED_FILE = "searched.json"
 logger = logging.getLogger(__name__)
 
 
-def compare(
+def open_comparisons(
     cfg: DictConfig,
     source: str,
     folder: Path,
+    datasets: Sequence[str] | None = None,
     parallel: int | None = None,
-    only_report: bool = False,
-    engine: Literal["local", "ray"] = "local",
-) -> dict[str, Any]:
-    """Run a comparison or the rest of it, and write its report to `folder`.
+    engine: Engine = "local",
+) -> "dict[str, Comparison]":
+    """Return a comparison in `folder/NAME` for each name of `compare.datasets`, or one in `folder` under "".
 
     Args:
         source: name of the config for messages.
         parallel, engine: see `run_jobs`.
+    Raises:
+        ConfigError: an unknown data set or invalid settings.
+    """
+    if not datasets:
+        return {"": Comparison(cfg, source, folder, parallel, engine)}
+    known = read_settings(cfg, source).datasets
+    comparisons = {}
+    for name in datasets:
+        if name not in known:
+            hint = did_you_mean(name, known)
+            raise ConfigError(f"{source}: compare.datasets has no '{name}'.{hint} Known: {', '.join(known) or 'none'}.")
+        where = f"{source}, data set {name}"
+        changed = LazyConfig.apply_overrides(cfg, known[name], where)
+        comparisons[name] = Comparison(changed, where, folder / name, parallel, engine)
+    return comparisons
+
+
+def compare(comparisons: "dict[str, Comparison]", folder: Path, only_report: bool = False) -> dict[str, dict[str, Any]]:
+    """Run comparisons or the rest of them, and write their reports and, for data sets, the table of all to `folder`.
+
+    Args:
         only_report: report the runs that have finished so far and start none.
     Returns:
-        The report with the content of `comparison.json`.
+        The reports, each with the content of `comparison.json`.
     Raises:
-        BisslZooError: as `Comparison.check` and `Comparison.run`, or no run has finished.
+        BisslZooError: as `Comparison.check`, for all of them before the first run, and `Comparison.report`.
     """
-    comparison = Comparison(cfg, source, folder, parallel, engine)
-    if not only_report:
-        comparison.check()
-    return comparison.report(only_report)
-
-
-def compare_datasets(
-    cfg: DictConfig,
-    source: str,
-    folder: Path,
-    names: list[str],
-    parallel: int | None = None,
-    only_report: bool = False,
-    engine: Literal["local", "ray"] = "local",
-) -> dict[str, dict[str, Any]]:
-    """Run a comparison per data set in `folder/NAME`, and write the table of all after each of them.
-
-    Raises:
-        BisslZooError: as :func:`compare`; all data sets are checked before the first run.
-    """
-    comparisons = {
-        name: Comparison(*_dataset_config(cfg, source, name), folder / name, parallel, engine) for name in names
-    }
     if not only_report:
         for comparison in comparisons.values():
             comparison.check()
     reports = {}
     for name, comparison in comparisons.items():
-        logger.info(f"data set {name}")
+        if name:
+            logger.info(f"data set {name}")
         reports[name] = comparison.report(only_report)
-        save_datasets(reports, folder)
+        if name:
+            save_datasets(reports, folder)
     return reports
-
-
-def describe(cfg: DictConfig, source: str, folder: Path, names: list[str] | None = None) -> str:
-    """Check everything and list the runs and the overrides of each arm; nothing is run or written.
-
-    Raises:
-        BisslZooError: as `Comparison.check`.
-    """
-    if not names:
-        return Comparison(cfg, source, folder).describe()
-    comparisons = {name: Comparison(*_dataset_config(cfg, source, name), folder / name) for name in names}
-    return "\n\n".join(f"data set {name}\n\n{item.describe()}" for name, item in comparisons.items())
-
-
-def _dataset_config(cfg: DictConfig, source: str, name: str) -> tuple[DictConfig, str]:
-    """Return the config of a data set in `compare.datasets`, and its name for messages."""
-    known = read_settings(cfg, source).datasets
-    if name not in known:
-        hint = did_you_mean(name, known)
-        raise ConfigError(f"{source}: compare.datasets has no '{name}'.{hint} Known: {', '.join(known) or 'none'}.")
-    where = f"{source}, data set {name}"
-    return LazyConfig.apply_overrides(cfg, known[name], where), where
 
 
 class Comparison:
@@ -120,19 +99,14 @@ class Comparison:
     """
 
     def __init__(
-        self,
-        cfg: DictConfig,
-        source: str,
-        folder: Path,
-        parallel: int | None = None,
-        engine: Literal["local", "ray"] = "local",
+        self, cfg: DictConfig, source: str, folder: Path, parallel: int | None = None, engine: Engine = "local"
     ) -> None:
         self.source, self.folder, self.parallel, self.engine = source, folder, parallel, engine
         self.settings, self.base = read_settings(cfg, source), base_config(cfg)
         self.pretrains = pretrains(self.base)
         self.search = cfg.search if self.settings.search_trials else None
         #: base config with the data of the search: a BiSSL stage must not see the labels of the validation images
-        self.search_base = self._search_base() if self.settings.search_trials else None
+        self.search_base = self._search_base() if self.search is not None else None
         self.failed: dict[str, str] = {}
         self.parents: list[dict[str, str]] = []
         self.samples: dict[str, dict[str, str]] = {}
@@ -170,8 +144,7 @@ class Comparison:
                 f"lambda * lr_eff * lower steps = {value:.2g}, below {MIN_COUPLING}: the BiSSL stage will "
                 "have almost no effect. Raise bilevel.lambda."
             )
-        head_is_new = not self.pretrains and initial.pretext is None
-        if head_is_new and "longer_pretraining" in self.settings.arms:
+        if not self.pretrains and initial.pretext is None and "longer_pretraining" in self.settings.arms:
             logger.warning(
                 "train.init has no pretext head. The BiSSL stage warms a new one up on the frozen backbone, "
                 "but longer pretraining trains it together with the backbone, which may put that arm at a disadvantage."
@@ -179,14 +152,12 @@ class Comparison:
 
     def shared_jobs(self) -> list[Job]:
         """Return the runs that several seeds share: pretraining, and with vary="finetune" the stages after it."""
-        base, vary = self.base, self.settings.vary
         jobs = []
         if self.pretrains:
-            seeds = self.settings.seeds if vary == "pretrain" else [base.train.seed]
-            jobs += [Job(Path(self._pretrained(seed)).name, pretrain_config(base, seed)) for seed in seeds]
-        if vary == "finetune":
-            init = self._pretrained(base.train.seed)
-            jobs += self._stage_jobs(base, init, "")
+            seeds = self.settings.seeds if self.settings.vary == "pretrain" else [self.base.train.seed]
+            jobs += [Job(Path(self._pretrained(seed)).name, pretrain_config(self.base, seed)) for seed in seeds]
+        if self.settings.vary == "finetune":
+            jobs += self._stage_jobs(self.base, self._pretrained(self.base.train.seed), "")
         return jobs
 
     def search_jobs(self) -> list[Job]:
@@ -245,8 +216,7 @@ class Comparison:
         if not file.is_file():
             raise ConfigError(f"{self.folder} holds no comparison (no {RECORD_FILE}). Start one without --report.")
         # the version of a zoo entry and the samples are only known after `check`
-        ignored = {"init", "samples", "config.train.init"}
-        check_same_comparison(self.folder, LazyConfig.load(file), self.record(), ignored)
+        _check_same(self.folder, OmegaConf.to_container(LazyConfig.load(file)), self.record(), checked=False)
         searched = self.folder / SEARCHED_FILE
         best = read_json(searched) if searched.exists() else {}
         results = Results({arm: {} for arm in self.settings.arms}, best_overrides=best)
@@ -270,14 +240,16 @@ class Comparison:
         return report
 
     def describe(self) -> str:
-        """Check everything and return the tables of the runs and of the arms."""
+        """Check everything and return the tables of the runs and of the arms; nothing is run or written."""
         self.check()
         jobs = [*self.shared_jobs(), *self.search_jobs(), *self.seed_jobs({}).values()]
         rows = [[job.name, ", ".join(job.cfg.train.stages), job.cfg.train.seed, job.cfg.train.init] for job in jobs]
         runs = tabulate(rows, ["run", "stages", "seed", "starts from"], disable_numparse=True, missingval="random")
         arms = [[arm, ARMS[arm].label, "\n".join(ARMS[arm].overrides(self.base)) or "-"] for arm in self.settings.arms]
         changes = tabulate(arms, ["arm", "", "overrides of its stage"], disable_numparse=True)
-        trials = f"   and a search of {self.settings.search_trials} trials per arm" if self.search else ""
+        trials = (
+            f"   and a search of {self.settings.search_trials} trials per arm" if self.settings.search_trials else ""
+        )
         head = f"folder {self.folder}   metric {self.settings.metric}   {len(jobs)} runs{trials}"
         return f"{head}\n\n{runs}\n\n{changes}"
 
@@ -318,9 +290,7 @@ class Comparison:
         return LazyConfig.apply_overrides(self.base, settings.overrides, self.source)
 
     def _with_search(self, cfg: DictConfig) -> DictConfig:
-        cfg = cfg.copy()
-        cfg.search = self.search
-        return cfg
+        return OmegaConf.merge(cfg, {"search": self.search})
 
     def _run_searches(self) -> dict[str, list[str]]:
         """Run the same search for each arm and return the best overrides."""
@@ -369,14 +339,9 @@ class Comparison:
 
     def _value(self, metrics: dict[str, dict[str, float]]) -> float:
         """Return the compared metric of a run, which has fine-tuned once."""
-        measured, metric = next(iter(metrics.values()), {}), self.settings.metric
-        if metric not in measured:
-            known = ", ".join(name for name in measured if "/" not in name) or "none"
-            hint = did_you_mean(metric, measured)
-            raise ConfigError(
-                f"{self.source}: the runs have no metric '{metric}' (compare.metric).{hint} Known: {known}."
-            )
-        return measured[metric]
+        measured = next(iter(metrics.values()), {})
+        check_metric(self.settings.metric, list(measured), self.source, "compare.metric")
+        return measured[self.settings.metric]
 
 
 def _samples(cfg: DictConfig, data: dict[str, Dataset], prefix: str = "") -> dict[str, dict[str, str]]:
@@ -406,7 +371,7 @@ def claim_folder(folder: Path, record: dict[str, Any]) -> None:
                 f"{folder} compares the seeds {', '.join(map(str, before['seeds']))}. Leaving seeds out would be a "
                 f"selection of results; missing are {', '.join(map(str, missing))}. Use --report to see the results."
             )
-        check_same_comparison(folder, before, record, set())
+        _check_same(folder, before, record)
         record = {**record, "arms": {**before["arms"], **record["arms"]}}
     elif folder.is_dir() and any(folder.iterdir()):
         raise ConfigError(f"'{folder}' is not empty and holds no comparison. Choose another train.output_dir.")
@@ -417,19 +382,19 @@ def claim_folder(folder: Path, record: dict[str, Any]) -> None:
     LazyConfig.save(OmegaConf.create(record), file)
 
 
-def check_same_comparison(folder: Path, before: Any, now: dict[str, Any], ignored: set[str]) -> None:
+def _check_same(folder: Path, before: dict[str, Any], now: dict[str, Any], checked: bool = True) -> None:
     """Raise if two records differ, apart from their seeds and from arms and samples that only one of them has.
 
+    Args:
+        checked: False to ignore what is only known after `Comparison.check`.
     Raises:
         ConfigError: with the keys that differ.
     """
-    old, new = (OmegaConf.create(record) for record in (before, now))
-    for section in ("arms", "samples"):
-        for record, other in ((old, new), (new, old)):
-            for key in set(record.get(section, {})) - set(other.get(section, {})):
-                del record[section][key]
-    for key in {"seeds", *ignored}:
-        for record in (old, new):
-            parent, _, name = key.rpartition(".")
-            (OmegaConf.select(record, parent) if parent else record).pop(name, None)
-    check_unchanged(folder, OmegaConf.to_container(old), OmegaConf.to_container(new), "comparison")
+
+    def compared(record: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
+        ignored = ("seeds",) if checked else ("seeds", "init", "samples", "config.train.init")
+        single = [f"{s}.{key}" for s in ("arms", "samples") for key in record.get(s, {}).keys() - other.get(s, {})]
+        ignored = {*ignored, *single}
+        return {k: v for k, v in flatten(record).items() if not any(f"{k}.".startswith(f"{i}.") for i in ignored)}
+
+    check_unchanged(folder, compared(before, now), compared(now, before), "comparison")

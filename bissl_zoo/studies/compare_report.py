@@ -1,13 +1,10 @@
-"""The report of a comparison: means, paired differences and sentences, as JSON, CSV, Markdown and a plot."""
+"""The report of a comparison: means, paired differences and sentences, as a table, JSON, Markdown and a plot."""
 
-import csv
-import io
 import json
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from tabulate import tabulate
 
@@ -22,8 +19,12 @@ TABLE_REFERENCES = REFERENCES[:2]
 LEVEL = 0.05
 #: below this number of seeds the report has a note
 FEW_SEEDS = 5
-#: colours of Okabe and Ito, which differ with any colour vision, and a marker for each arm
-STYLES = [("#000000", "o"), ("#D55E00", "s"), ("#0072B2", "^"), ("#009E73", "D"), ("#CC79A7", "v"), ("#E69F00", "P")]
+#: the note about the stages that seeds share, by `compare.vary`
+SHARED = {
+    "pretrain": "Every seed has its own pretraining.",
+    "bissl": "All seeds share one pretrained backbone; the intervals do not cover the variation of pretraining.",
+    "finetune": "All seeds of an arm share one backbone; the intervals cover the variation of fine-tuning only.",
+}
 
 
 @dataclass
@@ -75,7 +76,7 @@ def _difference(results: Results, name: str, reference: str, settings: Settings)
     if not seeds:
         return {"count": 0, "verdict": "no data"}
     result = compare_paired([values[seed] for seed in seeds], [others[seed] for seed in seeds])
-    if result.count == 1 or result.paired_p is None:
+    if result.paired_p is None:
         verdict = "untested"
     elif result.paired_p >= LEVEL:
         verdict = "not significant"
@@ -98,17 +99,15 @@ def _sentence(report: dict[str, Any], arm: str) -> str:
 
 
 def _clause(difference: dict[str, Any], other: str, metric: str) -> str:
-    verdict = difference["verdict"]
+    verdict, count = difference["verdict"], difference["count"]
     if verdict == "no data":
         return f"no seed in common with {other}"
     size = f"{difference['mean']:+.4f} {metric}"
-    if difference["count"] == 1:
-        return f"{size} compared with {other} in a single seed, which allows no test"
     if verdict == "untested":
-        return f"{size} compared with {other} in each of {difference['count']} seeds, without any spread to test"
+        return f"{size} compared with {other} in {count} {'seeds' if count > 1 else 'seed'}, which allows no test"
     details = (
         f"{size}, 95 % CI {difference['low']:+.4f} to {difference['high']:+.4f}, paired t test "
-        f"p {_p(difference['paired_p'])}, {difference['count']} seeds"
+        f"p {_p(difference['paired_p'])}, {count} seeds"
     )
     if verdict == "not significant":
         return f"no significant difference from {other} ({details})"
@@ -117,15 +116,15 @@ def _clause(difference: dict[str, Any], other: str, metric: str) -> str:
 
 def _conclusion(report: dict[str, Any]) -> str:
     """Return the answer to the question whether to use BiSSL; empty without the arm bissl."""
-    difference = report["differences"].get("pretrained", {}).get("bissl")
+    difference = report["differences"]["pretrained"].get("bissl")
     if difference is None:
         return ""
     longer = report["differences"].get("longer_pretraining", {}).get("bissl", {}).get("verdict")
-    if difference["verdict"] == "better" and longer == "better":
-        return "BiSSL helps here, by more than its additional pretext steps."
-    if difference["verdict"] == "better" and longer is None:
-        return "BiSSL helps here. Add the arm longer_pretraining to see whether its additional pretext steps suffice."
     if difference["verdict"] == "better":
+        if longer == "better":
+            return "BiSSL helps here, by more than its additional pretext steps."
+        if longer is None:
+            return "BiSSL helps here. Add the arm longer_pretraining to see whether its pretext steps suffice."
         return "BiSSL helps here, but its additional pretext steps alone may explain the gain."
     if difference["verdict"] == "worse":
         return "BiSSL reduces the performance here, with these settings."
@@ -157,12 +156,7 @@ def _notes(report: dict[str, Any]) -> list[str]:
             f"Few seeds (at least one arm has {fewest}): the intervals are wide and rely on normally distributed "
             "differences. Ten seeds are usual; --seeds 10 adds them."
         )
-    shared = {
-        "pretrain": "Every seed has its own pretraining.",
-        "bissl": "All seeds share one pretrained backbone; the intervals do not cover the variation of pretraining.",
-        "finetune": "All seeds of an arm share one backbone; the intervals cover the variation of fine-tuning only.",
-    }
-    notes.append(shared[report["vary"]])
+    notes.append(SHARED[report["vary"]])
     notes.append("All runs use the same test images; the intervals do not cover the choice of test images.")
     if tests > 1:
         notes.append(f"p values are two-sided and not corrected for {tests} comparisons.")
@@ -203,35 +197,26 @@ def _number(value: float | None, sign: str = "") -> str:
     return "-" if value is None else f"{value:{sign}.4f}"
 
 
-def save_report(report: dict[str, Any], folder: Path) -> None:
-    """Write `comparison.json`, `.csv`, `.md` and `.png`."""
-    parts = ["# Does BiSSL help?", *report["sentences"], report["conclusion"], table(report, "github")]
-    parts.append(f"![{report['metric']} of every seed](comparison.png)")
+def summary(report: dict[str, Any], style: str = "simple") -> str:
+    """Return the report as text: the table, the sentences, best parameters, left-out runs and notes."""
     searched = [(arm["label"], arm["overrides"]) for arm in report["arms"].values() if "overrides" in arm]
-    parts.append("\n".join(f"- Best overrides of {label}: `{' '.join(best)}`" for label, best in searched))
-    if report["failures"]:
-        lines = [f"- {name}: {' '.join(message.split())}" for name, message in report["failures"].items()]
-        parts.append("Left out:\n\n" + "\n".join(lines))
-    parts.append("\n".join(f"- {note}" for note in report["notes"]))
-    _save(folder / "comparison", report, {"": report}, "\n\n".join(filter(None, parts)) + "\n")
-    plot(report).savefig(folder / "comparison.png", dpi=150)
+    left_out = report["failures"].items()
+    parts = [
+        table(report, style),
+        "\n".join([*report["sentences"], report["conclusion"]]),
+        "\n".join(f"- Best overrides of {label}: `{' '.join(best)}`" for label, best in searched),
+        "\n".join(f"- warning: {name} is left out: {' '.join(message.split())}" for name, message in left_out),
+        "\n".join(f"- {note}" for note in report["notes"]),
+    ]
+    return "\n\n".join(filter(None, parts))
 
 
-def _save(stem: Path, content: Any, reports: dict[str, dict[str, Any]], markdown: str) -> None:
-    """Write `content` as JSON, a row per data set and arm as CSV, and Markdown."""
-    text = io.StringIO()
-    keys = ("mean", "low", "high", "paired_p", "welch_p")
-    differences = [f"{key} minus {reference}" for reference in TABLE_REFERENCES for key in keys]
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["data set", "metric", "arm", "seeds", "mean", "std", *differences])
-    for dataset, report in reports.items():
-        for name, arm in report["arms"].items():
-            items = [report["differences"].get(reference, {}).get(name, {}) for reference in TABLE_REFERENCES]
-            row = [dataset, report["metric"], name, arm["count"], arm["mean"], arm["std"]]
-            writer.writerow([*row, *(item.get(key) for item in items for key in keys)])
-    write_atomically(stem.with_suffix(".json"), json.dumps(content, indent=2, allow_nan=False) + "\n")
-    write_atomically(stem.with_suffix(".csv"), text.getvalue())
-    write_atomically(stem.with_suffix(".md"), markdown)
+def save_report(report: dict[str, Any], folder: Path) -> None:
+    """Write `comparison.json`, `comparison.md` and `comparison.png`."""
+    write_atomically(folder / "comparison.json", json.dumps(report, indent=2, allow_nan=False) + "\n")
+    plot = f"![{report['metric']} of every seed](comparison.png)"
+    write_atomically(folder / "comparison.md", f"# Does BiSSL help?\n\n{summary(report, 'github')}\n\n{plot}\n")
+    draw_plot(report).savefig(folder / "comparison.png", dpi=150)
 
 
 def datasets_table(reports: dict[str, dict[str, Any]], style: str = "simple") -> str:
@@ -254,82 +239,41 @@ def _cell(report: dict[str, Any], name: str, best: float) -> str:
     if arm is None or arm["mean"] is None:
         return "-"
     text = f"{arm['mean']:.4f}" + ("" if arm["std"] is None else f" ± {arm['std']:.4f}")
-    arrow = {1: " ↑", -1: " ↓", 0: ""}[_welch_sign(report, name)]
+    item = report["differences"]["pretrained"].get(name, {})
+    p = item.get("welch_p")
+    arrow = "" if p is None or p >= LEVEL else " ↑" if item["mean"] > 0 else " ↓"
     missing = len(report["seeds"]) - arm["count"]
     left_out = f" ({missing} of {len(report['seeds'])} seeds missing)" if missing else ""
     return (f"**{text}**" if arm["mean"] == best else text) + arrow + left_out
 
 
-def _welch_sign(report: dict[str, Any], name: str) -> int:
-    """Return the sign of a difference from fine-tuning alone that is significant by Welch's test, else 0."""
-    item = report["differences"]["pretrained"].get(name, {})
-    p = item.get("welch_p")
-    return 0 if p is None or p >= LEVEL else 1 if item["mean"] > 0 else -1
-
-
 def save_datasets(reports: dict[str, dict[str, Any]], folder: Path) -> None:
-    """Write the table of several data sets as `datasets.json`, `.csv` and `.md`."""
-    signs = [_welch_sign(r, "bissl") * (1 if r["higher_is_better"] else -1) for r in reports.values()]
-    better, worse = signs.count(1), signs.count(-1)
+    """Write the table of several data sets as `datasets.json` and `datasets.md`."""
     text = [
         datasets_table(reports, "github"),
         "↑ and ↓: above and below fine-tuning alone, Welch's t test, p < 0.05, not corrected for multiple tests.",
-        f"BiSSL is significantly better than fine-tuning alone on {better} of {len(reports)}, worse on {worse}.",
         "\n".join(f"- {dataset}: {report['sentences'][0]}" for dataset, report in reports.items()),
     ]
-    _save(folder / "datasets", reports, reports, "\n\n".join(text) + "\n")
+    write_atomically(folder / "datasets.json", json.dumps(reports, indent=2, allow_nan=False) + "\n")
+    write_atomically(folder / "datasets.md", "\n\n".join(text) + "\n")
 
 
-# ------------------------------------------------------------------------------------------------ plot
-
-
-def plot(report: dict[str, Any]) -> Figure:
-    """Plot the runs of every arm, joined by seed, and the paired differences from fine-tuning alone."""
-    arms = {name: arm for name, arm in report["arms"].items() if arm["count"]}
-    styles = {name: STYLES[number % len(STYLES)] for number, name in enumerate(ARMS)}
-    figure = Figure(figsize=(max(10.5, 2.0 + 2.4 * len(arms)), 4.8), layout="constrained")
-    left, right = figure.subplots(1, 2, width_ratios=(1.25, 1.0))
+def draw_plot(report: dict[str, Any]) -> Figure:
+    """Plot the runs of every arm, joined by seed, with their mean and its 95 % confidence interval."""
+    arms = [arm for arm in report["arms"].values() if arm["count"]]
+    figure = Figure(figsize=(2.0 + 1.8 * len(arms), 4.8), layout="constrained")
+    axes = figure.subplots()
     for seed in map(str, report["seeds"]):
-        points = [(x, arm["values"][seed]) for x, arm in enumerate(arms.values()) if seed in arm["values"]]
+        points = [(x, arm["values"][seed]) for x, arm in enumerate(arms) if seed in arm["values"]]
         if points:
-            left.plot(*zip(*points, strict=True), color="0.75", linewidth=0.9, zorder=1)
-    for x, (name, arm) in enumerate(arms.items()):
-        _draw_values(left, x, list(arm["values"].values()), arm, styles[name], vertical=True)
-    labels = []
-    for arm in arms.values():
-        missing = len(report["seeds"]) - arm["count"]
-        labels.append(arm["label"].replace(" ", "\n", 1) + (f"\n({missing} missing)" if missing else ""))
-    left.set_xticks(range(len(arms)), labels)
-    left.set(xlim=(-0.5, len(arms) - 0.4), ylabel=report["metric"], title="Every seed; bar: mean and 95 % CI")
-
-    differences = {name: item for name, item in report["differences"]["pretrained"].items() if item["count"]}
-    reference = report["arms"]["pretrained"]["values"]
-    for y, (name, item) in enumerate(differences.items()):
-        values = [report["arms"][name]["values"][str(seed)] - reference[str(seed)] for seed in item["seeds"]]
-        _draw_values(right, y, values, item, styles[name], vertical=False)
-    right.axvline(0.0, color="black", linewidth=1, zorder=1)
-    right.set_yticks(range(len(differences)), [report["arms"][name]["label"] for name in differences])
-    right.set(ylim=(len(differences) - 0.5, -0.6), xlabel=f"{report['metric']} minus fine-tuning alone, same seed")
-    right.set_title("Differences; bar: mean and 95 % CI")
-    right.margins(x=0.12)
-    for axes, grid in ((left, "y"), (right, "x")):
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.grid(axis=grid, color="0.92")
-        axes.set_axisbelow(True)
+            axes.plot(*zip(*points, strict=True), color="0.75", linewidth=0.9, zorder=1)
+    for x, arm in enumerate(arms):
+        values, mean = list(arm["values"].values()), arm["mean"]
+        half = 0.0 if arm.get("high") is None else arm["high"] - mean
+        (line, *_) = axes.errorbar(x + 0.17, mean, yerr=half, fmt="_", markersize=12, capsize=4, linewidth=1.6)
+        axes.scatter([x] * len(values), values, s=30, color=line.get_color(), alpha=0.7, linewidth=0, zorder=2)
+    axes.set_xticks(range(len(arms)), [arm["label"].replace(" ", "\n", 1) for arm in arms])
+    axes.set(xlim=(-0.5, len(arms) - 0.4), ylabel=report["metric"], title="Every seed; bar: mean and 95 % CI")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(axis="y", color="0.92")
     return figure
-
-
-def _draw_values(
-    axes: Axes, place: float, values: list[float], summary: dict[str, Any], style: tuple[str, str], vertical: bool
-) -> None:
-    """Draw values at a place of the axis of arms, and beside them their mean and its interval."""
-    color, marker = style
-    bar = place + 0.17 if vertical else place - 0.2
-    low, mean, high = (summary["mean"] if summary[key] is None else summary[key] for key in ("low", "mean", "high"))
-    points = ([place] * len(values), values)
-    line, ends = ([bar, bar], [low, high]), ([bar - 0.08, bar + 0.08], [mean, mean])
-    if not vertical:
-        points, line, ends = points[::-1], line[::-1], ends[::-1]
-    axes.scatter(*points, s=30, color=color, marker=marker, alpha=0.7, linewidth=0, zorder=2)
-    axes.plot(*line, color=color, linewidth=1.6, zorder=3)
-    axes.plot(*ends, color=color, linewidth=2.5, zorder=3)

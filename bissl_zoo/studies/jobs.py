@@ -1,41 +1,42 @@
-"""A process pool for training runs: each job has its own process, run directory and log file, and can be resumed."""
+"""A pool of training runs: each job has its own process, run directory and log file, and can be resumed."""
 
 import contextlib
 import json
 import logging
-import multiprocessing
 import os
+import queue
 import re
 import signal
+import subprocess
 import sys
 import threading
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field, replace
-from multiprocessing.connection import wait
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
-import torch.multiprocessing as mp
 from omegaconf import DictConfig, OmegaConf
 from tabulate import tabulate
 
 from bissl_zoo.config import LazyConfig, with_defaults
 from bissl_zoo.distributed import StopRequest, stop_request
 from bissl_zoo.engine.checks import check_config, open_config
-from bissl_zoo.engine.launch import GRACE, launch
+from bissl_zoo.engine.launch import launch
 from bissl_zoo.engine.publishing import published, publishes
 from bissl_zoo.engine.runner import run
 from bissl_zoo.errors import CheckpointError, ConfigError, Interrupted
+from bissl_zoo.files import write_atomically
 from bissl_zoo.progress.console import clock
 from bissl_zoo.runs.directory import (
-    FREE_KEYS,
     LENGTHS,
-    LOADER_KEYS,
     check_run_dir,
+    flatten,
     has_begun,
+    is_free,
     load_run_config,
     read_metadata,
     read_results,
@@ -48,10 +49,11 @@ logger = logging.getLogger(__name__)
 
 #: outcomes of a job; stopped means that `stop_if` gave a reason
 FINISHED, FAILED, STOPPED = "finished", "failed", "stopped"
-#: folder for the lock and the config of each job; hidden, so that it is not listed as a run
+#: folder for the lock, the config of each job, and requests to stop one; hidden, so that it is not listed as a run
 HIDDEN = ".jobs"
 #: seconds between polls of the running jobs
 TICK = 0.5
+Engine = Literal["local", "ray"]
 
 
 @dataclass(frozen=True)
@@ -117,7 +119,7 @@ def run_jobs(
     parallel: int | None = None,
     on_done: Callable[[JobOutcome], None] | None = None,
     stop_if: Callable[[Job], str | None] = lambda job: None,
-    engine: Literal["local", "ray"] = "local",
+    engine: Engine = "local",
 ) -> list[JobOutcome]:
     """Run every job that has not finished, in `folder/runs/NAME`, with its output in `folder/logs/NAME.log`.
 
@@ -140,12 +142,14 @@ def run_jobs(
     _check_names(jobs)
     if parallel is not None and parallel < 1:
         raise ConfigError(f"--parallel is {parallel}; at least 1 job at a time is needed.")
+    if engine not in _ENGINES:
+        raise ConfigError(f"Unknown engine '{engine}'. Choose {' or '.join(_ENGINES)}.")
     prepared = [job if callable(job.cfg) else _prepare(job, folder) for job in jobs]
     with contextlib.ExitStack() as stack:
-        pool = stack.enter_context(_open_pool(engine, folder, parallel))
+        places = stack.enter_context(_ENGINES[engine](folder, parallel))
         stack.enter_context(folder_lock(folder))
         stop = stack.enter_context(stop_request())
-        return _Queue(prepared, folder, pool, on_done or _print_line, stop_if, stop).run()
+        return _Queue(prepared, folder, places, on_done or _print_line, stop_if, stop).run()
 
 
 def _print_line(outcome: JobOutcome) -> None:
@@ -176,16 +180,6 @@ def _prepare(job: Job, folder: Path) -> Job:
     return Job(job.name, cfg)
 
 
-def _open_pool(engine: str, folder: Path, parallel: int | None) -> contextlib.AbstractContextManager[Any]:
-    if engine == "local":
-        return contextlib.nullcontext(LocalPool(folder, parallel))
-    if engine == "ray":
-        from bissl_zoo.studies.ray_jobs import ray_pool  # an optional library
-
-        return ray_pool(folder, parallel)
-    raise ConfigError(f"Unknown engine '{engine}'. Choose local or ray.")
-
-
 @contextlib.contextmanager
 def folder_lock(folder: Path) -> Iterator[None]:
     """Lock `folder` for the jobs of this process.
@@ -211,15 +205,16 @@ class _Queue:
         self,
         jobs: list[Job],
         folder: Path,
-        pool: Any,
+        places: "_Places",
         on_done: Callable[[JobOutcome], None],
         stop_if: Callable[[Job], str | None],
         stop: StopRequest,
     ) -> None:
-        self.jobs, self.folder, self.pool = jobs, folder, pool
+        self.jobs, self.folder, self.places = jobs, folder, places
         self.on_done, self.stop_if, self.stop = on_done, stop_if, stop
         self.pending: deque[Job] = deque()
-        self.running: list[Any] = []
+        self.running: dict[Future[JobOutcome], Job] = {}
+        self.stopping: set[str] = set()
         self.outcomes: dict[str, JobOutcome] = {}
         self.start_time, self.ended = time.monotonic(), 0
 
@@ -231,20 +226,20 @@ class _Queue:
                 self._finish(outcome)
             else:
                 self.pending.append(job)
-        try:
-            while self.running or (self.pending and not self.stop.asked()):
-                while self.pending and self.pool.has_room() and not self.stop.asked():
-                    job = self.pending.popleft()
-                    self.running.append(self.pool.start(_prepare(job, self.folder) if callable(job.cfg) else job))
-                self.pool.wait(self.running, TICK)
-                for process in list(self.running):
-                    self._poll(process)
-        except KeyboardInterrupt:  # the second Ctrl-C, which the processes of this terminal have received as well
-            self._stop_all(signal.SIGKILL)
-            raise
-        except BaseException:
-            self._stop_all(signal.SIGTERM)
-            raise
+        with ThreadPoolExecutor(self.places.count) as threads:
+            try:
+                while self.running or (self.pending and not self.stop.asked()):
+                    self._fill(threads)
+                    ended, _ = wait(self.running, TICK, FIRST_COMPLETED)
+                    for future in ended:
+                        self._take(future)
+                    self._stop_jobs()
+            except KeyboardInterrupt:  # the second Ctrl-C, which the processes of this terminal have received as well
+                self._stop_all(signal.SIGKILL)
+                raise
+            except BaseException:
+                self._stop_all(signal.SIGTERM)
+                raise
         if self.stop.asked() and len(self.outcomes) < len(self.jobs):
             finished = sum(outcome.status == FINISHED for outcome in self.outcomes.values())
             raise Interrupted(
@@ -254,37 +249,46 @@ class _Queue:
             )
         return [self.outcomes[job.name] for job in self.jobs]
 
-    def _poll(self, process: Any) -> None:
-        if process.ended():
-            self.running.remove(process)
-            self.pool.release(process)
-            self.ended += 1
-            outcome = process.outcome()
-            if not self.stop.asked() or outcome.status == FINISHED:
-                self._finish(outcome)
-        elif process.reason:
-            return
-        elif self.stop.asked():
-            # a terminal sends Ctrl-C to the jobs as well; SIGTERM after it changes nothing
-            number = signal.SIGTERM if self.stop.signal == signal.SIGINT else self.stop.signal
-            process.stop(number, "stop requested")
-        elif reason := self.stop_if(process.job):
-            process.stop(signal.SIGTERM, reason)
+    def _fill(self, threads: ThreadPoolExecutor) -> None:
+        while self.pending and len(self.running) < self.places.count and not self.stop.asked():
+            job = self.pending.popleft()
+            job = _prepare(job, self.folder) if callable(job.cfg) else job
+            _stop_file(self.folder, job.name).unlink(missing_ok=True)
+            self.running[threads.submit(self.places.execute, job)] = job
+
+    def _take(self, future: Future[JobOutcome]) -> None:
+        del self.running[future]
+        self.ended += 1
+        outcome = future.result()
+        if not self.stop.asked() or outcome.status == FINISHED:
+            self._finish(outcome)
+
+    def _stop_jobs(self) -> None:
+        """Pass a request to stop on to the jobs that have not received one, or the reason that `stop_if` gives."""
+        for job in [job for job in self.running.values() if job.name not in self.stopping]:
+            if self.stop.asked():
+                # a terminal sends Ctrl-C to the jobs as well; SIGTERM after it changes nothing
+                self._stop(job, signal.SIGTERM if self.stop.signal == signal.SIGINT else self.stop.signal)
+            elif reason := self.stop_if(job):
+                self._stop(job, signal.SIGTERM, reason)
+
+    def _stop_all(self, number: int) -> None:
+        self.pending.clear()
+        for job in self.running.values():
+            self._stop(job, number)
+
+    def _stop(self, job: Job, number: int, reason: str = "stop requested") -> None:
+        self.stopping.add(job.name)
+        write_atomically(_stop_file(self.folder, job.name), f"{int(number)} {reason}")
 
     def _finish(self, outcome: JobOutcome) -> None:
+        self.stopping.discard(outcome.name)
         done = len(self.outcomes) + 1
         progress = self.ended + len(self.running) / 2  # running jobs count as half done
         eta = (time.monotonic() - self.start_time) / progress * (len(self.jobs) - done) if self.ended else None
         outcome = replace(outcome, done=done, total=len(self.jobs), eta=eta)
         self.outcomes[outcome.name] = outcome
         self.on_done(outcome)
-
-    def _stop_all(self, number: int) -> None:
-        for process in self.running:
-            process.stop(number, "stop requested")
-        deadline = time.monotonic() + GRACE
-        while not all(process.ended() for process in self.running) and time.monotonic() < deadline:
-            time.sleep(TICK)
 
 
 def finished_outcome(cfg: DictConfig) -> JobOutcome | None:
@@ -321,7 +325,7 @@ def check_unchanged(folder: Path, before: dict[str, Any], now: dict[str, Any], k
     rows = [
         (key, json.dumps(old.get(key)), json.dumps(new.get(key)))
         for key in sorted(old.keys() | new.keys())
-        if old.get(key) != new.get(key) and not _may_differ(key)
+        if old.get(key) != new.get(key) and not (key.startswith("config.") and is_free(key[len("config.") :]))
     ]
     if rows:
         table = tabulate(rows, headers=["key", "was", "is"], disable_numparse=True)
@@ -331,143 +335,157 @@ def check_unchanged(folder: Path, before: dict[str, Any], now: dict[str, Any], k
         )
 
 
-def flatten(value: Any, key: str = "") -> dict[str, Any]:
-    """Return the leaves of nested dictionaries and lists under dotted keys."""
-    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else None
-    if items is None:
-        return {key: value}
-    leaves: dict[str, Any] = {}
-    for name, item in items:
-        leaves |= flatten(item, f"{key}.{name}".lstrip("."))
-    return leaves
+# ------------------------------------------------------------------------------------------------ where jobs run
 
 
-def _may_differ(key: str) -> bool:
-    section, _, name = key.partition(".")
-    return section == "config" and (name.startswith(FREE_KEYS) or name.endswith(LOADER_KEYS))
+class _Places(NamedTuple):
+    """The number of jobs that run at a time, and the function that runs one and returns when it has ended."""
+
+    count: int
+    execute: Callable[[Job], JobOutcome]
 
 
-class LocalPool:
-    """Slots on this machine, each with a GPU and a share of the CPU threads.
-
-    Args:
-        parallel: number of slots; by default one per GPU, or one.
-    """
-
-    def __init__(self, folder: Path, parallel: int | None = None) -> None:
-        self.folder = folder
-        count = torch.cuda.device_count()
-        visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
-        gpus = [name.strip() for name in visible.split(",")] if visible else [str(number) for number in range(count)]
-        number = parallel or max(count, 1)
-        # torch reads both at import; with the default policy idle threads spin and slow the data loader down
-        share = {"OMP_NUM_THREADS": str(max(torch.get_num_threads() // number, 1)), "OMP_WAIT_POLICY": "PASSIVE"}
-        #: environment variables of each free slot
-        self.slots = [share | ({"CUDA_VISIBLE_DEVICES": gpus[slot % count]} if count else {}) for slot in range(number)]
-
-    def has_room(self) -> bool:
-        """Return True if another job can start."""
-        return bool(self.slots)
-
-    def start(self, job: Job) -> "JobProcess":
-        """Start a job in a free slot."""
-        return JobProcess(job, self.folder, self.slots.pop(0))
-
-    def wait(self, running: Sequence["JobProcess"], timeout: float) -> None:
-        """Wait at most `timeout` seconds until one of the jobs ends."""
-        wait([process.process.sentinel for process in running], timeout=timeout)
-
-    def release(self, running: "JobProcess") -> None:
-        """Free the slot of a job that has ended."""
-        self.slots.append(running.environment)
-
-
-class JobProcess:
-    """A job that runs in a separate process on this machine.
-
-    Args:
-        job: its config has `train.output_dir`.
-        folder: its log is written to `folder/logs`.
-        environment: environment variables to set in the process.
-    """
-
-    def __init__(self, job: Job, folder: Path, environment: dict[str, str]) -> None:
-        self.job, self.reason, self.start_time, self.environment = job, "", time.monotonic(), environment
-        self.run_dir, self.log = Path(job.cfg.train.output_dir), folder / "logs" / f"{job.name}.log"
-        self.log.parent.mkdir(parents=True, exist_ok=True)
-        self.log.touch()
-        self._log_start = self.log.stat().st_size
-        config = folder / HIDDEN / f"{job.name}.yaml"
-        LazyConfig.save(job.cfg, config)
-        self.process = mp.get_context("spawn").Process(target=_work, args=(config, job.name, self.log), name=job.name)
-        with _environment(environment):
-            self.process.start()
-
-    def ended(self) -> bool:
-        """Return True if the process has ended."""
-        return self.process.exitcode is not None
-
-    def stop(self, number: int, reason: str) -> None:
-        """Send a signal, upon which the run saves and ends; `reason` becomes the message of its outcome."""
-        self.reason = reason
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(self.process.pid, number)
-
-    def outcome(self) -> JobOutcome:
-        """Return the outcome of the process, which has ended."""
-        self.process.join()
-        code, seconds, name = self.process.exitcode, time.monotonic() - self.start_time, self.job.name
-        if self.reason and code in (-signal.SIGTERM, 128 + signal.SIGTERM):
-            return JobOutcome(name, self.run_dir, STOPPED, message=self.reason, seconds=seconds)
-        if code:
-            return JobOutcome(name, self.run_dir, FAILED, message=self._error_message(code), seconds=seconds)
-        try:
-            results, total = read_results(self.run_dir), read_metadata(self.run_dir).get("wall_time_s", seconds)
-        except CheckpointError as error:
-            return JobOutcome(name, self.run_dir, FAILED, message=str(error), seconds=seconds)
-        return JobOutcome(name, self.run_dir, FINISHED, results, seconds=total)
-
-    def _error_message(self, code: int) -> str:
-        """Return the signal that killed the process, or its last error message."""
-        if code < 0:
-            hint = " (for example, out of memory)" if code == -signal.SIGKILL else ""
-            return f"killed by {signal.Signals(-code).name}{hint}; see {self.log}"
-        with open(self.log, "rb") as file:
-            file.seek(self._log_start)
-            text = file.read().decode(errors="replace").strip()
-        start = max((match.start() for match in re.finditer(r"^error\b.*?: ", text, re.M)), default=None)
-        if start is not None:
-            return text[start:].partition(": ")[2]
-        # before the log is open, for example during a failed import, output goes to standard error of this process
-        return text.splitlines()[-1] if text else f"exit status {code} before the run started; see standard error"
+def slots(parallel: int | None = None) -> list[dict[str, str]]:
+    """Return the environment variables of each slot of this machine: a GPU and a share of the CPU threads."""
+    count = torch.cuda.device_count()
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+    gpus = [name.strip() for name in visible.split(",")] if visible else [str(number) for number in range(count)]
+    number = parallel or max(count, 1)
+    # torch reads both at import; with the default policy idle threads spin and slow the data loader down
+    share = {"OMP_NUM_THREADS": str(max(torch.get_num_threads() // number, 1)), "OMP_WAIT_POLICY": "PASSIVE"}
+    return [share | ({"CUDA_VISIBLE_DEVICES": gpus[slot % count]} if count else {}) for slot in range(number)]
 
 
 @contextlib.contextmanager
-def _environment(changed: dict[str, str]) -> Iterator[None]:
-    before = {key: os.environ.get(key) for key in changed}
-    os.environ.update(changed)
+def _local(folder: Path, parallel: int | None) -> Iterator[_Places]:
+    """Run jobs on this machine."""
+    free: queue.SimpleQueue[dict[str, str]] = queue.SimpleQueue()
+    environments = slots(parallel)
+    for environment in environments:
+        free.put(environment)
+
+    def execute(job: Job) -> JobOutcome:
+        environment = free.get()
+        try:
+            return _run_process(job, folder, environment)
+        finally:
+            free.put(environment)
+
+    yield _Places(len(environments), execute)
+
+
+@contextlib.contextmanager
+def _ray(folder: Path, parallel: int | None) -> Iterator[_Places]:
+    """Run jobs as tasks of the Ray cluster at `RAY_ADDRESS`, of that of this machine, or of a new one.
+
+    Each job has one GPU if the cluster has any, else one CPU core.
+
+    Raises:
+        ConfigError: Ray is not installed, or no cluster answers at `RAY_ADDRESS`.
+    """
     try:
-        yield
+        import ray
+    except ImportError as error:
+        raise ConfigError(
+            '--engine ray needs Ray: pip install "bissl_zoo[ray]". Or use --engine local on one machine.'
+        ) from error
+    was_connected = ray.is_initialized()
+    try:
+        ray.init(log_to_driver=False, ignore_reinit_error=True)
+    except ConnectionError as error:
+        raise ConfigError(f"No Ray cluster answers at RAY_ADDRESS={os.environ.get('RAY_ADDRESS')}.") from error
+    resources = ray.cluster_resources()
+    kind = "GPU" if resources.get("GPU") else "CPU"
+    task = ray.remote(num_gpus=int(kind == "GPU"), num_cpus=1, max_retries=0)(_run_process)
+    environment = {name: value for name, value in os.environ.items() if name.startswith("BISSL_ZOO")}
+
+    def execute(job: Job) -> JobOutcome:
+        try:
+            return ray.get(task.remote(job, folder.absolute(), environment, Path.cwd()))
+        except ray.exceptions.RayError as error:
+            message = f"Ray task failed: {str(error).strip().splitlines()[-1]}"
+            return JobOutcome(job.name, Path(job.cfg.train.output_dir), FAILED, message=message)
+
+    try:
+        yield _Places(parallel or max(int(resources.get(kind, 1)), 1), execute)
     finally:
-        for key, value in before.items():
-            os.environ.pop(key) if value is None else os.environ.update({key: value})
+        if not was_connected:
+            ray.shutdown()
 
 
-def _work(config: Path, name: str, log: Path) -> None:
+_ENGINES: dict[str, Callable[..., contextlib.AbstractContextManager[_Places]]] = {"local": _local, "ray": _ray}
+
+
+def _stop_file(folder: Path, name: str) -> Path:
+    """Return the file that asks a job to stop: the number of a signal and the reason."""
+    return folder / HIDDEN / f"{name}.stop"
+
+
+def _run_process(job: Job, folder: Path, environment: dict[str, str], cwd: Path | None = None) -> JobOutcome:
+    """Run a job in a new process on this machine and return its outcome; pass on what its stop file asks for."""
+    run_dir, start, reason = Path(job.cfg.train.output_dir), time.monotonic(), ""
+    log, request = folder / "logs" / f"{job.name}.log", _stop_file(folder, job.name)
+    if request.exists():
+        return JobOutcome(job.name, run_dir, STOPPED, message="stopped before it started")
+    log.parent.mkdir(parents=True, exist_ok=True)
+    config = folder.absolute() / HIDDEN / f"{job.name}.yaml"
+    LazyConfig.save(job.cfg, config)
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path)), **environment}
+    command = [sys.executable, "-m", "bissl_zoo.studies.jobs", str(config), job.name]
+    with open(log, "ab") as output:
+        log_start = output.tell()
+        # the pipe closes when this process ends in any way, upon which the job saves and ends
+        process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=output, stderr=subprocess.STDOUT, env=environment, cwd=cwd
+        )
+    with process:
+        while process.poll() is None:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(TICK)
+            text = request.read_text() if request.exists() else ""
+            if text and text != reason:
+                process.send_signal(int(text.partition(" ")[0]))
+                reason = text
+    code, seconds = process.returncode, time.monotonic() - start
+    if reason and code in (-signal.SIGTERM, 128 + signal.SIGTERM):
+        return JobOutcome(job.name, run_dir, STOPPED, message=reason.partition(" ")[2], seconds=seconds)
+    if code:
+        return JobOutcome(job.name, run_dir, FAILED, message=_error_message(code, log, log_start), seconds=seconds)
+    try:
+        results, total = read_results(run_dir), read_metadata(run_dir).get("wall_time_s", seconds)
+    except CheckpointError as error:
+        return JobOutcome(job.name, run_dir, FAILED, message=str(error), seconds=seconds)
+    return JobOutcome(job.name, run_dir, FINISHED, results, seconds=total)
+
+
+def _error_message(code: int, log: Path, start: int) -> str:
+    """Return the signal that killed a job, or the last error in its log from byte `start` on."""
+    if code < 0:
+        hint = " (for example, out of memory)" if code == -signal.SIGKILL else ""
+        return f"killed by {signal.Signals(-code).name}{hint}; see {log}"
+    with open(log, "rb") as file:
+        file.seek(start)
+        text = file.read().decode(errors="replace").strip()
+    errors = [match.end() for match in re.finditer(r"^error\b.*?: ", text, re.M)]
+    return text[errors[-1] :] if errors else (text.splitlines() or [f"exit status {code}; see {log}"])[-1]
+
+
+def _work(config: str, name: str) -> int:
     """Run a job in its process."""
-    handle = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
-    for standard in (1, 2):
-        os.dup2(handle, standard)
     threading.Thread(target=_end_with_parent, daemon=True).start()
-    sys.exit(launch(_run, 1, config, name))
+    return launch(_run, 1, config, name)
 
 
-def _run(config: Path, name: str) -> int:
-    run(open_config(str(config)), name, resume="auto")
+def _run(config: str, name: str) -> int:
+    run(open_config(config), name, resume="auto")
     return 0
 
 
 def _end_with_parent() -> None:
-    """Save and end when the parent process has gone."""
-    multiprocessing.parent_process().join()
+    """Save and end when the parent process has gone, which closes this end of the pipe."""
+    os.read(0, 1)
     os.kill(os.getpid(), signal.SIGTERM)
+
+
+if __name__ == "__main__":
+    sys.exit(_work(*sys.argv[1:]))

@@ -5,10 +5,9 @@ import io
 import json
 import logging
 import math
-import warnings
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from omegaconf import DictConfig, OmegaConf
@@ -20,13 +19,14 @@ from bissl_zoo.engine.checks import check_parts, open_context
 from bissl_zoo.engine.evaluate import metric_names
 from bissl_zoo.engine.init import load_init
 from bissl_zoo.errors import BisslZooError, ConfigError, DatasetError, did_you_mean
-from bissl_zoo.files import replacing, write_atomically
+from bissl_zoo.files import write_atomically
 from bissl_zoo.registry import STAGES
 from bissl_zoo.runs.directory import METRICS_FILE
 from bissl_zoo.runs.listing import is_run
 from bissl_zoo.studies.jobs import (
     FINISHED,
     STOPPED,
+    Engine,
     Job,
     JobOutcome,
     check_unchanged,
@@ -37,7 +37,7 @@ from bissl_zoo.studies.jobs import (
 
 logger = logging.getLogger(__name__)
 
-STUDY_FILE, TABLE_FILE, PLOT_FILE, BEST_FILE = "study.log", "trials.csv", "search.png", "best.yaml"
+STUDY_FILE, TABLE_FILE, BEST_FILE = "study.log", "trials.csv", "best.yaml"
 #: finished trials before any is pruned, as by default in Optuna's MedianPruner (Akiba et al., arXiv 1907.10902)
 STARTUP_TRIALS = 5
 SAMPLERS = {"random": "RandomSampler", "tpe": "TPESampler"}
@@ -99,12 +99,7 @@ def read_search(cfg: DictConfig, source: str) -> SearchSettings:
     Raises:
         ConfigError: a missing section for a task without defaults, unknown keys, or invalid values.
     """
-    default = _DEFAULTS.get(cfg.task.name)
-    given = (
-        OmegaConf.to_container(cfg.search, resolve=True)
-        if OmegaConf.is_config(cfg.get("search"))
-        else cfg.get("search", {})
-    )
+    default, given = _DEFAULTS.get(cfg.task.name), OmegaConf.to_container(cfg, resolve=True).get("search", {})
     if not isinstance(given, dict):
         raise ConfigError(f"{source}: search is {given!r}; it must be a section, see configs/common/search.py.")
     if default is None and not {"metric", "space"} <= given.keys():
@@ -129,18 +124,21 @@ def read_search(cfg: DictConfig, source: str) -> SearchSettings:
             f"{source}: search.space must map keys to ranges, as in {{optimizer.finetune.lr: [1e-4, 1]}}."
         )
     for key, domain in settings.space.items():
-        _check_domain(f"{source}: search.space: {key}", domain)
+        if not _is_choice(domain) and not _is_range(domain):
+            raise ConfigError(
+                f"{source}: search.space: {key} is {domain!r}; give [low, high] with 0 < low < high, which is drawn "
+                "log-uniformly, or {choices: [...]}."
+            )
     return settings
 
 
-def _check_domain(where: str, domain: Any) -> None:
-    if isinstance(domain, dict) and domain.keys() == {"choices"}:
-        if not isinstance(domain["choices"], list) or not domain["choices"]:
-            raise ConfigError(f"{where}: choices is {domain['choices']!r}; give a list of values.")
-    elif not isinstance(domain, list) or len(domain) != 2 or any(type(bound) not in (int, float) for bound in domain):
-        raise ConfigError(f"{where} is {domain!r}; give [low, high] or {{choices: [...]}}.")
-    elif not 0 < domain[0] < domain[1] < math.inf:
-        raise ConfigError(f"{where} is {domain!r}; a log-uniform range needs 0 < low < high.")
+def _is_choice(domain: Any) -> bool:
+    return isinstance(domain, dict) and list(domain) == ["choices"] and bool(domain["choices"])
+
+
+def _is_range(domain: Any) -> bool:
+    numbers = isinstance(domain, list) and len(domain) == 2 and all(type(bound) in (int, float) for bound in domain)
+    return numbers and 0 < domain[0] < domain[1] < math.inf
 
 
 def parameters_of(trial: Any) -> dict[str, Any]:
@@ -199,12 +197,12 @@ def search(
     trials: int | None = None,
     parallel: int | None = None,
     prune: bool = False,
-    engine: Literal["local", "ray"] = "local",
+    engine: Engine = "local",
 ) -> SearchResult:
     """Run the trials of the section `search` of `cfg` and save the best parameters.
 
-    Writes `study.log` (the Optuna journal), `trials.csv`, `best.yaml`, `search.png`, `runs/trial_NNN` and
-    `logs/trial_NNN.log` to `folder`. Finished and pruned trials are not run again; failed and interrupted ones are.
+    Writes `study.log` (the Optuna journal), `trials.csv`, `best.yaml`, `runs/trial_NNN` and `logs/trial_NNN.log` to
+    `folder`. Finished and pruned trials are not run again; failed and interrupted ones are.
 
     Args:
         source: name of the config for messages.
@@ -245,7 +243,7 @@ def check_trials(cfg: DictConfig, trial: DictConfig, settings: SearchSettings, s
     check_parts(context, initial)
     backbone, task = build_downstream(context, Weights(initial.backbone))
     try:
-        _check_metric(settings.metric, metric_names(context, backbone, task, "test"), cfg.task.name)
+        check_metric(settings.metric, metric_names(context, backbone, task, "test"), source, "search.metric")
     except DatasetError as error:  # for example, no image has an object
         logger.warning(f"cannot check search.metric={settings.metric} before the first trial: {error}")
     if OmegaConf.to_container(cfg.dataloader.test) == OmegaConf.to_container(trial.dataloader.test):
@@ -255,13 +253,16 @@ def check_trials(cfg: DictConfig, trial: DictConfig, settings: SearchSettings, s
         )
 
 
-def _check_metric(metric: str, names: list[str], task: str) -> None:
+def check_metric(metric: str, names: list[str], source: str, key: str) -> None:
+    """Check that the metric under a config key is among the `names` that the task computes.
+
+    Raises:
+        ConfigError: it is not.
+    """
     if metric not in names:
-        known = ", ".join(name for name in names if "/" not in name)
+        known = ", ".join(name for name in names if "/" not in name) or "none"
         hint = did_you_mean(metric, names)
-        raise ConfigError(
-            f"search.metric is '{metric}', which the task '{task}' does not compute.{hint} Known: {known}."
-        )
+        raise ConfigError(f"{source}: {key} is '{metric}', which the task does not compute.{hint} Known: {known}.")
 
 
 class _Search:
@@ -278,8 +279,7 @@ class _Search:
         base = base_config(cfg, settings, source)
         record = {"config": OmegaConf.to_container(base, resolve=True), "search": asdict(settings)}
         del record["search"]["trials"], record["search"]["overrides"]  # the first may grow, the second are in config
-        new = not (folder / STUDY_FILE).exists()
-        if new and (folder / "runs").exists():
+        if not (folder / STUDY_FILE).exists() and (folder / "runs").exists():
             raise ConfigError(f"{folder} holds runs, but no {STUDY_FILE}. Choose another folder for the search.")
         folder.mkdir(parents=True, exist_ok=True)
         journal = self.optuna.storages.journal
@@ -294,12 +294,11 @@ class _Search:
             check_unchanged(folder, self.study.user_attrs["record"], record, "search")
         else:
             self.study.set_user_attr("record", record)
-        role = "val" if "val" in base.dataloader else "test"
-        self.curve_key = f"{role}/{settings.metric}"
+        self.curve_key = f"{'val' if 'val' in base.dataloader else 'test'}/{settings.metric}"
         self.open: dict[str, Any] = {}
         self.sizes: dict[str, int] = {}
 
-    def run(self, number: int, parallel: int | None, prune: bool, engine: Literal["local", "ray"]) -> SearchResult:
+    def run(self, number: int, parallel: int | None, prune: bool, engine: Engine) -> SearchResult:
         """Run the missing trials; see :func:`search`."""
         jobs = []
         for trial in self.study.trials[:number]:
@@ -308,11 +307,8 @@ class _Search:
                 jobs.append(Job(_name(trial.number), self._config(trial)))
         jobs += [Job(_name(n), self._draw_next) for n in range(len(self.study.trials), number)]
         logger.info(f"search: {number} trials in {self.folder}, {self.settings.metric} of the last fine-tuning")
-        try:
-            if jobs:
-                run_jobs(jobs, self.folder, parallel, self._take, self._prune if prune else lambda job: None, engine)
-        finally:
-            self._save()
+        if jobs:
+            run_jobs(jobs, self.folder, parallel, self._take, self._prune if prune else lambda job: None, engine)
         trials = self._ranked()
         if not trials:
             message = next(filter(None, map(_message, self.study.trials)), "")
@@ -353,27 +349,26 @@ class _Search:
         return bool(new)
 
     def _take(self, outcome: JobOutcome) -> None:
-        """Enter the outcome of a trial into the study and print it."""
+        """Enter the outcome of a trial into the study, print it, and save the table and the best config."""
         trial, metric = self.open[outcome.name], self.settings.metric
         self._report_curve(outcome.name)
         metrics = list(outcome.results.values())[-1] if outcome.results else {}
         message = " ".join(outcome.message.split())
         if outcome.status == FINISHED:
-            _check_metric(metric, list(metrics), self.cfg.task.name)
+            check_metric(metric, list(metrics), self.source, "search.metric")
             message = "" if math.isfinite(metrics[metric]) else f"{metric} is {metrics[metric]}"
-        trial.set_user_attr("metrics", {key: value for key, value in metrics.items() if math.isfinite(value)})
         trial.set_user_attr("seconds", outcome.seconds)
         trial.set_user_attr("message", message)
         if outcome.status == STOPPED:
             self.study.tell(trial, state=self.states.PRUNED)
         elif outcome.status == FINISHED and not message:
             self.study.tell(trial, metrics[metric])
-        self._save_table()
         best = self._ranked()[:1]
         details = [message[:200] or f"{metric} {metrics[metric]:.4f}"]
         details += [f"best {trial.value:.4f} ({_name(trial.number)})" for trial in best]
         status = _state(self.study.trials[trial.number])
         logger.info(progress_line(replace(outcome, status=status), "  ".join(details)))
+        self._save(best)
 
     def _ranked(self) -> list[Any]:
         """Return the finished trials, best first."""
@@ -381,53 +376,25 @@ class _Search:
         return sorted(trials, key=lambda trial: (-trial.value, trial.number))
 
     def _table(self, trials: list[Any]) -> str:
-        rows = [
-            [
-                _name(trial.number),
-                f"{trial.value:.4f}",
-                *parameters_of(trial).values(),
-                f"{trial.user_attrs['seconds']:.0f}",
-            ]
-            for trial in trials
-        ]
+        rows = [[_name(t.number), f"{t.value:.4f}", *parameters_of(t).values(), _seconds(t)] for t in trials]
         headers = ["trial", self.settings.metric, *self.settings.space, "seconds"]
         return tabulate(rows, headers=headers, disable_numparse=True, stralign="right")
 
-    def _save_table(self) -> None:
-        """Write `trials.csv`, a row per trial that has an outcome."""
-        trials = [trial for trial in self.study.trials if "seconds" in trial.user_attrs]
-        rows = [{name: v for name, v in _metrics(t, self.settings.metric).items() if "/" not in name} for t in trials]
-        names = list(dict.fromkeys(name for row in rows for name in row))
+    def _save(self, best: list[Any]) -> None:
+        """Write `trials.csv`, a row per trial that has an outcome, and `best.yaml`."""
         text = io.StringIO()
         writer = csv.writer(text, lineterminator="\n")
-        writer.writerow(["trial", "state", *self.settings.space, *names, "seconds", "message"])
-        for trial, metrics in zip(trials, rows, strict=True):
-            values = [*parameters_of(trial).values(), *(metrics.get(name, "") for name in names)]
-            seconds = f"{trial.user_attrs['seconds']:.1f}"
-            writer.writerow([_name(trial.number), _state(trial), *values, seconds, _message(trial)])
+        writer.writerow(["trial", "state", *self.settings.space, self.settings.metric, "seconds", "message"])
+        for trial in (trial for trial in self.study.trials if "seconds" in trial.user_attrs):
+            best_so_far = max(trial.intermediate_values.values(), default="")
+            value = {"finished": trial.value, "pruned": best_so_far}.get(_state(trial), "")
+            row = [_name(trial.number), _state(trial), *parameters_of(trial).values(), value]
+            writer.writerow([*row, _seconds(trial), _message(trial)])
         write_atomically(self.folder / TABLE_FILE, text.getvalue())
-
-    def _save(self) -> None:
-        self._save_table()
-        for best in self._ranked()[:1]:
+        for trial in best:
             cfg = LazyConfig.apply_overrides(self.cfg, ["~search"] if "search" in self.cfg else [])
-            cfg = LazyConfig.apply_overrides(cfg, as_overrides(parameters_of(best)), source=self.source)
+            cfg = LazyConfig.apply_overrides(cfg, as_overrides(parameters_of(trial)), source=self.source)
             LazyConfig.save(cfg, self.folder / BEST_FILE)
-            save_plot(self.study, self.settings.metric, self.folder / PLOT_FILE)
-
-
-def save_plot(study: Any, metric: str, path: Path) -> None:
-    """Save Optuna's slice plot: the metric of the finished trials over each parameter."""
-    from matplotlib import pyplot
-    from optuna.exceptions import ExperimentalWarning
-    from optuna.visualization.matplotlib import plot_slice
-
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ExperimentalWarning)
-        figure = np.atleast_1d(plot_slice(study, target_name=metric))[0].figure
-    with replacing(path) as temporary:
-        figure.savefig(temporary, format="png", dpi=120, bbox_inches="tight")
-    pyplot.close(figure)
 
 
 def _read_curve(path: Path, key: str) -> dict[int, float]:
@@ -454,8 +421,5 @@ def _message(trial: Any) -> str:
     return trial.user_attrs.get("message", "")
 
 
-def _metrics(trial: Any, metric: str) -> dict[str, float]:
-    """Return the metrics of a trial; for a pruned one the best value so far."""
-    if trial.state.name == "PRUNED":
-        return {metric: max(trial.intermediate_values.values())} if trial.intermediate_values else {}
-    return trial.user_attrs["metrics"]
+def _seconds(trial: Any) -> str:
+    return f"{trial.user_attrs['seconds']:.0f}"

@@ -6,7 +6,6 @@ import sys
 
 import numpy as np
 import pytest
-from PIL import Image
 from scipy import stats
 
 from bissl_zoo.config import LazyConfig, load_config
@@ -51,23 +50,16 @@ def test_choices_are_drawn_evenly():
     assert sum(counts) == 300 and stats.chisquare(counts).pvalue > 0.01
 
 
-@pytest.mark.parametrize(
-    ("task", "metric", "trials", "space"),
-    [
+def test_the_default_ranges_are_those_of_the_paper_and_a_section_changes_only_the_keys_it_names(tiny_config):
+    for task, metric, trials, space in (
         ("faster_rcnn", "AP50", 50, {LR: [1e-4, 1e-1], DECAY: [1e-6, 1e-2]}),
         ("classification", "top1", 100, {LR: [1e-4, 1.0], DECAY: [1e-5, 1e-2]}),
         ("multilabel_classification", "mAP11", 100, {LR: [1e-4, 1.0], DECAY: [1e-5, 1e-2]}),
-    ],
-)
-def test_the_default_ranges_are_those_of_the_paper(tiny_config, task, metric, trials, space):
-    read = read_search(tiny_config(task__name=task), "test")
-    assert (read.metric, read.trials, read.seed, read.space) == (metric, trials, 0, space)
-
-
-def test_a_section_changes_only_the_keys_it_names(tiny_config):
-    cfg = LazyConfig.apply_overrides(tiny_config(), ["+search={seed: 4, sampler: tpe}"])
-    read = read_search(cfg, "test")
-    assert (read.seed, read.sampler, read.metric, read.space[LR]) == (4, "tpe", "AP50", [1e-4, 1e-1])
+    ):
+        cfg = tiny_config(task__name=task)
+        assert read_search(cfg, "test") == SearchSettings(metric, trials, 0, "random", space, [])
+        changed = read_search(LazyConfig.apply_overrides(cfg, ["+search={seed: 4, sampler: tpe}"]), "test")
+        assert changed == SearchSettings(metric, trials, 4, "tpe", space, [])
 
 
 def test_a_trial_is_the_config_with_its_parameters_and_overrides(tiny_config):
@@ -89,10 +81,8 @@ def test_a_trial_is_the_config_with_its_parameters_and_overrides(tiny_config):
             "no key 'optimizer.finetune.lrr'.*Nearest: optimizer.finetune.lr",
         ),
         ("{space: {optimizer.finetune.lr: [1, 1e-4]}}", "0 < low < high"),
-        ("{space: {optimizer.finetune.lr: [1e-4, 1e-3, 1e-2]}}", r"give \[low, high\]"),
-        ("{space: {optimizer.finetune.lr: {choices: []}}}", "give a list of values"),
+        ("{space: {optimizer.finetune.lr: {choices: []}}}", "choices"),
         ("{overrides: [finetune.stepz=1]}", "no key 'finetune.stepz'"),
-        ("{trials: 0}", "search.trials is 0"),
         ("{sampler: tpa}", "unknown search.sampler 'tpa'. Did you mean 'tpe'"),
         ("[1]", "it must be a section"),
     ],
@@ -106,9 +96,7 @@ def test_an_invalid_section_is_refused_before_the_first_trial(tiny_config, tmp_p
 
 def test_a_metric_that_the_task_does_not_compute_is_refused_before_the_first_trial(tiny_config, at_scenes, tmp_path):
     cfg = LazyConfig.apply_overrides(tiny_config(train__stages="[finetune]"), ["+search={metric: AP555}"])
-    with pytest.raises(
-        ConfigError, match="'AP555', which the task 'faster_rcnn' does not compute. Did you mean 'AP75'"
-    ):
+    with pytest.raises(ConfigError, match="'AP555', which the task does not compute. Did you mean 'AP75'"):
         search(cfg, "my.py", tmp_path / "search", trials=2)
     assert not (tmp_path / "search").exists()
 
@@ -119,23 +107,16 @@ def test_a_task_without_default_ranges_needs_a_section(tiny_config):
             read_search(LazyConfig.apply_overrides(tiny_config(task__name="mine"), overrides), "my.py")
 
 
-@pytest.mark.parametrize(
-    ("changed", "options", "message"),
-    [
-        (dict(train__stages="[pretrain]"), {}, "train.stages has none that fine-tunes"),
-        (dict(train__stages="[finetune]"), dict(prune=True), "--prune needs finetune.eval_period"),
-        (dict(train__stages="[finetune]", finetune__steps=0), {}, "finetune.steps is 0"),
-    ],
-)
-def test_a_config_that_cannot_be_searched_is_refused(tiny_config, tmp_path, changed, options, message):
-    with pytest.raises(ConfigError, match=message):
-        search(tiny_config(**changed), "my.py", tmp_path / "search", **{"trials": 2, **options})
-
-
-def test_the_folder_of_a_run_is_refused(tiny_config, tmp_path):
-    (tmp_path / "config.yaml").write_text("train: {}\n")
-    with pytest.raises(ConfigError, match="holds a run"):
-        search(tiny_config(), "my.py", tmp_path)
+def test_a_config_or_folder_that_cannot_be_searched_is_refused(tiny_config, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.yaml").write_text("train: {}\n")
+    for changed, options, folder, message in (
+        (dict(train__stages="[pretrain]"), {}, "search", "train.stages has none that fine-tunes"),
+        (dict(train__stages="[finetune]"), dict(prune=True), "search", "--prune needs finetune.eval_period"),
+        ({}, {}, "run", "holds a run"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            search(tiny_config(**changed), "my.py", tmp_path / folder, **{"trials": 2, **options})
 
 
 def test_without_optuna_the_extra_is_named(tiny_config, tmp_path, monkeypatch):
@@ -152,7 +133,7 @@ def faked(monkeypatch, tiny_config, tmp_path):
     """Search without training: `faked({0: 0.5, 1: "an error"}, trials=2)`; `faked.ran` lists the trials that ran."""
     ran = []
 
-    def call(outcomes, changed=(), plot=False, **options):
+    def call(outcomes, changed=(), **options):
         def run_jobs(jobs, folder, parallel, on_done, stop_if, engine):
             for done, job in enumerate(jobs, start=1):
                 ran.append(job.name)
@@ -185,8 +166,6 @@ def faked(monkeypatch, tiny_config, tmp_path):
 
         monkeypatch.setattr(search_module, "run_jobs", run_jobs)
         monkeypatch.setattr(search_module, "check_trials", lambda *_: None)
-        if not plot:
-            monkeypatch.setattr(search_module, "save_plot", lambda *_: None)
         cfg = tiny_config(train__stages="[finetune]", finetune__eval_period=1)
         return search(LazyConfig.apply_overrides(cfg, changed), "my.py", tmp_path / "search", **options)
 
@@ -200,7 +179,7 @@ def rows(tmp_path):
 
 
 def test_the_best_trial_has_the_highest_metric_of_the_last_fine_tuning(faked, tmp_path, capsys):
-    result = faked({0: 0.25, 1: 0.75, 2: float("nan"), 3: "error with\na second line", 4: 0.75}, trials=5, plot=True)
+    result = faked({0: 0.25, 1: 0.75, 2: float("nan"), 3: "error with\na second line", 4: 0.75}, trials=5)
     assert [row["state"] for row in rows(tmp_path)] == ["finished"] * 2 + ["failed"] * 2 + ["finished"]
     assert [row["AP50"] for row in rows(tmp_path)] == ["0.25", "0.75", "", "", "0.75"]
     assert [row["message"] for row in rows(tmp_path)][2:4] == ["AP50 is nan", "error with a second line"]
@@ -215,8 +194,6 @@ def test_the_best_trial_has_the_highest_metric_of_the_last_fine_tuning(faked, tm
     output = capsys.readouterr().out
     assert "[2/5] trial_001 finished  AP50 0.7500  best 0.7500 (trial_001)  0:00:01  ETA 0:00:09" in output
     assert "trial_003 failed  error with a second line  best 0.7500 (trial_001)" in output
-    with Image.open(tmp_path / "search" / "search.png") as plot:
-        assert plot.width > 400
 
 
 def test_a_killed_search_resumes_with_the_same_draws_and_repeats_none(faked, tmp_path):
