@@ -1,7 +1,8 @@
-"""timm models as feature maps by stage, and their split into a trunk (shared by both levels) and a tail."""
+"""timm models as feature maps by stage, and their division into a trunk (shared by both levels) and a tail."""
 
 import contextlib
 import copy
+import math
 from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any, NamedTuple
@@ -13,6 +14,10 @@ from torch import Tensor, nn
 
 from bissl_zoo.errors import BisslZooError, RegistryError, did_you_mean
 from bissl_zoo.registry import BACKBONES
+
+
+#: the output of a trunk beside its maps, if it contains the whole backbone: embeddings (B, num_features)
+POOLED = "pooled"
 
 
 class SplitError(BisslZooError):
@@ -33,6 +38,10 @@ class Backbone(nn.Module):
     Stages of a pyramid are named by their stride, `c2` (1/4) to `c5` (1/32). Stages with equal strides, as in a plain
     ViT, have timm's module names (`blocks.11`). The state dict has timm's parameter names, so timm can load it.
 
+    Attributes:
+        num_features: width of `pooled`, which `forward` returns as well if this is the trunk of :func:`share` and holds
+            the whole model; otherwise None.
+
     Args:
         model: a timm model with `forward_intermediates`, built with `num_classes=0`.
         name: name of its timm architecture.
@@ -52,6 +61,7 @@ class Backbone(nn.Module):
         self.model = model
         self.name = name
         self.model_args = dict(model_args or {})
+        self.num_features: int | None = None
         self.feature_info = _named_stages(model)
         self.out_features = tuple(out_features) or (self.stages[-1],)
         for stage in self.out_features:
@@ -71,10 +81,15 @@ class Backbone(nn.Module):
             raise SplitError(f"Backbone '{self.name}' has no stage '{stage}'.{hint} Stages: {', '.join(self.stages)}.")
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
-        """Map normalized images `(B, 3, H, W)` to `{stage: (B, C, H/stride, W/stride)}`."""
+        """Map normalized images `(B, 3, H, W)` to `{stage: (B, C, H/stride, W/stride)}`, without class tokens."""
         indices = sorted(self.stages.index(stage) for stage in self.out_features)
-        maps = self.model.forward_intermediates(images, indices=indices, stop_early=True, intermediates_only=True)
-        return {self.stages[index]: features for index, features in zip(indices, maps, strict=True)}
+        if self.num_features is None:
+            maps = self.model.forward_intermediates(images, indices=indices, stop_early=True, intermediates_only=True)
+            pooled = {}
+        else:
+            last, maps = self.model.forward_intermediates(images, indices=indices)
+            pooled = {POOLED: self.model.forward_head(last)}
+        return {**{self.stages[index]: features for index, features in zip(indices, maps, strict=True)}, **pooled}
 
     def split(self, stage: str, out_features: Sequence[str] = ()) -> tuple["Backbone", "Tail"]:
         """Split the model after `stage` into copies: a trunk that returns that stage's map, and a tail that takes it.
@@ -92,17 +107,33 @@ class Backbone(nn.Module):
         stages = self._stages_up_to(stage, out_features)
         if isinstance(self.model, VisionTransformer) and self.model.num_prefix_tokens:
             raise SplitError(
-                f"Backbone '{self.name}' cannot be split: its class or register tokens are not part of the feature "
-                "map. Build it without them: class_token=False, reg_tokens=0, global_pool='avg'."
+                f"Backbone '{self.name}' cannot be split at '{stage}': its class or register tokens are not part of "
+                "the feature map. Share the whole backbone (bilevel.shared_stage=null), or build one without them: "
+                "class_token=False, reg_tokens=0, global_pool='avg'."
             )
         trunk_model = copy.deepcopy(self.model)
         trunk_model.prune_intermediate_layers([self.stages.index(stage)], prune_norm=True, prune_head=True)
         maps = [name for name in stages if name == stage or name in out_features]
         trunk = Backbone(trunk_model, self.name, maps, self.model_args)
         trunk.feature_info = {name: self.feature_info[name] for name in stages}
-        tail = Tail(self.model, self.feature_info[stage].module, self._probe())
-        self._check_split(stage, trunk, tail)
+        try:
+            tail = Tail(self.model, self.feature_info[stage].module, self._probe())
+            problem = self._difference(stage, trunk, tail)
+        except (RuntimeError, TypeError, ValueError, AttributeError, AssertionError) as error:
+            problem = f"the layers after it need more than the feature map ({error})"
+        if problem:
+            raise SplitError(
+                f"Backbone '{self.name}' cannot be split at '{stage}': {problem}. Try another stage, or share the "
+                "whole backbone (bilevel.shared_stage=null)."
+            )
         return trunk, tail
+
+    def whole_trunk(self, out_features: Sequence[str] = ()) -> "Backbone":
+        """Return a copy that holds the whole model, and returns its pooled embedding beside the maps."""
+        maps = [stage for stage in self.stages if stage == self.stages[-1] or stage in out_features]
+        trunk = Backbone(copy.deepcopy(self.model), self.name, maps, self.model_args)
+        trunk.num_features = self.model.head_hidden_size
+        return trunk
 
     def freeze(self, stage: str) -> None:
         """Freeze all layers up to `stage`: no gradients, and batch norm with running statistics.
@@ -130,28 +161,24 @@ class Backbone(nn.Module):
             )
         return stages
 
-    def _check_split(self, stage: str, trunk: "Backbone", tail: "Tail") -> None:
-        whole = set(self.state_dict())
-        parts = [*trunk.state_dict(), *tail.state_dict()]
-        try:
-            with torch.no_grad(), evaluating(self, trunk, tail):
-                same = torch.equal(tail(trunk(self._probe())[stage]), self.model(self._probe()))
-            problem = None if same else "the output of the two parts differs from that of the whole"
-        except (RuntimeError, TypeError, ValueError, AttributeError) as error:
-            problem = f"the layers after it need more than the feature map ({error})"
-        if problem is None and (len(parts) != len(set(parts)) or set(parts) != whole):
-            problem = f"parameters are missing or duplicated ({', '.join(sorted(whole ^ set(parts))[:3])} ...)"
-        if problem:
-            raise SplitError(f"Backbone '{self.name}' cannot be split at '{stage}': {problem}. Try another stage.")
+    def _difference(self, stage: str, trunk: "Backbone", tail: "Tail") -> str:
+        """Return how trunk and tail differ from the whole; empty if they do not."""
+        with torch.no_grad(), evaluating(self, trunk, tail):
+            if not torch.equal(tail(trunk(self._probe())[stage]), self.model(self._probe())):
+                return "the output of the two parts differs from that of the whole"
+        whole, parts = set(self.state_dict()), [*trunk.state_dict(), *tail.state_dict()]
+        if len(parts) != len(set(parts)) or set(parts) != whole:
+            return f"parameters are missing or duplicated ({', '.join(sorted(whole ^ set(parts))[:3])} ...)"
+        return ""
 
     def _probe(self) -> Tensor:
         cfg = self.model.pretrained_cfg
-        size = self.model_args.get("img_size") or (cfg["input_size"][1:] if cfg.get("fixed_input_size") else 64)
+        small = 32 * math.ceil(cfg["input_size"][-1] / 112)  # 64 for a network for 224 pixels
+        size = self.model_args.get("img_size") or (cfg["input_size"][1:] if cfg.get("fixed_input_size") else small)
         height, width = (size, size) if isinstance(size, int) else size
-        parameter = next(self.model.parameters())
         generator = torch.Generator().manual_seed(0)
-        image = torch.randn(1, 3, height, width, generator=generator)
-        return image.to(parameter)
+        image = torch.randn(1, self.model_args.get("in_chans", 3), height, width, generator=generator)
+        return image.to(next(self.model.parameters()))
 
 
 class Tail(nn.Module):
@@ -165,6 +192,8 @@ class Tail(nn.Module):
         finished, output = _run_to_stage(model, stage_module, probe)
         self.model = copy.deepcopy(model)
         _drop_finished(self.model, "", finished, stage_module)
+        if getattr(model, "output_fmt", None) == "NHWC":  # inside, as in Swin; maps are (B, C, h, w)
+            self.model.set_submodule(stage_module, _ToChannelsLast())
         if isinstance(self.model, VisionTransformer):
             self.model.patch_embed = _MapToTokens()
             self.model.pos_embed = None
@@ -179,6 +208,27 @@ class Tail(nn.Module):
         return self.model(features)
 
 
+class Pool(nn.Module):
+    """The tail of a trunk that needs none: global average pooling of a map; a pooled embedding passes through.
+
+    Args:
+        num_features: width of the embedding.
+    """
+
+    def __init__(self, num_features: int) -> None:
+        super().__init__()
+        self.num_features = num_features
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Map `(B, C, h, w)` or `(B, C)` to `(B, C)`."""
+        return features.mean(dim=(2, 3)) if features.dim() == 4 else features
+
+
+class _ToChannelsLast(nn.Module):
+    def forward(self, features: Tensor) -> Tensor:
+        return features.permute(0, 2, 3, 1)
+
+
 class _MapToTokens(nn.Module):
     def forward(self, features: Tensor) -> Tensor:
         return features.flatten(2).transpose(1, 2)
@@ -187,6 +237,49 @@ class _MapToTokens(nn.Module):
 class _ChannelMajor(nn.Module):
     def forward(self, tokens: Tensor) -> Tensor:
         return tokens.transpose(1, 2).contiguous().transpose(1, 2)
+
+
+def share(backbone: nn.Module, stage: str | None = None, out_features: Sequence[str] = ()) -> tuple[nn.Module, Any]:
+    """Return copies of the part of a backbone that both levels share, and of the tail after it.
+
+    Without a stage the whole backbone is shared. The layers after the last map stay in the tail if the map is all they
+    need (pooling, a final norm or convolution), because tasks on maps do not train them; otherwise, as with class
+    tokens, the trunk has them too and returns :data:`POOLED`, and the tail is a :class:`Pool`.
+
+    A registered backbone that is not a timm model is a module with `name`, `stages`, `out_features` and `feature_info`
+    as in :class:`Backbone`, whose `forward` returns a map for each of its `out_features`. It may return :data:`POOLED`
+    and have its width as `num_features`. It can be shared in part if it has a method `split`.
+
+    Args:
+        stage: last stage that is shared; None for the whole backbone.
+        out_features: earlier stages whose maps the trunk returns as well.
+    Raises:
+        SplitError: an unknown stage, or a backbone that cannot be split there.
+    """
+    if stage is not None and not hasattr(backbone, "split"):
+        raise SplitError(f"Backbone '{backbone.name}' has no method split. Share all of it: bilevel.shared_stage=null.")
+    if stage is not None:
+        return backbone.split(stage, out_features)
+    if isinstance(backbone, Backbone):
+        for name in out_features:
+            backbone.check_stage(name)
+        try:
+            return backbone.split(backbone.stages[-1], out_features)
+        except SplitError:
+            trunk: nn.Module = backbone.whole_trunk(out_features)
+    else:
+        trunk = copy.deepcopy(backbone)
+    return trunk, Pool(pooled_width(trunk))
+
+
+def pooled_width(trunk: nn.Module) -> int:
+    """Return the width of `pooled_features`."""
+    return getattr(trunk, "num_features", None) or trunk.feature_info[trunk.out_features[-1]].channels
+
+
+def tail_input(features: dict[str, Tensor], stage: str) -> Tensor:
+    """Return what the tail takes of the output of a trunk: :data:`POOLED` if it is there, else the map of `stage`."""
+    return features[POOLED] if POOLED in features else features[stage]
 
 
 @BACKBONES.register("timm")

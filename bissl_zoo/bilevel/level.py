@@ -92,7 +92,7 @@ class Level:
         Raises:
             NonFiniteLoss: a loss is not finite on some rank; names the level, the step and the losses.
         """
-        device = next(self.head.parameters()).device.type
+        device = next(backbone.parameters()).device.type
         with torch.autocast(device, self.amp_dtype, enabled=amp and self.amp_dtype is not None):
             losses = self.head.losses(backbone, batch)
         total = torch.stack(list(losses.values())).sum()

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torchvision.transforms import v2
 
-from bissl_zoo.backbones import Backbone
+from bissl_zoo.backbones import POOLED, Backbone, pooled_width
 from bissl_zoo.data.views import IMAGENET_MEAN, IMAGENET_STD
 from bissl_zoo.downstream.drawing import show_image
 from bissl_zoo.downstream.task import Batch, Box, DownstreamTask
@@ -26,7 +26,9 @@ _CAPTIONED = 3
 
 
 class PooledLinear(DownstreamTask, ABC):
-    """Global average pooling of the last feature map and one linear layer: K logits per image.
+    """One linear layer on the mean of the last feature map: K logits per image.
+
+    If the shared trunk returns a pooled embedding, as of class tokens, it takes the place of that mean.
 
     Args:
         image_size: side in pixels of the training crop and of the central test crop.
@@ -55,7 +57,7 @@ class PooledLinear(DownstreamTask, ABC):
         self.interpolation = v2.InterpolationMode(interpolation)
         self.resize = resize or round(image_size * 8 / 7)
         self.mean, self.std = list(mean), list(std)
-        self.linear = nn.Linear(self.feature.channels, len(self.classes))
+        self.linear = nn.Linear(pooled_width(backbone), len(self.classes))
 
     def transform(self, train: bool) -> Callable[[Any, Any], Batch]:
         """Return a random resized crop and flip for training, a central crop for testing; targets are unchanged."""
@@ -106,7 +108,8 @@ class PooledLinear(DownstreamTask, ABC):
         """Return the names of the classes of a target."""
 
     def _logits(self, backbone: Backbone, images: Tensor) -> Tensor:
-        return self.linear(backbone(images)[self.stage].mean(dim=(2, 3)))
+        features = backbone(images)
+        return self.linear(features[POOLED] if POOLED in features else features[self.stage].mean(dim=(2, 3)))
 
 
 @DOWNSTREAM_TASKS.register("classification")

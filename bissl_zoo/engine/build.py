@@ -11,7 +11,7 @@ from omegaconf import DictConfig
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from bissl_zoo.backbones import Backbone, Tail
+from bissl_zoo.backbones import Backbone, Tail, share
 from bissl_zoo.bilevel.level import Level
 from bissl_zoo.config import instantiate
 from bissl_zoo.data.batches import to_device
@@ -106,8 +106,7 @@ def build_split_backbone(cfg: DictConfig) -> tuple[Backbone, Tail]:
 
     The trunk also returns the earlier maps in `backbone.out_features`, for tasks that read several.
     """
-    whole = instantiate(cfg.backbone)
-    return whole.split(cfg.bilevel.shared_stage or whole.stages[-1], cfg.backbone.get("out_features") or ())
+    return share(instantiate(cfg.backbone), cfg.bilevel.shared_stage, cfg.backbone.get("out_features") or ())
 
 
 def build_pretext(cfg: DictConfig, weights: Weights, device: torch.device) -> tuple[Backbone, PretextMethod]:

@@ -7,6 +7,7 @@ from omegaconf import DictConfig
 from tabulate import tabulate
 from torch import nn
 
+from bissl_zoo.backbones import tail_input
 from bissl_zoo.config import LazyConfig
 from bissl_zoo.engine.build import Weights, build_downstream, build_pretext, build_split_backbone
 from bissl_zoo.engine.checks import check_parts, open_context
@@ -53,7 +54,7 @@ def _shapes(cfg: DictConfig, trunk: nn.Module, tail: nn.Module) -> list[list[Any
     images = torch.zeros(1, 3, size, size)
     with torch.no_grad():
         features = trunk.eval()(images)
-        embedding = tail.eval()(features[trunk.out_features[-1]])
+        embedding = tail.eval()(tail_input(features, trunk.out_features[-1]))
     maps = {"pretext view": images, **{f"shared map {name}": value for name, value in features.items()}}
     return [[name, tuple(value.shape[1:])] for name, value in {**maps, "embedding": embedding}.items()]
 

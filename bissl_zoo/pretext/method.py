@@ -6,7 +6,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from bissl_zoo.backbones import Backbone, Tail
+from bissl_zoo.backbones import Backbone, Tail, tail_input
 from bissl_zoo.data.views import two_views
 
 
@@ -27,7 +27,7 @@ class PretextMethod(nn.Module, ABC):
 
     Args:
         backbone: the trunk that the method will be called with; used for shapes and copies, never stored.
-        tail: maps the feature map of the trunk to embeddings `(B, tail.num_features)`.
+        tail: maps the output of the trunk (`tail_input`) to embeddings `(B, tail.num_features)`.
         augmentation: maps a PIL image to a tuple of views; by default the two views of the BiSSL paper at 96 pixels.
     """
 
@@ -49,7 +49,7 @@ class PretextMethod(nn.Module, ABC):
 
     def embed(self, backbone: Backbone, images: Tensor) -> Tensor:
         """Map images `(B, 3, S, S)` to embeddings `(B, tail.num_features)`, equal to those of the unsplit backbone."""
-        return self.tail(backbone(images)[self.stage])
+        return self.tail(tail_input(backbone(images), self.stage))
 
     @abstractmethod
     def losses(self, backbone: Backbone, views: tuple[Tensor, ...]) -> dict[str, Tensor]:

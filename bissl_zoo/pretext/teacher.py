@@ -5,6 +5,8 @@ import copy
 import torch
 from torch import Tensor, nn
 
+from bissl_zoo.backbones import tail_input
+
 
 class Teacher(nn.ModuleDict):
     """Momentum encoder: a copy of `backbone`, `tail` and `projector` without gradients (arXiv 1911.05722, section 3.2).
@@ -19,7 +21,8 @@ class Teacher(nn.ModuleDict):
     @torch.no_grad()
     def forward(self, images: Tensor) -> Tensor:
         """Map images `(B, 3, S, S)` to projections `(B, D)` without gradients."""
-        features = self["backbone"](images)[self["backbone"].out_features[-1]]
+        backbone = self["backbone"]
+        features = tail_input(backbone(images), backbone.out_features[-1])
         return self["projector"](self["tail"](features))
 
     def reset(self, **student: nn.Module) -> None:

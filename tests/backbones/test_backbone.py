@@ -2,7 +2,7 @@ import pytest
 import timm
 import torch
 
-from bissl_zoo.backbones import SplitError, merge_split_states
+from bissl_zoo.backbones import FeatureInfo, Pool, SplitError, Tail, merge_split_states, share, tail_input
 from bissl_zoo.errors import RegistryError
 from bissl_zoo.registry import build_backbone
 
@@ -158,11 +158,75 @@ def test_missing_and_unexpected_keys_are_refused():
         backbone.load_state_dict({**state, "fc.weight": torch.zeros(1)})
 
 
-def test_a_vit_with_a_class_token_says_how_to_build_one_that_splits():
-    with pytest.raises(
-        SplitError, match=r"'test_vit' cannot be split.*class_token=False, reg_tokens=0, global_pool='avg'"
-    ):
+def test_a_vit_with_a_class_token_is_shared_whole_or_built_without_it():
+    with pytest.raises(SplitError, match=r"'test_vit' cannot be split.*shared_stage=null.*class_token=False"):
         build("test_vit").split("blocks.2")
+
+
+@pytest.mark.parametrize("name", timm.list_models("test_*"))
+def test_any_family_is_shared_whole_and_pooled_as_timm_does(name):
+    whole = build(name).eval()
+    trunk, tail = share(whole)
+    assert set(merge_split_states(trunk.state_dict(), tail.state_dict())) == set(whole.state_dict())
+    x, stage = images(whole, batch=2), whole.stages[-1]
+    with torch.no_grad():
+        features = trunk.eval()(x)
+        assert torch.equal(tail.eval()(tail_input(features, stage)), whole.model(x))
+        grid, info = features[stage].shape[2:], whole.feature_info[stage]
+        assert features[stage].shape == (2, info.channels, *grid) and grid[0] == x.shape[-1] // info.stride
+        assert tail.num_features == whole.model.head_hidden_size
+
+
+#: prefix tokens (class, registers), rotary positions, attention pooling
+TOKENS = [
+    ("vit_tiny_patch16_224", {"class_token": True, "reg_tokens": 2, "global_pool": "token"}, 3),
+    ("vit_small_patch14_dinov2", {"img_size": 56, "depth": 2}, 1),
+    ("vit_tiny_patch16_dinov3_qkvb", {"img_size": 64, "depth": 2}, 5),
+    ("vit_base_patch16_clip_224", {"img_size": 64, "depth": 1, "embed_dim": 64, "num_heads": 2}, 1),
+    ("vit_base_patch16_siglip_224", {"img_size": 64, "depth": 1, "embed_dim": 64, "num_heads": 2}, 0),
+]
+
+
+@pytest.mark.parametrize("name, args, prefix", TOKENS)
+def test_a_token_transformer_has_a_map_of_its_patches_and_timms_embedding(name, args, prefix):
+    whole = build(name, **{"img_size": 64, "depth": 2, **args}).eval()
+    trunk, tail = share(whole, out_features=(whole.stages[0],))
+    size = args.get("img_size", 64)
+    x = torch.randn(2, 3, size, size)
+    with torch.no_grad():
+        features = trunk.eval()(x)
+        assert torch.equal(tail(tail_input(features, whole.stages[-1])), whole.model(x))
+        tokens = whole.model.forward_features(x)
+    assert (
+        isinstance(tail, Pool) == (prefix > 0) and features[whole.stages[0]].shape == features[whole.stages[-1]].shape
+    )
+    assert tokens.shape[1] == prefix + features[whole.stages[-1]].shape[2:].numel()
+    if isinstance(tail, Pool):  # the map has the patches in their places: the same norm turns both into timm's tokens
+        patches = features[whole.stages[-1]].flatten(2).transpose(1, 2)
+        torch.testing.assert_close(whole.model.norm(patches), tokens[:, prefix:])
+
+
+class Strided(torch.nn.Module):
+    """The least that a backbone is: maps by stage, and what they are."""
+
+    def __init__(self, out_features=()):
+        super().__init__()
+        self.name, self.stages, self.out_features = "strided", ["c3"], ("c3",)
+        self.feature_info = {"c3": FeatureInfo(8, 8, "conv")}
+        self.conv = torch.nn.Conv2d(3, 8, 8, 8)
+
+    def forward(self, images):
+        return {"c3": self.conv(images)}
+
+
+def test_a_backbone_that_is_no_timm_model_is_shared_whole():
+    whole = Strided()
+    trunk, tail = share(whole)
+    assert trunk is not whole and set(trunk.state_dict()) == set(whole.state_dict())
+    x = torch.randn(2, 3, 32, 32)
+    torch.testing.assert_close(tail(tail_input(trunk(x), "c3")), whole.conv(x).mean(dim=(2, 3)))
+    with pytest.raises(SplitError, match="'strided' has no method split.*shared_stage=null"):
+        share(whole, "c3")
 
 
 def test_an_unknown_stage_names_the_nearest_and_all():
@@ -194,7 +258,7 @@ def test_any_family_splits_exactly_or_says_that_it_does_not(name):
     try:
         trunk, tail = whole.split(stage)
     except SplitError as error:
-        assert name in str(error) and ("Try another stage" in str(error) or "Build it without" in str(error))
+        assert name in str(error) and ("Try another stage" in str(error) or "class_token=False" in str(error))
         return
     x = images(whole, batch=2)
     with torch.no_grad():
