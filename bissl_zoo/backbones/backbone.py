@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from bissl_zoo.errors import BisslZooError, RegistryError, did_you_mean
 from bissl_zoo.registry import BACKBONES
 
-
 #: the output of a trunk beside its maps, if it contains the whole backbone: embeddings (B, num_features)
 POOLED = "pooled"
 
@@ -278,7 +277,7 @@ def pooled_width(trunk: nn.Module) -> int:
 
 
 def tail_input(features: dict[str, Tensor], stage: str) -> Tensor:
-    """Return what the tail takes of the output of a trunk: :data:`POOLED` if it is there, else the map of `stage`."""
+    """Return the input of the tail from the output of a trunk: :data:`POOLED` if it has that, else the map of `stage`."""
     return features[POOLED] if POOLED in features else features[stage]
 
 

@@ -2,7 +2,7 @@ import pytest
 import timm
 import torch
 
-from bissl_zoo.backbones import FeatureInfo, Pool, SplitError, Tail, merge_split_states, share, tail_input
+from bissl_zoo.backbones import FeatureInfo, Pool, SplitError, merge_split_states, share, tail_input
 from bissl_zoo.errors import RegistryError
 from bissl_zoo.registry import build_backbone
 
