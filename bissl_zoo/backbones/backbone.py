@@ -277,7 +277,7 @@ def pooled_width(trunk: nn.Module) -> int:
 
 
 def tail_input(features: dict[str, Tensor], stage: str) -> Tensor:
-    """Return the input of the tail from the output of a trunk: :data:`POOLED` if it has that, else the map of `stage`."""
+    """Return the input of the tail: the output :data:`POOLED` of a trunk, or else its map of `stage`."""
     return features[POOLED] if POOLED in features else features[stage]
 
 
