@@ -155,13 +155,14 @@ class Model:
         """
         folder = Path(folder)
         with replacing_folder(folder) as temporary:
-            save_tensors(self._state(), temporary / WEIGHTS_FILE)
+            save_tensors(self.state_dict(), temporary / WEIGHTS_FILE)
             write_atomically(temporary / JSON_FILE, json.dumps(self.metadata, indent=2, ensure_ascii=False) + "\n")
             sums = [f"{sha256_of(temporary / file)}  {file}\n" for file in (JSON_FILE, WEIGHTS_FILE)]
             write_atomically(temporary / SUMS_FILE, "".join(sums))
         return folder
 
-    def _state(self) -> dict[str, torch.Tensor]:
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        """Return the weights, named `backbone.*` and `task.*`."""
         parts = {"backbone": self.backbone.state_dict(), "task": self.task.state_dict()}
         return {f"{part}.{name}": tensor for part, state in parts.items() for name, tensor in state.items()}
 
@@ -247,7 +248,7 @@ def load_model(
         raise ZooError(f"{where} is not a model of this package ({type(error).__name__}: {error}).") from error
     except BisslZooError as error:
         raise ZooError(f"The model in {where} cannot be built: {error}") from error
-    if difference := state_difference(model._state(), state):
+    if difference := state_difference(model.state_dict(), state):
         raise ZooError(f"The weights in {where} do not fit its {model}: {difference}.")
     for part in ("backbone", "task"):
         part_state = {name.partition(".")[2]: tensor for name, tensor in state.items() if name.startswith(f"{part}.")}

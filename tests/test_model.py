@@ -10,11 +10,15 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from bissl_zoo.config import LazyConfig
 from bissl_zoo.downstream import Classification, DownstreamTask
+from bissl_zoo.engine.publishing import publish_run
 from bissl_zoo.errors import BisslZooError, DatasetError, ZooError
 from bissl_zoo.files import sha256_of
 from bissl_zoo.model import Model, describe_model, load_model
 from bissl_zoo.registry import DOWNSTREAM_TASKS, build_backbone, build_task
+from bissl_zoo.runs.directory import load_run_config
+from bissl_zoo.zoo import Zoo
 
 SIZE = 64
 CLASSES = ["cat", "dog", "héron"]
@@ -234,3 +238,39 @@ def test_a_run_leaves_its_fine_tuned_models(finished, train_net, tmp_path):
     model = load_model(tmp_path / "elsewhere")
     assert model.classes == [str(digit) for digit in range(10)]
     assert load_model(finished).predict(photo(), threshold=0.0) == model.predict(photo(), threshold=0.0)
+
+
+def test_an_entry_with_the_model_has_its_metrics_only_and_predicts(run_copy, tmp_path):
+    cfg = load_run_config(run_copy)
+    cfg.train.publish.model = True
+    LazyConfig.save(cfg, run_copy / "config.yaml")
+    entry = publish_run(run_copy, name="mine", zoo=Zoo(tmp_path / "zoo"))
+    record = Zoo(tmp_path / "zoo").find("mine").metadata()
+    assert {"task_model.json", "task_model.safetensors"} <= set(record["files"])
+    assert "task_head.safetensors" not in record["files"]
+    model = load_model(run_copy)
+    assert {name: metric["values"] for name, metric in record["metrics"].items()} == {
+        f"{name} (bissl)": [value] for name, value in model.metrics.items()
+    }
+    assert 'load_model("zoo:mine@1")' in (tmp_path / "zoo" / "mine" / "README.md").read_text()
+    for source, zoo in (("zoo:mine", tmp_path / "zoo"), (entry.location, None)):
+        assert load_model(source, zoo=zoo).predict(photo(), threshold=0.0) == model.predict(photo(), threshold=0.0)
+    with open(tmp_path / "zoo" / "mine" / "task_model.json", "a") as file:
+        file.write(" ")
+    with pytest.raises(ZooError, match=r"task_model\.json"):
+        load_model("zoo:mine", zoo=tmp_path / "zoo")
+
+
+def test_an_entry_without_a_model_is_refused(run_copy, tmp_path):
+    publish_run(run_copy, name="mine", zoo=Zoo(tmp_path / "zoo"))
+    with pytest.raises(ZooError, match="train.publish.model=True"):
+        load_model("zoo:mine", zoo=tmp_path / "zoo")
+
+
+def test_a_finished_run_of_an_earlier_version_gets_its_model_by_resume(run_copy, train_net, tiny):
+    expected = load_model(run_copy).predict(photo(), threshold=0.0)
+    shutil.rmtree(run_copy / "model")
+    with pytest.raises(ZooError, match="--resume"):
+        load_model(run_copy)
+    assert train_net("--resume", *tiny(), f"train.output_dir={run_copy}").status == 0
+    assert load_model(run_copy).predict(photo(), threshold=0.0) == expected

@@ -30,7 +30,7 @@ from bissl_zoo.engine.build import (
 from bissl_zoo.engine.hooks import custom_hooks
 from bissl_zoo.engine.init import ZOO_PREFIX
 from bissl_zoo.engine.launch import choose_device
-from bissl_zoo.engine.publishing import check_entry_name
+from bissl_zoo.engine.publishing import check_publishing
 from bissl_zoo.engine.resume import preserved_randomness
 from bissl_zoo.engine.trainer import Context, Weights
 from bissl_zoo.errors import ConfigError, did_you_mean
@@ -172,7 +172,7 @@ def check_config(cfg: DictConfig, source: str) -> None:
     _check_stages(list(cfg.train.stages), source)
     check_writers(list(cfg.train.writers), source)
     _check_early_stopping(cfg, source)
-    check_entry_name(cfg, source)
+    check_publishing(cfg, source)
 
 
 def _check_stages(stages: list[str], source: str) -> None:

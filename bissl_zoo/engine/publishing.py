@@ -18,7 +18,7 @@ from bissl_zoo.engine.resume import is_done
 from bissl_zoo.engine.trainer import Context, Stage
 from bissl_zoo.errors import CheckpointError, ConfigError, ZooError
 from bissl_zoo.files import write_atomically
-from bissl_zoo.model import MODEL_FOLDER, Model, describe_model
+from bissl_zoo.model import ENTRY_JSON, ENTRY_WEIGHTS, MODEL_FOLDER, Model, describe_model, load_model
 from bissl_zoo.registry import BACKBONES, STAGES
 from bissl_zoo.runs.directory import (
     CONFIG_FILE,
@@ -113,12 +113,14 @@ def finished_outcome(context: Context, stages: Sequence[Stage]) -> dict[str, Any
     return {"results": read_results(folder), "entry": entry}
 
 
-def check_entry_name(cfg: DictConfig, source: str) -> None:
+def check_publishing(cfg: DictConfig, source: str) -> None:
     """Check that the entry is not named after another architecture, which is the part before the first dot.
 
     Raises:
-        ConfigError: with the correct name.
+        ConfigError: with the correct name; or no stage makes the model of `train.publish.model`.
     """
+    if cfg.train.publish.model and not any(STAGES.get(stage).evaluates for stage in cfg.train.stages):
+        raise ConfigError(f"{source}: train.publish.model=True needs the stage finetune in train.stages.")
     name, architecture = cfg.train.publish.name, cfg.backbone.get("name")
     if not isinstance(name, str) or not isinstance(architecture, str) or not publishes(cfg):
         return
@@ -134,6 +136,8 @@ def check_entry_name(cfg: DictConfig, source: str) -> None:
 
 def publish_run(folder: Path, name: str | None = None, zoo: Zoo | None = None, once: bool = False) -> PublishedEntry:
     """Publish the backbone of the last pretext stage of a run, with its pretext head and the task's head.
+
+    With `train.publish.model` the fine-tuned model takes the place of the latter, and the metrics are those of it.
 
     Args:
         folder: the run directory.
@@ -153,6 +157,7 @@ def publish_run(folder: Path, name: str | None = None, zoo: Zoo | None = None, o
     _, _, weights = newest_weights(folder, cfg)
     tail = {k[len("tail.") :]: value for k, value in (weights.pretext or {}).items() if k.startswith("tail.")}
     aligned = weights.task is not None
+    model = load_model(folder / MODEL_FOLDER, device="cpu") if cfg.train.publish.model else None
     metadata = {
         **{key: value for key, value in read_metadata(folder).items() if key != "stages"},
         "pretext": cfg.pretext.name,
@@ -162,6 +167,7 @@ def publish_run(folder: Path, name: str | None = None, zoo: Zoo | None = None, o
         "metrics": {
             f"{metric} ({start})": value
             for start, metrics in read_results(folder).items()
+            if model is None or start == model.metadata["start"]  # metrics belong to the model in the entry
             for metric, value in metrics.items()
             if "/" not in metric
         },
@@ -177,7 +183,8 @@ def publish_run(folder: Path, name: str | None = None, zoo: Zoo | None = None, o
         metadata=metadata,
         train_config_text=(folder / CONFIG_FILE).read_text(),
         pretext_head_state=weights.pretext,
-        task_head_state=weights.task,
+        task_head_state=weights.task if model is None else None,
+        task_model=model and {ENTRY_JSON: model.metadata, ENTRY_WEIGHTS: model.state_dict()},
         zoo=zoo or cfg.train.publish.zoo or zoo_of(cfg),
         once=once,
     )

@@ -150,12 +150,15 @@ def _summary(entry: Mapping[str, Any]) -> str:
 def _loading(entry: Mapping[str, Any]) -> str:
     pixels = entry["input"]
     mean, std = ("(" + ", ".join(f"{value:g}" for value in pixels[key]) + ")" for key in ("mean", "std"))
+    name = pin(entry["name"])
+    predict = f'model = bissl_zoo.load_model("zoo:{name}")  # fine-tuned\nprint(model.predict("photo.jpg"))\n'
+    predict = predict if "task_model.json" in entry["files"] else ""
     return f"""## Use
 
 ```python
 import bissl_zoo
 
-backbone = bissl_zoo.create_backbone("{pin(entry["name"])}", pretrained=True)  # feature maps by stage
+{predict}backbone = bissl_zoo.create_backbone("{name}", pretrained=True)  # feature maps by stage
 ```
 
 or with timm alone, from the folder that holds this file:

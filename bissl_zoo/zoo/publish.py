@@ -81,6 +81,7 @@ def publish_entry(
     model_args: Mapping[str, Any] | None = None,
     pretext_head_state: Mapping[str, Tensor] | None = None,
     task_head_state: Mapping[str, Tensor] | None = None,
+    task_model: Mapping[str, Mapping[str, Any]] | None = None,
     zoo: ZooLike = None,
     once: bool = False,
 ) -> PublishedEntry:
@@ -97,6 +98,7 @@ def publish_entry(
         metadata: `EntryMetadata`, or a mapping of its fields.
         train_config_text: the resolved config of the run as YAML.
         model_args: arguments of the model beyond the architecture's defaults (`Backbone.model_args`).
+        task_model: a fine-tuned model, by file name: content of a `.json`, state of a `.safetensors`.
         zoo: a location, or a Zoo, whose first location is used.
         once: return an existing version with the same weights, heads and config; for a publisher that does not know
             whether it finished before it was interrupted.
@@ -118,6 +120,11 @@ def publish_entry(
             states[f"{file}.safetensors"] = _storable(file, state)
     entry["input"] = {key: config["pretrained_cfg"][key] for key in PIXEL_KEYS} | {"channel_order": "RGB"}
     texts = {"config.json": to_json(config), CONFIG_FILE: train_config_text}
+    for file, content in (task_model or {}).items():
+        if file.endswith(".json"):
+            texts[file] = to_json(content)
+        else:
+            states[file] = _storable("model", content)
     to_json(entry)  # raises before anything is written
     try:
         with tempfile.TemporaryDirectory(prefix="bissl_zoo-") as temporary:

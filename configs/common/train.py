@@ -34,6 +34,7 @@ train = dict(
     publish=dict(
         name=None,  # name of the published zoo entry; null: do not publish
         zoo=None,  # folder or address to publish to; null: the first of train.zoo
+        model=False,  # also publish the fine-tuned model, which load_model("zoo:NAME") runs
         licence="unknown",  # licence of the published weights, an SPDX identifier
     ),
 )
