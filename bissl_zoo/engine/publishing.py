@@ -11,15 +11,18 @@ from omegaconf import DictConfig
 
 from bissl_zoo.backbones import merge_split_states
 from bissl_zoo.bilevel.level import Level
+from bissl_zoo.bilevel.summary import HypergradientSummary
 from bissl_zoo.engine.evaluate import Details, write_details
 from bissl_zoo.engine.features import pretext_pixels
 from bissl_zoo.engine.init import newest_weights, zoo_of
 from bissl_zoo.engine.resume import is_done
+from bissl_zoo.engine.stages import Bissl
 from bissl_zoo.engine.trainer import Context, Stage
 from bissl_zoo.errors import CheckpointError, ConfigError, ZooError
 from bissl_zoo.files import write_atomically
 from bissl_zoo.model import ENTRY_JSON, ENTRY_WEIGHTS, MODEL_FOLDER, Model, describe_model, load_model
 from bissl_zoo.registry import BACKBONES, STAGES
+from bissl_zoo.runs.checkpoint import Checkpointer, read_state
 from bissl_zoo.runs.directory import (
     CONFIG_FILE,
     RECEIPT_FILE,
@@ -102,6 +105,15 @@ def finish_run(
         ) from error
 
 
+def _hypergradients(folder: Path) -> str:
+    """Return the sentence about the hypergradients of the run's BiSSL stage, for the card; empty if it has none."""
+    newest, summary = Checkpointer(folder / "checkpoints").newest(Bissl.name), HypergradientSummary()
+    state = read_state(newest).get("hypergradients") if newest else None
+    if state:
+        summary.load_state_dict(state)
+    return summary.sentence()
+
+
 def finished_outcome(context: Context, stages: Sequence[Stage]) -> dict[str, Any] | None:
     """Return results and entry of a run that has come to its end; None if it has not."""
     folder, publishing = context.folder, publishes(context.cfg)
@@ -163,6 +175,7 @@ def publish_run(folder: Path, name: str | None = None, zoo: Zoo | None = None, o
         "pretext": cfg.pretext.name,
         "task": cfg.task.name if aligned else None,
         "solver": cfg.solver.name if aligned else None,
+        "notes": _hypergradients(folder),
         "shared_stage": cfg.bilevel.shared_stage,
         "metrics": {
             f"{metric} ({start})": value

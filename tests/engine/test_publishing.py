@@ -27,6 +27,8 @@ def test_a_run_is_published_later_into_another_zoo_with_all_that_it_left(run_cop
     assert metadata["wall_time_s"] == read_metadata(run_copy)["wall_time_s"] > 0 and "CPU" in metadata["hardware"]
     assert {"pretext_head.safetensors", "task_head.safetensors", "metrics.png"} <= set(metadata["files"])
     assert published(run_copy) == entry
+    assert "median" in metadata["notes"] and metadata["notes"] in (run_copy / "log.txt").read_text()
+    assert metadata["notes"] in (tmp_path / "zoo" / "mine" / "README.md").read_text()
     trained, taken = LazyConfig.load(run_copy / "config.yaml"), get_config("mine", zoo=tmp_path / "zoo")
     assert all(taken[name] == trained[name] for name in ("pretext", "task", "solver", "bilevel", "finetune"))
     assert taken.train.publish.zoo is None and taken.train.output_dir != trained.train.output_dir
