@@ -79,11 +79,14 @@ def any_rank(flag: bool, device: torch.device | str = "cpu") -> bool:
 
     It transfers one number, so it can be called at every step. The process group needs a backend for `device`.
     """
-    if get_world_size() == 1:
-        return flag
-    vote = torch.tensor(float(flag), device=device)
-    dist.all_reduce(vote, op=dist.ReduceOp.MAX)
-    return bool(vote.item())
+    return flag if get_world_size() == 1 else bool(maximum_over_ranks(torch.tensor(float(flag), device=device)).item())
+
+
+def maximum_over_ranks(x: Tensor) -> Tensor:
+    """Return the elementwise maximum over ranks, in place; a NaN may get lost."""
+    if get_world_size() > 1:
+        dist.all_reduce(x, op=dist.ReduceOp.MAX)
+    return x
 
 
 def on_main_process(action: Callable[[], Any]) -> Any:

@@ -59,7 +59,7 @@ def effective_learning_rate(optimizer: torch.optim.Optimizer, scheduled: bool = 
     return rate / (1.0 - group.get("momentum", 0.0))
 
 
-def clip_gradients(parameters: Iterable[Tensor], max_norm: float | None) -> float:
-    """Limit the global gradient norm to `max_norm` (None: no limit); return the norm before clipping."""
+def clip_gradients(parameters: Iterable[Tensor], max_norm: float | None) -> Tensor:
+    """Limit the global gradient norm to `max_norm` (None: no limit); return the norm before clipping, a scalar."""
     limit = float("inf") if max_norm is None else max_norm
-    return float(nn.utils.clip_grad_norm_(list(parameters), limit))
+    return nn.utils.clip_grad_norm_(list(parameters), limit)

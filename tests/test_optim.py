@@ -94,7 +94,7 @@ def with_gradients(*gradients):
 
 def test_clipping_scales_the_global_norm_and_returns_the_one_before():
     parameters = with_gradients([3.0, 0.0], [0.0, 4.0, 12.0])
-    assert clip_gradients(iter(parameters), 6.5) == pytest.approx(13.0)
+    assert clip_gradients(iter(parameters), 6.5).item() == pytest.approx(13.0)
     # clip_grad_norm_ adds 1e-6 to the norm it divides by
     torch.testing.assert_close(
         parameters[1].grad, torch.tensor([0.0, 2.0, 6.0], dtype=torch.float64), rtol=1e-6, atol=0
@@ -104,11 +104,11 @@ def test_clipping_scales_the_global_norm_and_returns_the_one_before():
 def test_gradients_below_the_limit_or_without_one_stay_bit_equal():
     for limit in (14.0, None):
         parameters = with_gradients([3.0, 4.0], [12.0])
-        assert clip_gradients(parameters, limit) == pytest.approx(13.0)
+        assert clip_gradients(parameters, limit).item() == pytest.approx(13.0)
         assert parameters[0].grad.tolist() == [3.0, 4.0] and parameters[1].grad.tolist() == [12.0]
 
 
 def test_parameters_without_a_gradient_are_left_out():
     parameters = [*with_gradients([3.0, 4.0]), torch.zeros(2, requires_grad=True)]
-    assert clip_gradients(parameters, 10.0) == pytest.approx(5.0)
+    assert clip_gradients(parameters, 10.0).item() == pytest.approx(5.0)
     assert parameters[1].grad is None

@@ -185,7 +185,7 @@ class ReducedProblem:
         if not self.solve_lower(hessian):
             raise BisslZooError("The reduced lower problem was not solved near its solution.")
         parts = (1.0, lower.backbone), (gamma, upper.backbone)
-        return sum(weight * upper.loss(backbone, self.batch)[1]["cross_entropy"] for weight, backbone in parts)
+        return sum(weight * float(upper.loss(backbone, self.batch)[0]) for weight, backbone in parts)
 
     def operator(self, solver: Any, curvature: str = "hessian") -> GraphOperator:
         """Return the curvature operator as the BiSSL stage builds it for this solver."""

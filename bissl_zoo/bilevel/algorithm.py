@@ -152,24 +152,30 @@ class BiLevel:
         self.on_bad_hypergradient = on_bad_hypergradient
         self.shift: float | None = None
         self.time_constant: float | None = None
+        self._rate: Tensor | float = 0.0
         self.fallbacks = 0
-        self.curvature_losses: dict[str, float] = {}
+        self.curvature_batch: Any = None
         self.diagnostics: list[dict[str, Any]] = []
 
     def alternate(self, alternation: int) -> dict[str, float]:
         """Run alternation number `alternation` (from 0); return the metrics of its last lower and last upper step."""
         metrics: dict[str, float] = {}
-        self.time_constant = None
         if hasattr(self.solver, "start_alternation"):
             self.solver.start_alternation(self.lower_steps)
+        self._rate = 0.0
         for step in range(1, self.lower_steps + 1):
             last = step == self.lower_steps
             metrics.update(self.lower.attempt(functools.partial(self.lower_step, last)))
+        # N_L steps follow theta_D in directions of larger curvature than this; in the others they stop early, which
+        # acts as Tikhonov damping of this size
+        rate = float(self._rate) * self.lower_steps
+        self.time_constant = 1.0 / rate if 0 < rate < math.inf else None
         operator = self.curvature(self.lower.next_batch()).prepare()
         try:
             self.diagnostics = [self.upper.attempt(lambda: self.upper_step(operator)) for _ in range(self.upper_steps)]
         finally:
             operator.release()
+            self.curvature_batch = None
         for step in self.diagnostics:
             metrics.update(step)
         adapts = self.adaptation and (alternation + 1) % self.adaptation.every == 0
@@ -188,39 +194,30 @@ class BiLevel:
         if hasattr(self.solver, "observe_lower_gradient"):
             named = lower.backbone.named_parameters()
             self.solver.observe_lower_gradient({name: p.grad for name, p in named if p.requires_grad})
-        pull = 0.0
+        pull = []
         for theta_p, theta_d in zip(lower.backbone_parameters, self.upper.backbone_parameters, strict=True):
             gap = theta_p.detach() - theta_d.detach()
             theta_p.grad.add_(gap, alpha=self.lam)
-            pull = pull + gap.square().sum()
+            pull.append(gap.square().sum())
         if measure:
             before = flatten(lower.backbone_parameters).detach()
             gradient = flatten([theta_p.grad for theta_p in lower.backbone_parameters])
-        step = lower.optimize()
+        metrics = lower.optimize(losses, pull=torch.stack(pull).sum() * (self.lam / 2))
         if measure:
-            self._set_time_constant(before, gradient)
+            self._rate = self._effective_rate(before, gradient)
         lower.head.after_step(lower.backbone)
-        return {
-            "lower/total_loss": sum(losses.values()),
-            **{f"lower/{name}": loss for name, loss in losses.items()},
-            "lower/pull": float(pull) * self.lam / 2,
-            **{f"lower/{name}": value for name, value in step.items()},
-        }
+        return {f"lower/{name}": value for name, value in metrics.items()}
 
-    def _set_time_constant(self, before: Tensor, gradient: Tensor) -> None:
-        """Set `time_constant` from the parameters before a lower step and its gradient, both `(P,)`.
+    def _effective_rate(self, before: Tensor, gradient: Tensor) -> Tensor | float:
+        """Return the rate of a lower step from the parameters before it and its gradient, both `(P,)`.
 
-        `N_L` steps at the effective rate follow `theta_D` in directions of curvature above `1 / (lr_eff N_L)`; below it
-        they stop early, which acts as Tikhonov damping of this size. The rate is `lr / (1 - momentum)` for SGD; for
-        other optimizers it is the length of the step over the norm of its gradient.
+        It is `lr / (1 - momentum)` for SGD, and for other optimizers the length of the step over its gradient's norm.
         """
         lower = self.lower
         if isinstance(lower.optimizer, torch.optim.SGD):
-            rate = effective_learning_rate(lower.optimizer, scheduled=True)
-        else:
-            moved = (flatten(lower.backbone_parameters).detach() - before).norm()
-            rate = float(moved / gradient.norm().clamp(min=torch.finfo(gradient.dtype).tiny))
-        self.time_constant = 1.0 / (rate * self.lower_steps) if 0 < rate < math.inf else None
+            return effective_learning_rate(lower.optimizer, scheduled=True)
+        moved = (flatten(lower.backbone_parameters).detach() - before).norm()
+        return moved / gradient.norm().clamp(min=torch.finfo(gradient.dtype).tiny)
 
     def curvature(self, batch: Any) -> GraphOperator:
         """Return the operator `I + M / (lambda + damping)` at the current `theta_P` and `phi_P` for a pretext batch.
@@ -232,6 +229,7 @@ class BiLevel:
         lower = self.lower
         if self.curvature_batch_size is not None:
             batch = first_samples(batch, self.curvature_batch_size // get_world_size())
+        self.curvature_batch = batch  # for messages
         options = {
             "parameters": lower.backbone_parameters,
             "modules": (lower.backbone, lower.head),
@@ -252,11 +250,8 @@ class BiLevel:
                 **options,
             )
 
-        def loss() -> Tensor:
-            total, self.curvature_losses = lower.loss(lower.backbone, batch, amp=False, check=False)
-            return total
-
-        return CurvatureOperator(loss, shift=None if damping == "auto" else self.lam + damping, **options)
+        shift = None if damping == "auto" else self.lam + damping
+        return CurvatureOperator(lambda: lower.loss(lower.backbone, batch, amp=False)[0], shift=shift, **options)
 
     def upper_step(self, operator: LinearOperator) -> dict[str, float]:
         """Take one step on `(theta_D, phi_D)` along the hypergradient; return its metrics."""
@@ -284,13 +279,13 @@ class BiLevel:
         lower, upper = self.lower, self.upper
         with contextlib.nullcontext() if self.update_bn_stats else frozen_state([lower.backbone]):
             v, head, losses = self._downstream_gradients(lower.backbone, batch)
-        v_norm = upper.check_gradient(float(v.norm()))
+        checked = upper.checked(losses, v.norm())
+        v_norm = checked.pop("grad_norm")
         products = self._choose_damping(operator, v) if operator.automatic else 0
         solution, x_norm = self._solve(operator, v, v_norm)
         backbone = solution.x
         metrics = {
-            "upper/total_loss": sum(losses.values()),
-            **{f"upper/{name}": loss for name, loss in losses.items()},
+            **{f"upper/{name}": value for name, value in checked.items()},
             "solver/products": products + solution.products,
             "solver/status": solution.status,
             "solver/damping": operator.shift - self.lam,
@@ -312,8 +307,9 @@ class BiLevel:
             plain, plain_head, losses = self._downstream_gradients(upper.backbone, batch)
             backbone = backbone + self.gamma * plain
             head = head + self.gamma * plain_head
-            metrics.update({f"upper/plain_{name}": loss for name, loss in losses.items()})
-            metrics["solver/plain_norm"] = float(plain.norm())
+            checked = upper.checked(losses, plain.norm())
+            metrics["solver/plain_norm"] = checked.pop("grad_norm")
+            metrics.update({f"upper/plain_{name}": checked[name] for name in losses})
             metrics["solver/cos_x_plain"] = float(nn.functional.cosine_similarity(solution.x, plain, dim=0))
         return UpperGradients(backbone, head, solution, metrics)
 
@@ -326,15 +322,22 @@ class BiLevel:
         if not any_rank(bad, v.device):
             self.shift = operator.shift if operator.automatic else None  # the solver may have raised it
             return solution, x_norm
+        losses = all_gather_objects(self._curvature_losses())
         if self.on_bad_hypergradient == "stop":
             raise BadHypergradient(
                 f"{self.upper.name} level, step {self.upper.step}: {type(self.solver).__name__} returned no usable "
                 f"hypergradient: status {solution.status}, residual {solution.residual}, |x| {x_norm:.3g}, |v| "
-                f"{v_norm:.3g}, losses of the pretext batch on each rank {all_gather_objects(self.curvature_losses)}. "
+                f"{v_norm:.3g}, losses of the pretext batch on each rank {losses}. "
                 "Raise solver.damping or set it to auto, or set bilevel.on_bad_hypergradient=plain to use v instead."
             )
         self.fallbacks += 1
         return replace(solution, x=v), v_norm
+
+    def _curvature_losses(self) -> dict[str, float]:
+        lower = self.lower
+        with torch.no_grad(), frozen_state([lower.backbone, lower.head]):
+            _, losses = lower.loss(lower.backbone, self.curvature_batch, amp=False)
+        return {name: float(loss) for name, loss in losses.items()}
 
     def _choose_damping(self, operator: LinearOperator, v: Tensor) -> int:
         """Set the operator's shift; return the products spent, which the solve reuses from the subspace.
@@ -350,7 +353,7 @@ class BiLevel:
         operator.shift = needed if self.shift is None else max(needed, (needed * self.shift) ** 0.5)
         return products
 
-    def _downstream_gradients(self, backbone: nn.Module, batch: Any) -> tuple[Tensor, Tensor, dict[str, float]]:
+    def _downstream_gradients(self, backbone: nn.Module, batch: Any) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         total, losses = self.upper.loss(backbone, batch)
         shared, head = [p for p in backbone.parameters() if p.requires_grad], self.upper.head_parameters
         grads = torch.autograd.grad(total, [*shared, *head], materialize_grads=True)

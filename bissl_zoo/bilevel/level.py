@@ -2,14 +2,14 @@
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from bissl_zoo.distributed import all_gather_objects, any_rank
+from bissl_zoo.distributed import all_gather_objects, maximum_over_ranks
 from bissl_zoo.errors import NonFiniteLoss
 from bissl_zoo.optim import LRMultiplier, clip_gradients, set_learning_rate
 
@@ -79,53 +79,56 @@ class Level:
         """Call `step`, a step of this level, through the guard if there is one; return its metrics."""
         return self.guard(step) if self.guard else step()
 
-    def loss(
-        self, backbone: nn.Module, batch: Any, amp: bool = True, check: bool = True
-    ) -> tuple[Tensor, dict[str, float]]:
-        """Return the total loss of the head on `backbone`, with its graph, and the terms by name as numbers.
+    def loss(self, backbone: nn.Module, batch: Any, amp: bool = True) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return the total loss of the head on `backbone`, with its graph, and the terms by name, without graphs.
 
         Args:
             backbone: the backbone of either level.
             batch: a batch of this level's data.
             amp: compute in `amp_dtype`; False for a loss that is differentiated twice.
-            check: raise an error for losses that are not finite.
-        Raises:
-            NonFiniteLoss: a loss is not finite on some rank; names the level, the step and the losses.
         """
         device = next(backbone.parameters()).device.type
         with torch.autocast(device, self.amp_dtype, enabled=amp and self.amp_dtype is not None):
             losses = self.head.losses(backbone, batch)
         total = torch.stack(list(losses.values())).sum()
-        values = dict(zip(losses, torch.stack([loss.detach() for loss in losses.values()]).tolist(), strict=True))
-        bad = not all(math.isfinite(value) for value in values.values())
-        if check and any_rank(bad, total.device):
-            terms = ", ".join(f"{name}={value:g}" for name, value in values.items()) if bad else None
-            rank, terms = next((r, failed) for r, failed in enumerate(all_gather_objects(terms)) if failed)
+        return total, {name: loss.detach() for name, loss in losses.items()}
+
+    def checked(self, losses: Mapping[str, Tensor], norm: Tensor, **others: Tensor) -> dict[str, float]:
+        """Return `total_loss`, the losses, `others` and `grad_norm` as numbers, transferred to the host at once.
+
+        Args:
+            losses: terms of the loss by name.
+            norm: norm of the loss's gradient, equal on all ranks.
+        Raises:
+            NonFiniteLoss: a loss is not finite on some rank, or the norm is not; names the level, step and losses.
+        """
+        values = torch.stack([*losses.values(), *others.values(), norm])
+        bad = values[: len(losses)].isfinite().all().logical_not().to(values.dtype)
+        *numbers, failed = torch.cat([values, bad[None], maximum_over_ranks(bad.clone())[None]]).tolist()
+        bad, terms = numbers.pop(), dict(zip(losses, numbers, strict=False))
+        if failed:
+            report = ", ".join(f"{name}={value:g}" for name, value in terms.items()) if bad else None
+            rank, report = next((r, text) for r, text in enumerate(all_gather_objects(report)) if text)
             raise NonFiniteLoss(
-                f"{self.name} level, step {self.step}, rank {rank}: the loss is not finite ({terms}). {ADVICE}", rank
+                f"{self.name} level, step {self.step}, rank {rank}: the loss is not finite ({report}). {ADVICE}", rank
             )
-        return total, values
-
-    def check_gradient(self, norm: float) -> float:
-        """Return `norm`, the norm of a gradient of this level's loss.
-
-        Raises:
-            NonFiniteLoss: the norm is not finite.
-        """
-        if not math.isfinite(norm):
+        if not math.isfinite(numbers[-1]):
             where = f"{self.name} level, step {self.step}"
-            raise NonFiniteLoss(f"{where}: the loss is finite but the norm of its gradient is {norm}. {ADVICE}")
-        return norm
+            raise NonFiniteLoss(f"{where}: the loss is finite but the norm of its gradient is {numbers[-1]}. {ADVICE}")
+        names = (*losses, *others, "grad_norm")
+        return {**({"total_loss": sum(terms.values())} if terms else {}), **dict(zip(names, numbers, strict=True))}
 
-    def optimize(self) -> dict[str, float]:
-        """Clip the gradients, set the learning rate and take an optimizer step; return `lr` and `grad_norm`.
+    def optimize(self, losses: Mapping[str, Tensor] | None = None, **others: Tensor) -> dict[str, float]:
+        """Clip the gradients, set the learning rate and take an optimizer step.
 
+        Returns:
+            The numbers of :meth:`checked` and `lr`.
         Raises:
-            NonFiniteLoss: a gradient is not finite; the parameters are unchanged.
+            NonFiniteLoss: a loss or a gradient is not finite; the parameters are unchanged.
         """
-        norm = self.check_gradient(clip_gradients(self.parameters, self.clip_norm))
+        metrics = self.checked(losses or {}, clip_gradients(self.parameters, self.clip_norm), **others)
         lr = set_learning_rate(self.optimizer, self.lr_scheduler(self.step, self.total_steps))
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.step += 1
-        return {"lr": lr, "grad_norm": norm}
+        return {**metrics, "lr": lr}

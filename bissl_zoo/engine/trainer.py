@@ -317,14 +317,13 @@ class SingleLevelTrainer(Trainer):
     def take_step(self) -> dict[str, Any]:
         """Take one optimizer step on the level's own loss and return its metrics."""
         level = self.level
-        losses: Counter[str] = Counter()
+        losses: dict[str, Tensor] = {}
         for part in split_samples(level.next_batch(), self.accumulate):
             total, terms = level.loss(level.backbone, part)
             (total / self.accumulate).backward()
-            losses.update({name: value / self.accumulate for name, value in terms.items()})
+            losses = {name: losses.get(name, 0.0) + value / self.accumulate for name, value in terms.items()}
         average_gradients(level.parameters)
-        step = level.optimize()
-        return {"total_loss": sum(losses.values()), **losses, **step}
+        return level.optimize(losses)
 
     def levels(self) -> dict[str, Level]:
         """Return the level under the key `level`."""

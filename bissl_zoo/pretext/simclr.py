@@ -27,12 +27,16 @@ def nt_xent(z: Tensor, temperature: float) -> Tensor:
 
 
 def similarity_logits(z: Tensor, temperature: float) -> Tensor:
-    """Return cosine similarities over the temperature, `(2N, D)` -> `(2N, W * 2N)`, -inf between a row and itself."""
-    z = functional.normalize(z, dim=1)
-    candidates = gather_with_gradient(z)
-    anchors = torch.arange(len(z), device=z.device) + get_rank() * len(z)
-    is_self = functional.one_hot(anchors, len(candidates)).bool()
-    return (z @ candidates.T / temperature).masked_fill(is_self, float("-inf"))
+    """Return cosine similarities over the temperature, `(2N, D)` -> `(2N, W * 2N)`, -inf between a row and itself.
+
+    They are computed in float32 under autocast too: 8 bits do not resolve them.
+    """
+    with torch.autocast(z.device.type, enabled=False):
+        z = functional.normalize(z.to(torch.promote_types(z.dtype, torch.float32)), dim=1)
+        candidates = gather_with_gradient(z)
+        anchors = torch.arange(len(z), device=z.device) + get_rank() * len(z)
+        is_self = functional.one_hot(anchors, len(candidates)).bool()
+        return (z @ candidates.T / temperature).masked_fill(is_self, float("-inf"))
 
 
 def positive_cross_entropy(logits: Tensor) -> Tensor:

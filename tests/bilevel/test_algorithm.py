@@ -5,8 +5,10 @@ from pathlib import Path
 import pytest
 import torch
 from fvcore.common.param_scheduler import ConstantParamScheduler, CosineParamScheduler
+from timm.optim import Lars
 from torch import nn
 from torch.optim import SGD
+from torch.overrides import TorchFunctionMode
 
 from bissl_zoo.bilevel import Adaptation, BiLevel
 from bissl_zoo.bilevel.level import Level
@@ -133,6 +135,32 @@ def test_an_alternation_takes_its_steps_and_one_batch_for_the_curvature():
     assert problem.lower.step == 3 and problem.upper.step == 2
     expected = {"lower/total_loss", "lower/pull", "lower/lr", "upper/total_loss", "upper/lr", "solver/residual"}
     assert expected <= set(metrics) and metrics["solver/status"] == "converged"
+
+
+class CountTransfers(TorchFunctionMode):
+    """Count the calls that wait for a device and copy its numbers to the host."""
+
+    NAMES = {"item", "tolist", "__float__", "__bool__", "__int__", "cpu", "numpy", "nonzero"}
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        self.count += getattr(func, "__name__", "") in self.NAMES
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("optimizer", [SGD, Lars])
+def test_a_lower_step_waits_for_the_device_once(optimizer):
+    problem, _, _ = quadratic()
+    lower = problem.lower
+    lower.optimizer = optimizer(lower.parameters, lr=0.1, momentum=0.9)
+    problem.lower_step()
+    for measure in (False, True):
+        with CountTransfers() as transfers:
+            metrics = problem.lower_step(measure)
+        assert transfers.count == 1 and all(type(value) is float for value in metrics.values())
 
 
 def test_the_teacher_sees_the_parameters_after_the_step():

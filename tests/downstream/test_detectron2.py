@@ -185,5 +185,5 @@ def test_proposals_that_are_not_finite_are_told_with_level_and_step():
         task.model.proposal_generator.rpn_head.anchor_deltas.bias.fill_(math.nan)
     level = Level("upper", trunk, task, None, iter(()), None, total_steps=1, step=5)
     with pytest.raises(NonFiniteLoss, match=r"upper level, step 5, rank 0: .*loss_proposals=nan"):
-        level.loss(trunk, batch_of(task, samples()))
+        level.checked(level.loss(trunk, batch_of(task, samples()))[1], torch.ones(()))
     assert task.trunk_slot.trunk == ()

@@ -6,7 +6,7 @@ import pytest
 import torch
 from pretext_methods import build_method
 
-from bissl_zoo.pretext.simclr import nt_xent
+from bissl_zoo.pretext.simclr import nt_xent, similarity_logits
 
 GOLDEN = Path(__file__).resolve().parents[1] / "golden"  # computed with the BiSSL authors' published code, float64
 
@@ -40,3 +40,11 @@ def test_views_belong_together_by_position():
     assert z.shape == (8, 8)
     swapped = simclr.losses(trunk, (first, second.roll(1, 0)))["nt_xent"]
     assert not torch.isclose(swapped, nt_xent(z, 0.2))
+
+
+def test_the_logits_are_float32_under_autocast():
+    z = torch.randn(8, 16, generator=torch.Generator().manual_seed(0)).bfloat16()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        logits, loss = similarity_logits(z, 0.5), nt_xent(z, 0.5)
+    assert logits.dtype == loss.dtype == torch.float32
+    assert loss.item() == pytest.approx(nt_xent(z.double(), 0.5).item(), rel=1e-6)
