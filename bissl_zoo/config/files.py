@@ -1,6 +1,7 @@
 """The two formats of a config file: Python, run with a private `__import__`, and a strict YAML without tags."""
 
 import builtins
+import difflib
 import os
 import re
 import traceback
@@ -15,6 +16,8 @@ from bissl_zoo.errors import ConfigError, did_you_mean
 
 #: maximum nesting of sections and lists, far above that of real configs; omegaconf takes minutes for a few hundred
 DEPTH_LIMIT = 64
+#: a config file anywhere imports the shipped ones from here
+_SHIPPED = "bissl_zoo.configs"
 
 
 def short_path(path: Path) -> str:
@@ -30,6 +33,24 @@ def read(path: Path) -> bytes:
         raise ConfigError(f"{short_path(path)}: cannot read this config file: {error.strerror}.") from error
 
 
+def config_root() -> Path:
+    """Return the folder of the shipped configs: inside the installed package, or beside it in a checkout."""
+    package = Path(__file__).resolve().parents[1]
+    return package / "configs" if (package / "configs").is_dir() else package.parent / "configs"
+
+
+def no_config(name: str) -> ConfigError:
+    """Return the error of a config that is not shipped, with the nearest names."""
+    root = config_root()
+    shipped = sorted(path.relative_to(root).as_posix() for path in root.rglob("*.py"))
+    if not name.startswith("common/"):
+        shipped = [path for path in shipped if not path.startswith("common/")]
+    near = difflib.get_close_matches(name, shipped, n=4, cutoff=0.5)
+    near += [path for path in shipped if Path(path).stem == Path(name).stem and path not in near]
+    nearest = f" Nearest: {', '.join(near)}." if near else ""
+    return ConfigError(f"There is no config '{name}'.{nearest} The {len(shipped)} shipped configs are in {root}.")
+
+
 class _LocatedError(ConfigError):
     """A ConfigError whose message already names file and line."""
 
@@ -37,8 +58,8 @@ class _LocatedError(ConfigError):
 def run_python(path: Path, importers: tuple[Path, ...] = ()) -> dict[str, Any]:
     """Run a config file with private builtins, whose `__import__` finds relative imports on disk.
 
-    Each import runs the imported file again, so edits of one config never reach another. The interpreter's `builtins`
-    are unchanged.
+    `from bissl_zoo.configs.quickstart.digit_scenes_det import *` imports a shipped config. Each import runs the
+    imported file again, so edits of one config never reach another. The interpreter's `builtins` are unchanged.
 
     Args:
         path: absolute path of the file.
@@ -54,15 +75,22 @@ def run_python(path: Path, importers: tuple[Path, ...] = ()) -> dict[str, Any]:
         chain = (*importers, path)
         if file in chain:
             raise ConfigError("circular import of configs: " + " -> ".join(map(short_path, (*chain, file))))
+        if not file.is_file() and file.is_relative_to(config_root()):
+            raise no_config(file.relative_to(config_root()).as_posix())
         if not file.is_file():
             near = did_you_mean(file.name, os.listdir(file.parent) if file.parent.is_dir() else ())
+            if "configs" in file.parts:
+                near += f" The shipped configs are imported from {_SHIPPED}."
             raise ConfigError(f"relative import of a file that does not exist: {short_path(file)}.{near}")
         return run_python(file, chain)
 
     def import_(name: str, globals: Any = None, locals: Any = None, fromlist: Any = (), level: int = 0) -> Any:
-        if level == 0:
+        if level == 0 and fromlist and f"{name}.".startswith(f"{_SHIPPED}."):
+            base = config_root().joinpath(*name.split(".")[2:])
+        elif level == 0:
             return builtins.__import__(name, globals, locals, fromlist, level)
-        base = path.parents[level - 1].joinpath(*filter(None, name.split(".")))
+        else:
+            base = path.parents[level - 1].joinpath(*filter(None, name.split(".")))
         module = types.ModuleType(base.name)
         file = base.with_name(f"{base.name}.py")
         if name and (file.is_file() or not base.is_dir()):

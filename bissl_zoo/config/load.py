@@ -4,7 +4,6 @@ A loaded config contains only None, bool, int, float, str, lists and dictionarie
 again, equal. Lazy calls are defined in `lazy.py`; config files import from `bissl_zoo.config`.
 """
 
-import difflib
 import os
 from collections.abc import Iterable
 from pathlib import Path
@@ -13,7 +12,7 @@ from typing import Any
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from bissl_zoo.config.files import dump_yaml, parse_yaml, read, run_python, short_path
+from bissl_zoo.config.files import config_root, dump_yaml, no_config, parse_yaml, read, run_python, short_path
 from bissl_zoo.config.lazy import resolved, to_code, to_plain
 from bissl_zoo.config.overrides import apply_override
 from bissl_zoo.errors import ConfigError
@@ -91,28 +90,17 @@ class LazyConfig:
         return "\n".join(to_code(to_plain(resolved(cfg), "config")))
 
 
-def config_root() -> Path:
-    """Return the folder of the shipped configs: inside the installed package, or beside it in a checkout."""
-    package = Path(__file__).resolve().parents[1]
-    return package / "configs" if (package / "configs").is_dir() else package.parent / "configs"
-
-
 def load_config(name: str | os.PathLike[str]) -> DictConfig:
     """Load a config by path, or a shipped one by its name below `config_root()`, such as "bissl/voc_det.py".
 
     Raises:
         ConfigError: there is no such config (names the nearest ones), or as :meth:`LazyConfig.load`.
     """
-    root = config_root()
-    for path in (Path(name), root / name):
+    shipped = Path(name).as_posix().removeprefix("configs/")
+    for path in (Path(name), config_root() / shipped):
         if path.is_file():
             return LazyConfig.load(path)
-    shipped = sorted(path.relative_to(root).as_posix() for path in root.rglob("*.py"))
-    shipped = [path for path in shipped if not path.startswith("common/")]
-    near = difflib.get_close_matches(str(name), shipped, n=4, cutoff=0.5)
-    near += [path for path in shipped if Path(path).stem == Path(name).stem and path not in near]
-    nearest = f" Nearest: {', '.join(near)}." if near else ""
-    raise ConfigError(f"There is no config '{name}'.{nearest} The {len(shipped)} shipped configs are in {root}.")
+    raise no_config(shipped)
 
 
 def with_defaults(cfg: DictConfig) -> DictConfig:

@@ -3,8 +3,7 @@ from pathlib import Path
 import pytest
 from omegaconf import DictConfig, OmegaConf
 
-from bissl_zoo.config import LazyConfig, config_root, load_config, with_defaults
-from bissl_zoo.config import load as config
+from bissl_zoo.config import LazyConfig, config_root, files, load_config, with_defaults
 from bissl_zoo.errors import ConfigError
 
 BASE = {
@@ -106,13 +105,23 @@ def test_load_config_takes_paths_and_shipped_names(tmp_path, monkeypatch):
     write("site/configs/bissl/voc_det.py", "from ..common.train import train\n")
     write("site/configs/common/train.py", "train = dict(seed=3)\n")
     package.mkdir()
-    monkeypatch.setattr(config, "__file__", str(package / "config" / "load.py"))
+    monkeypatch.setattr(files, "__file__", str(package / "config" / "files.py"))
     assert config_root() == tmp_path / "site" / "configs"
-    assert load_config("bissl/voc_det.py").train.seed == 3
+    assert load_config("bissl/voc_det.py").train.seed == load_config("configs/bissl/voc_det.py").train.seed == 3
     write("own.py", "train = dict(seed=4)\n")
     assert load_config("own.py").train.seed == load_config(tmp_path / "own.py").train.seed == 4
     with pytest.raises(ConfigError, match="no config 'bissl/voc_dte.py'. Nearest: bissl/voc_det.py. The 1 shipped"):
         load_config("bissl/voc_dte.py")
+    write("mine.py", "from bissl_zoo.configs.bissl.voc_det import *\ntrain.seed += 3\n")
+    write("other.py", "from bissl_zoo.configs.bissl import voc_det\ntrain = voc_det.train\n")
+    assert load_config("mine.py").train.seed == 6 and load_config("other.py").train.seed == 3
+    for file, line in {"mine.py": "bissl.voc_dte import *", "other.py": "bissl import voc_dte"}.items():
+        write(file, f"from bissl_zoo.configs.{line}\n")
+        with pytest.raises(ConfigError, match=f"{file}:1: .*Nearest: bissl/voc_det.py"):
+            load_config(file)
+    write("mine.py", "from .configs.bissl.voc_det import *\n")
+    with pytest.raises(ConfigError, match="imported from bissl_zoo.configs"):
+        load_config("mine.py")
     write("site/bissl_zoo/configs/installed.py", "train = dict(seed=5)\n")  # a wheel carries them inside the package
     assert load_config("installed.py").train.seed == 5
 
