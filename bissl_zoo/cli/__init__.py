@@ -17,6 +17,7 @@ from bissl_zoo.errors import did_you_mean
 from bissl_zoo.progress.console import exit_status
 
 COMMANDS = {
+    "new": "look at a folder of images and write a config for it",
     "train": "run the stages of a config: pretrain, BiSSL, fine-tune, evaluate, publish",
     "compare": "does BiSSL help? compare its arms over the same seeds",
     "search": "search hyperparameters of fine-tuning",
@@ -32,7 +33,7 @@ COMMANDS = {
     "doctor": "check the installation and this machine",
 }
 #: commands that start no processes and import torch only where they need it
-LIGHT = {"convert", "data", "doctor", "runs", "zoo"}
+LIGHT = {"convert", "data", "doctor", "new", "runs", "zoo"}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
