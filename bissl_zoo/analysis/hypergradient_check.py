@@ -5,6 +5,7 @@ import json
 import logging
 import math
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from bissl_zoo.analysis.solver_diagnosis import (
     symmetry_error,
 )
 from bissl_zoo.bilevel import BiLevel
+from bissl_zoo.distributed import all_reduce_mean
 from bissl_zoo.engine.build import Context, Weights, build_part
 from bissl_zoo.engine.checks import check_parts, open_context
 from bissl_zoo.engine.hooks import Progress
@@ -34,7 +36,7 @@ from bissl_zoo.engine.init import load_init
 from bissl_zoo.engine.stages import Bissl, HeadWarmup
 from bissl_zoo.errors import BisslZooError, ConfigError
 from bissl_zoo.files import write_atomically
-from bissl_zoo.hypergradient import GraphOperator
+from bissl_zoo.hypergradient import GraphOperator, frozen_state
 from bissl_zoo.optim import effective_learning_rate
 from bissl_zoo.registry import SOLVERS
 
@@ -174,8 +176,13 @@ def _measure(
     )
     logger.info(f"   at damping {used - lam:.4g} the system is {ritz.definiteness(used)}")
     shifts = [used] if abs(automatic - used) <= 0.01 * used else [used, automatic]
-    rows, skipped = compare_solvers(name, operator, v, solver, lam, shifts, effort.max_products)
     rivals = {other: entry() for other, entry in SOLVERS if other != name}
+    after_steps = [other for other in rivals if hasattr(rivals[other], "attach")]
+    rivals = {other: rival for other, rival in rivals.items() if other not in after_steps}
+    candidates = {name: solver} | rivals
+    _observe_gradients(problem, candidates.values())
+    rows, skipped = compare_solvers(candidates, operator, v, lam, shifts, effort.max_products)
+    skipped |= dict.fromkeys(after_steps, "it depends on the steps of the lower optimizer")
     advice = advise(operator, v, name, solver, used, lam, ritz, rivals, effort.max_products)
     return {
         "real": {
@@ -206,6 +213,20 @@ def _check_symmetry(operator: GraphOperator, v: Tensor) -> tuple[dict[str, Any],
     verdict = "symmetric" if error <= limit else "NOT SYMMETRIC"
     logger.info(f"   |u'Hw - w'Hu| / (|u| |Hw|) = {error:.1e} (limit {limit:.1e}): {verdict}")
     return {"error": error, "limit": limit, "passed": error <= limit}, seconds
+
+
+def _observe_gradients(problem: BiLevel, solvers: Iterable[Any]) -> None:
+    """Give solvers that use the gradients of lower steps those of an alternation, all at the current weights."""
+    observers = [solver for solver in solvers if hasattr(solver, "observe_lower_gradient")]
+    lower, named = problem.lower, dict(problem.lower.backbone.named_parameters())
+    variables = {name: parameter for name, parameter in named.items() if parameter.requires_grad}
+    with frozen_state([lower.backbone, lower.head]):
+        for _ in range(problem.lower_steps):
+            total, _ = lower.loss(lower.backbone, lower.next_batch())
+            grads = torch.autograd.grad(total, list(variables.values()), materialize_grads=True)
+            for solver in observers:
+                reduced = (all_reduce_mean(grad) for grad in grads)
+                solver.observe_lower_gradient(dict(zip(variables, reduced, strict=True)))
 
 
 def _overrides(section: DictConfig, advice: Advice) -> list[list[str]]:

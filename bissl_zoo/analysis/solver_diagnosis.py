@@ -13,7 +13,6 @@ from torch import Tensor
 
 from bissl_zoo.hypergradient.damping import MARGIN, choose_shift, lanczos
 from bissl_zoo.hypergradient.solver import LinearOperator, Solution, power_of_two
-from bissl_zoo.registry import SOLVERS
 
 logger = logging.getLogger(__name__)
 
@@ -172,21 +171,19 @@ def convergence(operator: CachedOperator, v: Tensor, solver: Solver, budgets: li
 
 
 def compare_solvers(
-    name: str,
+    candidates: Mapping[str, Solver],
     operator: LinearOperator,
     v: Tensor,
-    solver: Solver,
     lam: float,
     shifts: Sequence[float],
     max_products: int,
 ) -> tuple[list[dict[str, Any]], dict[str, str]]:
-    """Run every registered solver at every shift, the one called `name` with its configured settings.
+    """Run every solver at every shift.
 
     Returns:
         A row per solver and shift with its `points` and the cosines of its solution to `v` and to the best solution;
         the reasons for skipped solvers by name.
     """
-    candidates = {name: solver} | {other: entry() for other, entry in SOLVERS if other != name}
     skipped = {
         other: f"{len(v)} parameters exceed its max_size of {candidate.max_size}"
         for other, candidate in candidates.items()

@@ -11,6 +11,7 @@ SOLVERS.register("minres")(hypergradient.MinRes)
 SOLVERS.register("neumann")(hypergradient.Neumann)
 SOLVERS.register("nystrom")(hypergradient.Nystrom)
 SOLVERS.register("mfac")(hypergradient.MFac)
+SOLVERS.register("sama")(hypergradient.Sama)
 SOLVERS.register("exact")(hypergradient.Exact)
 SOLVERS.register("identity")(hypergradient.Identity)
 

@@ -82,8 +82,9 @@ class BiLevel:
         lower: pretext level, `theta_P` and `phi_P`; its backbone is the result of the stage.
         upper: downstream level, `theta_D` and `phi_D`.
         solver: maps `(operator, v)` to a `Solution`. It has `damping`; if that is "auto", also `iterations` and
-            `tolerance`, for which the damping is chosen. A solver may also have `start_alternation(lower_steps)` and
-            `observe_lower_gradient(gradients)`, which takes the gradient of `L_P` alone of each lower step by name.
+            `tolerance`, for which the damping is chosen. It may also have `attach(optimizer, parameters)`, called
+            with those of the lower backbone, `start_alternation(lower_steps)`, and `observe_lower_gradient(gradients)`,
+            called with the gradient of `L_P` alone in each lower step, by name.
         lam: lambda, weight of the pull of `theta_P` towards `theta_D`.
         gamma: weight of the plain downstream loss; 0 disables it.
         lower_steps: N_L, lower steps per alternation.
@@ -136,6 +137,8 @@ class BiLevel:
                 "sample."
             )
         refuse_sync_batch_norm(lower.backbone, lower.head)
+        if hasattr(solver, "attach"):
+            solver.attach(lower.optimizer, lower.backbone_parameters)
         self.lower, self.upper, self.solver = lower, upper, solver
         self.lam, self.gamma = lam, gamma
         self.lower_steps, self.upper_steps, self.alternations = lower_steps, upper_steps, alternations

@@ -48,6 +48,7 @@ class MFac:
         self._rows: Tensor | None = None  # (m, P); a new gradient replaces the oldest one
         self._filled = self._next = self._kept = 0
         self._segments: list[tuple[int, slice]] = []  # block number and range in a flat vector
+        self._shift: float | None = None
         self._inverse: Tensor | None = None  # of `lambda m I + G G^T`, (blocks, m, m) float64 on the CPU
 
     def start_alternation(self, lower_steps: int) -> None:
@@ -93,8 +94,8 @@ class MFac:
         """
         if not torch.isfinite(v).all():
             return Solution(torch.zeros_like(v), None, 0, "non_finite")
-        if self._filled and self._inverse is None:
-            self._inverse = self._invert(operator.shift)
+        if self._filled and (self._inverse is None or operator.shift != self._shift):
+            self._shift, self._inverse = operator.shift, self._invert(operator.shift)
         if not self._filled:
             return Solution(v, None, 0, "not_solved")
         rows = self._rows[: self._filled]

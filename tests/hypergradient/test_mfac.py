@@ -39,6 +39,7 @@ def test_it_equals_the_dense_formula(blocks, lam, part, monkeypatch):
     monkeypatch.setattr(mfac, "_PART", part)
     solver, v = MFac(gradients=5, blocks=blocks), randn(21, seed=100)
     operator = DenseOperator(torch.eye(21), shift=lam)
+    observed(solver, range(3))(DenseOperator(torch.eye(21), shift=2 * lam), v)  # nothing of another shift remains
     for first in (0, 5):  # fewer gradients than it holds, then a new alternation
         observed(solver, range(first, first + 4), lower_steps=20)
         x = solver(operator, v).x.numpy()

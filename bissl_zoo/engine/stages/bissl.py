@@ -134,8 +134,13 @@ class Bissl(Stage):
         return length, f"{loaders.pretext.batch_size} and {loaders.train.batch_size}"
 
     def check(self, context: Context, weights: Weights) -> None:
-        """Check that the solver's damping is positive together with lambda."""
+        """Check that the solver's damping is positive together with lambda, and that it knows the optimizer."""
         solver, lam = build_part(context.cfg.solver), context.cfg.bilevel["lambda"]
+        if hasattr(solver, "attach"):
+            try:
+                solver.attach(build_part(context.cfg.optimizer.lower, params=[torch.zeros(1, requires_grad=True)]), [])
+            except ValueError as error:
+                raise ConfigError(f"optimizer.lower: {error}") from error
         if solver.damping != "auto":
             if not lam + solver.damping > 0:
                 raise ConfigError(
