@@ -34,10 +34,9 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from bissl_zoo.bilevel.level import Level
-from bissl_zoo.data.batches import to_device
 from bissl_zoo.data.datasets.folder import ImageFolder
 from bissl_zoo.data.loaders import build_train_loader
-from bissl_zoo.data.samples import TransformedDataset
+from bissl_zoo.data.samples import TransformedDataset, to_device
 from bissl_zoo.data.views import two_views
 from bissl_zoo.engine.build import ViewsOnly
 from bissl_zoo.engine.stages.pretrain import PretrainTrainer, compile_backbones

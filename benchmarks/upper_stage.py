@@ -36,8 +36,8 @@ from tqdm import tqdm
 
 from bissl_zoo.bilevel import BiLevel
 from bissl_zoo.bilevel.level import Level
-from bissl_zoo.data.batches import to_device
 from bissl_zoo.data.datasets.digit_scenes import DigitScenes
+from bissl_zoo.data.samples import to_device
 from bissl_zoo.data.views import two_views
 from bissl_zoo.distributed import flatten
 from bissl_zoo.hypergradient import ConjugateGradient, Identity, MinRes

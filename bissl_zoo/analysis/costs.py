@@ -24,8 +24,8 @@ from torch import nn
 from torch.utils.data import Dataset, default_collate
 
 from bissl_zoo.bilevel import BiLevel
-from bissl_zoo.data.batches import to_device
 from bissl_zoo.data.prepare.check import known_sets
+from bissl_zoo.data.samples import to_device
 from bissl_zoo.data.views import two_parts
 from bissl_zoo.engine.build import Context, ViewsOnly, Weights, build_datasets, data_roles
 from bissl_zoo.engine.checks import open_config

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from bissl_zoo.bilevel.level import Level
-from bissl_zoo.data.batches import first_samples
+from bissl_zoo.data.samples import first_samples
 from bissl_zoo.distributed import (
     all_gather_objects,
     all_reduce_mean,

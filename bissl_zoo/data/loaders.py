@@ -103,13 +103,13 @@ def build_train_loader(
         on_bad: "skip" replaces a sample that raises DatasetError twice by another one. Which one is a function of the
             seed and the place, so a resumed run draws the same. Each skipped sample is logged once and counted
             (`Loader.skipped`). "error" raises. Data sets with a `stream` have their own `on_bad`.
-        timeout: seconds after which reading a sample counts as failed; 0 waits forever.
+        timeout: seconds after which a worker that delivers no batch ends the run; 0 waits forever.
     Raises:
-        ConfigError: the batch does not divide among the ranks; `augment_on`, `on_bad` or `timeout` has another value or
+        ConfigError: the batch does not divide among the ranks; `augment_on` or `on_bad` has another value or
             does not fit the data set; or there are fewer shards than workers of all ranks.
     """
     _check_choice("augment_on", augment_on, AUGMENT_ON)
-    _check_reading(on_bad, timeout)
+    _check_choice("on_bad", on_bad, ON_BAD)
     world = get_world_size()
     if batch_size % world or batch_size < 1:
         raise ConfigError(
@@ -121,9 +121,9 @@ def build_train_loader(
                 f"on_bad={on_bad}: a streamed data set has its own. Set dataloader.pretext.dataset.on_bad={on_bad}."
             )
         stream = dataset.stream(batch_size // world, seed, start_step, num_workers, get_rank(), world)
-        samples, sampler = DrawnStream(stream, transform, seed, timeout), None
+        samples, sampler = DrawnStream(stream, transform, seed), None
     else:
-        samples = DrawnSamples(dataset, transform, seed, on_bad, timeout)
+        samples = DrawnSamples(dataset, transform, seed, on_bad)
         sampler = PlacedSampler(TrainingSampler(len(dataset), batch_size, seed, start_step))
     return Loader(
         samples,
@@ -132,6 +132,7 @@ def build_train_loader(
         sampler=sampler,
         collate_fn=Collate(collate or default_collate),
         num_workers=num_workers,
+        timeout=timeout if num_workers else 0,
         pin_memory=pin_memory,
         persistent_workers=num_workers > 0,
         worker_init_fn=ignore_stop_signals,
@@ -155,18 +156,19 @@ def build_test_loader(
         on_bad: "error" raises for a sample that cannot be read, since results on fewer images do not compare. "skip"
             leaves it out if it fails twice; it is logged and counted (`Loader.skipped`), and the evaluation reports
             the count.
-        timeout: seconds after which reading a sample counts as failed; 0 waits forever.
+        timeout: seconds after which a worker that delivers no batch ends the run; 0 waits forever.
     Raises:
-        ConfigError: `on_bad` or `timeout` has another value.
+        ConfigError: `on_bad` has another value.
     """
-    _check_reading(on_bad, timeout)
+    _check_choice("on_bad", on_bad, ON_BAD)
     return Loader(
-        OrderedSamples(dataset, transform, on_bad, timeout),
+        OrderedSamples(dataset, transform, on_bad),
         on_skip="It is left out",
         batch_size=batch_size,
         sampler=EvaluationSampler(len(dataset)),
         collate_fn=Collate(collate or default_collate),
         num_workers=num_workers,
+        timeout=timeout if num_workers else 0,
         pin_memory=pin_memory,
         worker_init_fn=ignore_stop_signals,
     )
@@ -176,12 +178,6 @@ def _check_choice(name: str, value: Any, choices: Collection[str]) -> None:
     if value not in choices:
         hint = did_you_mean(str(value), choices)
         raise ConfigError(f"{name} is '{value}'; accepted are {' and '.join(choices)}.{hint}")
-
-
-def _check_reading(on_bad: Any, timeout: Any) -> None:
-    _check_choice("on_bad", on_bad, ON_BAD)
-    if isinstance(timeout, bool) or not isinstance(timeout, (int, float)) or not 0 <= timeout < float("inf"):
-        raise ConfigError(f"timeout is {timeout!r}; it must be a number of seconds, or 0 to wait forever.")
 
 
 def ignore_stop_signals(worker: int) -> None:

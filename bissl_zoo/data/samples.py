@@ -4,19 +4,17 @@ import contextlib
 import logging
 import random
 import signal
-import threading
 import time
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from functools import partial
 from itertools import islice
 from multiprocessing.process import BaseProcess
 from multiprocessing.util import Finalize
-from queue import Empty, SimpleQueue
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from bissl_zoo.errors import DatasetError
@@ -96,18 +94,18 @@ class Collate:
 
 
 class _ReadableSamples(TransformedDataset):
-    """Transformed samples that are read within `timeout` seconds (0: no limit), and a second time if that fails."""
+    """Transformed samples that are read a second time if the first time fails."""
 
-    def __init__(self, dataset: Dataset, transform: Callable[[Any, Any], Any], on_bad: str, timeout: float) -> None:
+    def __init__(self, dataset: Dataset, transform: Callable[[Any, Any], Any], on_bad: str) -> None:
         super().__init__(dataset, transform)
-        self.on_bad, self.timeout = on_bad, timeout
+        self.on_bad = on_bad
         self._failed: set[int] = set()
 
     def _load(self, index: int, key: tuple[int, ...] = ()) -> Any:
         """Read sample `index` and transform it, with draws that are a function of `key` if it is given."""
         for is_last_try in (self.on_bad == "error" or index in self._failed, True):
             try:
-                sample = read_within(self.timeout, partial(self.dataset.__getitem__, index), self._name(index))
+                sample = self.dataset[index]
                 with temporary_seed(*key) if key else contextlib.nullcontext():
                     return self.transform(*sample)
             except DatasetError:
@@ -127,10 +125,8 @@ class DrawnSamples(_ReadableSamples):
     samples that replace one that cannot be read.
     """
 
-    def __init__(
-        self, dataset: Dataset, transform: Callable[[Any, Any], Any], seed: int, on_bad: str, timeout: float
-    ) -> None:
-        super().__init__(dataset, transform, on_bad, timeout)
+    def __init__(self, dataset: Dataset, transform: Callable[[Any, Any], Any], seed: int, on_bad: str) -> None:
+        super().__init__(dataset, transform, on_bad)
         self.seed = seed
 
     def __getitem__(self, placed: tuple[int, int]) -> Drawn:
@@ -168,19 +164,16 @@ class DrawnStream(IterableDataset):
     Args:
         stream: with an attribute `skipped`, a dict of name to problem of the samples that could not be read so far.
         seed: random draws for a sample are a function of it and the place.
-        timeout: seconds for one sample; 0 waits forever.
     """
 
-    def __init__(
-        self, stream: IterableDataset, transform: Callable[[Any, Any], Any], seed: int, timeout: float
-    ) -> None:
-        self.stream, self.transform, self.seed, self.timeout = stream, transform, seed, timeout
+    def __init__(self, stream: IterableDataset, transform: Callable[[Any, Any], Any], seed: int) -> None:
+        self.stream, self.transform, self.seed = stream, transform, seed
 
     def __iter__(self) -> Iterator[Drawn]:
         reported, samples = 0, iter(self.stream)
         while True:
             try:
-                place, sample = read_within(self.timeout, partial(next, samples), "of the stream")
+                place, sample = next(samples)
             except DatasetError as error:
                 yield Drawn(error=str(error))
                 return
@@ -190,39 +183,11 @@ class DrawnStream(IterableDataset):
             reported = len(self.stream.skipped)
 
 
-def read_within(timeout: float, read: Callable[[], Any], name: str) -> Any:
-    """Return `read()`.
-
-    Raises:
-        DatasetError: it takes more than `timeout` seconds (if that is not 0). Its thread stays behind until the read
-            returns or the process ends.
-    """
-    if not timeout:
-        return read()
-    answers: SimpleQueue = SimpleQueue()
-
-    def answer() -> None:
-        try:
-            answers.put((read(), None))
-        except Exception as error:  # raised below, in the thread that waits
-            answers.put((None, error))
-
-    threading.Thread(target=answer, daemon=True).start()
-    try:
-        value, error = answers.get(timeout=timeout)
-    except Empty:
-        raise DatasetError(
-            f"Sample {name} was not read within timeout={timeout:g} seconds. Check its file system, or raise timeout."
-        ) from None
-    if error is not None:
-        raise error
-    return value
-
-
 class Loader(DataLoader):
     """A `DataLoader` over `Drawn` batches that yields their values and records the samples that were skipped.
 
     Its workers ignore the signals that stop a run, so they are killed when the iterator or this process ends.
+    `timeout` is that of `DataLoader`, in seconds per batch of a worker; 0 waits forever.
 
     Args:
         on_skip: what happens to a sample that cannot be read, as a sentence for the warning.
@@ -241,7 +206,7 @@ class Loader(DataLoader):
         """Yield the batches, except those of which no sample is left.
 
         Raises:
-            DatasetError: a sample cannot be read and may not be skipped, or a worker died.
+            DatasetError: a sample cannot be read and may not be skipped, or a worker died or did not answer in time.
         """
         batches = super().__iter__()
         workers = getattr(batches, "_workers", [])
@@ -249,12 +214,17 @@ class Loader(DataLoader):
             _workers.update(workers)
             Finalize(batches, kill, (workers,), exitpriority=0)
         while True:
+            begun = time.monotonic()
             try:
                 batch = next(batches)
             except StopIteration:
                 return
             except (RuntimeError, KeyboardInterrupt) as error:
                 lost = lost_worker(error)
+                if lost is None and isinstance(error, RuntimeError) and 0 < self.timeout <= time.monotonic() - begun:
+                    lost = DatasetError(
+                        f"No batch came within timeout={self.timeout:g} seconds. Check the file system, or raise it."
+                    )
                 kill(workers)
                 if lost is None:
                     raise
@@ -301,3 +271,38 @@ def kill(workers: Iterable[BaseProcess]) -> None:
         with contextlib.suppress(RuntimeError):  # torch's signal handler reports this death, too
             worker.kill()
             worker.join(KILL_TIMEOUT)
+
+
+# batches of any nesting: tensors in lists, tuples and dicts
+
+
+def map_tensors(function: Callable[[Tensor], Any], batch: Any) -> Any:
+    """`batch` with `function` applied to each tensor in it; what is no tensor stays."""
+    if isinstance(batch, Tensor):
+        return function(batch)
+    if isinstance(batch, dict):
+        return {key: map_tensors(function, value) for key, value in batch.items()}
+    if isinstance(batch, (list, tuple)):
+        return type(batch)(map_tensors(function, value) for value in batch)
+    return batch
+
+
+def to_device(batch: Any, device: torch.device) -> Any:
+    """The batch with its tensors on `device`."""
+    return map_tensors(lambda tensor: tensor.to(device, non_blocking=True), batch)
+
+
+def split_samples(batch: Any, parts: int) -> list[Any]:
+    """A batch whose tensors are `(B, ...)` as `parts` batches of B / parts samples, in order; as it is for one part."""
+    if parts == 1:
+        return [batch]
+
+    def part(number: int) -> Any:
+        return map_tensors(lambda tensor: tensor.tensor_split(parts)[number], batch)
+
+    return [part(number) for number in range(parts)]
+
+
+def first_samples(batch: Any, count: int) -> Any:
+    """The first `count` samples of a batch whose tensors are `(B, ...)`, such as the views of a pretext method."""
+    return map_tensors(lambda tensor: tensor[:count], batch)

@@ -14,9 +14,9 @@ from torch.utils.data import DataLoader, Dataset
 from bissl_zoo.backbones import Backbone, Tail, share
 from bissl_zoo.bilevel.level import Level
 from bissl_zoo.config import instantiate
-from bissl_zoo.data.batches import to_device
 from bissl_zoo.data.datasets.fraction import LabelFraction
 from bissl_zoo.data.loaders import PlacedSampler
+from bissl_zoo.data.samples import to_device
 from bissl_zoo.data.views import two_parts
 from bissl_zoo.distributed import broadcast_module
 from bissl_zoo.downstream import DownstreamTask

@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 
 from bissl_zoo.backbones import Backbone, evaluating
-from bissl_zoo.data.batches import to_device
+from bissl_zoo.data.samples import to_device
 from bissl_zoo.distributed import all_gather_objects, any_rank, broadcast_module
 from bissl_zoo.downstream import DownstreamTask, Evaluator
 from bissl_zoo.engine.build import Context, Decodable, test_loader

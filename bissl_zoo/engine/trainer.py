@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from bissl_zoo.bilevel.level import Level
-from bissl_zoo.data.batches import split_samples
+from bissl_zoo.data.samples import split_samples
 from bissl_zoo.distributed import StopRequest, average_gradients
 from bissl_zoo.errors import CheckpointError
 from bissl_zoo.progress.writers import Writer

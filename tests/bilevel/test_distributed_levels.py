@@ -25,7 +25,7 @@ from bissl_zoo.analysis.reduced_problem import narrow_widths
 from bissl_zoo.backbones import FeatureInfo
 from bissl_zoo.bilevel import BiLevel
 from bissl_zoo.bilevel.level import Level
-from bissl_zoo.data.batches import map_tensors
+from bissl_zoo.data.samples import map_tensors
 from bissl_zoo.distributed import all_reduce_mean, average_gradients, barrier, flatten, gather_with_gradient
 from bissl_zoo.errors import BadHypergradient, NonFiniteLoss
 from bissl_zoo.hypergradient import ConjugateGradient, MFac

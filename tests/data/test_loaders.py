@@ -7,8 +7,8 @@ import torch
 from torch.utils.data import Dataset
 
 from bissl_zoo.data import loaders
-from bissl_zoo.data.batches import first_samples, to_device
 from bissl_zoo.data.loaders import TrainingSampler, build_test_loader, build_train_loader
+from bissl_zoo.data.samples import first_samples, to_device
 from bissl_zoo.errors import ConfigError
 
 

@@ -13,8 +13,8 @@ from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as reference
 
 from bissl_zoo.data import views as views_module
-from bissl_zoo.data.batches import first_samples, to_device
 from bissl_zoo.data.loaders import build_train_loader
+from bissl_zoo.data.samples import first_samples, to_device
 from bissl_zoo.data.views import (
     IMAGENET_MEAN,
     IMAGENET_STD,

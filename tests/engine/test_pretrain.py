@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from bissl_zoo.bilevel.level import Level
-from bissl_zoo.data.batches import split_samples
+from bissl_zoo.data.samples import split_samples
 from bissl_zoo.engine.build import Weights
 from bissl_zoo.engine.checks import open_context
 from bissl_zoo.engine.init import weights_of

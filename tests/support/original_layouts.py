@@ -1,9 +1,8 @@
-"""Small classification sets in the layouts of the originals, with real JPEG, MAT, XML, JSON, pickle, gz and bin files.
+"""Small classification sets in the layouts of the originals, with real JPEG, MAT, XML, JSON, pickle and bin files.
 
 Every image is of one colour, whose red is 40 times its label, so that a label that belongs to another image shows.
 """
 
-import gzip
 import io
 import json
 import pickle
@@ -240,9 +239,6 @@ def write_stl10(root):
         (folder / f"{name}_y.bin").write_bytes(bytes(label + 1 for label in labels))
     (folder / "unlabeled_X.bin").write_bytes(flat_images(range(6), 96).transpose(0, 1, 3, 2).tobytes())
     write_lines(folder / "class_names.txt", CLASSES)
-    rng = np.random.default_rng(0)
-    count = 3 * SIZES["trainval"]
-    write_lines(folder / "fold_indices.txt", [" ".join(map(str, rng.permutation(count)[:15])) + " " for _ in range(10)])
 
 
 def write_fashion_mnist(root):
@@ -253,8 +249,8 @@ def write_fashion_mnist(root):
         images = flat_images(labels, 28, channels=1)
         for what, dimensions, data in (("images", (len(labels), 28, 28), images), ("labels", (len(labels),), labels)):
             header = bytes((0, 0, 8, len(dimensions))) + struct.pack(f">{len(dimensions)}i", *dimensions)
-            file = folder / f"{name}-{what}-idx{len(dimensions)}-ubyte.gz"
-            file.write_bytes(gzip.compress(header + np.asarray(data, np.uint8).tobytes()))
+            file = folder / f"{name}-{what}-idx{len(dimensions)}-ubyte"
+            file.write_bytes(header + np.asarray(data, np.uint8).tobytes())
 
 
 def write_imagenet(root):

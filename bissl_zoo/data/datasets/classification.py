@@ -4,10 +4,8 @@ A reader takes the folder of a set and an official part of it: "trainval" and "t
 the original has validation images. Importing this module is fast: torch and torchvision are imported by the readers.
 """
 
-import gzip
 import hashlib
 import inspect
-import math
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -92,7 +90,7 @@ class ClassificationSet:
     - caltech101 has no official split: 30 images of each class, drawn with `partition`, are `trainval`, and the others
       `test`, as in SimCLR's transfer protocol (arXiv 2002.05709) and by the BiSSL authors.
     - imagenet: `test` is val/, since the official test labels are not public; `train` and `val` share train/.
-    - stl10 has a split `unlabeled`; `fold` 0 to 9 restricts `trainval` to one of its folds of 1,000 images.
+    - stl10 has a split `unlabeled`.
     - voc2007_classification labels a class -1 that has only difficult objects in the image, as VOC leaves it out of
       training and evaluation; `difficult="positive"` is what the BiSSL authors do, `"negative"` the third choice.
 
@@ -101,7 +99,7 @@ class ClassificationSet:
         root: the set's own folder instead of the usual one, below the datasets root, or an absolute path. The sets that
             torchvision reads need the folder's usual name.
         labelled: False: targets and `classes` are None.
-        options: `partition` of dtd, sun397 and caltech101, `fold` of stl10, `difficult` of voc2007_classification.
+        options: `partition` of dtd, sun397 and caltech101, `difficult` of voc2007_classification.
 
     Raises:
         DatasetError: an unknown split, a missing folder, list or image, or a list that cannot be read.
@@ -245,60 +243,34 @@ def _check_files(folder: Path, names: list[str]) -> None:
 def _torchvision(name: str, folder: Path, usual: str, **arguments: Any) -> Any:
     import torchvision.datasets
 
-    if folder.name != usual:
+    depth = usual.count("/") + 1
+    if "/".join(folder.parts[-depth:]) != usual:
         raise DatasetError(f"torchvision reads it only from a folder called {usual}. Rename the folder, or link to it.")
-    return getattr(torchvision.datasets, name)(folder.parent, **arguments)
+    return getattr(torchvision.datasets, name)(folder.parents[depth - 1], **arguments)
 
 
-def _relative(files: Iterable[Any], folder: Path) -> list[str]:
-    return [os.path.relpath(file, folder) for file in files]
+def _files(name: str, usual: str, trainval: str = "trainval") -> Callable[[Path, str], Samples]:
+    """Return a reader of a set of image files; `trainval` is torchvision's name of that part."""
+
+    def read(folder: Path, part: str) -> Samples:
+        data = _torchvision(name, folder, usual, split=trainval if part == "trainval" else part)
+        files, labels = zip(*data._samples, strict=True) if name == "StanfordCars" else (None, data._labels)
+        files = files or getattr(data, "_image_files", None) or data._images
+        return Samples([os.path.relpath(file, folder) for file in files], labels, data.classes)
+
+    return read
 
 
-def _food101(folder: Path, part: str) -> Samples:
-    """Bossard et al., ECCV 2014."""
-    data = _torchvision("Food101", folder, "food-101", split="train" if part == "trainval" else part)
-    return Samples(_relative(data._image_files, folder), data._labels, data.classes)
+def _arrays(name: str, usual: str, files: Mapping[str, Sequence[str]]) -> Callable[[Path, str], Samples]:
+    """Return a reader of a set of arrays; `files` names those of each part, which hold the same number of images."""
 
+    def read(folder: Path, part: str) -> Samples:
+        data = _torchvision(name, folder, usual, train=part == "trainval")
+        each = len(data.data) // len(files[part])
+        names = [f"{file}#{number}" for file in files[part] for number in range(each)]
+        return Samples(names, data.targets, data.classes, np.asarray(data.data))
 
-def _cifar10(folder: Path, part: str) -> Samples:
-    """Krizhevsky, 2009."""
-    data = _torchvision("CIFAR10", folder, "cifar-10-batches-py", train=part == "trainval")
-    files = [f"data_batch_{number}" for number in range(1, 6)] if part == "trainval" else ["test_batch"]
-    each = len(data.data) // len(files)
-    names = [f"{file}#{number}" for file in files for number in range(each)]
-    return Samples(names, data.targets, data.classes, data.data)
-
-
-def _cifar100(folder: Path, part: str) -> Samples:
-    """Krizhevsky, 2009; the 100 fine labels."""
-    data = _torchvision("CIFAR100", folder, "cifar-100-python", train=part == "trainval")
-    file = "train" if part == "trainval" else "test"
-    return Samples([f"{file}#{number}" for number in range(len(data.data))], data.targets, data.classes, data.data)
-
-
-def _stanford_cars(folder: Path, part: str) -> Samples:
-    """Krause et al., 2013."""
-    data = _torchvision("StanfordCars", folder, "stanford_cars", split="train" if part == "trainval" else part)
-    files, labels = zip(*data._samples, strict=True)
-    return Samples(_relative(files, folder), labels, data.classes)
-
-
-def _fgvc_aircraft(folder: Path, part: str) -> Samples:
-    """Maji et al., arXiv 1306.5151."""
-    data = _torchvision("FGVCAircraft", folder, "fgvc-aircraft-2013b", split=part)
-    return Samples(_relative(data._image_files, folder), data._labels, data.classes)
-
-
-def _oxford_pets(folder: Path, part: str) -> Samples:
-    """Parkhi et al., CVPR 2012."""
-    data = _torchvision("OxfordIIITPet", folder, "oxford-iiit-pet", split=part)
-    return Samples(_relative(data._images, folder), data._labels, data.classes)
-
-
-def _flowers102(folder: Path, part: str) -> Samples:
-    """Nilsback and Zisserman, ICVGIP 2008."""
-    data = _torchvision("Flowers102", folder, "flowers-102", split=part)
-    return Samples(_relative(data._image_files, folder), data._labels, data.classes)
+    return read
 
 
 # readers of layouts that torchvision lacks, or of which it reads less
@@ -405,115 +377,80 @@ def _indices(labels: Iterable[str], classes: Sequence[str]) -> list[int]:
     return [index[label] for label in labels]
 
 
-class _Records:
-    """Images of one size in a binary file, read one by one; uint8 (H, W, 3), stored as (3, W, H).
+def _stl10(folder: Path, part: str) -> Samples:
+    """{train,test,unlabeled}_X.bin, {train,test}_y.bin and class_names.txt (Coates et al., 2011).
 
-    STL-10's unlabelled images take 2.8 GB.
+    torchvision reads all images into memory, 2.8 GB of the unlabelled ones.
     """
-
-    shape = (3, 96, 96)
-
-    def __init__(self, file: Path, numbers: np.ndarray) -> None:
-        self.file, self.numbers = file, numbers
-
-    def __getitem__(self, row: int) -> np.ndarray:
-        size = math.prod(self.shape)
-        try:
-            content = np.fromfile(self.file, np.uint8, size, offset=int(self.numbers[row]) * size)
-            return content.reshape(self.shape).transpose(2, 1, 0)
-        except (OSError, ValueError) as error:
-            raise DatasetError(f"Image {self.numbers[row]} of {self.file} cannot be read: {error}.") from error
-
-
-def _stl10(folder: Path, part: str, fold: int | None) -> Samples:
-    """{train,test,unlabeled}_X.bin, {train,test}_y.bin, class_names.txt, fold_indices.txt (Coates et al., 2011)."""
     name = "train" if part == "trainval" else part
-    file = folder / f"{name}_X.bin"
-    count, rest = divmod(file.stat().st_size, math.prod(_Records.shape))
-    if rest:
-        raise DatasetError(f"{file.absolute()} is truncated: {rest} bytes after {count} complete images.")
-    numbers, labels, classes = np.arange(count), None, []
-    if part != "unlabeled":
-        classes = _lines(folder / "class_names.txt")
-        labels = np.fromfile(folder / f"{name}_y.bin", np.uint8).astype(np.int64) - 1
-        if len(labels) != count:
-            raise DatasetError(f"{folder / name}_y.bin has {len(labels)} labels for the {count} images of {file}.")
-    if fold is not None and part == "trainval":
-        folds = _lines(folder / "fold_indices.txt")
-        if isinstance(fold, bool) or fold not in range(len(folds)):
-            raise DatasetError(f"fold is {fold!r}; it must be 0 to {len(folds) - 1}, or None for all images.")
-        numbers = np.array([int(number) for number in folds[fold].split()])
-        labels = labels[numbers]
-    return Samples([f"{file.name}#{number}" for number in numbers], labels, classes, _Records(file, numbers))
+    pixels = np.memmap(folder / f"{name}_X.bin", np.uint8, "r").reshape(-1, 3, 96, 96).transpose(0, 3, 2, 1)
+    names = [f"{name}_X.bin#{number}" for number in range(len(pixels))]
+    if part == "unlabeled":
+        return Samples(names, None, [], pixels)
+    labels = np.fromfile(folder / f"{name}_y.bin", np.uint8).astype(np.int64) - 1
+    return Samples(names, labels, _lines(folder / "class_names.txt"), pixels)
 
 
-def _fashion_mnist(folder: Path, part: str) -> Samples:
-    """{train,t10k}-{images-idx3,labels-idx1}-ubyte, as downloaded (.gz) or unpacked (Xiao et al., arXiv 1708.07747)."""
-    from torchvision.datasets import FashionMNIST
-
-    name = "train" if part == "trainval" else "t10k"
-    pixels, labels = (_idx(folder / f"{name}-{kind}-ubyte") for kind in ("images-idx3", "labels-idx1"))
-    names = [f"{name}-images-idx3-ubyte#{number}" for number in range(len(pixels))]
-    return Samples(names, labels, FashionMNIST.classes, pixels)
+_CIFAR10_FILES = {"trainval": [f"data_batch_{number}" for number in range(1, 6)], "test": ["test_batch"]}
+_CIFAR100_FILES = {"trainval": ["train"], "test": ["test"]}
+_FASHION_FILES = {"trainval": ["train-images-idx3-ubyte"], "test": ["t10k-images-idx3-ubyte"]}
 
 
-def _idx(file: Path) -> np.ndarray:
-    """Read an array of bytes: 0, 0, 8, the number of dimensions, their sizes as big-endian int32, the data."""
-    if file.is_file():
-        content = file.read_bytes()
-    else:
-        with gzip.open(file.with_name(f"{file.name}.gz")) as packed:
-            content = packed.read(1 << 30)
-    try:
-        shape = np.frombuffer(content, ">i4", content[3], 4)
-        return np.frombuffer(content, np.uint8, offset=4 + 4 * len(shape)).reshape(shape)
-    except (IndexError, ValueError) as error:
-        raise DatasetError(f"{file.absolute()} is truncated or not an idx file ({error}).") from error
+def _two(trainval: int, test: int) -> dict[str, int]:
+    return {"trainval": trainval, "test": test}
 
 
-_PARTS = ("trainval", "test")
-_PARTS_WITH_VAL = ("train", "val", "test")
+def _three(train: int, val: int, test: int) -> dict[str, int]:
+    return {"train": train, "val": val, "test": test}
 
 
-def _register(
-    name: str,
-    description: str,
-    folders: str,
-    read: Callable[..., Samples],
-    images: tuple[int, ...],
-    classes: int,
-    parts: tuple[str, ...] = _PARTS,
-    **options: Any,
-) -> None:
-    layout = Layout(description, tuple(folders.split()), read, dict(zip(parts, images, strict=True)), classes, options)
-    register_classification_set(name, layout)
-
-
-_register("food101", "101 dishes", "food-101", _food101, (75_750, 25_250), 101)
-_register("cifar10", "objects at 32 x 32", "cifar-10-batches-py", _cifar10, (50_000, 10_000), 10)
-_register("cifar100", "objects at 32 x 32", "cifar-100-python", _cifar100, (50_000, 10_000), 100)
-_register("cub200", "birds", "CUB_200_2011", _cub200, (5_994, 5_794), 200)
-_register("sun397", "scenes", "SUN397", _sun397, (19_850, 19_850), 397, partition=1)
-_register("stanford_cars", "cars", "stanford_cars", _stanford_cars, (8_144, 8_041), 196)
-_register(
-    "fgvc_aircraft", "aircraft variants", "fgvc-aircraft-2013b", _fgvc_aircraft, (3_334, 3_333, 3_333), 100,
-    parts=_PARTS_WITH_VAL,
-)  # fmt: skip
-_register(
-    "voc2007_classification", "objects, several labels per image", "VOCdevkit/VOC2007", _voc2007,
-    (2_501, 2_510, 4_952), 20, parts=_PARTS_WITH_VAL, difficult="ignore",
-)  # fmt: skip
-_register("dtd", "textures", "dtd/dtd dtd", _dtd, (1_880, 1_880, 1_880), 47, parts=_PARTS_WITH_VAL, partition=1)
-_register("oxford_pets", "cats and dogs", "oxford-iiit-pet", _oxford_pets, (3_680, 3_669), 37)
-_register("caltech101", "objects", "caltech101 caltech-101", _caltech101, (3_030, 5_647), 101, partition=1)
-_register(
-    "flowers102", "flowers", "flowers-102", _flowers102, (1_020, 1_020, 6_149), 102, parts=_PARTS_WITH_VAL
-)  # fmt: skip
-_register(
-    "stl10", "objects at 96 x 96", "stl10_binary", _stl10, (5_000, 8_000, 100_000), 10,
-    parts=(*_PARTS, "unlabeled"), fold=None,
-)  # fmt: skip
-_register(
-    "fashion_mnist", "clothes in gray, 28 x 28", "FashionMNIST/raw FashionMNIST", _fashion_mnist, (60_000, 10_000), 10
-)
-_register("imagenet", "ImageNet-1k", "imagenet", _imagenet, (1_281_167, 50_000), 1000)
+for _name, _layout in {
+    # Bossard et al., ECCV 2014
+    "food101": Layout("101 dishes", ("food-101",), _files("Food101", "food-101", "train"), _two(75_750, 25_250), 101),
+    # Krizhevsky, 2009; of CIFAR-100 the fine labels
+    "cifar10": Layout(
+        "objects at 32 x 32", ("cifar-10-batches-py",), _arrays("CIFAR10", "cifar-10-batches-py", _CIFAR10_FILES),
+        _two(50_000, 10_000), 10,
+    ),
+    "cifar100": Layout(
+        "objects at 32 x 32", ("cifar-100-python",), _arrays("CIFAR100", "cifar-100-python", _CIFAR100_FILES),
+        _two(50_000, 10_000), 100,
+    ),
+    "cub200": Layout("birds", ("CUB_200_2011",), _cub200, _two(5_994, 5_794), 200),
+    "sun397": Layout("scenes", ("SUN397",), _sun397, _two(19_850, 19_850), 397, {"partition": 1}),
+    # Krause et al., 2013
+    "stanford_cars": Layout(
+        "cars", ("stanford_cars",), _files("StanfordCars", "stanford_cars", "train"), _two(8_144, 8_041), 196
+    ),
+    # Maji et al., arXiv 1306.5151
+    "fgvc_aircraft": Layout(
+        "aircraft variants", ("fgvc-aircraft-2013b",), _files("FGVCAircraft", "fgvc-aircraft-2013b"),
+        _three(3_334, 3_333, 3_333), 100,
+    ),
+    "voc2007_classification": Layout(
+        "objects, several labels per image", ("VOCdevkit/VOC2007",), _voc2007, _three(2_501, 2_510, 4_952), 20,
+        {"difficult": "ignore"},
+    ),
+    "dtd": Layout("textures", ("dtd/dtd", "dtd"), _dtd, _three(1_880, 1_880, 1_880), 47, {"partition": 1}),
+    # Parkhi et al., CVPR 2012
+    "oxford_pets": Layout(
+        "cats and dogs", ("oxford-iiit-pet",), _files("OxfordIIITPet", "oxford-iiit-pet"), _two(3_680, 3_669), 37
+    ),
+    "caltech101": Layout(
+        "objects", ("caltech101", "caltech-101"), _caltech101, _two(3_030, 5_647), 101, {"partition": 1}
+    ),
+    # Nilsback and Zisserman, ICVGIP 2008
+    "flowers102": Layout(
+        "flowers", ("flowers-102",), _files("Flowers102", "flowers-102"), _three(1_020, 1_020, 6_149), 102
+    ),
+    "stl10": Layout(
+        "objects at 96 x 96", ("stl10_binary",), _stl10, {**_two(5_000, 8_000), "unlabeled": 100_000}, 10
+    ),
+    # Xiao et al., arXiv 1708.07747
+    "fashion_mnist": Layout(
+        "clothes in gray, 28 x 28", ("FashionMNIST/raw",), _arrays("FashionMNIST", "FashionMNIST/raw", _FASHION_FILES),
+        _two(60_000, 10_000), 10,
+    ),
+    "imagenet": Layout("ImageNet-1k", ("imagenet",), _imagenet, _two(1_281_167, 50_000), 1000),
+}.items():  # fmt: skip
+    register_classification_set(_name, _layout)

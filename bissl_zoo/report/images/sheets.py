@@ -15,8 +15,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Subset
 
 from bissl_zoo.backbones import Backbone, evaluating
-from bissl_zoo.data.batches import to_device
-from bissl_zoo.data.samples import TransformedDataset, temporary_seed
+from bissl_zoo.data.samples import TransformedDataset, temporary_seed, to_device
 from bissl_zoo.downstream import DownstreamTask
 from bissl_zoo.downstream.drawing import CAPTION, as_pixels, shorten, show_image
 from bissl_zoo.errors import ConfigError, DatasetError
