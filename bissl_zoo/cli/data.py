@@ -20,8 +20,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-_UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "KI": 2**10, "MI": 2**20, "GI": 2**30}
-
 
 def parse(parser: argparse.ArgumentParser, argv: Sequence[str]) -> argparse.Namespace:
     """Parse the command line."""
@@ -45,9 +43,7 @@ def parse(parser: argparse.ArgumentParser, argv: Sequence[str]) -> argparse.Name
         metavar="DIR",
         help="output folder of shards or an index; default for an index: beside the shards",
     )
-    size = parser.add_mutually_exclusive_group()
-    size.add_argument("--samples-per-shard", type=int, metavar="N", help="images per shard (10000)")
-    size.add_argument("--shard-size", type=byte_size, metavar="SIZE", help="or most bytes per shard, such as 1GB")
+    parser.add_argument("--samples-per-shard", type=int, default=10_000, metavar="N", help="images per shard (10000)")
     parser.add_argument("--name", metavar="NAME", help="prefix of the shards' names; default: the folder's name")
     parser.add_argument("--seed", type=int, default=0, help="seed of the order of the images (0)")
     parser.add_argument(
@@ -60,18 +56,9 @@ def parse(parser: argparse.ArgumentParser, argv: Sequence[str]) -> argparse.Name
     args = parser.parse_args(argv)
     if args.to_shards is not None and args.out is None:
         parser.error("--to-shards needs --out DIR, a new or empty folder")
-    for name in ("samples_per_shard", "shard_size"):
-        if getattr(args, name) is not None and getattr(args, name) < 1:
-            parser.error(f"--{name.replace('_', '-')} must be 1 or more")
+    if args.samples_per_shard < 1:
+        parser.error("--samples-per-shard must be 1 or more")
     return args
-
-
-def byte_size(text: str) -> int:
-    """Return the number of bytes that "1GB", "500 MB", "1GiB" or "1000000" mean."""
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMG]I?)?B?", text.strip().upper())
-    if match is None:
-        raise argparse.ArgumentTypeError(f"'{text}' is not a size such as 1GB, 500MB or 1GiB")
-    return int(float(match[1]) * _UNITS[match[2] or ""])
 
 
 def pack(args: argparse.Namespace) -> int:
@@ -79,8 +66,7 @@ def pack(args: argparse.Namespace) -> int:
     from bissl_zoo.data.prepare.pack import pack_folder
 
     name = args.name or re.sub(r"[^A-Za-z0-9_-]+", "-", Path(args.to_shards).absolute().name)
-    samples = args.samples_per_shard or (None if args.shard_size else 10_000)
-    settings = (samples, args.shard_size, args.seed, args.on_bad, args.num_workers)
+    settings = (args.samples_per_shard, args.seed, args.on_bad, args.num_workers)
     shards, skipped = pack_folder(args.to_shards, args.out, name, *settings)
     for problem in skipped[:20]:
         print(f"skipped    {problem}")
@@ -126,7 +112,7 @@ def check(args: argparse.Namespace) -> int:
 
 def print_survey(survey: Any) -> int:
     """Print the sizes and problems of a set, and return the exit status: 1 if there are problems."""
-    print("\n\n".join(filter(None, [survey.table(), survey.shapes])), end="\n" if survey.splits else "")
+    print(survey.table(), end="\n" if survey.splits else "")
     print("".join(f"note       {note}\n" for note in survey.notes), end="")
     print("".join(f"wrong      {problem}\n" for problem in survey.problems), end="")
     print(f"checked    {survey.where}: {len(survey.problems)} problems")

@@ -13,7 +13,6 @@ from faulty_server import FaultyServer
 from original_layouts import WRITERS, sizes_of
 from PIL import Image
 
-from bissl_zoo.cli.data import byte_size
 from bissl_zoo.data import ShardDataset
 from bissl_zoo.data.datasets.classification import CLASSIFICATION_SETS
 
@@ -94,23 +93,6 @@ def test_the_seed_decides_the_order_and_the_bytes(prepare, images, tmp_path):
     assert order != sorted(order)
 
 
-def test_a_shard_stays_within_its_size_and_is_filled(prepare, images, tmp_path):
-    out = tmp_path / "out"
-    assert prepare("--to-shards", images, "--out", out, "--shard-size", "10.24KB")[0] == 0
-    sizes = [path.stat().st_size for path in sorted(out.glob("images-*.tar"))]
-    assert set(sizes) == {10240} and len(members(out)) == 14 and 1 < len(sizes) < 14
-    # an image larger than a shard gets a shard to itself
-    assert prepare("--to-shards", images, "--out", tmp_path / "tiny", "--shard-size", 1)[0] == 0
-    assert len(list((tmp_path / "tiny").glob("*.tar"))) == 14
-
-
-@pytest.mark.parametrize(
-    ("text", "count"), [("1GB", 10**9), ("1.5 mb", 1_500_000), ("2GiB", 2**31), ("64K", 64_000), ("123", 123)]
-)
-def test_sizes_are_written_as_usual(text, count):
-    assert byte_size(text) == count
-
-
 def test_images_that_do_not_decode_are_refused_or_left_out_and_counted(prepare, images, tmp_path):
     (images / "class.0" / "broken.jpg").write_bytes(content_of(images)[0][:200])
     (images / "empty.png").write_bytes(b"")
@@ -138,7 +120,7 @@ def test_invalid_packing_is_refused(prepare, images, tmp_path):
 @pytest.mark.parametrize(
     "arguments",
     [
-        *([], ["--to-shards", "x"], ["--check", "x", "--to-shards", "y"], ["--check", "x", "--shard-size", "1XB"]),
+        *([], ["--to-shards", "x"], ["--check", "x", "--to-shards", "y"], ["--check", "x", "--samples-per-shard", "0"]),
         *(["food101", "--list"], ["food101", "--check", "x"], ["food101", "dtd"]),
     ],
 )

@@ -11,7 +11,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 from tabulate import tabulate
 
 from bissl_zoo.data.datasets.catalog import datasets_root
@@ -21,7 +20,6 @@ from bissl_zoo.data.prepare.download import fetch
 from bissl_zoo.errors import DatasetError, did_you_mean
 from bissl_zoo.registry import DATASETS, build_dataset
 
-_QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 #: usual names of the folders of splits
 _SPLITS = ("train", "trainval", "val", "valid", "validation", "test")
 #: images of a JSON file that are searched to find their folder
@@ -69,14 +67,12 @@ class Survey(NamedTuple):
         splits: sizes of the splits.
         problems: everything that is wrong.
         notes: further information.
-        shapes: a table of the sizes of boxes; empty without boxes.
     """
 
     where: str
     splits: list[Found]
     problems: list[str]
     notes: Sequence[str] = ()
-    shapes: str = ""
 
     def table(self) -> str:
         """Return the splits as a table; empty if there are none."""
@@ -212,7 +208,7 @@ def _problem(dataset: Any, index: int) -> str:
 
 
 def survey_path(path: str | os.PathLike, images: str | os.PathLike | None = None, num_workers: int = 4) -> Survey:
-    """Recognise the layout of a path, count, decode every image and measure the boxes.
+    """Recognise the layout of a path, count and decode every image.
 
     Args:
         images: for annotations in COCO's format, the folder of the images; None searches around the file.
@@ -245,7 +241,7 @@ def survey_path(path: str | os.PathLike, images: str | os.PathLike | None = None
         problems += unreadable(dataset, fresh, split, num_workers)
     notes = [f"{split} is read by {_call(splits[split])}" for split in datasets] + list(_differing_classes(datasets))
     counts = [_count(dataset, split) for split, dataset in datasets.items()]
-    return Survey(str(path), counts, list(dict.fromkeys(problems)), notes, box_shapes(datasets))
+    return Survey(str(path), counts, list(dict.fromkeys(problems)), notes)
 
 
 def splits_of(path: Path, images: str | os.PathLike | None = None) -> dict[str, dict[str, Any]]:
@@ -351,24 +347,3 @@ def _differing_classes(datasets: Mapping[str, Any]) -> Iterator[str]:
 def _call(arguments: Mapping[str, Any]) -> str:
     values = (f"{key}={value!r}" for key, value in arguments.items() if key != "on_bad_annotation")
     return re.sub(r"'([^'\"\\]*)'", r'"\1"', f"L(build_dataset)({', '.join(values)})")
-
-
-def box_shapes(datasets: Mapping[str, Any]) -> str:
-    """Return a table of quantiles of the training boxes, at the images' original sizes; empty without boxes.
-
-    Anchors have such sizes and aspect ratios (both detection libraries define a ratio as height / width), once images
-    are scaled so that their shorter side is `min_size`.
-    """
-    rows = []
-    for split, dataset in datasets.items():
-        if not hasattr(dataset, "boxes") or dataset.classes is None or dataset.difficult.all():
-            continue
-        width, height = (dataset.boxes[:, 2:] - dataset.boxes[:, :2])[~dataset.difficult].T
-        measured = {
-            "box: sqrt(width x height), pixels": np.sqrt(width * height),
-            "box: height / width": height / width,
-            "image: shorter side, pixels": dataset.sizes.min(axis=1),
-        }
-        rows += [[split, what, *np.quantile(values, _QUANTILES)] for what, values in measured.items()]
-    headers = ["split", "quantile", *(f"{quantile:.0%}" for quantile in _QUANTILES)]
-    return tabulate(rows, headers, floatfmt=".4g") if rows else ""

@@ -22,12 +22,12 @@ class Source(NamedTuple):
     Attributes:
         page: its official page.
         pieces: its folders below the datasets root, and the download of each; None if there is none.
-        by_hand: the files that must lie below the datasets root, for a download by hand.
+        by_hand: the files that a user must put below the datasets root if a program cannot download them.
     """
 
     page: str
     pieces: Mapping[str, Download | None]
-    by_hand: str
+    by_hand: str = ""
 
 
 #: errors of networks, disks and archives; torchvision raises RuntimeError for a wrong checksum
@@ -44,7 +44,8 @@ def fetch(name: str, root: Path) -> list[str]:
         DatasetError: a download failed, or there is none; with the official page and the files to put there by hand.
     """
     source, hidden = SOURCES[name], root / f".downloading-{name}"
-    by_hand = f"see {source.page} and make sure that {root.absolute()} holds {source.by_hand}."
+    files = source.by_hand or f"the unpacked archives of that page: {', '.join(source.pieces)}"
+    by_hand = f"see {source.page} and make sure that {root.absolute()} holds {files}."
     missing = [piece for piece in source.pieces if not (root / piece).is_dir()]
     for piece in missing:
         download = source.pieces[piece]
@@ -110,9 +111,9 @@ def _voc(year: str, *image_sets: str) -> Download:
     return from_torchvision(*(("VOCDetection", {"year": year, "image_set": image_set}) for image_set in image_sets))
 
 
-def _archive_of(page: str, folder: str, dataset: str, archive: str) -> Source:
-    """Return the source of a set that is one archive, which torchvision downloads."""
-    return Source(page, {folder: from_torchvision((dataset, {}))}, f"{folder}, as unpacked from {archive}")
+def _by(dataset: str, folder: str, page: str) -> Source:
+    """Return the source of a set that torchvision downloads into one folder."""
+    return Source(page, {folder: from_torchvision((dataset, {}))})
 
 
 _COCO = "http://images.cocodataset.org"
@@ -120,62 +121,35 @@ _CUB = "https://data.caltech.edu/records/65de6-vp158"
 _OXFORD = "https://www.robots.ox.ac.uk/~vgg/data"
 _SUN = "https://vision.princeton.edu/projects/2010/SUN"
 _VOC = "http://host.robots.ox.ac.uk/pascal/VOC"
-_VOC2007 = "VOCdevkit/VOC2007, as unpacked from VOCtrainval_06-Nov-2007.tar and VOCtest_06-Nov-2007.tar"
 _CIFAR = "https://www.cs.toronto.edu/~kriz/cifar.html"
+_CUB_MD5 = "97eceeb196236b17998738112f37df78"
 
 SOURCES = {
-    "food101": _archive_of(
-        "https://data.vision.ee.ethz.ch/cvl/datasets_extra/food-101/", "food-101", "Food101", "food-101.tar.gz"
-    ),
-    "cifar10": _archive_of(_CIFAR, "cifar-10-batches-py", "CIFAR10", "cifar-10-python.tar.gz"),
-    "cifar100": _archive_of(_CIFAR, "cifar-100-python", "CIFAR100", "cifar-100-python.tar.gz"),
-    "cub200": Source(
-        _CUB,
-        {"CUB_200_2011": from_archive(f"{_CUB}/files/CUB_200_2011.tgz", "97eceeb196236b17998738112f37df78")},
-        "CUB_200_2011, as unpacked from CUB_200_2011.tgz",
-    ),
+    "food101": _by("Food101", "food-101", "https://data.vision.ee.ethz.ch/cvl/datasets_extra/food-101/"),
+    "cifar10": _by("CIFAR10", "cifar-10-batches-py", _CIFAR),
+    "cifar100": _by("CIFAR100", "cifar-100-python", _CIFAR),
+    "cub200": Source(_CUB, {"CUB_200_2011": from_archive(f"{_CUB}/files/CUB_200_2011.tgz", _CUB_MD5)}),
     "sun397": Source(
         f"{_SUN}/",
         {
             "SUN397": from_torchvision(("SUN397", {})),
             "SUN397/Partitions": from_archive(f"{_SUN}/download/Partitions.zip", None, "SUN397/Partitions"),
         },
-        "SUN397, as unpacked from SUN397.tar.gz, and SUN397/Partitions with the lists of Partitions.zip",
     ),
     "stanford_cars": Source(
         "https://github.com/pytorch/vision/issues/7545 (the original page is gone)",
         {"stanford_cars": None},
-        "stanford_cars/cars_train/00001.jpg and so on, stanford_cars/cars_test/00001.jpg and so on (from "
-        "cars_train.tgz and cars_test.tgz), stanford_cars/devkit/cars_train_annos.mat "
-        "and cars_meta.mat (from car_devkit.tgz), and "
-        "stanford_cars/cars_test_annos_withlabels.mat",
+        "in stanford_cars: cars_train/00001.jpg and so on, cars_test/00001.jpg and so on, devkit/cars_train_annos.mat, "
+        "devkit/cars_meta.mat and cars_test_annos_withlabels.mat",
     ),
-    "fgvc_aircraft": _archive_of(
-        f"{_OXFORD}/fgvc-aircraft/", "fgvc-aircraft-2013b", "FGVCAircraft", "fgvc-aircraft-2013b.tar.gz"
-    ),
-    "voc2007_classification": Source(
-        f"{_VOC}/voc2007/", {"VOCdevkit/VOC2007": _voc("2007", "trainval", "test")}, _VOC2007
-    ),
-    "dtd": _archive_of(f"{_OXFORD}/dtd/", "dtd", "DTD", "dtd-r1.0.1.tar.gz"),
-    "oxford_pets": _archive_of(
-        f"{_OXFORD}/pets/", "oxford-iiit-pet", "OxfordIIITPet", "images.tar.gz and annotations.tar.gz"
-    ),
-    "caltech101": Source(
-        "https://data.caltech.edu/records/mzrjq-6wc02",
-        {"caltech101": from_torchvision(("Caltech101", {}))},
-        "caltech101/101_ObjectCategories, as unpacked from 101_ObjectCategories.tar.gz in caltech-101.zip",
-    ),
-    "flowers102": Source(
-        f"{_OXFORD}/flowers/102/",
-        {"flowers-102": from_torchvision(("Flowers102", {}))},
-        "flowers-102/jpg, as unpacked from 102flowers.tgz, flowers-102/imagelabels.mat and flowers-102/setid.mat",
-    ),
-    "stl10": _archive_of("https://cs.stanford.edu/~acoates/stl10/", "stl10_binary", "STL10", "stl10_binary.tar.gz"),
-    "fashion_mnist": Source(
-        "https://github.com/zalandoresearch/fashion-mnist",
-        {"FashionMNIST": from_torchvision(("FashionMNIST", {}))},
-        "FashionMNIST/raw with the four files *-ubyte.gz",
-    ),
+    "fgvc_aircraft": _by("FGVCAircraft", "fgvc-aircraft-2013b", f"{_OXFORD}/fgvc-aircraft/"),
+    "voc2007_classification": Source(f"{_VOC}/voc2007/", {"VOCdevkit/VOC2007": _voc("2007", "trainval", "test")}),
+    "dtd": _by("DTD", "dtd", f"{_OXFORD}/dtd/"),
+    "oxford_pets": _by("OxfordIIITPet", "oxford-iiit-pet", f"{_OXFORD}/pets/"),
+    "caltech101": _by("Caltech101", "caltech101", "https://data.caltech.edu/records/mzrjq-6wc02"),
+    "flowers102": _by("Flowers102", "flowers-102", f"{_OXFORD}/flowers/102/"),
+    "stl10": _by("STL10", "stl10_binary", "https://cs.stanford.edu/~acoates/stl10/"),
+    "fashion_mnist": _by("FashionMNIST", "FashionMNIST", "https://github.com/zalandoresearch/fashion-mnist"),
     "imagenet": Source(
         "https://image-net.org/challenges/LSVRC/2012/2012-downloads.php (with an account)",
         {"imagenet/train": _imagenet("train"), "imagenet/val": _imagenet("val")},
@@ -185,7 +159,6 @@ SOURCES = {
     "voc_detection": Source(
         f"{_VOC}/",
         {"VOCdevkit/VOC2007": _voc("2007", "trainval", "test"), "VOCdevkit/VOC2012": _voc("2012", "trainval")},
-        f"{_VOC2007}, and VOCdevkit/VOC2012, as unpacked from VOCtrainval_11-May-2012.tar",
     ),
     "coco_detection": Source(
         "https://cocodataset.org/#download",
@@ -194,7 +167,5 @@ SOURCES = {
             "coco/val2017": from_archive(f"{_COCO}/zips/val2017.zip", None, "coco"),
             "coco/train2017": from_archive(f"{_COCO}/zips/train2017.zip", None, "coco"),
         },
-        "coco/train2017, coco/val2017 and coco/annotations, as unpacked from train2017.zip, val2017.zip and "
-        "annotations_trainval2017.zip",
     ),
 }

@@ -2,12 +2,12 @@
 
 import hashlib
 import io
+import itertools
 import json
-import math
 import os
 import re
 import tarfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import IO
 
@@ -41,8 +41,7 @@ def pack_folder(
     folder: str,
     out: str | os.PathLike,
     name: str,
-    samples_per_shard: int | None = None,
-    shard_bytes: int | None = None,
+    samples_per_shard: int = 10_000,
     seed: int = 0,
     on_bad: str = "error",
     num_workers: int = 4,
@@ -53,7 +52,6 @@ def pack_folder(
     when it is complete, and the index is written last. The same images and arguments give the same bytes.
 
     Args:
-        samples_per_shard, shard_bytes: the most images and bytes of one shard.
         on_bad: "error", or "skip" to leave out images that cannot be decoded.
     Returns:
         The shards, and the problem of each image that was left out.
@@ -66,28 +64,35 @@ def pack_folder(
     files = [images.source(index) for index in np.random.default_rng(seed).permutation(len(images)).tolist()]
     contents = DataLoader(files, batch_size=None, collate_fn=_read_checked, num_workers=num_workers)
     skipped: list[str] = []
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        if any(out.iterdir()):
-            raise DatasetError(f"{out.absolute()} is not empty. Choose another folder, or empty this one.")
-        writer = _ShardWriter(out, name, samples_per_shard, shard_bytes)
+
+    def readable() -> Iterator[tuple[str, bytes]]:
         for file, (content, problem) in zip(files, tqdm(contents, total=len(files), unit="image"), strict=True):
             if not problem:
-                writer.add(os.path.relpath(file, images.root), content)
-            elif on_bad == "error":
+                yield os.path.relpath(file, images.root), content
+            elif on_bad == "skip":
+                skipped.append(problem)
+            else:
                 raise DatasetError(
                     f"{problem} Pass --on-bad skip to leave such images out. {out.absolute()} holds the shards before "
                     "it and no index: empty it first."
                 )
-            else:
-                skipped.append(problem)
-        writer.close()
-        if not writer.shards:
+
+    shards: list[Shard] = []
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        if any(out.iterdir()):
+            raise DatasetError(f"{out.absolute()} is not empty. Choose another folder, or empty this one.")
+        remaining = readable()
+        while (first := next(remaining, None)) is not None:
+            group = itertools.chain([first], itertools.islice(remaining, samples_per_shard - 1))
+            path = out / f"{name}-{len(shards):06d}.tar"
+            shards.append(_write_shard(path, enumerate(group, start=len(shards) * samples_per_shard)))
+        if not shards:
             raise DatasetError(f"None of the {len(files)} images below {images.root} can be decoded.")
-        write_index(out, writer.shards)
+        write_index(out, shards)
     except OSError as error:
         raise DatasetError(f"The shards cannot be written to {out.absolute()} ({error}).") from error
-    return writer.shards, skipped
+    return shards, skipped
 
 
 def _read_checked(file: str) -> tuple[bytes, str]:
@@ -100,47 +105,20 @@ def _read_checked(file: str) -> tuple[bytes, str]:
         return b"", str(error)
 
 
-class _ShardWriter:
-    """Writes one tar file after another, each under a temporary name until it is complete."""
-
-    def __init__(self, out: Path, name: str, max_samples: int | None, max_bytes: int | None) -> None:
-        self.out, self.name = out, name
-        self.max_samples, self.max_bytes = max_samples or math.inf, max_bytes or math.inf
-        self.shards: list[Shard] = []
-        self.total = self.samples = 0
-        self.tar: tarfile.TarFile | None = None
-
-    def add(self, path: str, content: bytes) -> None:
-        """Append an image with the relative path `path`."""
-        if self.tar is not None and (self.samples == self.max_samples or self._size_with(content) > self.max_bytes):
-            self.close()
-        if self.tar is None:
-            self.path = self.out / f"{self.name}-{len(self.shards):06d}.tar"
-            self.tar = tarfile.open(self.out / f".{self.path.name}.part", "w", format=tarfile.PAX_FORMAT)
-        stem, extension = os.path.splitext(path)
-        key = f"{self.total:09d}_{re.sub(r'[^A-Za-z0-9_-]+', '-', stem)}"[:_MAX_KEY]
-        header = tarfile.TarInfo(key + extension.lower())
-        header.size = len(content)
-        self.tar.addfile(header, io.BytesIO(content))
-        self.samples += 1
-        self.total += 1
-
-    def _size_with(self, content: bytes) -> int:
-        """Return the size of the open shard if it were closed after another file."""
-        blocks = 1 + math.ceil(len(content) / tarfile.BLOCKSIZE) + 2  # the header, the file, and two zero blocks
-        size = self.tar.offset + blocks * tarfile.BLOCKSIZE
-        return math.ceil(size / tarfile.RECORDSIZE) * tarfile.RECORDSIZE
-
-    def close(self) -> None:
-        """Finish the open shard."""
-        if self.tar is None:
-            return
-        self.tar.close()
-        temporary = Path(self.tar.name)
-        fsync(temporary)
-        os.replace(temporary, self.path)
-        self.shards.append(Shard(str(self.path), self.samples, self.path.stat().st_size, sha256_of(self.path)))
-        self.tar, self.samples = None, 0
+def _write_shard(path: Path, images: Iterable[tuple[int, tuple[str, bytes]]]) -> Shard:
+    """Write a tar file of numbered images (relative path, content), under a temporary name until it is complete."""
+    temporary, samples = path.with_name(f".{path.name}.part"), 0
+    with tarfile.open(temporary, "w", format=tarfile.PAX_FORMAT) as tar:
+        for number, (name, content) in images:
+            stem, extension = os.path.splitext(name)
+            key = f"{number:09d}_{re.sub(r'[^A-Za-z0-9_-]+', '-', stem)}"[:_MAX_KEY]
+            header = tarfile.TarInfo(key + extension.lower())
+            header.size = len(content)
+            tar.addfile(header, io.BytesIO(content))
+            samples += 1
+    fsync(temporary)
+    os.replace(temporary, path)
+    return Shard(str(path), samples, path.stat().st_size, sha256_of(path))
 
 
 def write_index(folder: Path, shards: Iterable[Shard]) -> Path:
