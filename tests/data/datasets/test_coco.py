@@ -12,7 +12,6 @@ from hostile_input import SPECIAL_FILES, time_limit
 from PIL import Image
 from pycocotools.coco import COCO
 
-from bissl_zoo.config import LazyConfig, config_root, instantiate
 from bissl_zoo.data import COCODetection
 from bissl_zoo.errors import DatasetError
 
@@ -90,22 +89,12 @@ def test_targets_are_those_that_pycocotools_reads_from_the_same_file(folder):
         assert target["image_id"] == index
 
 
-def test_the_config_section_reads_the_original_layout_and_skips_boxes_without_height(folder, content):
-    (folder / "val2017").symlink_to(folder / "train2017")
-    (folder / "annotations" / "instances_val2017.json").write_text(json.dumps(content))
-    content["annotations"].append(box(918, 11, 1, [29.65, 38.33, 1.03, 0.0]))
-    write(folder, content)
-    cfg = LazyConfig.load(config_root() / "common" / "data" / "coco.py")
-    train, test = instantiate(cfg.train.dataset), instantiate(cfg.test.dataset)
-    assert train.classes == test.classes and len(train) == len(test) == 4
-    assert [torch.equal(train.target(i)["boxes"], test.target(i)["boxes"]) for i in range(4)] == [True] * 4
-
-
 def test_chosen_classes_give_the_labels_and_objects_of_others_are_counted(folder, caplog):
-    dataset = COCODetection(classes=["dog", "person"])
-    assert dataset.classes == ["dog", "person"] and len(dataset) == 4
-    assert dataset.target(0)["labels"].tolist() == [0, 1] and dataset.target(1)["labels"].tolist() == [1]
+    dataset = COCODetection(classes=["dog", "boat", "person"])
+    assert dataset.classes == ["dog", "boat", "person"] and len(dataset) == 4
+    assert dataset.target(0)["labels"].tolist() == [0, 2] and dataset.target(1)["labels"].tolist() == [2]
     assert "left out 1 objects of other classes" in caplog.text
+    assert "has no category boat; no image has such objects" in caplog.text
 
 
 @pytest.mark.parametrize(
@@ -115,21 +104,10 @@ def test_chosen_classes_give_the_labels_and_objects_of_others_are_counted(folder
         (["zebra"], "have no category 'zebra'"),
         (["dog", "dog"], "classes names dog more than once"),
         ("dog", 'classes is "dog"; give a list of names'),
-        ([], "there is no category, or none is chosen"),
     ],
 )
 def test_unknown_classes_are_refused(folder, classes, problem):
     assert re.search(problem, refusal(classes=classes))
-
-
-def test_classes_absent_from_the_file_are_logged(folder, caplog):
-    dataset = COCODetection(classes=["zebra", "person", "boat", "dog", "toothbrush"])
-    assert dataset.classes == ["zebra", "person", "boat", "dog", "toothbrush"]
-    assert dataset.target(0)["labels"].tolist() == [3, 1]
-    assert "has no category zebra, boat; no image has such objects" in caplog.text
-    caplog.clear()
-    COCODetection(classes=["dog", "person"])
-    assert "has no category" not in caplog.text
 
 
 def test_unlabelled_reads_the_list_of_images_alone(folder, content):
@@ -141,22 +119,17 @@ def test_unlabelled_reads_the_list_of_images_alone(folder, content):
     assert target is None and dataset.classes is None and dataset.target(0) is None
 
 
-def test_ids_may_be_text_as_some_tools_write_them(folder, content):
+def test_images_may_lie_in_folders_below_with_ids_of_text_and_a_byte_order_mark(folder, content):
     for one in content["images"]:
         one["id"] = f"image {one['id']}"
     for one in content["annotations"]:
         one["image_id"] = f"image {one['image_id']}"
-    write(folder, content)
-    assert COCODetection().target(0)["labels"].tolist() == [1, 0]
-
-
-def test_images_may_lie_in_folders_below_and_a_byte_order_mark_is_no_matter(folder, content):
     (folder / "train2017" / "more").mkdir()
     os.rename(folder / "train2017" / "000000000003.jpg", folder / "train2017" / "more" / "a b.jpg")
     content["images"][1]["file_name"] = "more/a b.jpg"
     path = write(folder, content)
     path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
-    assert COCODetection()[1][0].size == (64, 48)
+    assert COCODetection()[1][0].size == (64, 48) and COCODetection().target(0)["labels"].tolist() == [1, 0]
 
 
 @pytest.mark.parametrize(
@@ -165,7 +138,6 @@ def test_images_may_lie_in_folders_below_and_a_byte_order_mark_is_no_matter(fold
         ([0.0, 0.0, 50.01, 40.004], [0, 0, 50, 40]),
         ([-0.01, -1, 10, 11], [0, 0, 9.99, 10]),
         ([10, 10, 41, 31], [10, 10, 50, 40]),
-        ([0, 0, 1, 1], [0, 0, 1, 1]),
     ],
 )
 def test_box_that_exceeds_its_image_by_rounding_or_one_pixel_is_cut_off(folder, content, bbox, kept):
@@ -178,16 +150,12 @@ BAD_OBJECTS = {
     "zero height": ({"bbox": [5, 6, 7, 0.0]}, "the box has no area (x 5, y 6, width 7, height 0)"),
     "outside": ({"bbox": [5, 6, 47, 3]}, "the box (x 5, y 6, width 47, height 3) lies outside the image (50 x 40)"),
     "all in the margin": ({"bbox": [50.2, 6, 0.5, 3]}, "the box has no area (x 50.2, y 6, width 0.5, height 3) in the"),
-    "beyond precision": ({"bbox": [5, 6, 1e-30, 3]}, "the box has no area"),
     "NaN": ({"bbox": [5, float("nan"), 7, 3]}, "bbox is missing, or not four numbers"),
-    "infinite": ({"bbox": [5, 6, float("inf"), 3]}, "bbox is missing, or not four numbers"),
     "without end": ({"bbox": [5, 6, 10**400, 3]}, "bbox is missing, or not four numbers"),
-    "text": ({"bbox": ["5", 6, 7, 3]}, "bbox is missing, or not four numbers"),
     "unknown image": ({"image_id": 12}, "image_id 12 is no image of the file"),
     "image that is a list": ({"image_id": [11]}, "image_id is missing, or neither a whole number nor text"),
     "unknown category": ({"category_id": 2}, "category_id 2 is no category of the file"),
     "repeated id": ({"id": 7}, "its id was there before"),
-    "no id": ({"id": None}, "id is missing, or neither a whole number nor text"),
     "strange crowd": ({"iscrowd": "yes"}, "iscrowd is 'yes'; accepted are 0 and 1"),
 }
 
@@ -212,19 +180,14 @@ BAD_IMAGES = {
     "another's": ({"file_name": "./000000000003.jpg"}, "another image is the same file"),
     "NUL": ({"file_name": "a\0.jpg"}, "its file_name is missing or no name of a file"),
     "half a surrogate pair": ({"file_name": "\ud800.jpg"}, "its file_name is missing or no name of a file"),
-    "without end": ({"file_name": "a" * 3000 + "/b"}, "there is no such file in "),
-    "no size": ({"width": None}, "it has no size"),
     "size zero": ({"height": 0}, "it has no size"),
     "a size without end": ({"height": 10**400}, "it has no size"),
-    "no id": ({"id": 1.5}, "id is missing, or neither a whole number nor text"),
 }
 
 
 @pytest.mark.parametrize(("changes", "problem"), BAD_IMAGES.values(), ids=BAD_IMAGES)
 def test_image_that_cannot_be_used_is_named_or_skipped_with_its_objects(folder, content, changes, problem, caplog):
     content["images"].append(content["images"].pop(0) | changes)
-    if "id" in changes:
-        content["annotations"] = [one for one in content["annotations"] if one["image_id"] != 11]
     path = write(folder, content)
     message = refusal()
     assert message.startswith(f"COCO annotations {path}, image 4 (") and problem in message
@@ -249,8 +212,6 @@ def test_repeated_image_id_is_refused_even_where_bad_ones_are_skipped(folder, co
     [
         ({"id": 2, "name": "dog"}, "category 4 (id 2): its id or its name, 'dog', was there before"),
         ({"id": 18, "name": "cat"}, "category 4 (id 18): its id or its name, 'cat', was there before"),
-        ({"id": 2}, "category 4 (id 2): it has no name"),
-        ({"name": "cat"}, "category 4: id is missing, or neither a whole number nor text"),
         ("cat", "category 4: it is no JSON object"),
     ],
 )
@@ -262,14 +223,10 @@ def test_categories_that_are_not_distinct_or_not_named_are_refused(folder, conte
 
 BAD_FILES = {
     "cut short": ('{"images": [', "cannot be read as JSON: Expecting value"),
-    "empty": ("", "cannot be read as JSON"),
     "deeply nested": ('{"images": ' + "[" * 200_000, "cannot be read as JSON: it is nested"),
     "a number without end": ('{"images": [' + "9" * 5000 + "]}", "cannot be read as JSON: Exceeds the limit"),
     "a list, as results are": ("[]", "have no list 'images'"),
-    "no images": ('{"annotations": [], "categories": []}', "have no list 'images'"),
-    "no annotations": ('{"images": [], "categories": []}', "have no list 'annotations'"),
     "no categories": ('{"images": [], "annotations": []}', "have no list 'categories'"),
-    "images by id": ('{"images": {"1": {}}, "annotations": [], "categories": []}', "have no list 'images'"),
     "no image": (
         '{"images": [], "annotations": [], "categories": [{"id": 1, "name": "a"}]}',
         "hold no usable image",

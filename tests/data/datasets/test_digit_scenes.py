@@ -78,15 +78,6 @@ def test_same_arguments_give_the_same_bytes_and_another_seed_gives_others(tmp_pa
     assert digest(folders[0]) == digest(folders[1]) != digest(folders[2])
 
 
-def test_second_time_reads_what_the_first_wrote(tmp_path, monkeypatch):
-    folder = write(tmp_path, monkeypatch)
-    image = folder / "VOCdevkit/VOC2007/JPEGImages/train_000000.jpg"
-    written = os.stat(image)
-    DigitScenes("test", **FEW)
-    assert os.stat(image).st_mtime_ns == written.st_mtime_ns and os.stat(image).st_ino == written.st_ino
-    assert [path.name for path in tmp_path.iterdir()] == [folder.name]
-
-
 @pytest.mark.slow
 def test_processes_that_write_at_once_leave_one_complete_set(tmp_path):
     script = f"from bissl_zoo.data import DigitScenes; print(len(DigitScenes('train', **{FEW})))"
@@ -97,20 +88,6 @@ def test_processes_that_write_at_once_leave_one_complete_set(tmp_path):
         assert process.communicate(timeout=120)[0].strip() == "12"
         assert process.returncode == 0
     assert len(list(tmp_path.iterdir())) == 1
-
-
-def test_loser_of_a_race_takes_the_winners_set_and_leaves_nothing(tmp_path, monkeypatch):
-    from bissl_zoo.data.datasets import digit_scenes
-
-    draw = digit_scenes._write_devkit
-
-    def another_was_faster(folder, *arguments):
-        draw(folder, *arguments)
-        draw(tmp_path / folder.parent.name[1:].rsplit("-", 1)[0], *arguments)
-
-    monkeypatch.setattr(digit_scenes, "_write_devkit", another_was_faster)
-    folder = write(tmp_path, monkeypatch)
-    assert len(list((folder / "VOCdevkit/VOC2007/JPEGImages").iterdir())) == sum(FEW.values())
 
 
 def test_interrupted_writing_leaves_nothing(tmp_path, monkeypatch):

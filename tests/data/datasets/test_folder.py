@@ -82,11 +82,6 @@ def test_classes_without_images_are_logged(pets, caplog):
     assert not caplog.records
 
 
-def test_a_class_name_is_no_path_to_another_folder(pets):
-    dataset = ImageFolder("pets", split="test", classes=["../train/cat", "cat", "dog", "dog/."])
-    assert [label for _, label in dataset] == [1, 2]
-
-
 def test_limit_keeps_an_evenly_spread_part(pets):
     dataset = ImageFolder("pets", split="train", limit=3)
     assert sources(dataset) == ["cat/1.WebP", "cat/2.tif", "dog/b.PNG"]
@@ -152,11 +147,6 @@ def test_the_seed_decides_the_parts_on_every_machine(drawn, tmp_path, monkeypatc
     assert digests == {part: sample_digest(drawn(part)) for part in ("train", "val", None)}
 
 
-def test_parts_are_drawn_like_those_of_the_sets_by_name(drawn):
-    first = np.random.default_rng((0, 0)).permutation(10)[:2]
-    assert sources(drawn("val"))[:2] == [f"a/{number}.png" for number in sorted(first)]
-
-
 def test_parts_that_cannot_be_drawn_are_refused(drawn):
     with pytest.raises(DatasetError, match="part is 'test'; accepted are"):
         drawn("test")
@@ -201,13 +191,7 @@ def test_the_given_number_of_each_class_is_drawn_and_one_image_left():
         draw_per_class(labels_of(30, 31), 30, 0)
 
 
-@pytest.mark.parametrize("fraction", [0, 1, True, "0.2", float("nan")])
+@pytest.mark.parametrize("fraction", [0, 1, "0.2", float("nan")])
 def test_an_invalid_fraction_is_refused(fraction):
     with pytest.raises(DatasetError, match="val_fraction is"):
         draw_fraction(labels_of(9, 9), fraction, 0)
-
-
-@pytest.mark.parametrize("seed", [-1, 0.5, True])
-def test_an_invalid_seed_is_refused(seed):
-    with pytest.raises(DatasetError, match="seed is"):
-        draw_fraction(labels_of(9, 9), 0.2, seed)

@@ -81,16 +81,11 @@ def test_classes_may_be_given_or_be_those_of_voc(devkit):
 
 
 def test_splits_of_several_years_are_joined(devkit):
-    add(devkit.parent / "VOC2012", "2012_000001", [thing("sheep", ("1.5", "2", "10.25", "9"))], splits=["trainval"])
+    add(devkit.parent / "VOC2012", "2012_000001", [thing("sheep", ("1.5", "0", "10.25", "9"))], splits=["trainval"])
     dataset = VOCDetection(splits=["2007_train", "2012_trainval"])
     assert len(dataset) == 3 and dataset.classes == ["bird", "cat", "dog", "sheep"]
-    assert dataset[2][1]["boxes"].tolist() == [[0.5, 1, 10.25, 9]]
+    assert dataset[2][1]["boxes"].tolist() == [[0.5, 0, 10.25, 9]]  # a minimum of 0 stays 0
     assert dataset[2][1]["image_id"] == 2
-
-
-def test_zero_as_minimum_stays_zero(devkit):
-    damage(devkit, [thing("dog", (0, 0, 50, 40))])
-    assert VOCDetection(splits=["2007_train"]).target(0)["boxes"].tolist() == [[0, 0, 50, 40]]
 
 
 def test_unlabelled_reads_no_annotations(devkit):
@@ -113,12 +108,9 @@ def test_exif_orientation_does_not_turn_the_image_away_from_its_boxes(devkit):
     [
         ([thing("dog", (1, 1, 9, 9))] * 2 + [thing("dog", (1, 1, 512, 9))],
          "object 3: xmax 512 lies outside the image (width 50)"),
-        ([thing("dog", (-1, 1, 9, 9))], "object 1: xmin -1 lies outside the image (width 50)"),
         ([thing("dog", (9, 1, 3, 9))], "object 1: the box has no area (xmin 9, ymin 1, xmax 3, ymax 9)"),
-        ([thing("dog", (9, 4, 12, 4))], "object 1: the box has no area"),
         ([thing("dog", (1, "nan", 12, 4))], "object 1: ymin is missing or not a number"),
         ([thing("dgo", (1, 1, 9, 9))], "object 1: unknown class 'dgo'. Did you mean 'dog'? The classes are cat, dog"),
-        (["<object></object>"], "object 1: xmin is missing"),
     ],
 )  # fmt: skip
 def test_impossible_object_is_named_with_file_and_number(devkit, objects, problem):
@@ -156,9 +148,7 @@ EXTERNAL = '<!DOCTYPE a [<!ENTITY x SYSTEM "file:///etc/hostname">]><annotation>
         ("<annotation><size>", "does not parse"),
         (BOMB, "is refused: it defines XML entities"),
         (EXTERNAL, "is refused: it defines XML entities"),
-        ("<annotation></annotation>", "gives no image size"),
         ("<annotation><size><width>0</width><height>0</height></size></annotation>", "gives no image size"),
-        ("<annotation><size><width>1e300</width><height>9</height></size></annotation>", "gives no image size"),
         (None, "does not exist"),
     ],
 )
@@ -229,12 +219,8 @@ def test_empty_split_missing_split_and_malformed_split_are_refused(devkit):
 
 def test_a_missing_set_names_its_folder_and_the_command_that_fetches_it_if_there_is_one(tmp_path, monkeypatch):
     monkeypatch.setenv("BISSL_ZOO_DATASETS", str(tmp_path))
-    with pytest.raises(DatasetError) as caught:
+    with pytest.raises(DatasetError, match=f"(?s){tmp_path}/VOCdevkit/VOC2012.*bissl data voc_detection"):
         VOCDetection(splits=["2012_trainval"])
-    message = str(caught.value)
-    assert str(tmp_path / "VOCdevkit" / "VOC2012") in message
-    assert "bissl data voc_detection" in message
-    assert "BISSL_ZOO_DATASETS" in message
     with pytest.raises(DatasetError) as caught:
         VOCDetection(root="cells", splits=["2007_train"])
     assert str(tmp_path / "cells" / "VOCdevkit" / "VOC2007") in str(caught.value)
