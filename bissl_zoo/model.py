@@ -19,9 +19,9 @@ from tqdm import tqdm
 
 from bissl_zoo.backbones import Backbone, evaluating
 from bissl_zoo.config.arguments import arguments_of
-from bissl_zoo.data.batches import to_device
 from bissl_zoo.data.datasets.catalog import load_image
 from bissl_zoo.data.datasets.folder import ImageFolder
+from bissl_zoo.data.samples import to_device
 from bissl_zoo.downstream import DownstreamTask
 from bissl_zoo.errors import BisslZooError, DatasetError, RegistryError, ZooError
 from bissl_zoo.files import read_json, replacing_folder, sha256_of, write_atomically
