@@ -1,4 +1,4 @@
-"""Files: atomic writes, digests, and JSON with a size limit."""
+"""Files: atomic writes, digests, regular files only, and JSON with a size limit."""
 
 import contextlib
 import hashlib
@@ -6,6 +6,7 @@ import json
 import os
 import re
 import shutil
+import stat
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -98,16 +99,42 @@ def is_sha256(value: Any) -> bool:
     return isinstance(value, str) and re.fullmatch(r"[0-9a-f]{64}", value) is not None
 
 
+class NotAFile(OSError):
+    """A link, a directory or a pipe in the place of a file."""
+
+
+def open_plain(path: str, flags: int, follow: bool = False) -> int:
+    """Return a descriptor of a regular file; usable as the `opener` of `open`.
+
+    Raises:
+        NotAFile: a pipe, a device, a directory, or a link unless `follow`.
+    """
+    flags |= getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)  # do not wait for the writer of a pipe
+    try:
+        descriptor = os.open(path, flags if follow else flags | getattr(os, "O_NOFOLLOW", 0), 0o666)
+    except OSError as error:
+        if os.path.islink(path) and not follow:
+            raise NotAFile("it is a link, which is not followed") from error
+        raise
+    if stat.S_ISREG(os.fstat(descriptor).st_mode):
+        return descriptor
+    os.close(descriptor)
+    raise NotAFile("it is not a regular file")
+
+
+def follow(path: str, flags: int) -> int:
+    """Open a regular file as :func:`open_plain` does, also through a link; the `opener` of files to read."""
+    return open_plain(path, flags, follow=True)
+
+
 def read_json(path: Path, limit: int = JSON_LIMIT) -> dict[str, Any]:
     """Read a JSON object from a regular file of at most `limit` bytes.
 
     Raises:
-        OSError: the file cannot be read.
-        ValueError: it is not a regular file, too large, not JSON, or not an object.
+        OSError: the file cannot be read, or is not a regular file.
+        ValueError: it is too large, not JSON, or not an object.
     """
-    if not path.is_file():  # also a fifo, which would block
-        raise FileNotFoundError(f"{path} is not a file") if not path.exists() else ValueError("it is not a file")
-    with open(path, "rb") as file:
+    with open(path, "rb", opener=follow) as file:
         content = file.read(limit + 1)
     if len(content) > limit:
         raise ValueError(f"it has more than {limit:,} bytes")

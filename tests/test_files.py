@@ -58,7 +58,7 @@ def test_other_json_is_a_value_error(tmp_path, content, words):
 
 def test_a_fifo_is_refused_and_a_missing_file_is_not_found(tmp_path):
     os.mkfifo(tmp_path / "pipe")
-    with pytest.raises(ValueError, match="not a file"):
+    with pytest.raises(OSError, match="not a regular file"):
         read_json(tmp_path / "pipe")
     with pytest.raises(FileNotFoundError):
         read_json(tmp_path / "none.json")

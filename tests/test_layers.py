@@ -14,7 +14,7 @@ PACKAGE = Path(__file__).resolve().parents[1] / "bissl_zoo"
 
 #: from the bottom up; a file imports from its own layer and from those below
 LAYERS = [
-    {"config", "registry", "distributed", "optim", "files", "errors"},
+    {"config", "registry", "distributed", "optim", "files", "limits", "errors"},
     {"weights", "backbones", "data", "evaluation", "hypergradient"},
     {"zoo", "pretext", "downstream", "bilevel"},
     {"runs", "progress", "model"},

@@ -4,7 +4,7 @@ bissl zoo list                                   # of $BISSL_ZOO, the checkout's
 bissl zoo list "*simclr*" --metric "AP50*" --zoo https://zoo.example.org
 bissl zoo fetch resnet18.simclr_bissl_digit_scenes --to backbones
 bissl zoo publish runs/quickstart --zoo /data/zoo
-bissl zoo verify --repair
+bissl zoo verify
 """
 
 import argparse
@@ -38,8 +38,7 @@ def parse(parser: argparse.ArgumentParser, argv: Sequence[str]) -> argparse.Name
     command = add("fetch", "download and verify an entry")
     command.add_argument("name")
     command.add_argument("--to", type=Path, metavar="FOLDER", help="copy it to FOLDER/NAME, for timm's local-dir:")
-    command = add("verify", "compare every file with the index, and find leftovers of interrupted publishers")
-    command.add_argument("--repair", action="store_true", help="remove the leftovers and rewrite MODEL_ZOO.md")
+    add("verify", "compare every file with the index")
     command = add("publish", "publish the backbone of a finished run")
     command.add_argument("run", type=Path, help="the run directory")
     command.add_argument("--name", help="name of the entry; default: train.publish.name of the run")

@@ -20,6 +20,7 @@ from bissl_zoo.config.domains import (
     NON_NEGATIVE,
     NULL,
     NUMBER,
+    PAIR,
     POSITIVE,
     SEED,
     SHARE,
@@ -184,6 +185,49 @@ for _module, _names in {
     for _name in _names:  # torch.optim.sgd.SGD and torch.optim.SGD
         CALLS[f"{_module}.{_name}"] = CALLS[f"{_module}.{_name.rpartition('.')[2]}"] = _OPTIMIZER
 
+#: keys of the plain sections of configs/common/train.py
+VALUES: dict[str, Domain] = {
+    "train.seed": SEED,
+    "train.label_seed": NULL | SEED,
+    "train.amp": choice(None, "bf16"),
+    "train.on_nonfinite": choice("stop", "skip"),
+    "train.max_skipped": WHOLE,
+    "train.log_period": COUNT,
+    "train.checkpoint.period": COUNT,
+    "train.checkpoint.keep": COUNT,
+    "train.checkpoint.every": NULL | COUNT,
+    "train.probe.period": WHOLE,
+    "train.probe.images": PAIR,
+    "train.probe.k": WHOLE,
+    "pretrain.steps": NULL | COUNT,
+    "pretrain.epochs": NULL | POSITIVE,
+    "pretrain.ema": NULL | BELOW_ONE,
+    "pretrain.accumulate": COUNT,
+    "bilevel.lambda": POSITIVE,
+    "bilevel.gamma": NON_NEGATIVE,
+    "bilevel.lower_steps": COUNT,
+    "bilevel.upper_steps": COUNT,
+    "bilevel.alternations": COUNT,
+    "bilevel.adaptation.every": COUNT,
+    "bilevel.adaptation.alpha": FRACTION,
+    "bilevel.curvature": choice("gauss_newton", "hessian"),
+    "bilevel.curvature_precision": choice("float32", "tf32"),
+    "bilevel.curvature_batch_size": NULL | PAIR,
+    "bilevel.hvp_mode": choice("retain_graph", "recompute"),
+    "bilevel.on_bad_hypergradient": choice("stop", "plain"),
+    "bilevel.pretext_warmup.steps": NULL | WHOLE,
+    "bilevel.pretext_warmup.epochs": NULL | NON_NEGATIVE,
+    "bilevel.head_warmup.steps": NULL | WHOLE,
+    "bilevel.head_warmup.epochs": NULL | NON_NEGATIVE,
+    "bilevel.head_warmup.backbone_mode": choice("eval", "train"),
+    "finetune.steps": NULL | COUNT,
+    "finetune.epochs": NULL | POSITIVE,
+    "finetune.eval_period": NULL | COUNT,
+    "finetune.layer_decay": NULL | SHARE,
+    "finetune.early_stopping.patience": NULL | COUNT,
+    **{f"clip_grad.{level}": NULL | POSITIVE for level in ("pretrain", "head_warmup", "lower", "upper", "finetune")},
+}
+
 
 def arguments_of(call: Mapping[str, Any]) -> dict[str, Domain] | None:
     """Return the domains of the arguments of a described call; None if the call is not listed.
@@ -201,7 +245,7 @@ def arguments_of(call: Mapping[str, Any]) -> dict[str, Domain] | None:
 
 
 def argument_problems(node: Any, key: str = "") -> list[str]:
-    """Return "KEY is VALUE; it must be ..." for each argument of the described calls in `node` outside its domain.
+    """Return "KEY is VALUE; it must be ..." for each value of `VALUES`, or argument of a call, outside its domain.
 
     Args:
         node: plain dictionaries, lists and scalars, such as a resolved config.
@@ -212,7 +256,8 @@ def argument_problems(node: Any, key: str = "") -> list[str]:
         domains = arguments_of(node) or {} if "_target_" in node else {}
         for name, value in node.items():
             where = f"{key}.{name}".lstrip(".")
-            if name in domains and (problem := domains[name].problem(value)):
+            domain = domains.get(name) or VALUES.get(where)
+            if domain and (problem := domain.problem(value)):
                 problems.append(f"{where} is {value!r:.80}; it {problem}.")
             problems += argument_problems(value, where)
     elif isinstance(node, (list, tuple)):

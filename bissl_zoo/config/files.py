@@ -13,6 +13,8 @@ import yaml
 from omegaconf import DictConfig
 
 from bissl_zoo.errors import ConfigError, did_you_mean
+from bissl_zoo.files import follow
+from bissl_zoo.limits import limit, stated
 
 #: maximum nesting of sections and lists, far above that of real configs; omegaconf takes minutes for a few hundred
 DEPTH_LIMIT = 64
@@ -28,9 +30,13 @@ def short_path(path: Path) -> str:
 def read(path: Path) -> bytes:
     """Return the bytes of a config file, or raise ConfigError."""
     try:
-        return path.read_bytes()
+        with open(path, "rb", opener=follow) as file:  # not path.read_bytes(), which waits for a pipe
+            content = file.read(limit("CONFIG_BYTES") + 1)
     except OSError as error:
-        raise ConfigError(f"{short_path(path)}: cannot read this config file: {error.strerror}.") from error
+        raise ConfigError(f"{short_path(path)}: cannot read this config file: {error.strerror or error}.") from error
+    if len(content) > limit("CONFIG_BYTES"):
+        raise ConfigError(f"{short_path(path)}: the config file is too large; {stated('CONFIG_BYTES')} bytes.")
+    return content
 
 
 def config_root() -> Path:

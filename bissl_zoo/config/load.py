@@ -5,6 +5,7 @@ again, equal. Lazy calls are defined in `lazy.py`; config files import from `bis
 """
 
 import os
+import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -17,9 +18,10 @@ from bissl_zoo.config.lazy import resolved, to_code, to_plain
 from bissl_zoo.config.overrides import apply_override
 from bissl_zoo.errors import ConfigError
 from bissl_zoo.files import write_atomically
+from bissl_zoo.limits import limit, stated
 
-#: maximum size of a YAML config in bytes, a hundred times the largest; parsing needs three hundred times the memory
-_YAML_LIMIT = 1 << 20
+#: what may be a key in the text of an interpolation
+_WORD = re.compile(r"[\w.]+")
 
 
 class LazyConfig:
@@ -43,8 +45,6 @@ class LazyConfig:
             variables = run_python(file).items()
             sections = {name: v for name, v in variables if isinstance(v, containers) and not name.startswith("_")}
         elif file.suffix in (".yaml", ".yml"):
-            if file.is_file() and file.stat().st_size > _YAML_LIMIT:
-                raise ConfigError(f"{source}: the config file has more than {_YAML_LIMIT:,} bytes, the limit.")
             sections = parse_yaml(read(file), source)
         else:
             raise ConfigError(f"{source}: a config file ends in .py, .yaml or .yml.")
@@ -147,7 +147,50 @@ def _fill(section: dict[str, Any], reference: dict[str, Any]) -> None:
 
 
 def _to_config(plain: dict[Any, Any], source: str) -> DictConfig:
+    _check_expansion(plain, source)
     try:
         return OmegaConf.create(plain)
     except OmegaConfBaseException as error:
         raise ConfigError(f"{source}: '{error.full_key}': {str(error).splitlines()[0]}") from error
+
+
+def _check_expansion(root: Any, source: str) -> None:
+    """Raise ConfigError for interpolations that multiply: `[${a}, ${a}]` thirty times over is a billion values."""
+    sizes: dict[str, int] = {}
+
+    def size_of(node: Any, key: str) -> int:
+        """Return the number of values of a node, or of texts that are joined, after every interpolation."""
+        if key not in sizes:
+            sizes[key] = 1  # of a circular reference, which omegaconf reports
+            if isinstance(node, (dict, list)):
+                items = node.items() if isinstance(node, dict) else enumerate(node)
+                sizes[key] = 1 + sum(size_of(item, f"{key}.{name}".lstrip(".")) for name, item in items)
+            elif isinstance(node, str) and "${" in node:
+                if re.search(r"\$\{[^}]*\$\{", node):
+                    raise ConfigError(
+                        f"{source}: '{key}' is {node!r:.100}: write the key out instead of ${{...${{...}}}}."
+                    )
+                sizes[key] = 1 + sum(
+                    size_of(*place) for name in _WORD.findall(node) for place in _find(root, key, name)
+                )
+            if sizes[key] > limit("CONFIG_VALUES"):
+                problem = f"{source}: '{key}' has {sizes[key]:,} values after its interpolations"
+                raise ConfigError(f"{problem}; {stated('CONFIG_VALUES')}.")
+        return sizes[key]
+
+    size_of(root, "")
+
+
+def _find(root: Any, key: str, name: str) -> list[tuple[Any, str]]:
+    """Return node and key of what `name` (also `.sibling`, `..cousin`) refers to in the value of `key`, if any."""
+    up = len(name) - len(name.lstrip("."))
+    parts = [*(key.split(".")[:-up] if up else ()), *filter(None, name.split("."))]
+    node = root
+    for part in parts:
+        if isinstance(node, list) and part.isascii() and part.isdigit() and int(part[:9]) < len(node):
+            node = node[int(part)]
+        elif isinstance(node, dict) and part in node:
+            node = node[part]
+        else:
+            return []
+    return [(node, ".".join(parts))]

@@ -9,6 +9,7 @@ import hashlib
 import io
 import itertools
 import json
+import math
 import os
 import re
 import tarfile
@@ -27,13 +28,16 @@ from torch.utils.data import Dataset, IterableDataset, get_worker_info
 
 from bissl_zoo.data.datasets.catalog import IMAGE_EXTENSIONS, datasets_root, load_image, load_pixels
 from bissl_zoo.data.samples import MAX_SKIPPED_IN_A_ROW
-from bissl_zoo.errors import ConfigError, DatasetError
+from bissl_zoo.errors import ConfigError, DatasetError, shorten
+from bissl_zoo.files import follow
+from bissl_zoo.limits import limit, stated
 from bissl_zoo.registry import DATASETS
 
 INDEX_FILE = "index.json"
 #: attempts to read a remote shard, and the first pause between two of them in seconds, which doubles
 ATTEMPTS, PAUSE = 4, 1.0
 INDEX_FORMAT = 1
+_RANGE = re.compile(r"\{(\d{1,18})\.\.(\d{1,18})\}", re.ASCII)
 
 
 class Shard(NamedTuple):
@@ -109,7 +113,7 @@ class ShardDataset(Dataset):
                 f"Shard {shard.address} is remote and is only read as a stream. Copy it to this machine to read single "
                 "images, or turn off what needs them, such as the probe (train.probe.period=0)."
             )
-        with naming(shard.address), open(shard.address, "rb") as file:
+        with naming(shard.address), open(shard.address, "rb", opener=follow) as file:
             if number not in self._offsets:
                 with open_tar(file, stream=False) as tar:
                     self._offsets[number] = [member.offset for member in images_in(tar)]
@@ -352,7 +356,7 @@ def is_remote(address: str) -> bool:
 def open_address(address: str) -> IO[bytes]:
     """Open a path or an address of fsspec for reading from front to back."""
     if not is_remote(address):
-        return open(address, "rb")
+        return open(address, "rb", opener=follow)  # not a pipe, which would wait
     if not address.startswith(("http://", "https://")):
         return fsspec.open(address, "rb").open()
     # a plain stream (block_size 0): the server need not know ranges; an epoch may take longer than the default limit
@@ -410,10 +414,16 @@ def expand(urls: str | Sequence[str]) -> list[str]:
     Paths are made absolute below the datasets root.
 
     Raises:
-        DatasetError: another use of braces.
+        DatasetError: another use of braces, or more than `limits.SHARDS` addresses.
     """
     addresses: list[str] = []
-    for url in [urls] if isinstance(urls, str) else urls:
+    urls = [urls] if isinstance(urls, str) else urls
+    count = sum(_count_addresses(str(url)) for url in urls)
+    if count > limit("SHARDS"):
+        raise DatasetError(
+            f"The addresses '{shorten([str(url) for url in urls])}' are {count:,} shards; {stated('SHARDS')}."
+        )
+    for url in urls:
         for address in _expand_ranges(str(url)):
             if set("{}") & set(address):
                 raise DatasetError(f"'{url}': braces hold a range of numbers, such as shard-{{000000..000146}}.tar.")
@@ -422,8 +432,12 @@ def expand(urls: str | Sequence[str]) -> list[str]:
     return addresses
 
 
+def _count_addresses(url: str) -> int:
+    return math.prod(max(int(last) - int(first) + 1, 1) for first, last in _RANGE.findall(url))
+
+
 def _expand_ranges(url: str) -> list[str]:
-    match = re.search(r"\{(\d+)\.\.(\d+)\}", url)
+    match = _RANGE.search(url)
     if match is None:
         return [url]
     first, last = match.groups()
@@ -472,7 +486,9 @@ def read_index(address: str) -> dict[str, Shard]:
     """
     try:
         with naming(address), open_address(address) as file:
-            data = file.read()
+            data = file.read(limit("INDEX_BYTES") + 1)
+        if len(data) > limit("INDEX_BYTES"):
+            raise ValueError(f"it is too large; {stated('INDEX_BYTES')}")
         content = json.loads(data)
         if content["format"] != INDEX_FORMAT:
             raise ValueError(f"its format is {content['format']}, not {INDEX_FORMAT}")

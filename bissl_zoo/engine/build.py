@@ -56,11 +56,18 @@ def build_datasets(cfg: DictConfig, roles: set[str]) -> dict[str, Dataset]:
     """Build and check the data sets of the roles `pretext`, `train`, `val`, `test`.
 
     Raises:
-        DatasetError: missing, empty, damaged, unlabelled although labels are needed, or with other classes than the
-            training set.
+        DatasetError: missing (the message lists all that are), empty, damaged, unlabelled although labels are needed,
+            or with other classes than the training set.
         ConfigError: `val` and `test` are the same samples.
     """
-    data = {role: instantiate(cfg.dataloader[role].dataset) for role in ROLES if role in roles}
+    data, problems = {}, {}
+    for role in [role for role in ROLES if role in roles]:
+        try:
+            data[role] = instantiate(cfg.dataloader[role].dataset)
+        except DatasetError as error:
+            problems.setdefault(str(error), []).append(f"dataloader.{role}")
+    if problems:
+        raise DatasetError("\n".join(f"{', '.join(where)}: {problem}" for problem, where in problems.items()))
     labelled = [role for role in data if role != "pretext"]
     for role in labelled:
         if data[role].classes is None:

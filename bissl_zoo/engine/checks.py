@@ -10,15 +10,14 @@ from typing import Any
 
 import torch
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 
 from bissl_zoo.bilevel import Adaptation
 from bissl_zoo.config import LazyConfig, instantiate, load_config, with_defaults
 from bissl_zoo.config.arguments import argument_problems
+from bissl_zoo.config.lazy import resolved
 from bissl_zoo.distributed import get_world_size
 from bissl_zoo.downstream import DownstreamTask
 from bissl_zoo.engine.build import (
-    AMP_DTYPES,
     Decodable,
     build_datasets,
     build_downstream,
@@ -41,40 +40,6 @@ from bissl_zoo.zoo.hub import restricted_config
 logger = logging.getLogger(__name__)
 
 _OPEN_SECTIONS = ("optimizer", "lr_multiplier", "dataloader", "backbone", "pretext", "task", "solver")
-_MINIMUM = {
-    "train.seed": 0,
-    "train.label_seed": 0,
-    "train.log_period": 1,
-    "train.max_skipped": 0,
-    "train.checkpoint.period": 1,
-    "train.checkpoint.keep": 1,
-    "train.probe.period": 0,
-    "train.probe.images": 2,
-    "train.probe.k": 0,
-    "pretrain.steps": 1,
-    "pretrain.ema": 0,
-    "pretrain.accumulate": 1,
-    "bilevel.lower_steps": 1,
-    "bilevel.upper_steps": 1,
-    "bilevel.alternations": 1,
-    "bilevel.curvature_batch_size": 2,
-    "bilevel.gamma": 0,
-    "bilevel.pretext_warmup.steps": 0,
-    "bilevel.head_warmup.steps": 0,
-    "finetune.steps": 1,
-    "finetune.eval_period": 1,
-    "finetune.layer_decay": 0,
-    "finetune.early_stopping.patience": 1,
-}
-_CHOICES = {
-    "train.amp": tuple(AMP_DTYPES),
-    "train.on_nonfinite": ("stop", "skip"),
-    "bilevel.curvature": ("gauss_newton", "hessian"),
-    "bilevel.curvature_precision": ("float32", "tf32"),
-    "bilevel.hvp_mode": ("retain_graph", "recompute"),
-    "bilevel.on_bad_hypergradient": ("stop", "plain"),
-    "bilevel.head_warmup.backbone_mode": ("eval", "train"),
-}
 
 
 def open_config(name: str, overrides: Sequence[str] = ()) -> DictConfig:
@@ -147,26 +112,16 @@ def check_config(cfg: DictConfig, source: str) -> None:
             raise ConfigError(f"{source}: the section '{section}' is missing; start from configs/common/train.py.")
     for section in reference:
         _check_keys(dict(_leaves(cfg[section])), dict(_leaves(reference[section])), section, source)
-    for key, minimum in _MINIMUM.items():
-        value = OmegaConf.select(cfg, key)
-        if value is not None and (isinstance(value, bool) or not isinstance(value, (int, float)) or value < minimum):
-            raise ConfigError(f"{source}: {key} is {value!r}; it must be a number, {minimum} or more.")
-    if (cfg.pretrain.ema or 0) >= 1:
-        raise ConfigError(f"{source}: pretrain.ema is {cfg.pretrain.ema}; it must be below 1, such as 0.999, or null.")
-    if not cfg.bilevel["lambda"] > 0:
-        raise ConfigError(f"{source}: bilevel.lambda is {cfg.bilevel['lambda']}; it must be positive.")
-    for key, choices in _CHOICES.items():
-        value = OmegaConf.select(cfg, key)
-        if value not in choices:
-            names = ["null" if choice is None else choice for choice in choices]
-            hint = did_you_mean(str(value), names)
-            raise ConfigError(f"{source}: {key} is '{value}'; accepted are {' and '.join(names)}.{hint}")
     known = [field.name for field in dataclasses.fields(Adaptation)]
+    if not isinstance(cfg.bilevel.adaptation, (DictConfig, type(None))):
+        raise ConfigError(
+            f"{source}: bilevel.adaptation is {cfg.bilevel.adaptation!r}; give null or {', '.join(known)}."
+        )
     for key in cfg.bilevel.adaptation or ():
         if key not in known:
             hint = did_you_mean(key, known)
             raise ConfigError(f"{source}: no key 'bilevel.adaptation.{key}'.{hint} Known: {', '.join(known)}.")
-    problems = argument_problems(_resolved(cfg, source))
+    problems = argument_problems(resolved(cfg))
     if problems:
         raise ConfigError(f"{source}: {' '.join(problems[:5])}")
     _check_stages(list(cfg.train.stages), source)
@@ -204,13 +159,6 @@ def _check_early_stopping(cfg: DictConfig, source: str) -> None:
             f"{source}: finetune.early_stopping needs dataloader.val, since weights selected on the test set have test "
             "metrics that are too high. Add it, as in +dataloader.val={...}, like dataloader.test with another split."
         )
-
-
-def _resolved(cfg: DictConfig, source: str) -> dict[str, Any]:
-    try:
-        return OmegaConf.to_container(cfg, resolve=True)
-    except OmegaConfBaseException as error:
-        raise ConfigError(f"{source}: '{error.full_key}': {str(error).splitlines()[0]}") from error
 
 
 def _check_keys(values: dict[str, Any], reference: dict[str, Any], section: str, source: str) -> None:

@@ -16,7 +16,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from bissl_zoo.data.samples import lost_worker
 from bissl_zoo.distributed import STOP_SIGNALS, get_local_rank, get_rank, is_lost_contact
-from bissl_zoo.errors import BisslZooError, CheckpointError, ConfigError, DatasetError, Interrupted
+from bissl_zoo.errors import BisslZooError, CheckpointError, ConfigError, DatasetError, Interrupted, printable
 from bissl_zoo.progress.console import READER_GONE, write_to_nobody
 from bissl_zoo.runs.disk import DISK_ERRORS
 
@@ -184,4 +184,4 @@ def _report(error: BisslZooError) -> int:
 
 
 def _print(message: str) -> None:
-    print(message, file=sys.stderr, flush=True)
+    print(printable(message), file=sys.stderr, flush=True)

@@ -17,6 +17,7 @@ from bissl_zoo.engine.checks import check_parts, open_context
 from bissl_zoo.engine.evaluate import Details, evaluate, format_metrics, safe_details
 from bissl_zoo.engine.hooks import default_hooks
 from bissl_zoo.engine.init import load_init, pinned_init
+from bissl_zoo.engine.preflight import preflight
 from bissl_zoo.engine.publishing import finish_run, finished_outcome, save_model
 from bissl_zoo.engine.resume import build_resumed, deterministic, interrupt, newest_checkpoint
 from bissl_zoo.engine.stages import plan_stages
@@ -64,6 +65,9 @@ def run(
     stages = plan_stages(context, initial)
     steps = {stage.name: stage.steps(context) for stage in stages}
     check_parts(context, initial)
+    if not resume:  # the run has passed it
+        check_run_dir(cfg, resume)
+        preflight(context, initial, stages)
     context.folder = folder = on_main_process(lambda: check_run_dir(cfg, resume))
     checkpoint = cfg.train.checkpoint
     context.checkpointer = Checkpointer(folder / "checkpoints", checkpoint.keep, checkpoint.every, checkpoint.best)

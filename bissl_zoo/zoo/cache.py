@@ -17,13 +17,14 @@ import platformdirs
 from tqdm import tqdm
 
 from bissl_zoo.errors import ZooError
-from bissl_zoo.files import write_atomically
-from bissl_zoo.zoo.locks import NotAFile, locked, open_plain
+from bissl_zoo.files import NotAFile, open_plain, write_atomically
+from bissl_zoo.limits import limit, stated
+from bissl_zoo.zoo.locks import locked
 from bissl_zoo.zoo.stores import Store, Transient
 
-#: limits of one fetch: attempts in a row without a new byte, attempts, and seconds (plus one per `MIN_RATE` bytes)
+#: limits of one fetch: attempts in a row without a new byte, attempts, and the bytes that take a second at most
 ATTEMPTS, TOTAL_ATTEMPTS = 5, 50
-FETCH_SECONDS, MIN_RATE = 900.0, 16 << 10
+MIN_RATE = 16 << 10
 _LONGEST_WAIT_S, _LONGEST_ASKED_WAIT_S = 30.0, 120.0
 _PROGRESS_FROM = 8 << 20
 _BLOCK = 1 << 20
@@ -118,14 +119,10 @@ class Cache:
             raise ZooError(f"{blob} was damaged: {problem}. It was removed; the next call downloads it again.")
         return blob
 
-    def read_index(self, store: Store, path: str, limit: int) -> bytes | None:
-        """Return a small file of a store, offline its last copy; None if the store does not have it.
-
-        Args:
-            limit: the largest number of bytes.
-        """
+    def read_index(self, store: Store, path: str) -> bytes | None:
+        """Return an index file of a store, offline its last copy; None if the store does not have it."""
         if store.local_path(path) is not None:
-            return store.read_bytes(path, limit)
+            return store.read_index(path)
         address = f"{store.location}/{path}"
         copy = self.root / "indexes" / hashlib.sha256(address.encode()).hexdigest()
         last = _read(copy)  # empty if the store did not have the file
@@ -134,7 +131,7 @@ class Cache:
                 raise ZooError(f"{address} is not in the cache {self.root}. Unset BISSL_ZOO_OFFLINE to read it.")
             return last or None
         try:
-            content = retrying(lambda: store.read_bytes(path, limit), sleep=self._sleep)
+            content = retrying(lambda: store.read_index(path), sleep=self._sleep)
         except ZooError as error:
             if last is None:
                 raise
@@ -195,7 +192,7 @@ class _Download:
         self.store, self.path, self.size = store, path, size
         self.received, self.digest = 0, hashlib.sha256()
         self._stream = stream
-        self._deadline = time.monotonic() + FETCH_SECONDS + size / MIN_RATE
+        self._deadline = time.monotonic() + limit("SECONDS") + size / MIN_RATE
         while block := stream.read(_BLOCK):
             self._count(block)
         if self.received > size:
@@ -230,8 +227,7 @@ class _Download:
                 self._restart()
                 raise ZooError(f"{address} is larger than its limit, the {self.size:,} bytes in the index.")
             if time.monotonic() > self._deadline:
-                limit = FETCH_SECONDS + self.size / MIN_RATE
-                raise ZooError(f"{address} took longer than the limit of {limit:,.0f} s for {self.size:,} bytes.")
+                raise ZooError(f"{address} is too slow: {stated('SECONDS')}, plus one per {MIN_RATE:,} bytes.")
             self._stream.write(block)
             self._count(block)
             bar.update(len(block))

@@ -1,19 +1,15 @@
-"""Pages of a zoo: the card (README.md) of an entry with its plot, and MODEL_ZOO.md; text from entries is escaped."""
+"""Pages of a zoo: the card (README.md) of an entry, and MODEL_ZOO.md; text from entries is escaped."""
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import timedelta
-from pathlib import Path
 from typing import Any
 
 import yaml
 
 from bissl_zoo.zoo.index import Index, is_name, pin, split_version
 
-PAGE_FILE, PLOT_FILE = "MODEL_ZOO.md", "metrics.png"
-
-#: colours that people with colour blindness can distinguish (Okabe and Ito, 2008)
-_COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00")
+PAGE_FILE = "MODEL_ZOO.md"
 
 
 def render_card(entry: Mapping[str, Any]) -> str:
@@ -48,38 +44,6 @@ def render_page(index: Index) -> str:
         *(_section(task, {name: index.records[name] for name in names}) for task in tasks),
     ]
     return "\n\n".join(sections if names else [*sections, "It has no entries."]) + "\n"
-
-
-def draw_metrics(metrics: Mapping[str, Mapping[str, Any]], path: Path) -> None:
-    """Plot metrics as bars: one group per metric, one colour per initial weights, one dot per seed.
-
-    Args:
-        metrics: `mean` and `values` by name; a name such as `"AP50 (bissl)"` includes the initial weights.
-    """
-    from matplotlib.figure import Figure
-
-    groups: dict[str, dict[str, Mapping[str, Any]]] = {}
-    for name, metric in metrics.items():
-        base, start = split_metric(name)
-        groups.setdefault(base, {})[start] = metric
-    starts = list(dict.fromkeys(start for group in groups.values() for start in group))
-    figure = Figure(figsize=(1.5 + 0.5 * len(metrics), 3.2), dpi=150, layout="constrained")
-    axes = figure.add_subplot()
-    width = 0.8 / len(starts)
-    for i, start in enumerate(starts):
-        label: str | None = start
-        for x, group in enumerate(groups.values()):
-            if start in group:
-                position, values = x + (i - (len(starts) - 1) / 2) * width, group[start]["values"]
-                axes.bar(position, group[start]["mean"], 0.9 * width, color=_COLOURS[i % len(_COLOURS)], label=label)
-                axes.plot([position] * len(values), values, "k.", markersize=4)
-                label = None
-    axes.set_xticks(range(len(groups)), groups, rotation=20 if len(groups) > 3 else 0)
-    axes.set_ylabel("test set")
-    axes.spines[["top", "right"]].set_visible(False)
-    if any(starts):
-        axes.legend(title="fine-tuned from", frameon=False, loc="upper left", bbox_to_anchor=(1.0, 1.0))
-    figure.savefig(path, metadata={"Software": None})  # equal metrics give equal bytes
 
 
 def markdown_table(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
@@ -178,28 +142,31 @@ def _metrics(metrics: Mapping[str, Mapping[str, Any]], seeds: Sequence[int]) -> 
     if not metrics:
         return ""
     rows = [
-        (name, format_number(m["mean"]), format_number(m["std"]), ", ".join(map(format_number, m["values"])))
+        (escape(name), format_number(m["mean"]), format_number(m["std"]), ", ".join(map(format_number, m["values"])))
         for name, m in metrics.items()
     ]
     table = markdown_table(("metric", "mean", "standard deviation", "per seed"), rows)
-    plot = f"![Metrics by the initial weights of the model]({PLOT_FILE})"
-    return f"## Metrics\n\nSeeds: {', '.join(map(str, seeds))}.\n\n{table}\n\n{plot}"
+    return f"## Metrics\n\nSeeds: {', '.join(map(str, seeds))}.\n\n{table}"
 
 
 def _data(datasets: Mapping[str, Mapping[str, Any]]) -> str:
     if not datasets:
         return ""
     rows = [
-        (role, data["name"], "; ".join(f"{key}: {value}" for key, value in data.items() if key != "name"))
+        [
+            escape(text)
+            for text in (role, str(data["name"]), "; ".join(f"{k}: {v}" for k, v in data.items() if k != "name"))
+        ]
         for role, data in datasets.items()
     ]
     return "## Data\n\n" + markdown_table(("used for", "data set", "details"), rows)
 
 
 def _origin(entry: Mapping[str, Any]) -> str:
+    parents = [(escape(parent.get("name", "unnamed")), parent["sha256"]) for parent in entry["lineage"]["parents"]]
     lines = [
-        f"{'That started' if i else 'Started'} from `{parent.get('name', 'unnamed')}`, sha256 `{parent['sha256']}`."
-        for i, parent in enumerate(entry["lineage"]["parents"])
+        f"{'That started' if i else 'Started'} from {name}, sha256 `{sha256}`."
+        for i, (name, sha256) in enumerate(parents)
     ] or ["Started from random weights."]
     if entry["wall_time_s"]:
         lines.append(f"Took {timedelta(seconds=round(entry['wall_time_s']))} (hours:minutes:seconds).")

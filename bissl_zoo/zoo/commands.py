@@ -16,8 +16,8 @@ from bissl_zoo.errors import ZooError, printable
 from bissl_zoo.zoo.cache import retrying
 from bissl_zoo.zoo.card import format_metric, split_metric
 from bissl_zoo.zoo.hub import Entry, Zoo, list_backbones
-from bissl_zoo.zoo.index import INDEX_FILE, MAX_INDEX_BYTES, parse_index, pin
-from bissl_zoo.zoo.stores import Finding, Store
+from bissl_zoo.zoo.index import INDEX_FILE, parse_index, pin
+from bissl_zoo.zoo.stores import Store
 
 
 def list_entries(args: Namespace, zoo: Zoo) -> int:
@@ -106,35 +106,32 @@ def fetch(args: Namespace, zoo: Zoo) -> int:
 
 
 def verify_entries(args: Namespace, zoo: Zoo) -> int:
-    """Compare every file with the index and report what interrupted publishers left; return 1 if problems remain."""
-    rows, remaining = [], 0
-    for store in zoo.stores:
-        repaired = [] if not args.repair else [f for f in store.repair() if not f.advice]
-        findings = [(finding, finding.advice or "run with --repair") for finding in verify(store)]
-        remaining += len(findings)
-        for finding, advice in [*((finding, "repaired") for finding in repaired), *findings]:
-            rows.append({"zoo": store.location, "where": finding.where, "problem": finding.problem, "advice": advice})
+    """Compare every file with the index; return 1 if one differs."""
+    rows = [
+        {"zoo": store.location, "file": file, "problem": problem}
+        for store in zoo.stores
+        for file, problem in verify(store)
+    ]
     if args.json:
         print_json(rows)
     else:
         for row in rows:
-            print(printable(f"{row['zoo']}: {row['where']} {row['problem']}: {row['advice']}"))
-        print(f"{len(zoo.entries())} entries, {len(rows)} findings, {remaining} remaining")
-    return int(remaining > 0)
+            print(printable(f"{row['zoo']}: {row['file']} {row['problem']}: copy the entry again, or remove it"))
+        print(f"{len(zoo.entries())} entries, {len(rows)} files differ")
+    return int(bool(rows))
 
 
-def verify(store: Store) -> Iterator[Finding]:
-    """Compare every file of a store with its index, and yield the differences and what interrupted publishers left.
+def verify(store: Store) -> Iterator[tuple[str, str]]:
+    """Compare every file of a store with its index; yield files that differ, and how.
 
     Raises:
         ZooError: the index is invalid, or the store cannot be reached.
     """
-    content = retrying(lambda: store.read_bytes(INDEX_FILE, MAX_INDEX_BYTES))
+    content = retrying(lambda: store.read_index(INDEX_FILE))
     for name, record in parse_index(content, f"{store.location.rstrip('/')}/{INDEX_FILE}").records.items():
         for file, expected in record["files"].items():
             if problem := _difference(store, f"{name}/{file}", expected):
-                yield Finding(f"{name}/{file}", problem, "copy the entry again, or remove it and publish it again")
-    yield from store.repair(dry_run=True)
+                yield f"{name}/{file}", problem
 
 
 def _difference(store: Store, path: str, expected: Mapping[str, Any]) -> str:

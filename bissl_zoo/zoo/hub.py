@@ -15,12 +15,12 @@ from omegaconf import DictConfig, OmegaConf
 from bissl_zoo.config import load_config, with_defaults
 from bissl_zoo.errors import ZooError, did_you_mean, shorten
 from bissl_zoo.files import is_sha256
+from bissl_zoo.limits import limit, stated
 from bissl_zoo.zoo.cache import Cache, default_cache
 from bissl_zoo.zoo.index import (
     CURATED_FILE,
     ENTRY_FORMAT,
     INDEX_FILE,
-    MAX_INDEX_BYTES,
     check_format,
     check_name,
     parse_index,
@@ -34,9 +34,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 WEIGHTS_FILE, CONFIG_FILE = "model.safetensors", "train_config.yaml"
-
-#: the largest file of an entry that is read into memory (JSON, config, card), in bytes
-MAX_TEXT_BYTES = 4 << 20
 
 
 @dataclass(frozen=True)
@@ -67,10 +64,10 @@ class Entry:
         return self.cache.fetch(self.store, f"{self.name}/{file}", files[file]["sha256"], files[file]["size"])
 
     def text_file(self, file: str) -> Path:
-        """Return one of its files that is read into memory; raise `ZooError` above `MAX_TEXT_BYTES`."""
+        """Return one of its files that is read into memory; raise `ZooError` above `limits.TEXT_BYTES`."""
         size = self.record["files"].get(file, {}).get("size", 0)
-        if size > MAX_TEXT_BYTES:
-            raise ZooError(f"{file} of zoo entry '{self.name}' has {size:,} bytes; the limit is {MAX_TEXT_BYTES:,}.")
+        if size > limit("TEXT_BYTES"):
+            raise ZooError(f"{file} of zoo entry '{self.name}' has {size:,} bytes; {stated('TEXT_BYTES')}.")
         return self.file(file)
 
     def read_json(self, file: str) -> dict[str, Any]:
@@ -170,7 +167,7 @@ class Zoo:
     def _records(self, store: Store) -> dict[str, Any]:
         records: dict[str, Any] = {}
         for file in (CURATED_FILE, INDEX_FILE) if store.local_path(INDEX_FILE) else (INDEX_FILE,):
-            content = self.cache.read_index(store, file, MAX_INDEX_BYTES)
+            content = self.cache.read_index(store, file)
             records |= parse_index(content, f"{store.location.rstrip('/')}/{file}").records
         return records
 

@@ -9,14 +9,10 @@ from typing import Any
 
 from bissl_zoo.errors import ZooError
 from bissl_zoo.files import is_sha256
+from bissl_zoo.limits import limit, stated
 
 INDEX_FILE, CURATED_FILE = "index.json", "curated.json"
 INDEX_FORMAT = ENTRY_FORMAT = 1
-
-#: limits of an index: bytes of the file, entries in it, and bytes of one file of an entry
-MAX_INDEX_BYTES = 64 << 20
-MAX_ENTRIES = 100_000
-MAX_FILE_BYTES = 1 << 40
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}(@[1-9][0-9]{0,5})?", re.ASCII)
 _RESTORE = "Restore the file from a copy."
@@ -103,7 +99,7 @@ def parse_index(content: bytes | None, where: str) -> Index:
         content: None if the file does not exist; the index is empty then.
         where: the file in messages.
     Raises:
-        ZooError: not a valid index, a newer format, or more than `MAX_ENTRIES` entries.
+        ZooError: not a valid index, a newer format, or more than `limits.ENTRIES` entries.
     """
     if content is None:
         return Index()
@@ -112,8 +108,8 @@ def parse_index(content: bytes | None, where: str) -> Index:
     records, removed = loaded.get("entries"), loaded.get("removed", [])
     if not isinstance(records, dict) or not isinstance(removed, list):
         raise ZooError(f"{where}: 'entries' is not an object or 'removed' is not a list. {_RESTORE}")
-    if len(records) + len(removed) > MAX_ENTRIES:
-        raise ZooError(f"{where} lists {len(records) + len(removed):,} entries; the limit is {MAX_ENTRIES:,}.")
+    if (count := len(records) + len(removed)) > limit("ENTRIES"):
+        raise ZooError(f"{where} lists {count:,} entries; {stated('ENTRIES')}.")
     for name in [*records, *removed]:
         check_name(name, where=f"{where}: ")
     for name, record in records.items():
@@ -179,8 +175,8 @@ def _record_problem(record: Any) -> str:
         sha256, size = (entry.get("sha256"), entry.get("size")) if isinstance(entry, dict) else (None, None)
         if not is_sha256(sha256) or type(size) is not int or size < 0:
             return f"has no valid sha256 and size for '{file}'"
-        if size > MAX_FILE_BYTES:
-            return f"lists {size:,} bytes for '{file}'; the limit is {MAX_FILE_BYTES:,}"
+        if size > limit("FILE_BYTES"):
+            return f"lists {size:,} bytes for '{file}'; {stated('FILE_BYTES')}"
     return ""
 
 

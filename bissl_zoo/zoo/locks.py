@@ -1,10 +1,9 @@
-"""Kernel locks on files, and opening files without following links or waiting for pipes."""
+"""Kernel locks on files."""
 
 import contextlib
 import errno
 import logging
 import os
-import stat
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,34 +11,12 @@ from pathlib import Path
 import portalocker
 
 from bissl_zoo.errors import ZooError
+from bissl_zoo.files import open_plain
 
 SILENT_WAIT_S = 3.0
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
 
 logger = logging.getLogger(__name__)
-
-
-class NotAFile(OSError):
-    """A link, a directory or a pipe in the place of a file."""
-
-
-def open_plain(path: str, flags: int, follow: bool = False) -> int:
-    """Return a descriptor of a regular file; usable as the `opener` of `open`.
-
-    Raises:
-        NotAFile: a pipe, a device, a directory, or a link unless `follow`.
-    """
-    flags |= getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)  # do not wait for the writer of a pipe
-    try:
-        descriptor = os.open(path, flags if follow else flags | getattr(os, "O_NOFOLLOW", 0), 0o666)
-    except OSError as error:
-        if os.path.islink(path) and not follow:
-            raise NotAFile("it is a link, which is not followed") from error
-        raise
-    if stat.S_ISREG(os.fstat(descriptor).st_mode):
-        return descriptor
-    os.close(descriptor)
-    raise NotAFile("it is not a regular file")
 
 
 def try_lock(file: Path) -> int | None:

@@ -20,7 +20,7 @@ from bissl_zoo.errors import ZooError, did_you_mean
 from bissl_zoo.files import is_sha256, sha256_of
 from bissl_zoo.weights.export import PIXEL_KEYS, check_loads_in_timm, timm_config
 from bissl_zoo.weights.files import state_difference
-from bissl_zoo.zoo.card import PLOT_FILE, draw_metrics, render_card
+from bissl_zoo.zoo.card import render_card
 from bissl_zoo.zoo.hub import CONFIG_FILE, WEIGHTS_FILE, ZooLike, as_zoo
 from bissl_zoo.zoo.index import ENTRY_FORMAT, check_name, to_json
 from bissl_zoo.zoo.stores import Draft
@@ -129,7 +129,7 @@ def publish_entry(
     try:
         with tempfile.TemporaryDirectory(prefix="bissl_zoo-") as temporary:
             folder = Path(temporary)
-            files = _write_files(folder, texts, states, entry)
+            files = _write_files(folder, texts, states)
             check_loads_in_timm(folder, states[WEIGHTS_FILE])
             published = store.publish(Draft(name, folder, lambda final: _complete(folder, entry, files, final), once))
     except (OSError, SafetensorError) as error:
@@ -192,15 +192,13 @@ def _statistics(metric: str, values: float | Sequence[float], seeds: Sequence[in
 
 
 def _write_files(
-    folder: Path, texts: Mapping[str, str], states: Mapping[str, Mapping[str, Tensor]], entry: Mapping[str, Any]
+    folder: Path, texts: Mapping[str, str], states: Mapping[str, Mapping[str, Tensor]]
 ) -> dict[str, dict[str, Any]]:
     """Write all files that do not depend on the final name; return size and sha256 by file."""
     for file, text in texts.items():
         (folder / file).write_text(text, encoding="utf-8", newline="\n")
     for file, state in states.items():
         safetensors.torch.save_file(state, folder / file, metadata={"format": "pt"})
-    if entry["metrics"]:
-        draw_metrics(entry["metrics"], folder / PLOT_FILE)
     return {path.name: _file_record(path) for path in folder.iterdir()}
 
 

@@ -17,7 +17,6 @@ from tiny_entries import publish_tiny
 
 from bissl_zoo.zoo import create_backbone
 from bissl_zoo.zoo.commands import COMMANDS
-from bissl_zoo.zoo.stores.folder import MARKER_FILE
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
@@ -128,22 +127,14 @@ def test_fetch_to_a_folder_makes_an_entry_that_timm_loads(run, zoo, tmp_path):
     assert (status, out) == (1, "") and "exists" in err
 
 
-def test_verify_reports_problems_and_repair_solves_leftovers(run, zoo):
-    assert run("verify") == (0, "3 entries, 0 findings, 0 remaining\n", "")
-    (zoo / "left").mkdir()
-    (zoo / "left" / MARKER_FILE).touch()
-    (zoo / "MODEL_ZOO.md").unlink()
-    status, out, _ = run("verify")
-    assert status == 1 and "left was left by an interrupted publisher: run with --repair" in out
-    assert "MODEL_ZOO.md does not match the index: run with --repair" in out
-    assert out.endswith("3 entries, 2 findings, 2 remaining\n") and (zoo / "left").exists()
-    status, out, _ = run("verify", "--repair")
-    assert status == 0 and out.endswith("3 entries, 2 findings, 0 remaining\n") and not (zoo / "left").exists()
+def test_verify_names_files_that_differ(run, zoo):
+    assert run("verify") == (0, "3 entries, 0 files differ\n", "")
     os.truncate(zoo / "byol" / "model.safetensors", 10)
-    status, out, err = run("verify", "--repair", "--json")
+    status, out, _ = run("verify")
+    assert status == 1 and "byol/model.safetensors has 10 bytes, expected 1506920: copy the entry again" in out
+    status, out, err = run("verify", "--json")
     (finding,) = json.loads(out)
-    assert (status, err) == (1, "") and finding["where"] == "byol/model.safetensors"
-    assert finding["problem"] == "has 10 bytes, expected 1506920" and "publish it again" in finding["advice"]
+    assert (status, err) == (1, "") and finding["file"] == "byol/model.safetensors"
 
 
 def test_publish_publishes_a_finished_run(run, run_copy, empty):

@@ -162,8 +162,9 @@ def test_a_server_may_ask_to_wait_within_limits(store, cache, waits):
 def test_a_download_and_a_small_file_are_limited_in_seconds(store, cache, monkeypatch):
     clock = iter(range(0, 10**9, 400))
     monkeypatch.setattr(cache_module.time, "monotonic", lambda: next(clock))
-    assert "longer than the limit of 918 s" in error_of(fetch, cache, store)
-    assert "limit of 300 s" in error_of(store.read_bytes, FILE, SIZE)
+    assert "the limit is 900 (BISSL_ZOO_MAX_SECONDS" in error_of(fetch, cache, store)
+    monkeypatch.setenv("BISSL_ZOO_MAX_SECONDS", "300")
+    assert "the limit is 300" in error_of(store.read_index, FILE)
 
 
 @pytest.mark.parametrize("content", [CONTENT[:-1], CONTENT + b"x", bytes(SIZE)], ids=["shorter", "longer", "other"])
@@ -269,31 +270,32 @@ def test_offline_is_parsed_strictly(monkeypatch, store, cache):
 
 def test_offline_uses_copies_and_reads_nothing(monkeypatch, store, cache):
     store.files["index.json"] = b"old"
-    cache.read_index(store, "index.json", 100)
+    cache.read_index(store, "index.json")
     store.files["index.json"] = b"{}"
-    assert cache.read_index(store, "index.json", 100) == b"{}"
-    assert cache.read_index(store, "curated.json", 100) is None
+    assert cache.read_index(store, "index.json") == b"{}"
+    assert cache.read_index(store, "curated.json") is None
     path, reads = fetch(cache, store), len(store.starts)
     monkeypatch.setenv("BISSL_ZOO_OFFLINE", "1")
     store.files["index.json"] = b"new"
-    assert cache.read_index(store, "index.json", 100) == b"{}" and cache.read_index(store, "curated.json", 100) is None
+    assert cache.read_index(store, "index.json") == b"{}" and cache.read_index(store, "curated.json") is None
     assert fetch(cache, store) == path and len(store.starts) == reads
-    for call in (lambda: cache.fetch(store, "x", "0" * 64, 0), lambda: cache.read_index(store, "x", 10)):
+    for call in (lambda: cache.fetch(store, "x", "0" * 64, 0), lambda: cache.read_index(store, "x")):
         assert f"{store.location}/x is not in the cache {cache.root}" in error_of(call)
 
 
 def test_an_index_that_cannot_be_read_is_an_error_and_keeps_its_copy(monkeypatch, store, cache):
     store.plan = [BUSY] * ATTEMPTS
-    assert "BISSL_ZOO_OFFLINE" not in error_of(cache.read_index, store, "index.json", 100)
+    assert "BISSL_ZOO_OFFLINE" not in error_of(cache.read_index, store, "index.json")
     store.files["index.json"] = b"{}"
     store.plan = [BUSY, 1]
-    assert cache.read_index(store, "index.json", 2) == b"{}"
+    assert cache.read_index(store, "index.json") == b"{}"
     store.files["index.json"] = b"{  }"
-    assert "limit of 2 bytes" in error_of(cache.read_index, store, "index.json", 2)
+    monkeypatch.setenv("BISSL_ZOO_MAX_INDEX_BYTES", "2")
+    assert "the limit is 2 (BISSL_ZOO_MAX_INDEX_BYTES" in error_of(cache.read_index, store, "index.json")
     store.plan = [ZooError("refused")]
-    assert "BISSL_ZOO_OFFLINE=1 works" in error_of(cache.read_index, store, "index.json", 2)
+    assert "BISSL_ZOO_OFFLINE=1 works" in error_of(cache.read_index, store, "index.json")
     monkeypatch.setenv("BISSL_ZOO_OFFLINE", "1")
-    assert cache.read_index(store, "index.json", 2) == b"{}"
+    assert cache.read_index(store, "index.json") == b"{}"
 
 
 PROGRAM = """

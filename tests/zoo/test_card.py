@@ -155,7 +155,7 @@ def test_the_card_has_all_metadata():
         "| AP50 | 0.5 | 0.3536 | 0.25, 0.75 |",  # sample deviation of 0.25 and 0.75: 0.5 / sqrt(2)
         "| AP | 0.125 | 0 | 0.125, 0.125 |",
         "Seeds: 3, 4.",
-        "| test | voc\\|07 | images: 4952 |",
+        "| test | voc&#124;07 | images: 4952 |",
         "3 x 96 x 80",
         "(0.5, 0.25, 0.1)",
         PARENT,

@@ -69,16 +69,17 @@ def test_a_file_is_read_from_any_byte_and_its_size_reported(server, store):
 @pytest.mark.parametrize("status", [404, 410])
 def test_an_absent_file_is_missing(server, store, status):
     plan(server, *[Answer(status=status)] * 3)
-    assert store.read_bytes(FILE, limit=10) is None
+    assert store.read_index(FILE) is None
     for call in (lambda: read(store), lambda: store.stat(FILE)):
         with pytest.raises(Missing, match=f"{FILE} answered {status}"):
             call()
 
 
 @pytest.mark.parametrize("headers", [{}, {"Content-Length": None}])
-def test_a_small_file_is_not_read_beyond_its_limit(server, store, headers):
+def test_an_index_is_not_read_beyond_its_limit(server, store, monkeypatch, headers):
     plan(server, Answer(headers=headers, body=bytes(64 << 20)))
-    assert "more than the limit of 100,000 bytes" in refused(store.read_bytes, FILE, 100_000)
+    monkeypatch.setenv("BISSL_ZOO_MAX_INDEX_BYTES", "100000")
+    assert "the limit is 100,000" in refused(store.read_index, FILE)
     assert server.sent < 32 << 20  # the buffers of two sockets
 
 
@@ -216,7 +217,7 @@ def test_the_proxy_of_the_environment_is_used_except_for_no_proxy(server, monkey
     with FaultyServer() as proxy:
         monkeypatch.setenv("http_proxy", proxy.address)
         proxy.files["http://zoo.invalid/index.json"] = b"{}"
-        assert HttpStore("http://zoo.invalid").read_bytes("index.json", 10) == b"{}"
+        assert HttpStore("http://zoo.invalid").read_index("index.json") == b"{}"
         monkeypatch.setenv("no_proxy", "127.0.0.1")
         assert read(HttpStore(f"{server.address}/zoo")) == CONTENT
         assert len(proxy.requests) == 1

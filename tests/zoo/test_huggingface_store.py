@@ -73,21 +73,22 @@ def test_files_are_read_from_any_byte_and_the_token_stays_at_the_hub(store, hub)
     assert sent.pop("cdn") is None and set(sent.values()) == {f"Bearer {TOKEN}"}
 
 
-def test_a_missing_file_is_missing_and_a_large_one_refused(store, hub):
-    assert store.read_bytes("index.json", 10) is None
+def test_a_missing_file_is_missing_and_a_large_one_refused(store, hub, monkeypatch):
+    assert store.read_index("index.json") is None
     with pytest.raises(Missing, match="hf://lab/zoo/x/model does not exist"):
         read(store, "x/model")
     hub.commit({"index.json": b"12345"}, "by hand")
-    with pytest.raises(ZooError, match="limit of 4 bytes"):
-        store.read_bytes("index.json", 4)
+    monkeypatch.setenv("BISSL_ZOO_MAX_INDEX_BYTES", "4")
+    with pytest.raises(ZooError, match="the limit is 4"):
+        store.read_index("index.json")
 
 
 def test_a_revision_is_read_as_it_was(store, hub):
     hub.commit({"index.json": b"old"}, "by hand")
     old = hub.head
     hub.commit({"index.json": b"new"}, "by hand")
-    assert HuggingFaceStore(f"hf://{REPO}@{old}").read_bytes("index.json", 10) == b"old"
-    assert store.read_bytes("index.json", 10) == b"new"
+    assert HuggingFaceStore(f"hf://{REPO}@{old}").read_index("index.json") == b"old"
+    assert store.read_index("index.json") == b"new"
     with pytest.raises(ZooError, match="lab/zoo has no revision 'v7'"):
         HuggingFaceStore(f"hf://{REPO}@v7").publish(None)
 
@@ -144,7 +145,7 @@ def test_a_commit_whose_answer_is_lost_is_not_repeated(store, hub, monkeypatch):
 )
 def test_an_error_names_the_solution(store, hub, status, headers, message):
     hub.answer_with = lambda command, path: (status, headers)
-    for use in (lambda: store.read_bytes("index.json", 10), lambda: store.publish(None)):
+    for use in (lambda: store.read_index("index.json"), lambda: store.publish(None)):
         with pytest.raises(ZooError, match=message) as caught:
             use()
         assert not isinstance(caught.value, Transient)

@@ -7,7 +7,6 @@ import pytest
 
 from bissl_zoo.errors import ZooError
 from bissl_zoo.zoo import Zoo, commands
-from bissl_zoo.zoo import index as index_module
 from bissl_zoo.zoo.card import render_page
 from bissl_zoo.zoo.index import Index, check_name, is_name, parse_index, pin, split_version
 
@@ -87,7 +86,7 @@ def test_the_newest_version_with_the_same_weights_and_config_is_found():
 
 
 def test_the_number_of_entries_is_limited(monkeypatch):
-    monkeypatch.setattr(index_module, "MAX_ENTRIES", 2)
+    monkeypatch.setenv("BISSL_ZOO_MAX_ENTRIES", "2")
     records = {name: entry_of() for name in ("a", "b")}
     assert len(parse_index(index_of(records), "index.json").records) == 2
     with pytest.raises(ZooError, match="lists 3 entries; the limit is 2"):

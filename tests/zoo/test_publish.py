@@ -96,7 +96,7 @@ def test_every_file_is_in_the_index_with_the_digest_of_its_bytes(tmp_path):
     assert record["files"] == on_disk
     assert set(on_disk) == {
         *("model.safetensors", "pretext_head.safetensors", "task_head.safetensors"),
-        *("config.json", "entry.json", "train_config.yaml", "README.md", "metrics.png"),
+        *("config.json", "entry.json", "train_config.yaml", "README.md"),
     }
     assert published.sha256 == on_disk["model.safetensors"]["sha256"]
     assert len({path.stat().st_mode for path in [tmp_path / "index.json", *Path(published.location).iterdir()]}) == 1

@@ -51,6 +51,11 @@ class DetectionSet(Dataset):
         self._left_out: Counter[str] = Counter()
         self._first_left_out: dict[str, str] = {}
 
+    @property
+    def targets(self) -> np.ndarray | None:
+        """Labels of all objects that are not difficult, int64 (M,); None if the set is read without annotations."""
+        return self._labels[~self.difficult] if self.classes is not None else None
+
     def __len__(self) -> int:
         return len(self._files)
 

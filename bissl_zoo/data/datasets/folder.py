@@ -128,6 +128,11 @@ class ImageFolder:
         self._files = self._files[indices]
         self._labels = self._labels[indices] if self.classes is not None else self._labels
 
+    @property
+    def targets(self) -> np.ndarray | None:
+        """Labels of all images, int64 (N,); None if the set is read without."""
+        return self._labels if self.classes is not None else None
+
     def __len__(self) -> int:
         return len(self._files)
 

@@ -13,11 +13,9 @@ from urllib.parse import urlsplit
 from urllib.request import url2pathname
 
 from bissl_zoo.errors import ZooError, did_you_mean
+from bissl_zoo.limits import limit, stated
 
-__all__ = ["Draft", "Finding", "Missing", "Store", "Transient", "open_store", "register_store"]
-
-#: seconds that reading an index may take
-SMALL_FILE_SECONDS = 300.0
+__all__ = ["Draft", "Missing", "Store", "Transient", "open_store", "register_store"]
 
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.:-]*)://")
 _LOST_SLASH = re.compile(r"(file|gs|hf|https?|s3):/*", re.IGNORECASE)
@@ -54,21 +52,6 @@ class Draft:
     once: bool = False
 
 
-@dataclass(frozen=True)
-class Finding:
-    """A problem that `bissl zoo verify` found.
-
-    Attributes:
-        where: the entry or file.
-        problem: a phrase that follows `where`.
-        advice: what to do; empty if `Store.repair` solves it.
-    """
-
-    where: str
-    problem: str
-    advice: str = ""
-
-
 class Store(ABC):
     """Files below one location, by relative path with '/' (`"index.json"`, `"NAME/model.safetensors"`).
 
@@ -102,24 +85,21 @@ class Store(ABC):
         """Remove an entry from the index and delete its files."""
         raise ZooError(f"{self.location} is read-only; nothing was removed.")
 
-    def repair(self, dry_run: bool = False) -> list[Finding]:
-        """Remove what interrupted publishers left, and return it; `dry_run` only returns it."""
-        return []
-
     def local_path(self, path: str) -> Path | None:
         """Return the file on this machine, for stores whose files need no copy."""
         return None
 
-    def read_bytes(self, path: str, limit: int) -> bytes | None:
-        """Return a small file, None if it does not exist; raise `ZooError` above `limit` bytes."""
+    def read_index(self, path: str) -> bytes | None:
+        """Return an index file, None if it does not exist; raise `ZooError` above its limits of bytes and seconds."""
         content, start = bytearray(), time.monotonic()
+        where = f"{self.location.rstrip('/')}/{path}"
         try:
             for block in self.read(path):
                 content += block
-                if time.monotonic() - start > SMALL_FILE_SECONDS:
-                    raise ZooError(f"{self.location}/{path} took longer than the limit of {SMALL_FILE_SECONDS:g} s.")
-                if len(content) > limit:
-                    raise ZooError(f"{self.location.rstrip('/')}/{path} has more than the limit of {limit:,} bytes.")
+                if (seconds := time.monotonic() - start) > limit("SECONDS"):
+                    raise ZooError(f"{where} is not complete after {seconds:,.0f} s; {stated('SECONDS')}.")
+                if len(content) > limit("INDEX_BYTES"):
+                    raise ZooError(f"{where} has more bytes than an index may have; {stated('INDEX_BYTES')}.")
         except Missing:
             return None
         return bytes(content)

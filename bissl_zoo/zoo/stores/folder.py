@@ -1,20 +1,19 @@
 """A zoo in a folder."""
 
 import contextlib
-import functools
 import os
 import re
 import secrets
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 from bissl_zoo.errors import ZooError
-from bissl_zoo.files import fsync, sha256_of, write_atomically
+from bissl_zoo.files import NotAFile, follow, fsync, sha256_of, write_atomically
 from bissl_zoo.zoo.card import PAGE_FILE, render_page
-from bissl_zoo.zoo.index import CURATED_FILE, INDEX_FILE, MAX_INDEX_BYTES, Index, is_name, parse_index, pin
-from bissl_zoo.zoo.locks import NotAFile, locked, open_plain, try_lock
-from bissl_zoo.zoo.stores import Draft, Finding, Missing, Store
+from bissl_zoo.zoo.index import CURATED_FILE, INDEX_FILE, Index, is_name, parse_index, pin
+from bissl_zoo.zoo.locks import locked, try_lock
+from bissl_zoo.zoo.stores import Draft, Missing, Store
 
 LOCK_FILE = ".lock"
 MARKER_FILE = ".publishing"  # in the folder of an entry until the index lists it
@@ -53,7 +52,7 @@ class FolderStore(Store):
     def read(self, path: str, start: int = 0) -> Iterator[bytes]:
         """See :class:`Store`."""
         local = self.local_path(path)
-        with _reading(local), open(local, "rb", opener=_follow) as stream:
+        with _reading(local), open(local, "rb", opener=follow) as stream:
             stream.seek(start)
             while block := stream.read(_BLOCK):
                 yield block
@@ -121,50 +120,21 @@ class FolderStore(Store):
             self._write_page(index)
             self._remove_folder(name)
 
-    def repair(self, dry_run: bool = False) -> list[Finding]:
-        """See :class:`Store`. Folders of unknown origin are reported and never touched."""
-        if not self.root.is_dir() or not os.access(self.root, os.W_OK):
-            return []
-        with self._writing(0), self._locked():
-            index = self._index()
-            findings = self._clean(index, dry_run)
-            page = self.read_bytes(PAGE_FILE, MAX_INDEX_BYTES)
-            if page != render_page(index).encode() and (page is not None or index.records):
-                findings.append(Finding(PAGE_FILE, "does not match the index"))
-                if not dry_run:
-                    self._write_page(index)
-            return findings
-
-    def _clean(self, index: Index, dry_run: bool = False, keep: Path | None = None) -> list[Finding]:
+    def _clean(self, index: Index, keep: Path | None = None) -> None:
         """Remove what interrupted publishers and removals left; the caller holds the lock."""
-        findings = []
-        known = {*index.records, *self._index(CURATED_FILE).records}
-        for path in sorted(self.root.iterdir()):
-            remove: Callable[[], None] | None = functools.partial(shutil.rmtree, path)
-            listed, marked = path.name in known, (path / MARKER_FILE).is_file()
-            if path == keep or path.name.startswith(_DRAFT) and not _abandoned(path):
-                continue
+        known, removed = {*index.records, *self._index(CURATED_FILE).records}, set(map(pin, index.removed))
+        for path in list(self.root.iterdir()):
             if path.name.startswith(_DRAFT):
-                problem = "was left by an interrupted publisher"
+                if path != keep and _abandoned(path):
+                    shutil.rmtree(path)
             elif _TEMPORARY.fullmatch(path.name):
-                problem, remove = "is an unfinished write", path.unlink
-            elif path.name.startswith(".") or not path.is_dir():
-                continue
-            elif listed and marked:
-                problem, remove = "is listed, but has a marker of its publisher", (path / MARKER_FILE).unlink
-            elif not listed and is_name(path.name) and not path.is_symlink():
-                if pin(path.name) in map(pin, index.removed):
-                    problem = "was left by an interrupted removal"
+                path.unlink()
+            elif is_name(path.name) and path.is_dir() and not path.is_symlink():
+                marked = (path / MARKER_FILE).is_file()
+                if path.name not in known and (marked or pin(path.name) in removed):
+                    shutil.rmtree(path)
                 elif marked:
-                    problem = "was left by an interrupted publisher"
-                else:
-                    problem, remove = f"is not listed in {INDEX_FILE}", None
-            else:
-                continue
-            findings.append(Finding(path.name, problem, "" if remove else "look at it, and move it elsewhere"))
-            if remove and not dry_run:
-                remove()
-        return findings
+                    (path / MARKER_FILE).unlink()
 
     def _remove_folder(self, name: str) -> None:
         folder = self.root / name
@@ -176,11 +146,11 @@ class FolderStore(Store):
             return
         except OSError as error:
             raise ZooError(
-                f"'{name}' is no longer listed, but its files remain: {error}. Run `bissl zoo verify --repair`."
+                f"'{name}' is no longer listed, but its files remain: {error}. The next publication removes them."
             ) from error
 
     def _index(self, file: str = INDEX_FILE) -> Index:
-        return parse_index(self.read_bytes(file, MAX_INDEX_BYTES), str(self.root / file))
+        return parse_index(self.read_index(file), str(self.root / file))
 
     def _write_page(self, index: Index) -> None:
         write_atomically(self.root / PAGE_FILE, render_page(index))
@@ -198,10 +168,6 @@ class FolderStore(Store):
                 f"{error.filename or self.root} cannot be written: {error.strerror or error}. The entry has "
                 f"{size / 2**20:.1f} MiB; {shutil.disk_usage(existing).free / 2**20:.1f} MiB are free."
             ) from error
-
-
-def _follow(path: str, flags: int) -> int:
-    return open_plain(path, flags, follow=True)
 
 
 def _copy(file: Path, folder: Path) -> None:

@@ -6,20 +6,25 @@ any transfer after five minutes.
 
 import base64
 import http.client
+import io
+import ipaddress
 import re
 import socket
 import ssl
+import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from contextlib import closing
+from typing import Any
 from urllib.parse import quote, unquote, urljoin, urlsplit, urlunsplit
 
 from bissl_zoo import __version__
 from bissl_zoo.errors import ZooError, printable
 from bissl_zoo.zoo.stores import Missing, Store, Transient
 
-TIMEOUT_S = 20.0  # without a byte
+#: seconds without a byte, and for the headers or one block
+TIMEOUT_S, STEP_S = 20.0, 120.0
 MAX_REDIRECTS = 5
 _BLOCK = 1 << 18
 
@@ -27,8 +32,8 @@ _BLOCK = 1 << 18
 class HttpStore(Store):
     """Files below `https://HOST/FOLDER`, or `https://USER:PASSWORD@HOST/FOLDER` for basic authentication.
 
-    The proxies of the environment are used. At most `MAX_REDIRECTS` redirects are followed, never from https to http,
-    and the password is not sent to another host.
+    The proxies of the environment are used. At most `MAX_REDIRECTS` redirects are followed, never from https to http
+    and never from a public address to a private one, and the password is not sent to another host.
     """
 
     def __init__(self, location: str, timeout: float = TIMEOUT_S) -> None:
@@ -48,7 +53,7 @@ class HttpStore(Store):
             self._private["Authorization"] = f"Basic {base64.b64encode(pair).decode()}"
         self._timeout = timeout
         self._opener = urllib.request.OpenerDirector()  # without handlers for other schemes, redirects and errors
-        for handler in (urllib.request.ProxyHandler, urllib.request.HTTPHandler, urllib.request.HTTPSHandler):
+        for handler in (urllib.request.ProxyHandler, _Handler, _SecureHandler):
             self._opener.add_handler(handler())
 
     def read(self, path: str, start: int = 0) -> Iterator[bytes]:
@@ -64,6 +69,8 @@ class HttpStore(Store):
                 raise _refusal(response, address)
             skip, remaining = start if response.status == 200 else 0, response.length
             while remaining is None or remaining > 0:
+                if response.fp:
+                    response.fp.raw.restart()
                 try:
                     block = response.read1(_BLOCK if remaining is None else min(_BLOCK, remaining))
                 except (OSError, http.client.HTTPException, ValueError) as error:
@@ -89,14 +96,16 @@ class HttpStore(Store):
     def _request(self, address: str, start: int = 0, method: str = "GET") -> http.client.HTTPResponse:
         """Return the response after all redirects."""
         headers = self._headers | ({"Range": f"bytes={start}-"} if start else {})
-        url, private = address, self._private
+        url, private, public_only = address, self._private, False
         for _ in range(MAX_REDIRECTS + 1):
             request = urllib.request.Request(url, headers={**private, **headers}, method=method)
+            request.public_only = public_only
             try:
                 response = self._opener.open(request, timeout=self._timeout)
             except (OSError, http.client.HTTPException, ValueError) as error:
                 raise _failure(error, _shown(url)) from error
             if response.status in (301, 302, 303, 307, 308):
+                public_only = public_only or is_public(response.peer)
                 response.close()
                 target = _redirected(url, response, address)
                 if urlsplit(target)[:2] != urlsplit(url)[:2]:
@@ -108,6 +117,79 @@ class HttpStore(Store):
                 raise ZooError(f"{address} is sent compressed. Turn compression off for this folder of the server.")
             return response
         raise ZooError(f"{address} exceeds the limit of {MAX_REDIRECTS} redirects, at {_shown(url)}.")
+
+
+def is_public(address: str) -> bool:
+    """Return True for an IP address of the internet, False for one of a local network or of this machine."""
+    ip = ipaddress.ip_address(address.partition("%")[0])
+    return (getattr(ip, "ipv4_mapped", None) or ip).is_global
+
+
+class _Stream(io.RawIOBase):
+    """The bytes of a connection; raises once the headers, or one block, have taken `STEP_S` seconds.
+
+    The timeout of a socket bounds the wait for a byte only: a server could send one byte or `100 Continue` each second.
+    """
+
+    def __init__(self, raw: io.RawIOBase) -> None:
+        self._raw = raw
+        self.restart()
+
+    def restart(self) -> None:
+        """Start to count anew."""
+        self._deadline = time.monotonic() + STEP_S
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int | None:
+        if time.monotonic() > self._deadline:
+            raise http.client.HTTPException(f"the server needed more than {STEP_S:g} s for headers or one block")
+        return self._raw.readinto(buffer)
+
+    def close(self) -> None:
+        self._raw.close()
+        super().close()
+
+
+class _Response(http.client.HTTPResponse):
+    def __init__(self, sock: socket.socket, *args: Any, **options: Any) -> None:
+        super().__init__(sock, *args, **options)
+        self.peer = sock.getpeername()[0]
+        self.fp = io.BufferedReader(_Stream(self.fp.detach()))
+
+
+def _connecting(request: urllib.request.Request, kind: type[http.client.HTTPConnection]) -> type:
+    """Return a class of connections that refuses private addresses, after name resolution, if the request says so."""
+
+    class Connection(kind):
+        response_class = _Response
+
+        def __init__(self, *args: Any, **options: Any) -> None:
+            super().__init__(*args, **options)
+            self._create_connection = self._connected
+
+        def _connected(self, *args: Any, **options: Any) -> socket.socket:
+            connected = socket.create_connection(*args, **options)
+            peer = connected.getpeername()[0]
+            if request.public_only and not request.has_proxy() and not is_public(peer):
+                connected.close()
+                raise http.client.HTTPException(
+                    f"a redirect from a public to the private address {peer} is not followed"
+                )
+            return connected
+
+    return Connection
+
+
+class _Handler(urllib.request.HTTPHandler):
+    def http_open(self, request: urllib.request.Request) -> http.client.HTTPResponse:
+        return self.do_open(_connecting(request, http.client.HTTPConnection), request)
+
+
+class _SecureHandler(urllib.request.HTTPSHandler):
+    def https_open(self, request: urllib.request.Request) -> http.client.HTTPResponse:
+        return self.do_open(_connecting(request, http.client.HTTPSConnection), request)
 
 
 def _shown(url: str) -> str:

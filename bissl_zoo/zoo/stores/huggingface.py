@@ -8,7 +8,7 @@ from typing import Any
 
 from bissl_zoo.errors import ZooError
 from bissl_zoo.zoo.card import PAGE_FILE, render_page
-from bissl_zoo.zoo.index import INDEX_FILE, MAX_INDEX_BYTES, Index, parse_index
+from bissl_zoo.zoo.index import INDEX_FILE, Index, parse_index
 from bissl_zoo.zoo.stores import Draft, Missing, Transient
 from bissl_zoo.zoo.stores.fsspec import FsspecStore
 
@@ -111,7 +111,7 @@ class HuggingFaceStore(FsspecStore):
     def _index(self, commit: str) -> Index:
         main, self.root = self.root, self._at(commit)
         try:
-            return parse_index(self.read_bytes(INDEX_FILE, MAX_INDEX_BYTES), f"{self.location}/{INDEX_FILE}")
+            return parse_index(self.read_index(INDEX_FILE), f"{self.location}/{INDEX_FILE}")
         finally:
             self.root = main
 
