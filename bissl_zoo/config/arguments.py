@@ -188,6 +188,7 @@ for _module, _names in {
 #: keys of the plain sections of configs/common/train.py
 VALUES: dict[str, Domain] = {
     "train.seed": SEED,
+    "train.label_fraction": NULL | SHARE,
     "train.label_seed": NULL | SEED,
     "train.amp": choice(None, "bf16"),
     "train.on_nonfinite": choice("stop", "skip"),

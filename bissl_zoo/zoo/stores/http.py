@@ -136,7 +136,7 @@ class _Stream(io.RawIOBase):
         self.restart()
 
     def restart(self) -> None:
-        """Start to count anew."""
+        """Start to count the seconds again."""
         self._deadline = time.monotonic() + STEP_S
 
     def readable(self) -> bool:
@@ -160,7 +160,7 @@ class _Response(http.client.HTTPResponse):
 
 
 def _connecting(request: urllib.request.Request, kind: type[http.client.HTTPConnection]) -> type:
-    """Return a class of connections that refuses private addresses, after name resolution, if the request says so."""
+    """Return a class of connections that refuses private addresses, after name resolution, if `request.public_only`."""
 
     class Connection(kind):
         response_class = _Response
