@@ -143,6 +143,11 @@ class Classification(PooledLinear):
         """Return `n` images of noise with the labels 0, 1, ... in turn."""
         return self.random_batch(n, size, lambda index: index % len(self.classes))
 
+    def pseudo_target(self, prediction: Tensor, threshold: float) -> int | None:
+        """Return the most probable class if its probability reaches the threshold."""
+        probability, label = self.probabilities(prediction).max(dim=0)
+        return int(label) if probability >= threshold else None
+
     def score(self, prediction: Tensor, target: Any) -> float:
         """Return the probability of the true class."""
         return self.probabilities(prediction)[int(target)].item()

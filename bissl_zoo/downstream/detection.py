@@ -69,6 +69,14 @@ class DetectionTask(DownstreamTask, ABC):
         labels = [self.classes[label] for label in best["labels"].tolist()]
         return {"boxes": best["boxes"].tolist(), "labels": labels, "scores": best["scores"].tolist()}
 
+    def pseudo_target(self, prediction: Target, threshold: float) -> Target | None:
+        """Return the boxes with at least this score as a target; None without any."""
+        best = _best(prediction, threshold)
+        if not len(best["boxes"]):
+            return None
+        difficult = torch.zeros(len(best["boxes"]), dtype=torch.bool)
+        return {"boxes": best["boxes"], "labels": best["labels"], "difficult": difficult, "image_id": 0}
+
     def draw(self, axes: "Axes", image: Any, value: Target, predicted: bool = False, threshold: float = 0.5) -> None:
         """Draw boxes with class names and, of a prediction, scores; difficult objects are dashed."""
         if predicted:

@@ -112,6 +112,13 @@ class MultilabelClassification(PooledLinear):
         scores = [probabilities[name] for name in labels]
         return {"labels": labels, "scores": scores, "probabilities": probabilities}
 
+    def pseudo_target(self, prediction: Tensor, threshold: float) -> Tensor | None:
+        """Return 1 from the threshold on, 0 below one minus it, -1 (ignored) between; None without a class."""
+        values = self.probabilities(prediction)
+        target = torch.full_like(values, -1.0).masked_fill(values < 1 - threshold, 0.0)
+        target = target.masked_fill(values >= threshold, 1.0)
+        return target if (target == 1).any() else None
+
     def example_batch(self, n: int, size: tuple[int, int]) -> Batch:
         """Return `n` images of noise, each with one positive class."""
         positives = torch.eye(len(self.classes))

@@ -134,6 +134,17 @@ class DownstreamTask(nn.Module, ABC):
         """
         return {"prediction": prediction.tolist() if isinstance(prediction, Tensor) else prediction}
 
+    def pseudo_target(self, prediction: Any, threshold: float) -> Any:
+        """Return a training target made of the prediction for an unlabelled image; None to leave the image out.
+
+        By default no image is used, so that self-training raises an error.
+
+        Args:
+            prediction: item of the output of `predict`, on the CPU.
+            threshold: minimum score.
+        """
+        return None
+
     def preprocessing(self) -> dict[str, Any]:
         """Return sizes, mean and std of `transform(train=False)` in plain types, for users of an exported model."""
         return {}

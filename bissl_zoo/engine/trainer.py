@@ -32,6 +32,7 @@ class Weights:
         pretext: the pretext method, the tail of the split backbone included.
         task: the downstream task.
         previous: the weights that entered the stage which left these; `finetune.baseline` starts from them.
+        teacher: a fine-tuned backbone and task that label the unlabelled images for the fine-tuning.
     """
 
     backbone: dict[str, Tensor] | None = None
@@ -39,6 +40,7 @@ class Weights:
     pretext: dict[str, Tensor] | None = None
     task: dict[str, Tensor] | None = None
     previous: "Weights | None" = None
+    teacher: "Weights | None" = None
 
 
 @dataclass
@@ -123,6 +125,10 @@ class Stage:
     evaluates: bool = False
     probed: str | None = None
     start: str | None = None
+
+    def needs(self, context: Context) -> Mapping[str, str]:
+        """Return `requires` for this config."""
+        return self.requires
 
     def steps(self, context: Context) -> int:
         """Return the number of trainer steps; by default from `steps` or `epochs` of the stage's config section."""
@@ -323,7 +329,11 @@ class SingleLevelTrainer(Trainer):
             (total / self.accumulate).backward()
             losses = {name: losses.get(name, 0.0) + value / self.accumulate for name, value in terms.items()}
         average_gradients(level.parameters)
+        self.adjust_gradients()
         return level.optimize(losses)
+
+    def adjust_gradients(self) -> None:
+        """Change the gradients before the optimizer step; nothing by default."""
 
     def levels(self) -> dict[str, Level]:
         """Return the level under the key `level`."""

@@ -45,6 +45,7 @@ pretrain = dict(
     ema=None,  # decay, such as 0.999, of a moving average of the weights, which becomes the result; null: none
     accumulate=1,  # split each batch into equal parts to save memory; only for methods for which it is exact
     channels_last=False,  # use the channels-last memory format: faster on GPUs with tensor cores
+    head_warmup=False,  # first train a missing pretext head on the frozen backbone, as bilevel.pretext_warmup does
     compile=False,  # torch.compile the backbone; needs a C++ compiler, pays off in long runs on a GPU
 )
 
@@ -81,6 +82,9 @@ finetune = dict(
     eval_period=None,  # steps between evaluations on dataloader.val if there is one, else test; null: only at the end
     layer_decay=None,  # factor, such as 0.75, on the learning rate from each layer to the one below; null: none
     sync_batch_norm=False,  # with several GPUs, compute batch-norm statistics over all of them
+    head="new",  # new, or warm: that of the stage before, or first trained on the frozen backbone (LP-FT)
+    l2_sp=None,  # strength of a pull of the backbone towards its start (L2-SP), such as 0.01; null: none
+    pseudo_threshold=0.8,  # after the stage teacher: minimum score of its labels for unlabelled images
     freeze_at=None,  # freeze the backbone up to this stage, such as c2; null: train all of it
     early_stopping=dict(
         metric=None,  # test the weights that are best by this metric, such as AP50, on dataloader.val; null: the last

@@ -3,6 +3,7 @@
 from bissl_zoo.engine.stages.bissl import Bissl, HeadWarmup, PretextWarmup, coupling
 from bissl_zoo.engine.stages.finetune import BASELINE, Finetune
 from bissl_zoo.engine.stages.pretrain import Pretrain
+from bissl_zoo.engine.stages.teacher import Teacher
 from bissl_zoo.engine.trainer import Context, Stage, Weights
 from bissl_zoo.registry import STAGES
 
@@ -12,6 +13,7 @@ __all__ = [
     "HeadWarmup",
     "PretextWarmup",
     "Pretrain",
+    "Teacher",
     "alternates",
     "coupling",
     "find_stage",
@@ -42,7 +44,7 @@ def plan_stages(context: Context, initial: Weights) -> list[Stage]:
     provided = {"pretext"} if initial.pretext is not None else set()
     for name in names:
         stage = STAGES.build(name)
-        for part, warmup in stage.requires.items():
+        for part, warmup in stage.needs(context).items():
             if part not in provided and warmup not in names:
                 stages += [needed for needed in [STAGES.build(warmup)] if needed.steps(context)]
         stages += stage.expand(context, stages)

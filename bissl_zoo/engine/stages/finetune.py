@@ -1,6 +1,6 @@
 """The finetune stage: train backbone and a new head on the downstream task, and evaluate on the test set."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from omegaconf import DictConfig
@@ -13,7 +13,9 @@ from bissl_zoo.distributed import get_world_size
 from bissl_zoo.downstream import DownstreamTask
 from bissl_zoo.engine.build import build_downstream, build_level, build_part, train_batches
 from bissl_zoo.engine.evaluate import metric_names
+from bissl_zoo.engine.pseudo_labels import with_pseudo_labels
 from bissl_zoo.engine.resume import seed_everything, seed_rank
+from bissl_zoo.engine.stages.bissl import HEAD_WARMUP
 from bissl_zoo.engine.trainer import Context, SingleLevelTrainer, Stage, Weights, load_state
 from bissl_zoo.errors import ConfigError, did_you_mean
 from bissl_zoo.registry import STAGES
@@ -25,14 +27,25 @@ BASELINE = "finetune_pretrained"
 class FinetuneTrainer(SingleLevelTrainer):
     """Train backbone and task head on the downstream task.
 
+    Args:
+        l2_sp: strength of a pull of the backbone towards the weights it has now (Li et al., "L2-SP", arXiv 1802.01483).
+
     Attributes:
         best: the weights that were best on the validation set, with their `step`, the metric's `value` and the number
             of evaluations `since`; None before the first evaluation.
     """
 
-    def __init__(self, level: Level) -> None:
+    def __init__(self, level: Level, l2_sp: float | None = None) -> None:
         super().__init__(level)
         self.best: dict[str, Any] | None = None
+        self.l2_sp = l2_sp
+        self.start = [p.detach().clone() for p in level.backbone_parameters] if l2_sp else []
+
+    def adjust_gradients(self) -> None:
+        """Add the gradient of `l2_sp / 2 * ||theta - theta_start||^2` of the trained backbone parameters."""
+        for parameter, start in zip(self.level.backbone_parameters, self.start, strict=bool(self.start)):
+            if parameter.grad is not None:
+                parameter.grad.add_(parameter.detach() - start, alpha=self.l2_sp)
 
     def remember(self, value: float) -> None:
         """Save a copy of the current weights as the best so far."""
@@ -96,6 +109,10 @@ class Finetune(Stage):
             return [self]
         return [type(self)(last.baseline_label, baseline=True), self]
 
+    def needs(self, context: Context) -> Mapping[str, str]:
+        """Return the warm-up of the head if the stage starts from a trained one."""
+        return {"task": HEAD_WARMUP} if context.cfg.finetune.head == "warm" else {}
+
     def check(self, context: Context, weights: Weights) -> None:
         """Check the optimizer's parameter groups and the metric of early stopping."""
         cfg = context.cfg
@@ -116,14 +133,17 @@ class Finetune(Stage):
         cfg = context.cfg
         source = weights.previous or weights if self.baseline else weights
         seed_everything(cfg.train.seed + 2)
-        trunk, task = build_downstream(context, Weights(source.backbone))
+        head = source.task if cfg.finetune.head == "warm" else None
+        trunk, task = build_downstream(context, Weights(source.backbone, task=head))
+        if weights.teacher is not None:
+            context = with_pseudo_labels(context, weights.teacher)
         if cfg.finetune.sync_batch_norm and get_world_size() > 1 and context.device.type == "cuda":
             trunk, task = map(nn.SyncBatchNorm.convert_sync_batchnorm, (trunk, task))
         batches = train_batches(context, task, cfg.train.seed + 2, start_step)
         groups = trained_parameters(cfg, trunk, task)
         level = build_level(cfg, self.name, "finetune", trunk, task, batches, self.steps(context), groups=groups)
         seed_rank(cfg.train.seed + 2)
-        return FinetuneTrainer(level)
+        return FinetuneTrainer(level, cfg.finetune.l2_sp)
 
 
 def trained_parameters(cfg: DictConfig, trunk: Backbone, task: DownstreamTask) -> list[Any]:

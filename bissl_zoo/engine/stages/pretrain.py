@@ -1,6 +1,7 @@
 """The pretrain stage: the pretext objective alone, on unlabelled images."""
 
 import copy
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -79,6 +80,10 @@ class Pretrain(Stage):
     provides = ("backbone", "pretext")
     label = "pretrained"
     probed = "level"
+
+    def needs(self, context: Context) -> Mapping[str, str]:
+        """Return the warm-up of a new pretext head if `pretrain.head_warmup` is True."""
+        return {"pretext": "pretext_warmup"} if context.cfg.pretrain.head_warmup else {}
 
     def check(self, context: Context, weights: Weights) -> None:
         """Check that gradient accumulation is exact for the method and divides the batch."""
