@@ -1,12 +1,14 @@
 """Registries of the parts of a run, and the `build_*` functions that configs call.
 
 To add a part, decorate a class or function with `@PRETEXT_METHODS.register("mine")` in a module that the config
-imports (`train.imports`); nothing here changes.
+imports (`train.imports`), or that an installed package lists among the entry points of the group `bissl_zoo.plugins`.
 """
 
 import fnmatch
 import functools
 import importlib
+import importlib.metadata
+import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -19,7 +21,25 @@ if TYPE_CHECKING:
 
 T = TypeVar("T", bound=Callable[..., Any])
 
+logger = logging.getLogger(__name__)
+
 _MAX_LISTED = 20
+#: entry points name modules that register parts: `parts = my_package.parts`
+PLUGIN_GROUP = "bissl_zoo.plugins"
+
+
+@functools.cache  # once per process
+def load_plugins() -> list[str]:
+    """Import the modules of the installed plug-ins; log and return the problem of each that cannot be imported."""
+    problems = []
+    for point in sorted(importlib.metadata.entry_points(group=PLUGIN_GROUP), key=lambda point: point.value):
+        try:
+            point.load()
+        except Exception as error:
+            package = f"{point.dist.name} {point.dist.version}" if point.dist else point.value
+            problems.append(f"The plug-in '{point.name}' of {package} failed: {type(error).__name__}: {error}")
+            logger.warning(problems[-1])
+    return problems
 
 
 class Registry(_FvcoreRegistry):
@@ -48,16 +68,20 @@ class Registry(_FvcoreRegistry):
                 self._modules.append(module)
                 raise
 
-    def __iter__(self) -> Iterator[tuple[str, Any]]:
+    def _import_all(self) -> None:
         self._import_modules()
+        load_plugins()
+
+    def __iter__(self) -> Iterator[tuple[str, Any]]:
+        self._import_all()
         return super().__iter__()
 
     def __contains__(self, name: object) -> bool:
-        self._import_modules()
+        self._import_all()
         return super().__contains__(name)
 
     def __repr__(self) -> str:
-        self._import_modules()
+        self._import_all()
         return super().__repr__()
 
     def register(self, name: str, args: Mapping[str, "Domain"] | None = None) -> Callable[[T], T]:
@@ -90,17 +114,27 @@ class Registry(_FvcoreRegistry):
         return decorate
 
     def get(self, name: str) -> Any:
-        """Return the object registered as `name`; raise RegistryError with the nearest name if there is none."""
+        """Return the object registered as `name`; raise RegistryError with the nearest name if there is none.
+
+        Plug-ins are imported only for names that the package and `train.imports` do not register.
+        """
         self._import_modules()
+        problems = []
+        if isinstance(name, str) and name not in self._obj_map:
+            problems = load_plugins()
         if isinstance(name, str) and name in self._obj_map:
             return self._obj_map[name]
+        hint = "".join(f" {problem}" for problem in problems)
         if not self._obj_map:
-            raise RegistryError(f"Unknown {self.kind} {name!r}: none is registered. Import the module that defines it.")
+            advice = f"none is registered. Import the module that defines it.{hint}"
+            raise RegistryError(f"Unknown {self.kind} {name!r}: {advice}")
         names = self.list()
         listed = ", ".join(names[:_MAX_LISTED])
         if len(names) > _MAX_LISTED:
             listed += f", ... ({len(names)} in all)"
-        raise RegistryError(f"Unknown {self.kind} {name!r}.{did_you_mean(str(name), names)} Registered: {listed}.")
+        raise RegistryError(
+            f"Unknown {self.kind} {name!r}.{did_you_mean(str(name), names)} Registered: {listed}.{hint}"
+        )
 
     def arguments(self, name: str) -> dict[str, "Domain"]:
         """Return the domains that `name` was registered with; raise RegistryError as `get`."""
@@ -109,7 +143,7 @@ class Registry(_FvcoreRegistry):
 
     def list(self, pattern: str = "*") -> list[str]:
         """Return the sorted names that match a shell wildcard pattern such as "resnet*"."""
-        self._import_modules()
+        self._import_all()
         return sorted(fnmatch.filter(self._obj_map, pattern))
 
     def build(self, name: str, /, **kwargs: Any) -> Any:

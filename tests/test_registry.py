@@ -1,4 +1,5 @@
 import functools
+import sys
 
 import pytest
 
@@ -128,6 +129,7 @@ def test_an_error_inside_the_call_is_passed_on(methods):
     ],
 )
 def test_each_build_function_uses_its_registry(monkeypatch, build, table):
+    getattr(registry, table).list()  # the modules of the package register themselves before the patch
     monkeypatch.setattr(getattr(registry, table), "_obj_map", {"only_here": scale})
     assert getattr(registry, build)(name="only_here", factor=3.0) == (3.0, 0.0)
     assert f"Registry of {table}" in repr(getattr(registry, table))
@@ -164,3 +166,42 @@ def test_the_second_registration_of_a_name_fails_and_not_the_packages_own(tmp_pa
     with pytest.raises(RegistryError, match="'ours' is already registered as builtins.int; register .*scale"):
         methods.register("ours")(scale)
     assert methods.get("ours") is int
+
+
+def plugin(folder, name, code):
+    """Write an installed package: a module, and its metadata with an entry point."""
+    (folder / f"{name}.py").write_text(code)
+    metadata = folder / f"{name}-1.5.dist-info"
+    metadata.mkdir()
+    (metadata / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.5\n")
+    (metadata / "entry_points.txt").write_text(f"[bissl_zoo.plugins]\nparts = {name}\n")
+
+
+@pytest.fixture
+def plugins(tmp_path, monkeypatch):
+    """Install two plug-ins, of which one fails."""
+    register = (
+        "from bissl_zoo.registry import PRETEXT_METHODS\n@PRETEXT_METHODS.register('of_plugin')\nclass Mine: ...\n"
+    )
+    plugin(tmp_path, "good_plugin", register)
+    plugin(tmp_path, "sad_plugin", "import no_such_library\n")
+    monkeypatch.setattr(registry.PRETEXT_METHODS, "_obj_map", dict(registry.PRETEXT_METHODS))
+    monkeypatch.syspath_prepend(tmp_path)
+    registry.load_plugins.cache_clear()
+    yield
+    registry.load_plugins.cache_clear()
+    sys.modules.pop("good_plugin", None)
+
+
+def test_an_installed_plugin_is_imported_when_a_name_is_looked_up_that_the_package_lacks(plugins):
+    assert registry.PRETEXT_METHODS.get("simclr") and "good_plugin" not in sys.modules
+    assert registry.PRETEXT_METHODS.get("of_plugin").__module__ == "good_plugin"
+    assert "of_plugin" in registry.PRETEXT_METHODS.list()
+
+
+def test_a_plugin_that_fails_is_named_and_leaves_the_others(plugins, caplog):
+    failed = "The plug-in 'parts' of sad_plugin 1.5 failed: ModuleNotFoundError"
+    assert "of_plugin" in registry.PRETEXT_METHODS.list() and caplog.text.count(failed) == 1
+    with pytest.raises(RegistryError, match=f"Unknown pretext method 'of_plugn'. Did you mean 'of_plugin'.*{failed}"):
+        registry.PRETEXT_METHODS.get("of_plugn")
+    assert caplog.text.count(failed) == 1
