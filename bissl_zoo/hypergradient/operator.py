@@ -23,14 +23,15 @@ def float32_precision(precision: Literal["float32", "tf32"]) -> Iterator[None]:
     cuDNN computes convolutions in TF32 by default.
     """
     cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
-    settings = (cudnn.conv, cudnn.rnn, matmul)
+    settings = (cudnn.conv, cudnn.rnn, matmul) if hasattr(cudnn, "conv") else ()  # before PyTorch 2.9: flags alone
     before = [setting.fp32_precision for setting in settings]
+    flags = (before[0] == "tf32", before[2] == "tf32") if settings else (cudnn.allow_tf32, matmul.allow_tf32)
     try:
         # `allow_tf32` sets all of a backend alike; PyTorch raises an error where it is read and they differ
         cudnn.allow_tf32 = matmul.allow_tf32 = precision == "tf32"
         yield
     finally:
-        cudnn.allow_tf32, matmul.allow_tf32 = before[0] == "tf32", before[2] == "tf32"
+        cudnn.allow_tf32, matmul.allow_tf32 = flags
         for setting, value in zip(settings, before, strict=True):
             setting.fp32_precision = value
 

@@ -205,6 +205,6 @@ class Subspace:
         coordinates = torch.cat([coordinates, torch.tensor([norm], dtype=torch.float64)])
         if torch.isfinite(coordinates).all():
             self.basis.append(w.div_(norm))
-            self.directions = torch.nn.functional.pad(self.directions, (0, 0, 0, 1))
-            self.images = torch.nn.functional.pad(self.images, (0, 0, 0, 1))
+            row = self.directions.new_zeros(1, self.explored)
+            self.directions, self.images = torch.cat([self.directions, row]), torch.cat([self.images, row])
         return coordinates

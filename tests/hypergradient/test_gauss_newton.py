@@ -53,7 +53,9 @@ def problem(name):
         vit = {"img_size": 8, "patch_size": 4, "embed_dim": 4, "depth": 1, "num_heads": 2}
         backbone = build_backbone(name="vit_tiny_patch16_224", class_token=False, global_pool="avg", **vit)
         backbone, tail = backbone.split(backbone.stages[-1])
-        views = torch.randn(2, 3, 8, 8, dtype=torch.float64), torch.tensor([[[True, False], [False, True]]] * 2)
+        images = torch.randn(2, 3, 8, 8, dtype=torch.float64)
+        images += images.sign()  # no residual is below the smallest one, where the parabola ends
+        views = images, torch.tensor([[[True, False], [False, True]]] * 2)
     else:
         backbone, tail = Convolutions(), Pool()
         views = tuple(torch.randn(2, 5, 3, 8, 8, dtype=torch.float64))
