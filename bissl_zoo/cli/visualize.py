@@ -3,7 +3,7 @@
 bissl visualize data --config-file configs/bissl/voc_det.py --split test
 bissl visualize views --config-file configs/pretrain/dino_imagenet.py pretext.augmentation.local_crops=4
 bissl visualize predictions runs/a --worst
-bissl visualize embeddings runs/a zoo:resnet18.simclr --csv
+bissl visualize embeddings runs/a zoo:resnet18.simclr
 
 Without --config-file the config of the run directory is used. Images are written to images/ in the run directory or in
 the working directory: data_train.png, views.png and so on. --output names another file; its suffix (.png, .pdf, .svg)
@@ -71,15 +71,13 @@ def command_parser(prog: str, name: str) -> argparse.ArgumentParser:
         )
     if name == "embeddings":
         parser.add_argument("--architecture", metavar="NAME", help="timm name, for files without one")
-        parser.add_argument("--csv", action="store_true", help="also write the coordinates")
     return parser
 
 
 def run(args: argparse.Namespace) -> int:
     """Draw and save an image."""
-    from bissl_zoo.report.images import visualize
-    from bissl_zoo.report.images.embeddings import write_csv
-    from bissl_zoo.report.images.sheets import check_format, save_figure
+    from bissl_zoo.report import visualize
+    from bissl_zoo.report.sheets import check_format, save_figure
 
     if args.output:
         check_format(args.output)
@@ -92,11 +90,7 @@ def run(args: argparse.Namespace) -> int:
     elif args.command == "predictions":
         figure = visualize.predictions_figure(cfg, args.images, args.seed, args.worst, args.threshold)
     else:
-        result = visualize.embeddings_figure(cfg, args.sources, args.images, args.seed, args.architecture)
-        figure = result.figure
-        if args.csv:
-            write_csv(result.embeddings, result.classes, result.names, output.with_suffix(".csv"))
-            print(f"coordinates {output.with_suffix('.csv')}")
+        figure = visualize.embeddings_figure(cfg, args.sources, args.images, args.seed, args.architecture).figure
     save_figure(figure, output)
     print(f"image {output}")
     return 0

@@ -1,4 +1,4 @@
-"""Charts of a run: losses, other curves, time by stage, and the last evaluation by class."""
+"""Charts of a run: losses, other curves, and the last evaluation by class."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -13,7 +13,7 @@ from bissl_zoo.downstream.drawing import COLOURS, shorten
 from bissl_zoo.engine.evaluate import Details, worst_confusions
 from bissl_zoo.engine.stages import alternates, find_stage
 from bissl_zoo.evaluation.ranking import MOST_RANKED
-from bissl_zoo.report.history import MAX_CURVES, Axis, History, Series, StageTime
+from bissl_zoo.report.history import MAX_CURVES, Axis, History, Series
 from bissl_zoo.report.page import TEXT, Block, Chart, Fold, Note, Table, chart_style, embed, shown
 
 #: inches; the width of a phone
@@ -120,32 +120,6 @@ def draw_curves(
 def plain_label(name: str) -> str:
     """Return a name for a legend; matplotlib drops labels that begin with an underscore."""
     return f"\u200b{shown(name)}" if name.startswith("_") else shown(name)
-
-
-def draw_timing(stages: Sequence[StageTime]) -> Figure:
-    """Draw a bar per stage, divided into computing, evaluating, waiting for data and writing checkpoints."""
-    with chart_style():
-        figure = Figure(figsize=(WIDTH, 0.9 + 0.36 * len(stages)), layout="constrained")
-        panel = figure.subplots()
-        rows, left = range(len(stages)), np.zeros(len(stages))
-        parts = {
-            "computing": [stage.computing for stage in stages],
-            "evaluating": [stage.evaluating for stage in stages],
-            "waiting for data": [stage.waiting for stage in stages],
-            "writing checkpoints": [stage.saving for stage in stages],
-        }
-        for (label, values), colour in zip(parts.items(), COLOURS, strict=False):
-            if any(values):
-                panel.barh(rows, values, left=left, color=colour, height=0.62, label=label)
-            left += values
-        for row, stage in enumerate(stages):
-            _annotate(panel, in_time(stage.seconds), stage.seconds, row, TEXT - 1)
-        panel.set_yticks(list(rows), [stage.name for stage in stages])
-        panel.invert_yaxis()
-        panel.set_xlim(0, max((stage.seconds for stage in stages), default=1) * 1.18 or 1)
-        panel.set_xlabel("seconds")
-        figure.legend(loc="outside lower center", ncols=2)
-    return figure
 
 
 def _annotate(panel: Axes, text: str, x: float, y: float, size: float) -> None:

@@ -192,11 +192,6 @@ class StageTime:
     saving: float = 0.0
     speed: float = math.nan
 
-    @property
-    def computing(self) -> float:
-        """Return the rest."""
-        return max(self.seconds - self.evaluating - self.waiting - self.saving, 0.0)
-
 
 def time_of(history: History, wall: Any, tested: Mapping[str, float]) -> tuple[list[StageTime], list[str]]:
     """Return the time of each stage from the records at the end of its processes, and notes on what is unknown.

@@ -1,5 +1,7 @@
 """The report of one run: its sections, each from the files of its directory, its data sets or its model."""
 
+import re
+import shlex
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -9,20 +11,23 @@ from typing import Any
 from matplotlib.figure import Figure
 from omegaconf import DictConfig, OmegaConf
 
-from bissl_zoo.config import LazyConfig
+from bissl_zoo.config import LazyConfig, config_root, load_config, with_defaults
 from bissl_zoo.engine.evaluate import DETAILS_FILE, Details, read_details
 from bissl_zoo.engine.hooks import SKIPPED
 from bissl_zoo.engine.stages import alternates
-from bissl_zoo.errors import BisslZooError, CheckpointError
+from bissl_zoo.errors import BisslZooError, CheckpointError, ConfigError
 from bissl_zoo.registry import STAGES
-from bissl_zoo.report.charts import detail_blocks, draw_curves, draw_losses, draw_timing, in_time
-from bissl_zoo.report.config import differences, read_text
+from bissl_zoo.report.charts import detail_blocks, draw_curves, draw_losses, in_time
 from bissl_zoo.report.history import MAX_CURVES, Axis, History, Series, make_axis, read_history, time_of
 from bissl_zoo.report.page import Block, Chart, Fold, Note, Section, Sections, Table, Text, embed
-from bissl_zoo.report.run_images import RunImages
+from bissl_zoo.report.visualize import RunImages
 from bissl_zoo.runs.directory import LOG_FILE, METRICS_FILE, load_run_config, read_metadata
 from bissl_zoo.runs.listing import FINISHED, RunState, look_at
 
+#: sections with defaults in common/train.py
+PLAIN = ("train", "pretrain", "bilevel", "finetune", "clip_grad")
+#: maximum bytes of a text file that are read
+_LIMIT = 4 << 20
 FILES_ONLY = "Left out, since only the files of the run are read (--files-only)."
 #: charts of the hypergradient: metrics, label, caption, options
 _HYPERGRADIENT = [
@@ -152,13 +157,10 @@ class RunReport:
 
     def configuration(self) -> list[Block]:
         """Return how the config differs from its base; all of it is folded."""
-        result = differences(self.cfg, read_text(self.folder / "environment.txt"))
-        rows = [[item.key, item.base, item.value] for item in result.changed]
-        caption = f"Keys that differ from {result.base}."
-        blocks: list[Block] = [Table(["key", "base", "this run"], rows, caption)] if rows else []
-        if not rows:
-            blocks.append(Note(f"The config is {result.base} without changes."))
-        return [*blocks, Fold("The whole config", [Text(LazyConfig.to_py(self.cfg))])]
+        base, rows = changed_keys(self.cfg, read_text(self.folder / "environment.txt"))
+        table = Table(["key", "base", "this run"], rows, f"Keys that differ from {base}.")
+        block: Block = table if rows else Note(f"The config is {base} without changes.")
+        return [block, Fold("The whole config", [Text(LazyConfig.to_py(self.cfg))])]
 
     def datasets(self) -> list[Block]:
         """Return the data sets with their sizes, and how many images could not be decoded."""
@@ -247,8 +249,7 @@ class RunReport:
             for item in stages
         ]
         header = ["stage", "time", *parts, "images/s, last"]
-        chart = _chart(draw_timing(stages), "Time by stage.")
-        return [chart, Table(header, rows, "", range(1, 6), wide=True), *map(Note, notes)]
+        return [Table(header, rows, "Time by stage.", range(1, 6), wide=True), *map(Note, notes)]
 
     def _tested(self) -> dict[str, float]:
         """Return the seconds of the evaluations on the test set by start of fine-tuning; 0 if not recorded."""
@@ -273,3 +274,61 @@ class RunReport:
 
 def _chart(figure: Figure, caption: str) -> Chart:
     return Chart(embed(figure, caption), caption)
+
+
+def changed_keys(cfg: DictConfig, environment: str) -> tuple[str, list[list[Any]]]:
+    """Return the name of the base config of a run, and key, base value and value where `cfg` differs from it.
+
+    The base is the shipped config on the command line of the run or, without one, the defaults. No other config is
+    opened: configs are programs, and the run may come from a stranger.
+
+    Args:
+        environment: text of the run's `environment.txt`.
+    """
+    name = shipped_config(environment)
+    base = with_defaults(load_config(config_root() / name)) if name else load_config("common/train.py")
+    rows = [[key, *values] for key, values in differing([base, cfg]) if name or key.split(".")[0] in PLAIN]
+    return f"configs/{name or 'common/train.py'}", rows
+
+
+def shipped_config(environment: str) -> str | None:
+    """Return the config in `configs/` that the command of a run names, or None."""
+    match = re.search(r"^command: (.*)$", environment, re.MULTILINE)
+    try:
+        words = shlex.split(match[1]) if match else []
+    except ValueError:  # unbalanced quotes
+        return None
+    place = words.index("--config-file") + 1 if "--config-file" in words else len(words)
+    name = words[place].removeprefix("configs/") if place < len(words) else ""
+    shipped = {path.relative_to(config_root()).as_posix() for path in config_root().rglob("*.py")}
+    return name if name in shipped else None
+
+
+def differing(configs: Sequence[DictConfig]) -> list[tuple[str, list[Any]]]:
+    """Return the keys in which several configs differ, except for the output directory, with the value of each."""
+    flat = [_leaves(OmegaConf.to_container(cfg, resolve=False)) for cfg in configs]
+    keys = dict.fromkeys(key for values in flat for key in values)
+    rows = [(key, [values.get(key) for values in flat]) for key in keys if key != "train.output_dir"]
+    return [(key, values) for key, values in rows if any(value != values[0] for value in values)]
+
+
+def _leaves(node: Any, key: str = "") -> dict[str, Any]:
+    """Return the values of a config by dotted key; lists are values."""
+    if not isinstance(node, dict) or not node:
+        return {key: node}
+    return {k: v for name, value in node.items() for k, v in _leaves(value, f"{key}.{name}".lstrip(".")).items()}
+
+
+def read_text(path: Path) -> str:
+    """Return the first 4 MiB of a text file of a run directory; empty if there is no file.
+
+    Raises:
+        ConfigError: the file cannot be read.
+    """
+    if not path.is_file():
+        return ""
+    try:
+        with open(path, "rb") as file:
+            return file.read(_LIMIT).decode(errors="replace")
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be read: {error.strerror}.") from error

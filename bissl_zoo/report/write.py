@@ -5,16 +5,13 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig
-
 from bissl_zoo.engine.stages import alternates
 from bissl_zoo.errors import CheckpointError
 from bissl_zoo.report import IMAGES
 from bissl_zoo.report.charts import draw_curves
-from bissl_zoo.report.config import differing
 from bissl_zoo.report.history import MAX_CURVES, Series
 from bissl_zoo.report.page import Block, Chart, Note, Sections, Table, embed, footer, render, save_page
-from bissl_zoo.report.run import RunReport
+from bissl_zoo.report.run import RunReport, differing
 from bissl_zoo.runs.listing import is_run
 
 #: metrics of several runs in one chart, for each stage that has them
@@ -77,8 +74,7 @@ def _results(runs: Sequence[RunReport], names: Sequence[str]) -> list[Block]:
 
 
 def _differences(runs: Sequence[RunReport], names: Sequence[str]) -> list[Block]:
-    configs: list[DictConfig] = [run.cfg for run in runs]
-    rows = [[key, *values] for key, values in differing(configs)]
+    rows = [[key, *values] for key, values in differing([run.cfg for run in runs])]
     if not rows:
         return [Note("The configs are equal except for the output directories.")]
     return [Table(["key", *names], rows, "Keys of the config in which the runs differ.", wide=True)]

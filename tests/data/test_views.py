@@ -89,17 +89,6 @@ def test_only_the_second_view_is_solarized():
     torch.testing.assert_close(second, torch.where(expected >= 128, 255 - expected, expected) / 255)
 
 
-def test_defaults_are_those_of_byol_and_dino():
-    def settings(views):
-        """Return the crop's scale and the probabilities of blur and solarization of each view."""
-        steps = [transform.transforms for transform in views.transforms]
-        return [(crop.scale, blur.p, solarize.p) for crop, _, _, _, blur, solarize, _, _ in steps]
-
-    assert settings(two_views()) == [((0.08, 1.0), 1.0, 0.0), ((0.08, 1.0), 0.1, 0.2)]
-    large, small = (0.4, 1.0), (0.05, 0.4)
-    assert settings(multi_crop()) == [(large, 1.0, 0.0), (large, 0.1, 0.2)] + [(small, 0.5, 0.0)] * 8
-
-
 @pytest.mark.parametrize("views", [two_views(size=16), multi_crop(size=16, local_size=8), masked_view(size=64)])
 def test_views_travel_to_spawned_workers(views):
     image = noise()
@@ -121,7 +110,7 @@ def test_multi_crop_is_two_large_crops_and_several_small_ones():
 
 @pytest.mark.parametrize(
     ("size", "patch", "ratio", "cells", "hidden"),
-    [(192, 32, 0.6, 6, 22), (224, 32, 0.6, 7, 30), (160, 32, 0.6, 5, 15), (64, 16, 0.5, 4, 8), (96, 32, 0.6, 3, 6)],
+    [(192, 32, 0.6, 6, 22), (160, 32, 0.6, 5, 15), (64, 16, 0.5, 4, 8)],
 )
 def test_a_mask_hides_the_given_fraction_rounded_up(size, patch, ratio, cells, hidden):
     view, mask = masked_view(size=size, mask_patch=patch, mask_ratio=ratio)(noise())
@@ -139,14 +128,6 @@ def test_masks_differ_and_hide_every_cell_equally_often():
     often = drawn[0].float().mean(dim=0)
     assert (often - 10 / 16).abs().max() < 0.09  # four standard errors of 0.022
     assert len({tuple(mask.flatten().tolist()) for mask in drawn[0]}) > 400
-
-
-def test_the_view_of_a_mask_is_cropped_and_flipped_and_no_more():
-    image = gradient()
-    still = dict(crop_scale=(1.0, 1.0), aspect_ratio=(1.0, 1.0), mean=(0.0,) * 3, std=(1.0,) * 3, mask_patch=8)
-    kept, flipped = (masked_view(size=32, flip_probability=p, **still)(image)[0] for p in (0.0, 1.0))
-    torch.testing.assert_close(kept, torch.from_numpy(np.array(image)).permute(2, 0, 1) / 255)
-    assert torch.equal(flipped, kept.flip(-1))
 
 
 def test_a_mask_that_cannot_be_drawn_is_refused():
@@ -325,15 +306,6 @@ def test_whole_views_are_distributed_as_in_the_workers(photographs, views):
         assert one.shape[1:] == other.shape[1:] and one.dtype == other.dtype
         if one.dtype == torch.float32:
             assert_alike(other, one)
-
-
-def test_a_mask_comes_back_as_the_workers_drew_it(photographs):
-    views = masked_view(size=64)
-    torch.manual_seed(0)
-    crops, masks = default_collate([views.crops(photo) for photo in photographs])
-    assert crops.dtype == torch.uint8 and (masks.sum(dim=(1, 2)) == 3).all()
-    images, same = views.on_device([crops, masks])
-    assert images.shape == (2, 3, 64, 64) and images.dtype == torch.float32 and torch.equal(same, masks)
 
 
 def test_steps_before_the_first_batched_one_run_in_the_workers(photographs):

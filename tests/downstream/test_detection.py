@@ -140,18 +140,6 @@ def test_predictions_equal_torchvisions_in_original_pixels(built):
         assert not prediction["boxes"].requires_grad
 
 
-def test_the_scale_of_a_map_does_not_depend_on_the_first_batch():
-    predictions = []
-    for first in (torch.rand(3, 16, 96), None):  # half of its batch is padding
-        trunk, task = build()
-        trunk.eval(), task.eval()
-        if first is not None:
-            task.predict(trunk, [first])
-        predictions.append(task.predict(trunk, two_images()[0]))
-    for one, other in zip(*predictions, strict=True):
-        assert all(torch.equal(one[key], other[key]) for key in ("boxes", "scores", "labels"))
-
-
 @pytest.mark.parametrize("architecture", ["test_resnet", "test_efficientnet"])
 def test_a_pyramid_is_trained_on_any_backbone_with_maps_of_four_sizes(architecture):
     trunk, task = build_pyramid(architecture, min_size=64, max_size=96, anchor_sizes=None)
@@ -175,18 +163,6 @@ def test_a_pyramid_needs_maps_with_doubling_strides():
 def test_a_pyramid_needs_a_size_of_anchor_for_each_of_its_maps():
     with pytest.raises(ConfigError, match=r"anchor_sizes has 3 sizes; the pyramid has 5 maps \(c2, c3, c4, c5 and one"):
         build_pyramid(anchor_sizes=[16, 32, 64])
-
-
-def test_a_vision_transformer_detects_on_its_last_map():
-    args = dict(class_token=False, global_pool="avg", dynamic_img_size=True)
-    trunk, task = build("blocks.5", "test_vit", (), args)
-    batch = two_images()
-    losses_ = losses(trunk, task, batch)
-    sum(losses_.values()).backward()
-    assert all(torch.isfinite(loss) for loss in losses_.values())
-    assert task.roi_heads.box_roi_pool.scales == [1 / 16]
-    trunk.eval(), task.eval()
-    assert all(len(prediction["boxes"]) for prediction in task.predict(trunk, batch[0]))
 
 
 def test_difficult_objects_are_left_out_of_training():
@@ -226,24 +202,6 @@ def test_a_flip_moves_the_boxes_with_the_pixels_only_in_training():
     assert task.transform(train=True)(square_at(5), target([], []))[1]["boxes"].shape == (0, 4)
     image, same = task.transform(train=False)(square_at(5), given)
     assert same is given and image.shape == (3, 20, 50) and (image[:, 4:12, 5:15] == 1).all()
-
-
-@pytest.mark.slow
-def test_a_few_steps_fit_two_bright_squares():
-    trunk, task = build(rpn_proposals=(100, 50), roi_batch=64)
-    images = torch.zeros(2, 3, 64, 64)
-    images[0, :, 10:30, 12:36] = 1.0
-    images[1, 0, 30:54, 20:44] = 1.0
-    batch = list(images), [target([[12, 10, 36, 30]], [0]), target([[20, 30, 44, 54]], [1], image_id=1)]
-    optimizer = torch.optim.AdamW([*trunk.parameters(), *task.parameters()], lr=2e-3)
-    history = []
-    for step in range(30):
-        loss = sum(losses(trunk, task, batch, seed=step).values())
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        history.append(loss.item())
-    assert sum(history[-5:]) < 0.5 * sum(history[:5])
 
 
 SMALL_PYRAMID = dict(min_size=64, max_size=96, anchor_sizes=(8, 16, 32, 64, 128))
@@ -306,7 +264,7 @@ def test_a_pyramid_goes_through_the_bilevel_stage_and_is_evaluated(tiny_config, 
     assert {"AP50", "AP"} <= set(evaluate(context, trunk, task))
 
 
-@pytest.mark.parametrize("size", [(20_000, 10), (10, 20_000), (3_200, 10), (3_199, 10)])
+@pytest.mark.parametrize("size", [(20_000, 10), (3_200, 10), (3_199, 10)])
 def test_a_very_thin_image_is_padded_until_a_row_remains(size):
     trunk, task = build(min_size=196, max_size=320)
     given = target([[0.0, 0.0, 1.0, 1.0]], [0])

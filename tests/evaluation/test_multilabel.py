@@ -78,8 +78,8 @@ def test_the_area_agrees_with_torchmetrics_over_ties_and_ignored_labels(levels):
     # theirs is in float32
     expected = reference(scores, targets.long())
     assert list(metrics) == ["class0", "class2", "class3", "class4"]
-    for name, figure in metrics.items():
-        assert figure["AP"] == pytest.approx(expected[int(name[-1])].item(), rel=1e-5)
+    for name, values in metrics.items():
+        assert values["AP"] == pytest.approx(expected[int(name[-1])].item(), rel=1e-5)
 
 
 def test_a_ranking_worked_out_by_hand():
@@ -103,10 +103,10 @@ def test_recalls_are_exact_tenths():
 def test_an_ignored_label_removes_its_image_from_that_class_only():
     scores, targets = random_set(ignored=0.3)
     metrics = evaluator(scores, targets).per_class()
-    for column, figure in enumerate(metrics.values()):
+    for column, values in enumerate(metrics.values()):
         counts = targets[:, column] >= 0
         assert 0 < counts.sum() < 60
-        assert (figure["AP11"], figure["AP"]) == one_class(
+        assert (values["AP11"], values["AP"]) == one_class(
             scores[counts, column].tolist(), targets[counts, column].tolist()
         )
 
@@ -117,21 +117,6 @@ def test_classes_without_positives_are_left_out_of_the_mean():
     filled = evaluator(scores, torch.tensor([[1, 0, -1, 0], [0, 0, -1, 1]]), list("abcd"))
     assert filled.per_class() == {"a": {"AP11": 1.0, "AP": 1.0}, "d": {"AP11": 0.5, "AP": 0.5}}
     assert filled.evaluate() == {"mAP11": 0.75, "mAP": 0.75}
-
-
-def test_scores_are_ranked_in_full_precision():
-    assert one_class([40.0, 50.0], [0, 1]) == (1.0, 1.0)  # whose sigmoids are both 1 in float32
-    close = torch.tensor([[1.0], [1.0 + 1e-15]], dtype=torch.float64)
-    assert evaluator(close, torch.tensor([[0], [1]])).evaluate() == {"mAP11": 1.0, "mAP": 1.0}
-
-
-def test_batches_give_what_the_whole_set_does():
-    scores, targets = random_set(levels=5)
-    parts = MultilabelEvaluator([f"class{i}" for i in range(5)])
-    for start in range(0, 60, 16):
-        parts.process(scores[start : start + 16], targets[start : start + 16])
-    parts.process(scores[:0], targets[:0])
-    assert parts.evaluate() == evaluator(scores, targets).evaluate()
 
 
 def test_an_empty_set_or_one_without_positives_is_an_error():
@@ -153,7 +138,6 @@ def test_an_empty_set_or_one_without_positives_is_an_error():
     [
         (torch.zeros(1, 3), torch.zeros(1, 3), r"of 2 classes: predictions have shape \(1, 3\)"),
         (torch.zeros(2, 2), torch.zeros(1, 2), r"targets \(1, 2\); expected \(B, 2\)"),
-        (torch.zeros(2, 2), torch.zeros(2), r"targets \(2,\)"),
         (torch.full((1, 2), float("nan")), torch.zeros(1, 2), "NaN or infinite"),
         (torch.zeros(1, 2), torch.tensor([[0.5, 2.0]]), r"targets are \[0.5, 2.0\]"),
     ],

@@ -103,25 +103,6 @@ def test_the_student_sees_all_crops_and_the_teacher_the_first_two():
     torch.testing.assert_close(method.teacher_mean, targets.mean(dim=(0, 1)), rtol=1e-5, atol=1e-6)
 
 
-def test_crops_of_one_size_share_their_batch_statistics():
-    trunk, method = build()
-    sizes = []
-    trunk.register_forward_hook(lambda module, inputs, output: sizes.append(tuple(inputs[0].shape)))
-    method.losses(trunk, crops())
-    assert sizes == [(8, 3, 32, 32), (12, 3, 16, 16)]
-
-
-def test_after_step_moves_the_center_once():
-    trunk, method = build(center_decay=0.75)
-    method.losses(trunk, crops())
-    outputs = method.teacher_mean.clone()
-    method.after_step(trunk)
-    torch.testing.assert_close(method.center, 0.25 * outputs)
-    center = method.center.clone()
-    method.after_step(trunk)  # of a step without a loss
-    assert torch.equal(method.center, center)
-
-
 def test_what_a_solve_computes_does_not_reach_the_next_center():
     trunk, method = build()
     views, other = crops(), tuple(view.flip(0) * 2 for view in crops())
@@ -144,14 +125,6 @@ def test_small_crops_are_embedded_by_a_vit_of_any_size_and_refused_by_one_of_a_f
     trunk, method = build(VIT | {"dynamic_img_size": False})
     with pytest.raises(ConfigError, match=r"'test_vit' takes only images of \(32, 32\).*dynamic_img_size=True"):
         method.losses(trunk, crops())
-
-
-def test_the_center_is_kept_in_float32_under_autocast():
-    trunk, method = build(VIT)
-    with torch.autocast("cpu", torch.bfloat16):
-        method.losses(trunk, crops())["cross_entropy"].backward()
-    method.after_step(trunk)
-    assert method.center.dtype == torch.float32 and method.center.any()
 
 
 def test_the_config_has_the_papers_numbers_and_fits_the_small_vit():

@@ -4,7 +4,6 @@ from pretext_methods import MASK, VIT, build_method
 from torch import nn
 from torch.nn import functional
 
-from bissl_zoo.config import instantiate, load_config
 from bissl_zoo.errors import ConfigError
 from bissl_zoo.pretext.simmim import masked_l1
 from bissl_zoo.registry import build_backbone, build_pretext
@@ -129,14 +128,3 @@ def test_a_split_that_leaves_blocks_in_the_tail_is_refused():
     trunk, tail = build_backbone(**VIT).split("blocks.3")
     with pytest.raises(ConfigError, match="leaves blocks after it.*bilevel.shared_stage=null"):
         build_pretext(name="simmim", backbone=trunk, tail=tail)
-
-
-def test_the_config_has_the_papers_numbers_and_fits_the_small_vit():
-    cfg = load_config("common/pretext/simmim.py").pretext
-    assert (cfg.augmentation.size, cfg.augmentation.mask_patch, cfg.augmentation.mask_ratio) == (192, 32, 0.6)
-    backbone = load_config("common/backbones/vit_small.py").vit_small
-    trunk, tail = instantiate(backbone, depth=2, embed_dim=24, num_heads=2).split("blocks.1")
-    method = instantiate(cfg, backbone=trunk, tail=tail)
-    assert method.decoder(torch.zeros(1, 24, 12, 12)).shape == (1, 3, 192, 192)
-    mask = torch.ones(1, 6, 6, dtype=torch.bool)
-    assert method.losses(trunk, (images(192, count=1), mask))["l1"].isfinite()

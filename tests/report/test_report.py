@@ -12,7 +12,7 @@ from bissl_zoo.config import LazyConfig
 from bissl_zoo.engine.evaluate import DETAILS_FILE, Details, read_details, write_details
 from bissl_zoo.errors import CheckpointError
 from bissl_zoo.report import report_after
-from bissl_zoo.report.config import differences, leaves, shipped_config
+from bissl_zoo.report.run import changed_keys, shipped_config
 from bissl_zoo.report.write import write_report
 from bissl_zoo.runs.directory import load_run_config
 
@@ -42,8 +42,8 @@ def test_the_tables_hold_the_metrics_of_the_files(whole, finished):
     results = json.loads((finished / "results.json").read_text())
     names = [name for name in results["bissl"] if "/" not in name]
     rows = {row[0]: row[1:] for row in parsed.table("fine-tuned from", *names)}
-    for start, figures in results.items():
-        assert rows[start] == [f"{figures[name]:.4g}" for name in names]
+    for start, metrics in results.items():
+        assert rows[start] == [f"{metrics[name]:.4g}" for name in names]
     assert rows["bissl minus pretrained"] == [f"{results['bissl'][n] - results['pretrained'][n]:+.4f}" for n in names]
     steps = {row[0]: row[1:4] for row in parsed.table("stage", "step", "of", "done", "checkpoints")}
     assert steps["bissl"] == ["2", "2", "yes"] and list(steps) == [
@@ -52,8 +52,8 @@ def test_the_tables_hold_the_metrics_of_the_files(whole, finished):
     by_class = json.loads((finished / DETAILS_FILE).read_text())["bissl"]["per_class"]
     cells = {row[0]: row for row in parsed.rows if len(row) == 7 and row[1] == "bissl"}
     assert cells.keys() == by_class.keys()
-    for name, figures in by_class.items():
-        assert cells[name][2:] == [f"{value:.4g}" for value in figures.values()]
+    for name, metrics in by_class.items():
+        assert cells[name][2:] == [f"{value:.4g}" for value in metrics.values()]
 
 
 @pytest.mark.slow
@@ -61,20 +61,11 @@ def test_the_charts_name_their_axes_and_links_lead_to_sections(whole):
     parsed = Parsed(whole[0].read_text(encoding="utf-8"))
     drawn = set(parsed.drawn)
     assert {"pretext loss", "downstream loss", "optimizer steps since the run began", "relative residual"} <= drawn
-    assert {"precision (fraction)", "recall (fraction)", "seconds", "cosine", "|x| / |v|", "bissl, 6 steps"} <= drawn
+    assert {"precision (fraction)", "recall (fraction)", "cosine", "|x| / |v|", "bissl, 6 steps"} <= drawn
     names = [attrs["id"] for _, attrs in parsed.elements if "id" in attrs]
     assert len(names) == len(set(names))
     links = [attrs["href"] for tag, attrs in parsed.elements if tag == "a"]
     assert links == [f"#{name}" for name in names]
-
-
-@pytest.mark.slow
-def test_the_same_run_gives_the_same_page(whole, finished, at_scenes, tmp_path):
-    write_report([finished], tmp_path / "again.html", images=8)
-    again = (tmp_path / "again.html").read_text().splitlines()
-    assert [line for line in again if "Made by" not in line] == [
-        line for line in whole[0].read_text().splitlines() if "Made by" not in line
-    ]
 
 
 @pytest.mark.slow
@@ -148,21 +139,16 @@ def test_the_time_of_every_evaluation_is_in_the_table(whole, finished):
     rows = {row[0]: row[1:] for row in parsed.table(*header)}
     for stage, start in (("finetune_pretrained", "pretrained"), ("finetune", "bissl")):
         assert rows[stage][1] == f"{details[start].seconds:.1f} s"
-    assert {"computing", "evaluating"} <= set(parsed.drawn)  # checkpoints may take no tenth of a second
 
 
 @pytest.mark.slow
 def test_the_shipped_config_of_a_run_is_its_base(finished):
     cfg = load_run_config(finished)
-    result = differences(cfg, "command: train_net.py --config-file quickstart/digit_scenes_det.py x=1\n")
-    changed = {one.key: (one.base, one.value) for one in result.changed}
-    assert result.base == "configs/quickstart/digit_scenes_det.py" and changed["bilevel.alternations"] == (12, 2)
-    known = leaves(cfg)
-    assert all(known.get(key) == value for key, (_, value) in changed.items())
-    result = differences(cfg, "")
-    changed = {one.key: (one.base, one.value) for one in result.changed}
-    assert result.base == "configs/common/train.py" and changed["bilevel.alternations"] == (500, 2)
-    assert all(key.split(".")[0] in ("train", "pretrain", "bilevel", "finetune", "clip_grad") for key in changed)
+    base, rows = changed_keys(cfg, "command: train_net.py --config-file quickstart/digit_scenes_det.py x=1\n")
+    assert base == "configs/quickstart/digit_scenes_det.py" and ["bilevel.alternations", 12, 2] in rows
+    base, rows = changed_keys(cfg, "")
+    assert base == "configs/common/train.py" and ["bilevel.alternations", 500, 2] in rows
+    assert all(key.split(".")[0] in ("train", "pretrain", "bilevel", "finetune", "clip_grad") for key, *_ in rows)
 
 
 @pytest.mark.parametrize("command", ["a.py", "../../evil.py", "/etc/passwd", "'unclosed", "", "--config-file"])

@@ -1,20 +1,15 @@
-"""Maps of features by t-SNE: the parts of a data set that are embedded, the backbones, kNN and silhouettes."""
+"""Maps of features by t-SNE: the parts of a data set that are embedded, the backbones, and kNN."""
 
-import csv
-import io
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
 from omegaconf import DictConfig
 from PIL import Image
 from sklearn.manifold import TSNE
-from sklearn.metrics import silhouette_score
 from torch import Tensor
 from torch.nn import functional
 from torch.utils.data import Dataset
@@ -29,11 +24,10 @@ from bissl_zoo.engine.init import load_init, pinned_init, resplit, weights_of
 from bissl_zoo.engine.resume import seed_everything
 from bissl_zoo.engine.stages import alternates
 from bissl_zoo.engine.trainer import load_state
-from bissl_zoo.errors import CheckpointError, ConfigError, DatasetError
+from bissl_zoo.errors import CheckpointError, DatasetError
 from bissl_zoo.evaluation import knn_accuracy
-from bissl_zoo.files import write_atomically
 from bissl_zoo.registry import STAGES
-from bissl_zoo.report.images.sheets import DPI
+from bissl_zoo.report.sheets import DPI
 from bissl_zoo.runs.checkpoint import Checkpointer, load_checkpoint
 from bissl_zoo.runs.directory import CONFIG_FILE, load_run_config
 
@@ -54,14 +48,13 @@ class Embedding:
 
     Attributes:
         points: `(N, 2)`, see :func:`project`; labels: `(N,)`.
-        knn: top-1 accuracy of kNN from the training features, silhouette: see :func:`silhouette`; NaN if undefined.
+        knn: top-1 accuracy of kNN from the training features; NaN if undefined.
     """
 
     name: str
     points: np.ndarray
     labels: np.ndarray
     knn: float
-    silhouette: float
 
 
 class Objects(Dataset):
@@ -78,28 +71,22 @@ class Objects(Dataset):
         self.dataset = dataset
         read = getattr(dataset, "target", None) or (lambda index: dataset[index][1])  # without decoding, if possible
         self.items = [
-            (index, number, box, len(task.classes) if label is None else label)
+            (index, box, len(task.classes) if label is None else label)
             for index in indices
-            for number, (box, label) in enumerate(task.objects(read(index)))
+            for box, label in task.objects(read(index))
         ]
 
     def __len__(self) -> int:
         return len(self.items)
 
     def __getitem__(self, place: int) -> tuple[Image.Image, int]:
-        index, _, box, label = self.items[place]
+        index, box, label = self.items[place]
         image = self.dataset[index][0]
         if box is None:
             return image, label
         if not isinstance(image, Image.Image):
             image = Image.fromarray(as_pixels(image))
         return image.crop(square_around(box, image.size)), label
-
-    def source(self, place: int) -> str:
-        """Return the file or the index of the image, and for crops the number of the object in it."""
-        index, number, box, _ = self.items[place]
-        source = getattr(self.dataset, "source", None)
-        return f"{source(index) if source else index}{'' if box is None else f'#{number}'}"
 
 
 def square_around(box: tuple[float, ...], size: tuple[int, int]) -> tuple[int, int, int, int]:
@@ -195,9 +182,9 @@ def embedding(
         train_features, train_labels = train_features[train], train_labels[train]
         test_features, test_labels = test_features[test], test_labels[test]
     if not len(train_labels) or not len(test_labels):
-        return Embedding(name, points, labels, math.nan, math.nan)
+        return Embedding(name, points, labels, math.nan)
     knn = knn_accuracy(train_features, train_labels, test_features, test_labels, k=k)["top1"]
-    return Embedding(name, points, labels, knn, silhouette(test_features, test_labels))
+    return Embedding(name, points, labels, knn)
 
 
 def project(features: Tensor, seed: int = 0) -> np.ndarray:
@@ -213,21 +200,10 @@ def project(features: Tensor, seed: int = 0) -> np.ndarray:
     return TSNE(2, perplexity=perplexity, init="pca", random_state=seed).fit_transform(rows)
 
 
-def silhouette(features: Tensor, labels: Tensor) -> float:
-    """Return the mean silhouette (Rousseeuw, 1987) of features `(N, D)` by cosine distance, from -1 to 1.
-
-    It is measured on the features, not on the map. NaN for a single class or if each image is its own class.
-    """
-    if not 1 < len(labels.unique()) < len(labels):
-        return math.nan
-    rows = functional.normalize(features.double(), dim=1).numpy()
-    return float(silhouette_score(rows, labels.numpy(), metric="cosine"))
-
-
 def draw_embeddings(
     embeddings: Sequence[Embedding], classes: Sequence[str], title: str, notes: Sequence[str] = ()
 ) -> Figure:
-    """Draw maps side by side, one point per image in the colour of its class, with the metrics in the titles.
+    """Draw maps side by side, one point per image in the colour of its class, with kNN in the titles.
 
     More than 8 classes also differ in the shape of their points; more than 72 have no legend.
 
@@ -235,75 +211,35 @@ def draw_embeddings(
         classes: names by label; notes: lines below the maps.
     """
     present = sorted({int(label) for item in embeddings for label in item.labels})
-    if len(present) > len(COLOURS) * len(MARKERS):
-        notes = [*notes, f"{len(present)} classes: colours and shapes repeat."]
+    has_legend = len(present) <= len(COLOURS) * len(MARKERS)
     columns = min(len(embeddings), _ROW)
     rows = math.ceil(len(embeddings) / columns)
-    legend_rows = math.ceil(len(present) / (2 * columns)) if len(present) <= len(COLOURS) * len(MARKERS) else 0
+    legend_rows = math.ceil(len(present) / (2 * columns)) if has_legend else 0
     height = rows * (_MAP + 0.3) + 0.4 + 0.16 * (len(notes) + legend_rows)
     figure = Figure(figsize=(columns * _MAP, height), dpi=DPI, layout="constrained")
     room = int(columns * _MAP * 72 / (0.6 * CAPTION))
     figure.suptitle(shorten(title, int(0.8 * room)), fontsize=CAPTION + 2, weight="bold", parse_math=False)
-    lines = "\n".join(shorten(note, room) for note in notes)
     grid = figure.subplots(rows, columns, squeeze=False)
+    lines = "\n".join(shorten(note, room) for note in notes)
     grid[-1, 0].set_xlabel(lines, loc="left", fontsize=CAPTION, color="0.3", parse_math=False)
     for axes in grid.flat[len(embeddings) :]:
         axes.set_axis_off()
     for axes, item in zip(grid.flat, embeddings, strict=False):
-        _draw_map(axes, item)
-    if legend_rows:
-        handles = [_handle(label, classes[label]) for label in present]
+        knn = "undefined" if math.isnan(item.knn) else f"{item.knn:.3f}"
+        collapsed = "" if np.ptp(item.points) else "   all features are equal"
+        axes.set_title(f"{shorten(item.name, 44)}\nkNN {knn}{collapsed}", fontsize=CAPTION + 1, parse_math=False)
+        size = min(40.0, max(12.0, 9000 / len(item.labels)))
+        for label in present:
+            style = {"color": COLOURS[label % len(COLOURS)], "marker": MARKERS[label // len(COLOURS) % len(MARKERS)]}
+            name = f"\u200b{shorten(classes[label], 24)}"  # matplotlib drops labels that begin with an underscore
+            points = item.points[item.labels == label].T
+            axes.scatter(*points, s=size, linewidths=0.3, edgecolors="white", label=name, **style)
+        axes.set(xticks=[], yticks=[], aspect="equal", adjustable="datalim")
+        axes.margins(0.05)
+    if has_legend:
+        handles, _ = grid[0, 0].get_legend_handles_labels()
         style = {"frameon": False, "fontsize": CAPTION, "columnspacing": 1.0, "handletextpad": 0.2}
         legend = figure.legend(handles=handles, loc="outside lower center", ncols=2 * columns, **style)
         for text in legend.get_texts():
             text.set_parse_math(False)
     return figure
-
-
-def _draw_map(axes: Any, item: Embedding) -> None:
-    measured = "silhouette undefined" if math.isnan(item.silhouette) else f"silhouette {item.silhouette:.3f}"
-    knn = "undefined" if math.isnan(item.knn) else f"{item.knn:.3f}"
-    if not np.ptp(item.points):
-        measured = "all features are equal"
-    axes.set_title(f"{shorten(item.name, 44)}\nkNN {knn}   {measured}", fontsize=CAPTION + 1, parse_math=False)
-    looks = [_look(label) for label in item.labels.tolist()]
-    size = min(40.0, max(12.0, 9000 / len(looks)))
-    order = np.random.default_rng(0).permutation(len(looks))  # no class covers the others
-    for marker in dict.fromkeys(marker for _, marker in looks):
-        chosen = [place for place in order if looks[place][1] == marker]
-        colours = [looks[place][0] for place in chosen]
-        axes.scatter(*item.points[chosen].T, s=size, c=colours, marker=marker, linewidths=0.3, edgecolors="white")
-    axes.set(xticks=[], yticks=[], aspect="equal", adjustable="datalim")
-    axes.margins(0.05)
-
-
-def _look(label: int) -> tuple[str, str]:
-    """Return the colour and the shape of a class."""
-    return COLOURS[label % len(COLOURS)], MARKERS[label // len(COLOURS) % len(MARKERS)]
-
-
-def _handle(label: int, name: str) -> Line2D:
-    colour, marker = _look(label)
-    name = f"\u200b{shorten(name, 24)}"  # matplotlib drops labels that begin with an underscore
-    return Line2D([], [], linestyle="", color=colour, marker=marker, markersize=5, label=name)
-
-
-def write_csv(embeddings: Sequence[Embedding], classes: Sequence[str], names: Sequence[str], path: Path) -> None:
-    """Write one line per point: the backbone, the image, its class, x and y.
-
-    Args:
-        names: of the N images, the same for all embeddings.
-    Raises:
-        ConfigError: the file cannot be written.
-    """
-    lines = [
-        [item.name, name, classes[label], f"{x:.6g}", f"{y:.6g}"]
-        for item in embeddings
-        for name, label, (x, y) in zip(names, item.labels.tolist(), item.points.tolist(), strict=True)
-    ]
-    text = io.StringIO()
-    csv.writer(text, lineterminator="\n").writerows([["backbone", "image", "class", "x", "y"], *lines])
-    try:
-        write_atomically(path, text.getvalue().encode(errors="surrogateescape"))
-    except OSError as error:
-        raise ConfigError(f"{path} cannot be written: {error.strerror or error}.") from error

@@ -1,10 +1,12 @@
-"""Figures of a config's data and views, of a run's predictions, and of the features of backbones.
+"""Figures of a config's data and views, of a run's predictions, and of the features of backbones; those of a report.
 
 Each function draws random samples with its own seed, restores all random states, and returns a matplotlib Figure.
 """
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import cached_property
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -13,8 +15,10 @@ from omegaconf import DictConfig
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from bissl_zoo.distributed import get_world_size
 from bissl_zoo.downstream import DownstreamTask
-from bissl_zoo.engine.build import Context, Weights, build_datasets, build_downstream, build_pretext
+from bissl_zoo.engine.build import Context, Weights, build_datasets, build_downstream, build_pretext, data_roles
+from bissl_zoo.engine.checks import check_config, open_config
 from bissl_zoo.engine.features import (
     CentralCrops,
     FrozenBackbone,
@@ -25,8 +29,10 @@ from bissl_zoo.engine.features import (
 from bissl_zoo.engine.init import load_init
 from bissl_zoo.engine.launch import choose_device
 from bissl_zoo.engine.resume import preserved_randomness
+from bissl_zoo.engine.stages import alternates
 from bissl_zoo.errors import CheckpointError, DatasetError
-from bissl_zoo.report.images.embeddings import (
+from bissl_zoo.registry import STAGES
+from bissl_zoo.report.embeddings import (
     MIN_POINTS,
     NO_CLASS,
     Embedding,
@@ -35,8 +41,16 @@ from bissl_zoo.report.images.embeddings import (
     embedding,
     load_stages,
 )
-from bissl_zoo.report.images.sheets import draw_predictions, draw_samples, draw_views, predict, samples_of
+from bissl_zoo.report.page import Block, Chart, Note, embed
+from bissl_zoo.report.sheets import Prediction, draw_predictions, draw_samples, draw_views, predict, samples_of
+from bissl_zoo.runs.directory import CONFIG_FILE
 
+#: images in a report: of the data, of the views, and of the best and of the worst predictions
+SAMPLES, VIEWS, PREDICTIONS = 8, 3, 4
+#: inches up to which a figure is readable on a phone
+_PHONE = 5.0
+#: images on a map of features in a report
+MAPPED = 500
 #: batch size of a frozen backbone
 BATCH = 64
 #: neighbours of kNN, as in bissl probe
@@ -79,31 +93,46 @@ def views_figure(cfg: DictConfig, images: int = 6, seed: int = 0) -> Figure:
     return draw_views(samples, method.views(), pixels["mean"], pixels["std"], title, seed)
 
 
-def predictions_figure(
-    cfg: DictConfig, images: int = 16, seed: int = 0, worst: bool = False, threshold: float = 0.5
-) -> Figure:
-    """Draw targets and predictions of the fine-tuned model of the run `train.init` on images of `dataloader.test`.
+class Predictions(NamedTuple):
+    """The test set, the fine-tuned task, and its predictions for some images of the set."""
 
-    Args:
-        worst: choose the images of the whole set with the lowest scores instead of random ones.
-        threshold: minimum score of the parts of a prediction that are drawn, such as boxes.
+    dataset: Dataset
+    task: DownstreamTask
+    predictions: list[Prediction]
+
+
+def predict_test_set(cfg: DictConfig, source: str | None, images: int | None, seed: int = 0) -> Predictions:
+    """Predict at most `images` images of `dataloader.test`, or all, with the fine-tuned model of the run `source`.
+
     Raises:
         CheckpointError: no fine-tuned model.
         DatasetError: the data set is missing or damaged.
     """
-    weights = Weights() if cfg.train.init is None else load_init(cfg.train.init, cfg, evaluate=True)[0]
+    weights = Weights() if source is None else load_init(source, cfg, evaluate=True)[0]
     if weights.task is None:
         raise CheckpointError(
-            f"Predictions need a fine-tuned model, but train.init={cfg.train.init} holds no task head. Give the "
-            "directory of a run with the stage finetune, as in train.init=runs/a."
+            f"Predictions need a fine-tuned model, but train.init={source} holds no task head. Give the directory of a "
+            "run with the stage finetune, as in train.init=runs/a."
         )
     context = Context(cfg, build_datasets(cfg, {"test"}), choose_device(cfg.train.device))
     dataset, loader = context.data["test"], cfg.dataloader.test
     with preserved_randomness(context.device):
         backbone, task = build_downstream(context, weights)
-        indices = sample_indices(len(dataset), len(dataset) if worst else images, seed)
+        indices = sample_indices(len(dataset), images or len(dataset), seed)
         settings = (context.device, loader.batch_size, loader.get("num_workers", 0))
-        predictions = predict(backbone, task, dataset, indices, *settings)
+        return Predictions(dataset, task, predict(backbone, task, dataset, indices, *settings))
+
+
+def predictions_figure(
+    cfg: DictConfig, images: int = 16, seed: int = 0, worst: bool = False, threshold: float = 0.5
+) -> Figure:
+    """Draw targets and predictions of the fine-tuned model of the run `train.init`, see :func:`predict_test_set`.
+
+    Args:
+        worst: choose the images of the whole set with the lowest scores instead of random ones.
+        threshold: minimum score of the parts of a prediction that are drawn, such as boxes.
+    """
+    dataset, task, predictions = predict_test_set(cfg, cfg.train.init, None if worst else images, seed)
     if worst:
         predictions = sorted(predictions, key=lambda prediction: prediction.score)[:images]
     samples = samples_of(dataset, [prediction.index for prediction in predictions])
@@ -113,25 +142,24 @@ def predictions_figure(
 
 
 class EmbeddingsFigure(NamedTuple):
-    """A figure and its data: the maps, the names of the classes by label, and the names of the images."""
+    """A figure and its data: the maps, and the names of the classes by label."""
 
     figure: Figure
     embeddings: list[Embedding]
     classes: list[str]
-    names: list[str]
 
 
 def embeddings_figure(
     cfg: DictConfig, sources: Sequence[str], images: int = 1000, seed: int = 0, architecture: str | None = None
 ) -> EmbeddingsFigure:
-    """Draw the test features of several backbones side by side, with kNN from the training set and silhouettes.
+    """Draw the test features of several backbones side by side, with kNN from the training set.
 
     The task names the embedded parts of an image: for detection crops around the boxes, otherwise whole images. Images
     without a single class are on the map but not in the metrics. Pixels are normalised as the backbone's own training
     images, or as the config's pretext images if unknown.
 
     Args:
-        sources: see :func:`bissl_zoo.report.images.embeddings.load_stages`.
+        sources: see :func:`bissl_zoo.report.embeddings.load_stages`.
         images: maximum number of images and of objects of each set, chosen with `seed`.
         architecture: timm name for files without one.
     Raises:
@@ -160,15 +188,11 @@ def embeddings_figure(
                 embeddings.append(embedding(name, *parts, k=NEIGHBOURS, seed=seed, classes=len(task.classes)))
                 counts = [int((labels < len(task.classes)).sum()) for labels in parts[1::2]]
     title = f"t-SNE of {len(indices['test'])} images or objects, {_describe(cfg, 'test')}"
-    notes = [
-        f"kNN: top-1 accuracy, k = {NEIGHBOURS}, {counts[0]} neighbours from dataloader.train; silhouette: of the "
-        "features, cosine distance"
-    ]
+    notes = [f"kNN: top-1 accuracy, k = {NEIGHBOURS}, {counts[0]} neighbours from dataloader.train"]
     if counts[1] < len(indices["test"]):
         notes += [f"metrics: {counts[1]} of {len(indices['test'])} have a single class"]
     classes = [*task.classes, NO_CLASS]
-    names = [sets["test"].source(index) for index in indices["test"]]
-    return EmbeddingsFigure(draw_embeddings(embeddings, classes, title, notes), embeddings, classes, names)
+    return EmbeddingsFigure(draw_embeddings(embeddings, classes, title, notes), embeddings, classes)
 
 
 def _features(
@@ -190,3 +214,84 @@ def _features(
 def _describe(cfg: DictConfig, role: str) -> str:
     dataset = cfg.dataloader[role].dataset
     return f"{dataset.get('root') or dataset.name} ({role})"
+
+
+# the images of a report
+
+
+class RunImages:
+    """Images of the run in `folder`; its config is imported and built, so the run must be trusted.
+
+    Args:
+        images: maximum number of images of a data set for predictions and feature maps.
+    """
+
+    def __init__(self, folder: Path, images: int) -> None:
+        self.folder, self.images = folder, images
+
+    @cached_property
+    def cfg(self) -> DictConfig:
+        """Return the checked config, with `train.imports` imported."""
+        source = str(self.folder / CONFIG_FILE)
+        cfg = open_config(source)
+        check_config(cfg, source)
+        return cfg
+
+    def data(self) -> list[Block]:
+        """Return sheets of random training images with their targets."""
+        _require_one_process()
+        role = "train" if "train" in data_roles(self.cfg) else "pretext"
+        figure = data_figure(self.cfg, role, SAMPLES, columns=2)
+        caption = f"Random images of dataloader.{role} with their targets."
+        return [Chart(embed(figure, caption, "png"), caption)]
+
+    def views(self) -> list[Block]:
+        """Return the views that the pretext method trains on."""
+        _require_one_process()
+        if "pretext" not in data_roles(self.cfg):
+            return []
+        figure = views_figure(self.cfg, VIEWS)
+        caption = f"Views of {self.cfg.pretext.name}: what the pretext method trains on."
+        return [Chart(embed(figure, caption, "png"), caption, wide=figure.get_figwidth() > _PHONE)]
+
+    def predictions(self) -> list[Block]:
+        """Return the test images with the best and the worst predictions."""
+        if not any(STAGES.get(name).evaluates for name in self.cfg.train.stages):
+            return [Note("The run has no stage finetune, so there is no fine-tuned model.")]
+        _require_one_process()
+        dataset, task, predictions = predict_test_set(self.cfg, str(self.folder), self.images)
+        predictions.sort(key=lambda prediction: -prediction.score)
+        if len(predictions) < 2 * PREDICTIONS:
+            groups = {"best first": predictions}
+        else:
+            groups = {"best": predictions[:PREDICTIONS], "worst": predictions[: -PREDICTIONS - 1 : -1]}
+        among = f"{len(predictions)} of {len(dataset)} test images"
+        blocks: list[Block] = []
+        for which, group in groups.items():
+            samples = samples_of(dataset, [prediction.index for prediction in group])
+            caption = f"Predictions, {which}, among {among}; the model of the last fine-tuning."
+            figure = draw_predictions(samples, group, task, which, pairs=1)
+            blocks.append(Chart(embed(figure, caption, "png"), caption))
+        return blocks
+
+    def embeddings(self) -> list[Block]:
+        """Return maps of the test features before and after the BiSSL stage."""
+        _require_one_process()
+        if not any(map(alternates, self.cfg.train.stages)):
+            return [Note("The run has no bilevel stage, so there are no features before and after it.")]
+        result = embeddings_figure(self.cfg, [str(self.folder)], min(self.images, MAPPED))
+        notes = [f"kNN: top-1 accuracy, k = {NEIGHBOURS}"]
+        blocks: list[Block] = []
+        for item in result.embeddings:
+            figure = draw_embeddings([item], result.classes, "t-SNE of test features", notes)
+            caption = f"{item.name}: test features by t-SNE; a point is an image or the crop of an object."
+            blocks.append(Chart(embed(figure, caption), caption))
+        return blocks
+
+
+def _require_one_process() -> None:
+    """Networks are built by all processes together, but a report is made by one of them."""
+    if get_world_size() > 1:
+        raise CheckpointError(
+            f"Left out, since the run ended with {get_world_size()} processes. bissl report RUN adds it."
+        )

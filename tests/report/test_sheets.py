@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from image_figures import pixels_of, random_states, rectangles, words
+from image_figures import pixels_of, random_states, rectangles
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from PIL import Image
 from safetensors.torch import save_file
@@ -20,8 +20,8 @@ from bissl_zoo.engine.init import load_init
 from bissl_zoo.errors import CheckpointError, ConfigError, DatasetError
 from bissl_zoo.evaluation import DetectionEvaluator
 from bissl_zoo.registry import PRETEXT_METHODS, build_backbone
-from bissl_zoo.report.images.sheets import DPI, Sample, draw_samples, draw_views, predict, samples_of, save_figure
-from bissl_zoo.report.images.visualize import data_figure, predictions_figure, views_figure
+from bissl_zoo.report.sheets import DPI, Sample, draw_samples, draw_views, predict, save_figure
+from bissl_zoo.report.visualize import data_figure, predictions_figure, views_figure
 from bissl_zoo.runs.directory import load_run_config
 
 CLASSES = ["cat", "_dog", "price $5 and $6"]
@@ -76,13 +76,6 @@ def test_a_sheet_of_16_images_has_no_text_on_another_and_none_outside():
         assert one.x0 >= 0 and one.x1 <= figure.bbox.x1 and one.y0 >= 0 and one.y1 <= figure.bbox.y1
         for other in extents[:number]:  # one dot of rounding
             assert one.x1 <= other.x0 + 1 or other.x1 <= one.x0 + 1 or one.y1 <= other.y0 + 1 or other.y1 <= one.y0 + 1
-
-
-def test_unlabelled_samples_show_image_and_name():
-    figure = draw_samples([sample(None)], None, "")
-    assert words(figure) == ["file_0.jpg"] and np.array_equal(pixels_of(figure.axes[0]), np.asarray(noise()))
-    with pytest.raises(DatasetError, match="no images"):
-        samples_of([], [])
 
 
 def plain_views():
@@ -177,19 +170,6 @@ def test_predicted_boxes_are_those_of_the_model_of_the_run(finished, at_scenes):
         evaluator = DetectionEvaluator(task.classes)
         evaluator.process([output], [target])
         assert f"score {evaluator.evaluate()['voc_AP50']:.2f}" in [text.get_text() for text in predicted.texts]
-
-
-@pytest.mark.slow
-def test_the_worst_predictions_are_those_of_the_whole_set(finished, at_scenes):
-    cfg = load_run_config(finished)
-    cfg.train.init = str(finished)
-    context = open_context(cfg, "test", roles={"test"})
-    backbone, task = build_downstream(context, load_init(str(finished), cfg, True)[0])
-    predictions = predict(backbone, task, context.data["test"], range(8), torch.device("cpu"), batch_size=3)
-    assert [one.index for one in predictions] == list(range(8)) and backbone.training
-    figure = predictions_figure(cfg, images=3, worst=True)
-    scores = [float(word.split()[1]) for word in words(figure) if word.startswith("score ")]
-    assert scores == [pytest.approx(score, abs=0.005) for score in sorted(one.score for one in predictions)[:3]]
 
 
 def test_predictions_of_classes_have_the_probabilities_of_the_model():

@@ -1,6 +1,5 @@
 """Maps of features: what is embedded, from which backbones, and the metrics beside the maps."""
 
-import math
 import shutil
 
 import numpy as np
@@ -10,7 +9,6 @@ from digit_images import write_digit_folder
 from image_figures import random_states, words
 from original_layouts import write_voc2007_classification
 from PIL import Image
-from sklearn.metrics import silhouette_samples
 from torch.utils.data import Dataset
 from torchvision.transforms import v2
 
@@ -21,19 +19,18 @@ from bissl_zoo.downstream import Classification, FasterRCNN, MultilabelClassific
 from bissl_zoo.engine.build import Weights, build_datasets
 from bissl_zoo.engine.checks import open_context
 from bissl_zoo.engine.stages import Bissl, PretextWarmup
-from bissl_zoo.errors import CheckpointError, DatasetError
+from bissl_zoo.errors import CheckpointError
 from bissl_zoo.evaluation import knn_accuracy
 from bissl_zoo.registry import build_backbone, build_dataset
-from bissl_zoo.report.images.embeddings import (
+from bissl_zoo.report.embeddings import (
     Objects,
     draw_embeddings,
     embedding,
     load_stages,
     project,
-    silhouette,
     square_around,
 )
-from bissl_zoo.report.images.visualize import embeddings_figure
+from bissl_zoo.report.visualize import embeddings_figure
 from bissl_zoo.runs.checkpoint import Checkpointer, load_checkpoint
 from bissl_zoo.runs.directory import load_run_config
 
@@ -63,18 +60,6 @@ def clusters(distance, count=30, width=16):
     return centres[labels] + torch.randn(3 * count, width, generator=generator), labels
 
 
-def test_clusters_have_a_silhouette_above_a_half_and_noise_has_none():
-    features, labels = clusters(20.0)
-    unit = torch.nn.functional.normalize(features, dim=1).numpy()
-    reference = silhouette_samples(
-        1 - unit @ unit.T - np.diag(np.diag(1 - unit @ unit.T)), labels, metric="precomputed"
-    )
-    assert silhouette(features, labels) == pytest.approx(reference.mean(), abs=1e-5) and reference.mean() > 0.5
-    assert abs(silhouette(*clusters(0.0))) < 0.1
-    assert math.isnan(silhouette(features, torch.zeros_like(labels)))
-    assert math.isnan(silhouette(features, torch.arange(len(labels))))
-
-
 @pytest.mark.slow  # scikit-learn starts a process to count cores
 def test_maps_of_one_seed_are_equal_and_keep_clusters_apart():
     features, labels = clusters(20.0)
@@ -84,15 +69,6 @@ def test_maps_of_one_seed_are_equal_and_keep_clusters_apart():
     assert points.shape == (90, 2) and np.array_equal(points, project(features, seed=1))
     distances = np.linalg.norm(points[:, None] - points[None], axis=2) + np.diag([np.inf] * 90)
     assert (labels[distances.argmin(axis=1)] == labels).float().mean() > 0.95
-
-
-@pytest.mark.slow  # scikit-learn starts a process to count cores
-def test_few_images_make_a_map_and_fewer_than_three_do_not():
-    features, labels = clusters(5.0, count=1)
-    one = embedding("tiny", features, labels, features, labels)
-    assert one.points.shape == (3, 2) and np.isfinite(one.points).all()
-    with pytest.raises(DatasetError, match="tiny: 2 images; a map of embeddings needs 3 or more"):
-        embedding("tiny", features, labels, features[:2], labels[:2])
 
 
 def test_a_collapsed_network_is_one_point_and_its_title_says_so():
@@ -111,11 +87,7 @@ def test_many_classes_differ_in_shape_and_too_many_have_no_legend():
             [embedding("a", features, labels, features, labels)], [str(i) for i in range(count)], ""
         )
         assert bool(figure.legends) == legend
-        assert any("100 classes: colours" in word for word in words(figure)) != legend
-        markers = figure.axes[0].collections
-        assert sum(len(points.get_offsets()) for points in markers) == 2 * count and len(markers) == (
-            2 if legend else 9
-        )
+        assert sum(len(points.get_offsets()) for points in figure.axes[0].collections) == 2 * count
 
 
 def features_by_hand(state, architecture, dataset):
@@ -149,7 +121,7 @@ def test_a_run_with_a_bissl_stage_has_two_maps_with_their_own_knn(finished, at_s
         state = stage_state(finished, stage)
         parts = [part for role in ("train", "test") for part in features_by_hand(state, "test_resnet", data[role])]
         knn = knn_accuracy(*parts, k=20)["top1"]
-        assert title == f"finished: {name}\nkNN {knn:.3f}   silhouette {silhouette(*parts[2:]):.3f}"
+        assert title == f"finished: {name}\nkNN {knn:.3f}"
     assert sum(len(points.get_offsets()) for points in result.figure.axes[0].collections) == 40
     assert any("k = 20, 60 neighbours from dataloader.train" in word for word in words(result.figure))
 
@@ -204,22 +176,9 @@ def test_images_of_several_classes_are_on_the_map_and_not_in_the_metrics(finishe
     state = stage_state(finished, "pretrain")
     parts = [part for one in only for part in features_by_hand(state, "test_resnet", one)]
     assert first.knn == knn_accuracy(*parts, k=20)["top1"]
-    assert first.silhouette == pytest.approx(silhouette(*parts[2:]), abs=1e-6)
-    said = words(result.figure)
-    assert "no single class" in said
-    assert any(f"metrics: {len(alone['test'])} of 15 have a single class" in word for word in said)
-    assert any(f"{len(alone['train'])} neighbours from dataloader.train" in word for word in said)
-
-
-@pytest.mark.slow  # scikit-learn starts a process to count cores
-def test_if_no_image_has_one_class_there_is_a_map_without_metrics():
-    features, _ = clusters(5.0, count=2)
-    labels = torch.full((6,), 3)
-    one = embedding("mixed", features, labels, features, labels, classes=3)
-    assert math.isnan(one.knn) and len(one.points) == 6
-    figure = draw_embeddings([one], [*CLASSES, "no single class"], "")
-    assert "mixed\nkNN undefined   silhouette undefined" in words(figure)
-    assert embedding("all", features, labels, features, labels).knn == 1.0
+    shown = words(result.figure)
+    assert "no single class" in shown
+    assert any(f"metrics: {len(alone['test'])} of 15 have a single class" in word for word in shown)
 
 
 class Boxes(Dataset):
@@ -245,6 +204,6 @@ def test_crops_are_squares_around_boxes_and_difficult_objects_are_left_out():
     crop, _ = crops[0]
     assert crop.size == (16, 16)  # 14 / 0.875, of which a central crop keeps the box
     assert np.array_equal(np.asarray(crop)[1:15, 1:15], np.full((14, 14, 3), (0, 200, 0)))
-    assert crops[1][0].size == (30, 30) and crops.source(3) == "1#1"
+    assert crops[1][0].size == (30, 30)
     assert square_around((30, 0, 40, 30), (40, 30)) == (10, 0, 40, 30)
     assert square_around((0, 0, 0.2, 0.3), (40, 30)) == (0, 0, 1, 1)

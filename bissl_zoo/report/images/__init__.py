@@ -1,1 +1,0 @@
-"""Figures of data, views, predictions and features."""
