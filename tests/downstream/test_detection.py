@@ -140,6 +140,18 @@ def test_predictions_equal_torchvisions_in_original_pixels(built):
         assert not prediction["boxes"].requires_grad
 
 
+def test_the_scale_of_a_map_does_not_depend_on_the_first_batch():
+    predictions = []
+    for first in (torch.rand(3, 16, 96), None):  # half of its batch is padding
+        trunk, task = build()
+        trunk.eval(), task.eval()
+        if first is not None:
+            task.predict(trunk, [first])
+        predictions.append(task.predict(trunk, two_images()[0]))
+    for one, other in zip(*predictions, strict=True):
+        assert all(torch.equal(one[key], other[key]) for key in ("boxes", "scores", "labels"))
+
+
 @pytest.mark.parametrize("architecture", ["test_resnet", "test_efficientnet"])
 def test_a_pyramid_is_trained_on_any_backbone_with_maps_of_four_sizes(architecture):
     trunk, task = build_pyramid(architecture, min_size=64, max_size=96, anchor_sizes=None)
@@ -163,6 +175,18 @@ def test_a_pyramid_needs_maps_with_doubling_strides():
 def test_a_pyramid_needs_a_size_of_anchor_for_each_of_its_maps():
     with pytest.raises(ConfigError, match=r"anchor_sizes has 3 sizes; the pyramid has 5 maps \(c2, c3, c4, c5 and one"):
         build_pyramid(anchor_sizes=[16, 32, 64])
+
+
+def test_a_vision_transformer_detects_on_its_last_map():
+    args = dict(class_token=False, global_pool="avg", dynamic_img_size=True)
+    trunk, task = build("blocks.5", "test_vit", (), args)
+    batch = two_images()
+    losses_ = losses(trunk, task, batch)
+    sum(losses_.values()).backward()
+    assert all(torch.isfinite(loss) for loss in losses_.values())
+    assert task.roi_heads.box_roi_pool.scales == [1 / 16]
+    trunk.eval(), task.eval()
+    assert all(len(prediction["boxes"]) for prediction in task.predict(trunk, batch[0]))
 
 
 def test_difficult_objects_are_left_out_of_training():

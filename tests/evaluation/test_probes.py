@@ -120,6 +120,14 @@ def test_the_steps_are_those_of_torch_sgd_with_momentum_decay_and_cosine():
         torch.testing.assert_close(bias[index], linear.bias.detach(), rtol=1e-9, atol=1e-12)
 
 
+def test_the_rate_is_chosen_without_a_look_at_the_test_set():
+    train, labels, test, truth = SETS["hard"]
+    real = linear_probe(train, labels, test, truth, epochs=5)
+    wrong = linear_probe(train, labels, -test, (truth + 1) % 6, epochs=5)
+    assert wrong.learning_rate == real.learning_rate and wrong.held_out == real.held_out
+    assert wrong.metrics != real.metrics
+
+
 def test_a_seed_gives_one_result_and_the_global_random_state_stays():
     train, labels, test, truth = SETS["hard"]
     state = torch.get_rng_state()
