@@ -7,11 +7,8 @@ import resource
 import statistics
 import sys
 import time
-from collections.abc import Callable, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -28,9 +25,6 @@ from bissl_zoo.data.prepare.check import known_sets
 from bissl_zoo.data.samples import to_device
 from bissl_zoo.data.views import two_parts
 from bissl_zoo.engine.build import Context, ViewsOnly, Weights, build_datasets, data_roles
-from bissl_zoo.engine.checks import open_config
-from bissl_zoo.engine.launch import choose_device
-from bissl_zoo.engine.resume import deterministic
 from bissl_zoo.engine.stages import plan_stages
 from bissl_zoo.engine.stages.bissl import BisslTrainer
 from bissl_zoo.engine.trainer import Trainer
@@ -48,11 +42,7 @@ PLACEHOLDER = 1 << 16
 DEFAULT_CLASSES = 20
 #: measurements of a step after one to warm up, and seconds after which no further one starts
 REPEATS, TIME_LIMIT = 5, 10.0
-#: share of the free memory that stays free, so that too large a batch raises an error instead of being killed
-MEMORY_RESERVE = 0.1
 STEP, LOWER, CURVATURE, PRODUCT, UPPER = "step", "lower step", "curvature", "product", "upper step"
-OUT_OF_MEMORY = "out of memory"
-KILLED = "the measuring process was killed (probably out of memory)"
 
 
 # ------------------------------------------------------------------------------------------------ random data
@@ -60,7 +50,7 @@ KILLED = "the measuring process was killed (probably out of memory)"
 
 @dataclass
 class KnownData:
-    """Properties of the data sets of a run, as plain values that can be sent to another process.
+    """Properties of the data sets of a run.
 
     Attributes:
         lengths: number of images by role, None for a missing data set.
@@ -150,10 +140,9 @@ class Cost:
         stage: stage of the step.
         what: a step, or a part of an alternation; `curvature` is the loss, its gradient and their graph.
         images: batch size; for an upper step that of the task.
-        seconds: median over the measurements, for an upper step the mean over an alternation; None if not measured.
-        peak: peak memory in bytes; on the CPU above that of Python and the libraries.
+        seconds: median over the measurements, for an upper step the mean over an alternation; None if memory ran out.
+        peak: peak memory in bytes; on the CPU above that at the start.
         products: Hessian-vector products per upper step.
-        problem: reason for missing seconds.
     """
 
     stage: str
@@ -162,42 +151,6 @@ class Cost:
     seconds: float | None = None
     peak: int | None = None
     products: float | None = None
-    problem: str = ""
-
-
-def measure_in_process(
-    config_file: str, overrides: Sequence[str], scale: float, known: KnownData, initial: Weights
-) -> list[Cost]:
-    """Run :func:`measure` in a separate process, whose memory holds nothing else.
-
-    Args:
-        scale: factor on the batch sizes.
-        initial: weights that the run starts from; they decide which stages run.
-    Raises:
-        BisslZooError: from opening the config and building its parts.
-    """
-    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
-        try:
-            return pool.submit(_measure_config, config_file, list(overrides), scale, known, initial).result()
-        except BrokenProcessPool:
-            return [Cost("all", "all", 0, problem=KILLED)]
-
-
-def _measure_config(
-    config_file: str, overrides: list[str], scale: float, known: KnownData, initial: Weights
-) -> list[Cost]:
-    cfg = open_config(config_file, overrides)
-    sections = [(cfg.dataloader[role], "batch_size") for role in cfg.dataloader]
-    for section, key in [*sections, (cfg.bilevel, "curvature_batch_size")]:
-        if section[key] is not None and scale != 1:
-            section[key] = max(2, round(section[key] * scale))
-    device = choose_device(cfg.train.device)
-    free = _kilobytes("/proc/meminfo", "MemAvailable") if device.type == "cpu" else None
-    if free is not None:
-        _, hard = resource.getrlimit(resource.RLIMIT_DATA)
-        resource.setrlimit(resource.RLIMIT_DATA, (int(free * (1 - MEMORY_RESERVE)), hard))
-    with deterministic(cfg.train.deterministic):
-        return measure(random_context(cfg, known, device), initial)
 
 
 def measure(context: Context, initial: Weights) -> list[Cost]:
@@ -207,16 +160,16 @@ def measure(context: Context, initial: Weights) -> list[Cost]:
         initial: decides which stages run; the weights are not loaded.
     """
     gauge, costs = Gauge(context.device), []
-    for phase in plan_stages(context, initial):
-        if phase.name != phase.section and phase.evaluates:
+    for stage in plan_stages(context, initial):
+        if stage.name != stage.section and stage.evaluates:
             continue  # the baseline, whose steps are those of fine-tuning
-        print(f"measuring {phase.name}", file=sys.stderr, flush=True)
-        cost = Cost(phase.name, "start", 0)
+        print(f"measuring {stage.name}", file=sys.stderr, flush=True)
+        start = Cost(stage.name, "start", 0)
         trainers: list[Trainer] = []
-        if gauge.fits(cost, lambda phase=phase, to=trainers: to.append(phase.build(context, Weights(), 0))):
+        if gauge.fits(start, lambda stage=stage, to=trainers: to.append(stage.build(context, Weights(), 0))):
             costs += _measure_trainer(context, trainers.pop(), gauge)
         else:
-            costs.append(cost)
+            costs.append(start)
         gauge.release()
     return costs
 
@@ -235,7 +188,7 @@ def _measure_trainer(context: Context, trainer: Trainer, gauge: "Gauge") -> list
 
 
 def _measure_alternation(problem: BiLevel, gauge: "Gauge") -> list[Cost]:
-    """Measure the parts of an alternation; after one that does not fit into memory, no other is tried."""
+    """Measure the parts of an alternation, until one does not fit into memory."""
     problem.on_bad_hypergradient = "plain"
     lower, upper = problem.lower, problem.upper
     size = min(problem.curvature_batch_size or lower.batch_size, lower.batch_size)
@@ -246,7 +199,7 @@ def _measure_alternation(problem: BiLevel, gauge: "Gauge") -> list[Cost]:
         Cost("bissl", UPPER, upper.batch_size),
     ]
     operator = problem.curvature(lower.next_batch())
-    shift = operator.shift
+    shift, vector = operator.shift, torch.randn(sum(p.numel() for p in lower.backbone_parameters)).to(gauge.device)
     counts: list[int] = []
 
     def prepare() -> None:
@@ -257,19 +210,19 @@ def _measure_alternation(problem: BiLevel, gauge: "Gauge") -> list[Cost]:
         counts.append(problem.upper_step(operator)["solver/products"])
 
     def upper_steps() -> None:
+        one_upper_step()  # warms up, in a subspace that `prepare` drops
+        prepare()
         operator.shift, problem.shift = shift, None
         counts.clear()
         upper_step.seconds = statistics.mean(gauge.seconds(one_upper_step) for _ in range(problem.upper_steps))
         upper_step.products = statistics.mean(counts)
 
     if gauge.median(lower_step, problem.lower_step) and gauge.median(curvature, prepare):
-        vector = torch.randn(sum(p.numel() for p in lower.backbone_parameters), device=gauge.device)
         if gauge.median(product, lambda: operator.hessian_product(vector)):
-            # the first upper step warms up, in a subspace that `prepare` drops
-            if gauge.fits(upper_step, lambda: (one_upper_step(), prepare())):
-                gauge.fits(upper_step, upper_steps)
+            gauge.fits(upper_step, upper_steps)
         operator.release()
-    return [cost for cost in costs if cost.seconds is not None or cost.problem]
+    measured = sum(cost.peak is not None for cost in costs)
+    return costs[: measured + 1]  # with the part that does not fit into memory
 
 
 class Gauge:
@@ -277,7 +230,7 @@ class Gauge:
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        self._before = 0 if device.type == "cuda" else _kilobytes("/proc/self/status", "VmRSS") or _max_resident()
+        self._before = 0 if device.type == "cuda" else _status("VmRSS") or _max_resident()
 
     def seconds(self, step: Callable[[], Any]) -> float:
         """Return the seconds of a call, including the work of the device."""
@@ -309,10 +262,9 @@ class Gauge:
         try:
             work()
         except (RuntimeError, MemoryError) as error:
-            known = isinstance(error, (MemoryError, torch.OutOfMemoryError))
-            if not known and "can't allocate memory" not in str(error) and "not enough memory" not in str(error):
+            if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and "allocate memory" not in str(error):
                 raise
-            cost.seconds, cost.problem = None, OUT_OF_MEMORY
+            cost.seconds = None
             return False
         if self.device.type == "cuda":
             cost.peak = torch.cuda.max_memory_allocated(self.device)
@@ -333,13 +285,13 @@ class Gauge:
 
 def _max_resident() -> int:
     unit = 1 if sys.platform == "darwin" else 1024  # macOS counts bytes, other systems kilobytes
-    return _kilobytes("/proc/self/status", "VmHWM") or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    return _status("VmHWM") or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
-def _kilobytes(file: str, key: str) -> int | None:
-    """Return a value of a file of /proc in bytes, or None on systems without it."""
+def _status(key: str) -> int | None:
+    """Return a value of /proc/self/status in bytes, or None on systems without it."""
     try:
-        lines = Path(file).read_text().splitlines()
+        lines = Path("/proc/self/status").read_text().splitlines()
     except OSError:
         return None
     return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{key}:")), None)

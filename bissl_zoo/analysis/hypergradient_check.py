@@ -1,32 +1,21 @@
 """Check the hypergradient of a config on a reduced problem, and its solver on the config's own networks and data."""
 
 import dataclasses
+import hashlib
 import json
 import logging
 import math
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 import torch
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 from omegaconf import DictConfig
 from tabulate import tabulate
 from torch import Tensor
 
 from bissl_zoo.analysis.reduced_problem import ReducedProblem, check_reduced, right_hand_side
-from bissl_zoo.analysis.solver_diagnosis import (
-    Advice,
-    advise,
-    automatic_shift,
-    budget_key,
-    budgets_up_to,
-    compare_solvers,
-    spectrum,
-    symmetry_error,
-)
 from bissl_zoo.bilevel import BiLevel
 from bissl_zoo.distributed import all_reduce_mean
 from bissl_zoo.engine.build import Context, Weights, build_part
@@ -37,14 +26,16 @@ from bissl_zoo.engine.stages import Bissl, HeadWarmup
 from bissl_zoo.errors import BisslZooError, ConfigError
 from bissl_zoo.files import write_atomically
 from bissl_zoo.hypergradient import GraphOperator, frozen_state
+from bissl_zoo.hypergradient.damping import choose_shift, lanczos
+from bissl_zoo.hypergradient.solver import LinearOperator, Solution, power_of_two
 from bissl_zoo.optim import effective_learning_rate
 from bissl_zoo.registry import SOLVERS
 
 logger = logging.getLogger(__name__)
 
-#: colours of Okabe and Ito, which differ with any colour vision
-COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-MARKERS = "os^Dv*P"
+#: relative residual of a solved system, for solvers without a tolerance
+TOLERANCE = 0.05
+Solver = Callable[[LinearOperator, Tensor], Solution]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -174,16 +165,13 @@ def _measure(
     logger.info(
         f"   {matrix} from {low} to {high}; automatic damping {automatic - lam:.4g}, configured {solver.damping}"
     )
-    logger.info(f"   at damping {used - lam:.4g} the system is {ritz.definiteness(used)}")
     shifts = [used] if abs(automatic - used) <= 0.01 * used else [used, automatic]
-    rivals = {other: entry() for other, entry in SOLVERS if other != name}
-    after_steps = [other for other in rivals if hasattr(rivals[other], "attach")]
-    rivals = {other: rival for other, rival in rivals.items() if other not in after_steps}
-    candidates = {name: solver} | rivals
+    candidates = {name: solver} | {other: entry() for other, entry in SOLVERS if other != name}
+    after_steps = [other for other in candidates if other != name and hasattr(candidates[other], "attach")]
+    candidates = {other: candidate for other, candidate in candidates.items() if other not in after_steps}
     _observe_gradients(problem, candidates.values())
     rows, skipped = compare_solvers(candidates, operator, v, lam, shifts, effort.max_products)
     skipped |= dict.fromkeys(after_steps, "it depends on the steps of the lower optimizer")
-    advice = advise(operator, v, name, solver, used, lam, ritz, rivals, effort.max_products)
     return {
         "real": {
             "curvature": problem.curvature_matrix,
@@ -194,20 +182,19 @@ def _measure(
             "spectrum": {"values": ritz.values.tolist(), "bounds": ritz.bounds.tolist()},
             "damping": {"configured": solver.damping, "used": used - lam, "automatic": automatic - lam},
             "definiteness": [{"damping": s - lam, "state": ritz.definiteness(s)} for s in shifts],
-            "tolerance": getattr(solver, "tolerance", None),
             "solvers": rows,
             "skipped": skipped,
         },
-        "advice": {**dataclasses.asdict(advice), "overrides": _overrides(section, advice)},
+        "advice": advise(operator, v, name, solver, used, lam, ritz, rows),
     }
 
 
-def _check_symmetry(operator: GraphOperator, v: Tensor) -> tuple[dict[str, Any], float]:
-    """Return the symmetry error with its limit, and the seconds of a product."""
-    vectors = torch.randn(3, len(v), generator=torch.Generator().manual_seed(0), dtype=v.dtype).to(v.device)
-    operator.hessian_product(vectors[2])  # the first one may take longer
+def _check_symmetry(operator: LinearOperator, v: Tensor) -> tuple[dict[str, Any], float]:
+    """Return `|u'Hw - w'Hu| / (|u| |Hw|)` for random vectors with its limit, and the seconds of a product."""
+    u, w, first = torch.randn(3, len(v), generator=torch.Generator().manual_seed(0), dtype=v.dtype).to(v.device)
+    operator.hessian_product(first)  # it may take longer
     start = time.perf_counter()
-    error = symmetry_error(operator, *vectors[:2])
+    error = symmetry_error(operator, u, w)
     seconds = (time.perf_counter() - start) / 2
     limit = 1e-2 / math.sqrt(len(v))  # an asymmetric matrix has about 1 / sqrt(P)
     verdict = "symmetric" if error <= limit else "NOT SYMMETRIC"
@@ -229,28 +216,219 @@ def _observe_gradients(problem: BiLevel, solvers: Iterable[Any]) -> None:
                 solver.observe_lower_gradient(dict(zip(variables, reduced, strict=True)))
 
 
-def _overrides(section: DictConfig, advice: Advice) -> list[list[str]]:
-    """Return the changes as command-line overrides, with the keys removed that another solver does not have."""
-    overrides = []
-    for change in advice.changes:
-        words = [f"solver.{key}={value}" for key, value in change.items()]
-        if "name" in change:
-            entry, configured = SOLVERS.get(change["name"]), build_part(section)
-            known = {field.name for field in dataclasses.fields(entry)}
-            words += [f"~solver.{key}" for key in section if key not in {*known, "name", "_target_"}]
-            if budget_key(configured) and budget_key(entry()) not in section:
-                words.append(f"+solver.{budget_key(entry())}={getattr(configured, budget_key(configured))}")
-        overrides.append(words)
-    return overrides
+def symmetry_error(operator: LinearOperator, u: Tensor, w: Tensor) -> float:
+    """Return `|u'Hw - w'Hu| / (|u| |Hw|)`; about `1 / sqrt(P)` for random vectors (P,) and an asymmetric matrix."""
+    hu, hw = (operator.hessian_product(vector).double() for vector in (u, w))
+    u, w = u.double(), w.double()
+    size = torch.linalg.vector_norm(u) * torch.linalg.vector_norm(hw)
+    return float((u @ hw - w @ hu).abs() / size) if size > 0 else 0.0
+
+
+# ------------------------------------------------------------------------------------------------ spectrum
+
+
+class Spectrum(NamedTuple):
+    """Ritz values of `H`, ascending (k,) float64, with the distance to the nearest eigenvalue as an upper bound."""
+
+    values: Tensor
+    bounds: Tensor
+
+    def definiteness(self, shift: float) -> Literal["definite", "indefinite", "undecided"]:
+        """Classify `I + H / shift`: "indefinite" is certain, "definite" as far as the values and bounds show."""
+        if 1.0 + float(self.values[0]) / shift <= 0:
+            return "indefinite"
+        return "definite" if 1.0 + float((self.values - self.bounds).min()) / shift > 0 else "undecided"
+
+
+def spectrum(operator: LinearOperator, v: Tensor, steps: int, seed: int = 0) -> Spectrum:
+    """Return the Ritz values of `steps` Lanczos steps from `v` (P,) and as many from a random vector.
+
+    A Krylov solver sees the spectrum from `v`; the random vector finds extreme eigenvalues that `v` is orthogonal to.
+
+    Raises:
+        ValueError: `v` is zero, or products are not finite.
+    """
+    if not v.any():
+        raise ValueError("The right-hand side is zero, so there is no system to solve.")
+    space = operator.subspace
+    space.clear()
+    start = torch.randn(v.shape, generator=torch.Generator().manual_seed(seed), dtype=v.dtype).to(v.device)
+    for vector in (v / power_of_two(v), start):
+        # zero coordinates: start from the new direction alone, without the residual of the previous steps
+        lanczos(operator, torch.zeros_like(space.coordinates(vector)), steps)
+    if not space.explored:
+        raise ValueError("Products with H are not finite.")
+    result = Spectrum(*space.ritz_values())
+    space.clear()
+    return result
+
+
+def automatic_shift(operator: LinearOperator, v: Tensor, solver: Solver, lam: float) -> float:
+    """Return lambda + delta as "auto" chooses it in the first alternation for this solver's limit and tolerance."""
+    operator.subspace.clear()
+    limit = getattr(solver, "iterations", 0) or 5
+    shift, _ = choose_shift(operator, v, limit, getattr(solver, "tolerance", 0) or TOLERANCE, lam)
+    operator.subspace.clear()
+    return shift
+
+
+# ------------------------------------------------------------------------------------------------ solvers
+
+
+class CachedOperator(LinearOperator):
+    """An operator with another shift that caches the products with `H`.
+
+    Solvers that differ only in their iterations or damping ask for many products twice.
+
+    Args:
+        cache: products by the digest of their vector; operators with different shifts can share it.
+    """
+
+    def __init__(self, operator: LinearOperator, shift: float, cache: dict[bytes, Tensor] | None = None) -> None:
+        super().__init__(operator.block_sizes, shift)
+        self.operator = operator
+        self.cache = {} if cache is None else cache
+
+    def hessian_product(self, u: Tensor) -> Tensor:
+        """Return `H @ u` for a flat (P,) vector."""
+        key = hashlib.blake2b(u.detach().cpu().numpy().tobytes()).digest()
+        if key not in self.cache:
+            self.cache[key] = self.operator.hessian_product(u)
+        return self.cache[key].clone()  # the caller may change it in place
+
+
+def budgets_up_to(limit: int) -> list[int]:
+    """Return 1, 2, 3, 5, 8, ... (Fibonacci numbers) and the limit."""
+    budgets = [1, 2]
+    while budgets[-1] < limit:
+        budgets.append(budgets[-1] + budgets[-2])
+    return [*(n for n in budgets if n < limit), limit]
+
+
+def budget_key(solver: Solver) -> str | None:
+    """Return the name of the solver's argument that limits its products, or None."""
+    names = [field.name for field in dataclasses.fields(solver)] if dataclasses.is_dataclass(solver) else []
+    return next((key for key in ("iterations", "rank") if key in names), None)
+
+
+def is_too_large(solver: Solver, size: int) -> bool:
+    """Return True if the solver does not accept a system with `size` unknowns."""
+    return size > getattr(solver, "max_size", size)
+
+
+def solve(operator: CachedOperator, v: Tensor, solver: Solver, budget: int | None) -> tuple[dict[str, Any], Tensor]:
+    """Solve from an empty subspace; return budget, products, the true residual and status, and the solution.
+
+    The residual `||v - A x|| / ||v||` is measured with a product that is not cached.
+    """
+    operator.subspace.clear()
+    solution = solver(operator, v)
+    operator.subspace.clear()
+    product = solution.x + operator.operator.hessian_product(solution.x) / operator.shift
+    residual, size = (torch.linalg.vector_norm(vector, dtype=torch.float64) for vector in (v - product, v))
+    point = {"budget": budget, "products": solution.products, "residual": float(residual / size)}
+    return {**point, "status": solution.status}, solution.x
+
+
+def convergence(
+    operator: CachedOperator, v: Tensor, solver: Solver, budgets: list[int]
+) -> tuple[list[dict[str, Any]], Tensor]:
+    """Return the result with each budget, without a stop by the tolerance, and the solution of the last one."""
+    key = budget_key(solver)
+    if key is None:
+        point, x = solve(operator, v, solver, None)
+        return [point], x
+    points = []
+    for budget in budgets:
+        point, x = solve(operator, v, dataclasses.replace(solver, **{key: budget, "tolerance": 1e-12}), budget)
+        points.append(point)
+    return points, x
+
+
+def compare_solvers(
+    candidates: Mapping[str, Solver],
+    operator: LinearOperator,
+    v: Tensor,
+    lam: float,
+    shifts: Sequence[float],
+    max_products: int,
+) -> tuple[list[dict[str, Any]], dict[str, str]]:
+    """Run every solver at every shift.
+
+    Returns:
+        A row per solver and shift with its `points` and the cosines of its solution to `v` and to the best solution;
+        the reasons for skipped solvers by name.
+    """
+    skipped = {
+        other: f"{len(v)} parameters exceed its max_size of {candidate.max_size}"
+        for other, candidate in candidates.items()
+        if is_too_large(candidate, len(v))
+    }
+    rows: list[tuple[dict[str, Any], Tensor]] = []
+    for other in [other for other in candidates if other not in skipped]:
+        cache: dict[bytes, Tensor] = {}
+        for shift in shifts:
+            logger.info(f"   {other} at damping {shift - lam:.4g}")
+            cached = CachedOperator(operator, shift, cache)
+            points, x = convergence(cached, v, candidates[other], budgets_up_to(max_products))
+            rows.append(({"solver": other, "damping": shift - lam, "points": points}, x))
+    for row, x in rows:
+        same = [(r, y) for r, y in rows if r["damping"] == row["damping"]]
+        _, best = min(same, key=lambda pair: pair[0]["points"][-1]["residual"])
+        for key, y in (("cosine_to_v", v), ("cosine_to_best", best)):
+            row[key] = float(torch.nn.functional.cosine_similarity(x.double(), y.double(), dim=0))
+    return [row for row, _ in rows], skipped
+
+
+def advise(
+    operator: LinearOperator,
+    v: Tensor,
+    name: str,
+    solver: Solver,
+    shift: float,
+    lam: float,
+    ritz: Spectrum,
+    rows: Sequence[dict[str, Any]],
+) -> dict[str, Any]:
+    """Return whether the configured solver solves the system at `shift`, and otherwise which solvers of the table do.
+
+    Returns:
+        `converges`, a `sentence`, and `options`: solver, damping and the smallest sufficient budget.
+    """
+    tolerance, state = getattr(solver, "tolerance", 0) or TOLERANCE, ritz.definiteness(shift)
+    words = {"definite": "positive definite", "undecided": "not known to be definite"}.get(state, state)
+    system = f"At damping {shift - lam:.4g} the system is {words}"
+    options = []
+    for row in rows:
+        sufficient = [point["budget"] for point in row["points"] if point["residual"] <= tolerance]
+        options += [{"solver": row["solver"], "damping": row["damping"], "budget": n} for n in sufficient[:1]]
+    if is_too_large(solver, len(v)):
+        converges, result = False, f"{name} does not accept {len(v)} parameters (max_size={solver.max_size})"
+    else:
+        point, _ = solve(CachedOperator(operator, shift), v, solver, None)
+        converges = point["residual"] <= tolerance
+        result = (
+            f"{name} {'converges' if converges else 'does not converge within its limit'}: residual "
+            f"{point['residual']:.2g} after {point['products']} products ({point['status']}), tolerance {tolerance:g}"
+        )
+    if converges:
+        note = " But the lower level is not at a minimum; raise the damping." if state == "indefinite" else ""
+        return {"converges": True, "sentence": f"{system}, and {result}.{note}", "options": options}
+    texts = [
+        f"{option['solver']} at damping {option['damping']:.4g}"
+        + (f" with a budget of {option['budget']}" if option["budget"] else "")
+        for option in options
+    ]
+    todo = f"These converge: {', '.join(texts)}" if texts else "No solver of the table converges; raise the damping"
+    return {"converges": False, "sentence": f"{system}, and {result}. {todo}.", "options": options}
 
 
 # ------------------------------------------------------------------------------------------------ report
 
 
 def save(result: dict[str, Any], folder: Path) -> None:
-    """Write `check.json` and `check.png`."""
+    """Write `check.json`."""
     write_atomically(folder / "check.json", json.dumps(_finite(result), indent=2, allow_nan=False) + "\n")
-    plot(result["real"]).savefig(folder / "check.png", dpi=120)
 
 
 def _finite(value: Any) -> Any:
@@ -275,50 +453,3 @@ def table(real: dict[str, Any]) -> str:
     skipped = [f"{name} skipped: {reason}" for name, reason in real["skipped"].items()]
     title = "true relative residual by budget of products (one value for solvers without a budget)"
     return "\n".join([title, tabulate(rows, headers=headers, disable_numparse=True), *skipped])
-
-
-def plot(real: dict[str, Any]) -> Figure:
-    """Plot the residual over the number of products, and the Ritz values of A."""
-    figure = Figure(figsize=(14, 5), layout="constrained")
-    left, right = figure.subplots(1, 2, width_ratios=(1.3, 1.0))
-    _plot_residuals(left, real)
-    _plot_spectrum(right, real)
-    return figure
-
-
-def _plot_residuals(axes: Axes, real: dict[str, Any]) -> None:
-    names = list(dict.fromkeys(row["solver"] for row in real["solvers"]))
-    first = real["solvers"][0]["damping"]
-    for row in real["solvers"]:
-        number = names.index(row["solver"])
-        style = {"color": COLORS[number % len(COLORS)], "linestyle": "-" if row["damping"] == first else "--"}
-        style["label"] = f"{row['solver']}, damping {row['damping']:.4g}"
-        points = [p for p in row["points"] if math.isfinite(p["residual"])]
-        if points and points[-1]["budget"] is None:
-            axes.axhline(points[-1]["residual"], linewidth=1, **style)
-        else:
-            products, residuals = [p["products"] for p in points], [p["residual"] for p in points]
-            axes.plot(products, residuals, marker=MARKERS[number % len(MARKERS)], markersize=5, **style)
-    if real["tolerance"]:
-        axes.axhline(real["tolerance"], color="0.5", linestyle=":", label=f"tolerance {real['tolerance']:g}")
-    axes.set(yscale="log", xlabel="products reported by the solver", ylabel="relative residual ||v - Ax|| / ||v||")
-    axes.set_title(f"Solvers from an empty subspace (P = {real['parameters']:,})")
-    axes.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1.0, 1.0))
-
-
-def _plot_spectrum(axes: Axes, real: dict[str, Any]) -> None:
-    for number, item in enumerate(real["definiteness"]):
-        shift = real["lambda"] + item["damping"]
-        values = [1 + value / shift for value in real["spectrum"]["values"]]
-        errors = [bound / shift for bound in real["spectrum"]["bounds"]]
-        label = f"damping {item['damping']:.4g}: {item['state']}"
-        style = {"fmt": MARKERS[number], "color": COLORS[number], "markersize": 5, "capsize": 3}
-        axes.errorbar(values, [number] * len(values), xerr=errors, label=label, **style)
-    count = len(real["definiteness"])
-    axes.axvline(0.0, color="black", linewidth=1)
-    axes.set_xscale("symlog", linthresh=1.0)
-    axes.margins(x=0.1)
-    axes.set(xlabel="Ritz values of A = I + curvature / (lambda + damping), with error bounds", ylabel="damping")
-    axes.set_yticks(range(count), [f"{item['damping']:.4g}" for item in real["definiteness"]])
-    axes.set(ylim=(-0.5, count - 0.2), title="Spectrum: A is indefinite if a value is left of the line")
-    axes.legend(fontsize=8, loc="upper left")

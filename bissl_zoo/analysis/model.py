@@ -1,7 +1,6 @@
 """Parameters and multiply-adds of the networks of a config, and the time and memory of its stages on this machine."""
 
 import copy
-from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -12,21 +11,17 @@ from omegaconf import DictConfig, OmegaConf
 from tabulate import tabulate
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from bissl_zoo.analysis.costs import (
     CURVATURE,
-    KILLED,
     LOWER,
-    OUT_OF_MEMORY,
-    PRODUCT,
     STEP,
     UPPER,
     Cost,
     KnownData,
     find_data,
-    measure_in_process,
+    measure,
     random_batch,
     random_context,
 )
@@ -36,24 +31,21 @@ from bissl_zoo.engine.build import Context, Weights, build_downstream, build_pre
 from bissl_zoo.engine.checks import check_config, open_config
 from bissl_zoo.engine.init import load_init
 from bissl_zoo.engine.launch import choose_device
+from bissl_zoo.engine.resume import deterministic
 from bissl_zoo.engine.stages import plan_stages
 from bissl_zoo.engine.trainer import Stage
-from bissl_zoo.errors import BisslZooError, ConfigError
+from bissl_zoo.errors import BisslZooError
 
 #: batch size for counting a loss; batch norm in train mode needs two images
 IMAGES = 2
 _LEVELS = {"pretext": "lower loss", "train": "upper loss"}
 _COUNTED = (
-    "GMACs are 1e9 multiply-adds (half of the FLOPs of torch.utils.flop_counter) of convolutions, matrix products and "
-    "attention. Other operators of torch are not counted. The backbone is counted in eval mode, losses in train mode."
+    "GMACs are 1e9 multiply-adds of convolutions, matrix products and attention (half of the FLOPs of "
+    "torch.utils.flop_counter); other operators are not counted. The backbone is in eval mode, losses in train mode."
 )
-_EXCLUDED = (
-    "Time and memory are measured in one process on random images that are in memory: reading and augmenting images, "
-    "evaluations and checkpoints are not included. N processes divide the batch."
-)
-_PRODUCTS = (
-    "The Hessian-vector products of an upper step are those of the solver at random weights, close to its limit; a "
-    "trained network may need fewer."
+_MEASURED = (
+    "Time and memory are those of one process on random images in memory, without reading and augmenting images, "
+    "evaluations and checkpoints. N processes divide the batch. A trained network may need fewer products."
 )
 
 
@@ -68,14 +60,12 @@ class Count:
         parameters, trained: number of parameters, and of those that require gradients.
         macs: multiply-adds of the forward pass.
         backward_macs: multiply-adds of the backward pass; None if it was not counted.
-        uncounted: calls of operators of other libraries, which cannot be counted, by name.
     """
 
     parameters: int
     trained: int
     macs: float = 0.0
     backward_macs: float | None = None
-    uncounted: dict[str, int] = field(default_factory=dict)
 
 
 @dataclass
@@ -102,40 +92,26 @@ class LossCount:
     total: Count
 
 
-class _ForeignOperators(TorchDispatchMode):
-    """Counts the calls of operators that are not part of torch."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.calls: Counter[str] = Counter()
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        if func.namespace not in ("aten", "prim", "prims"):
-            self.calls[f"{func.namespace}::{func._opname}"] += 1
-        return func(*args, **(kwargs or {}))
-
-
-def count_macs(function: Callable[[], Any]) -> tuple[dict[str, float], dict[str, int], Any]:
+def count_macs(function: Callable[[], Any]) -> tuple[dict[str, float], Any]:
     """Call a function and count its multiply-adds.
 
     Returns:
-        Multiply-adds by module name below the module that is called first, with the sum under ""; calls of operators
-        of other libraries by name; the output of the function.
+        Multiply-adds by module name below the module that is called first, with the sum under ""; the output of the
+        function.
     """
-    counter, foreign = FlopCounterMode(display=False), _ForeignOperators()
     # the counter has no formula for the fused attention of the CPU
-    with sdpa_kernel(SDPBackend.MATH), foreign, counter:
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         output = function()
     flops = {name: sum(by_operator.values()) for name, by_operator in counter.get_flop_counts().items()}
     macs = {name.partition(".")[2]: flops[name] / 2 for name in flops if name != "Global"}
-    return {**macs, "": flops.get("Global", 0) / 2}, dict(foreign.calls.most_common()), output
+    return {**macs, "": flops.get("Global", 0) / 2}, output
 
 
 def count_module(module: nn.Module, inputs: Tensor) -> Count:
     """Count a module on a batch of one."""
     with torch.no_grad():
-        macs, uncounted, _ = count_macs(lambda: module(inputs))
-    return Count(*_parameters(module), macs[""], uncounted=uncounted)
+        macs, _ = count_macs(lambda: module(inputs))
+    return Count(*_parameters(module), macs[""])
 
 
 def count_stages(cfg: DictConfig, image: Tensor) -> tuple[list[StageCount], Count]:
@@ -187,10 +163,10 @@ def _count_loss(context: Context, role: str, backbone: Backbone, head: nn.Module
     loss, batch = _Loss(backbone, head), random_batch(context, role, head, IMAGES)
     inputs: list[tuple[int, ...]] = []
     handle = backbone.register_forward_pre_hook(lambda module, images: inputs.append(tuple(images[0].shape)))
-    macs, uncounted, value = count_macs(lambda: loss(batch))
+    macs, value = count_macs(lambda: loss(batch))
     handle.remove()
-    backward, _, _ = count_macs(value.backward)
-    total = Count(*_parameters(loss), macs[""] / IMAGES, backward[""] / IMAGES, uncounted)
+    backward, _ = count_macs(value.backward)
+    total = Count(*_parameters(loss), macs[""] / IMAGES, backward[""] / IMAGES)
     modules = {"shared trunk": ("backbone", backbone)}
     modules |= {name: (f"head.{name}", child) for name, child in head.named_children()}
     parts = {
@@ -260,17 +236,14 @@ class Analysis:
     notes: list[str] = field(default_factory=list)
 
 
-def analyse(config_file: str, overrides: Sequence[str] = (), timing: bool = True, scale: float = 1.0) -> Analysis:
+def analyse(config_file: str, overrides: Sequence[str] = (), timing: bool = True) -> Analysis:
     """Count the networks of a config and measure its stages on this machine.
 
     Args:
         config_file: as `--config-file` takes it.
-        scale: factor on the batch sizes for the measurement; the durations are extrapolated to the config's own.
     Raises:
         BisslZooError: an invalid config, or parts of it that cannot be built.
     """
-    if not 0 < scale <= 1:
-        raise ConfigError(f"--batch-scale is {scale:g}; it must be above 0 and at most 1.")
     cfg = open_config(config_file, overrides)
     check_config(cfg, config_file)
     device = choose_device(cfg.train.device)
@@ -288,19 +261,15 @@ def analyse(config_file: str, overrides: Sequence[str] = (), timing: bool = True
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} threads"
     analysis = Analysis(config_file, f"{device}, {name}", image, stages, whole, losses, notes=notes)
     if timing:
-        costs = analysis.costs = measure_in_process(config_file, overrides, scale, known, initial)
-        planned = plan_stages(context, initial)
+        with deterministic(cfg.train.deterministic):
+            analysis.costs = measure(random_context(cfg, known, device), initial)
         analysis.durations = [
-            Duration(stage.name, _steps(stage, context, known), _seconds_per_step(stage, cfg, costs))
-            for stage in planned
+            Duration(stage.name, _steps(stage, context, known), _seconds_per_step(stage, cfg, analysis.costs))
+            for stage in plan_stages(context, initial)
         ]
-        notes.append(_EXCLUDED)
-        if any(stage.unit == "alternation" for stage in planned):
-            notes.append(_PRODUCTS)
-        if scale != 1:
-            notes.append(f"Measured with {scale:g} of each batch; the durations are extrapolated to the full batches.")
-        if any(cost.problem in (OUT_OF_MEMORY, KILLED) for cost in costs):
-            notes.append("Out of memory: measure smaller batches with --batch-scale 0.25.")
+        notes.append(_MEASURED)
+        if any(cost.seconds is None for cost in analysis.costs):
+            notes.append("Out of memory: set smaller dataloader.pretext.batch_size and dataloader.train.batch_size.")
     return analysis
 
 
@@ -312,22 +281,15 @@ def _steps(stage: Stage, context: Context, known: KnownData) -> int | None:
 
 
 def _seconds_per_step(stage: Stage, cfg: DictConfig, costs: Sequence[Cost]) -> float | None:
-    """Extrapolate the measured seconds linearly to the batches of the config; a BiSSL step is an alternation."""
+    """Return the seconds of a step of a stage, for BiSSL of an alternation; None if a part was not measured."""
     name = stage.section if stage.evaluates else stage.name  # the baseline takes as long as the fine-tuning
-    measured = {cost.what: cost for cost in costs if cost.stage == name and cost.seconds is not None}
-    needed = (LOWER, CURVATURE, PRODUCT, UPPER) if stage.unit == "alternation" else (STEP,)
-    if any(what not in measured for what in needed):
+    parts = {STEP: 1}
+    if stage.unit == "alternation":
+        parts = {LOWER: cfg.bilevel.lower_steps, CURVATURE: 1, UPPER: cfg.bilevel.upper_steps}
+    seconds = {cost.what: cost.seconds for cost in costs if cost.stage == name}
+    if any(seconds.get(part) is None for part in parts):
         return None
-    if stage.unit != "alternation":
-        cost = measured[STEP]
-        return cost.seconds * cfg.dataloader[stage.epoch_role].batch_size / cost.images
-    lower, curvature, product, upper = (measured[what] for what in needed)
-    pretext, train = cfg.dataloader.pretext.batch_size, cfg.dataloader.train.batch_size
-    factor = min(cfg.bilevel.curvature_batch_size or pretext, pretext) / product.images
-    products = min(upper.products * product.seconds, upper.seconds)
-    upper_step = products * factor + (upper.seconds - products) * train / upper.images
-    lower_step = lower.seconds * pretext / lower.images
-    return cfg.bilevel.lower_steps * lower_step + curvature.seconds * factor + cfg.bilevel.upper_steps * upper_step
+    return sum(count * seconds[part] for part, count in parts.items())
 
 
 # ------------------------------------------------------------------------------------------------ tables
@@ -347,16 +309,14 @@ def report(analysis: Analysis) -> str:
         rows = [[name, *_numbers(count)] for name, count in loss.parts.items()]
         rows += [["whole", *_numbers(loss.total)], ["backward pass", "", "", f"{loss.total.backward_macs / 1e9:.4g}"]]
         inputs = " and ".join(f"{s[0] / IMAGES:g} of {' x '.join(map(str, s[1:]))}" for s in loss.inputs)
-        text = f"{_LEVELS[role]}, one image: the backbone takes {inputs}\n{_table(rows, ['part', *headers])}"
-        calls = ", ".join(f"{name} {number}" for name, number in loss.total.uncounted.items())
-        parts.append(text + (f"\nnot counted, with the number of calls: {calls}" if calls else ""))
+        parts.append(f"{_LEVELS[role]}, one image: the backbone takes {inputs}\n{_table(rows, ['part', *headers])}")
     if analysis.costs:
         rows = []
         for cost in analysis.costs:
             speed = f"{cost.images / cost.seconds:.4g}" if cost.seconds else None
             peak = None if cost.peak is None else f"{cost.peak / 2**20:,.0f}"
-            seconds = cost.problem if cost.seconds is None else f"{cost.seconds:.4g}"
-            products = None if cost.products is None or cost.seconds is None else f"{cost.products:.3g}"
+            seconds = "out of memory" if cost.seconds is None else f"{cost.seconds:.4g}"
+            products = None if cost.products is None else f"{cost.products:.3g}"
             rows.append([cost.stage, cost.what, cost.images, seconds, speed, products, peak])
         headers = ["stage", "what", "images", "seconds", "images/s", "products", "peak MiB"]
         parts.append(f"time and memory\n{_table(rows, headers, left=2)}")

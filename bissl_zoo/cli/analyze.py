@@ -1,7 +1,7 @@
 """Count the networks of a config, and measure the time and memory of its stages on this machine.
 
 bissl analyze --config-file configs/bissl/voc_det.py
-bissl analyze --config-file configs/bissl/voc_det.py --batch-scale 0.125 train.amp=bf16
+bissl analyze --config-file configs/bissl/voc_det.py train.amp=bf16
 bissl analyze --config-file configs/bissl/voc_det.py --no-timing --json
 
 Prints parameters and multiply-adds of each stage of the backbone and each part of both losses; then seconds and memory
@@ -20,9 +20,6 @@ def parse(parser: argparse.ArgumentParser, argv: Sequence[str]) -> argparse.Name
     """Parse the command line; positional arguments are config overrides."""
     add_config(parser)
     parser.add_argument("--no-timing", action="store_true", help="count only")
-    parser.add_argument(
-        "--batch-scale", type=float, default=1.0, metavar="S", help="factor on the measured batch sizes (default: 1)"
-    )
     parser.add_argument("--json", action="store_true", help="print JSON")
     return parser.parse_intermixed_args(argv)
 
@@ -31,7 +28,7 @@ def run(args: argparse.Namespace) -> int:
     """Analyse the config and print the result."""
     from bissl_zoo.analysis.model import analyse, report
 
-    analysis = analyse(args.config_file, args.overrides, not args.no_timing, args.batch_scale)
+    analysis = analyse(args.config_file, args.overrides, not args.no_timing)
     if args.json:
         durations = [{**asdict(item), "seconds": item.seconds} for item in analysis.durations]
         print(json.dumps({**asdict(analysis), "durations": durations}, indent=2))

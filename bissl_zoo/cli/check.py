@@ -7,7 +7,7 @@ A. A small smooth problem with the configured pretext method, in float64: produc
    the Gauss-Newton matrix, the hypergradient and the solver against finite differences and a direct solve.
 B. The config's own networks and data, one curvature batch: symmetry, spectrum, and the convergence of every solver.
 
-Writes DIR/check.json and DIR/check.png, and prints which changes of the solver's settings help.
+Writes DIR/check.json, and prints whether the solver converges and which ones do.
 Exit status: 0 if part A passes, whether the solver converges or not; 1 if part A fails or the input is invalid.
 """
 
@@ -50,10 +50,7 @@ def run(args: argparse.Namespace) -> int:
         on_main_process(lambda: save(result, args.output_dir))
     if is_main_process():
         print(f"\n{table(result['real'])}")
-        print(f"\nresults {args.output_dir / 'check.json'}   plot {args.output_dir / 'check.png'}")
-        print(f"\n{result['advice']['sentence']}")
-        for words in result["advice"]["overrides"]:
-            print(f"    {' '.join(words)}")
+        print(f"\nresults {args.output_dir / 'check.json'}\n\n{result['advice']['sentence']}")
     if not result["passed"]:
         reduced = result["reduced"]
         failed = [f"{c['name']}: {c['error']:.1e}, {c['detail']}" for c in reduced["checks"] if not c["passed"]]

@@ -1,29 +1,13 @@
 """Counts against closed forms and published numbers, and the measurement of time and memory."""
 
-import os
-import resource
-import signal
-
 import pytest
 import torch
 from torch import nn
 
-from bissl_zoo.analysis import costs as module
-from bissl_zoo.analysis.costs import (
-    KILLED,
-    OUT_OF_MEMORY,
-    Cost,
-    Gauge,
-    KnownData,
-    find_data,
-    measure_in_process,
-    random_batch,
-    random_context,
-)
+from bissl_zoo.analysis.costs import Cost, Gauge, find_data, random_batch, random_context
 from bissl_zoo.analysis.model import analyse, count_losses, count_macs, count_module, count_stages, report
 from bissl_zoo.config import LazyConfig, load_config
 from bissl_zoo.engine.build import Weights, build_downstream, build_pretext, build_split_backbone
-from bissl_zoo.registry import build_backbone
 
 QUICKSTART = "quickstart/digit_scenes_det.py"
 VOC = "bissl/voc_det.py"
@@ -45,7 +29,7 @@ def test_the_macs_of_a_convolution_and_a_linear_layer_are_their_closed_forms_and
     assert count.macs == convolution + linear
     assert count.parameters == 8 * 3 * 5 * 5 + 8 * 8 * 8 * 10 + 10
     output = layers(image.requires_grad_())
-    macs, _, _ = count_macs(output.sum().backward)
+    macs, _ = count_macs(output.sum().backward)
     assert macs[""] == 2 * (convolution + linear)  # the gradients in weights and inputs
 
 
@@ -66,15 +50,6 @@ def test_resnet50_has_its_published_macs_and_parameters_at_224_pixels():
         (64, 112, 112), (256, 56, 56), (512, 28, 28), (1024, 14, 14), (2048, 7, 7)
     ]  # fmt: skip
     assert [stage.part for stage in stages] == ["shared"] * 4 + ["tail"] * 2
-
-
-@pytest.mark.slow
-def test_a_vit_has_its_known_macs():
-    vit = build_backbone(name="vit_small_patch16_224", class_token=False, global_pool="avg").eval()
-    count = count_module(vit.model, torch.zeros(1, 3, 224, 224))
-    # 12 layers of 12 D^2 + 2 N D per token, and the embedding of N patches of 768 numbers
-    tokens, width = 196, 384
-    assert count.macs == pytest.approx(tokens * (12 * (12 * width**2 + 2 * tokens * width) + 768 * width), rel=1e-9)
 
 
 def test_stages_add_up_to_the_whole_and_so_do_trunk_and_tail():
@@ -104,7 +79,6 @@ def test_the_parts_of_a_loss_add_up_and_have_the_parameters_of_their_modules(tin
             assert sum(getattr(part, attribute) for part in parts.values()) == getattr(total, attribute)
         assert total.macs < total.backward_macs <= 2 * total.macs
     assert losses["pretext"].inputs == [(2, 3, 32, 32)] * 2  # two views of two images
-    assert losses["train"].total.uncounted["torchvision::roi_align"] == 1
 
 
 @pytest.mark.slow
@@ -169,7 +143,7 @@ def test_every_stage_and_every_part_of_an_alternation_is_measured(measured):
         ("finetune", "step", 4),
     ]
     for cost in measured.costs:
-        assert cost.seconds > 0 and cost.peak >= 0 and not cost.problem
+        assert cost.seconds > 0 and cost.peak >= 0
     costs = {cost.what: cost for cost in measured.costs if cost.stage == "bissl"}
     assert costs["upper step"].products >= 1
     assert costs["upper step"].seconds > costs["product"].seconds
@@ -186,15 +160,14 @@ def test_the_duration_is_that_of_the_steps(measured):
     assert durations["bissl"].seconds == pytest.approx(2 * alternation)
     assert durations["finetune_pretrained"].seconds == durations["finetune"].seconds
     text = report(measured)
-    assert "evaluations and checkpoints are not included" in text
-    for word in ("shared trunk", "tail", "projector", "roi_heads", "upper step", "images/s", "h:mm:ss", "roi_align"):
+    for word in ("shared trunk", "tail", "projector", "roi_heads", "upper step", "images/s", "h:mm:ss"):
         assert word in text
 
 
 def test_a_step_that_runs_out_of_memory_has_no_seconds():
     gauge, cost = Gauge(CPU), Cost("pretrain", "step", 8)
     assert not gauge.median(cost, lambda: torch.empty(1 << 60, dtype=torch.uint8))
-    assert cost.seconds is None and cost.problem == OUT_OF_MEMORY
+    assert cost.seconds is None and cost.peak is None
     with pytest.raises(RuntimeError, match="must match"):  # another error
         gauge.median(cost, lambda: torch.ones(2) + torch.ones(3))
 
@@ -207,61 +180,8 @@ def test_the_peak_is_that_of_the_step_alone():
     assert second.peak <= first.peak - (40 << 20)
 
 
-@pytest.mark.slow
-def test_a_measurement_that_exceeds_the_free_memory_raises_and_one_that_is_killed_is_reported(
-    tiny, at_scenes, tmp_path, monkeypatch
-):
-    free = module._kilobytes("/proc/meminfo", "MemAvailable")
-    if free is None:
-        pytest.skip("this system does not report its free memory")
-    before = resource.getrlimit(resource.RLIMIT_DATA)
-    known = KnownData({"pretext": 24, "train": 16}, ["a"])
-
-    def exceed(*_):
-        cost = Cost("pretrain", "step", 8)
-        Gauge(CPU).median(cost, lambda: torch.empty(free, dtype=torch.uint8))
-        return [cost]
-
-    monkeypatch.setattr(module, "measure", exceed)
-    try:
-        [cost] = module._measure_config(QUICKSTART, tiny(), 1.0, known, Weights())
-    finally:
-        resource.setrlimit(resource.RLIMIT_DATA, before)
-    assert cost.problem == OUT_OF_MEMORY
-
-    file = tmp_path / "dies_in_a_child.py"
-    file.write_text(f"import os\nif os.getpid() != {os.getpid()}: os.kill(os.getpid(), {int(signal.SIGKILL)})\n")
-    costs = measure_in_process(QUICKSTART, [*tiny(), f"train.imports=[{file}]"], 1.0, known, Weights())
-    assert [cost.problem for cost in costs] == [KILLED]
-
-
-@pytest.mark.parametrize(
-    ("costs", "scale", "stages", "expected", "note"),
-    [
-        ([Cost("pretrain", "step", 8, problem=OUT_OF_MEMORY)], 1.0, "[pretrain]", None, "--batch-scale 0.25"),
-        ([Cost("pretrain", "step", 4, seconds=0.5)], 0.5, "[pretrain]", 0.5 / 0.5, "Measured with 0.5 of each batch"),
-        (
-            [
-                Cost("bissl", "lower step", 2, seconds=1.0),
-                Cost("bissl", "curvature", 2, seconds=2.0),
-                Cost("bissl", "product", 2, seconds=3.0),
-                Cost("bissl", "upper step", 2, seconds=16.0, products=2.0),
-            ],
-            0.25,
-            "[bissl]",
-            # 2 lower steps on 8 images, a graph and 2 products on 6, and the rest of the upper step on 4
-            2 * 1.0 * 4 + 2.0 * 3 + (2 * 3.0 * 3 + 10.0 * 2),
-            "extrapolated to the full batches",
-        ),
-    ],
-    ids=["out of memory", "pretrain", "alternation"],
-)
-def test_durations_are_extrapolated_to_the_batches_of_the_config(
-    tiny, at_scenes, monkeypatch, costs, scale, stages, expected, note
-):
-    monkeypatch.setattr("bissl_zoo.analysis.model.measure_in_process", lambda *args: costs)
-    overrides = [*tiny(), f"train.stages={stages}", "bilevel.curvature_batch_size=6"]
-    analysis = analyse(QUICKSTART, overrides, scale=scale)
-    seconds = {item.phase: item.seconds_per_step for item in analysis.durations}[costs[0].stage]
-    assert seconds == (None if expected is None else pytest.approx(expected))
-    assert note in report(analysis)
+def test_a_stage_that_does_not_fit_into_memory_has_no_duration(tiny, at_scenes, monkeypatch):
+    monkeypatch.setattr("bissl_zoo.analysis.model.measure", lambda *args: [Cost("pretrain", "step", 8)])
+    analysis = analyse(QUICKSTART, [*tiny(), "train.stages=[pretrain]"])
+    assert [item.seconds for item in analysis.durations] == [None]
+    assert "out of memory" in report(analysis) and "set smaller dataloader" in report(analysis)

@@ -84,15 +84,6 @@ def test_detached_targets_are_held():
 
 
 @pytest.mark.slow
-def test_the_check_leaves_the_random_state_and_the_parameters_as_they_were(reduced):
-    before, state = flatten(p.detach() for p in reduced.parameters), torch.get_rng_state()
-    check_reduced(reduced, "minres", MinRes())
-    assert torch.equal(torch.get_rng_state(), state)
-    # the lower problem is solved again, up to rounding
-    torch.testing.assert_close(flatten(p.detach() for p in reduced.parameters), before, rtol=1e-10, atol=1e-10)
-
-
-@pytest.mark.slow
 @pytest.mark.parametrize("wrong", ["half", "without the first bias"])
 def test_a_wrong_product_is_detected(reduced, monkeypatch, wrong):
     right = CurvatureOperator.hessian_product

@@ -34,14 +34,14 @@ def test_the_tiny_quickstart_is_counted_as_tables(analyze, tiny):
 
 
 def test_the_measurement_of_a_stage_is_printed_as_json(analyze, tiny):
-    status, out, err = analyze("--json", "--batch-scale", "0.5", *tiny(), "train.stages=[pretrain]")
+    status, out, err = analyze("--json", *tiny(), "train.stages=[pretrain]")
     assert status == 0, err
     result = json.loads(out)
     (cost,) = result["costs"]
-    assert (cost["stage"], cost["what"], cost["images"]) == ("pretrain", "step", 4)
+    assert (cost["stage"], cost["what"], cost["images"]) == ("pretrain", "step", 8)
     (duration,) = result["durations"]
     assert duration["steps"] == 2
-    assert duration["seconds"] == pytest.approx(2 * cost["seconds"] / 0.5)
+    assert duration["seconds"] == pytest.approx(2 * cost["seconds"])
     assert result["whole"]["parameters"] == sum(stage["count"]["parameters"] for stage in result["stages"])
 
 
@@ -50,7 +50,6 @@ def test_the_measurement_of_a_stage_is_printed_as_json(analyze, tiny):
     [
         (["backbone.name=resnet1"], "resnet1"),
         (["bilevel.shared_stage=c9"], "no stage 'c9'"),
-        (["--batch-scale", "3"], "--batch-scale is 3"),
     ],
 )
 def test_invalid_input_is_refused_in_one_message(analyze, tiny, arguments, message):

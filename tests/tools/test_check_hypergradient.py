@@ -7,7 +7,6 @@ import math
 
 import pytest
 from command_line import load_tool
-from PIL import Image
 
 from bissl_zoo.hypergradient import CurvatureOperator
 from bissl_zoo.registry import SOLVERS
@@ -43,7 +42,7 @@ def outcome(check, tiny, finished, tmp_path_factory):
 
 
 def test_the_results_are_complete_and_finite(outcome):
-    folder, result, _ = outcome
+    _, result, _ = outcome
     assert result["passed"] and all(entry["passed"] for entry in result["reduced"]["checks"])
     real = result["real"]
     assert real["symmetry"]["passed"] and real["lambda"] == 0.1 and real["damping"]["configured"] == 2.0
@@ -58,8 +57,6 @@ def test_the_results_are_complete_and_finite(outcome):
     assert identity["cosine_to_v"] == pytest.approx(1.0, abs=1e-6) and identity["points"][0]["products"] == 0
     assert real["definiteness"][0]["damping"] == pytest.approx(2.0)
     assert {entry["state"] for entry in real["definiteness"]} <= {"definite", "indefinite", "undecided"}
-    with Image.open(folder / "check.png") as image:
-        assert image.width >= 1200
 
 
 def test_the_output_agrees_with_the_file(outcome):
@@ -68,35 +65,19 @@ def test_the_output_agrees_with_the_file(outcome):
     assert "pass  Hessian-vector product against finite differences" in out
     assert "ReLU -> Softplus" in out and "with its pretext head" in out
     assert "min to go" in out
-    for words in result["advice"]["overrides"]:
-        assert " ".join(words) in out
 
 
-def test_the_damping_that_is_advised_converges(check, tiny, finished, tmp_path):
+def test_a_damping_that_is_advised_converges(check, tiny, finished, tmp_path):
     settings = [*QUICK, "--run", finished, *tiny(solver__damping=0.001, solver__tolerance=0.01, solver__iterations=2)]
     status, _, err = check(*settings, output=tmp_path / "before")
     assert status == 0, err
     advice = json.loads((tmp_path / "before" / "check.json").read_text())["advice"]
     assert not advice["converges"]
-    (damping,) = [words for words in advice["overrides"] if words[0].startswith("solver.damping=")]
-    status, out, err = check(*settings, *damping, output=tmp_path / "after")
+    option = next(option for option in advice["options"] if option["solver"] == "minres")
+    changed = [f"solver.damping={option['damping']}", f"solver.iterations={option['budget']}"]
+    status, out, err = check(*settings, *changed, output=tmp_path / "after")
     assert status == 0, err
     assert json.loads((tmp_path / "after" / "check.json").read_text())["advice"]["converges"]
-
-
-def test_another_solver_that_is_advised_converges_with_its_overrides(check, tiny, finished, tmp_path):
-    solver = "{_target_: bissl_zoo.registry.build_solver, name: identity, damping: 1.0}"
-    settings = [*QUICK, "--run", finished, *(s for s in tiny() if not s.startswith("solver.")), f"solver={solver}"]
-    status, out, err = check(*settings, output=tmp_path / "before")
-    assert status == 0, err
-    assert "identity at damping 1 against exact" in out
-    advice = json.loads((tmp_path / "before" / "check.json").read_text())["advice"]
-    assert not advice["converges"] and advice["overrides"]
-    for number, words in enumerate(advice["overrides"]):
-        assert words[0].startswith("solver.name=")
-        status, _, err = check(*settings, *words, output=tmp_path / str(number))
-        assert status == 0, err
-        assert json.loads((tmp_path / str(number) / "check.json").read_text())["advice"]["converges"]
 
 
 @pytest.mark.parametrize(("curvature", "matrix"), [("gauss_newton", "Gauss-Newton matrix"), ("hessian", "Hessian")])
