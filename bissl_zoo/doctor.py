@@ -195,7 +195,7 @@ def check_run_folder() -> Iterator[Finding]:
         yield Finding(WARNING, "runs", f"{place}: {problem}", advice)
     elif free < FREE_DISK:
         message = f"{place}: {free / _GIB:.1f} GiB free; checkpoints may not fit"
-        yield Finding(WARNING, "runs", message, "Free space; bissl runs prune removes old checkpoints.")
+        yield Finding(WARNING, "runs", message, "Free space, for example by removing old checkpoints of runs.")
     else:
         yield Finding(OK, "runs", f"{place}: writable, with locks, {free / _GIB:.0f} GiB free")
 

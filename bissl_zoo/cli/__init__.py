@@ -22,7 +22,7 @@ COMMANDS = {
     "compare": "does BiSSL help? compare its arms over the same seeds",
     "search": "search hyperparameters of fine-tuning",
     "probe": "evaluate a frozen backbone by kNN and a linear classifier",
-    "runs": "list runs, show one, remove old checkpoints",
+    "runs": "list runs, show one",
     "report": "write an HTML report of runs or of a zoo",
     "visualize": "draw data, views, predictions and embeddings",
     "analyze": "count parameters and operations, measure time and memory",

@@ -1,11 +1,10 @@
-"""List runs, show what a run holds, and remove old checkpoints.
+"""List runs, and show what a run holds.
 
 bissl runs list runs
 bissl runs show runs/quickstart --verify
-bissl runs prune runs/quickstart                 # prints what would be removed; --yes removes it
 
-A run is running, finished, interrupted (it can be resumed from a checkpoint), or has no checkpoint. `list` and `show`
-never wait and change nothing.
+A run is running, finished, interrupted (it can be resumed from a checkpoint), or has no checkpoint. Nothing
+is changed, and no command waits.
 """
 
 import argparse
@@ -22,10 +21,9 @@ def parse(parser: argparse.ArgumentParser, argv: Sequence[str]) -> argparse.Name
     """Parse the command line."""
     subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
-    def add(name: str, help: str, json: bool = True) -> argparse.ArgumentParser:
+    def add(name: str, help: str) -> argparse.ArgumentParser:
         command = subparsers.add_parser(name, help=help, description=help)
-        if json:
-            command.add_argument("--json", action="store_true", help="print JSON")
+        command.add_argument("--json", action="store_true", help="print JSON")
         return command
 
     command = add("list", "one line per run")
@@ -33,17 +31,7 @@ def parse(parser: argparse.ArgumentParser, argv: Sequence[str]) -> argparse.Name
     command = add("show", "stages, checkpoints and results of a run, and the command that resumes it")
     command.add_argument("run", type=Path, help="the run directory")
     command.add_argument("--verify", action="store_true", help="compare the files of all checkpoints with their sha256")
-    command = add("prune", "free disk space: keep the last checkpoint of each stage, verified first", json=False)
-    command.add_argument("run", type=Path, help="the run directory")
-    command.add_argument(
-        "--keep", type=int, metavar="N", help="newest checkpoints of a stage to keep (default: 1; 2 if not finished)"
-    )
-    command.add_argument("--damaged", action="store_true", help="also remove those that were set aside as damaged")
-    command.add_argument("--yes", action="store_true", help="remove; without this, only print what would be removed")
-    args = parser.parse_args(argv)
-    if args.command == "prune" and args.keep is not None and args.keep < 1:
-        parser.error("--keep must be 1 or more")
-    return args
+    return parser.parse_args(argv)
 
 
 def list_runs(args: argparse.Namespace) -> None:
@@ -63,15 +51,8 @@ def show(args: argparse.Namespace) -> None:
 
     if not is_run(args.run):
         raise CheckpointError(f"There is no run in {args.run} (no config.yaml). Give the directory of a run.")
-    run = look_at(args.run, whole=True, verified=args.verify)
+    run = look_at(args.run, args.verify)
     print_json({**asdict(run), "resume": resume_command(run)}) if args.json else print(run_page(run))
-
-
-def prune_run(args: argparse.Namespace) -> None:
-    """Remove old checkpoints, or print which."""
-    from bissl_zoo.runs.listing import prune
-
-    print(prune(args.run, args.keep, args.damaged, dry_run=not args.yes).page(removed=args.yes))
 
 
 def print_json(content: Any) -> None:
@@ -79,9 +60,6 @@ def print_json(content: Any) -> None:
     print(printable(json.dumps(content, indent=2, ensure_ascii=False, default=str)))
 
 
-COMMANDS = {"list": list_runs, "show": show, "prune": prune_run}
-
-
 def run(args: argparse.Namespace) -> None:
     """Run the command."""
-    COMMANDS[args.command](args)
+    list_runs(args) if args.command == "list" else show(args)

@@ -70,7 +70,7 @@ class RunReport:
     def __init__(self, folder: Path, images: int, ended: bool = False) -> None:
         self.folder, self.images = folder, images
         self.name = folder.absolute().name
-        self.state: RunState = look_at(folder, whole=False)
+        self.state: RunState = look_at(folder)
         if ended:
             self.state.state, self.state.writer = FINISHED, None
         self.history: History = read_history(folder / METRICS_FILE)

@@ -142,7 +142,7 @@ def test_reading_changes_nothing(runs, run):
     interrupt(run)
     (run / LOCK_FILE).touch()
     before = {path: path.lstat().st_mtime_ns for path in run.rglob("*")}
-    for command in (["list"], ["show", "--verify"], ["show", "--json"], ["list", "--json"], ["prune"]):
+    for command in (["list"], ["show", "--verify"], ["show", "--json"], ["list", "--json"]):
         assert runs(*command, run)[0] == 0
     assert {path: path.lstat().st_mtime_ns for path in run.rglob("*")} == before
 
@@ -173,8 +173,7 @@ def test_a_folder_without_runs_and_a_missing_one_are_reported(runs, tmp_path):
     assert runs("list", tmp_path) == (0, f"There are no runs in {tmp_path}.\n", "")
     status, _, err = runs("list", tmp_path / "no")
     assert status == 1 and err.startswith(f"error: {tmp_path / 'no'} cannot be read")
-    for command in ("show", "prune"):
-        assert "There is no run in" in runs(command, tmp_path)[2]
+    assert "There is no run in" in runs("show", tmp_path)[2]
 
 
 @pytest.mark.parametrize("content", [b"[" * 100_000, b"\xff\xfe", b'{"a": 1}', b"\x1b[2J: 3", None])
@@ -202,11 +201,10 @@ def test_an_incomplete_line_of_metrics_is_counted_unless_it_is_the_last(run):
     assert state.problems == ["metrics.jsonl: 2 lines cannot be read"] and state.stages[-1].step == 2
 
 
-def test_a_list_reads_only_the_end_of_long_metrics(run, monkeypatch):
+def test_only_the_end_of_long_metrics_is_read(run, monkeypatch):
     monkeypatch.setattr(listing, "TAIL", 300)
-    end, whole = look_at(run), look_at(run, whole=True)
-    assert end.current.metrics == whole.current.metrics and end.problems == []
-    assert not end.stages[0].metrics and whole.stages[0].metrics["total_loss"] == 0.5
+    state = look_at(run)
+    assert state.current.metrics["total_loss"] == 0.5 and not state.stages[0].metrics and state.problems == []
 
 
 def test_damaged_checkpoints_are_shown(runs, line, run):
@@ -248,69 +246,3 @@ def test_a_real_run_is_listed_and_its_resume_command_works(runs, tool, capsys, f
         assert [stage["total"] for stage in shown["stages"]] == [2] * 5 and shown["entry"]["name"]
         assert tool.cli(shlex.split(shown["resume"])[2:]) == 0
         assert f"the run in {folder} is finished" in capsys.readouterr().out
-
-
-def test_pruning_prints_first_and_keeps_the_last_checkpoint_of_each_stage(runs, run):
-    before, size = checkpoints(run), look_at(run).size
-    status, out, _ = runs("prune", run)
-    assert status == 0 and "5 folders" in out and "would be removed" in out and checkpoints(run) == before
-    status, out, _ = runs("prune", run, "--yes")
-    assert status == 0 and "removed 5 folders" in out
-    assert checkpoints(run) == [f"{stage}/step_000002" for stage in sorted(STAGES)]
-    assert look_at(run).size < size and look_at(run).state == "finished" and not (run / LOCK_FILE).exists()
-    assert "There is nothing to remove." in runs("prune", run, "--yes")[1]
-
-
-def test_of_an_unfinished_run_two_checkpoints_are_kept_or_the_given_number(runs, run):
-    before = checkpoints(interrupt(run))
-    runs("prune", run, "--yes")
-    assert checkpoints(run) == before
-    runs("prune", run, "--yes", "--keep", 1)
-    assert checkpoints(run) == sorted([f"{stage}/step_000002" for stage in STAGES[:-1]] + ["finetune/step_000001"])
-    with pytest.raises(SystemExit):
-        runs("prune", run, "--keep", 0)
-
-
-def test_an_older_checkpoint_is_kept_in_the_place_of_a_damaged_one(runs, run):
-    newest = run / "checkpoints" / "bissl" / "step_000002"
-    flip(newest / "state.pt")
-    out = runs("prune", run, "--yes")[1]
-    assert f"not removed: {newest / 'state.pt'} is damaged" in out
-    assert [path for path in checkpoints(run) if "bissl" in path] == ["bissl/step_000001", "bissl/step_000002"]
-
-
-def test_the_best_checkpoint_by_the_metric_of_the_config_is_kept(runs, run):
-    text = (run / "config.yaml").read_text()
-    (run / "config.yaml").write_text(text.replace("best: null", "best: test/AP50"))
-    for step, value in ((1, 0.4), (2, 0.3)):
-        edit(run / f"checkpoints/finetune/step_00000{step}" / MANIFEST_FILE, metrics={"test/AP50": value})
-    runs("prune", run, "--yes")
-    assert [path for path in checkpoints(run) if "000001" in path] == ["finetune/step_000001"]
-
-
-def test_leftovers_are_removed_and_damaged_checkpoints_only_if_asked(runs, run):
-    stage = run / "checkpoints" / "pretrain"
-    (stage / ".step_000003-x").mkdir()
-    damaged = stage / "damaged_step_000001-x"
-    damaged.mkdir()
-    assert "--damaged removes them" in runs("prune", run, "--yes")[1]
-    assert sorted(path.name for path in stage.iterdir()) == [damaged.name, "step_000002"]
-    runs("prune", run, "--yes", "--damaged")
-    assert [path.name for path in stage.iterdir()] == ["step_000002"]
-
-
-def test_what_a_link_leads_to_is_not_removed(runs, run, tmp_path):
-    stage = run / "checkpoints" / "pretrain"
-    shutil.move(stage, tmp_path / "elsewhere")
-    stage.symlink_to(tmp_path / "elsewhere")
-    assert "is a link to another place" in runs("prune", run, "--yes")[1]
-    assert len(list((tmp_path / "elsewhere").iterdir())) == 2
-
-
-def test_a_run_that_is_running_is_not_pruned(runs, run):
-    before = checkpoints(run)
-    with run_lock(run):
-        for arguments in ((), ("--yes",)):
-            status, out, err = runs("prune", run, *arguments)
-            assert (status, out) == (1, "") and f"written by process {os.getpid()}" in err
-    assert checkpoints(run) == before
