@@ -2,8 +2,6 @@
 
 import logging
 import math
-import statistics
-from collections import deque
 from collections.abc import Callable
 from typing import Any
 
@@ -21,12 +19,8 @@ from bissl_zoo.errors import BadHypergradient, NonFiniteLoss, shorten
 
 logger = logging.getLogger(__name__)
 
-#: a gradient norm this many times the median of the last WINDOW norms, if there are MIN_NORMS, has exploded
-EXPLOSION, WINDOW, MIN_NORMS = 1e4, 50, 10
 #: deviation of the normalised embedding below which it has collapsed, see `normalized_std`
 COLLAPSED = 0.01
-#: hypergradients replaced by the plain gradient between two warnings about them
-FALLBACKS_PER_WARNING = 100
 #: tensors named in a message
 NAMED = 5
 
@@ -45,8 +39,6 @@ class Guard:
 
     def __init__(self, trainer: Trainer, level: Level, undoes: bool, limit: int) -> None:
         self.trainer, self.level, self.undoes, self.limit = trainer, level, undoes, limit
-        self.norms: deque[float] = deque(maxlen=WINDOW)
-        self.warned = False
         self.last: tuple[int, dict[str, Any]] | None = None
 
     def __call__(self, step: Callable[[], dict[str, Any]]) -> dict[str, Any]:
@@ -79,9 +71,8 @@ class Guard:
         return metrics
 
     def _buffers(self) -> list[tuple[nn.Module, str, Tensor, Tensor]]:
-        backbones = [
-            level.backbone for level in self.trainer.levels().values()
-        ]  # an upper step changes the lower one's
+        # of all backbones, since an upper step changes the lower one's
+        backbones = [level.backbone for level in self.trainer.levels().values()]
         modules = {id(m): m for root in (*backbones, self.level.head) for m in root.modules()}.values()
         return [
             (module, name, buffer, buffer.clone())
@@ -99,20 +90,10 @@ class Guard:
         self.trainer.skipped += 1
 
     def _remember(self, metrics: dict[str, Any]) -> None:
-        """Save the losses for a later message, and warn once about a gradient norm that has exploded."""
-        level = self.level
-        metrics = {k.removeprefix(f"{level.name}/"): v for k, v in metrics.items() if not k.startswith("solver/")}
-        self.last = level.step - 1, {name: v for name, v in metrics.items() if isinstance(v, float) and name != "lr"}
-        norm = metrics.get("grad_norm", 0.0)
-        usual = statistics.median(self.norms) if len(self.norms) >= MIN_NORMS else math.inf
-        if not self.warned and 0 < usual < norm / EXPLOSION:
-            self.warned = True
-            logger.warning(
-                f"{level.name} level, step {level.step - 1}: the norm of the gradient before clipping is {norm:.3g}, "
-                f"{norm / usual:.0f} times the median of the {len(self.norms)} steps before. {describe_batch(level)} "
-                "Lower the learning rate, or set clip_grad."
-            )
-        self.norms.append(norm)
+        """Save the losses for a later message."""
+        metrics = {k.removeprefix(f"{self.level.name}/"): v for k, v in metrics.items() if not k.startswith("solver/")}
+        values = {name: v for name, v in metrics.items() if isinstance(v, float) and name != "lr"}
+        self.last = self.level.step - 1, values
 
     def _circumstances(self, levels: list[Level], rank: int | None = None) -> str:
         """Describe the newest batches of `levels` and the last finite losses of this level."""
@@ -155,7 +136,7 @@ class Health(Hook):
         settings = cfg.train
         self.periods = (settings.log_period, settings.checkpoint.period)
         self.undoes, self.limit = settings.on_nonfinite == "skip", settings.max_skipped
-        self.collapsed, self.warn_at = False, 1
+        self.collapsed = False
 
     def before_train(self) -> None:
         """Install the guards; buffers that are infinite from the start, such as masks, are not checked later."""
@@ -170,7 +151,6 @@ class Health(Hook):
         trainer = self.trainer
         if self.undoes:
             trainer.metrics["skipped"] = trainer.skipped
-        self._warn_about_fallbacks(trainer.metrics.get("solver/fallbacks", 0))
         self._warn_about_collapse(trainer.metrics.get("probe/std", math.inf))
         if trainer.stopping or trainer.done or any(trainer.step % n == 0 for n in self.periods):
             for what, tensors in self._watched().items():
@@ -182,15 +162,7 @@ class Health(Hook):
         for level in self.trainer.levels().values():
             parts = {"backbone": level.backbone, "head": level.head}
             watched[f"{level.name} level"] = {f"{part}.{n}": t for part, m in parts.items() for n, t in _floats(m)}
-        return watched | {name: dict(_floats(module)) for name, module in self.trainer.averages().items()}
-
-    def _warn_about_fallbacks(self, count: int) -> None:
-        if count >= self.warn_at:
-            self.warn_at = count + FALLBACKS_PER_WARNING
-            logger.warning(
-                f"the solver gave no usable hypergradient at {count} upper steps so far, which used the plain gradient "
-                "v instead (bilevel.on_bad_hypergradient=plain); see solver/status and solver/residual."
-            )
+        return watched
 
     def _warn_about_collapse(self, std: float) -> None:
         if std < COLLAPSED and not self.collapsed:

@@ -1,7 +1,6 @@
 """The hooks of a stage, in one list: progress, evaluation, early stopping, probe, checks, metrics, checkpoints."""
 
 import logging
-import statistics
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
@@ -244,37 +243,29 @@ class SolverWatch(Hook):
     FINE = ("converged", "not_solved")
 
     def __init__(self, config: Path, window: int = 24) -> None:
-        self.config = config
-        self.window = window
+        self.config, self.warned = config, False
         self.recent: deque[dict[str, Any]] = deque(maxlen=window)
-        self.warned = False
 
     def after_step(self) -> None:
         """Check the upper steps of this alternation."""
         for record in self.trainer.records:
             self.recent.append(record)
-            failed = [step for step in self.recent if step["solver/status"] not in self.FINE]
-            if not self.warned and len(self.recent) == self.window and 2 * len(failed) > self.window:
-                self.warned = True
-                logger.warning(self._message(failed))
+            failed = Counter(step["solver/status"] for step in self.recent if step["solver/status"] not in self.FINE)
+            if self.warned or len(self.recent) < self.recent.maxlen or 2 * failed.total() <= len(self.recent):
+                continue
+            self.warned = True
+            statuses = ", ".join(f"{status} {count}" for status, count in failed.most_common())
+            logger.warning(
+                f"{failed.total()} of the last {len(self.recent)} solves for the hypergradient failed ({statuses}; "
+                f"damping {record['solver/damping']:.4g}), so it is inaccurate. Raise solver.iterations or "
+                "solver.damping, or set solver.damping=auto; to compare solvers run "
+                f"python tools/check_hypergradient.py --config-file {self.config}."
+            )
 
     def after_train(self) -> None:
         """Log what the hypergradients of the stage were."""
         if self.trainer.done and self.trainer.summary:
             logger.info(self.trainer.summary)
-
-    def _message(self, failed: list[dict[str, Any]]) -> str:
-        statuses = Counter(step["solver/status"] for step in failed).most_common()
-        residuals = [step["solver/residual"] for step in self.recent if "solver/residual" in step]
-        parts = [f"{status} {count}" for status, count in statuses]
-        if residuals:
-            parts.append(f"median residual {statistics.median(residuals):.2g}")
-        parts.append(f"damping {self.recent[-1]['solver/damping']:.4g}")
-        return (
-            f"{len(failed)} of the last {self.window} solves for the hypergradient failed ({', '.join(parts)}), so the "
-            "hypergradient is inaccurate. Raise solver.iterations or solver.damping, or set solver.damping=auto; to "
-            f"compare solvers run bissl check --config-file {self.config}."
-        )
 
 
 class UndecodableImages(Hook):

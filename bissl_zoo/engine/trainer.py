@@ -88,7 +88,7 @@ class Hook:
         """Run once, after the last step of this process."""
 
 
-class Stage:
+class Stage(ABC):
     """One stage of the pipeline: what it reads, how long it takes, and how its trainer is built.
 
     A custom stage is one file: subclass this, register the class with `@STAGES.register("name")`, and name the
@@ -137,18 +137,18 @@ class Stage:
         loader, data = context.cfg.dataloader[self.epoch_role], context.data[self.epoch_role]
         return count_steps(OmegaConf.select(context.cfg, self.section), self.section, data, loader.batch_size)
 
+    @abstractmethod
     def build(self, context: Context, weights: Weights, start_step: int = 0) -> "Trainer":
         """Return the trainer that starts from `weights`, with its data at step `start_step`."""
-        raise NotImplementedError
 
     def expand(self, context: Context, earlier: Sequence["Stage"]) -> list["Stage"]:
         """Return the stages that one entry of `train.stages` stands for, given the stages before it."""
         return [self]
 
-    def check(self, context: Context, weights: Weights) -> None:
+    def check(self, context: Context, weights: Weights) -> None:  # noqa: B027
         """Check before the run starts what would otherwise fail when the stage is built; raise a `BisslZooError`."""
 
-    def announce(self, context: Context, weights: Weights, stages: Sequence["Stage"]) -> None:
+    def announce(self, context: Context, weights: Weights, stages: Sequence["Stage"]) -> None:  # noqa: B027
         """Log at the start of a run what a user should know about this stage."""
 
     def describe(self, context: Context) -> tuple[str, str]:
@@ -158,7 +158,7 @@ class Stage:
     def weights_of(self, state: dict[str, Any]) -> Weights:
         """Return the weights in a checkpoint of the finished stage; `KeyError` if they are missing.
 
-        The best weights (`best`) and an average of the weights (`average`) come before the last ones.
+        The best weights (`best`) and the average that early versions had (`average`) come before the last ones.
         """
         source = state["levels"]["level"]
         if "best" in state:
@@ -247,15 +247,11 @@ class Trainer(ABC):
         """Return the trained levels by their key in a checkpoint."""
 
     def result(self) -> Weights:
-        """Return the weights that the stage leaves."""
-        raise NotImplementedError
+        """Return the weights that the stage leaves; by default none."""
+        return Weights()
 
     def take_best(self) -> None:  # noqa: B027
         """Load the best weights, if the trainer remembers any."""
-
-    def averages(self) -> dict[str, nn.Module]:
-        """Return averages of the weights that belong to no level, by name; they are checked for NaN and Inf as well."""
-        return {}
 
     def close(self) -> None:
         """End the loaders' workers; garbage collection of this trainer would wait for them."""
