@@ -202,7 +202,6 @@ VALUES: dict[str, Domain] = {
     "train.probe.k": WHOLE,
     "pretrain.steps": NULL | COUNT,
     "pretrain.epochs": NULL | POSITIVE,
-    "pretrain.ema": NULL | BELOW_ONE,
     "pretrain.accumulate": COUNT,
     "bilevel.lambda": POSITIVE,
     "bilevel.gamma": NON_NEGATIVE,

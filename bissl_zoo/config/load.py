@@ -129,6 +129,9 @@ _RENAMED = {
 
 
 def _rename_old_keys(plain: dict[str, Any]) -> None:
+    pretrain = plain.get("pretrain")
+    if isinstance(pretrain, dict) and pretrain.get("ema", "") is None:  # an option of earlier versions, switched off
+        del pretrain["ema"]
     for path, (name, values) in _RENAMED.items():
         *parents, old = path.split(".")
         section: Any = plain

@@ -42,7 +42,6 @@ train = dict(
 pretrain = dict(
     steps=None,  # optimizer steps; set these or epochs
     epochs=500,  # passes over dataloader.pretext
-    ema=None,  # decay, such as 0.999, of a moving average of the weights, which becomes the result; null: none
     accumulate=1,  # split each batch into equal parts to save memory; only for methods for which it is exact
     channels_last=False,  # use the channels-last memory format: faster on GPUs with tensor cores
     head_warmup=False,  # first train a missing pretext head on the frozen backbone, as bilevel.pretext_warmup does

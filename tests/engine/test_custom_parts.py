@@ -12,8 +12,7 @@ from bissl_zoo.engine.build import Context
 from bissl_zoo.engine.checks import open_config, open_context
 from bissl_zoo.engine.hooks import custom_hooks, default_hooks
 from bissl_zoo.engine.runner import run
-from bissl_zoo.engine.stages import Bissl, Finetune, plan_stages
-from bissl_zoo.engine.trainer import Weights
+from bissl_zoo.engine.stages import Bissl, Finetune
 from bissl_zoo.errors import ConfigError
 from bissl_zoo.runs.checkpoint import Checkpointer
 
@@ -52,17 +51,6 @@ def test_a_custom_stage_takes_part_in_the_pipeline_and_resumes_bit_equal(open_cu
     (folder / "results.json").unlink()
     run(cfg, "test", resume=True)
     assert_same(outcome(folder, tmp_path / "run-zoo"), whole)
-
-
-def test_the_plan_has_a_custom_stage_at_its_place_and_labels_what_is_fine_tuned_from_it(open_custom):
-    def planned(stages):
-        cfg = open_custom(f"train.stages={stages}")
-        context = Context(cfg, {"pretext": range(8), "train": range(8)}, torch.device("cpu"))
-        return [(stage.name, stage.start) for stage in plan_stages(context, Weights())]
-
-    assert planned("[second_pretraining,finetune]") == [("second_pretraining", None), ("finetune", "pretrained twice")]
-    # it provides a pretext head, so the warm-up of a new one is left out
-    assert [name for name, _ in planned("[second_pretraining,bissl]")] == ["second_pretraining", "head_warmup", "bissl"]
 
 
 @pytest.mark.slow

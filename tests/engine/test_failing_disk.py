@@ -16,8 +16,7 @@ from bissl_zoo.engine import hooks
 from bissl_zoo.engine.hooks import MetricsWriter, PeriodicCheckpoint
 from bissl_zoo.engine.trainer import Hook, Trainer
 from bissl_zoo.errors import CheckpointError
-from bissl_zoo.progress import writers
-from bissl_zoo.progress.writers import JsonWriter, Record
+from bissl_zoo.progress.writers import JsonWriter
 from bissl_zoo.runs import disk
 from bissl_zoo.runs.checkpoint import Checkpointer, load_checkpoint
 from bissl_zoo.runs.disk import DiskError
@@ -209,42 +208,6 @@ class HalfLines(Hook):
 
     def after_step(self):
         assert not self.path.exists() or self.path.read_bytes()[-1:] in (b"", b"\n")
-
-
-def test_lines_that_cannot_be_written_by_the_end_are_counted(tmp_path, failing_fsync, capsys):
-    fail = At(step3=lambda: failing_fsync("metrics.jsonl", errno.EIO))
-    Growing("stage", 6).train([fail, MetricsWriter(tmp_path, period=1)])
-    lines = warnings(capsys)
-    path = tmp_path / "metrics.jsonl"
-    assert re.match(rf"warning: 5 lines of {path} are lost: Input/output error; it needs about \d+ bytes", lines[-1])
-    assert len(lines) == 5  # one a period before
-    steps = [json.loads(line)["step"] for line in path.read_text().splitlines()]
-    assert steps == [1, 2]
-
-
-def test_a_resumed_run_has_each_step_once_after_a_disk_that_was_full(tmp_path, failing_fsync):
-    recover = []
-    fail = At(step3=lambda: recover.append(failing_fsync("metrics.jsonl", errno.ENOSPC)), step5=lambda: recover[0]())
-    trainer = Growing("stage", 8)
-    trainer.train([fail, MetricsWriter(tmp_path, period=1)], stop=lambda: trainer.step == 6)
-    resumed = Growing("stage", 8)
-    resumed.step = 4  # of the newest checkpoint
-    resumed.train([MetricsWriter(tmp_path, period=1)])
-    records = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
-    assert [record["step"] for record in records if "event" not in record] == list(range(1, 9))
-
-
-def test_pending_lines_are_bounded_and_the_oldest_are_lost(tmp_path, failing_fsync, monkeypatch, capsys):
-    monkeypatch.setattr(writers, "BUFFER_LIMIT", 3)
-    recover = failing_fsync("metrics.jsonl", errno.EIO)
-    writer = JsonWriter(tmp_path, period=10)
-    writer.begin("stage", 0)
-    for step in range(5):
-        writer.write([Record("stage", step, {})], step)
-    recover()
-    writer.end()
-    assert [json.loads(line)["step"] for line in writer.path.read_text().splitlines()] == [2, 3, 4]
-    assert warnings(capsys)[-1].endswith(f"2 lines of {writer.path} are lost: more than 3 were pending.")
 
 
 def test_output_to_a_full_disk_does_not_end_the_run_but_a_closed_pipe_does(monkeypatch):

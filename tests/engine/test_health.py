@@ -129,27 +129,6 @@ def test_a_resumed_run_skips_the_same_steps_and_goes_on_counting():
     assert second.skipped == 0
 
 
-# exploding gradients
-
-
-def growing(factor, at):
-    """A gradient `factor` times as large from the step `at` on."""
-    steps = iter(range(1000))
-    return lambda numbers, output: factor * output.sum() if next(steps) >= at else 0.01 * output.sum()
-
-
-@pytest.mark.parametrize(("factor", "at", "expected"), [(1e7, 15, 1), (10.0, 15, 0), (1e7, 5, 0)])
-def test_a_gradient_norm_far_above_the_usual_is_warned_of_once(capsys, factor, at, expected):
-    trainer = stage(growing(factor, at), steps=18)
-    trainer.level.optimizer.param_groups[0]["lr"] = 0.0
-    trainer.train(health())
-    warnings = [line for line in capsys.readouterr().out.splitlines() if line.startswith("warning")]
-    assert len(warnings) == expected
-    if expected:
-        assert f"step {at}: the norm of the gradient before clipping is" in warnings[0]
-        assert "times the median of the 15 steps before. Batch 15 of pretrain has 4 samples" in warnings[0]
-
-
 # two processes
 
 

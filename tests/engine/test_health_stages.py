@@ -12,7 +12,7 @@ from nonfinite_stages import batches, drawn, fine, health, level_of, same, stage
 from bissl_zoo.bilevel import BiLevel
 from bissl_zoo.bilevel.level import Level
 from bissl_zoo.engine.stages.bissl import BisslTrainer
-from bissl_zoo.engine.stages.pretrain import PretrainTrainer, WeightAverage
+from bissl_zoo.engine.stages.pretrain import PretrainTrainer
 from bissl_zoo.errors import BadHypergradient, NonFiniteLoss
 from bissl_zoo.hypergradient import MinRes, Solution
 from bissl_zoo.pretext.simclr import SimCLR
@@ -95,19 +95,6 @@ def test_a_solver_without_an_answer_ends_the_run_and_both_batches_are_named(poli
         assert fact in str(error.value)
 
 
-def test_fallbacks_to_the_plain_gradient_are_counted_and_reported_periodically(monkeypatch, capsys):
-    monkeypatch.setattr("bissl_zoo.engine.health.FALLBACKS_PER_WARNING", 4)
-    trainer = bilevel(solver=no_answer, on_bad_hypergradient="plain")
-    trainer.total_steps = 4
-    trainer.train(health())
-    assert trainer.metrics["solver/fallbacks"] == 8
-    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("warning")]
-    assert [line.partition(" upper steps")[0].rpartition(" ")[2] for line in lines] == ["2", "6"]
-    again = bilevel(solver=no_answer, on_bad_hypergradient="plain")
-    again.load_state_dict(trainer.state_dict())
-    assert again.problem.fallbacks == 8
-
-
 # what no single step shows
 
 
@@ -142,21 +129,6 @@ def test_a_poisoned_teacher_ends_the_run_when_it_is_looked_at(kind, log_period, 
         trainer.train(health("skip", log_period=log_period, period=checkpoint_period))
     where = f"head.teacher.{name}".replace(".model.", ".")  # as it is called in a checkpoint
     assert f"pretrain level, after step 2 of pretrain: NaN or Inf in {where}" in str(error.value)
-
-
-def test_so_does_a_poisoned_average_of_the_weights():
-    trainer = stage(steps=4)
-    trainer.level.head.register_buffer("mask", torch.tensor([0.0, -math.inf]))  # as it is meant to be
-    trainer.average = WeightAverage(trainer.level, 0.5)
-    step = trainer.run_step
-
-    def poison():
-        next(trainer.average.backbone.parameters()).data.view(-1)[0] = math.inf
-        return step()
-
-    trainer.run_step = poison
-    with pytest.raises(NonFiniteLoss, match="^average of the weights, after step 2 of pretrain: .* in backbone[^,]*,"):
-        trainer.train(health(log_period=2, period=100))
 
 
 def test_numbers_that_are_meant_to_be_infinite_or_are_only_large_are_left_alone():

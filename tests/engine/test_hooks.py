@@ -8,7 +8,7 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from bissl_zoo.engine.hooks import MetricsWriter, PeriodicCheckpoint, PeriodicEvaluation, Progress
+from bissl_zoo.engine.hooks import MetricsWriter, PeriodicCheckpoint, PeriodicEvaluation, Progress, SolverWatch
 from bissl_zoo.engine.trainer import Hook, Trainer, load_state
 from bissl_zoo.errors import CheckpointError
 from bissl_zoo.progress import writers
@@ -189,6 +189,39 @@ def test_finer_records_are_written_at_every_step_whatever_the_period(tmp_path, m
     assert [event.step for event in events] == [1, 2, 3, 4, 5, 6]
     assert [event.value for event in events] == pytest.approx([1, 1 / 2, 1 / 3, math.inf, 1 / 5, 1 / 6])
     assert [event.step for event in board.Scalars("stage/total_loss")] == [3]
+
+
+class Solves(Trainer):
+    """A stage of prescribed statuses, one at a step."""
+
+    def __init__(self, statuses):
+        super().__init__("bissl", len(statuses))
+        self.statuses = statuses
+
+    def run_step(self):
+        self.records = [{"solver/status": self.statuses[self.step], "solver/damping": 10.0}]
+        return {}
+
+    def levels(self):
+        return {}
+
+
+@pytest.mark.parametrize(
+    ("statuses", "expected"),
+    [
+        (["max_iterations"] * 96, "24 of the last 24 solves .* (max_iterations 24; damping 10)"),
+        (["diverged", *["max_iterations"] * 2, "converged"] * 6, "18 .* (max_iterations 12, diverged 6; damping 10)"),
+        (["not_solved"] * 96, None),  # of solvers that solve nothing
+        (["max_iterations"] * 23, None),  # less than the window
+        (["diverged"] * 12 + ["converged"] * 12, None),  # half of it
+    ],
+)
+def test_solves_are_warned_of_once_if_more_than_half_of_a_window_fail(capsys, statuses, expected):
+    Solves(statuses).train([SolverWatch("runs/a/config.yaml")])
+    warnings = capsys.readouterr().out.splitlines()
+    assert len(warnings) == (expected is not None)
+    for warning in warnings:
+        assert all(part in warning for part in [*expected.split(" .* "), "--config-file runs/a/config.yaml"])
 
 
 def test_checkpoints_are_written_every_period_and_at_the_last_step_and_their_duration_is_logged(tmp_path, capsys):

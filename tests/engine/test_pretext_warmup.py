@@ -126,38 +126,11 @@ def test_the_bissl_stage_starts_from_the_warm_head_and_trains_all_of_it(config):
     assert same(head.teacher["projector"].state_dict(), head.projector.state_dict())
 
 
-def test_the_teacher_of_byol_keeps_the_frozen_backbone_and_follows_the_head(config):
-    context, weights = opened(config("byol", bilevel__pretext_warmup__steps=2))
-    trainer = PretextWarmup().build(context, weights)
-    head = trainer.level.head
-    expected = dict(copied(head.projector))
-    for _ in range(2):
-        trainer.run_step()
-        for name, value in head.projector.named_parameters():
-            expected[name] = 0.75 * expected[name] + 0.25 * value.detach()
-    teacher = head.teacher
-    for name, value in teacher["projector"].named_parameters():
-        torch.testing.assert_close(value, expected[name], msg=name)  # the moving average, one lerp a step
-    assert not same(teacher["projector"].state_dict(), head.projector.state_dict())
-    assert same(teacher["backbone"].state_dict(), weights.backbone)  # bit for bit, batch-norm statistics included
-    assert same(teacher["tail"].state_dict(), weights.tail)
-
-
 def test_the_warm_up_runs_at_the_base_rate_of_the_lower_level(config):
     context, weights = opened(config())  # whose schedule would begin at a fifth of it
     trainer = PretextWarmup().build(context, weights)
     assert isinstance(trainer.level.optimizer, torch.optim.SGD)
     assert [trainer.run_step()["lr"] for _ in range(2)] == [0.05, 0.05]
-
-
-def test_the_warm_up_is_planned_only_if_the_head_is_missing(config, finished, weights_file):
-    def names(**changed):
-        return [phase.name for phase in plan_stages(*opened(config(**changed)))]
-
-    assert names() == ["pretext_warmup", "head_warmup", "bissl"]
-    assert names(train__stages="[pretrain,bissl]") == ["pretrain", "head_warmup", "bissl"]
-    assert names(train__init=finished) == ["head_warmup", "bissl"]
-    assert names(train__stages="[finetune]") == ["finetune"]
 
 
 def test_a_warm_up_of_0_steps_is_left_out_with_a_warning(config, capsys):

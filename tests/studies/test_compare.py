@@ -119,11 +119,11 @@ def test_arms_differ_only_in_their_stage_and_its_settings(config):
 
 
 def test_longer_pretraining_takes_the_steps_of_the_lower_level_with_its_optimizer(config):
-    changed = ["bilevel.lower_steps=3", "bilevel.alternations=5", "clip_grad.lower=7.0", "pretrain.ema=0.9"]
+    changed = ["bilevel.lower_steps=3", "bilevel.alternations=5", "clip_grad.lower=7.0", "pretrain.accumulate=2"]
     runs = runs_of(lambda **compare: config(changed, **compare), seeds=1)
     pretrained, longer = runs["pretrained-seed0"], runs["longer_pretraining-seed0"]
     assert longer.train.stages == ["pretrain", "finetune"]
-    assert (longer.pretrain.steps, longer.pretrain.epochs, longer.pretrain.ema) == (15, None, None)
+    assert (longer.pretrain.steps, longer.pretrain.epochs, longer.pretrain.accumulate) == (15, None, 1)
     for section in ("optimizer", "lr_multiplier", "clip_grad"):
         assert longer[section].pretrain == longer[section].lower == pretrained[section].lower
     allowed = ("train.stages", "pretrain.", "optimizer.pretrain.", "lr_multiplier.pretrain.", "clip_grad.pretrain")
