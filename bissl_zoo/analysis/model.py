@@ -59,13 +59,11 @@ class Count:
     Attributes:
         parameters, trained: number of parameters, and of those that require gradients.
         macs: multiply-adds of the forward pass.
-        backward_macs: multiply-adds of the backward pass; None if it was not counted.
     """
 
     parameters: int
     trained: int
     macs: float = 0.0
-    backward_macs: float | None = None
 
 
 @dataclass
@@ -84,12 +82,14 @@ class LossCount:
 
     Attributes:
         inputs: shapes of the inputs of the backbone for a batch of two images.
-        parts: counts of the shared trunk, the modules of the head, and the rest as "loss itself".
+        parts: counts of the shared trunk and of the rest.
+        backward_macs: multiply-adds of the backward pass.
     """
 
     inputs: list[tuple[int, ...]]
     parts: dict[str, Count]
     total: Count
+    backward_macs: float
 
 
 def count_macs(function: Callable[[], Any]) -> tuple[dict[str, float], Any]:
@@ -166,24 +166,10 @@ def _count_loss(context: Context, role: str, backbone: Backbone, head: nn.Module
     macs, value = count_macs(lambda: loss(batch))
     handle.remove()
     backward, _ = count_macs(value.backward)
-    total = Count(*_parameters(loss), macs[""] / IMAGES, backward[""] / IMAGES)
-    modules = {"shared trunk": ("backbone", backbone)}
-    modules |= {name: (f"head.{name}", child) for name, child in head.named_children()}
-    parts = {
-        name: Count(*_parameters(module), _macs_below(macs, path) / IMAGES) for name, (path, module) in modules.items()
-    }
-    loose = [p.numel() for p in head.parameters(recurse=False)]
-    trained = [p.numel() for p in head.parameters(recurse=False) if p.requires_grad]
-    rest = total.macs - sum(part.macs for part in parts.values())
-    parts["loss itself"] = Count(sum(loose), sum(trained), rest)
-    return LossCount(inputs, {name: part for name, part in parts.items() if part.parameters or part.macs}, total)
-
-
-def _macs_below(macs: dict[str, float], path: str) -> float:
-    """Return the multiply-adds of a module, or of its outermost called modules if it is a container."""
-    names = [name for name in macs if f"{name}.".startswith(f"{path}.")]
-    outermost = [name for name in names if not any(name.startswith(f"{other}.") for other in names)]
-    return sum(macs[name] for name in outermost)
+    trunk = Count(*_parameters(backbone), macs["backbone"] / IMAGES)
+    total = Count(*_parameters(loss), macs[""] / IMAGES)
+    parts = {"shared trunk": trunk, "head and loss": _minus(total, trunk)}
+    return LossCount(inputs, parts, total, backward[""] / IMAGES)
 
 
 def _minus(after: Count, before: Count) -> Count:
@@ -307,7 +293,7 @@ def report(analysis: Analysis) -> str:
     ]
     for role, loss in analysis.losses.items():
         rows = [[name, *_numbers(count)] for name, count in loss.parts.items()]
-        rows += [["whole", *_numbers(loss.total)], ["backward pass", "", "", f"{loss.total.backward_macs / 1e9:.4g}"]]
+        rows += [["whole", *_numbers(loss.total)], ["backward pass", "", "", f"{loss.backward_macs / 1e9:.4g}"]]
         inputs = " and ".join(f"{s[0] / IMAGES:g} of {' x '.join(map(str, s[1:]))}" for s in loss.inputs)
         parts.append(f"{_LEVELS[role]}, one image: the backbone takes {inputs}\n{_table(rows, ['part', *headers])}")
     if analysis.costs:

@@ -4,7 +4,7 @@ bissl analyze --config-file configs/bissl/voc_det.py
 bissl analyze --config-file configs/bissl/voc_det.py train.amp=bf16
 bissl analyze --config-file configs/bissl/voc_det.py --no-timing --json
 
-Prints parameters and multiply-adds of each stage of the backbone and each part of both losses; then seconds and memory
+Prints parameters and multiply-adds of each stage of the backbone and both losses; then seconds and memory
 of the steps of every stage and of one Hessian-vector product, and the duration of the run. No data set is needed.
 """
 

@@ -103,14 +103,10 @@ def test_valid_variations_are_accepted(overrides):
         ("train.checkpoint={period: 2}", "'train.checkpoint.keep' is missing"),
         ("train.log_period=0", "train.log_period is 0; it must be a whole number, 1 or more"),
         ("bilevel.lambda=0", "bilevel.lambda is 0"),
-<<<<<<< HEAD
-        ("pretrain.ema=1.5", "pretrain.ema is 1.5; it must be"),
         ("train.seed=1180591620717411303424", "from 0 to 2^32 - 1"),
         ("clip_grad.lower=0", "clip_grad.lower is 0; it must be null, or a number above 0"),
         ("clip_grad.finetune=-1", "clip_grad.finetune is -1"),
         ("bilevel.adaptation=often", "bilevel.adaptation is 'often'"),
-=======
->>>>>>> 0fd1a4c (Tests of the engine: without averages and periodic warnings; the watch of the solver is tested with the hooks)
         ("bilevel.adaptation={evry: 3}", "no key 'bilevel.adaptation.evry'. Did you mean 'every'"),
         ("train.stages=[finetnue]", "train.stages has 'finetnue'. Did you mean 'finetune'"),
         ("train.stages=[finetune,pretrain]", "each once, in order"),

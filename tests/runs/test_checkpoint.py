@@ -236,7 +236,7 @@ def test_a_manifest_that_is_too_large_or_would_block_is_refused(tmp_path):
         read_info(path.parent)
     path.unlink()
     os.mkfifo(path)  # opening it would block
-    with pytest.raises(CheckpointError, match="not a file"):
+    with pytest.raises(CheckpointError, match="not a regular file"):
         read_info(path.parent)
 
 

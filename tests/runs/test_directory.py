@@ -120,5 +120,5 @@ def test_metadata_that_is_too_large_or_not_a_file_is_not_read(tmp_path):
         read_metadata(tmp_path)
     path.unlink()
     path.mkdir()
-    with pytest.raises(CheckpointError, match="not a file"):
+    with pytest.raises(CheckpointError, match="not a regular file"):
         read_metadata(tmp_path)
