@@ -4,9 +4,9 @@ bissl compare --config-file configs/compare/digit_scenes.py --seeds 10
 bissl compare --config-file configs/compare/cells.py --parallel 2 train.output_dir=runs/cells
 bissl compare --config-file configs/compare/papers_simclr.py --datasets food101,dtd,voc_det
 
-Arms: fine-tuning the pretrained backbone; BiSSL, then fine-tuning; as many more pretext steps, then fine-tuning; the
-BiSSL stage without curvature, then fine-tuning. Repeat the command to resume a comparison or, with more --seeds, to
-extend it. The report is written to train.output_dir: comparison.md, .json and .png.
+Arms: pretrained (fine-tuning alone), bissl, bissl[SOLVER], joint (the stage without curvature), longer_pretraining,
+target_pretraining, self_training, lp_ft, l2_sp, random. Repeat the command to resume a comparison or, with more seeds
+or arms, to extend it. The report is written to train.output_dir: comparison.md, .json and .png.
 """
 
 import argparse
@@ -22,6 +22,7 @@ def parse(parser: argparse.ArgumentParser, argv: Sequence[str]) -> argparse.Name
     add_config(parser)
     parser.add_argument("--seeds", type=seeds, metavar="N", help="number of seeds, or a list as in 0,1,5")
     parser.add_argument("--arms", type=names, metavar="A,B", help="arms to compare (default: compare.arms)")
+    parser.add_argument("--labels", type=shares, metavar="5%,100%", help="shares of the labels, a comparison each")
     parser.add_argument("--datasets", type=names, metavar="A,B", help="names in compare.datasets, a comparison each")
     parser.add_argument("--parallel", type=int, metavar="N", help="runs at a time (default: one per GPU, or one)")
     parser.add_argument(
@@ -40,6 +41,11 @@ def seeds(text: str) -> int | list[int]:
     return [int(part) for part in text.split(",") if part] if "," in text else int(text)
 
 
+def shares(text: str) -> list[float]:
+    """Parse `5%,25%` as shares."""
+    return [round(float(part.strip().removesuffix("%")) / 100, 6) for part in text.split(",") if part.strip()]
+
+
 def names(text: str) -> list[str]:
     """Split `a,b`."""
     return [part.strip() for part in text.split(",") if part.strip()]
@@ -51,9 +57,9 @@ def run(args: argparse.Namespace) -> int:
     from bissl_zoo.errors import printable
     from bissl_zoo.progress.display import console
     from bissl_zoo.studies.compare import compare, open_comparisons
-    from bissl_zoo.studies.compare_report import datasets_table, summary
+    from bissl_zoo.studies.compare_report import reports_table, summary
 
-    chosen = {"compare.seeds": args.seeds, "compare.arms": args.arms}
+    chosen = {"compare.seeds": args.seeds, "compare.arms": args.arms, "compare.labels": args.labels}
     overrides = [f"{key}={json.dumps(value)}" for key, value in chosen.items() if value is not None]
     with console():
         cfg = open_config(args.config_file, [*args.overrides, *overrides])
@@ -63,8 +69,8 @@ def run(args: argparse.Namespace) -> int:
             print("\n\n".join(comparison.describe() for comparison in comparisons.values()))
             return 0
         reports = compare(comparisons, folder, args.report)
-    if args.datasets:
-        print(f"\n{datasets_table(reports)}\n\nreport {folder / 'datasets.md'}")
+    if "" not in reports:
+        print(f"\n{reports_table(reports)}\n\nreport {folder / 'comparisons.md'}")
     else:
         print(f"\n{printable(summary(reports['']))}")
         print(f"\nreport {folder / 'comparison.md'}   plot {folder / 'comparison.png'}")

@@ -4,6 +4,7 @@ import contextlib
 import json
 import logging
 import platform
+import resource
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping
@@ -231,15 +232,27 @@ def read_metadata(folder: Path) -> dict[str, Any]:
 
 
 def add_wall_time(folder: Path, seconds: float) -> None:
-    """Add the time of one process to the wall time of the run.
+    """Add the time of this process to the wall time of the run, and record its peak memory if it is the largest.
 
     Raises:
         CheckpointError: the metadata cannot be read or written.
     """
     metadata = read_metadata(folder)
-    _write_json(
-        folder / METADATA_FILE, metadata | {"wall_time_s": round(metadata.get("wall_time_s", 0.0) + seconds, 1)}
-    )
+    costs = {
+        "wall_time_s": round(metadata.get("wall_time_s", 0.0) + seconds, 1),
+        "peak_memory_mib": round(max(metadata.get("peak_memory_mib", 0.0), _peak_memory() / 2**20), 1),
+    }
+    _write_json(folder / METADATA_FILE, metadata | costs)
+
+
+def _peak_memory() -> int:
+    """Return the peak memory of this process in bytes: of the GPU if there is one, else of the process."""
+    import torch
+
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    unit = 1 if sys.platform == "darwin" else 1024  # macOS counts bytes, other systems kilobytes
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def read_results(folder: Path) -> dict[str, dict[str, float]]:
@@ -299,9 +312,10 @@ def _problem_of(metadata: dict[str, Any]) -> str:
         return "has 'stages' that are not numbers of steps by name"
     if not isinstance(metadata.get("hardware", ""), str):
         return "has a 'hardware' that is not text"
-    seconds = metadata.get("wall_time_s", 0.0)
-    if type(seconds) not in (int, float) or not 0 <= seconds < 1e12:
-        return "has a 'wall_time_s' that is not a number of seconds"
+    for key in ("wall_time_s", "peak_memory_mib"):
+        value = metadata.get(key, 0.0)
+        if type(value) not in (int, float) or not 0 <= value < 1e12:
+            return f"has a '{key}' that is not a number"
     return ""
 
 

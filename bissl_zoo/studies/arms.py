@@ -1,12 +1,13 @@
 """The arms of a comparison as overrides of one base config, and the settings in the section `compare`."""
 
+import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from bissl_zoo.config import LazyConfig, load_config
+from bissl_zoo.config import LazyConfig, config_root, load_config
 from bissl_zoo.engine.stages import alternates
 from bissl_zoo.errors import ConfigError, did_you_mean
 from bissl_zoo.registry import STAGES
@@ -16,8 +17,12 @@ from bissl_zoo.studies.jobs import override
 SECTIONS = ("compare", "search")
 #: added to the seed of the pretraining, so that longer pretraining does not repeat its views
 PRETRAIN_SEED_OFFSET = 10_000
+#: added to the seed of a run for each further fine-tuning of the same stage
+FINETUNE_SEED_OFFSET = 1_000_000
+MOST_REPEATS = 100
 VARY = ("pretrain", "bissl", "finetune")
 #: keys that only fine-tuning reads; a search may draw no others, because its trials share the stages before it
+CURVATURES = ("gauss_newton", "hessian")
 SEARCHABLE = ("optimizer.finetune.", "lr_multiplier.finetune.", "clip_grad.finetune", "finetune.")
 
 
@@ -42,6 +47,11 @@ class Arm:
         """Stages of a run from the pretrained backbone to the results."""
         return [*filter(None, [self.stage]), "finetune"]
 
+    @property
+    def leaves_backbone(self) -> bool:
+        """True if runs of fine-tuning can start from a saved run of the arm's stage."""
+        return self.stage is not None and "backbone" in STAGES.get(self.stage).provides
+
 
 def _longer_pretraining(cfg: DictConfig) -> list[str]:
     """Pretrain for the steps of the lower level in the BiSSL stage, with its optimizer, schedule and clipping."""
@@ -49,20 +59,60 @@ def _longer_pretraining(cfg: DictConfig) -> list[str]:
     settings = {f"pretrain.{key}": value for key, value in plain.items()}
     settings["pretrain.steps"] = cfg.bilevel.lower_steps * cfg.bilevel.alternations
     settings |= {f"{section}.pretrain": cfg[section].lower for section in ("optimizer", "lr_multiplier", "clip_grad")}
+    settings["pretrain.head_warmup"] = True  # as the BiSSL stage does if train.init has no pretext head
     return [override(key, value) for key, value in settings.items()]
 
 
-def _identity_solver(cfg: DictConfig) -> list[str]:
-    return [override("solver", load_config("common/solvers/identity.py").solver)]
+def _target_pretraining(cfg: DictConfig) -> list[str]:
+    """Pretrain for as long as `_longer_pretraining`, on the images of the training set."""
+    return [*_longer_pretraining(cfg), override("dataloader.pretext.dataset", cfg.dataloader.train.dataset)]
 
 
-#: every arm by its name; a module of `train.imports` may add others
+def _with_solver(name: str) -> Callable[[DictConfig], list[str]]:
+    """Return the overrides of a solver in `configs/common/solvers/`, or of a curvature with the config's solver."""
+    if name in CURVATURES:
+        return lambda cfg: [override("bilevel.curvature", name)]
+    return lambda cfg: [override("solver", load_config(f"common/solvers/{name}.py").solver)]
+
+
+_BISSL_REFERENCES = ("pretrained", "longer_pretraining", "joint")
+#: every arm by its name; a module of `train.imports` may add others. `bissl[SOLVER]` is BiSSL with another solver.
 ARMS = {
     "pretrained": Arm("fine-tuning alone", compared_with=()),
-    "bissl": Arm("BiSSL", "bissl", compared_with=("pretrained", "longer_pretraining", "joint")),
+    "bissl": Arm("BiSSL", "bissl", compared_with=_BISSL_REFERENCES),
+    "joint": Arm("joint training", "bissl", _with_solver("identity"), ("pretrained", "longer_pretraining")),
     "longer_pretraining": Arm("longer pretraining", "pretrain", _longer_pretraining),
-    "joint": Arm("joint training", "bissl", _identity_solver, ("pretrained", "longer_pretraining")),
+    "target_pretraining": Arm("pretraining on the labelled images", "pretrain", _target_pretraining),
+    "self_training": Arm("self-training", "teacher"),
+    "lp_ft": Arm("linear probe, then fine-tuning", None, lambda cfg: ["finetune.head=warm"]),
+    "l2_sp": Arm("L2-SP", None, lambda cfg: [override("finetune.l2_sp", cfg.finetune.get("l2_sp") or 0.01)]),
+    "random": Arm("random initialization", None, lambda cfg: ["train.init=null"]),
 }
+
+
+def find_arm(name: str) -> Arm:
+    """Return the arm `name`; `bissl[nystrom]` is BiSSL with the solver nystrom, `bissl[hessian]` with that curvature.
+
+    Raises:
+        ConfigError: there is no such arm or solver.
+    """
+    solver = re.fullmatch(r"bissl\[(\w+)\]", name)
+    if solver is None:
+        _check_names([name], ARMS, "compare.arms", "the comparison")
+        return ARMS[name]
+    solvers = [file.stem for file in (config_root() / "common/solvers").glob("*.py")]
+    _check_names([solver.group(1)], sorted([*solvers, *CURVATURES]), f"the arm {name}", "the comparison")
+    return Arm(f"BiSSL ({solver.group(1)})", "bissl", _with_solver(solver.group(1)), _BISSL_REFERENCES)
+
+
+def run_name(arm: str, seed: int, repeat: int = 0) -> str:
+    """Return the name of the run of an arm and a seed, which is also its folder; further fine-tunings are numbered."""
+    return f"{folder_name(arm)}-seed{seed}{f'-{repeat}' if repeat else ''}"
+
+
+def folder_name(arm: str) -> str:
+    """Return the name of an arm without brackets."""
+    return arm.replace("[", "-").replace("]", "")
 
 
 @dataclass(frozen=True)
@@ -76,6 +126,9 @@ class Settings:
     vary: str
     search_trials: int
     datasets: dict[str, list[str]]
+    finetune_seeds: int = 1
+    labels: tuple[float, ...] = ()
+    margin: float | None = None
 
 
 def read_settings(cfg: DictConfig, source: str) -> Settings:
@@ -91,9 +144,11 @@ def read_settings(cfg: DictConfig, source: str) -> Settings:
     _check_names(given, defaults, "compare", source)
     values = {**defaults, **given}
     metric, vary, trials, datasets = (values[key] for key in ("metric", "vary", "search_trials", "datasets"))
+    repeats, labels, margin = values["finetune_seeds"], tuple(values["labels"] or ()), values["margin"]
     seeds, arms = tuple(range(n) if _is_count(n := values["seeds"]) else n or ()), tuple(values["arms"] or ())
     _check_names([vary], VARY, "compare.vary", source)
-    _check_names(arms, ARMS, "compare.arms", source)
+    for arm in arms:
+        find_arm(arm)
     has_pretraining = pretrains(cfg)
     for key, valid, advice in (
         ("metric", isinstance(metric, str), "name a metric of the task, such as AP50"),
@@ -102,6 +157,18 @@ def read_settings(cfg: DictConfig, source: str) -> Settings:
         ("vary", has_pretraining or vary != "pretrain", "but train.stages has no pretraining"),
         ("search_trials", _is_count(trials), "give a number, 0 for none"),
         ("datasets", isinstance(datasets, dict), "map names to lists of overrides"),
+        (
+            "finetune_seeds",
+            _is_count(repeats) and 0 < repeats <= MOST_REPEATS,
+            f"give a number from 1 to {MOST_REPEATS}",
+        ),
+        ("finetune_seeds", repeats == 1 or vary != "finetune", "with vary='finetune' it must be 1"),
+        (
+            "labels",
+            _differ(labels) and all(_is_share(n) for n in labels),
+            "give shares above 0 and up to 1, such as 0.05",
+        ),
+        ("margin", margin is None or _is_number(margin) and margin > 0, "give a positive difference of the metric"),
     ):
         if not valid:
             raise ConfigError(f"{source}: compare.{key} is {values[key]!r}; {advice}. See configs/common/compare.py.")
@@ -110,7 +177,9 @@ def read_settings(cfg: DictConfig, source: str) -> Settings:
             f"{source}: a comparison needs a pretrained backbone. Set train.init, as in train.init=zoo:NAME, or let it "
             "pretrain one: train.stages=[pretrain,bissl,finetune]."
         )
-    settings = Settings(metric, values["higher_is_better"], seeds, arms, vary, trials, datasets)
+    settings = Settings(
+        metric, values["higher_is_better"], seeds, arms, vary, trials, datasets, repeats, labels, margin
+    )
     if trials:
         _check_search(cfg, settings, source)
     return settings
@@ -139,6 +208,14 @@ def _check_search(cfg: DictConfig, settings: Settings, source: str) -> None:
 
 def _is_count(value: Any) -> bool:
     return type(value) is int and value >= 0
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _is_share(value: Any) -> bool:
+    return _is_number(value) and 0 < value <= 1
 
 
 def _differ(values: tuple[Any, ...]) -> bool:
@@ -178,5 +255,7 @@ def arm_config(
         overrides: further overrides, such as the result of a search.
     """
     settings = {"train.stages": list(stages), "train.seed": seed, "train.init": init}
-    changes = ARMS[arm].overrides(base) if ARMS[arm].stage in settings["train.stages"] else []
+    changes = find_arm(arm).overrides(base)
+    if init is not None and find_arm(arm).leaves_backbone and find_arm(arm).stage not in settings["train.stages"]:
+        changes = []  # the stage has run in `init`
     return LazyConfig.apply_overrides(base, [*(override(*item) for item in settings.items()), *changes, *overrides])

@@ -1,5 +1,6 @@
 """Does BiSSL help? Run the arms of a comparison over the same seeds and report the differences."""
 
+import itertools
 import json
 import logging
 import math
@@ -20,16 +21,29 @@ from bissl_zoo.engine.init import ZOO_PREFIX, load_init
 from bissl_zoo.engine.stages.bissl import MIN_COUPLING, coupling
 from bissl_zoo.errors import BisslZooError, ConfigError, did_you_mean
 from bissl_zoo.files import read_json, write_atomically
-from bissl_zoo.runs.directory import flatten
+from bissl_zoo.runs.directory import flatten, read_metadata
 from bissl_zoo.runs.listing import FINISHED as RUN_FINISHED
 from bissl_zoo.runs.listing import is_run, look_at
-from bissl_zoo.studies.arms import ARMS, arm_config, base_config, pretrain_config, pretrains, read_settings
-from bissl_zoo.studies.compare_report import Results, make_report, save_datasets, save_report
+from bissl_zoo.studies.arms import (
+    FINETUNE_SEED_OFFSET,
+    arm_config,
+    base_config,
+    find_arm,
+    folder_name,
+    pretrain_config,
+    pretrains,
+    read_settings,
+    run_name,
+)
+from bissl_zoo.studies.compare_report import Results, make_report, save_report, save_reports
 from bissl_zoo.studies.jobs import FINISHED, Engine, Job, JobOutcome, check_unchanged, progress_line, run_jobs
+from bissl_zoo.studies.leakage import find_leakage
 from bissl_zoo.studies.search import check_metric, draw, read_search, search, trial_config
 
 #: what the results of a comparison depend on
 RECORD_FILE = "comparison.yaml"
+#: near-duplicates between the data sets, as sentences
+LEAKAGE_FILE = "leakage.json"
 #: best overrides of each arm's search
 SEARCHED_FILE = "searched.json"
 
@@ -44,25 +58,29 @@ def open_comparisons(
     parallel: int | None = None,
     engine: Engine = "local",
 ) -> "dict[str, Comparison]":
-    """Return a comparison in `folder/NAME` for each name of `compare.datasets`, or one in `folder` under "".
+    """Return a comparison in `folder/NAME` for each data set and label fraction, or one in `folder` under "".
 
     Args:
+        datasets: names in `compare.datasets`.
         source: name of the config for messages.
         parallel, engine: see `run_jobs`.
     Raises:
         ConfigError: an unknown data set or invalid settings.
     """
-    if not datasets:
-        return {"": Comparison(cfg, source, folder, parallel, engine)}
-    known = read_settings(cfg, source).datasets
+    settings = read_settings(cfg, source)
+    for name in datasets or ():
+        if name not in settings.datasets:
+            hint = did_you_mean(name, settings.datasets)
+            known = ", ".join(settings.datasets) or "none"
+            raise ConfigError(f"{source}: compare.datasets has no '{name}'.{hint} Known: {known}.")
     comparisons = {}
-    for name in datasets:
-        if name not in known:
-            hint = did_you_mean(name, known)
-            raise ConfigError(f"{source}: compare.datasets has no '{name}'.{hint} Known: {', '.join(known) or 'none'}.")
-        where = f"{source}, data set {name}"
-        changed = LazyConfig.apply_overrides(cfg, known[name], where)
-        comparisons[name] = Comparison(changed, where, folder / name, parallel, engine)
+    for name, share in itertools.product(datasets or [""], settings.labels or [None]):
+        label = "" if share is None else f"labels{100 * share:g}"
+        cell = "-".join(filter(None, [name, label]))
+        changes = [*settings.datasets.get(name, []), *([] if share is None else [f"train.label_fraction={share}"])]
+        where = f"{source}, {cell}" if cell else source
+        changed = LazyConfig.apply_overrides(cfg, changes, where)
+        comparisons[cell] = Comparison(changed, where, folder / cell, parallel, engine)
     return comparisons
 
 
@@ -82,10 +100,10 @@ def compare(comparisons: "dict[str, Comparison]", folder: Path, only_report: boo
     reports = {}
     for name, comparison in comparisons.items():
         if name:
-            logger.info(f"data set {name}")
+            logger.info(f"comparison {name}")
         reports[name] = comparison.report(only_report)
         if name:
-            save_datasets(reports, folder)
+            save_reports(reports, folder)
     return reports
 
 
@@ -110,6 +128,7 @@ class Comparison:
         self.failed: dict[str, str] = {}
         self.parents: list[dict[str, str]] = []
         self.samples: dict[str, dict[str, str]] = {}
+        self.data: dict[str, Dataset] = {}
 
     def check(self) -> None:
         """Build the configs, data sets, initial weights and networks of all arms once, before hours of training.
@@ -119,7 +138,7 @@ class Comparison:
         """
         base = LazyConfig.apply_overrides(self.base, ["train.device=cpu"])  # leaves the GPU to the runs
         init = base.train.init
-        configs = {arm: arm_config(base, arm, 0, init, ARMS[arm].stages) for arm in self.settings.arms}
+        configs = {arm: arm_config(base, arm, 0, init, find_arm(arm).stages) for arm in self.settings.arms}
         if self.pretrains:
             configs["pretrain"] = pretrain_config(base, 0)
         for cfg in configs.values():
@@ -130,7 +149,7 @@ class Comparison:
             self.base.train.init = f"{ZOO_PREFIX}{lineage[0]['name']}"
         evaluated = ({"val"} if "val" in base.dataloader else set()) | {"test"}
         data = build_datasets(base, {"pretext", "train", *evaluated})
-        self.samples = _samples(base, data)
+        self.samples, self.data = _samples(base, data), data
         if self.search_base is not None:
             search_data = build_datasets(self.search_base, {"train", *evaluated})
             self.samples |= _samples(self.search_base, search_data, "search ")
@@ -144,21 +163,26 @@ class Comparison:
                 f"lambda * lr_eff * lower steps = {value:.2g}, below {MIN_COUPLING}: the BiSSL stage will "
                 "have almost no effect. Raise bilevel.lambda."
             )
-        if not self.pretrains and initial.pretext is None and "longer_pretraining" in self.settings.arms:
-            logger.warning(
-                "train.init has no pretext head. The BiSSL stage warms a new one up on the frozen backbone, "
-                "but longer pretraining trains it together with the backbone, which may put that arm at a disadvantage."
-            )
 
-    def shared_jobs(self) -> list[Job]:
-        """Return the runs that several seeds share: pretraining, and with vary="finetune" the stages after it."""
-        jobs = []
-        if self.pretrains:
-            seeds = self.settings.seeds if self.settings.vary == "pretrain" else [self.base.train.seed]
-            jobs += [Job(Path(self._pretrained(seed)).name, pretrain_config(self.base, seed)) for seed in seeds]
+    def pretraining_jobs(self) -> list[Job]:
+        """Return the runs of pretraining that the arms share, if `train.stages` begins with it."""
+        if not self.pretrains:
+            return []
+        seeds = self.settings.seeds if self.settings.vary == "pretrain" else [self.base.train.seed]
+        return [Job(Path(self._pretrained(seed)).name, pretrain_config(self.base, seed)) for seed in seeds]
+
+    def stage_jobs(self) -> list[Job]:
+        """Return the runs of the arms' stages from which several fine-tunings start."""
         if self.settings.vary == "finetune":
-            jobs += self._stage_jobs(self.base, self._pretrained(self.base.train.seed), "")
-        return jobs
+            return self._stage_jobs(self.base, self._pretrained(self.base.train.seed), "")
+        if self.settings.finetune_seeds == 1:
+            return []
+        return [
+            Job(self._stage_run(arm, seed), arm_config(self.base, arm, seed, self._pretrained(seed), [found.stage]))
+            for arm, seed in self._cells()
+            for found in [find_arm(arm)]
+            if found.leaves_backbone
+        ]
 
     def search_jobs(self) -> list[Job]:
         """Return the runs that the searches start from: the stage of each arm on the data of the search."""
@@ -166,19 +190,21 @@ class Comparison:
             return []
         return self._stage_jobs(self.search_base, self._pretrained(self.settings.seeds[0]), "-search")
 
-    def seed_jobs(self, best: dict[str, list[str]]) -> dict[tuple[str, int], Job]:
-        """Return the run of every arm and seed, ordered by seed.
+    def seed_jobs(self, best: dict[str, list[str]]) -> dict[tuple[str, int, int], Job]:
+        """Return the run of every arm, seed and further fine-tuning of that seed, ordered by seed.
 
         Args:
             best: overrides that the search of each arm has found.
         """
         jobs = {}
-        for arm, seed in self._cells():
-            init, stages = self._pretrained(seed), ARMS[arm].stages
-            if self.settings.vary == "finetune" and ARMS[arm].stage:
-                init, stages = str(self._run_dir(arm)), ["finetune"]
-            cfg = arm_config(self.base, arm, seed, init, stages, best.get(arm, ()))
-            jobs[arm, seed] = Job(f"{arm}-seed{seed}", cfg)
+        for arm, seed, repeat in self._runs():
+            init, stages, overrides = self._pretrained(seed), find_arm(arm).stages, [*best.get(arm, ())]
+            if find_arm(arm).leaves_backbone and (run := self._stage_run(arm, seed)):
+                init, stages = str(self._run_dir(run)), ["finetune"]
+            if self.settings.finetune_seeds > 1:
+                overrides.append(f"train.label_seed={seed}")
+            cfg = arm_config(self.base, arm, seed + repeat * FINETUNE_SEED_OFFSET, init, stages, overrides)
+            jobs[arm, seed, repeat] = Job(run_name(arm, seed, repeat), cfg)
         return jobs
 
     def run(self) -> Results:
@@ -188,13 +214,13 @@ class Comparison:
             BisslZooError: a shared pretraining failed; as `claim_folder`, the search and `run_jobs`.
         """
         claim_folder(self.folder, self.record())
-        jobs = self.shared_jobs()
-        pretraining = [job for job in jobs if job.name not in ARMS]
+        self._look_for_leakage()
+        pretraining = self.pretraining_jobs()
         self._note_failures(self._run(pretraining))
         if pretraining and len(self.failed) == len(pretraining):
             raise BisslZooError(f"Pretraining failed. {next(iter(self.failed.values()))}")
-        self._note_failures(self._run([job for job in jobs if job.name in ARMS]))
-        results = Results({arm: {} for arm in self.settings.arms}, best_overrides=self._run_searches())
+        self._note_failures(self._run(self.stage_jobs()))
+        results = self._empty_results(self._run_searches())
         jobs = self.seed_jobs(results.best_overrides)
         ready = {cell: job for cell, job in jobs.items() if job.cfg.train.init not in self.failed}
         for job in (job for cell, job in jobs.items() if cell not in ready):
@@ -204,7 +230,7 @@ class Comparison:
                 self._enter(results, *cell, outcome.results)
             else:
                 results.failures[outcome.name] = outcome.message
-        return results
+        return self._averaged(results)
 
     def collect(self) -> Results:
         """Collect the results of the runs that have finished so far.
@@ -219,15 +245,15 @@ class Comparison:
         _check_same(self.folder, OmegaConf.to_container(LazyConfig.load(file)), self.record(), checked=False)
         searched = self.folder / SEARCHED_FILE
         best = read_json(searched) if searched.exists() else {}
-        results = Results({arm: {} for arm in self.settings.arms}, best_overrides=best)
-        for arm, seed in self._cells():
-            name = f"{arm}-seed{seed}"
+        results = self._empty_results(best)
+        for arm, seed, repeat in self._runs():
+            name = run_name(arm, seed, repeat)
             run = look_at(self._run_dir(name)) if is_run(self._run_dir(name)) else None
             if run is None or run.state != RUN_FINISHED:
                 results.failures[name] = "not finished" if run else "not started"
             else:
-                self._enter(results, arm, seed, run.results)
-        return results
+                self._enter(results, arm, seed, repeat, run.results)
+        return self._averaged(results)
 
     def report(self, only_report: bool) -> dict[str, Any]:
         """Run or collect the results, save their report and return it."""
@@ -242,10 +268,13 @@ class Comparison:
     def describe(self) -> str:
         """Check everything and return the tables of the runs and of the arms; nothing is run or written."""
         self.check()
-        jobs = [*self.shared_jobs(), *self.search_jobs(), *self.seed_jobs({}).values()]
+        jobs = [*self.pretraining_jobs(), *self.stage_jobs(), *self.search_jobs(), *self.seed_jobs({}).values()]
         rows = [[job.name, ", ".join(job.cfg.train.stages), job.cfg.train.seed, job.cfg.train.init] for job in jobs]
         runs = tabulate(rows, ["run", "stages", "seed", "starts from"], disable_numparse=True, missingval="random")
-        arms = [[arm, ARMS[arm].label, "\n".join(ARMS[arm].overrides(self.base)) or "-"] for arm in self.settings.arms]
+        arms = [
+            [arm, find_arm(arm).label, "\n".join(find_arm(arm).overrides(self.base)) or "-"]
+            for arm in self.settings.arms
+        ]
         changes = tabulate(arms, ["arm", "", "overrides of its stage"], disable_numparse=True)
         trials = (
             f"   and a search of {self.settings.search_trials} trials per arm" if self.settings.search_trials else ""
@@ -257,8 +286,9 @@ class Comparison:
         """Return everything that the results depend on."""
         return {
             "config": OmegaConf.to_container(self.base),
-            "arms": {name: ARMS[name].overrides(self.base) for name in self.settings.arms},
+            "arms": {name: find_arm(name).overrides(self.base) for name in self.settings.arms},
             "vary": self.settings.vary,
+            **({"finetune_seeds": repeats} if (repeats := self.settings.finetune_seeds) > 1 else {}),
             "search_trials": self.settings.search_trials,
             "search": OmegaConf.to_container(self.search, resolve=True) if self.search is not None else None,
             "init": self.parents,
@@ -268,6 +298,15 @@ class Comparison:
 
     def _cells(self) -> Iterable[tuple[str, int]]:
         return ((arm, seed) for seed in self.settings.seeds for arm in self.settings.arms)
+
+    def _runs(self) -> Iterable[tuple[str, int, int]]:
+        return ((*cell, repeat) for cell in self._cells() for repeat in range(self.settings.finetune_seeds))
+
+    def _stage_run(self, arm: str, seed: int) -> str | None:
+        """Return the name of the run of the arm's stage that several fine-tunings start from; None without one."""
+        if self.settings.vary == "finetune":
+            return folder_name(arm)
+        return f"{folder_name(arm)}-stage{seed}" if self.settings.finetune_seeds > 1 else None
 
     def _run_dir(self, name: str) -> Path:
         return self.folder / "runs" / name
@@ -280,8 +319,10 @@ class Comparison:
 
     def _stage_jobs(self, base: DictConfig, init: str | None, suffix: str) -> list[Job]:
         """Return the run of each arm's stage without fine-tuning."""
-        seed, arms = self.base.train.seed, [arm for arm in self.settings.arms if ARMS[arm].stage]
-        return [Job(f"{arm}{suffix}", arm_config(base, arm, seed, init, [ARMS[arm].stage])) for arm in arms]
+        seed, arms = self.base.train.seed, [arm for arm in self.settings.arms if find_arm(arm).leaves_backbone]
+        return [
+            Job(f"{folder_name(arm)}{suffix}", arm_config(base, arm, seed, init, [find_arm(arm).stage])) for arm in arms
+        ]
 
     def _search_base(self) -> DictConfig:
         """Check the search space with a first draw and return the base config on the data of the search."""
@@ -304,11 +345,13 @@ class Comparison:
                 raise BisslZooError(f"The run that a search starts from failed. {outcome.name}: {outcome.message}")
         best = {}
         for arm in self.settings.arms:
-            start = str(self._run_dir(f"{arm}-search")) if ARMS[arm].stage else init
-            cfg = self._with_search(arm_config(self.base, arm, self.base.train.seed, start, ["finetune"]))
-            source, folder = f"{self.source}, arm {arm}", self.folder / "search" / arm
+            start, stages = init, find_arm(arm).stages
+            if find_arm(arm).leaves_backbone:
+                start, stages = str(self._run_dir(f"{folder_name(arm)}-search")), ["finetune"]
+            cfg = self._with_search(arm_config(self.base, arm, self.base.train.seed, start, stages))
+            source, folder = f"{self.source}, arm {arm}", self.folder / "search" / folder_name(arm)
             result = search(cfg, source, folder, self.settings.search_trials, self.parallel, engine=self.engine)
-            logger.info(f"{result.table}\nbest of {ARMS[arm].label}: {' '.join(result.best_overrides)}")
+            logger.info(f"{result.table}\nbest of {find_arm(arm).label}: {' '.join(result.best_overrides)}")
             best[arm] = result.best_overrides
         write_atomically(self.folder / SEARCHED_FILE, json.dumps(best, indent=2) + "\n")
         return best
@@ -330,12 +373,42 @@ class Comparison:
         """Return the metric of a run; called for the first one, so that a wrong name is noticed early."""
         return f"{self.settings.metric} {self._value(outcome.results):.4f}" if outcome.status == FINISHED else ""
 
-    def _enter(self, results: Results, arm: str, seed: int, metrics: dict[str, dict[str, float]]) -> None:
-        value = self._value(metrics)
-        if math.isfinite(value):
-            results.values[arm][seed] = value
-        else:
-            results.failures[f"{arm}-seed{seed}"] = f"its {self.settings.metric} is {value}"
+    def _look_for_leakage(self) -> None:
+        """Write the near-duplicates between the data sets to the folder, once, and warn about them."""
+        file = self.folder / LEAKAGE_FILE
+        if not file.exists():
+            readable = {role: data for role, data in self.data.items() if not hasattr(data, "stream")}
+            logger.info("looking for near-duplicates between the data sets")
+            found = {"near-duplicates": [str(leakage) for leakage in find_leakage(readable)]}
+            write_atomically(file, json.dumps(found, indent=2) + "\n")
+        for sentence in read_json(file)["near-duplicates"]:
+            logger.warning(sentence)
+
+    def _empty_results(self, best: dict[str, list[str]]) -> Results:
+        arms, file = self.settings.arms, self.folder / LEAKAGE_FILE
+        leakage = read_json(file)["near-duplicates"] if file.exists() else []
+        share = self.base.train.label_fraction
+        return Results(
+            {arm: {} for arm in arms}, {}, best, {arm: [] for arm in arms}, leakage=leakage, label_fraction=share
+        )
+
+    def _enter(self, results: Results, arm: str, seed: int, repeat: int, metrics: dict[str, dict[str, float]]) -> None:
+        value, name = self._value(metrics), run_name(arm, seed, repeat)
+        if not math.isfinite(value):
+            results.failures[name] = f"its {self.settings.metric} is {value}"
+            return
+        results.repeats.setdefault((arm, seed), []).append(value)
+        stage = self._stage_run(arm, seed) if find_arm(arm).leaves_backbone else None
+        parts = [read_metadata(self._run_dir(run)) for run in filter(None, [stage, name])]
+        seconds, memory = ([part.get(key, 0.0) for part in parts] for key in ("wall_time_s", "peak_memory_mib"))
+        results.costs[arm].append((sum(seconds), max(memory)))
+
+    def _averaged(self, results: Results) -> Results:
+        """Set the value of each arm and seed to the mean of its fine-tunings, if all of them have a result."""
+        for (arm, seed), values in results.repeats.items():
+            if len(values) == self.settings.finetune_seeds:
+                results.values[arm][seed] = sum(values) / len(values)
+        return results
 
     def _value(self, metrics: dict[str, dict[str, float]]) -> float:
         """Return the compared metric of a run, which has fine-tuned once."""

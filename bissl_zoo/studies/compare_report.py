@@ -1,16 +1,18 @@
 """The report of a comparison: means, paired differences and sentences, as a table, JSON, Markdown and a plot."""
 
 import json
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from matplotlib.figure import Figure
 from tabulate import tabulate
 
-from bissl_zoo.evaluation.statistics import compare_paired, summarize
+from bissl_zoo.evaluation.statistics import compare_paired, equivalence_p, holm, seeds_needed, summarize
 from bissl_zoo.files import write_atomically
-from bissl_zoo.studies.arms import ARMS, Settings
+from bissl_zoo.studies.arms import ARMS, Settings, find_arm
 
 #: arms that the others are compared with, the most important first; the table has columns for two of them
 REFERENCES = ("pretrained", "longer_pretraining", "joint")
@@ -35,11 +37,19 @@ class Results:
         values: metric of each arm by seed.
         failures: error messages of the runs that are left out, by name.
         best_overrides: the result of each arm's search.
+        costs: seconds and peak memory in MiB of each run of an arm, its stage included.
+        repeats: values of each fine-tuning by arm and seed.
+        leakage: near-duplicates between the data sets, as sentences.
+        label_fraction: share of the training labels, if not all were used.
     """
 
     values: dict[str, dict[int, float]]
     failures: dict[str, str] = field(default_factory=dict)
     best_overrides: dict[str, list[str]] = field(default_factory=dict)
+    costs: dict[str, list[tuple[float, float]]] = field(default_factory=dict)
+    repeats: dict[tuple[str, int], list[float]] = field(default_factory=dict)
+    leakage: list[str] = field(default_factory=list)
+    label_fraction: float | None = None
 
 
 def make_report(results: Results, settings: Settings) -> dict[str, Any]:
@@ -49,12 +59,23 @@ def make_report(results: Results, settings: Settings) -> dict[str, Any]:
         values = results.values[name]
         summary = asdict(summarize(list(values.values()))) if values else {"count": 0, "mean": None, "std": None}
         best = {"overrides": results.best_overrides[name]} if name in results.best_overrides else {}
-        arms[name] = {"label": ARMS[name].label, **summary, "values": {str(s): v for s, v in values.items()}, **best}
+        seconds, memory = zip(*results.costs.get(name) or [(0.0, 0.0)], strict=True)
+        cost = {"seconds": float(median(seconds)), "memory_mib": float(max(memory))}
+        arms[name] = {
+            "label": find_arm(name).label,
+            **summary,
+            **cost,
+            "values": {str(s): v for s, v in values.items()},
+            **best,
+        }
     report: dict[str, Any] = {
         "metric": settings.metric,
         "higher_is_better": settings.higher_is_better,
         "seeds": list(settings.seeds),
         "vary": settings.vary,
+        "finetune_seeds": settings.finetune_seeds,
+        "label_fraction": results.label_fraction,
+        "margin": settings.margin,
         "arms": arms,
         "differences": {
             reference: {name: _difference(results, name, reference, settings) for name in arms if name != reference}
@@ -62,8 +83,10 @@ def make_report(results: Results, settings: Settings) -> dict[str, Any]:
             if reference in arms
         },
         "failures": results.failures,
+        "leakage": results.leakage,
     }
-    report["sentences"] = [_sentence(report, name) for name in ARMS if name in arms and ARMS[name].compared_with]
+    _judge(report)
+    report["sentences"] = [_sentence(report, name) for name in arms if find_arm(name).compared_with]
     report["conclusion"] = _conclusion(report)
     report["notes"] = _notes(report)
     return report
@@ -76,13 +99,28 @@ def _difference(results: Results, name: str, reference: str, settings: Settings)
     if not seeds:
         return {"count": 0, "verdict": "no data"}
     result = compare_paired([values[seed] for seed in seeds], [others[seed] for seed in seeds])
-    if result.paired_p is None:
-        verdict = "untested"
-    elif result.paired_p >= LEVEL:
-        verdict = "not significant"
-    else:
-        verdict = "better" if (result.mean > 0) == settings.higher_is_better else "worse"
-    return {**asdict(result), "half_width": result.half_width, "seeds": seeds, "verdict": verdict}
+    tests = {"equivalence_p": equivalence_p(result, settings.margin)} if settings.margin else {}
+    return {**asdict(result), "half_width": result.half_width, **tests, "seeds": seeds, "verdict": "untested"}
+
+
+def _judge(report: dict[str, Any]) -> None:
+    """Set `holm_p` and `verdict` of the differences that the sentences mention: one family of tests."""
+    family = [item for _, _, item in _mentioned(report) if item.get("paired_p") is not None]
+    for item, p in zip(family, holm([item["paired_p"] for item in family]), strict=True):
+        item["holm_p"] = p
+        if p < LEVEL:
+            item["verdict"] = "better" if (item["mean"] > 0) == report["higher_is_better"] else "worse"
+        else:
+            equivalent = item.get("equivalence_p") is not None and item["equivalence_p"] < LEVEL
+            item["verdict"] = "equivalent" if equivalent else "not significant"
+
+
+def _mentioned(report: dict[str, Any]) -> Iterator[tuple[str, str, dict[str, Any]]]:
+    """Yield (arm, reference, difference) for every clause of the sentences."""
+    for name in report["arms"]:
+        for reference in find_arm(name).compared_with:
+            if reference in report["differences"] and name != reference:
+                yield name, reference, report["differences"][reference][name]
 
 
 # ------------------------------------------------------------------------------------------------ sentences
@@ -91,31 +129,51 @@ def _difference(results: Results, name: str, reference: str, settings: Settings)
 def _sentence(report: dict[str, Any], arm: str) -> str:
     """Return one sentence that compares an arm with its references."""
     clauses = [
-        _clause(report["differences"][reference][arm], ARMS[reference].label, report["metric"])
-        for reference in ARMS[arm].compared_with
-        if reference in report["differences"]
+        _clause(item, ARMS[reference].label, report) for name, reference, item in _mentioned(report) if name == arm
     ]
-    return f"{_capitalize(ARMS[arm].label)}: {'; '.join(clauses)}."
+    return f"{_capitalize(find_arm(arm).label)}: {'; '.join(clauses)}."
 
 
-def _clause(difference: dict[str, Any], other: str, metric: str) -> str:
+def _clause(difference: dict[str, Any], other: str, report: dict[str, Any]) -> str:
     verdict, count = difference["verdict"], difference["count"]
     if verdict == "no data":
         return f"no seed in common with {other}"
-    size = f"{difference['mean']:+.4f} {metric}"
+    size = f"{difference['mean']:+.4f} {report['metric']}"
     if verdict == "untested":
         return f"{size} compared with {other} in {count} {'seeds' if count > 1 else 'seed'}, which allows no test"
     details = (
-        f"{size}, 95 % CI {difference['low']:+.4f} to {difference['high']:+.4f}, paired t test "
-        f"p {_p(difference['paired_p'])}, {count} seeds"
+        f"{size}, 95 % CI {difference['low']:+.4f} to {difference['high']:+.4f}, "
+        f"p {_p(difference['holm_p'])}, {count} seeds"
     )
+    if verdict == "equivalent":
+        return f"equivalent to {other} within {report['margin']:g} ({details})"
     if verdict == "not significant":
         return f"no significant difference from {other} ({details})"
     return f"significantly {verdict} than {other} ({details})"
 
 
 def _conclusion(report: dict[str, Any]) -> str:
-    """Return the answer to the question whether to use BiSSL; empty without the arm bissl."""
+    """Return which arm has the best mean, its cost, and whether to use BiSSL if that arm is compared."""
+    parts = filter(None, [_best(report), _about_bissl(report)])
+    return " ".join(parts)
+
+
+def _best(report: dict[str, Any]) -> str:
+    """Return a sentence about the arm with the best mean; empty without results of fine-tuning alone."""
+    arms = {name: arm for name, arm in report["arms"].items() if arm["count"]}
+    if "pretrained" not in arms:
+        return ""
+    best = (max if report["higher_is_better"] else min)(arms, key=lambda name: arms[name]["mean"])
+    text = f"Best mean: {arms[best]['label']}, {arms[best]['mean']:.4f} {report['metric']}"
+    if best == "pretrained":
+        return f"{text}."
+    verdict, base = report["differences"]["pretrained"][best]["verdict"], arms["pretrained"]["seconds"]
+    times = f", at {arms[best]['seconds'] / base:.1f} times its time" if base else ""
+    how = "significantly better than" if verdict == "better" else "not shown to be better than"
+    return f"{text}, {how} fine-tuning alone{times}."
+
+
+def _about_bissl(report: dict[str, Any]) -> str:
     difference = report["differences"]["pretrained"].get("bissl")
     if difference is None:
         return ""
@@ -128,6 +186,8 @@ def _conclusion(report: dict[str, Any]) -> str:
         return "BiSSL helps here, but its additional pretext steps alone may explain the gain."
     if difference["verdict"] == "worse":
         return "BiSSL reduces the performance here, with these settings."
+    if difference["verdict"] == "equivalent":
+        return f"BiSSL makes no difference of {report['margin']:g} or more here."
     if difference["verdict"] == "not significant":
         return (
             "These runs show no significant effect of BiSSL; with this number of seeds, differences below about "
@@ -138,18 +198,25 @@ def _conclusion(report: dict[str, Any]) -> str:
 
 def _notes(report: dict[str, Any]) -> list[str]:
     """Return the limits of the results."""
-    notes, tests = [], 0
-    for reference, arms in report["differences"].items():
-        for name, item in arms.items():
-            if reference not in ARMS[name].compared_with or item.get("paired_p") is None:
-                continue
-            tests += 1
-            if item["welch_p"] is not None and (item["welch_p"] < LEVEL) != (item["paired_p"] < LEVEL):
-                notes.append(
-                    f"{_capitalize(ARMS[name].label)} and {ARMS[reference].label}: the paired test gives p "
-                    f"{_p(item['paired_p'])}, Welch's test of the papers, which does not pair seeds, gives p "
-                    f"{_p(item['welch_p'])}."
-                )
+    notes, tests = list(report["leakage"]), 0
+    for name, reference, item in _mentioned(report):
+        if item.get("paired_p") is None:
+            continue
+        tests += 1
+        if item["welch_p"] is not None and (item["welch_p"] < LEVEL) != (item["paired_p"] < LEVEL):
+            notes.append(
+                f"{_capitalize(find_arm(name).label)} and {ARMS[reference].label}: uncorrected, the paired test gives "
+                f"p {_p(item['paired_p'])}, Welch's test of the papers, which does not pair seeds, gives p "
+                f"{_p(item['welch_p'])}."
+            )
+    spread = report["differences"]["pretrained"].get("bissl", {}).get("std")
+    if report["margin"] and spread:
+        count = seeds_needed(spread, report["margin"])
+        needed = f"{count} seeds are needed" if count else "more than 10,000 seeds are needed"
+        notes.append(
+            f"To find a difference of {report['margin']:g} between BiSSL and fine-tuning alone with a probability of "
+            f"0.8, {needed} (paired t test, one comparison)."
+        )
     fewest = min(arm["count"] for arm in report["arms"].values())
     if fewest < FEW_SEEDS:
         notes.append(
@@ -159,7 +226,7 @@ def _notes(report: dict[str, Any]) -> list[str]:
     notes.append(SHARED[report["vary"]])
     notes.append("All runs use the same test images; the intervals do not cover the choice of test images.")
     if tests > 1:
-        notes.append(f"p values are two-sided and not corrected for {tests} comparisons.")
+        notes.append(f"p values are of two-sided paired t tests, corrected for {tests} comparisons (Holm).")
     return notes
 
 
@@ -179,7 +246,7 @@ def table(report: dict[str, Any], style: str = "simple") -> str:
     references = [reference for reference in TABLE_REFERENCES if reference in report["differences"]]
     headers = ["arm", "seeds", f"{report['metric']} mean", "std"]
     for reference in references:
-        headers += [f"minus {ARMS[reference].label} (95 % CI)", "paired p", "Welch p"]
+        headers += [f"minus {ARMS[reference].label} (95 % CI)", "p"]
     rows = []
     for name, arm in report["arms"].items():
         row = [arm["label"], str(arm["count"]), _number(arm["mean"]), _number(arm["std"])]
@@ -188,8 +255,9 @@ def table(report: dict[str, Any], style: str = "simple") -> str:
             low, high = item.get("low"), item.get("high")
             interval = "" if low is None else f" ({low:+.4f} to {high:+.4f})"
             row += [_number(item.get("mean"), "+") + interval]
-            row += [_number(item.get(key)) for key in ("paired_p", "welch_p")]
-        rows.append(row)
+            row += [_number(item.get("holm_p"))]
+        rows.append([*row, f"{arm['seconds']:.0f}", f"{arm['memory_mib']:.0f}"])
+    headers += ["s", "MiB"]
     return tabulate(rows, headers=headers, tablefmt=style, disable_numparse=True)
 
 
@@ -219,8 +287,8 @@ def save_report(report: dict[str, Any], folder: Path) -> None:
     draw_plot(report).savefig(folder / "comparison.png", dpi=150)
 
 
-def datasets_table(reports: dict[str, dict[str, Any]], style: str = "simple") -> str:
-    """Return a table with a row per data set and a column per arm: mean and standard deviation, the best bold.
+def reports_table(reports: dict[str, dict[str, Any]], style: str = "simple") -> str:
+    """Return a table with a row per comparison and a column per arm: mean and standard deviation, the best bold.
 
     An arrow marks arms that are significantly above or below fine-tuning alone by the papers' test (Welch, p < 0.05).
     """
@@ -230,7 +298,7 @@ def datasets_table(reports: dict[str, dict[str, Any]], style: str = "simple") ->
         means = [arm["mean"] for arm in report["arms"].values() if arm["mean"] is not None]
         best = (max if report["higher_is_better"] else min)(means)
         lines.append([dataset, report["metric"], *(_cell(report, name, best) for name in arms)])
-    headers = ["data set", "metric", *(ARMS[name].label for name in arms)]
+    headers = ["comparison", "metric", *(find_arm(name).label for name in arms)]
     return tabulate(lines, headers=headers, tablefmt=style, disable_numparse=True)
 
 
@@ -247,15 +315,44 @@ def _cell(report: dict[str, Any], name: str, best: float) -> str:
     return (f"**{text}**" if arm["mean"] == best else text) + arrow + left_out
 
 
-def save_datasets(reports: dict[str, dict[str, Any]], folder: Path) -> None:
-    """Write the table of several data sets as `datasets.json` and `datasets.md`."""
+def save_reports(reports: dict[str, dict[str, Any]], folder: Path) -> None:
+    """Write the table of several comparisons as `comparisons.json` and `comparisons.md`.
+
+    If they differ in the label fraction, `labels.png` shows the metric against it.
+    """
+    shares = {report["label_fraction"] or 1.0 for report in reports.values()}
+    if len(shares) > 1 and len(shares) == len(reports):
+        draw_labels(list(reports.values())).savefig(folder / "labels.png", dpi=150)
     text = [
-        datasets_table(reports, "github"),
+        reports_table(reports, "github"),
         "↑ and ↓: above and below fine-tuning alone, Welch's t test, p < 0.05, not corrected for multiple tests.",
         "\n".join(f"- {dataset}: {report['sentences'][0]}" for dataset, report in reports.items()),
     ]
-    write_atomically(folder / "datasets.json", json.dumps(reports, indent=2, allow_nan=False) + "\n")
-    write_atomically(folder / "datasets.md", "\n\n".join(text) + "\n")
+    write_atomically(folder / "comparisons.json", json.dumps(reports, indent=2, allow_nan=False) + "\n")
+    write_atomically(folder / "comparisons.md", "\n\n".join(text) + "\n")
+
+
+def draw_labels(reports: list[dict[str, Any]]) -> Figure:
+    """Plot the mean of every arm and its 95 % confidence interval against the share of the labels, on a log axis."""
+    reports = sorted(reports, key=lambda report: report["label_fraction"] or 1.0)
+    figure = Figure(figsize=(7.0, 4.8), layout="constrained")
+    axes = figure.subplots()
+    arms = list(dict.fromkeys(name for report in reports for name in report["arms"]))
+    for number, name in enumerate(arms):
+        found = [(r["label_fraction"] or 1.0, r["arms"][name]) for r in reports if r["arms"].get(name, {}).get("count")]
+        x = [100 * share * 1.02 ** (number - len(arms) / 2) for share, _ in found]  # intervals side by side
+        means = [arm["mean"] for _, arm in found]
+        halves = [0.0 if arm.get("high") is None else arm["high"] - arm["mean"] for _, arm in found]
+        axes.errorbar(x, means, yerr=halves, marker="o", markersize=4, capsize=3, label=find_arm(name).label)
+    ticks = [100 * (report["label_fraction"] or 1.0) for report in reports]
+    axes.set_xscale("log")
+    axes.set_xticks(ticks, [f"{tick:g} %" for tick in ticks])
+    axes.minorticks_off()
+    axes.set(xlabel="labels used", ylabel=reports[0]["metric"], title="Mean over seeds; bar: 95 % CI")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(color="0.92")
+    axes.legend(frameon=False, fontsize="small")
+    return figure
 
 
 def draw_plot(report: dict[str, Any]) -> Figure:

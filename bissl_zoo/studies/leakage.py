@@ -67,7 +67,9 @@ def _bits(image: Any) -> np.ndarray:
 
 
 def find_leakage(data: dict[str, Dataset]) -> list[Leakage]:
-    """Return the near-duplicates between each two of the data sets, without pairs of one and the same file.
+    """Return the near-duplicates of test and validation images in the other data sets.
+
+    Pairs of one and the same file are left out, and so are pretext and training images, which may be the same.
 
     Args:
         data: data sets by role; of a pair, the later one is the one whose images are counted.
@@ -76,7 +78,7 @@ def find_leakage(data: dict[str, Dataset]) -> list[Leakage]:
     names = {role: [_name(dataset, index) for index in range(len(dataset))] for role, dataset in data.items()}
     roles, found = list(data), []
     for place, second in enumerate(roles):
-        for first in roles[:place]:
+        for first in roles[:place] if second in ("val", "test") else ():
             same_files = set(names[first]) & set(names[second])
             pairs = [
                 (names[first][i], names[second][j])

@@ -18,7 +18,15 @@ from bissl_zoo.studies import compare as module
 from bissl_zoo.studies.arms import ARMS, Settings, base_config, pretrain_config, read_settings
 from bissl_zoo.studies.compare import Comparison, claim_folder, open_comparisons
 from bissl_zoo.studies.compare import compare as compare_all
-from bissl_zoo.studies.compare_report import Results, datasets_table, make_report, save_datasets, save_report, table
+from bissl_zoo.studies.compare_report import (
+    Results,
+    draw_labels,
+    make_report,
+    reports_table,
+    save_report,
+    save_reports,
+    table,
+)
 from bissl_zoo.studies.jobs import JobOutcome
 from bissl_zoo.studies.search import SearchResult
 
@@ -59,7 +67,7 @@ def differing(a, b):
 def test_missing_keys_have_their_defaults(config):
     settings = read_settings(config(), "test")
     assert settings.seeds == tuple(range(10)) and settings.vary == "bissl" and settings.search_trials == 0
-    assert set(settings.arms) == set(ARMS)
+    assert settings.arms == ("pretrained", "bissl", "longer_pretraining", "joint")
 
 
 @pytest.mark.parametrize(
@@ -96,7 +104,10 @@ def test_a_comparison_needs_its_section_and_a_pretrained_backbone(config, tiny_c
 
 def runs_of(config, **compare):
     comparison = Comparison(config(**compare), "test", Path("folder"))
-    return {job.name: job.cfg for job in [*comparison.shared_jobs(), *comparison.seed_jobs({}).values()]}
+    return {
+        job.name: job.cfg
+        for job in [*comparison.pretraining_jobs(), *comparison.stage_jobs(), *comparison.seed_jobs({}).values()]
+    }
 
 
 def test_all_arms_start_from_the_same_pretraining_with_the_same_seed(config):
@@ -155,8 +166,8 @@ def test_the_result_of_a_search_changes_the_runs_of_its_arm_only(config):
     jobs = Comparison(config(seeds=1, arms=PAIR), "test", Path("folder")).seed_jobs(
         {"bissl": ["optimizer.finetune.lr=0.5"]}
     )
-    assert jobs["bissl", 0].cfg.optimizer.finetune.lr == 0.5
-    assert jobs["pretrained", 0].cfg.optimizer.finetune.lr != 0.5
+    assert jobs["bissl", 0, 0].cfg.optimizer.finetune.lr == 0.5
+    assert jobs["pretrained", 0, 0].cfg.optimizer.finetune.lr != 0.5
 
 
 def test_a_new_arm_is_a_few_lines(config, monkeypatch):
@@ -167,6 +178,40 @@ def test_a_new_arm_is_a_few_lines(config, monkeypatch):
     assert differing(runs["bissl-seed0"], runs["weak-seed0"]) == {"bilevel.lambda"}
     report = report_of(pretrained=VALUES["pretrained"], weak=VALUES["bissl"])
     assert report["sentences"][0].startswith("Weak coupling: significantly better than fine-tuning alone (+0.0500")
+
+
+@pytest.mark.parametrize(
+    ("arm", "stages", "changes"),
+    [
+        ("bissl[nystrom]", ["bissl", "finetune"], {"solver.name": "nystrom"}),
+        ("bissl[hessian]", ["bissl", "finetune"], {"bilevel.curvature": "hessian"}),
+        ("self_training", ["teacher", "finetune"], {}),
+        ("lp_ft", ["finetune"], {"finetune.head": "warm"}),
+        ("l2_sp", ["finetune"], {"finetune.l2_sp": 0.01}),
+        ("random", ["finetune"], {"train.init": None}),
+        ("target_pretraining", ["pretrain", "finetune"], {"dataloader.pretext.dataset.split": "train"}),
+    ],
+)
+def test_each_further_arm_has_its_stage_and_its_settings(config, arm, stages, changes):
+    runs = runs_of(config, seeds=1, arms=["pretrained", arm])
+    cfg = runs[f"{arm.replace('[', '-').replace(']', '')}-seed0"]
+    assert list(cfg.train.stages) == stages
+    assert {key: OmegaConf.select(cfg, key) for key in changes} == changes
+
+
+def test_an_unknown_solver_of_an_arm_is_refused_with_the_nearest(config):
+    with pytest.raises(ConfigError, match="'nystorm'. Did you mean 'nystrom'"):
+        read_settings(config(arms=["pretrained", "bissl[nystorm]"]), "test")
+
+
+def test_several_fine_tunings_start_from_the_stage_of_their_seed_and_share_its_labels(config):
+    runs = runs_of(config, seeds=2, arms=[*PAIR, "self_training"], finetune_seeds=2)
+    stage, second = runs["bissl-stage1"], runs["bissl-seed1-1"]
+    assert list(stage.train.stages) == ["bissl"] and list(second.train.stages) == ["finetune"]
+    assert second.train.init == "folder/runs/bissl-stage1" and second.train.label_seed == stage.train.seed == 1
+    assert differing(runs["bissl-seed1"], second) == {"train.seed"} and second.train.seed not in range(100)
+    assert list(runs["self_training-seed0-1"].train.stages) == ["teacher", "finetune"]
+    assert "self_training-stage0" not in runs and len(runs) == 1 + 2 + 3 * 2 * 2
 
 
 # ------------------------------------------------------------------------------------------------ the folder
@@ -270,11 +315,11 @@ VALUES = {
 }
 
 
-def report_of(failures=None, higher=True, vary="bissl", **values):
+def report_of(failures=None, higher=True, vary="bissl", margin=None, **values):
     values = values or VALUES
     count = max(map(len, values.values()))
     by_seed = {arm: {seed: v for seed, v in enumerate(row) if v is not None} for arm, row in values.items()}
-    settings = Settings("AP50", higher, tuple(range(count)), tuple(values), vary, 0, {})
+    settings = Settings("AP50", higher, tuple(range(count)), tuple(values), vary, 0, {}, margin=margin)
     return make_report(Results(by_seed, failures or {}), settings)
 
 
@@ -305,7 +350,7 @@ def test_for_error_rates_lower_is_better(higher, verdict):
     report = report_of(higher=higher, pretrained=VALUES["bissl"], bissl=VALUES["pretrained"])
     assert f"significantly {verdict} than fine-tuning alone (-0.0500" in report["sentences"][0]
     best = "**0.4800" if higher else "**0.4300"
-    assert best in datasets_table({"a": report}) and " ↓" in datasets_table({"a": report})
+    assert best in reports_table({"a": report}) and " ↓" in reports_table({"a": report})
 
 
 @pytest.mark.parametrize(
@@ -319,9 +364,56 @@ def test_for_error_rates_lower_is_better(higher, verdict):
 def test_without_a_test_there_is_no_conclusion(tmp_path, pretrained, bissl, message):
     report = report_of(pretrained=pretrained, bissl=bissl)
     assert message in report["sentences"][0] and "No conclusion" in report["conclusion"]
-    assert table(report).splitlines()[-1].split()[-2] == "-"
+    assert table(report).splitlines()[-1].split()[-3] == "-"  # the p value
     save_report(report, tmp_path)
     assert json.loads((tmp_path / "comparison.json").read_text()) == report
+
+
+def test_p_values_are_corrected_for_the_number_of_comparisons():
+    report = report_of()
+    family = [
+        report["differences"][reference][arm]
+        for arm, references in {"bissl": 3, "longer_pretraining": 1, "joint": 2}.items()
+        for reference in ("pretrained", "longer_pretraining", "joint")[:references]
+    ]
+    raw = sorted(item["paired_p"] for item in family)
+    assert min(item["holm_p"] for item in family) == pytest.approx(6 * raw[0])
+    assert all(item["holm_p"] >= item["paired_p"] for item in family)
+    assert "corrected for 6 comparisons (Holm)" in " ".join(report["notes"])
+
+
+def test_arms_that_differ_by_less_than_the_margin_are_equivalent_and_the_number_of_seeds_is_given():
+    values = {"pretrained": [0.40, 0.44, 0.42, 0.46, 0.43], "bissl": [0.401, 0.439, 0.421, 0.459, 0.431]}
+    report = report_of(margin=0.01, **values)
+    assert "BiSSL: equivalent to fine-tuning alone within 0.01" in report["sentences"][0]
+    assert "no difference of 0.01 or more" in report["conclusion"]
+    assert "To find a difference of 0.01" in " ".join(report["notes"])
+    assert "no significant difference" in report_of(**values)["sentences"][0]
+
+
+def test_the_conclusion_names_the_best_arm_and_its_cost():
+    values = {arm: dict(enumerate(row)) for arm, row in VALUES.items()}
+    settings = Settings("AP50", True, tuple(range(5)), tuple(values), "bissl", 0, {})
+    costs = {arm: [(10.0, 700.0)] if arm == "pretrained" else [(35.0, 900.0)] for arm in values}
+    report = make_report(
+        Results(values, costs=costs, leakage=["2 of 9 images of test have a near-duplicate"]), settings
+    )
+    expected = "Best mean: BiSSL, 0.4800 AP50, significantly better than fine-tuning alone, at 3.5 times its time."
+    assert report["conclusion"].startswith(expected)
+    assert report["notes"][0].startswith("2 of 9 images")
+    assert table(report).splitlines()[3].split()[-2:] == ["35", "900"]
+
+
+def test_label_fractions_are_comparisons_of_their_own_with_one_picture(config, tmp_path, monkeypatch):
+    FakeJobs(monkeypatch)
+    cfg = config(seeds=3, arms=PAIR, labels=[0.05, 0.25])
+    comparisons = open_comparisons(cfg, "test", tmp_path)
+    reports = compare_all(comparisons, tmp_path)
+    assert list(reports) == ["labels5", "labels25"]
+    assert [c.base.train.label_fraction for c in comparisons.values()] == [0.05, 0.25]
+    assert (tmp_path / "labels25" / "comparison.md").is_file() and (tmp_path / "labels.png").is_file()
+    figure = draw_labels(list(reports.values()))
+    assert [tick.get_text() for tick in figure.axes[0].get_xticklabels()] == ["5 %", "25 %"]
 
 
 def test_notes_mention_few_seeds_shared_stages_and_tests_that_disagree():
@@ -341,7 +433,7 @@ def test_a_failed_run_is_named_and_its_seed_is_left_out_of_the_pairs(tmp_path):
     assert difference["mean"] == pytest.approx((0.05 + 0.06 + 0.04 + 0.06) / 4)
     save_report(report, tmp_path)
     assert "bissl-seed1 is left out: The loss is NaN at step 3" in (tmp_path / "comparison.md").read_text()
-    assert "(1 of 5 seeds missing)" in datasets_table({"a": report})
+    assert "(1 of 5 seeds missing)" in reports_table({"a": report})
 
 
 def test_the_report_is_written_as_json_markdown_and_plot(tmp_path):
@@ -357,13 +449,13 @@ def test_the_report_is_written_as_json_markdown_and_plot(tmp_path):
 def test_the_table_of_data_sets_marks_the_best_and_the_significant(tmp_path):
     flat = {"pretrained": [0.50, 0.52, 0.54], "bissl": [0.51, 0.52, 0.53]}
     reports = {"cells": report_of(), "pets": report_of(**flat)}
-    cells, pets = datasets_table(reports).splitlines()[2:4]
+    cells, pets = reports_table(reports).splitlines()[2:4]
     assert "**0.4800 ± 0.0187** ↑" in cells and "0.4300 ± 0.0224 " in cells and "**0.4300" not in cells
     assert "↑" not in pets and "↓" not in pets and pets.split()[-1] == "-"  # it has no joint training
-    save_datasets(reports, tmp_path)
-    text = (tmp_path / "datasets.md").read_text()
+    save_reports(reports, tmp_path)
+    text = (tmp_path / "comparisons.md").read_text()
     assert "- cells: BiSSL: significantly better" in text
-    assert json.loads((tmp_path / "datasets.json").read_text()) == reports
+    assert json.loads((tmp_path / "comparisons.json").read_text()) == reports
 
 
 # ------------------------------------------------------------------------------------------------ the runs
@@ -389,6 +481,8 @@ class FakeJobs:
         if name in self.broken:
             return JobOutcome(name, folder, "failed", message="the loss is NaN")
         value = 0.1 + 0.01 * number**2 if self.value is None else self.value
+        (folder / "runs" / name).mkdir(parents=True, exist_ok=True)
+        (folder / "runs" / name / "metadata.json").write_text(json.dumps({"wall_time_s": 2.0}))
         return JobOutcome(name, folder, "finished", {"bissl": {"AP50": value}})
 
 
@@ -436,7 +530,7 @@ def test_each_data_set_has_its_folder_and_its_overrides(config, tmp_path, monkey
     reports = compare_all(open_comparisons(cfg, "test", tmp_path, ["large", "small"], engine="ray"), tmp_path)
     assert jobs.engine == "ray" and list(reports) == ["large", "small"] and len(jobs.names) == 2 * 5
     assert LazyConfig.load(tmp_path / "large" / "comparison.yaml").config.finetune.steps == 9
-    assert (tmp_path / "datasets.md").is_file() and (tmp_path / "small" / "comparison.md").is_file()
+    assert (tmp_path / "comparisons.md").is_file() and (tmp_path / "small" / "comparison.md").is_file()
     with pytest.raises(ConfigError, match="no 'lage'. Did you mean 'large'"):
         open_comparisons(cfg, "test", tmp_path, ["lage"])
 
@@ -465,7 +559,7 @@ def test_every_arm_has_the_same_search_and_its_seeds_use_the_best_parameters(con
     # the stage before must not see the labels that the trials are evaluated on; the runs of the seeds may
     (stage,) = comparison.search_jobs()
     assert stage.cfg.dataloader.train.dataset.split == "unlabeled"
-    assert comparison.seed_jobs({})["bissl", 0].cfg.dataloader.train.dataset.split == "train"
+    assert comparison.seed_jobs({})["bissl", 0, 0].cfg.dataloader.train.dataset.split == "train"
 
 
 @pytest.mark.slow
