@@ -1,5 +1,6 @@
 """A fine-tuned model as an artefact: saved as data, loaded without the run, its config or the data set, and run."""
 
+import copy
 import inspect
 import json
 import logging
@@ -17,15 +18,27 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from tqdm import tqdm
 
-from bissl_zoo.backbones import Backbone, evaluating
+from bissl_zoo.backbones import Backbone, evaluating, share
 from bissl_zoo.config.arguments import arguments_of
 from bissl_zoo.data.datasets.catalog import load_image
 from bissl_zoo.data.datasets.folder import ImageFolder
 from bissl_zoo.data.samples import to_device
-from bissl_zoo.downstream import DownstreamTask
-from bissl_zoo.errors import BisslZooError, DatasetError, RegistryError, ZooError
+from bissl_zoo.downstream import DownstreamTask, FasterRCNN
+from bissl_zoo.downstream.classification import PooledLinear
+from bissl_zoo.downstream.graph import Logits
+from bissl_zoo.errors import BisslZooError, DatasetError, RegistryError, ZooError, did_you_mean
 from bissl_zoo.files import read_json, replacing_folder, sha256_of, write_atomically
 from bissl_zoo.registry import BACKBONES, DOWNSTREAM_TASKS, build_backbone, build_task
+from bissl_zoo.weights.export import (
+    Exported,
+    LinearHead,
+    check_plain_resnet,
+    export_backbone,
+    torchvision_detector_state,
+    write_onnx,
+    write_program,
+    write_state,
+)
 from bissl_zoo.weights.files import model_args_problem, save_tensors, state_difference
 from bissl_zoo.zoo import Entry, as_zoo
 from bissl_zoo.zoo.hub import ZooLike
@@ -37,6 +50,9 @@ JSON_FILE, WEIGHTS_FILE, SUMS_FILE = "model.json", "model.safetensors", "SHA256S
 #: names of the two files in a zoo entry, whose index has their digests
 ENTRY_JSON, ENTRY_WEIGHTS = "task_model.json", "task_model.safetensors"
 ZOO_PREFIX = "zoo:"
+#: what a model can be exported to, and the suffixes that mean it
+MODEL_TARGETS = ("onnx", "export", "torchvision", "timm")
+SUFFIXES = {".onnx": "onnx", ".pt2": "export", "": "timm", **dict.fromkeys((".pth", ".safetensors"), "torchvision")}
 #: threads that decode images
 _READERS = 4
 
@@ -131,9 +147,9 @@ class Model:
     def draw(self, image: Any, threshold: float = 0.5) -> Image.Image:
         """Return the image with its prediction drawn by the task, such as boxes with class names and scores."""
         [(_, opened, prediction)] = self.stream([image], skip=False)
-        return self.picture(opened, prediction, threshold)
+        return self.draw_prediction(opened, prediction, threshold)
 
-    def picture(self, image: Image.Image, prediction: Any, threshold: float = 0.5) -> Image.Image:
+    def draw_prediction(self, image: Image.Image, prediction: Any, threshold: float = 0.5) -> Image.Image:
         """Return an image with a raw prediction of :meth:`stream` drawn on it."""
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
@@ -145,6 +161,57 @@ class Model:
         canvas = FigureCanvasAgg(figure)
         canvas.draw()
         return Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB")
+
+    def export(
+        self, output: str | os.PathLike[str], to: str | None = None, image_size: Sequence[int] | None = None
+    ) -> Exported:
+        """Write the model for another library, which then runs it without this package.
+
+        "onnx" and "export" take RGB images (B, 3, H, W) in [0, 1]; classifiers give `probabilities` for any B, and
+        detectors `boxes`, `scores` and `labels` of one image after suppression. "timm" writes a folder of a classifier
+        for `local-dir:`, and "torchvision" the state of a ResNet with classifier or of a FasterRCNN.
+
+        Args:
+            to: one of `TARGETS`; None for that of the suffix: .onnx, .pt2 (export), .pth or .safetensors (torchvision),
+                or none (timm).
+            image_size: height and width of the images of "onnx" and "export"; None for those of the task.
+        Returns:
+            The path, and what its user must know.
+        Raises:
+            ZooError: the target cannot represent this model, or the file cannot be written.
+        """
+        output = Path(output)
+        to = to or SUFFIXES.get(output.suffix)
+        if to not in MODEL_TARGETS:
+            raise ZooError(
+                f"{output}: a model is not exported to '{to or output.suffix}'.{did_you_mean(str(to), MODEL_TARGETS)} "
+                f"Targets: {', '.join(MODEL_TARGETS)}. `bissl convert out` exports a backbone alone."
+            )
+        backbone, task = (copy.deepcopy(part).cpu().eval() for part in (self.backbone, self.task))
+        if to in ("onnx", "export"):
+            network = task.graph(backbone).eval()
+            images = torch.rand(2, 3, *(image_size or network.size), generator=torch.Generator().manual_seed(0))
+            images = images if network.any_batch else images[:1]
+            write = write_onnx if to == "onnx" else write_program
+            details = write(network, images, output, str(self), network.outputs, network.any_batch)
+            return Exported(output, {"classes": ", ".join(self.classes), "images": "RGB in [0, 1]", **details})
+        name, arguments = (self.metadata["backbone"][key] for key in ("name", "arguments"))
+        arguments = {key: value for key, value in arguments.items() if key != "out_features"}
+        if isinstance(task, PooledLinear):
+            logits = Logits(backbone, task).eval()
+            head = LinearHead(task.linear.weight, task.linear.bias, self.classes, logits, (task.image_size,) * 2)
+            pixels = {**{key: list(getattr(task, key)) for key in ("mean", "std")}, "crop_mode": "center"}
+            pixels |= {"crop_pct": task.image_size / task.resize, "interpolation": task.interpolation.value}
+            pixels["input_size"] = [3, task.image_size, task.image_size]
+            return export_backbone(backbone.state_dict(), name, to, output, arguments, pixels, head=head)
+        if to != "torchvision" or not isinstance(task, FasterRCNN):
+            raise ZooError(f"{output}: {self} has no form in {to}. Export it as .onnx or .pt2, if its task can.")
+        check_plain_resnet(timm.create_model(name, num_classes=0, **arguments).eval(), name, "torchvision")
+        write_state(torchvision_detector_state(backbone.state_dict(), task.state_dict()), output)
+        settings = {key: str(value) for key, value in self.metadata["task"]["arguments"].items()}
+        return Exported(
+            output, {"load with": "torchvision.models.detection.FasterRCNN, label 0: background", **settings}
+        )
 
     def save(self, folder: str | os.PathLike[str]) -> Path:
         """Write the model to a folder, which is replaced as a whole: data only, with the sha256 of each file.
@@ -298,8 +365,7 @@ def _build(metadata: Mapping[str, Any]) -> Model:
             )
     with torch.random.fork_rng(devices=[]):
         whole = build_backbone(name=backbone["name"], **backbone["arguments"])
-        stages = backbone["arguments"].get("out_features") or ()
-        trunk, _ = whole.split(backbone["shared_stage"] or whole.stages[-1], stages)
+        trunk, _ = share(whole, backbone["shared_stage"], backbone["arguments"].get("out_features") or ())
         head = build_task(name=task["name"], backbone=trunk, classes=classes, **task["arguments"])
     return Model(trunk.eval(), head.eval(), metadata)
 

@@ -6,45 +6,21 @@ import shutil
 import numpy as np
 import pytest
 import torch
+from models import CLASSES, new_model, photo
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from torch import nn
 
 from bissl_zoo.config import LazyConfig
 from bissl_zoo.downstream import Classification, DownstreamTask
 from bissl_zoo.engine.publishing import publish_run
 from bissl_zoo.errors import BisslZooError, DatasetError, ZooError
 from bissl_zoo.files import sha256_of
-from bissl_zoo.model import Model, describe_model, load_model
-from bissl_zoo.registry import DOWNSTREAM_TASKS, build_backbone, build_task
+from bissl_zoo.model import load_model
+from bissl_zoo.registry import DOWNSTREAM_TASKS
 from bissl_zoo.runs.directory import load_run_config
 from bissl_zoo.zoo import Zoo
 
 SIZE = 64
-CLASSES = ["cat", "dog", "héron"]
-
-
-def new_model(task="classification", shared_stage=None, out_features=(), classes=CLASSES, **arguments):
-    """Return an untrained model on timm's smallest ResNet, with random batch-norm statistics."""
-    torch.manual_seed(0)
-    backbone_arguments = {"out_features": list(out_features)} if out_features else {}
-    whole = build_backbone(name="test_resnet", **backbone_arguments)
-    trunk, _ = whole.split(shared_stage or whole.stages[-1], out_features)
-    head = build_task(name=task, backbone=trunk, classes=classes, **arguments)
-    for module in (*trunk.modules(), *head.modules()):
-        if isinstance(module, nn.BatchNorm2d):
-            module.running_mean.uniform_(-0.1, 0.1), module.running_var.uniform_(0.5, 1.5)
-    described = describe_model(
-        head,
-        backbone_name="test_resnet",
-        backbone_arguments=backbone_arguments,
-        shared_stage=shared_stage,
-        task_name=task,
-        task_arguments=arguments,
-        metrics={"top1": 0.5, "top1/cat": 0.1},
-        imports=["mine.py"],
-    )
-    return Model(trunk.eval(), head.eval(), described)
 
 
 def detector(**changed):
@@ -54,11 +30,6 @@ def detector(**changed):
 
 def classifier(task="classification"):
     return new_model(task, image_size=32)
-
-
-def photo(width=80, height=SIZE, seed=0):
-    pixels = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
-    return Image.fromarray(pixels)
 
 
 @pytest.mark.parametrize("build", [classifier, detector])

@@ -21,6 +21,7 @@ COMMANDS = {
     "train": "run the stages of a config: pretrain, BiSSL, fine-tune, evaluate, publish",
     "compare": "does BiSSL help? compare its arms over the same seeds",
     "search": "search hyperparameters of fine-tuning",
+    "predict": "predict images with a fine-tuned model",
     "probe": "evaluate a frozen backbone by kNN and a linear classifier",
     "runs": "list runs, show one",
     "report": "write an HTML report of runs or of a zoo",
@@ -33,7 +34,7 @@ COMMANDS = {
     "doctor": "check the installation and this machine",
 }
 #: commands that start no processes and import torch only where they need it
-LIGHT = {"convert", "data", "doctor", "new", "runs", "zoo"}
+LIGHT = {"convert", "data", "doctor", "new", "predict", "runs", "zoo"}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -13,6 +13,7 @@ from torchvision.transforms import v2
 from bissl_zoo.backbones import POOLED, Backbone, pooled_width
 from bissl_zoo.data.views import IMAGENET_MEAN, IMAGENET_STD
 from bissl_zoo.downstream.drawing import show_image
+from bissl_zoo.downstream.graph import ClassifierGraph
 from bissl_zoo.downstream.task import Batch, Box, DownstreamTask
 from bissl_zoo.errors import DatasetError
 from bissl_zoo.evaluation.classification import TopKEvaluator
@@ -75,8 +76,8 @@ class PooledLinear(DownstreamTask, ABC):
         return self._logits(backbone, images)
 
     def probabilities(self, logits: Tensor) -> Tensor:
-        """Return the probabilities `(K,)` of the classes for the logits `(K,)` of one image."""
-        return logits.float().softmax(dim=0)
+        """Return the probabilities `(..., K)` of the classes for logits `(..., K)`."""
+        return logits.float().softmax(dim=-1)
 
     def blank_target(self, size: tuple[int, int]) -> Any:
         """Return the first class."""
@@ -91,8 +92,12 @@ class PooledLinear(DownstreamTask, ABC):
 
     def preprocessing(self) -> dict[str, Any]:
         """Return the shorter side after resizing, the side of the central crop, and the normalisation."""
-        sizes = {"resize": self.resize, "crop": self.image_size, "interpolation": "bicubic"}
+        sizes = {"resize": self.resize, "crop": self.image_size, "interpolation": self.interpolation.value}
         return {**sizes, "mean": self.mean, "std": self.std}
+
+    def graph(self, backbone: Backbone) -> ClassifierGraph:
+        """Return the network from images in [0, 1] to probabilities."""
+        return ClassifierGraph(backbone, self)
 
     def draw(self, axes: "Axes", image: Any, value: Any, predicted: bool = False, threshold: float = 0.5) -> None:
         """Show the image with its classes or, of a prediction, with the three most probable classes."""

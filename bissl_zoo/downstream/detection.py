@@ -23,6 +23,7 @@ from torchvision.transforms.v2 import functional as tv
 from bissl_zoo.backbones import Backbone
 from bissl_zoo.data.views import IMAGENET_MEAN, IMAGENET_STD
 from bissl_zoo.downstream.drawing import draw_boxes, show_image
+from bissl_zoo.downstream.graph import DetectorGraph
 from bissl_zoo.downstream.task import Batch, Box, DownstreamTask
 from bissl_zoo.errors import ConfigError, DatasetError
 from bissl_zoo.evaluation.detection import DetectionEvaluator, voc_average_precision
@@ -244,6 +245,10 @@ class FasterRCNN(DetectionTask):
         sizes = [tuple(image.shape[-2:]) for image in images]
         detections = self.resize.postprocess(detections, resized.image_sizes, sizes)
         return [{**d, "labels": d["labels"] - 1} for d in detections]
+
+    def graph(self, backbone: Backbone) -> DetectorGraph:
+        """Return the network from one image in [0, 1] to boxes, scores and labels."""
+        return DetectorGraph(backbone, self)
 
     def evaluator(self) -> DetectionEvaluator:
         """Return an evaluator of COCO's AP, AP50 and AP75, and VOC's AP50 in both forms, as fractions."""

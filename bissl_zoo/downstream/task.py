@@ -10,6 +10,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from bissl_zoo.backbones import Backbone
+from bissl_zoo.errors import ConfigError
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -148,6 +149,14 @@ class DownstreamTask(nn.Module, ABC):
     def preprocessing(self) -> dict[str, Any]:
         """Return sizes, mean and std of `transform(train=False)` in plain types, for users of an exported model."""
         return {}
+
+    def graph(self, backbone: Backbone) -> nn.Module:
+        """Return a module from images in [0, 1] to tensors, for export; with `outputs`, their names, and `size`.
+
+        Raises:
+            ConfigError: the task has no such form.
+        """
+        raise ConfigError(f"{type(self).__name__} has no method graph(backbone), which export to ONNX and .pt2 needs.")
 
     def random_batch(self, n: int, size: tuple[int, int], target: Callable[[int], Any]) -> Batch:
         """Return `n` images of noise with the targets `target(index)`, through the training transform and `collate`.

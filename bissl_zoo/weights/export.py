@@ -1,13 +1,12 @@
 """Export backbones for timm, torchvision, Detectron2, ONNX runtimes and torch.export, which load them without us."""
 
+import contextlib
 import importlib.util
 import json
-import os
 import pickle
 import re
-import shutil
-import uuid
-from collections.abc import Callable, Mapping, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,7 @@ from timm.models.resnet import ResNet
 from torch import Tensor, nn
 
 from bissl_zoo.errors import ZooError, did_you_mean, shorten
-from bissl_zoo.files import replacing, write_atomically
+from bissl_zoo.files import replacing, replacing_folder, write_atomically
 from bissl_zoo.weights import TARGETS
 from bissl_zoo.weights.files import save_tensors, state_difference, unshared
 
@@ -34,6 +33,21 @@ TORCHVISION_RESNETS = (
     *("resnext50_32x4d", "resnext101_32x8d", "resnext101_64x4d"),
 )
 _EPS = 1e-5  # of batch norm in torchvision and Detectron2
+
+
+@dataclass(frozen=True)
+class LinearHead:
+    """The linear layer of a classifier on pooled features, with class names.
+
+    Args:
+        logits: the classifier, from normalised images of `size` to logits, which the exported network must equal.
+    """
+
+    weight: Tensor
+    bias: Tensor
+    classes: Sequence[str]
+    logits: nn.Module
+    size: tuple[int, int]
 
 
 @dataclass(frozen=True)
@@ -52,8 +66,9 @@ def export_backbone(
     model_args: Mapping[str, Any] | None = None,
     pixels: Mapping[str, Any] | None = None,
     image_size: Sequence[int] | None = None,
+    head: LinearHead | None = None,
 ) -> Exported:
-    """Write a backbone for another library, atomically.
+    """Write a backbone, or with `head` a classifier, for another library, atomically.
 
     Args:
         state: under the names of `timm.create_model(architecture, num_classes=0, **model_args)`.
@@ -62,12 +77,13 @@ def export_backbone(
             images `(B, 3, H, W)` to pooled features, with B free.
         pixels: `mean` and `std` of RGB images scaled to [0, 1], as a zoo entry's "input" has them.
         image_size: height and width of the images that "onnx" and "export" trace with; None for the architecture's own.
+        head: the linear layer of a classifier ("timm" and "torchvision").
     Raises:
         ZooError: the state does not fit, or the target cannot represent this network; the message has the reason.
     """
     if target not in TARGETS:
         raise ZooError(f"Unknown target '{target}'.{did_you_mean(target, TARGETS)} Targets: {', '.join(TARGETS)}.")
-    model = _loaded(architecture, state, dict(model_args or {}))
+    model = _loaded(architecture, state, dict(model_args or {}), head)
     output = Path(output)
     details = {"architecture": architecture, **_pixel_details(pixels)}
     try:
@@ -77,14 +93,25 @@ def export_backbone(
     return Exported(output, details)
 
 
-def _loaded(architecture: str, state: Mapping[str, Tensor], model_args: dict[str, Any]) -> nn.Module:
+def _loaded(
+    architecture: str, state: Mapping[str, Tensor], model_args: dict[str, Any], head: LinearHead | None
+) -> nn.Module:
     if not timm.is_model(architecture):
         hint = did_you_mean(architecture, timm.list_models())
         raise ZooError(f"timm {timm.__version__} has no architecture '{architecture}'.{hint}")
-    model = _untrained(architecture, num_classes=0, **model_args)
+    classes = list(head.classes) if head else []
+    model = _untrained(architecture, num_classes=len(classes), **model_args)
+    if head:
+        name = model.pretrained_cfg["classifier"]
+        if not isinstance(name, str):
+            raise ZooError(f"timm's {architecture} has several classifiers.")
+        state = {**state, f"{name}.weight": head.weight, f"{name}.bias": head.bias}
+        model.label_names = classes
     if difference := state_difference(model.state_dict(), state):
-        raise ZooError(f"The state does not fit {architecture}(num_classes=0): {difference}.")
+        raise ZooError(f"The state does not fit {architecture}(num_classes={len(classes)}): {difference}.")
     model.load_state_dict(state)
+    if head:
+        check_same_features(f"timm's {architecture}", head.logits.cpu(), model.eval(), head.size)
     return model.eval()
 
 
@@ -102,32 +129,34 @@ def _to_timm(
         raise ZooError(f"{output} exists. Name another folder.")
     known = {key: pixels[key] for key in PIXEL_KEYS if key in pixels}
     known.setdefault("input_size", [3, *_image_size(model, image_size)])
-    _, config = timm_config(architecture, known, model_args, licence="unknown")
-    folder = output.with_name(f".{output.name}-{uuid.uuid4().hex}")
-    try:
-        folder.mkdir(parents=True)
+    classes = getattr(model, "label_names", [])
+    _, config = timm_config(architecture, known, model_args, "unknown", classes)
+    with replacing_folder(output) as folder:
         save_tensors(model.state_dict(), folder / "model.safetensors")
         write_atomically(folder / "config.json", json.dumps(config, indent=2) + "\n")
         loaded = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
         check_same_features("timm", model, loaded, _image_size(model, image_size))
-        os.replace(folder, output)
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
     return {"load with": f'timm.create_model("local-dir:{output}", pretrained=True)'}
+
+
+def write_state(state: Mapping[str, Tensor], output: Path) -> None:
+    """Write a state dict as .pth, .pt or .safetensors, by the suffix of `output`."""
+    if output.suffix not in (".pth", ".pt", ".safetensors"):
+        raise ZooError(f"{output}: a torchvision state is written as .pth, .pt or .safetensors.")
+    if output.suffix == ".safetensors":
+        save_tensors(state, output)
+    else:
+        with replacing(output) as file:
+            torch.save(unshared(state), file)
 
 
 def _to_torchvision(model: nn.Module, architecture: str, output: Path, *_: Any) -> dict[str, str]:
     check_plain_resnet(model, architecture, "torchvision")
-    if output.suffix not in (".pth", ".pt", ".safetensors"):
-        raise ZooError(f"{output}: a torchvision state is written as .pth, .pt or .safetensors.")
-    if output.suffix == ".safetensors":
-        save_tensors(model.state_dict(), output)
-    else:
-        with replacing(output) as file:
-            torch.save(unshared(model.state_dict()), file)
+    write_state(model.state_dict(), output)
+    arguments = f"num_classes={model.num_classes}" if model.num_classes else ""
     return {
-        "load with": f"torchvision.models.{architecture}().load_state_dict(state, strict=False)",
-        "not in the file": "fc.weight, fc.bias",
+        "load with": f"torchvision.models.{architecture}({arguments}).load_state_dict(state, strict={bool(arguments)})",
+        **({} if model.num_classes else {"not in the file": "fc.weight, fc.bias"}),
     }
 
 
@@ -168,11 +197,27 @@ def _to_detectron2(
 def _to_onnx(
     model: nn.Module, architecture: str, output: Path, model_args: Any, pixels: Any, image_size: Sequence[int] | None
 ) -> dict[str, str]:
+    return write_onnx(model, _example(model, architecture, image_size), output, architecture)
+
+
+def write_onnx(
+    model: nn.Module,
+    images: Tensor,
+    output: Path,
+    name: str,
+    outputs: Sequence[str] = ("features",),
+    any_batch: bool = True,
+) -> dict[str, str]:
+    """Write a network on `images` (B, 3, H, W) as ONNX.
+
+    Args:
+        name: of the network, for messages.
+        any_batch: B is free; otherwise it is that of `images`, as H and W are.
+    """
     absent = [package for package in ("onnx", "onnxscript") if importlib.util.find_spec(package) is None]
     if absent:
         raise ZooError(f"The target 'onnx' needs {' and '.join(absent)}: pip install \"bissl_zoo[onnx]\".")
-    images = _example(model, architecture, image_size)
-    with replacing(output) as file:
+    with replacing(output) as file, _quiet_export():
         try:
             torch.onnx.export(
                 model,
@@ -181,32 +226,53 @@ def _to_onnx(
                 dynamo=True,
                 opset_version=ONNX_OPSET,
                 input_names=["images"],
-                output_names=["features"],
-                dynamic_shapes=({0: torch.export.Dim("batch")},),
+                output_names=list(outputs),
+                dynamic_shapes=({0: torch.export.Dim("batch")},) if any_batch else None,
                 external_data=False,
                 verbose=False,
             )
         except (torch.onnx.errors.OnnxExporterError, RuntimeError) as error:
-            raise ZooError(f"torch.onnx cannot export {architecture}: {_first_line(error)}") from error
-    return {"input": f"images (batch, 3, {images.shape[2]}, {images.shape[3]})", "opset": str(ONNX_OPSET)}
+            raise ZooError(f"torch.onnx cannot export {name}: {_first_line(error)}") from error
+    return {**_shapes(images, any_batch), "outputs": ", ".join(outputs), "opset": str(ONNX_OPSET)}
 
 
 def _to_export(
     model: nn.Module, architecture: str, output: Path, model_args: Any, pixels: Any, image_size: Sequence[int] | None
 ) -> dict[str, str]:
+    return write_program(model, _example(model, architecture, image_size), output, architecture)
+
+
+def write_program(
+    model: nn.Module,
+    images: Tensor,
+    output: Path,
+    name: str,
+    outputs: Sequence[str] = ("features",),
+    any_batch: bool = True,
+) -> dict[str, str]:
+    """Write a network on `images` (B, 3, H, W) as a program of torch.export; see :func:`write_onnx`."""
     if output.suffix != ".pt2":
         raise ZooError(f"{output}: a program of torch.export is written as .pt2.")
-    images = _example(model, architecture, image_size)
     try:
-        program = torch.export.export(model, (images,), dynamic_shapes=({0: torch.export.Dim("batch")},))
+        with _quiet_export():
+            shapes = ({0: torch.export.Dim("batch")},) if any_batch else None
+            program = torch.export.export(model, (images,), dynamic_shapes=shapes)
     except (RuntimeError, ValueError, TypeError) as error:
-        raise ZooError(f"torch.export cannot trace {architecture}: {_first_line(error)}") from error
+        raise ZooError(f"torch.export cannot trace {name}: {_first_line(error)}") from error
     with replacing(output) as file:
         torch.export.save(program, file)
-    return {
-        "input": f"images (batch, 3, {images.shape[2]}, {images.shape[3]})",
-        "load with": f'torch.export.load("{output}").module()',
-    }
+    return {**_shapes(images, any_batch), "load with": f'torch.export.load("{output}").module()'}
+
+
+@contextlib.contextmanager
+def _quiet_export() -> Iterator[None]:
+    with warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("ignore", FutureWarning)  # of torchvision's use of torch
+        yield
+
+
+def _shapes(images: Tensor, any_batch: bool) -> dict[str, str]:
+    return {"input": f"images ({'batch' if any_batch else len(images)}, {', '.join(map(str, images.shape[1:]))})"}
 
 
 _WRITERS: dict[str, Callable[..., dict[str, str]]] = {
@@ -240,9 +306,13 @@ def _first_line(error: Exception) -> str:
 
 
 def timm_config(
-    architecture: str, pretrained_cfg: Mapping[str, Any], model_args: dict[str, Any], licence: str
+    architecture: str,
+    pretrained_cfg: Mapping[str, Any],
+    model_args: dict[str, Any],
+    licence: str,
+    classes: Sequence[str] = (),
 ) -> tuple[nn.Module, dict[str, Any]]:
-    """Return the model that timm builds for an entry, and its `config.json` in timm's format."""
+    """Return the model that timm builds without classifier, and its `config.json` in timm's format, with `classes`."""
     if architecture not in timm.list_models():
         hint = did_you_mean(architecture, timm.list_models())
         raise ZooError(f"'{architecture}' is not an architecture of timm {timm.__version__}.{hint}")
@@ -268,10 +338,17 @@ def timm_config(
         )
     config = {
         "architecture": architecture,
-        "num_classes": 0,
+        "num_classes": len(classes),
         "num_features": model.num_features,
         "global_pool": _pooling(model),
-        "pretrained_cfg": {**inherited, **pixels, "fixed_input_size": fixed, "num_classes": 0, "license": licence},
+        "pretrained_cfg": {
+            **inherited,
+            **pixels,
+            "fixed_input_size": fixed,
+            "num_classes": len(classes),
+            "license": licence,
+        },
+        **({"label_names": list(classes)} if classes else {}),
     }
     return model, {**config, "model_args": model_args} if model_args else config
 
@@ -312,6 +389,13 @@ def detectron2_state(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return renamed
 
 
+def torchvision_detector_state(backbone: Mapping[str, Tensor], task: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Rename the states of a ResNet and of `FasterRCNN` to those of `torchvision.models.detection.FasterRCNN`."""
+    body = "backbone.body" if any(name.startswith("fpn.") for name in task) else "backbone"
+    heads = {f"backbone.{name}" if name.startswith("fpn.") else name: tensor for name, tensor in task.items()}
+    return {**{f"{body}.{name}": tensor for name, tensor in backbone.items()}, **heads}
+
+
 def check_plain_resnet(model: nn.Module, architecture: str, target: str) -> None:
     """Raise `ZooError` unless torchvision's network of this name (Detectron2's is equal) computes the same features."""
     supported = f"It supports: {', '.join(TORCHVISION_RESNETS)}."
@@ -320,8 +404,9 @@ def check_plain_resnet(model: nn.Module, architecture: str, target: str) -> None
     if architecture not in TORCHVISION_RESNETS:
         raise ZooError(f"{target} has no ResNet with the blocks of {architecture}. {supported}")
     with torch.random.fork_rng(devices=[]):
-        reference = getattr(torchvision.models, architecture)()
-    reference.fc = nn.Identity()
+        reference = getattr(torchvision.models, architecture)(num_classes=model.num_classes or 1)
+    if not model.num_classes:
+        reference.fc = nn.Identity()
     reference.load_state_dict(model.state_dict())
     check_same_features(target, model, reference.eval(), (64, 64))
 
