@@ -14,8 +14,13 @@ from torch import Tensor
 
 from bissl_zoo.errors import BisslZooError
 
-#: signals that ask a run to stop: from a scheduler, Slurm's warning (`--signal=USR1@120`), and Ctrl-C
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+#: signals that ask a run to stop: from a scheduler, Slurm's warning (`--signal=USR1@120`), a closed terminal, Ctrl-C
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP, signal.SIGINT)
+
+
+def stop_signals() -> list[signal.Signals]:
+    """Return the `STOP_SIGNALS` that this process obeys; nohup makes programs ignore SIGHUP."""
+    return [n for n in STOP_SIGNALS if n != signal.SIGHUP or signal.getsignal(n) != signal.SIG_IGN]
 
 
 def is_initialized() -> bool:
@@ -223,7 +228,7 @@ def stop_request() -> Iterator[StopRequest]:
     """Record stop signals while the context lasts; do nothing outside the main thread, which has no handlers."""
     request = StopRequest()
     try:
-        before = {number: signal.signal(number, request.receive) for number in STOP_SIGNALS}
+        before = {number: signal.signal(number, request.receive) for number in stop_signals()}
     except ValueError:  # not the main thread, as in a notebook's executor
         yield request
         return

@@ -33,15 +33,30 @@ COMMANDS = {
     "convert": "import a checkpoint of another project, or export a backbone",
     "doctor": "check the installation and this machine",
 }
+#: without these nothing works
+REQUIRED = {"torch", "torchvision", "timm", "numpy", "fvcore", "omegaconf", "safetensors"}
 #: commands that start no processes and import torch only where they need it
 LIGHT = {"convert", "data", "doctor", "new", "predict", "runs", "zoo"}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line `argv` (`sys.argv[1:]` by default) and return the exit status."""
+    try:
+        return _main(sys.argv[1:] if argv is None else argv)
+    except ModuleNotFoundError as error:
+        if error.name not in REQUIRED:
+            raise
+        python = f"{sys.executable}, which has no '{error.name}'"
+        print(
+            f"error: this Python is {python}. Use the one of your environment: pip install bissl_zoo", file=sys.stderr
+        )
+        return 1
+
+
+def _main(argv: Sequence[str]) -> int:
     # OpenMP threads spin while they wait and would slow loader workers on the same cores down by a factor of ten
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # read once, when torch is imported
-    module, args = parse_args(sys.argv[1:] if argv is None else argv)
+    module, args = parse_args(argv)
     if args.bissl_command in LIGHT:
         return exit_status(lambda: module.run(args))
     from bissl_zoo.engine.launch import launch

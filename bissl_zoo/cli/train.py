@@ -16,7 +16,7 @@ EPILOG = """exit status:
   0    the run is complete
   1    an error in config, data, disk or numbers; one message on standard error
   2    an invalid command line
-  130  Ctrl-C; 143 SIGTERM; 138 SIGUSR1: the run is saved, continue with --resume
+  130  Ctrl-C; 143 SIGTERM; 138 SIGUSR1; 129 SIGHUP: the run is saved, continue with --resume
   137  killed (for example, out of memory); continue with --resume
   141  the reader of standard output has closed it
 """

@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader, Dataset
 from bissl_zoo.backbones import Backbone, Tail, share
 from bissl_zoo.bilevel.level import Level
 from bissl_zoo.config import instantiate
+from bissl_zoo.data.datasets.catalog import datasets_root
 from bissl_zoo.data.datasets.fraction import LabelFraction
 from bissl_zoo.data.loaders import PlacedSampler
 from bissl_zoo.data.samples import to_device
@@ -65,7 +66,8 @@ def build_datasets(cfg: DictConfig, roles: set[str]) -> dict[str, Dataset]:
         try:
             data[role] = instantiate(cfg.dataloader[role].dataset)
         except DatasetError as error:
-            problems.setdefault(str(error), []).append(f"dataloader.{role}")
+            problem = f"{error}{_check_command(cfg.dataloader[role].dataset)}"
+            problems.setdefault(problem, []).append(f"dataloader.{role}")
     if problems:
         raise DatasetError("\n".join(f"{', '.join(where)}: {problem}" for problem, where in problems.items()))
     labelled = [role for role in data if role != "pretext"]
@@ -83,6 +85,12 @@ def build_datasets(cfg: DictConfig, roles: set[str]) -> dict[str, Dataset]:
             "metrics that are too high. Let dataloader.val read another split, such as part=val of an image_folder."
         )
     return data
+
+
+def _check_command(described: DictConfig) -> str:
+    """Return a hint at the command that recognises layouts, for a set at a path where there is something."""
+    path = datasets_root() / described["root"] if described.get("root") else None
+    return f" See which layout it has: bissl data --check {path}" if path and path.exists() else ""
 
 
 def _check_classes(role: str, classes: Sequence[str], other: str, others: Sequence[str]) -> None:

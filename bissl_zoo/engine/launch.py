@@ -15,7 +15,7 @@ import torch.multiprocessing as mp
 from omegaconf.errors import OmegaConfBaseException
 
 from bissl_zoo.data.samples import lost_worker
-from bissl_zoo.distributed import STOP_SIGNALS, get_local_rank, get_rank, is_lost_contact
+from bissl_zoo.distributed import get_local_rank, get_rank, is_lost_contact, stop_signals
 from bissl_zoo.errors import BisslZooError, CheckpointError, ConfigError, DatasetError, Interrupted, printable
 from bissl_zoo.progress.console import READER_GONE, write_to_nobody
 from bissl_zoo.runs.disk import DISK_ERRORS
@@ -97,7 +97,7 @@ def _forwarded_signals(pids: list[int]) -> Iterator[None]:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, number)
 
-    handlers = dict.fromkeys(STOP_SIGNALS, forward) | {signal.SIGINT: signal.SIG_IGN}
+    handlers = dict.fromkeys(stop_signals(), forward) | {signal.SIGINT: signal.SIG_IGN}
     before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
     try:
         yield

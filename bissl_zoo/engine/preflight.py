@@ -69,8 +69,8 @@ def check_data(context: Context) -> None:
         if role in counts and not counts[role].any():
             purpose = "to learn from" if role == "train" else "to evaluate on, so its metrics are not defined"
             raise DatasetError(
-                f"dataloader.{role} has {len(data):,} images and no objects {purpose}. Check it with `python "
-                "tools/prepare_data.py --check`, or read another split."
+                f"dataloader.{role} has {len(data):,} images and no objects {purpose}. Check it with `bissl "
+                "data --check`, or read another split."
             )
         _check_loader(role, len(data), context.cfg)
     for role in counts.keys() - {"train"}:

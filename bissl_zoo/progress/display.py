@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from bissl_zoo.distributed import STOP_SIGNALS, is_main_process
+from bissl_zoo.distributed import is_main_process, stop_signals
 from bissl_zoo.errors import BisslZooError, Interrupted
 from bissl_zoo.runs.directory import LOG_FILE
 from bissl_zoo.runs.disk import DISK_ERRORS
@@ -207,7 +207,7 @@ def end_display() -> None:
 @contextlib.contextmanager
 def signals_aside() -> Iterator[None]:
     """Hide the live display while the handlers of stop signals write their message."""
-    before = {number: signal.getsignal(number) for number in STOP_SIGNALS}
+    before = {number: signal.getsignal(number) for number in stop_signals()}
 
     def handle(number: int, frame: Any) -> None:
         if not is_main_process():

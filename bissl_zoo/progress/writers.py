@@ -15,7 +15,7 @@ from typing import Any
 
 from bissl_zoo.distributed import is_main_process
 from bissl_zoo.errors import ConfigError, did_you_mean
-from bissl_zoo.files import parse_json
+from bissl_zoo.files import follow, parse_json
 from bissl_zoo.runs.directory import METRICS_FILE
 from bissl_zoo.runs.disk import reason_of, write_error
 
@@ -84,7 +84,7 @@ class JsonWriter(Writer):
     Lines are written as a whole or not at all; if the disk refuses, they are kept in memory for the next step.
 
     Args:
-        period: steps between warnings that the file cannot be written.
+        period: steps between records, and between warnings that the file cannot be written.
     """
 
     def __init__(self, folder: Path, period: int) -> None:
@@ -96,7 +96,9 @@ class JsonWriter(Writer):
         Raises:
             CheckpointError: the file cannot be truncated.
         """
-        drop_lines_after(self.path, stage, step)
+        last = drop_lines_after(self.path, stage, step)
+        if last + self.period < step:
+            logger.warning(f"{self.path} has no records of the steps {last + 1} to {step} of {stage}: they are lost.")
         self.size = self.path.stat().st_size if self.path.exists() else 0
         self.pending: deque[bytes] = deque(maxlen=BUFFER_LIMIT)
         self.lost, self.warned = 0, -math.inf
@@ -145,40 +147,49 @@ class JsonWriter(Writer):
             return reason_of(error, self.path, sum(map(len, self.pending)))
 
 
-def drop_lines_after(path: Path, stage: str, step: int) -> None:
-    """Truncate `metrics.jsonl` after `step` of `stage`; a resumed run repeats the following steps.
+def drop_lines_after(path: Path, stage: str, step: int) -> int:
+    """Truncate `metrics.jsonl` after `step` of `stage`, or at a damaged line; a resumed run repeats the later steps.
 
+    Returns:
+        The last step of `stage` that is left; 0 if there is none.
     Raises:
         CheckpointError: the file cannot be truncated.
     """
     if not path.exists():
-        return
+        return 0
     try:
-        content = path.read_bytes()
-        length = _length_up_to(content, stage, step)
+        with open(path, "rb", opener=follow) as file:
+            content = file.read()
+        length, last, damaged = _length_up_to(content, stage, step)
+        if damaged:
+            lines, number = content[length:].count(b"\n"), content[:length].count(b"\n") + 1
+            logger.warning(f"{path}: line {number} is damaged, so it and {lines - 1} later lines are dropped.")
         if length < len(content):
             with open(path, "r+b") as file:  # truncating needs no free space
                 file.truncate(length)
                 os.fsync(file.fileno())
+        return last
     except OSError as error:
         raise write_error(
             f"{path} could not be truncated", error, path, 0, "Fix this, then continue with --resume."
         ) from error
 
 
-def _length_up_to(content: bytes, stage: str, step: int) -> int:
-    length, reached = 0, False
+def _length_up_to(content: bytes, stage: str, step: int) -> tuple[int, int, bool]:
+    """Return the bytes up to `step` of `stage`, its last step in them, and whether they end at a damaged line."""
+    length, last, reached = 0, 0, False
     for line in content.splitlines(keepends=True):
         try:
             record = parse_json(line)
             here, beyond = record["stage"], record["step"] > step
-        except (ValueError, KeyError, TypeError):  # incomplete, or not a record
-            break
+        except (ValueError, KeyError, TypeError):  # not a record; the last line of a killed run may be incomplete
+            return length, last, line.endswith(b"\n")
         reached = reached or here == stage
         if reached and (here != stage or beyond) or not line.endswith(b"\n"):
             break
         length += len(line)
-    return length
+        last = record["step"] if here == stage else last
+    return length, last, False
 
 
 def _jsonable(metrics: dict[str, Any]) -> dict[str, Any]:

@@ -192,19 +192,18 @@ def named_tensors(content: Any) -> dict[str, Tensor]:
     """Return every tensor of nested containers by its path (`state_dict.module.conv1.weight`); no training state."""
     if isinstance(content, Mapping):
         content = {key: value for key, value in content.items() if not _TRAINING_STATE.match(str(key))}
-    return dict(_walk(content, ""))
+    return dict(_walk(content, "", {}))
 
 
-def _walk(content: Any, path: str) -> Iterator[tuple[str, Tensor]]:
+def _walk(content: Any, path: str, seen: dict[int, Any]) -> Iterator[tuple[str, Tensor]]:
+    """Yield tensors with their paths; enter a container once, since lists that share lists have 2^n paths."""
     if isinstance(content, Tensor):
         yield path, content
+    if not isinstance(content, list | tuple | Mapping) or seen.setdefault(id(content), path) != path:
         return
-    if isinstance(content, list | tuple):
-        content = dict(enumerate(content))
-    if isinstance(content, Mapping):
-        for key, value in content.items():
-            key = key.decode("latin-1") if isinstance(key, bytes) else str(key)
-            yield from _walk(value, f"{path}.{key}" if path else key)
+    for key, value in content.items() if isinstance(content, Mapping) else enumerate(content):
+        key = key.decode("latin-1") if isinstance(key, bytes) else str(key)
+        yield from _walk(value, f"{path}.{key}" if path else key, seen)
 
 
 class _Skipped:
@@ -346,7 +345,7 @@ def _read_pickle(path: Path) -> Any:
     try:
         with open(path, "rb") as stream:
             # a str of Python 2 is bytes or text; latin-1 keeps both
-            return _with_tensors(_ArrayUnpickler(stream, encoding="latin1").load())
+            return _with_tensors(_ArrayUnpickler(stream, encoding="latin1").load(), {})
     except pickle.UnpicklingError as error:
         raise ZooError(
             f"{path} is refused: it contains {error}, which could run code. Only numeric numpy arrays, builtin "
@@ -356,12 +355,17 @@ def _read_pickle(path: Path) -> Any:
         raise ZooError(f"{path} is not a pickle of arrays ({type(error).__name__}: {error}).") from error
 
 
-def _with_tensors(content: Any) -> Any:
+def _with_tensors(content: Any, known: dict[int, Any]) -> Any:
+    """Return `content` with tensors in place of arrays; what is shared stays shared (`known`: results by id)."""
+    if id(content) in known:
+        return known[id(content)]
     if isinstance(content, _Array):
         array = content.array
-        return torch.from_numpy(np.array(array.astype(array.dtype.newbyteorder("="))))
-    if isinstance(content, Mapping):
-        return {key: _with_tensors(value) for key, value in content.items()}
-    if isinstance(content, list | tuple):
-        return [_with_tensors(value) for value in content]
-    return content
+        known[id(content)] = torch.from_numpy(np.array(array.astype(array.dtype.newbyteorder("="))))
+    elif isinstance(content, Mapping):
+        known[id(content)] = result = {}
+        result.update((key, _with_tensors(value, known)) for key, value in content.items())
+    elif isinstance(content, list | tuple):
+        known[id(content)] = result = []
+        result.extend(_with_tensors(value, known) for value in content)
+    return known.get(id(content), content)

@@ -1,10 +1,13 @@
 """Publish a backbone as a zoo entry: written and checked on this machine first, then added to the zoo in one step."""
 
+import contextlib
 import math
+import os
 import platform
+import shutil
 import statistics
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from datetime import datetime, timezone
 from pathlib import Path
@@ -23,8 +26,11 @@ from bissl_zoo.weights.files import state_difference
 from bissl_zoo.zoo.card import render_card
 from bissl_zoo.zoo.hub import CONFIG_FILE, WEIGHTS_FILE, ZooLike, as_zoo
 from bissl_zoo.zoo.index import ENTRY_FORMAT, check_name, to_json
+from bissl_zoo.zoo.locks import try_lock
 from bissl_zoo.zoo.stores import Draft
 
+#: prefix of temporary folders, and the file in them that the publisher keeps locked
+_DRAFT, _LOCK = "bissl_zoo-publish-", "lock"
 #: fields of entry.json that the index repeats
 _RECORD_KEYS = ("architecture", "pretext", "task", "solver", "metrics", "licence", "created")
 
@@ -127,8 +133,7 @@ def publish_entry(
             states[file] = _storable("model", content)
     to_json(entry)  # raises before anything is written
     try:
-        with tempfile.TemporaryDirectory(prefix="bissl_zoo-") as temporary:
-            folder = Path(temporary)
+        with _draft_folder() as folder:
             files = _write_files(folder, texts, states)
             check_loads_in_timm(folder, states[WEIGHTS_FILE])
             published = store.publish(Draft(name, folder, lambda final: _complete(folder, entry, files, final), once))
@@ -137,6 +142,24 @@ def publish_entry(
     except ZooError as error:
         raise ZooError(f"Publishing '{name}' to {store.location} failed: {error}") from error
     return PublishedEntry(published, f"{store.location.rstrip('/')}/{published}", files[WEIGHTS_FILE]["sha256"])
+
+
+@contextlib.contextmanager
+def _draft_folder() -> Iterator[Path]:
+    """Yield an empty temporary folder; remove it afterwards, and before that those of publishers that were killed."""
+    for left in Path(tempfile.gettempdir()).glob(f"{_DRAFT}*/{_LOCK}"):
+        with contextlib.suppress(OSError, ZooError):  # of another user, or without locks
+            if (descriptor := try_lock(left)) is not None:
+                shutil.rmtree(left.parent)
+                os.close(descriptor)
+    with tempfile.TemporaryDirectory(prefix=_DRAFT) as temporary:
+        descriptor = try_lock(Path(temporary) / _LOCK)
+        try:
+            (folder := Path(temporary) / "entry").mkdir()
+            yield folder
+        finally:
+            if descriptor is not None:
+                os.close(descriptor)
 
 
 def entry_fields(metadata: EntryMetadata | Mapping[str, Any]) -> dict[str, Any]:

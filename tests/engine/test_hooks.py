@@ -132,6 +132,22 @@ def test_lines_of_steps_that_are_taken_again_are_dropped_and_so_is_a_part_of_a_l
         assert path.read_text() == "".join(kept)
 
 
+def test_a_resume_warns_of_damaged_and_of_missing_lines(tmp_path, caplog):
+    path = tmp_path / "metrics.jsonl"
+    lines = [json.dumps({"stage": "a", "step": step}) + "\n" for step in range(1, 9)]
+    for content, message in (
+        (lines, ""),
+        ([*lines, '{"stage": "a", "st'], ""),  # a killed run leaves it
+        ([*lines[:3], "rubbish\n", *lines[4:]], "line 4 is damaged, so it and 4 later lines are dropped"),
+        (lines[:4], "no records of the steps 5 to 8 of a"),
+        ([], "no records of the steps 1 to 8 of a"),
+    ):
+        path.write_text("".join(content))
+        caplog.clear()
+        writers.JsonWriter(tmp_path, period=2).begin("a", 8)
+        assert message in caplog.text and bool(message) == bool(caplog.text)
+
+
 def test_the_last_record_of_a_stage_has_its_seconds_by_activity(tmp_path):
     checkpoints = PeriodicCheckpoint(Checkpointer(tmp_path, keep=1), 1, "resnet18", CPU)
     hooks = [PeriodicEvaluation(lambda trainer: {"AP50": 0.25}, 1), MetricsWriter(tmp_path, 1), checkpoints]

@@ -35,7 +35,7 @@ def lines(folder):
     return [line for line in path.read_text().splitlines() if '"event"' not in line] if path.exists() else []
 
 
-@pytest.mark.parametrize(("number", "status"), [("SIGTERM", 143), ("SIGUSR1", 138), ("SIGINT", 130)])
+@pytest.mark.parametrize(("number", "status"), [("SIGTERM", 143), ("SIGUSR1", 138), ("SIGHUP", 129), ("SIGINT", 130)])
 def test_a_run_that_is_asked_to_stop_saves_within_a_step_and_says_how_to_go_on(config, tmp_path, number, status):
     pid = start_run(config(), errors=tmp_path / "errors")
     wait_for(lambda: len(lines(tmp_path / "run")) >= 3, pid)
@@ -89,6 +89,14 @@ def test_one_of_two_processes_is_asked_and_both_stop_at_the_same_step_and_go_on_
     assert steps == list(range(1, 17))
 
 
+def test_a_hangup_is_ignored_under_nohup():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    with stop_request() as request:
+        os.kill(os.getpid(), signal.SIGHUP)
+        assert not request.asked()
+    signal.signal(signal.SIGHUP, before)
+
+
 def test_handlers_are_put_back_and_the_first_request_is_remembered():
     before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)]
     with stop_request() as request:
@@ -119,7 +127,8 @@ def stopping_at_call(number, owner, name):
 
 
 #: of 2 batches of the test set per evaluation: the first batch of the one after step 2, and the last of the final one
-@pytest.mark.parametrize(("call", "measured", "progress"), [(3, 1, "step 2/3"), (6, 2, "step 3/3")])
+@pytest.mark.parametrize(("call", "measured", "progress"), [(4, 1, "step 2/3"), (6, 2, "step 3/3")])
+# the preflight predicts once
 def test_a_run_that_is_asked_to_stop_while_it_evaluates_ends_at_once_and_evaluates_when_it_goes_on(
     config, tmp_path, call, measured, progress
 ):

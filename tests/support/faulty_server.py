@@ -47,14 +47,14 @@ class FaultyServer(ThreadingHTTPServer):
     daemon_threads = True
     request_queue_size = 64
 
-    def __init__(self):
-        super().__init__(("127.0.0.1", 0), _Handler)
+    def __init__(self, host="127.0.0.1"):
+        super().__init__((host, 0), _Handler)
         self.files: dict[str, bytes] = {}
         self.plans: dict[str, list[Answer]] = {}
         self.requests: list[Received] = []
         self.progress = threading.Condition()
         self.closing = threading.Event()
-        self.address = f"http://127.0.0.1:{self.server_port}"
+        self.address = f"http://{host}:{self.server_port}"
 
     def __enter__(self):
         threading.Thread(target=self.serve_forever, args=(0.02,), daemon=True).start()

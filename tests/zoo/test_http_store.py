@@ -1,15 +1,18 @@
 import base64
+import contextlib
 import random
 import shutil
 import socket
 import ssl
 import subprocess
+import threading
+import time
 
 import pytest
 from faulty_server import Answer, FaultyServer
 
 from bissl_zoo.errors import ZooError
-from bissl_zoo.zoo.stores import Missing, Transient
+from bissl_zoo.zoo.stores import Missing, Transient, http
 from bissl_zoo.zoo.stores.http import HttpStore
 
 pytestmark = pytest.mark.slow
@@ -137,6 +140,61 @@ def test_a_broken_connection_is_transient(server, store, answer):
     plan(server, answer)
     with pytest.raises(Transient, match=f"{server.address}/zoo/{FILE}"):
         read(store)
+
+
+ENDLESS = {
+    "100 Continue": [b"HTTP/1.1 100 Continue\r\n\r\n"],
+    "a header of single bytes": [b"HTTP/1.1 200 OK\r\nX: ", b"x"],
+    "chunk extensions": [b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n1;", b"x"],
+}
+
+
+@pytest.mark.parametrize("parts", ENDLESS.values(), ids=ENDLESS)
+def test_a_server_that_never_ends_its_headers_is_left(monkeypatch, parts):
+    monkeypatch.setattr(http, "STEP_S", 0.3)
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+
+        def drip():
+            connection, _ = listening.accept()
+            with connection, contextlib.suppress(OSError):
+                connection.recv(1000)
+                connection.sendall(parts[0])
+                while True:
+                    connection.sendall(parts[-1])
+                    time.sleep(0.01)
+
+        threading.Thread(target=drip, daemon=True).start()
+        start = time.monotonic()
+        message = refused(read, HttpStore(f"http://127.0.0.1:{listening.getsockname()[1]}", timeout=5))
+        assert "more than 0.3 s for headers or one block" in message and time.monotonic() - start < 5
+
+
+def test_a_redirect_from_a_public_to_a_private_address_is_not_followed(monkeypatch):
+    monkeypatch.setattr(http, "is_public", lambda address: address == "127.0.0.2")
+    with FaultyServer("127.0.0.2") as outside, FaultyServer() as inside:
+        inside.files["/secret"] = CONTENT
+        redirect(outside, "/f", f"{inside.address}/secret")
+        assert "redirect from a public to the private address 127.0.0.1" in refused(
+            read, HttpStore(outside.address), 0, "f"
+        )
+        assert inside.requests == []
+        redirect(inside, "/f", f"{inside.address}/secret")  # from a private address
+        assert read(HttpStore(inside.address), path="f") == CONTENT
+
+
+def test_addresses_of_the_internet_are_public():
+    for address in ("8.8.8.8", "2606:4700::1111", "::ffff:8.8.8.8"):
+        assert http.is_public(address)
+    for address in (
+        "127.0.0.1",
+        "::1",
+        "10.1.2.3",
+        "192.168.0.1",
+        "169.254.169.254",
+        "fe80::1%eth0",
+        "::ffff:10.0.0.1",
+    ):
+        assert not http.is_public(address)
 
 
 def test_a_refused_connection_is_transient():

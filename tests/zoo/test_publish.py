@@ -1,4 +1,6 @@
 import json
+import os
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -12,6 +14,7 @@ from bissl_zoo.files import sha256_of
 from bissl_zoo.registry import build_backbone
 from bissl_zoo.zoo import EntryMetadata, create_backbone, get_entry, list_backbones, publish_entry
 from bissl_zoo.zoo.hub import Zoo
+from bissl_zoo.zoo.locks import try_lock
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 PIXELS = {"mean": (0.4, 0.5, 0.6), "std": (0.2, 0.25, 0.3), "input_size": (3, 64, 64)}
@@ -191,6 +194,18 @@ def test_a_zoo_that_cannot_be_written_is_an_error_and_its_index_kept(tmp_path):
     with pytest.raises(ZooError, match=r"index\.json cannot be read as JSON"):
         publish(tmp_path)
     assert (tmp_path / "index.json").read_text() == "{"
+
+
+def test_what_killed_publishers_left_in_the_temporary_folder_is_removed(tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    left, living = tmp_path / "bissl_zoo-publish-left", tmp_path / "bissl_zoo-publish-living"
+    for folder in (left, living):
+        (folder / "entry").mkdir(parents=True)
+        (folder / "lock").touch()
+    descriptor = try_lock(living / "lock")
+    publish(tmp_path / "zoo")
+    os.close(descriptor)
+    assert [path.name for path in tmp_path.iterdir() if path.name != "zoo"] == [living.name]
 
 
 def test_once_returns_the_entry_with_the_same_weights_and_config(tmp_path):
