@@ -31,7 +31,7 @@ MANY_WORKERS = 2
 def preflight(context: Context, initial: Weights, stages: Sequence[Stage]) -> None:
     """Check data and initial weights, and pass one small real batch forward and backward through every stage.
 
-    It builds networks and loaders of its own and restores the random state, so the run is the same without it.
+    It builds its networks and loaders and restores the random state, so the run is the same without it.
 
     Args:
         initial: the weights that the first stage starts from.

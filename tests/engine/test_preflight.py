@@ -1,4 +1,4 @@
-"""What would end a run later, or spoil it, is reported before the run directory exists."""
+"""Errors that would end a run later, or spoil it, are reported before the run directory exists."""
 
 import random
 from pathlib import Path
