@@ -88,7 +88,7 @@ def build_datasets(cfg: DictConfig, roles: set[str]) -> dict[str, Dataset]:
 
 
 def _check_command(described: DictConfig) -> str:
-    """Return a hint at the command that recognises layouts, for a set at a path where there is something."""
+    """Return a hint at the command that recognises layouts, if the set has a folder and that exists."""
     path = datasets_root() / described["root"] if described.get("root") else None
     return f" See which layout it has: bissl data --check {path}" if path and path.exists() else ""
 

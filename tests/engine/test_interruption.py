@@ -126,7 +126,7 @@ def stopping_at_call(number, owner, name):
     return plant
 
 
-#: after a call of the preflight, of 2 batches of the test set per evaluation: the first batch of the one after step 2, and the last of the final one
+#: the preflight calls it once; of 2 calls per evaluation: the first after step 2, and the last of the final one
 @pytest.mark.parametrize(("call", "measured", "progress"), [(4, 1, "step 2/3"), (7, 2, "step 3/3")])
 def test_a_run_that_is_asked_to_stop_while_it_evaluates_ends_at_once_and_evaluates_when_it_goes_on(
     config, tmp_path, call, measured, progress
