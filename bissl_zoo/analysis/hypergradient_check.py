@@ -21,7 +21,7 @@ from bissl_zoo.distributed import all_reduce_mean
 from bissl_zoo.engine.build import Context, Weights, build_part
 from bissl_zoo.engine.checks import check_parts, open_context
 from bissl_zoo.engine.hooks import Progress
-from bissl_zoo.engine.init import load_init
+from bissl_zoo.engine.init import adopt_pixels, load_init
 from bissl_zoo.engine.stages import Bissl, HeadWarmup
 from bissl_zoo.errors import BisslZooError, ConfigError
 from bissl_zoo.files import write_atomically
@@ -67,6 +67,7 @@ def open_check(cfg: DictConfig, source: str) -> tuple[Context, Weights]:
     cfg.train.stages = ["bissl"]
     context = open_context(cfg, source)
     initial, _ = load_init(cfg.train.init, cfg)
+    adopt_pixels(cfg, initial.pixels)
     check_parts(context, initial)
     return context, initial
 

@@ -18,7 +18,7 @@ from bissl_zoo.errors import ZooError, shorten
 from bissl_zoo.weights import TARGETS
 
 if TYPE_CHECKING:
-    from bissl_zoo.weights.load import ForeignBackbone
+    from bissl_zoo.weights.files import StoredBackbone
 
 
 def parse(parser: argparse.ArgumentParser, argv: Sequence[str]) -> argparse.Namespace:
@@ -49,15 +49,14 @@ def parse(parser: argparse.ArgumentParser, argv: Sequence[str]) -> argparse.Name
 
 def convert_in(args: argparse.Namespace) -> None:
     """Read the checkpoint, write the backbone, and print what matched."""
-    from bissl_zoo.weights.files import StoredBackbone, save_backbone, save_tensors
-    from bissl_zoo.weights.load import read_foreign
+    from bissl_zoo.weights.files import save_backbone, save_tensors
+    from bissl_zoo.weights.load import read_weights
 
     options = {key: getattr(args, key) for key in ("allow_partial", "channel_order", "skip_objects")}
-    read = read_foreign(args.source, args.architecture, head_path=args.head, **options)
+    read = read_weights(args.source, args.architecture, head_path=args.head, **options)
     if args.head_output and not read.head:
         raise ZooError(f"--head-output: {args.source} has no head.")
-    backbone = StoredBackbone(read.state, read.architecture, read.model_args, read.pixels, source=read.format)
-    save_backbone(backbone, args.output)
+    save_backbone(read, args.output)
     print(report(read))
     print(f"wrote      {args.output}")
     if args.head_output:
@@ -65,10 +64,11 @@ def convert_in(args: argparse.Namespace) -> None:
         print(f"wrote      {args.head_output}")
 
 
-def report(read: "ForeignBackbone") -> str:
+def report(read: "StoredBackbone") -> str:
     """Return lines on the layout, and on matching, missing and unexpected tensors."""
     total = len(read.state) + len(read.missing)
     lines = [
+        f"source     {read.source}, licence {read.licence}",
         f"layout     {read.format}",
         f"backbone   {read.architecture}: {len(read.state)} of {total} tensors match",
         f"images     {_images(read)}",
@@ -79,7 +79,7 @@ def report(read: "ForeignBackbone") -> str:
     return "\n".join(lines + [f"note       {note}" for note in read.notes])
 
 
-def _images(read: "ForeignBackbone") -> str:
+def _images(read: "StoredBackbone") -> str:
     if read.pixels is None:
         return "RGB in [0, 1]; mean and standard deviation are not stated"
     mean, std = (", ".join(f"{value:.4g}" for value in read.pixels[key]) for key in ("mean", "std"))

@@ -11,7 +11,7 @@ from bissl_zoo.config import LazyConfig, instantiate
 from bissl_zoo.distributed import is_main_process
 from bissl_zoo.engine.build import build_split_backbone, data_roles
 from bissl_zoo.engine.checks import check_config, check_parts, open_context
-from bissl_zoo.engine.init import load_init
+from bissl_zoo.engine.init import adopt_pixels, load_init
 from bissl_zoo.engine.preflight import preflight
 from bissl_zoo.engine.stages import coupling, plan_stages
 from bissl_zoo.errors import DatasetError
@@ -36,6 +36,7 @@ def describe(cfg: DictConfig, source: str) -> str:
             print("\n\n".join([config, stages, *networks, "The head is that of two classes; the data decide.\n"]))
         raise
     initial, _ = load_init(cfg.train.init, cfg)
+    adopt_pixels(cfg, initial.pixels)
     check_parts(context, initial)
     stages = plan_stages(context, initial)
     preflight(context, initial, stages)

@@ -16,21 +16,20 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import v2
 from tqdm import tqdm
 
-from bissl_zoo.backbones import Backbone, evaluating, merge_split_states
+from bissl_zoo.backbones import Backbone, evaluating, share, tail_input
 from bissl_zoo.bilevel.level import Level
-from bissl_zoo.config import instantiate
 from bissl_zoo.data.views import IMAGENET_MEAN, IMAGENET_STD
 from bissl_zoo.distributed import get_world_size, on_main_process
 from bissl_zoo.engine.build import Decodable, build_datasets
-from bissl_zoo.engine.init import ZOO_PREFIX, load_init
+from bissl_zoo.engine.init import ZOO_PREFIX, pretext_pixels
 from bissl_zoo.engine.resume import preserved_randomness, seed_everything
-from bissl_zoo.engine.trainer import Context, Hook, Stage, load_state
+from bissl_zoo.engine.trainer import Context, Hook, Stage
 from bissl_zoo.errors import CheckpointError, DatasetError
 from bissl_zoo.evaluation import collapse_metrics, knn_accuracy, linear_probe
 from bissl_zoo.progress.display import show
 from bissl_zoo.registry import DOWNSTREAM_TASKS, build_backbone
-from bissl_zoo.runs.directory import CONFIG_FILE, load_run_config
-from bissl_zoo.zoo import read_backbone
+from bissl_zoo.weights.files import SUFFIXES
+from bissl_zoo.weights.load import read_weights
 
 logger = logging.getLogger(__name__)
 
@@ -124,17 +123,6 @@ def extract_features(
     return tuple(torch.cat(column) for column in zip(*batches, strict=True))
 
 
-def pretext_pixels(cfg: DictConfig) -> dict[str, Any]:
-    """Return `mean` and `std` of a config's pretext images, and their `input_size`, as a zoo entry stores them."""
-    augmentation = cfg.pretext.get("augmentation") or {}
-    size = augmentation.get("size", 96)
-    return {
-        "input_size": [3, size, size],
-        "mean": list(augmentation.get("mean", IMAGENET_MEAN)),
-        "std": list(augmentation.get("std", IMAGENET_STD)),
-    }
-
-
 @dataclass(frozen=True)
 class FrozenBackbone:
     """A whole backbone in eval mode.
@@ -191,39 +179,38 @@ def load_frozen(source: str, architecture: str | None = None) -> FrozenBackbone:
     """Load a backbone by its name on a command line.
 
     Args:
-        source: `zoo:NAME` or the plain NAME of an entry; a `.safetensors` file under timm's names; a run directory, for
-            the backbone of its last pretext stage.
-        architecture: of a file that does not contain it.
+        source: the plain NAME of a zoo entry, or a source of :func:`bissl_zoo.weights.load.read_weights`; a run
+            directory stands for the backbone of its last pretext stage.
+        architecture: of a source that does not state it.
     Raises:
-        ZooError: there is no such entry or file.
-        CheckpointError: the weights do not fit, or the run has no whole backbone.
+        ZooError: the source is not found, or the weights do not fit.
+        CheckpointError: the run has no whole backbone.
     """
-    if Path(source).is_dir():
-        return _from_run(Path(source))
-    stored = read_backbone(source.removeprefix(ZOO_PREFIX), architecture)
+    if ":" not in source and not Path(source).exists() and not Path(source).suffix in SUFFIXES:
+        source = f"{ZOO_PREFIX}{source}"
+    stored = read_weights(source, architecture)
     backbone = build_backbone(name=stored.architecture, **stored.model_args)
-    return _freeze(backbone, dict(stored.state), source, stored.pixels or {})
+    backbone.load_state_dict(stored.state)
+    name = stored.source if Path(source).is_dir() else source
+    return FrozenBackbone(whole_embedding(backbone), backbone.name, name, stored.pixels or {})
 
 
-def _from_run(folder: Path) -> FrozenBackbone:
-    if not (folder / CONFIG_FILE).is_file():
-        raise CheckpointError(
-            f"There is no run in {folder} (no {CONFIG_FILE}). An entry of the zoo is written zoo:NAME."
-        )
-    cfg = load_run_config(folder)
-    weights, lineage = load_init(str(folder), cfg)
-    if weights.tail is None:
-        raise CheckpointError(
-            f"{folder} holds the backbone up to {cfg.bilevel.shared_stage} only, since it has no pretext stage. Probe "
-            "the weights it started from, or a run with a pretext stage."
-        )
-    state = merge_split_states(weights.backbone, weights.tail)
-    return _freeze(instantiate(cfg.backbone), state, lineage[0]["name"], pretext_pixels(cfg))
+def whole_embedding(backbone: nn.Module) -> nn.Module:
+    """Return a frozen network in eval mode from images `(B, 3, S, S)` to the pooled embeddings of a whole backbone."""
+    network = backbone.model if isinstance(backbone, Backbone) else Embedding(*share(backbone))
+    return network.eval().requires_grad_(False)
 
 
-def _freeze(backbone: Backbone, state: dict[str, Tensor], source: str, pixels: Mapping[str, Any]) -> FrozenBackbone:
-    load_state(backbone, state, f"backbone of '{source}'")
-    return FrozenBackbone(backbone.model.eval().requires_grad_(False), backbone.name, source, pixels)
+class Embedding(nn.Module):
+    """Map images to embeddings by a trunk and its tail."""
+
+    def __init__(self, trunk: nn.Module, tail: nn.Module) -> None:
+        super().__init__()
+        self.trunk, self.tail = trunk, tail
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Map `(B, 3, S, S)` to `(B, D)`."""
+        return self.tail(tail_input(self.trunk(images), self.trunk.out_features[-1]))
 
 
 #: passes over the features of a linear probe, enough for a few thousand of them

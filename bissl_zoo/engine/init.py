@@ -1,67 +1,130 @@
 """The weights that a run starts from, as `train.init` names them, split at the run's own shared stage."""
 
+import logging
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig
-from safetensors import SafetensorError
-from safetensors.torch import load_file
+from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 
 from bissl_zoo.backbones import Backbone, Tail, merge_split_states
 from bissl_zoo.config import instantiate
+from bissl_zoo.data.views import IMAGENET_MEAN, IMAGENET_STD
 from bissl_zoo.engine.build import Weights, build_split_backbone
-from bissl_zoo.engine.trainer import load_state, take
-from bissl_zoo.errors import CheckpointError, did_you_mean
-from bissl_zoo.files import sha256_of
+from bissl_zoo.engine.trainer import take
+from bissl_zoo.errors import CheckpointError, ZooError, did_you_mean
 from bissl_zoo.registry import STAGES
 from bissl_zoo.runs.checkpoint import Checkpointer, CheckpointInfo, load_checkpoint
-from bissl_zoo.runs.directory import CONFIG_FILE, load_run_config, read_metadata
+from bissl_zoo.runs.directory import CONFIG_FILE, arguments_of, load_run_config, read_metadata
+from bissl_zoo.weights.files import StoredBackbone
+from bissl_zoo.weights.load import read_weights
 from bissl_zoo.zoo import Zoo, default_zoo
-from bissl_zoo.zoo.hub import WEIGHTS_FILE
-from bissl_zoo.zoo.index import pin, split_version
+from bissl_zoo.zoo.index import split_version
+
+logger = logging.getLogger(__name__)
 
 PRETEXT_FILE = "pretext_head.safetensors"
 ZOO_PREFIX = "zoo:"
+HUB_CONFIG = "config.json"  # of a folder with timm's or transformers' files
 
 
 def load_init(init: str | None, cfg: DictConfig, evaluate: bool = False) -> tuple[Weights, list[dict[str, str]]]:
-    """Return the weights that `train.init` names, and their lineage: name and sha256, from themselves to the root.
+    """Return the weights that `train.init` names, and their lineage: name, sha256 and licence, back to the root.
 
     Args:
-        init: None for random weights; a `.safetensors` file of a backbone under timm's names; a run directory;
-            `zoo:NAME` for a zoo entry, with its pretext head if it has the config's pretext method.
+        init: None for random weights; otherwise a source of :func:`bissl_zoo.weights.load.read_weights`. A zoo entry
+            brings its pretext head if it has the config's pretext method, a run also its heads.
         evaluate: load the fine-tuned model of a run directory rather than the backbone to start from.
     Raises:
-        CheckpointError: it does not exist, is damaged, or has another architecture.
-        ZooError: the entry is damaged.
+        CheckpointError: a run is damaged, or has another architecture.
+        ZooError: the weights are not found, damaged, or do not fit; the message has the number of matching tensors.
     """
     if init is None:
         return Weights(), []
-    path, pretext = Path(init), None
+    if Path(init).is_dir() and not (Path(init) / HUB_CONFIG).is_file():
+        return _from_run(Path(init), cfg, evaluate)
+    zoo, pretext, backbone = zoo_of(cfg), None, instantiate(cfg.backbone)
+    if not init.startswith(ZOO_PREFIX) and ":" not in init and not Path(init).exists():
+        hint = did_you_mean(f"{ZOO_PREFIX}{init}", [f"{ZOO_PREFIX}{name}" for name in zoo.entries()])
+        raise CheckpointError(
+            f"train.init='{init}' is neither a file nor a run directory. Other sources are zoo:NAME, timm:NAME.TAG and "
+            f"hf-hub:USER/REPO.{hint}"
+        )
+    try:
+        stored = read_weights(init, backbone.name, lambda _: getattr(backbone, "model", backbone), zoo)
+    except ZooError as error:
+        raise ZooError(f"train.init={init}: {error}") from error
     if init.startswith(ZOO_PREFIX):
-        entry = zoo_of(cfg).find(init.removeprefix(ZOO_PREFIX))
-        state = entry.weights()
+        entry = zoo.find(init.removeprefix(ZOO_PREFIX))
         if PRETEXT_FILE in entry.record["files"] and entry.record.get("pretext") == cfg.pretext.name:
             pretext = entry.weights(PRETEXT_FILE)
-        origin = {"name": pin(entry.name), "sha256": entry.record["files"][WEIGHTS_FILE]["sha256"]}
-        lineage = [origin, *entry.parents()]
-    elif path.is_dir():
-        return _from_run(path, cfg, evaluate)
-    elif path.is_file():
-        try:
-            state = load_file(path)
-        except SafetensorError as error:
-            raise CheckpointError(f"train.init: {path} is not a safetensors file ({error}).") from error
-        lineage = [{"name": path.name, "sha256": sha256_of(path)}]
-    else:
-        names = [f"{ZOO_PREFIX}{name}" for name in zoo_of(cfg).entries()]
-        hint = did_you_mean(f"{ZOO_PREFIX}{init}", names)
+    weights = resplit(Weights(dict(stored.state), pretext=pretext), *build_split_backbone(cfg))
+    return replace(weights, pixels=stored.pixels), stored.lineage
+
+
+def adopt_pixels(cfg: DictConfig, pixels: Mapping[str, Any] | None, begun: Path | None = None) -> None:
+    """Set `mean` and `std` of the pretext views and of the task to those of the initial weights, unless they are given.
+
+    Args:
+        pixels: of the initial weights; None if they are unknown.
+        begun: the folder of a run that is resumed, whose config tells what it has set.
+    """
+    resumed = load_run_config(begun) if begun and (begun / CONFIG_FILE).is_file() else None
+    for path in ("pretext.augmentation", "task"):
+        section = OmegaConf.select(cfg, path)
+        for key, default in (("mean", IMAGENET_MEAN), ("std", IMAGENET_STD)):
+            wanted = (pixels or {}).get(key) if resumed is None else OmegaConf.select(resumed, f"{path}.{key}")
+            if section is None or wanted is None:
+                continue
+            wanted, given = [float(value) for value in wanted], section.get(key)
+            if given is None and not _close(wanted, default):
+                OmegaConf.update(section, key, wanted, force_add=True)
+                logger.info(f"{path}.{key} = {wanted}, with which the initial weights were trained")
+            elif given is not None and not _close(wanted, given):
+                logger.warning(f"{path}.{key} is {list(given)}; the initial weights were trained with {wanted}.")
+
+
+def _close(first: Sequence[float], second: Sequence[float]) -> bool:
+    return all(math.isclose(a, b, abs_tol=1e-3) for a, b in zip(first, second, strict=True))
+
+
+def read_run(folder: str, zoo: Any = None) -> StoredBackbone:
+    """Read the backbone of the last stage of a run that leaves a whole one.
+
+    Raises:
+        CheckpointError: there is none.
+    """
+    cfg = load_run_config(Path(folder))
+    weights, lineage = load_init(folder, cfg)
+    if weights.tail is None:
         raise CheckpointError(
-            f"train.init='{init}' is neither a file nor a run directory. An entry of the zoo is written zoo:NAME.{hint}"
+            f"{folder} holds the backbone up to {cfg.bilevel.shared_stage} only, since it has no pretext stage. Give "
+            "the weights it started from, or a run with a pretext stage."
         )
-    load_state(instantiate(cfg.backbone), state, f"backbone of '{init}'")
-    return resplit(Weights(state, pretext=pretext), *build_split_backbone(cfg)), lineage
+    return StoredBackbone(
+        merge_split_states(weights.backbone, weights.tail),
+        cfg.backbone.name,
+        arguments_of(cfg.backbone, "name", "out_features"),
+        pretext_pixels(cfg),
+        lineage[0]["name"],
+        cfg.train.publish.licence,
+        lineage[0]["sha256"],
+        lineage[1:],
+    )
+
+
+def pretext_pixels(cfg: DictConfig) -> dict[str, Any]:
+    """Return `mean` and `std` of a config's pretext images, and their `input_size`, as a zoo entry stores them."""
+    augmentation = cfg.pretext.get("augmentation") or {}
+    size = augmentation.get("size", 96)
+    return {
+        "input_size": [3, size, size],
+        "mean": list(augmentation.get("mean", IMAGENET_MEAN)),
+        "std": list(augmentation.get("std", IMAGENET_STD)),
+    }
 
 
 def pinned_init(init: str | None, folder: Path) -> str | None:
@@ -122,10 +185,11 @@ def _from_run(folder: Path, cfg: DictConfig, evaluate: bool) -> tuple[Weights, l
             f"{folder} holds a '{info.architecture}', the configuration a '{cfg.backbone.name}'. "
             f"Set backbone.name={info.architecture}, or start from another run."
         )
-    lineage = [{"name": f"{folder.name} ({stage})", "sha256": info.sha256}, *read_metadata(folder).get("ancestors", [])]
+    own = {"name": f"{folder.name} ({stage})", "sha256": info.sha256, "licence": run_cfg.train.publish.licence}
+    lineage = [own, *read_metadata(folder).get("ancestors", [])]
     if evaluate:
-        return weights, lineage
-    weights = resplit(weights, *build_split_backbone(cfg))
+        return replace(weights, pixels={**pretext_pixels({"pretext": {}}), **run_cfg.task}), lineage
+    weights = replace(resplit(weights, *build_split_backbone(cfg)), pixels=pretext_pixels(run_cfg))
     if run_cfg.pretext.name != cfg.pretext.name:
         weights.pretext = None  # of another method; weights.tail has the backbone's tail
     return weights, lineage

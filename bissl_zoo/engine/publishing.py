@@ -13,8 +13,7 @@ from bissl_zoo.backbones import merge_split_states
 from bissl_zoo.bilevel.level import Level
 from bissl_zoo.bilevel.summary import HypergradientSummary
 from bissl_zoo.engine.evaluate import Details, write_details
-from bissl_zoo.engine.features import pretext_pixels
-from bissl_zoo.engine.init import newest_weights, zoo_of
+from bissl_zoo.engine.init import newest_weights, pretext_pixels, zoo_of
 from bissl_zoo.engine.resume import is_done
 from bissl_zoo.engine.stages import Bissl
 from bissl_zoo.engine.trainer import Context, Stage

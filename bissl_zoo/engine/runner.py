@@ -16,7 +16,7 @@ from bissl_zoo.engine.build import build_downstream
 from bissl_zoo.engine.checks import check_parts, open_context
 from bissl_zoo.engine.evaluate import Details, evaluate, format_metrics, safe_details
 from bissl_zoo.engine.hooks import default_hooks
-from bissl_zoo.engine.init import load_init, pinned_init
+from bissl_zoo.engine.init import adopt_pixels, load_init, pinned_init
 from bissl_zoo.engine.preflight import preflight
 from bissl_zoo.engine.publishing import finish_run, finished_outcome, save_model
 from bissl_zoo.engine.resume import build_resumed, deterministic, interrupt, newest_checkpoint
@@ -62,6 +62,7 @@ def run(
     context = open_context(cfg, source)
     init = pinned_init(cfg.train.init, Path(cfg.train.output_dir)) if resume else cfg.train.init
     initial, lineage = load_init(init, cfg)
+    adopt_pixels(cfg, initial.pixels, Path(cfg.train.output_dir) if resume else None)
     stages = plan_stages(context, initial)
     steps = {stage.name: stage.steps(context) for stage in stages}
     check_parts(context, initial)
@@ -155,6 +156,7 @@ def evaluate_only(cfg: DictConfig, source: str) -> dict[str, dict[str, float]]:
     """Evaluate the fine-tuned model of the run directory `train.init` on the config's test set."""
     context = open_context(cfg, source, roles={"test"})
     weights, _ = load_init(cfg.train.init, cfg, evaluate=True)
+    adopt_pixels(cfg, weights.pixels)
     if weights.task is None:
         raise CheckpointError(
             f"--eval-only needs a fine-tuned model: train.init='{cfg.train.init}' holds no task head. "

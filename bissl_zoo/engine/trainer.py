@@ -33,6 +33,7 @@ class Weights:
         task: the downstream task.
         previous: the weights that entered the stage which left these; `finetune.baseline` starts from them.
         teacher: a fine-tuned backbone and task that label the unlabelled images for the fine-tuning.
+        pixels: `mean` and `std` of the images that they were trained on, RGB in [0, 1], if known.
     """
 
     backbone: dict[str, Tensor] | None = None
@@ -41,6 +42,7 @@ class Weights:
     task: dict[str, Tensor] | None = None
     previous: "Weights | None" = None
     teacher: "Weights | None" = None
+    pixels: Mapping[str, Any] | None = None
 
 
 @dataclass

@@ -19,7 +19,7 @@ from bissl_zoo.config import instantiate
 from bissl_zoo.downstream import DownstreamTask
 from bissl_zoo.downstream.drawing import CAPTION, COLOURS, as_pixels, shorten
 from bissl_zoo.engine.build import Weights, build_split_backbone
-from bissl_zoo.engine.features import CROP, FrozenBackbone, load_frozen, pretext_pixels
+from bissl_zoo.engine.features import CROP, FrozenBackbone, load_frozen, pretext_pixels, whole_embedding
 from bissl_zoo.engine.init import load_init, pinned_init, resplit, weights_of
 from bissl_zoo.engine.resume import seed_everything
 from bissl_zoo.engine.stages import alternates
@@ -153,7 +153,7 @@ def _named(folder: Path, cfg: DictConfig, name: str, weights: Weights) -> tuple[
         )
     backbone = instantiate(cfg.backbone)
     load_state(backbone, merge_split_states(weights.backbone, weights.tail), f"backbone of '{name}'")
-    return name, FrozenBackbone(backbone.model.eval().requires_grad_(False), backbone.name, name, pretext_pixels(cfg))
+    return name, FrozenBackbone(whole_embedding(backbone), backbone.name, name, pretext_pixels(cfg))
 
 
 def embedding(

@@ -6,7 +6,7 @@ import pickle
 import re
 import zipfile
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,11 +19,12 @@ from torch import Tensor
 
 from bissl_zoo.config.arguments import PARTS
 from bissl_zoo.errors import ZooError, shorten
-from bissl_zoo.files import parse_json, replacing
+from bissl_zoo.files import is_sha256, parse_json, replacing
 
 SUFFIXES = (".pth", ".pt", ".tar", ".ckpt", ".bin", ".torch", ".th", ".safetensors", ".pkl")
 
 _METADATA_KEY = "bissl_zoo"
+_STATED = ("architecture", "model_args", "pixels", "source", "licence")
 
 #: errors of a pickle that is truncated or crafted
 _DAMAGE = (EOFError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError, MemoryError, RecursionError)
@@ -55,9 +56,18 @@ class StoredBackbone:
     """The weights of a backbone and what its user must know.
 
     Args:
-        state: under the names of `timm.create_model(architecture, num_classes=0, **model_args)`.
-        pixels: `mean` and `std` of RGB images scaled to [0, 1]; None if unknown.
-        source: the checkpoint layout or zoo entry it came from.
+        state: on the CPU, under the names of `timm.create_model(architecture, num_classes=0, **model_args)`; without
+            the tensors in `missing`.
+        pixels: `mean` and `std` of RGB images scaled to [0, 1], and `input_size` if known; None if unknown.
+        source: where it comes from, as in `timm:resnet50.a1_in1k`.
+        licence: as its source states it, or "unknown".
+        sha256: of the file that it was read from.
+        parents: `name`, `sha256` and `licence` of the weights that it was trained from, and so on.
+        format: the layout of the file, a name in `formats.FORMATS`.
+        missing: tensors of the backbone that the file lacks or has in another shape, with shapes.
+        unexpected: tensors of the file that are neither in `state` nor in `head`, with shapes.
+        head: the classifier or pretext head, under the names in the file.
+        notes: further sentences for the user.
     """
 
     state: Mapping[str, Tensor]
@@ -65,6 +75,19 @@ class StoredBackbone:
     model_args: Mapping[str, Any] = field(default_factory=dict)
     pixels: Mapping[str, Any] | None = None
     source: str = ""
+    licence: str = "unknown"
+    sha256: str = ""
+    parents: Sequence[Mapping[str, str]] = ()
+    format: str = "timm"
+    missing: Sequence[str] = ()
+    unexpected: Sequence[str] = ()
+    head: Mapping[str, Tensor] = field(default_factory=dict)
+    notes: Sequence[str] = ()
+
+    @property
+    def lineage(self) -> list[dict[str, str]]:
+        """Name, digest and licence of these weights, then of their parents."""
+        return [{"name": self.source, "sha256": self.sha256, "licence": self.licence}, *map(dict, self.parents)]
 
     def checked(self, where: str, architecture: str | None = None) -> "StoredBackbone":
         """Return self; raise `ZooError` for metadata of a wrong type, or an architecture that does not match."""
@@ -74,8 +97,10 @@ class StoredBackbone:
             problem = f"invalid model_args: {wrong}"
         elif self.pixels is not None and not _are_pixels(self.pixels):
             problem = "pixels without a mean and a std of three numbers each"
-        elif not isinstance(self.source, str):
-            problem = "a source that is not text"
+        elif not isinstance(self.source, str) or not isinstance(self.licence, str):
+            problem = "a source or licence that is not text"
+        elif not isinstance(self.parents, list | tuple) or not all(map(_is_parent, self.parents)):
+            problem = "parents without name and sha256"
         elif architecture not in (None, self.architecture):
             raise ZooError(f"{where} is a {self.architecture}, not a {architecture}.")
         else:
@@ -85,7 +110,8 @@ class StoredBackbone:
 
 def save_backbone(backbone: StoredBackbone, output: str | os.PathLike[str]) -> None:
     """Write a backbone to a .safetensors file, with its metadata; see :func:`save_tensors`."""
-    metadata = {key: getattr(backbone, key) for key in ("architecture", "model_args", "pixels", "source")}
+    parents = backbone.lineage if backbone.sha256 else list(backbone.parents)
+    metadata = {**{key: getattr(backbone, key) for key in _STATED}, "parents": parents}
     save_tensors(backbone.state, output, {_METADATA_KEY: json.dumps(metadata)})
 
 
@@ -110,31 +136,29 @@ def save_tensors(
         raise ZooError(f"{output} cannot be written: {error}.") from error
 
 
-def read_backbone_file(path: Path, architecture: str | None = None) -> StoredBackbone:
-    """Read a .safetensors file under timm's names, as :func:`save_backbone` writes it.
+def read_stated(path: Path) -> StoredBackbone | None:
+    """Return what :func:`save_backbone` wrote beside the tensors of a .safetensors file; None for another file.
 
-    Args:
-        architecture: required for a file without metadata of this package; otherwise it must match.
     Raises:
-        ZooError: the file is missing, damaged, or of another or unknown architecture.
+        ZooError: the file or its metadata are damaged.
     """
-    if not path.is_file():
-        raise ZooError(f"There is no file {path}.")
+    if path.suffix != ".safetensors" or not path.is_file():
+        return None
     try:
         with safe_open(path, "pt") as file:
-            metadata = file.metadata() or {}
-        state = safetensors.torch.load_file(path)
+            text = (file.metadata() or {}).get(_METADATA_KEY)
     except (SafetensorError, OSError) as error:
-        raise ZooError(f"{path} cannot be read as safetensors: {error}.") from error
+        raise ZooError(f"{path} cannot be read as safetensors: {error}. Is the download complete?") from error
+    if text is None:
+        return None
     try:
-        stored = StoredBackbone(
-            state, **{"architecture": architecture, **parse_json(metadata.get(_METADATA_KEY, "{}"))}
-        )
-    except (ValueError, TypeError) as error:
+        metadata = parse_json(text)
+        if unknown := metadata.keys() - {*_STATED, "parents"}:
+            raise ValueError(f"unknown keys {sorted(unknown)}")
+        stored = StoredBackbone({}, **metadata)
+    except (ValueError, TypeError, AttributeError) as error:
         raise ZooError(f"{path} has invalid metadata of this package: {error}.") from error
-    if not stored.architecture:
-        raise ZooError(f"{path} does not state its architecture. Name it: --architecture resnet50.")
-    return stored.checked(str(path), architecture)
+    return stored.checked(str(path))
 
 
 def state_difference(expected: Mapping[str, Tensor], actual: Mapping[str, Tensor]) -> str:
@@ -153,6 +177,14 @@ def state_difference(expected: Mapping[str, Tensor], actual: Mapping[str, Tensor
 def unshared(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return contiguous copies on the CPU that share no memory, which safetensors refuses."""
     return {name: tensor.detach().cpu().clone().contiguous() for name, tensor in state.items()}
+
+
+def _is_parent(parent: Any) -> bool:
+    return (
+        isinstance(parent, Mapping)
+        and all(isinstance(value, str) for value in parent.values())
+        and is_sha256(parent.get("sha256"))
+    )
 
 
 def _are_pixels(pixels: Any) -> bool:

@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from bissl_zoo.errors import ZooError
@@ -16,7 +17,8 @@ CAFFE = ((123.675 / 255, 116.28 / 255, 103.53 / 255), (1 / 255, 1 / 255, 1 / 255
 _WRAPPING = (
     r"(?:(?:state_dict|state_dict_ema|model|model_state_dict|model_state|model_ema)\.)?(?:module\.)?(?:_orig_mod\.)?"
 )
-_CLASSIFIER = r"(?:fc|head|heads|classifier|linear|last_linear)\."
+#: the classifier of a network
+CLASSIFIER = r"(?:fc|head|heads|head_dist|classifier|linear|last_linear)\."
 
 
 def torchvision_name(name: str) -> str:
@@ -50,6 +52,155 @@ def caffe2_name(name: str) -> str:
     return f"layer{int(stage) - 1}.{block}.{'bn' if norm else 'conv'}{'abc'.index(branch[1]) + 1}.{kind}"
 
 
+def renaming(*rules: tuple[str, str]) -> Callable[[str], str]:
+    """Return a function that applies regular expressions and their replacements to a name, in this order."""
+    compiled = [(re.compile(pattern), replacement) for pattern, replacement in rules]
+
+    def rename(name: str) -> str:
+        for pattern, replacement in compiled:
+            name = pattern.sub(replacement, name)
+        return name
+
+    return rename
+
+
+def _stage(pattern: str, form: str) -> tuple[tuple[str, str], ...]:
+    """Return rules for torchvision's `features.1`, `.3`, `.5`, `.7`, which are the stages 0 to 3."""
+    return tuple((pattern.format(2 * i + 1), form.format(i)) for i in range(4))
+
+
+#: transformers (Hugging Face), with the names of versions 4 and 5: ViT, DeiT, MAE, DINOv2, DINOv3, BEiT, CLIP, SigLIP
+hf_vit_name = renaming(
+    (r"^embeddings\.(cls_token|mask_token|register_tokens)$", r"\1"),
+    (r"^embeddings\.class_embedding$", "cls_token"),
+    (r"^embeddings\.position_embeddings?(\.weight)?$", "pos_embed"),
+    (r"^embeddings\.patch_embeddings?\.(projection\.)?", "patch_embed.proj."),
+    (r"^(encoder\.layers?|layers?|model\.layer)\.(\d+)\.", r"blocks.\2."),
+    (r"(attention\.)?(attention|self_attn)\.(query|q_proj)\.", "attn.q."),
+    (r"(attention\.)?(attention|self_attn)\.(key|k_proj)\.", "attn.k."),
+    (r"(attention\.)?(attention|self_attn)\.(value|v_proj)\.", "attn.v."),
+    (r"(attention\.output\.dense|attention\.o_proj|self_attn\.out_proj)\.", "attn.proj."),
+    (r"(attention\.)*relative_position_bias\.relative_position_bias_table", "attn.relative_position_bias_table"),
+    (r"(layernorm_before|layer_norm1)\.", "norm1."),
+    (r"(layernorm_after|layer_norm2)\.", "norm2."),
+    (r"(intermediate\.dense|mlp\.up_proj)\.", "mlp.fc1."),
+    (r"\.(output\.dense|mlp\.down_proj)\.", ".mlp.fc2."),
+    (r"mlp\.weights_in\.", "mlp.w12."),
+    (r"mlp\.weights_out\.", "mlp.w3."),
+    (r"layer_scale(\d)\.lambda1", r"ls\1.gamma"),
+    (r"lambda_([12])$", r"gamma_\1"),
+    (r"^pre_layrnorm\.", "norm_pre."),
+    (r"^(layernorm|post_layernorm)\.", "norm."),
+    (r"^pooler\.layernorm\.", "fc_norm."),
+    (r"^head\.probe$", "attn_pool.latent"),
+    (r"^head\.attention\.in_proj_(weight|bias)$", r"attn_pool.qkv.\1"),
+    (r"^head\.attention\.out_proj\.", "attn_pool.proj."),
+    (r"^head\.(layernorm|mlp)", lambda match: f"attn_pool.{'norm' if match[1] == 'layernorm' else 'mlp'}"),
+)
+hf_swin_name = renaming(
+    (r"^embeddings\.patch_embeddings\.projection\.", "patch_embed.proj."),
+    (r"^embeddings\.norm\.", "patch_embed.norm."),
+    (r"^encoder\.", ""),
+    (r"attention\.self\.relative|attention\.relative_position_bias\.relative", "attn.relative"),
+    (r"attention\.(self\.)?(query|q_proj)\.", "attn.q."),
+    (r"attention\.(self\.)?(key|k_proj)\.", "attn.k."),
+    (r"attention\.(self\.)?(value|v_proj)\.", "attn.v."),
+    (r"attention\.(output\.dense|o_proj)\.", "attn.proj."),
+    (r"layernorm_before\.", "norm1."),
+    (r"layernorm_after\.", "norm2."),
+    (r"intermediate\.dense\.", "mlp.fc1."),
+    (r"(?<=\d\.)output\.dense\.", "mlp.fc2."),
+    (r"^layernorm\.", "norm."),
+)
+hf_resnet_name = renaming(
+    (r"^embedder\.embedder\.convolution\.", "conv1."),
+    (r"^embedder\.embedder\.normalization\.", "bn1."),
+    (r"^encoder\.stages\.(\d)\.layers\.", lambda match: f"layer{int(match[1]) + 1}."),
+    (r"layer\.(\d)\.convolution\.", lambda match: f"conv{int(match[1]) + 1}."),
+    (r"layer\.(\d)\.normalization\.", lambda match: f"bn{int(match[1]) + 1}."),
+    (r"shortcut\.convolution\.", "downsample.0."),
+    (r"shortcut\.normalization\.", "downsample.1."),
+)
+hf_convnext_name = renaming(
+    (r"^embeddings\.patch_embeddings\.", "stem.0."),
+    (r"^embeddings\.layernorm\.", "stem.1."),
+    (r"^encoder\.stages\.(\d)\.layers\.(\d+)\.", r"stages.\1.blocks.\2."),
+    (r"^encoder\.stages\.(\d)\.downsampling_layer\.", r"stages.\1.downsample."),
+    (r"\.dwconv\.", ".conv_dw."),
+    (r"\.layernorm\.", ".norm."),
+    (r"\.pwconv([12])\.", r".mlp.fc\1."),
+    (r"\.grn\.", ".mlp.grn."),
+    (r"\.layer_scale_parameter$", ".gamma"),
+    (r"^layernorm\.", "head.norm."),
+)
+torchvision_convnext_name = renaming(
+    (r"^features\.0\.", "stem."),
+    *_stage(r"^features\.{}\.(?=\d+\.(block|layer_scale))", "stages.{}.blocks."),
+    *((rf"^features\.{2 * i}\.", f"stages.{i}.downsample.") for i in (1, 2, 3)),
+    (r"block\.0\.", "conv_dw."),
+    (r"block\.2\.", "norm."),
+    (r"block\.3\.", "mlp.fc1."),
+    (r"block\.5\.", "mlp.fc2."),
+    (r"layer_scale$", "gamma"),
+    (r"^classifier\.0\.", "head.norm."),
+)
+torchvision_vit_name = renaming(
+    (r"^class_token$", "cls_token"),
+    (r"^conv_proj\.", "patch_embed.proj."),
+    (r"^encoder\.pos_embedding$", "pos_embed"),
+    (r"^encoder\.layers\.encoder_layer_(\d+)\.", r"blocks.\1."),
+    (r"self_attention\.in_proj_", "attn.qkv."),
+    (r"self_attention\.out_proj\.", "attn.proj."),
+    (r"\.ln_([12])\.", r".norm\1."),
+    (r"mlp\.(0|linear_1)\.", "mlp.fc1."),
+    (r"mlp\.(3|linear_2)\.", "mlp.fc2."),
+    (r"^encoder\.ln\.", "norm."),
+)
+torchvision_swin_name = renaming(
+    (r"^features\.0\.0\.", "patch_embed.proj."),
+    (r"^features\.0\.2\.", "patch_embed.norm."),
+    *_stage(r"^features\.{}\.", "layers.{}.blocks."),
+    *((rf"^features\.{2 * i}\.", f"layers.{i}.downsample.") for i in (1, 2, 3)),
+    (r"mlp\.0\.", "mlp.fc1."),
+    (r"mlp\.3\.", "mlp.fc2."),
+)
+
+
+def fuse(tensors: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return tensors as timm's transformers hold them: one matrix for query, key and value, no fixed buffers.
+
+    Biases of the key are left out where timm has none (BEiT, DINOv3) if they are zero.
+    """
+    fused = {}
+    for name, tensor in tensors.items():
+        match = re.fullmatch(r"(.*attn)\.([qkv])\.(weight|bias)", name)
+        if name.endswith("relative_position_index") or name in ("rope.periods", "embeddings.position_ids"):
+            continue
+        if name == "cls_token":
+            tensor = tensor.reshape(1, 1, -1)
+        elif name == "pos_embed" and tensor.dim() == 2:
+            tensor = tensor.unsqueeze(0)
+        elif name.endswith((".gamma", ".mlp.grn.weight", ".mlp.grn.bias")):
+            tensor = tensor.flatten()
+        elif name.startswith("attn_pool.qkv."):
+            kind, (width, rest) = name.rpartition(".")[2], (len(tensor) // 3, 2 * len(tensor) // 3)
+            fused[f"attn_pool.q.{kind}"], fused[f"attn_pool.kv.{kind}"] = tensor.split([width, rest])
+            continue
+        elif match and name not in expected:
+            prefix, part, kind = match.groups()
+            parts = [tensors.get(f"{prefix}.{each}.{kind}") for each in "qkv"]
+            together = f"{prefix}.qkv.{kind}"
+            if together in expected and all(each is not None for each in parts):
+                if part == "q":
+                    fused[together] = torch.cat(parts)
+                continue
+            if kind == "bias" and (part == "k" or f"{prefix}.{part}_bias" not in expected) and not tensor.any():
+                continue
+            name = f"{prefix}.{part}_bias" if kind == "bias" else name
+        fused[name] = tensor
+    return fused
+
+
 @dataclass(frozen=True)
 class Format:
     """Location of the backbone in the checkpoints of a project; patterns are matched after the prefixes of saving.
@@ -65,7 +216,7 @@ class Format:
 
     name: str
     backbone: str = ""
-    head: str = _CLASSIFIER
+    head: str = CLASSIFIER
     marks: tuple[str, ...] = ()
     other: str = r"(?!)"
     rename: Callable[[str], str] = torchvision_name
@@ -92,6 +243,43 @@ class Format:
 
 #: The most specific first. Sources: the public training and conversion code of each project.
 FORMATS = (
+    Format(
+        "transformers swin",
+        r"(?:swin\.)?",
+        marks=(r"(?:swin\.)?encoder\.layers\.0\.blocks\.0\.(?:attention|layernorm_before)\.",),
+        rename=hf_swin_name,
+    ),
+    Format(
+        "transformers convnext",
+        r"(?:convnext(?:v2)?\.)?",
+        marks=(r"(?:convnext(?:v2)?\.)?encoder\.stages\.0\.layers\.0\.dwconv",),
+        rename=hf_convnext_name,
+    ),
+    Format(
+        "transformers resnet",
+        r"(?:resnet\.)?",
+        marks=(r"(?:resnet\.)?embedder\.embedder\.convolution",),
+        rename=hf_resnet_name,
+    ),
+    Format(
+        "transformers vit",
+        r"(?:(?:vit|deit|dinov2(?:_with_registers)?|dinov3_vit|beit|vision_model)\.)?",
+        r"(?:classifier|decoder|lm_head|pooler\.dense|cls_classifier|distillation_classifier|text_model|text_projection|visual_projection|logit_)",
+        (r"(?:\w+\.)?embeddings\.patch_embedding",),
+        other=r"(?:vit\.)?(?:decoder|mask_token)|(?:text_|visual_projection|logit_)",
+        rename=hf_vit_name,
+        pixels=None,
+    ),
+    Format(
+        "torchvision swin", marks=(r"features\.1\.0\.attn\.qkv", r"features\.0\.2\."), rename=torchvision_swin_name
+    ),
+    Format("torchvision convnext", marks=(r"features\.1\.0\.layer_scale",), rename=torchvision_convnext_name),
+    Format("torchvision vit", marks=(r"encoder\.layers\.encoder_layer_0\.",), rename=torchvision_vit_name),
+    Format("mae", "", r"(?:decoder_|mask_token|head\.)", (r"decoder_embed\.",), other=r"decoder_|mask_token"),
+    Format("simmim", r"encoder\.", r"decoder\.", (r"encoder\.mask_token", r"decoder\."), other=r"encoder\.mask_token"),
+    # the encoder, as timm reads it
+    Format("ijepa", r"encoder\.(?:module\.)?", r"predictor\.", (r"target_encoder\.",), other=r"target_encoder\."),
+    Format("lightly (dino)", r"teacher_backbone\.(?:vit\.)?", r"teacher_head\.", (r"teacher_backbone\.",)),
     # Caffe2 blobs: Detectron, and the MSRA models that Detectron2 starts from. As in Detectron2, the biases of
     # convolutions before a batch norm are left out.
     Format(
@@ -128,7 +316,8 @@ FORMATS = (
     Format("bissl", r"backbone\.", r"(?:projector|predictor)\.", (r"backbone\.", r"projector_target\.")),
     Format("barlow_twins", r"backbone\.", r"(?:projector|bn)\.", (r"backbone\.", r"projector\.", r"bn\.running_mean")),
     Format("solo-learn", r"backbone\.", r"(?:projector|predictor|classifier)\.", (r"backbone\.", r"classifier\.")),
-    Format("lightly", r"backbone\.", r"(?:projection|prediction)_head\.", (r"backbone\.", r"projection_head\.")),
+    Format("lightly", r"backbone\.(?:vit\.)?", r"(?:projection|prediction)_head\.", (r"backbone\.", r"projection_head\.")),
+    Format("lightly (masked)", r"backbone\.(?:vit\.)?", r"decoder\.", (r"backbone\.vit\.",), other=r"decoder|mask_token"),
     Format("vicreg", r"backbone\.", r"projector\.", (r"backbone\.", r"projector\.")),
     Format("backbone", r"backbone\.", r"(?:projector|predictor|head)\.", pixels=None),
     Format("encoder", r"encoder\.", r"(?:encoder\.fc|projector|predictor|head)\.", pixels=None),

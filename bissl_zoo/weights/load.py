@@ -1,179 +1,257 @@
-"""Load backbones from checkpoints of other projects, under timm's names."""
+"""One way in for the weights of a backbone: a file of any known layout, timm, the hub, a zoo or a run."""
 
+import importlib
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from operator import sub
 from pathlib import Path
 from typing import Any
 
 import timm
 import torch
+from timm.models._manipulate import adapt_input_conv
 from torch import Tensor, nn
 
 from bissl_zoo.errors import ZooError, did_you_mean, shorten
-from bissl_zoo.weights.files import named_tensors, read_file
-from bissl_zoo.weights.formats import CAFFE, FORMATS, IMAGENET, Format, infer_architecture
+from bissl_zoo.files import sha256_of
+from bissl_zoo.weights.files import SUFFIXES, StoredBackbone, model_args_problem, named_tensors, read_file, read_stated
+from bissl_zoo.weights.formats import CAFFE, CLASSIFIER, FORMATS, IMAGENET, Format, fuse, infer_architecture
+from bissl_zoo.weights.hub import card_licence, checkpoint_filter, read_config, timm_config, timm_weights
 
 BATCH_NORM_EPS = 1e-5  # of every ResNet in torchvision, timm and Detectron2
 
 #: authors of Detectron2 files of networks that were trained on RGB images
 _RGB_AUTHORS = ("torchvision", "MOCO", "solo-learn", "timm", "bissl_zoo")
 
+#: the norm before pooling or the classifier, which masked autoencoders do not train
+_FINAL_NORM = r"(?:(?:head\.|fc_)?norm)\.(?:weight|bias)"
 
-@dataclass(frozen=True)
-class ForeignBackbone:
-    """A backbone from a checkpoint of another project.
-
-    Args:
-        state: on the CPU in float32, under the names of `timm.create_model(architecture, num_classes=0, **model_args)`;
-            without the tensors in `missing`.
-        format: the recognised layout, a name in `formats.FORMATS` or "timm:...".
-        missing: tensors of the backbone that the file lacks or has in another shape, with shapes.
-        unexpected: tensors of the file that are neither in `state` nor in `head`, with shapes.
-        head: the classifier or pretext head, under the names in the file.
-        pixels: `mean` and `std` of RGB images scaled to [0, 1], and `channel_order` "RGB", for `state`, or None.
-        notes: further sentences for the user.
-    """
-
-    state: dict[str, Tensor]
-    architecture: str
-    format: str
-    missing: list[str]
-    unexpected: list[str]
-    head: dict[str, Tensor] = field(default_factory=dict)
-    pixels: dict[str, Any] | None = None
-    model_args: dict[str, Any] = field(default_factory=dict)
-    notes: tuple[str, ...] = ()
+#: readers `(name, zoo) -> StoredBackbone` of sources that belong to higher layers, imported when they are named
+_READERS = {"zoo": "bissl_zoo.zoo.create:read_entry", "run": "bissl_zoo.engine.init:read_run"}
 
 
-def read_foreign(
-    path: str | Path,
+def read_weights(
+    source: str | Path,
     architecture: str | None = None,
+    build: Callable[[StoredBackbone], nn.Module] | None = None,
+    zoo: Any = None,
     allow_partial: bool = False,
     channel_order: str | None = None,
     skip_objects: bool = False,
     head_path: str | Path | None = None,
-) -> ForeignBackbone:
-    """Read the backbone from a checkpoint of torchvision, timm, Detectron2 or a self-supervised learning project.
+) -> StoredBackbone:
+    """Read the weights of a backbone from any source, under timm's names.
 
-    The layout is recognised by the tensor names (`formats.FORMATS`). A first convolution for BGR images is converted
-    to RGB. Nothing in the file is run (`files.read_file`).
+    The layout of a file is recognised by its tensor names (`formats.FORMATS`). Checkpoints of transformers pass
+    through timm's own filters, which resample position embeddings to the image size of the network. A first convolution
+    for another number of channels is adapted as timm does, one for BGR images is converted to RGB. Nothing is run
+    (`files.read_file`).
 
     Args:
-        path: a file, or `timm:NAME` for weights that timm downloads, such as `timm:resnet50.a1_in1k`.
-        architecture: timm's name; None infers ResNet-18, 34, 50, 101 and 152 from names and shapes.
+        source: `zoo:NAME`, `timm:NAME` or `timm:NAME.TAG`, `hf-hub:USER/REPO`, a run directory, a folder with
+            `config.json` and weights, or a file of a project in `formats.FORMATS`.
+        architecture: timm's name; None takes that of the source, or infers ResNet-18, 34, 50, 101 and 152.
+        build: returns the network that will hold the weights, from what the source states (without state); by default
+            timm's, with the arguments that the source states.
+        zoo: a Zoo or its location for `zoo:NAME`; None for the default one.
         allow_partial: accept an incomplete backbone, and unknown tensors in it.
         channel_order: "RGB" or "BGR", for Detectron2 files that do not state it.
         skip_objects: leave out objects that are not plain data (argparse.Namespace); see `files.read_file`.
         head_path: a second file with only the pretext head, as the BiSSL authors save it.
     Raises:
-        ZooError: the file is refused, not recognised, or not a complete backbone of this architecture.
+        ZooError: the source is not found or refused, its layout is unknown, or it is not a complete backbone of this
+            architecture; the message has the number of tensors that match.
     """
     separate_head = named_tensors(read_file(Path(head_path), skip_objects)) if head_path else {}
-    if str(path).startswith("timm:"):
-        return replace(_from_timm(str(path).removeprefix("timm:"), architecture), head=separate_head)
-    path = Path(path)
-    content = read_file(path, skip_objects)
+    stored, content = _open(str(source), architecture, zoo, skip_objects)
     tensors = named_tensors(content)
-    if architecture is None:
-        architecture = infer_architecture(tensors, path)
-    expected = _empty_model(architecture).state_dict()
-    layout = _recognise(tensors, expected, path)
-    order, pixels = find_pixels(layout, content, tensors, channel_order, path)
-    parts = _divide(layout, tensors, expected)
+    architecture = architecture or stored.architecture or infer_architecture(tensors, source)
+    stored = replace(stored, architecture=stored.architecture or architecture).checked(str(source), architecture)
+    model = (build or _empty_model)(stored)
+    expected = model.state_dict()
+    layout, parts = _recognise(tensors, expected, architecture, model, source)
+    order, pixels = find_pixels(layout, content, tensors, channel_order, Path(source))
+    if order == "BGR" and "conv1.weight" in parts.backbone:
+        parts.backbone["conv1.weight"] = parts.backbone["conv1.weight"].flip(1)
+    _adapt_channels(parts.backbone, expected, model)
     state, missing = _fit(parts.backbone, expected)
-    notes = _complete(state, missing, expected, layout)
-    if (missing or parts.stray) and not allow_partial:
-        raise ZooError(_incomplete(path, layout, architecture, expected, missing, parts, tensors))
-    if order == "BGR" and "conv1.weight" in state:
-        state["conv1.weight"] = state["conv1.weight"].flip(1)
-    model_args = _model_args(layout, state)
-    return ForeignBackbone(
+    named_by_timm = str(source).startswith(("timm:", "hf-hub:"))
+    notes = _complete(state, missing, expected, layout, named_by_timm)
+    if (missing or (parts.stray and not named_by_timm)) and not allow_partial:
+        raise ZooError(_incomplete(source, layout, architecture, expected, missing, parts))
+    model_args = _model_args(layout, state) | dict(stored.model_args)
+    return replace(
+        stored,
         state={name: state[name].contiguous() for name in expected if name in state},
         architecture=architecture,
-        format=layout.name,
+        format=layout.name if stored.format == "file" else stored.format,
         missing=missing,
-        unexpected=[f"{name} {_shape(tensors[name])}" for name in [*parts.stray, *parts.rest]],
-        head=parts.head | separate_head,
-        pixels=pixels,
+        unexpected=[*map(_named, parts.stray.items()), *map(_named, parts.rest.items())],
+        head={**stored.head, **parts.head, **separate_head},
+        pixels=stored.pixels or pixels,
         model_args=model_args,
         notes=(*notes, *_notes(layout, order, state, model_args)),
     )
 
 
-def _from_timm(name: str, architecture: str | None) -> ForeignBackbone:
-    if ":" not in name and not timm.models.is_model_pretrained(name):  # timm would continue with random weights
-        hint = did_you_mean(name, timm.list_pretrained())
+def _open(
+    source: str, architecture: str | None, zoo: Any, skip_objects: bool
+) -> tuple[StoredBackbone, Any]:
+    """Return what a source states, without state, and the content of its file."""
+    kind, _, name = source.partition(":")
+    path = Path(source)
+    if kind == "timm":
+        return _from_timm(name, skip_objects)
+    if kind == "hf-hub":
+        return _from_folder(name, source, card_licence(name), skip_objects)
+    if kind == "zoo" or (path / "config.yaml").is_file():
+        module, _, function = _READERS["zoo" if kind == "zoo" else "run"].partition(":")
+        stored = getattr(importlib.import_module(module), function)(name if kind == "zoo" else source, zoo)
+        return stored, stored.state
+    if path.is_dir():
+        return _from_folder(source, path.name, "unknown", skip_objects)
+    if not path.is_file() and path.suffix not in SUFFIXES:
+        near = did_you_mean(source, timm.list_pretrained())
         raise ZooError(
-            f"timm {timm.__version__} has no weights '{name}'.{hint} timm.list_pretrained() lists the names."
+            f"{source} is neither a file nor a folder. Other sources are zoo:NAME, timm:NAME and hf-hub:USER/REPO."
+            f"{near and near.replace(chr(39), chr(39) + 'timm:', 1)}"
         )
-    try:
-        model = timm.create_model(name, pretrained=True, num_classes=0)
-    except Exception as error:  # errors of the downloader, the cache and torch
-        raise ZooError(
-            f"timm {timm.__version__} does not load 'timm:{name}' ({type(error).__name__}: {error}). Without a "
-            "network, give a file, or a folder with timm's config.json as 'timm:local-dir:FOLDER'."
-        ) from error
-    cfg = model.pretrained_cfg
-    if architecture not in (None, cfg["architecture"]):
-        raise ZooError(f"'timm:{name}' is a {cfg['architecture']}, not a {architecture}.")
-    state = model.state_dict()
-    return ForeignBackbone(
-        state=state,
-        architecture=cfg["architecture"],
-        format=f"timm:{name}",
-        missing=[],
-        unexpected=[],
-        pixels=as_pixels(cfg["mean"], cfg["std"]),
-    )
+    content = read_file(path, skip_objects)
+    stored = read_stated(path) or StoredBackbone({}, "")
+    return replace(stored, source=path.name, sha256=sha256_of(path), format="file"), content
 
 
-@dataclass
+def _from_timm(name: str, skip_objects: bool) -> tuple[StoredBackbone, Any]:
+    if name.startswith(("local-dir:", "hf-hub:")):
+        place = name.partition(":")[2]
+        return _from_folder(place, place, "unknown", skip_objects)
+    architecture, cfg = timm_config(name)
+    path = timm_weights(name, cfg)
+    tag = f"{architecture}.{cfg['tag']}" if cfg.get("tag") else architecture
+    return _stated_by_timm(architecture, {}, cfg, f"timm:{tag}", path), read_file(path, skip_objects)
+
+
+def _from_folder(place: str, source: str, licence: str, skip_objects: bool) -> tuple[StoredBackbone, Any]:
+    """Return the weights of a folder or repository with timm's, transformers' or open_clip's config."""
+    config, path = read_config(place)
+    content = read_file(path, skip_objects)
+    cfg = config.get("pretrained_cfg", config)
+    if isinstance(config.get("architecture"), str) and isinstance(cfg, dict):
+        stated = _stated_by_timm(config["architecture"], config.get("model_args") or {}, cfg, source, path)
+        return replace(stated, licence=licence if stated.licence == "unknown" else stated.licence), content
+    stored = StoredBackbone({}, "", source=source, licence=licence, sha256=sha256_of(path), format="file")
+    clip = config.get("preprocess_cfg", {})
+    return replace(stored, pixels=as_pixels(clip["mean"], clip["std"]) if {"mean", "std"} <= clip.keys() else None), content
+
+
+def _stated_by_timm(
+    architecture: str, model_args: Any, cfg: Mapping[str, Any], source: str, path: Path
+) -> StoredBackbone:
+    if problem := model_args_problem(model_args):
+        raise ZooError(f"{source} has invalid model_args: {problem}. Nothing was loaded.")
+    pixels = as_pixels(cfg.get("mean") or IMAGENET[0], cfg.get("std") or IMAGENET[1])
+    if cfg.get("input_size"):
+        pixels["input_size"] = list(cfg["input_size"])
+    licence = str(cfg.get("license") or "unknown")
+    return StoredBackbone({}, architecture, model_args, pixels, source, licence, sha256_of(path))
+
+
 class _Parts:
     """The tensors of a file: backbone (timm's names), head, unknown ones in the backbone (stray), and the rest."""
 
-    backbone: dict[str, Tensor] = field(default_factory=dict)
-    head: dict[str, Tensor] = field(default_factory=dict)
-    stray: list[str] = field(default_factory=list)
-    rest: list[str] = field(default_factory=list)
+    def __init__(self) -> None:
+        self.backbone: dict[str, Tensor] = {}
+        self.head: dict[str, Tensor] = {}
+        self.stray: dict[str, Tensor] = {}
+        self.rest: dict[str, Tensor] = {}
 
 
-def _empty_model(architecture: str) -> nn.Module:
+def _empty_model(stored: StoredBackbone) -> nn.Module:
+    architecture = stored.architecture
     if not timm.is_model(architecture):
         hint = did_you_mean(architecture, timm.list_models())
         raise ZooError(f"timm {timm.__version__} has no architecture '{architecture}'.{hint}")
-    with torch.device("meta"):
-        return timm.create_model(architecture, num_classes=0)
+    try:
+        with torch.device("meta"):
+            return timm.create_model(architecture, num_classes=0, **stored.model_args)
+    except TypeError as error:
+        raise ZooError(f"timm's {architecture} does not take these arguments: {error}.") from error
 
 
-def _recognise(tensors: Mapping[str, Tensor], expected: Mapping[str, Tensor], path: Path) -> Format:
-    """Return the first format whose marks exist and whose backbone shares a name with the architecture."""
+def _recognise(
+    tensors: Mapping[str, Tensor], expected: Mapping[str, Tensor], architecture: str, model: nn.Module, source: Any
+) -> tuple[Format, _Parts]:
+    """Return the first format that fits and shares most names with the architecture, and the divided tensors."""
     for layout in FORMATS:
-        if layout.fits(tensors) and any(layout.backbone_name(name) in expected for name in tensors):
-            return layout
+        if layout.fits(tensors):
+            parts = _divide(layout, tensors, expected, architecture, model)
+            if any(name in expected for name in parts.backbone):
+                return layout, parts
     known = ", ".join(dict.fromkeys(layout.name for layout in FORMATS))
     if tensors and all(name.startswith(("projector.", "predictor.")) for name in tensors):
         known += ". These are tensors of a pretext head: pass the file of the backbone, and this one as head_path"
     raise ZooError(
-        f"{path} has no backbone of this architecture in a known layout. It has {len(tensors)} tensors: "
+        f"{source} has no backbone of this architecture in a known layout. It has {len(tensors)} tensors: "
         f"{shorten(list(tensors))}. Known layouts: {known}."
     )
 
 
-def _divide(layout: Format, tensors: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> _Parts:
-    parts = _Parts()
+def _divide(
+    layout: Format,
+    tensors: Mapping[str, Tensor],
+    expected: Mapping[str, Tensor],
+    architecture: str,
+    model: nn.Module,
+) -> _Parts:
+    parts, named = _Parts(), {}
     for name, tensor in tensors.items():
         renamed = layout.backbone_name(name)
-        if renamed in expected and renamed not in parts.backbone:
-            parts.backbone[renamed] = tensor
+        if renamed in expected and renamed not in named:
+            named[renamed] = tensor
         elif (head := layout.head_name(name)) is not None:
             parts.head[head] = tensor
-        elif renamed is None or renamed in expected or layout.is_other(name):
-            parts.rest.append(name)
+        elif renamed is None or renamed in named or layout.is_other(name):
+            parts.rest[name] = tensor
         else:
-            parts.stray.append(name)
+            named[renamed] = tensor
+    for name, tensor in _filtered(fuse(named, expected), expected, architecture, model).items():
+        if name in expected:
+            parts.backbone[name] = tensor
+        elif re.match(CLASSIFIER, name):
+            parts.head[name] = tensor
+        else:
+            parts.stray[name] = tensor
     return parts
+
+
+def _filtered(
+    named: dict[str, Tensor], expected: Mapping[str, Tensor], architecture: str, model: nn.Module
+) -> Mapping[str, Tensor]:
+    """Return tensors after timm's filter of the family, which knows official checkpoints and resamples positions."""
+    if not timm.is_model(architecture) or not (convert := checkpoint_filter(architecture)):
+        return named
+    # timm takes a mask token as the mark of DINOv2, whose blocks have layer scales
+    if "eva" not in convert.__module__ and not any(name.endswith("ls1.gamma") for name in named):
+        named.pop("mask_token", None)
+    try:
+        try:
+            return dict(convert(named, model))
+        except TypeError:
+            return dict(convert(named))
+    except Exception:  # any error of any filter: these are not the tensors that it knows
+        return named
+
+
+def _adapt_channels(tensors: dict[str, Tensor], expected: Mapping[str, Tensor], model: nn.Module) -> None:
+    """Adapt the first convolution to the input channels of the model, as timm does."""
+    convolutions = getattr(model, "pretrained_cfg", {}).get("first_conv") or ()
+    for name in [convolutions] if isinstance(convolutions, str) else convolutions:
+        key = f"{name}.weight"
+        if key in tensors and key in expected and tensors[key].dim() == 4:
+            found, wanted = tensors[key].shape, expected[key].shape
+            if found[1] == 3 != wanted[1] and found[2:] == wanted[2:]:
+                tensors[key] = adapt_input_conv(wanted[1], tensors[key])
 
 
 def _fit(tensors: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:
@@ -189,10 +267,20 @@ def _fit(tensors: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> tuple
 
 
 def _complete(
-    state: dict[str, Tensor], missing: list[str], expected: Mapping[str, Tensor], layout: Format
+    state: dict[str, Tensor],
+    missing: list[str],
+    expected: Mapping[str, Tensor],
+    layout: Format,
+    named_by_timm: bool,
 ) -> list[str]:
-    """Add batch-norm buffers that a format leaves out; return notes about them."""
+    """Add batch-norm buffers that a format leaves out, and final norms that timm's weights lack; return notes."""
     notes = []
+    norms = [name for name in expected if name not in state and re.fullmatch(_FINAL_NORM, name)]
+    if named_by_timm and norms:
+        for name in norms:
+            state[name] = torch.full(expected[name].shape, float(name.endswith("weight")))
+            missing.remove(f"{name} {_shape(expected[name])}")
+        notes.append(f"The weights lack {', '.join(norms)}: set to the identity, as timm does.")
     values = {"num_batches_tracked": 0.0}
     if layout.name in ("caffe2", "detectron2"):
         values |= {"running_mean": 0.0, "running_var": 1.0 - BATCH_NORM_EPS}
@@ -230,13 +318,12 @@ def _notes(layout: Format, order: str, state: Mapping[str, Tensor], model_args: 
 
 
 def _incomplete(
-    path: Path,
+    path: Any,
     layout: Format,
     architecture: str,
     expected: Mapping[str, Tensor],
     missing: list[str],
     parts: _Parts,
-    tensors: Mapping[str, Tensor],
 ) -> str:
     matched = len(expected) - len(missing)
     text = (
@@ -245,7 +332,7 @@ def _incomplete(
     if missing:
         text += f"; {len(missing)} missing: {shorten(missing)}"
     if parts.stray:
-        stray = [f"{name} {_shape(tensors[name])}" for name in parts.stray]
+        stray = [*map(_named, parts.stray.items())]
         text += f"; {len(stray)} unknown to {architecture}: {shorten(stray)}"
     if missing and all(name.startswith("layer4.") for name in missing):
         text += ". It ends at layer3, as a C4 backbone does"
@@ -257,6 +344,10 @@ def _incomplete(
 
 def _shape(tensor: Tensor) -> tuple[int, ...]:
     return tuple(tensor.shape)
+
+
+def _named(item: tuple[str, Tensor]) -> str:
+    return f"{item[0]} {_shape(item[1])}"
 
 
 def find_pixels(

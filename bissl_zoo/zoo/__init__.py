@@ -17,7 +17,7 @@ _PUBLIC = {
     "list_backbones": "hub",
     "load_entry_weights": "hub",
     "publish_entry": "publish",
-    "read_backbone": "create",
+    "read_entry": "create",
     "render_card": "card",
 }
 

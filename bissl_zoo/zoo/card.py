@@ -163,10 +163,13 @@ def _data(datasets: Mapping[str, Mapping[str, Any]]) -> str:
 
 
 def _origin(entry: Mapping[str, Any]) -> str:
-    parents = [(escape(parent.get("name", "unnamed")), parent["sha256"]) for parent in entry["lineage"]["parents"]]
+    parents = [
+        (escape(parent.get("name", "unnamed")), escape(parent.get("licence", "unknown")), parent["sha256"])
+        for parent in entry["lineage"]["parents"]
+    ]
     lines = [
-        f"{'That started' if i else 'Started'} from {name}, sha256 `{sha256}`."
-        for i, (name, sha256) in enumerate(parents)
+        f"{'That started' if i else 'Started'} from {name}, licence {licence}, sha256 `{sha256}`."
+        for i, (name, licence, sha256) in enumerate(parents)
     ] or ["Started from random weights."]
     if entry["wall_time_s"]:
         lines.append(f"Took {timedelta(seconds=round(entry['wall_time_s']))} (hours:minutes:seconds).")

@@ -83,7 +83,7 @@ class Entry:
         return self.read_json("entry.json")
 
     def parents(self) -> list[dict[str, str]]:
-        """Return name and sha256 of the weights it started from, of those that these started from, and so on."""
+        """Return name, sha256 and licence of the weights it started from, of those that these started from, and so on."""
         lineage = self.metadata().get("lineage")
         # entries of version 0.1 have another key
         parents = lineage.get("parents", lineage.get("ancestors", [])) if isinstance(lineage, dict) else None
@@ -91,7 +91,10 @@ class Entry:
             isinstance(p, dict) and is_sha256(p.get("sha256")) for p in parents
         ):
             raise ZooError(f"The entry.json of zoo entry '{self.name}' has an invalid lineage.")
-        return [{"name": str(parent.get("name", "unnamed")), "sha256": parent["sha256"]} for parent in parents]
+        return [
+            {"name": str(p.get("name", "unnamed")), "sha256": p["sha256"], "licence": str(p.get("licence", "unknown"))}
+            for p in parents
+        ]
 
     def weights(self, file: str = WEIGHTS_FILE) -> "dict[str, Tensor]":
         """Return a state dict on the CPU: the backbone, or a head such as `pretext_head.safetensors`."""
