@@ -41,7 +41,8 @@ from bissl_zoo.errors import BisslZooError
 from bissl_zoo.progress.writers import drop_lines_after
 from bissl_zoo.runs.checkpoint import Checkpointer, load_checkpoint
 from bissl_zoo.runs.directory import add_wall_time, read_metadata
-from bissl_zoo.zoo import get_config, list_backbones, load_entry_weights, read_backbone
+from bissl_zoo.weights.load import read_weights
+from bissl_zoo.zoo import get_config, list_backbones, load_entry_weights, read_entry
 from bissl_zoo.zoo.cache import Cache
 from bissl_zoo.zoo.hub import Zoo
 from bissl_zoo.zoo.index import check_name, is_name, parse_index, split_version
@@ -219,7 +220,7 @@ def test_any_file_of_an_entry_is_read_or_refused(place, zoo, data, file):
         for use in (entry.metadata, entry.parents):
             read(place, use)
         read(place, get_config, "tiny", zoo)
-        read(place, lambda: read_backbone("tiny", zoo=zoo))
+        read(place, lambda: read_entry("tiny", zoo=zoo))
         read(place, load_entry_weights, "tiny", "pretext_head.safetensors", zoo)
     finally:
         path.write_bytes(original)
@@ -253,7 +254,7 @@ def test_any_web_server_is_a_zoo_or_is_refused(place, zoo, server, data, file, l
         lambda: list_backbones(zoo=remote),
         lambda: remote.find("tiny").metadata(),
         lambda: get_config("tiny", remote),
-        lambda: read_backbone("tiny", zoo=remote),
+        lambda: read_entry("tiny", zoo=remote),
         lambda: load_entry_weights("tiny", "pretext_head.safetensors", remote),
     ):
         read(place, use, port=server.server_port)
@@ -275,7 +276,7 @@ def test_any_backbone_file_is_read_or_refused(place, data):
         content = data.draw(safetensors_files(safetensors.torch.save({"weight": torch.zeros(2)}, {"bissl_zoo": "{}"})))
     path = place / "backbone.safetensors"
     path.write_bytes(content)
-    backbone = read(place, read_backbone, path)
+    backbone = read(place, read_weights, path)
     if backbone:
         assert isinstance(backbone.architecture, str) and isinstance(backbone.model_args, dict)
 

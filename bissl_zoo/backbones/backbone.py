@@ -292,8 +292,13 @@ def timm_backbone(architecture: str, out_features: Sequence[str] = (), **model_a
         out_features: see :class:`Backbone`.
         model_args: arguments of `timm.create_model`, such as `drop_path_rate` or `img_size`.
     Raises:
-        RegistryError: an unknown architecture, or arguments that it does not take.
+        RegistryError: an unknown architecture, or arguments that it does not take, such as `pretrained`.
     """
+    if model_args.pop("pretrained", False) or {"pretrained_cfg", "checkpoint_path"} & model_args.keys():
+        raise RegistryError(
+            f"backbone.pretrained: the config names initial weights elsewhere. Set train.init=timm:{architecture} (or "
+            f'timm:{architecture}.TAG), or in Python create_backbone("{architecture}", pretrained=True).'
+        )
     if not timm.is_model(architecture):
         hint = did_you_mean(architecture, timm.list_models())
         raise RegistryError(f"timm has no architecture '{architecture}'.{hint}")

@@ -5,8 +5,9 @@ bissl convert in timm:resnet50.a1_in1k --output backbone.safetensors
 bissl convert out backbone.safetensors --to detectron2 --output backbone.pkl
 bissl convert out simclr_resnet18_digits --to onnx --output backbone.onnx
 
-`in` writes a .safetensors file under timm's names with its metadata, for `train.init`. `out` reads such a file or a zoo
-entry.
+`in` writes a .safetensors file under timm's names with its metadata. A source is a file, timm:NAME.TAG,
+hf-hub:USER/REPO, zoo:NAME or a run directory, as for `train.init`, which needs no conversion; for `out` also the plain
+name of an entry.
 """
 
 import argparse
@@ -25,7 +26,7 @@ def parse(parser: argparse.ArgumentParser, argv: Sequence[str]) -> argparse.Name
     """Parse the command line."""
     commands = parser.add_subparsers(dest="command", required=True, metavar="in|out")
     into = commands.add_parser("in", help="read another project's checkpoint")
-    into.add_argument("source", metavar="FILE", help="a checkpoint, or timm:NAME")
+    into.add_argument("source", metavar="SOURCE", help="a checkpoint, timm:NAME.TAG, hf-hub:USER/REPO, ...")
     into.add_argument("--architecture", metavar="NAME", help="timm's name; not needed for a plain ResNet")
     into.add_argument("--allow-partial", action="store_true", help="accept an incomplete backbone")
     into.add_argument("--channel-order", choices=["RGB", "BGR"], help="of a Detectron2 file that does not state it")
@@ -33,7 +34,7 @@ def parse(parser: argparse.ArgumentParser, argv: Sequence[str]) -> argparse.Name
     into.add_argument("--head", type=Path, metavar="FILE", help="separate file with the pretext head")
     into.add_argument("--head-output", type=Path, metavar="FILE", help="write the head to this .safetensors file")
     out = commands.add_parser("out", help="write a backbone for another library")
-    out.add_argument("source", metavar="BACKBONE", help="a zoo entry, or a .safetensors file under timm's names")
+    out.add_argument("source", metavar="BACKBONE", help="a zoo entry, or a source as for in")
     out.add_argument("--to", required=True, choices=TARGETS)
     out.add_argument("--architecture", metavar="NAME", help="of a .safetensors file that does not state it")
     for statistic in ("mean", "std"):
@@ -89,9 +90,9 @@ def _images(read: "StoredBackbone") -> str:
 def convert_out(args: argparse.Namespace) -> None:
     """Read the backbone, write it for the other library, and print what its user must know."""
     from bissl_zoo.weights.export import export_backbone
-    from bissl_zoo.zoo import read_backbone
+    from bissl_zoo.weights.load import entry_or_source, read_weights
 
-    backbone = read_backbone(args.source, args.architecture)
+    backbone = read_weights(entry_or_source(args.source), args.architecture)
     pixels = {"mean": args.mean, "std": args.std} if args.mean else backbone.pixels
     written = export_backbone(
         backbone.state, backbone.architecture, args.to, args.output, backbone.model_args, pixels, args.image_size

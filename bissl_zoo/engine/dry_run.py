@@ -46,7 +46,7 @@ def describe(cfg: DictConfig, source: str) -> str:
         for role, dataset in context.data.items()
     ]
     parts = [
-        config,
+        f"config {source}\n{LazyConfig.to_py(cfg)}",
         f"stages\n{tabulate(rows, headers=['stage', 'steps', 'batch'])}",
         f"data\n{tabulate(data, headers=['role', 'data set', 'images', 'classes'])}",
         *_networks(cfg, context.classes if "train" in context.data else ()),

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from omegaconf import DictConfig
 from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
@@ -21,15 +20,14 @@ from bissl_zoo.bilevel.level import Level
 from bissl_zoo.data.views import IMAGENET_MEAN, IMAGENET_STD
 from bissl_zoo.distributed import get_world_size, on_main_process
 from bissl_zoo.engine.build import Decodable, build_datasets
-from bissl_zoo.engine.init import ZOO_PREFIX, pretext_pixels
+from bissl_zoo.engine.init import pretext_pixels
 from bissl_zoo.engine.resume import preserved_randomness, seed_everything
 from bissl_zoo.engine.trainer import Context, Hook, Stage
 from bissl_zoo.errors import CheckpointError, DatasetError
 from bissl_zoo.evaluation import collapse_metrics, knn_accuracy, linear_probe
 from bissl_zoo.progress.display import show
 from bissl_zoo.registry import DOWNSTREAM_TASKS, build_backbone
-from bissl_zoo.weights.files import SUFFIXES
-from bissl_zoo.weights.load import read_weights
+from bissl_zoo.weights.load import entry_or_source, read_weights
 
 logger = logging.getLogger(__name__)
 
@@ -186,9 +184,7 @@ def load_frozen(source: str, architecture: str | None = None) -> FrozenBackbone:
         ZooError: the source is not found, or the weights do not fit.
         CheckpointError: the run has no whole backbone.
     """
-    if ":" not in source and not Path(source).exists() and not Path(source).suffix in SUFFIXES:
-        source = f"{ZOO_PREFIX}{source}"
-    stored = read_weights(source, architecture)
+    stored = read_weights(entry_or_source(source), architecture)
     backbone = build_backbone(name=stored.architecture, **stored.model_args)
     backbone.load_state_dict(stored.state)
     name = stored.source if Path(source).is_dir() else source

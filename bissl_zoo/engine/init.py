@@ -70,7 +70,7 @@ def adopt_pixels(cfg: DictConfig, pixels: Mapping[str, Any] | None, begun: Path 
 
     Args:
         pixels: of the initial weights; None if they are unknown.
-        begun: the folder of a run that is resumed, whose config tells what it has set.
+        begun: the folder of a run that is resumed; its values are set again.
     """
     resumed = load_run_config(begun) if begun and (begun / CONFIG_FILE).is_file() else None
     for path in ("pretext.augmentation", "task"):
@@ -185,8 +185,8 @@ def _from_run(folder: Path, cfg: DictConfig, evaluate: bool) -> tuple[Weights, l
             f"{folder} holds a '{info.architecture}', the configuration a '{cfg.backbone.name}'. "
             f"Set backbone.name={info.architecture}, or start from another run."
         )
-    own = {"name": f"{folder.name} ({stage})", "sha256": info.sha256, "licence": run_cfg.train.publish.licence}
-    lineage = [own, *read_metadata(folder).get("ancestors", [])]
+    origin = {"name": f"{folder.name} ({stage})", "sha256": info.sha256, "licence": run_cfg.train.publish.licence}
+    lineage = [origin, *read_metadata(folder).get("ancestors", [])]
     if evaluate:
         return replace(weights, pixels={**pretext_pixels({"pretext": {}}), **run_cfg.task}), lineage
     weights = replace(resplit(weights, *build_split_backbone(cfg)), pixels=pretext_pixels(run_cfg))

@@ -270,9 +270,7 @@ FORMATS = (
         rename=hf_vit_name,
         pixels=None,
     ),
-    Format(
-        "torchvision swin", marks=(r"features\.1\.0\.attn\.qkv", r"features\.0\.2\."), rename=torchvision_swin_name
-    ),
+    Format("torchvision swin", marks=(r"features\.1\.0\.attn\.qkv", r"features\.0\.2\."), rename=torchvision_swin_name),
     Format("torchvision convnext", marks=(r"features\.1\.0\.layer_scale",), rename=torchvision_convnext_name),
     Format("torchvision vit", marks=(r"encoder\.layers\.encoder_layer_0\.",), rename=torchvision_vit_name),
     Format("mae", "", r"(?:decoder_|mask_token|head\.)", (r"decoder_embed\.",), other=r"decoder_|mask_token"),
@@ -316,8 +314,13 @@ FORMATS = (
     Format("bissl", r"backbone\.", r"(?:projector|predictor)\.", (r"backbone\.", r"projector_target\.")),
     Format("barlow_twins", r"backbone\.", r"(?:projector|bn)\.", (r"backbone\.", r"projector\.", r"bn\.running_mean")),
     Format("solo-learn", r"backbone\.", r"(?:projector|predictor|classifier)\.", (r"backbone\.", r"classifier\.")),
-    Format("lightly", r"backbone\.(?:vit\.)?", r"(?:projection|prediction)_head\.", (r"backbone\.", r"projection_head\.")),
-    Format("lightly (masked)", r"backbone\.(?:vit\.)?", r"decoder\.", (r"backbone\.vit\.",), other=r"decoder|mask_token"),
+    Format(
+        "lightly",
+        r"backbone\.(?:vit\.)?",
+        r"(?:(?:projection|prediction)_head|decoder)\.",
+        (r"backbone\.(?:vit\.)?", r"(?:projection_head|decoder)\."),
+        other=r"(?:backbone\.)?mask_token",
+    ),
     Format("vicreg", r"backbone\.", r"projector\.", (r"backbone\.", r"projector\.")),
     Format("backbone", r"backbone\.", r"(?:projector|predictor|head)\.", pixels=None),
     Format("encoder", r"encoder\.", r"(?:encoder\.fc|projector|predictor|head)\.", pixels=None),

@@ -8,8 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import timm
-from huggingface_hub import constants, hf_hub_download
-from huggingface_hub.errors import EntryNotFoundError, HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError
+from huggingface_hub import constants, hf_hub_download, try_to_load_from_cache
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+)
 from timm.models import get_pretrained_cfg, split_model_name_tag
 
 from bissl_zoo.errors import ZooError, did_you_mean
@@ -33,31 +38,32 @@ def download(repo: str, files: Sequence[str], needed: bool = True) -> Path | Non
     name, _, revision = repo.partition("@")
     offline = bool(os.environ.get("BISSL_ZOO_OFFLINE")) or constants.HF_HUB_OFFLINE
     for file in files:
+        if isinstance(cached := try_to_load_from_cache(name, file, revision=revision or None), str):
+            return Path(cached)
+    for file in files:
         try:
             return Path(hf_hub_download(name, file, revision=revision or None, local_files_only=offline))
-        except LocalEntryNotFoundError as error:
-            unreachable: Exception = error
-            if not offline:
-                break
         except EntryNotFoundError as error:
-            unreachable = error
+            problem = "BISSL_ZOO_OFFLINE or HF_HUB_OFFLINE is set" if offline else _first_line(error)
+            missing = offline or not isinstance(error, LocalEntryNotFoundError)
+            if not missing:
+                break
         except (RepositoryNotFoundError, HFValidationError) as error:
             raise ZooError(f"hf-hub:{repo}: no such repository, or no access to it ({_first_line(error)}).") from error
         except OSError as error:
-            unreachable = error
+            problem, missing = _first_line(error), False
             break
-    if not needed and isinstance(unreachable, EntryNotFoundError):
+    if missing and not needed:
         return None
-    problem = "BISSL_ZOO_OFFLINE or HF_HUB_OFFLINE is set" if offline else _first_line(unreachable)
     raise ZooError(
-        f"hf-hub:{repo}: cannot get {' or '.join(files)} from {constants.ENDPOINT} ({problem}), and the cache "
-        f"{constants.HF_HUB_CACHE} lacks it. To work offline, run 'hf download {name}' on a machine with a network and "
-        "copy that cache (HF_HUB_CACHE), or give a file."
+        f"hf-hub:{repo}: cannot get {files[0]}{' or an equivalent' if files[1:] else ''} from {constants.ENDPOINT} "
+        f"({problem}), and the cache {constants.HF_HUB_CACHE} lacks it. To work offline, run 'hf download {name}' on a "
+        "machine with a network and copy that cache (HF_HUB_CACHE), or give a file."
     )
 
 
 def _first_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {error}".splitlines()[0]
+    return f"{type(error).__name__}: {error}".splitlines()[0][:120]
 
 
 def read_config(folder_or_repo: str) -> tuple[dict[str, Any], Path]:
@@ -68,9 +74,10 @@ def read_config(folder_or_repo: str) -> tuple[dict[str, Any], Path]:
     """
     folder = Path(folder_or_repo)
     if folder.is_dir():
-        found = {file: folder / file for file in (*CONFIG_FILES, *WEIGHT_FILES) if (folder / file).is_file()}
-        config = next((found[file] for file in CONFIG_FILES if file in found), None)
-        weights = next((found[file] for file in WEIGHT_FILES if file in found), None)
+        config, weights = (
+            next((folder / file for file in files if (folder / file).is_file()), None)
+            for files in (CONFIG_FILES, WEIGHT_FILES)
+        )
         if config is None or weights is None:
             raise ZooError(f"{folder} holds no model: it needs config.json and one of {', '.join(WEIGHT_FILES)}.")
     else:
@@ -109,17 +116,17 @@ def timm_config(name: str) -> tuple[str, dict[str, Any]]:
     return architecture, get_pretrained_cfg(name).to_dict()
 
 
-def timm_weights(name: str, cfg: dict[str, Any]) -> Path:
+def timm_weights(name: str, stated: dict[str, Any]) -> Path:
     """Return the file of timm's weights `name` in the cache of the hub or of torch.
 
     Raises:
         ZooError: it cannot be downloaded, or is not a file of PyTorch.
     """
-    if repo := cfg.get("hf_hub_id"):
-        filename = cfg.get("hf_hub_filename")
+    if repo := stated.get("hf_hub_id"):
+        filename = stated.get("hf_hub_filename")
         safe = [f"{filename.rpartition('.')[0]}.safetensors", filename] if filename else WEIGHT_FILES
         return download(repo, list(dict.fromkeys(safe)))
-    url = cfg.get("url") or ""
+    url = stated.get("url") or ""
     if not url or url.endswith(".npz"):
         raise ZooError(f"timm:{name} is a file of another framework ({url or 'no address'}). Give another tag.")
     from timm.models._hub import download_cached_file

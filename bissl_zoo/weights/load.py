@@ -74,7 +74,7 @@ def read_weights(
     order, pixels = find_pixels(layout, content, tensors, channel_order, Path(source))
     if order == "BGR" and "conv1.weight" in parts.backbone:
         parts.backbone["conv1.weight"] = parts.backbone["conv1.weight"].flip(1)
-    _adapt_channels(parts.backbone, expected, model)
+    _adapt_channels(parts.backbone, expected, model, stored.model_args.get("in_chans", 3))
     state, missing = _fit(parts.backbone, expected)
     named_by_timm = str(source).startswith(("timm:", "hf-hub:"))
     notes = _complete(state, missing, expected, layout, named_by_timm)
@@ -95,9 +95,13 @@ def read_weights(
     )
 
 
-def _open(
-    source: str, architecture: str | None, zoo: Any, skip_objects: bool
-) -> tuple[StoredBackbone, Any]:
+def entry_or_source(name: str) -> str:
+    """Return `zoo:NAME` for a plain name on a command line, otherwise the source as it is."""
+    is_place = ":" in name or Path(name).exists() or Path(name).suffix in SUFFIXES
+    return name if is_place else f"zoo:{name}"
+
+
+def _open(source: str, architecture: str | None, zoo: Any, skip_objects: bool) -> tuple[StoredBackbone, Any]:
     """Return what a source states, without state, and the content of its file."""
     kind, _, name = source.partition(":")
     path = Path(source)
@@ -142,18 +146,20 @@ def _from_folder(place: str, source: str, licence: str, skip_objects: bool) -> t
         return replace(stated, licence=licence if stated.licence == "unknown" else stated.licence), content
     stored = StoredBackbone({}, "", source=source, licence=licence, sha256=sha256_of(path), format="file")
     clip = config.get("preprocess_cfg", {})
-    return replace(stored, pixels=as_pixels(clip["mean"], clip["std"]) if {"mean", "std"} <= clip.keys() else None), content
+    return replace(
+        stored, pixels=as_pixels(clip["mean"], clip["std"]) if {"mean", "std"} <= clip.keys() else None
+    ), content
 
 
 def _stated_by_timm(
-    architecture: str, model_args: Any, cfg: Mapping[str, Any], source: str, path: Path
+    architecture: str, model_args: Any, stated: Mapping[str, Any], source: str, path: Path
 ) -> StoredBackbone:
     if problem := model_args_problem(model_args):
         raise ZooError(f"{source} has invalid model_args: {problem}. Nothing was loaded.")
-    pixels = as_pixels(cfg.get("mean") or IMAGENET[0], cfg.get("std") or IMAGENET[1])
-    if cfg.get("input_size"):
-        pixels["input_size"] = list(cfg["input_size"])
-    licence = str(cfg.get("license") or "unknown")
+    pixels = as_pixels(stated.get("mean") or IMAGENET[0], stated.get("std") or IMAGENET[1])
+    if stated.get("input_size"):
+        pixels["input_size"] = list(stated["input_size"])
+    licence = str(stated.get("license") or "unknown")
     return StoredBackbone({}, architecture, model_args, pixels, source, licence, sha256_of(path))
 
 
@@ -243,14 +249,16 @@ def _filtered(
         return named
 
 
-def _adapt_channels(tensors: dict[str, Tensor], expected: Mapping[str, Tensor], model: nn.Module) -> None:
+def _adapt_channels(
+    tensors: dict[str, Tensor], expected: Mapping[str, Tensor], model: nn.Module, stored_channels: int
+) -> None:
     """Adapt the first convolution to the input channels of the model, as timm does."""
     convolutions = getattr(model, "pretrained_cfg", {}).get("first_conv") or ()
     for name in [convolutions] if isinstance(convolutions, str) else convolutions:
         key = f"{name}.weight"
         if key in tensors and key in expected and tensors[key].dim() == 4:
-            found, wanted = tensors[key].shape, expected[key].shape
-            if found[1] == 3 != wanted[1] and found[2:] == wanted[2:]:
+            shape, wanted = tensors[key].shape, expected[key].shape
+            if shape[1] == stored_channels == 3 != wanted[1] and shape[2:] == wanted[2:]:
                 tensors[key] = adapt_input_conv(wanted[1], tensors[key])
 
 

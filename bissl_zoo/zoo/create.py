@@ -1,6 +1,7 @@
 """Build backbones from any source of weights, and read those of zoo entries."""
 
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -88,8 +89,7 @@ def read_entry(name: str, zoo: ZooLike = None) -> StoredBackbone:
         entry.record["files"][WEIGHTS_FILE]["sha256"],
         entry.parents(),
     ).checked(f"Zoo entry '{entry.name}'")
-    _architecture(entry)
-    return stored
+    return replace(stored, architecture=_architecture(entry))
 
 
 def _architecture(entry: Entry) -> str:

@@ -83,7 +83,7 @@ class Entry:
         return self.read_json("entry.json")
 
     def parents(self) -> list[dict[str, str]]:
-        """Return name, sha256 and licence of the weights it started from, of those that these started from, and so on."""
+        """Return name, sha256 and licence of the weights it started from, of those they started from, and so on."""
         lineage = self.metadata().get("lineage")
         # entries of version 0.1 have another key
         parents = lineage.get("parents", lineage.get("ancestors", [])) if isinstance(lineage, dict) else None

@@ -9,10 +9,11 @@ from safetensors.torch import save_file
 
 from bissl_zoo.backbones import merge_split_states
 from bissl_zoo.engine.build import Weights
-from bissl_zoo.engine.init import load_init, resplit
+from bissl_zoo.engine.init import adopt_pixels, load_init, pretext_pixels, resplit
 from bissl_zoo.errors import CheckpointError
 from bissl_zoo.registry import build_backbone
 from bissl_zoo.runs.checkpoint import load_checkpoint, read_info
+from bissl_zoo.weights.files import StoredBackbone, save_backbone
 from bissl_zoo.zoo.index import pin
 
 
@@ -79,3 +80,21 @@ def test_weights_cut_at_one_stage_are_cut_again_at_another():
         assert all(torch.equal(value, expected.pretext[key]) for key, value in cut.pretext.items())
     alone = resplit(Weights(parts["c5"][0]), *cuts["c3"])
     assert alone.backbone.keys() == parts["c3"][0].keys() and alone.tail.keys() == parts["c3"][1].keys()
+
+
+def test_pixel_statistics_of_the_weights_reach_the_views_and_the_task(tiny_config, tmp_path, caplog):
+    state = timm.create_model("test_resnet", num_classes=0).state_dict()
+    pixels = {"mean": [0.5] * 3, "std": [0.25] * 3}
+    save_backbone(StoredBackbone(state, "test_resnet", pixels=pixels), tmp_path / "own.safetensors")
+    cfg = tiny_config(train__init=tmp_path / "own.safetensors")
+    weights, lineage = load_init(cfg.train.init, cfg)
+    assert lineage[0]["licence"] == "unknown"
+    with caplog.at_level("INFO"):
+        adopt_pixels(cfg, weights.pixels)
+    assert cfg.task.mean == cfg.pretext.augmentation.mean == [0.5] * 3 and cfg.task.std == [0.25] * 3
+    assert "task.mean = [0.5, 0.5, 0.5]" in caplog.text
+    assert pretext_pixels(cfg)["std"] == [0.25] * 3  # what the entry of the run states
+
+    cfg.task.mean = [0.1] * 3
+    adopt_pixels(cfg, weights.pixels)
+    assert cfg.task.mean == [0.1] * 3 and "task.mean is [0.1, 0.1, 0.1]; the initial weights" in caplog.text

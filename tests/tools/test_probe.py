@@ -165,8 +165,8 @@ def test_errors_are_one_message(probe, plain, folders, tmp_path):
     named = [plain, "--architecture", "test_resnet", *folders]
     cases = [
         (["nothing.safetensors", *folders], "There is no file nothing.safetensors"),
-        ([plain, *folders], "does not state its architecture"),
-        ([plain, "--architecture", "resnet18", *folders], "belongs to another architecture"),
+        ([plain, *folders], "cannot be inferred from its tensors"),
+        ([plain, "--architecture", "resnet18", *folders], "tensors match"),
         ([*named, "--size", 28], "Give --mean and --std"),
     ]
     for arguments, message in cases:

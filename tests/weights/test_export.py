@@ -16,7 +16,7 @@ from torch import nn
 from bissl_zoo.errors import ZooError
 from bissl_zoo.weights import TARGETS, export
 from bissl_zoo.weights.export import TORCHVISION_RESNETS, detectron2_state, export_backbone
-from bissl_zoo.weights.load import read_foreign
+from bissl_zoo.weights.load import read_weights
 
 PIXELS = {"mean": [0.4, 0.5, 0.6], "std": [0.2, 0.25, 0.3]}
 IMAGES = torch.randn(3, 3, 64, 64, generator=torch.Generator().manual_seed(5))
@@ -59,7 +59,7 @@ def test_torchvision_loads_the_state_and_computes_the_same_bits(tmp_path, ending
     model.fc = nn.Identity()
     assert torch.equal(features(model.eval()), features(RESNET))
     assert written.details["mean"] == "0.4, 0.5, 0.6"
-    assert torch.equal(read_foreign(path, "resnet18").state["conv1.weight"], RESNET.conv1.weight)
+    assert torch.equal(read_weights(path, "resnet18").state["conv1.weight"], RESNET.conv1.weight)
 
 
 @pytest.mark.slow
@@ -132,7 +132,7 @@ def test_a_detectron2_pickle_has_the_expected_content_and_is_read_back(tmp_path)
     assert details["INPUT.FORMAT"] == "RGB" and details["MODEL.PIXEL_MEAN"] == "[102, 127.5, 153]"
     assert details["MODEL.RESNETS.DEPTH"] == "18" and details["MODEL.RESNETS.RES2_OUT_CHANNELS"] == "64"
 
-    read = read_foreign(path)
+    read = read_weights(path)
     assert read.format == "detectron2" and read.architecture == "resnet18" and read.unexpected == []
     assert read.pixels["mean"] == pytest.approx(PIXELS["mean"]) and read.pixels["std"] == pytest.approx(PIXELS["std"])
     again = timm.create_model("resnet18", num_classes=0).eval()

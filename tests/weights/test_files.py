@@ -18,8 +18,9 @@ from safetensors.torch import save_file
 from tiny_entries import publish_tiny, replace_file
 
 from bissl_zoo.errors import ZooError
-from bissl_zoo.weights.files import StoredBackbone, named_tensors, read_backbone_file, read_file, save_backbone
-from bissl_zoo.zoo import read_backbone
+from bissl_zoo.weights.files import StoredBackbone, named_tensors, read_file, read_stated, save_backbone
+from bissl_zoo.weights.load import read_weights
+from bissl_zoo.zoo import read_entry
 
 
 class Calls:
@@ -250,9 +251,9 @@ METADATA = {
 
 def test_a_backbone_keeps_its_metadata(tmp_path):
     save_backbone(StoredBackbone(STATE, **METADATA), tmp_path / "a.safetensors")
-    stored = read_backbone_file(tmp_path / "a.safetensors")
-    assert torch.equal(stored.state["weight"], STATE["weight"])
-    assert {key: getattr(stored, key) for key in METADATA} == METADATA
+    stored = read_stated(tmp_path / "a.safetensors")
+    assert {key: getattr(stored, key) for key in METADATA} == METADATA and stored.licence == "unknown"
+    assert torch.equal(read_file(tmp_path / "a.safetensors")["weight"], STATE["weight"])
 
 
 @pytest.mark.parametrize(
@@ -263,14 +264,14 @@ def test_a_backbone_keeps_its_metadata(tmp_path):
         ({"architecture": ["resnet18"]}, "an architecture that is not a name"),
         ({"model_args": {"checkpoint_path": "/tmp/weights.pth"}}, "invalid model_args"),
         ({"pixels": {"mean": ["0.5"] * 3, "std": [1] * 3}}, "pixels without a mean and a std of three numbers"),
-        ({"source": 3}, "a source that is not text"),
+        ({"source": 3}, "a source or licence that is not text"),
     ],
 )
 def test_invalid_metadata_are_one_error(tmp_path, metadata, problem):
     text = metadata if isinstance(metadata, str) else json.dumps(METADATA | metadata)
     save_file(STATE, tmp_path / "a.safetensors", {"bissl_zoo": text})
     with pytest.raises(ZooError, match=rf"a\.safetensors .*{problem}"):
-        read_backbone(tmp_path / "a.safetensors")
+        read_weights(tmp_path / "a.safetensors")
 
 
 @pytest.mark.parametrize(
@@ -286,4 +287,4 @@ def test_invalid_metadata_of_an_entry_are_one_error(tmp_path, file, change, prob
     content = json.loads((tmp_path / "tiny" / file).read_text()) | change
     replace_file(tmp_path, "tiny", file, json.dumps(content).encode())
     with pytest.raises(ZooError, match=f"Zoo entry 'tiny' has {problem}"):
-        read_backbone("tiny", zoo=tmp_path)
+        read_entry("tiny", zoo=tmp_path)

@@ -8,7 +8,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from bissl_zoo.errors import ZooError
-from bissl_zoo.weights.load import read_foreign
+from bissl_zoo.weights.load import read_weights
 
 IMAGENET_MEAN = [0.485, 0.456, 0.406]
 
@@ -151,7 +151,7 @@ def written(tmp_path, content, name="checkpoint.pth"):
 
 @pytest.mark.parametrize("layout", CHECKPOINTS)
 def test_a_checkpoint_of_each_project_has_the_features_of_its_network(tmp_path, layout):
-    read = read_foreign(written(tmp_path, checkpoint(layout)))
+    read = read_weights(written(tmp_path, checkpoint(layout)))
     assert read.format == layout and read.architecture == "resnet18"  # inferred from its blocks
     assert_equal_states(read.state, STATE)
     assert len(read.state) == 120 and read.missing == []
@@ -166,7 +166,7 @@ def test_deeper_resnets_are_distinguished(tmp_path, architecture):
     with torch.device("meta"):
         state = timm.create_model(architecture, num_classes=0).state_dict()
     state = {name: torch.zeros((), dtype=tensor.dtype).expand(tensor.shape) for name, tensor in state.items()}
-    assert read_foreign(written(tmp_path, state)).architecture == architecture
+    assert read_weights(written(tmp_path, state)).architecture == architecture
 
 
 @pytest.mark.parametrize("architecture", ["wide_resnet50_2", "test_vit"])
@@ -175,11 +175,11 @@ def test_an_architecture_that_cannot_be_inferred_must_be_named(tmp_path, archite
         state = timm.create_model(architecture, num_classes=0).state_dict()
     state = {name: torch.zeros((), dtype=tensor.dtype).expand(tensor.shape) for name, tensor in state.items()}
     with pytest.raises(ZooError, match="Name it"):
-        read_foreign(written(tmp_path, state))
+        read_weights(written(tmp_path, state))
 
 
 def test_heads_keep_their_names_and_values(tmp_path):
-    read = read_foreign(written(tmp_path, checkpoint("bissl")), "resnet18")
+    read = read_weights(written(tmp_path, checkpoint("bissl")), "resnet18")
     assert read.head.keys() == {*under("head.projector.", MLP), *under("head.predictor.", MLP)}
     assert torch.equal(read.head["head.projector.0.weight"], MLP["0.weight"])
     assert any(name.startswith("backbone_target.conv1.weight (64, 3, 7, 7)") for name in read.unexpected)
@@ -189,15 +189,15 @@ def test_the_bissl_authors_c4_layout_has_layer4_in_its_head(tmp_path):
     trunk = {name: tensor for name, tensor in STATE.items() if not name.startswith("layer4.")}
     moved = {name: tensor for name, tensor in STATE.items() if name.startswith("layer4.")}
     whole = {**under("backbone.", trunk), **under("head.", moved), **under("head.projector.", MLP)}
-    read = read_foreign(written(tmp_path, whole), "resnet18")
+    read = read_weights(written(tmp_path, whole), "resnet18")
     assert read.format == "bissl"
     assert_equal_states(read.state, STATE)
     assert read.head.keys() == under("head.projector.", MLP).keys()
 
     alone = written(tmp_path, trunk)
     with pytest.raises(ZooError, match=r"90 of 120 tensors match.*ends at layer3, as a C4 backbone does"):
-        read_foreign(alone, "resnet18")
-    read = read_foreign(alone, "resnet18", allow_partial=True)
+        read_weights(alone, "resnet18")
+    read = read_weights(alone, "resnet18", allow_partial=True)
     assert read.state.keys() == trunk.keys()
     assert len(read.missing) == 30 and read.missing[0] == "layer4.0.conv1.weight (512, 256, 3, 3)"
 
@@ -206,30 +206,30 @@ def test_the_bissl_authors_files_of_backbone_and_head_are_read_together(tmp_path
     backbone = written(tmp_path, STATE, "Pretext_byol_arch-resnet18_backbone_id-0.pth")
     saved = {**under("projector.", MLP), **under("predictor.", MLP)}
     head = written(tmp_path, saved, "Pretext_byol_arch-resnet18_head_id-0.pth")
-    read = read_foreign(backbone, head_path=head)
+    read = read_weights(backbone, head_path=head)
     assert_equal_states(read.state, STATE)
     assert read.head.keys() == saved.keys() and torch.equal(read.head["projector.3.weight"], MLP["3.weight"])
     with pytest.raises(ZooError, match="pass the file of the backbone, and this one as head_path"):
-        read_foreign(head, "resnet18")
+        read_weights(head, "resnet18")
 
 
 def test_safetensors_and_the_old_format_of_torch_are_read(tmp_path):
     save_file(STATE, tmp_path / "weights.safetensors")
-    assert_equal_states(read_foreign(tmp_path / "weights.safetensors", "resnet18").state, STATE)
+    assert_equal_states(read_weights(tmp_path / "weights.safetensors", "resnet18").state, STATE)
     torch.save(checkpoint("moco_v2"), tmp_path / "old.pth.tar", _use_new_zipfile_serialization=False)
-    assert_equal_states(read_foreign(tmp_path / "old.pth.tar", "resnet18").state, STATE)
+    assert_equal_states(read_weights(tmp_path / "old.pth.tar", "resnet18").state, STATE)
 
 
 def test_half_precision_is_read_as_float32(tmp_path):
     half = {name: t.half() if t.is_floating_point() else t for name, t in STATE.items()}
-    read = read_foreign(written(tmp_path, half), "resnet18")
+    read = read_weights(written(tmp_path, half), "resnet18")
     assert {t.dtype for name, t in read.state.items() if not name.endswith("tracked")} == {torch.float32}
     assert_equal_states(read.state, {n: t.half().float() if t.is_floating_point() else t for n, t in STATE.items()})
 
 
 def test_files_without_num_batches_tracked_are_complete(tmp_path):
     state = {name: tensor for name, tensor in STATE.items() if not name.endswith("num_batches_tracked")}
-    read = read_foreign(written(tmp_path, state), "resnet18")
+    read = read_weights(written(tmp_path, state), "resnet18")
     assert_equal_states(read.state, {n: torch.tensor(0) if n.endswith("tracked") else t for n, t in STATE.items()})
     assert any("num_batches_tracked of 20 batch norms" in note for note in read.notes)
 
@@ -248,7 +248,7 @@ def test_vits_have_the_features_of_their_projects(tmp_path, layout, heads):
     else:
         prefix = "module.base_encoder."
         content = {"state_dict": {**under(prefix, state), **under(f"{prefix}head.", MLP)}}
-    read = read_foreign(written(tmp_path, content), "vit_small_patch16_224")
+    read = read_weights(written(tmp_path, content), "vit_small_patch16_224")
     assert read.format == layout and read.missing == [] and read.head
     again = timm.create_model(read.architecture, num_classes=0, **read.model_args).eval()
     again.load_state_dict(read.state)
@@ -263,25 +263,25 @@ def test_a_timm_name_is_read_through_timm(tmp_path):
 
     pixels = {"mean": [0.4, 0.5, 0.6], "std": [0.2, 0.25, 0.3]}
     export_backbone(STATE, "resnet18", "timm", tmp_path / "entry", pixels=pixels)
-    read = read_foreign(f"timm:local-dir:{tmp_path / 'entry'}", "resnet18")
+    read = read_weights(f"timm:local-dir:{tmp_path / 'entry'}", "resnet18")
     assert_equal_states(read.state, STATE)
-    assert read.pixels == {"channel_order": "RGB", **pixels}
+    assert read.pixels == {"channel_order": "RGB", "input_size": [3, 224, 224], **pixels}
     with pytest.raises(ZooError, match="is a resnet18, not a resnet50"):
-        read_foreign(f"timm:local-dir:{tmp_path / 'entry'}", "resnet50")
-    with pytest.raises(ZooError, match="does not load 'timm:local-dir:"):
-        read_foreign(f"timm:local-dir:{tmp_path}")
+        read_weights(f"timm:local-dir:{tmp_path / 'entry'}", "resnet50")
+    with pytest.raises(ZooError, match="holds no model: it needs config.json"):
+        read_weights(f"timm:local-dir:{tmp_path}")
 
 
 def test_a_timm_name_without_weights_is_refused():
     for name in ("cspresnet50d", "resnet50.no_such_tag", "resnet19"):
         with pytest.raises(ZooError, match=f"has no weights '{name}'"):
-            read_foreign(f"timm:{name}")
+            read_weights(f"timm:{name}")
 
 
 def test_a_file_of_another_architecture_is_refused_with_names_and_shapes(tmp_path):
     path = written(tmp_path, checkpoint("moco_v2"))
     with pytest.raises(ZooError) as refused:
-        read_foreign(path, "resnet50")
+        read_weights(path, "resnet50")
     message = str(refused.value)
     assert "layout 'moco_v2'" in message and "of 318 tensors match" in message
     assert "layer1.0.conv1.weight (64, 64, 1, 1), in the file (64, 64, 3, 3)" in message
@@ -290,4 +290,4 @@ def test_a_file_of_another_architecture_is_refused_with_names_and_shapes(tmp_pat
 def test_tensors_unknown_to_the_architecture_are_refused(tmp_path):
     state = {**STATE, "layer1.0.se.fc1.weight": torch.randn(4, 64, 1, 1)}
     with pytest.raises(ZooError, match=r"unknown to resnet18: layer1.0.se.fc1.weight \(4, 64, 1, 1\)"):
-        read_foreign(written(tmp_path, state), "resnet18")
+        read_weights(written(tmp_path, state), "resnet18")

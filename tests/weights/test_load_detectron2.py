@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from bissl_zoo.errors import ZooError
-from bissl_zoo.weights.load import read_foreign
+from bissl_zoo.weights.load import read_weights
 
 pytestmark = pytest.mark.slow  # networks of 50 layers
 IMAGENET_MEAN = [0.485, 0.456, 0.406]
@@ -143,7 +143,7 @@ def test_an_msra_pickle_is_converted_to_rgb_and_notes_its_strides(tmp_path, norm
     original = detectron2_model(stride_in_1x1=True, blocks=(3, 4, 6, 3))
     arrays = numpy_state(caffe2_names(original.state_dict(), norms))
     arrays |= {"conv1_b": np.zeros(64, np.float32), "fc1000_w": np.ones((10, 2048), np.float32)}
-    read = read_foreign(pickled(tmp_path, {"blobs": arrays} if nested else arrays))
+    read = read_weights(pickled(tmp_path, {"blobs": arrays} if nested else arrays))
     assert read.architecture == "resnet50" and read.format == "caffe2"
     assert read.pixels["mean"] == pytest.approx(IMAGENET_MEAN, abs=1e-12) and read.pixels["std"] == [1 / 255] * 3
     assert any("first convolution was converted to RGB" in note for note in read.notes)
@@ -160,7 +160,7 @@ def test_fused_batch_norms_of_detectron_are_a_scale_and_a_shift(tmp_path):
             module.running_var.fill_(1 - 1e-5)
     state = {name: tensor for name, tensor in original.state_dict().items() if "running" not in name}
     norms = {"weight": "s", "bias": "b"}
-    read = read_foreign(pickled(tmp_path, numpy_state(caffe2_names(state, norms))), "resnet26")
+    read = read_weights(pickled(tmp_path, numpy_state(caffe2_names(state, norms))), "resnet26")
     assert any("lacks running_var of 29 batch norms" in note for note in read.notes)
     compare_with_detectron2(read, original, BGR, stride_in_1x1=True)
 
@@ -168,7 +168,7 @@ def test_fused_batch_norms_of_detectron_are_a_scale_and_a_shift(tmp_path):
 def test_a_detectron2_pickle_of_an_rgb_network_is_unchanged(tmp_path):
     original = detectron2_model(stride_in_1x1=False)
     content = {"model": numpy_state(original.state_dict()), "__author__": "torchvision", "matching_heuristics": True}
-    read = read_foreign(pickled(tmp_path, content), "resnet26")
+    read = read_weights(pickled(tmp_path, content), "resnet26")
     assert read.format == "detectron2" and not any("1x1" in note or "BGR" in note for note in read.notes)
     compare_with_detectron2(read, original, RGB, stride_in_1x1=False)
 
@@ -186,15 +186,15 @@ def test_the_backbone_of_a_trained_detector_is_read(tmp_path, kind):
     content = {"model": model, "__author__": "Detectron2 Model Zoo"}
     path = pickled(tmp_path, content)
     with pytest.raises(ZooError, match="does not state whether its network takes RGB or BGR images"):
-        read_foreign(path, "resnet26")
-    read = read_foreign(path, "resnet26", channel_order="BGR")
+        read_weights(path, "resnet26")
+    read = read_weights(path, "resnet26", channel_order="BGR")
     assert len(read.unexpected) == 2
     compare_with_detectron2(read, original, BGR, stride_in_1x1=True)
 
     # older files have the pixel statistics as buffers; Detectron2's defaults also determine the order
     for (order, mean, std), channel_order in ((BGR, None), (("RGB", [120.0, 110.0, 100.0], [50.0, 51.0, 52.0]), "RGB")):
         model |= {"pixel_mean": np.array(mean, np.float32).reshape(3, 1, 1), "pixel_std": np.array(std, np.float32)}
-        read = read_foreign(pickled(tmp_path, content), "resnet26", channel_order=channel_order)
+        read = read_weights(pickled(tmp_path, content), "resnet26", channel_order=channel_order)
         compare_with_detectron2(read, original, (order, mean, std), stride_in_1x1=True)
     with pytest.raises(ZooError, match="does not state"):
-        read_foreign(path, "resnet26")  # the order of an unknown mean is not guessed
+        read_weights(path, "resnet26")  # the order of an unknown mean is not guessed

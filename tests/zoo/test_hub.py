@@ -82,7 +82,7 @@ def test_pretrained_loads_the_weights_in_eval_mode(published):
 def test_an_architecture_is_only_built_without_pretrained_weights(published):
     assert create_backbone("test_convnext", pretrained=False, zoo=published).name == "test_convnext"
     with pytest.raises(ZooError, match="Use pretrained=False for random"):
-        create_backbone("test_convnext", zoo=published)
+        create_backbone("cspresnet50d", zoo=published)
 
 
 def test_an_unknown_name_suggests_the_nearest_and_an_invalid_one_is_refused(published):
@@ -112,7 +112,7 @@ def test_a_file_that_the_entry_lacks_is_an_error_with_those_it_has(published):
 
 def test_weights_of_another_architecture_are_refused_with_counts(zoo):
     edit_index(zoo, lambda index: index["entries"]["tiny@2"].update(architecture="test_convnext"))
-    with pytest.raises(ZooError, match=r"0 of \d+ tensors match; \d+ missing: stem.*; \d+ unexpected: bn1"):
+    with pytest.raises(ZooError, match=r"no backbone of this architecture.*It has \d+ tensors: bn1"):
         create_backbone("tiny", zoo=zoo)
 
 
