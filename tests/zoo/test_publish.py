@@ -218,7 +218,7 @@ def test_once_returns_the_entry_with_the_same_weights_and_config(tmp_path):
 def test_entries_and_runs_of_version_0_1_are_read(tmp_path):
     parent = {"name": "base@1", "sha256": "ab" * 32}
     entry = publish(tmp_path, metadata={"ancestors": [parent]})
-    assert Zoo(tmp_path).find("tiny").parents() == [parent]
+    assert Zoo(tmp_path).find("tiny").parents() == [{**parent, "licence": "unknown"}]
     old = (Path(entry.location) / "entry.json").read_bytes().replace(b'"parents"', b'"ancestors"')
     replace_file(tmp_path, "tiny", "entry.json", old)
-    assert Zoo(tmp_path).find("tiny").parents() == [parent]
+    assert Zoo(tmp_path).find("tiny").parents() == [{**parent, "licence": "unknown"}]
