@@ -14,6 +14,7 @@ from omegaconf import DictConfig, ListConfig
 from PIL import Image
 from timm.layers import PatchEmbed
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
 from bissl_zoo.backbones import FeatureInfo
@@ -35,11 +36,24 @@ LIMIT = 1e-6
 KINKED = (nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.PReLU, nn.RReLU, nn.Hardtanh, nn.Hardswish, nn.Hardsigmoid)
 
 
-class SmoothTrunk(nn.Module):
-    """Two convolutions and tanh: (B, 3, 4, 4) -> {"c1": (B, 2, 2, 2)}, 47 parameters.
+class SmoothTokens(nn.Module):
+    """Patch embedding, a linear layer and tanh: (B, 3, 4, 4) -> (B, 4, 2), with the names of timm's transformers."""
 
-    The first convolution is a patch embedding at the place where timm's vision transformers have it.
-    """
+    num_prefix_tokens = 0
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.patch_embed = PatchEmbed(SIZE, patch_size=2, embed_dim=3)
+        self.patch_drop = nn.Identity()
+        self.second = nn.Linear(3, 2)
+
+    def forward_features(self, images: Tensor) -> Tensor:
+        """Return the features of all patches that `patch_drop` leaves."""
+        return torch.tanh(self.second(torch.tanh(self.patch_drop(self.patch_embed(images)))))
+
+
+class SmoothTrunk(nn.Module):
+    """The tokens as a map: (B, 3, 4, 4) -> {"c1": (B, 2, 2, 2)}, 47 parameters."""
 
     out_features = ("c1",)
     stages = ["c1"]
@@ -47,14 +61,11 @@ class SmoothTrunk(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.model = nn.Module()
-        self.model.patch_embed = PatchEmbed(SIZE, patch_size=2, embed_dim=3, output_fmt="NHWC")
-        self.second = nn.Conv2d(3, 2, 1)
+        self.model = SmoothTokens()
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
         """Return the feature map by its name."""
-        patches = self.model.patch_embed(images).permute(0, 3, 1, 2)
-        return {"c1": torch.tanh(self.second(torch.tanh(patches)))}
+        return {"c1": self.model.forward_features(images).mT.unflatten(2, (2, 2))}
 
 
 class SmoothTail(nn.Module):
@@ -148,7 +159,7 @@ class ReducedProblem:
         """
         torch.manual_seed(0)
         lower = self.problem.lower
-        with self.holding:
+        with self.holding, sdpa_kernel(SDPBackend.MATH):  # fused attention has no second derivative
             loss, _ = lower.loss(lower.backbone, self.views, amp=False)
         gradient = flatten(torch.autograd.grad(loss, self.parameters, create_graph=create_graph))
         return gradient if create_graph else all_reduce_mean(gradient)
@@ -214,13 +225,17 @@ def set_parameters(parameters: list[Tensor], vector: Tensor) -> None:
         parameter.copy_(value)
 
 
-def narrow_widths(section: Mapping[str, Any]) -> dict[str, list[int]]:
-    """Return the layer widths of a configured pretext method that exceed 16, reduced to 16, by argument."""
+def narrow_widths(section: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the layer widths of a configured pretext method that exceed 16, reduced to 16, by argument.
+
+    They are lists, and numbers whose name ends with `_dim`.
+    """
     parameters = inspect.signature(PRETEXT_METHODS.get(section["name"])).parameters.values()
-    given = {p.name: p.default for p in parameters if isinstance(p.default, (list, tuple))} | dict(section)
+    given = {p.name: p.default for p in parameters if isinstance(p.default, (list, tuple, int))} | dict(section)
     lists = {key: list(value) for key, value in given.items() if isinstance(value, (list, tuple, ListConfig))}
     widths = {key: value for key, value in lists.items() if any(isinstance(w, int) and w > WIDTH for w in value)}
-    return {key: [min(w, WIDTH) for w in value] for key, value in widths.items()}
+    numbers = {key: WIDTH for key, value in given.items() if key.endswith("_dim") and value > WIDTH}
+    return {key: [min(w, WIDTH) for w in value] for key, value in widths.items()} | numbers
 
 
 def _reduced_method(section: DictConfig, trunk: SmoothTrunk) -> tuple[PretextMethod, list[str]]:

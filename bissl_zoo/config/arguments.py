@@ -71,7 +71,7 @@ PARTS: dict[str, tuple[str, dict[str, Domain]]] = {
             **dict.fromkeys(("temperature", "student_temperature", "teacher_temperature"), POSITIVE),
             **dict.fromkeys(("decay", "center_decay"), FRACTION),
             **dict.fromkeys(("redundancy", "invariance", "variance", "covariance"), NON_NEGATIVE),
-            "queue_length": COUNT,
+            **dict.fromkeys(("queue_length", "decoder_dim", "decoder_depth", "decoder_heads"), COUNT),
             "augmentation": ANY,
         },
     ),
@@ -160,7 +160,9 @@ CALLS: dict[str, dict[str, Domain]] = {
     "bissl_zoo.data.views.multi_crop": {
         **{**_VIEWS, **_COLORS, "local_size": COUNT, "local_crops": WHOLE, "local_scale": _SCALE},
     },
-    "bissl_zoo.data.views.masked_view": {**_VIEWS, "mask_patch": COUNT, "mask_ratio": FRACTION},
+    "bissl_zoo.data.views.masked_view": {
+        **{**_VIEWS, "mask_patch": COUNT, "mask_ratio": FRACTION, "interpolation": choice("bicubic", "bilinear")},
+    },
     "bissl_zoo.optim.LRMultiplier": {"scheduler": ANY, "warmup_steps": WHOLE},
     f"{_SCHEDULES}.ConstantParamScheduler": {"value": NON_NEGATIVE},
     f"{_SCHEDULES}.CosineParamScheduler": {"start_value": NON_NEGATIVE, "end_value": NON_NEGATIVE},

@@ -154,6 +154,7 @@ def masked_view(
     flip_probability: float = 0.5,
     mask_patch: int = 32,
     mask_ratio: float = 0.6,
+    interpolation: str = "bilinear",
     mean: Sequence[float] = IMAGENET_MEAN,
     std: Sequence[float] = IMAGENET_STD,
 ) -> MaskedView:
@@ -162,6 +163,7 @@ def masked_view(
     Args:
         mask_patch: side in pixels of the masked squares; a multiple of the backbone's patch size.
         mask_ratio: fraction of the squares that are hidden; their number is rounded up.
+        interpolation: "bilinear" or "bicubic".
         size, crop_scale, aspect_ratio, mean, std: as for :func:`two_views`.
     Raises:
         ConfigError: the squares do not tile the view, or all or none of them would be hidden.
@@ -175,7 +177,7 @@ def masked_view(
             f"masked_view: mask_ratio={mask_ratio} hides {hidden} of {cells**2} squares of {mask_patch} pixels; some "
             "must be hidden and some visible. Change mask_ratio, or use a smaller mask_patch."
         )
-    crop = v2.RandomResizedCrop(size, tuple(crop_scale), tuple(aspect_ratio), antialias=True)
+    crop = v2.RandomResizedCrop(size, tuple(crop_scale), tuple(aspect_ratio), v2.InterpolationMode(interpolation))
     return MaskedView(
         v2.Compose([crop, v2.RandomHorizontalFlip(flip_probability), *_normalized(mean, std)]), cells, hidden
     )

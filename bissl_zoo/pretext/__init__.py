@@ -3,6 +3,7 @@
 from bissl_zoo.pretext.barlow_twins import BarlowTwins
 from bissl_zoo.pretext.byol import BYOL
 from bissl_zoo.pretext.dino import DINO
+from bissl_zoo.pretext.mae import MAE
 from bissl_zoo.pretext.method import PretextMethod
 from bissl_zoo.pretext.moco_v2 import MoCoV2
 from bissl_zoo.pretext.moco_v3 import MoCoV3
@@ -15,6 +16,7 @@ __all__ = [
     "BYOL",
     "BarlowTwins",
     "DINO",
+    "MAE",
     "MoCoV2",
     "MoCoV3",
     "PretextMethod",

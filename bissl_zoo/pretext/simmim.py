@@ -23,7 +23,7 @@ def masked_l1(prediction: Tensor, images: Tensor, mask: Tensor) -> Tensor:
         prediction, images: `(N, 3, H, W)`.
         mask: bool `(N, h, w)`; each cell is a rectangle of pixels, True for masked ones.
     """
-    hidden = _enlarge(mask, images.shape[-2:]).unsqueeze(1).expand_as(images)
+    hidden = enlarge(mask, images.shape[-2:]).unsqueeze(1).expand_as(images)
     return ((prediction - images).abs() * hidden).sum() / hidden.sum()
 
 
@@ -53,7 +53,7 @@ class SimMIM(PretextMethod):
     ) -> None:
         super().__init__(backbone, tail, augmentation or masked_view())
         projection = patch_projection(backbone)
-        _refuse_blocks(tail)
+        refuse_blocks(tail)
         self.tail.requires_grad_(False)
         info = backbone.feature_info[self.stage]
         self.mask_token = nn.Parameter(nn.init.trunc_normal_(torch.empty(projection.out_channels), std=0.02))
@@ -71,7 +71,7 @@ class SimMIM(PretextMethod):
         """Return the residuals of the hidden pixels `(M,)` and their weights, see :meth:`outer`."""
         images, mask = views
         prediction = self.decoder(self.hidden_features(backbone, images, mask))
-        hidden = _enlarge(mask, images.shape[-2:]).unsqueeze(1).expand_as(images)
+        hidden = enlarge(mask, images.shape[-2:]).unsqueeze(1).expand_as(images)
         residual = (prediction - images)[hidden]
         return residual, 1.0 / residual.detach().abs().clamp(min=SMALLEST_RESIDUAL)
 
@@ -97,7 +97,7 @@ class SimMIM(PretextMethod):
                 f"SimMIM: the mask has {tuple(mask.shape[-2:])} cells, which do not consist of whole patches: the "
                 f"backbone cuts these images into {grid}. Set augmentation.mask_patch to a multiple of {patch[0]}."
             )
-        hidden = _enlarge(mask, grid)
+        hidden = enlarge(mask, grid)
 
         def hide(module: nn.Module, inputs: Any, tokens: Tensor) -> Tensor:
             # timm's tokens are (N, patches, C) or (N, h, w, C)
@@ -121,23 +121,23 @@ def patch_projection(backbone: Backbone) -> nn.Conv2d:
     if not isinstance(projection, nn.Conv2d) or projection.kernel_size != projection.stride:
         name = getattr(backbone, "name", type(backbone).__name__)
         raise ConfigError(
-            f"SimMIM masks patches, but the backbone '{name}' has no embedding of non-overlapping patches. Use a ViT "
-            "with class_token=False and global_pool='avg' (configs/common/backbones/vit_small.py), or another pretext "
-            "method."
+            f"The pretext method masks patches, but the backbone '{name}' has no embedding of non-overlapping patches. "
+            "Use a ViT (configs/common/backbones/vit_small.py), or another pretext method."
         )
     return projection
 
 
-def _refuse_blocks(tail: Tail) -> None:
+def refuse_blocks(tail: Tail) -> None:
+    """Raise `ConfigError` if the tail contains blocks, which a method that does not run it would not train."""
     blocks = getattr(getattr(tail, "model", None), "blocks", None)
     if blocks is not None and any(True for _ in blocks.parameters()):
         raise ConfigError(
-            "SimMIM predicts pixels from the last map of the shared trunk, but the split leaves blocks after it. "
-            "Share the whole backbone: bilevel.shared_stage=null."
+            "The pretext method predicts pixels from the last map of the shared trunk, but the split leaves blocks "
+            "after it. Share the whole backbone: bilevel.shared_stage=null."
         )
 
 
-def _enlarge(mask: Tensor, size: tuple[int, int]) -> Tensor:
+def enlarge(mask: Tensor, size: tuple[int, int]) -> Tensor:
     """Repeat the cells of masks `(N, h, w)` to `(N, *size)`."""
     for dim, side in zip((1, 2), size, strict=True):
         mask = mask.repeat_interleave(side // mask.shape[dim], dim=dim)

@@ -39,7 +39,10 @@ WORLDS = (2, 4)
 METHODS = PRETEXT_METHODS.list()
 CURVATURES = ("hessian", "gauss_newton")
 SOLVER_NAMES = SOLVERS.list()
-SIZES = {"moco_v2": {"queue_length": 20}}  # shorter than a run, so that it wraps, and no multiple of the batch
+SIZES = {
+    "moco_v2": {"queue_length": 20},  # shorter than a run, so that it wraps, and no multiple of the batch
+    "mae": {"decoder_depth": 1, "decoder_heads": 2},
+}
 BATCH = 8
 TIMEOUT = datetime.timedelta(seconds=60)
 CONSTANT = LRMultiplier(ConstantParamScheduler(1.0))
@@ -56,7 +59,7 @@ def views(method, generator):
     images = tuple(torch.randn(2, BATCH, 3, 8, 8, dtype=torch.float64, generator=generator))
     if method == "dino":
         return *images, torch.randn(BATCH, 3, 4, 4, dtype=torch.float64, generator=generator)
-    if method == "simmim":  # two of four cells are hidden
+    if method in TRUNKS:  # two of four cells are hidden
         return images[0], (torch.rand(BATCH, 4, generator=generator).argsort(dim=1) < 2).view(BATCH, 2, 2)
     return images
 
@@ -87,22 +90,36 @@ class Trunk(nn.Module):
         return {"out": self.last(self.norm(self.stem(images)).relu())}
 
 
+class Tokens(nn.Module):
+    """Patches that know their mean, with the names of timm's transformers."""
+
+    num_prefix_tokens = 0
+
+    def __init__(self):
+        super().__init__()
+        self.patch_embed = PatchEmbed(8, patch_size=2, embed_dim=4)
+        self.patch_drop = nn.Identity()
+        self.norm = nn.BatchNorm1d(4)
+        self.last = nn.Linear(4, 6)
+
+    def forward_features(self, images):
+        tokens = self.norm(self.patch_drop(self.patch_embed(images)).mT).mT.relu()
+        return self.last(tokens + tokens.mean(dim=1, keepdim=True))
+
+
 class PatchTrunk(nn.Module):
-    """3x8x8 images -> a map of 6 channels, by an embedding of patches that is found where timm's ViTs have it."""
+    """3x8x8 images -> a map of 6 channels, for methods that mask patches."""
 
     out_features = ("out",)
     feature_info = {"out": FeatureInfo(6, 2, "last")}
 
     def __init__(self):
         super().__init__()
-        self.model = nn.Module()
-        self.model.patch_embed = PatchEmbed(8, patch_size=2, embed_dim=4, output_fmt="NHWC")
-        self.norm = nn.BatchNorm2d(4)
-        self.last = nn.Conv2d(4, 6, 3, padding=1)
+        self.model = Tokens()
+        self.norm = self.model.norm
 
     def forward(self, images):
-        patches = self.model.patch_embed(images).permute(0, 3, 1, 2)
-        return {"out": self.last(self.norm(patches).relu())}
+        return {"out": self.model.forward_features(images).mT.unflatten(2, (4, 4))}
 
 
 class Pool(nn.Module):
@@ -112,7 +129,7 @@ class Pool(nn.Module):
         return features.mean(dim=(2, 3))
 
 
-TRUNKS = {"simmim": PatchTrunk}
+TRUNKS = {"simmim": PatchTrunk, "mae": PatchTrunk}
 
 
 def problem(method, rank, world, curvature="gauss_newton", solver=None):

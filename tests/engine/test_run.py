@@ -77,6 +77,8 @@ def test_byol_and_classification_run_through_all_stages(tiny_config, folder_of_i
 ON_A_VIT = {
     "dino": "projector: [16, 8, 32], augmentation: {_target_: bissl_zoo.data.views.multi_crop,"
     " size: 32, local_size: 16, local_crops: 2}",
+    "mae": "decoder_dim: 16, decoder_depth: 1, decoder_heads: 2, augmentation:"
+    " {_target_: bissl_zoo.data.views.masked_view, size: 32, mask_patch: 16, mask_ratio: 0.75}",
     "simmim": "augmentation: {_target_: bissl_zoo.data.views.masked_view, size: 32, mask_patch: 16}",
 }
 
@@ -99,7 +101,7 @@ def test_a_resumed_run_of_crops_or_masks_on_a_vit_ends_as_one_that_was_not_inter
     assert all(value.isfinite().all() for state in whole for value in state.values())
     start = load_checkpoint(tmp_path / "run" / "checkpoints" / "pretrain" / "step_000002")[1]["levels"]["level"]
     assert not any(torch.equal(whole[0][key], value) for key, value in start["backbone"].items() if "weight" in key)
-    moved = {"dino": "center", "simmim": "mask_token"}[method]
+    moved = {"dino": "center", "mae": "mask_token", "simmim": "mask_token"}[method]
     assert not torch.equal(whole[1][moved], start["head"][moved])
     for later in ("pretrain/step_000002", "head_warmup", "bissl"):
         shutil.rmtree(tmp_path / "run" / "checkpoints" / later)

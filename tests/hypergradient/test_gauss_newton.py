@@ -13,6 +13,7 @@ HEADS = {
     "barlow_twins": {"projector": [7, 5]},
     "byol": {"projector": [7, 5], "predictor": [6, 5]},
     "dino": {"projector": [7, 5, 9]},
+    "mae": {"decoder_dim": 8, "decoder_depth": 1, "decoder_heads": 2},
     "moco_v2": {"projector": [7, 5], "queue_length": 11},
     "moco_v3": {"projector": [7, 5], "predictor": [6, 5]},
     "simclr": {"projector": [7, 5]},
@@ -49,7 +50,7 @@ class Pool(nn.Module):
 def problem(name):
     """A method in float64 on a tiny backbone, and a batch of views."""
     torch.manual_seed(0)
-    if name == "simmim":
+    if name in ("mae", "simmim"):
         vit = {"img_size": 8, "patch_size": 4, "embed_dim": 4, "depth": 1, "num_heads": 2}
         backbone = build_backbone(name="vit_tiny_patch16_224", class_token=False, global_pool="avg", **vit)
         backbone, tail = backbone.split(backbone.stages[-1])

@@ -1,7 +1,7 @@
 import pytest
 import torch
 from PIL import Image
-from pretext_methods import VIT, batch_of_views, build_method
+from pretext_methods import MASKED, VIT, batch_of_views, build_method
 
 from bissl_zoo.data.views import masked_view, multi_crop, two_views
 from bissl_zoo.pretext import PretextMethod
@@ -11,6 +11,7 @@ METHODS = PRETEXT_METHODS.list()
 #: views at 16 pixels, and the shapes of a sample at the paper's size, of methods that take other than two views
 VIEWS = {
     "dino": (multi_crop(size=16, local_size=8), [(3, 96, 96)] * 2 + [(3, 48, 48)] * 8),
+    "mae": (masked_view(size=16, mask_patch=8), [(3, 224, 224), (14, 14)]),
     "simmim": (masked_view(size=16, mask_patch=8), [(3, 192, 192), (6, 6)]),
 }
 
@@ -57,7 +58,7 @@ def test_the_backbone_is_an_argument_and_never_a_member(method):
 def test_embedding_is_what_the_whole_backbone_computes(method):
     trunk, pretext = build_method(method)
     torch.manual_seed(0)
-    whole = build_backbone(**(VIT if method == "simmim" else {"name": "test_resnet"}))
+    whole = build_backbone(**(VIT if method in MASKED else {"name": "test_resnet"}))
     images = batch_of_views(method)[0]
     for module in (whole, trunk, pretext):
         module.eval()

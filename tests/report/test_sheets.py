@@ -108,7 +108,7 @@ def test_every_pretext_method_shows_its_views(tiny_config, at_scenes, name):
     cfg = tiny_config()
     cfg.pretext = load_config(f"common/pretext/{name}.py").pretext
     cfg.pretext.update(narrow_widths({"name": name}))
-    if name == "simmim":
+    if name in ("mae", "simmim"):
         cfg.backbone = L(build_backbone)(name="test_vit", class_token=False, global_pool="avg")
         cfg.bilevel.shared_stage = None
     before = random_states()
