@@ -11,6 +11,7 @@ from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 
 from bissl_zoo.backbones import Backbone, Tail, merge_split_states
+from bissl_zoo.backbones.lora import without_factors
 from bissl_zoo.config import instantiate
 from bissl_zoo.data.views import IMAGENET_MEAN, IMAGENET_STD
 from bissl_zoo.engine.build import Weights, build_split_backbone
@@ -219,7 +220,7 @@ def resplit(weights: Weights, trunk: Backbone, tail: Tail) -> Weights:
     The tail of a backbone is in its pretext head's state, and so are copies of trunk and tail that the method keeps, as
     pairs of modules named `backbone` and `tail` (BYOL's teacher). Weights without a tail are returned unchanged.
     """
-    shared, rest = trunk.state_dict().keys(), tail.state_dict().keys()
+    shared, rest = (without_factors(part.state_dict()).keys() for part in (trunk, tail))
     pretext = dict(weights.pretext or {})
     whole = merge_split_states(weights.backbone, take(pretext, "tail."))
     if whole.keys() != shared | rest:

@@ -13,6 +13,7 @@ from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
+from bissl_zoo.backbones.lora import merge_lora, without_factors
 from bissl_zoo.bilevel.level import Level
 from bissl_zoo.data.samples import split_samples
 from bissl_zoo.distributed import StopRequest, average_gradients
@@ -27,7 +28,7 @@ class Weights:
     """State dicts that one stage leaves and the next one starts from; None for a part that does not exist yet.
 
     Attributes:
-        backbone: the trunk that both levels share, under timm's names.
+        backbone: the trunk that both levels share, under timm's names; LoRA is merged.
         tail: the rest of the backbone, if it does not come with `pretext`.
         pretext: the pretext method, the tail of the split backbone included.
         task: the downstream task.
@@ -43,6 +44,10 @@ class Weights:
     previous: "Weights | None" = None
     teacher: "Weights | None" = None
     pixels: Mapping[str, Any] | None = None
+
+    def __post_init__(self) -> None:
+        if self.backbone and len(merged := merge_lora(self.backbone)) < len(self.backbone):
+            self.backbone = merged
 
 
 @dataclass
@@ -348,8 +353,10 @@ def load_state(module: nn.Module, state: dict[str, Tensor], what: str) -> None:
     Raises:
         CheckpointError: with counts and examples of missing, unexpected and differently shaped tensors.
     """
-    difference = state_difference(module.state_dict(), state)
-    if difference:
+    expected = module.state_dict()
+    if state.keys() == without_factors(state).keys():  # the state of a backbone without LoRA fits one with it
+        expected = without_factors(expected)
+    if difference := state_difference(expected, state):
         raise CheckpointError(
             f"The {what} in the checkpoint belongs to another architecture: {difference}. "
             "Use the configuration that the checkpoint was made with, or another checkpoint."

@@ -9,6 +9,7 @@ import torch
 from fvcore.common.param_scheduler import ConstantParamScheduler
 
 from bissl_zoo.backbones import Backbone, Tail
+from bissl_zoo.backbones.lora import share_frozen
 from bissl_zoo.bilevel import Adaptation, BiLevel
 from bissl_zoo.bilevel.level import Level
 from bissl_zoo.bilevel.summary import HypergradientSummary
@@ -182,6 +183,7 @@ class Bissl(Stage):
         seed_everything(cfg.train.seed)
         lower_trunk, pretext = build_pretext(cfg, weights, context.device)
         upper_trunk, task = build_downstream(context, weights)
+        share_frozen(lower_trunk, upper_trunk)
         if settings.reset_teacher and isinstance(teacher := getattr(pretext, "teacher", None), Teacher):
             teacher.reset(backbone=lower_trunk, tail=pretext.tail, projector=pretext.projector)
         # an alternation takes one more pretext batch, for the curvature
