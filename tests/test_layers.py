@@ -33,7 +33,7 @@ EXCEPTIONS = {
     ("engine/trainer.py", "engine.build"): "a context counts the steps of its stages from the loaders of the config",
     ("zoo/stores/__init__.py", "zoo.stores.folder"): "a store is imported when a URL with its scheme is opened",
     ("zoo/stores/__init__.py", "zoo.stores.fsspec"): "a store is imported when a URL with its scheme is opened",
-    ("report/__init__.py", "report.write"): "matplotlib is imported only when a report is written",
+    ("report/__init__.py", "report.run"): "matplotlib is imported only when a report is written",
 }
 
 

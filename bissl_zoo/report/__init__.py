@@ -1,4 +1,4 @@
-"""Reports: one HTML file on a run, on several runs side by side, or on a zoo."""
+"""Reports: one HTML file on a run."""
 
 import logging
 from pathlib import Path
@@ -17,10 +17,10 @@ def report_after(folder: Path) -> None:
     from bissl_zoo.runs.directory import report_command
 
     try:
-        from bissl_zoo.report.write import write_report  # imports matplotlib
+        from bissl_zoo.report.run import write_report  # imports matplotlib
 
         with doing("writing the report"):
-            write_report([folder], folder / REPORT_FILE, images=IMAGES_AFTER_RUN, ended=True)
+            write_report(folder, folder / REPORT_FILE, images=IMAGES_AFTER_RUN, ended=True)
         logger.info(f"report {folder / REPORT_FILE}")
     except Exception as error:
         reason = f"{type(error).__name__}: {error}"

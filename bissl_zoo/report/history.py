@@ -3,12 +3,12 @@
 import math
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from bissl_zoo.engine.stages import alternates, find_stage
+from bissl_zoo.engine.stages import alternates
 from bissl_zoo.files import parse_json
 
 #: bytes that are read of the file, and of one line; far above what a run writes
@@ -193,13 +193,8 @@ class StageTime:
     speed: float = math.nan
 
 
-def time_of(history: History, wall: Any, tested: Mapping[str, float]) -> tuple[list[StageTime], list[str]]:
-    """Return the time of each stage from the records at the end of its processes, and notes on what is unknown.
-
-    Args:
-        wall: seconds of the whole run, anything else if unknown.
-        tested: seconds of the evaluations on the test set by the start of fine-tuning; 0 if not recorded.
-    """
+def time_of(history: History) -> list[StageTime]:
+    """Return the time of each stage from the records at the end of its processes."""
     stages: dict[str, StageTime] = {}
     for entry in history.entries:
         if "seconds/total" in entry.metrics:
@@ -208,23 +203,5 @@ def time_of(history: History, wall: Any, tested: Mapping[str, float]) -> tuple[l
             stage.evaluating += entry.seconds("evaluation", "probe")
             stage.waiting += entry.seconds("data")
             stage.saving += entry.seconds("checkpoint")
-    for name, stage in stages.items():
-        stage.speed = (history.series("speed/images_per_second", name).y or [math.nan])[-1]
-    for start, seconds in tested.items():
-        evaluated = {name: stage.start for name in stages if (stage := find_stage(name)) and stage.evaluates}
-        name = next((name for name in evaluated if evaluated[name] == start), next(reversed(evaluated), None))
-        if name is not None:
-            stages[name].seconds += seconds
-            stages[name].evaluating += seconds
-    notes = []
-    times = list(stages.values())
-    recorded = math.fsum(stage.seconds for stage in times)
-    unrecorded = [stage for stage in history.stages() if stage not in stages]
-    if unrecorded:
-        notes.append(f"No times were recorded of {', '.join(unrecorded)}: not ended yet, or run by an earlier version.")
-    if type(wall) not in (int, float) or not 0 < wall < _MAX_SECONDS:
-        notes.append("The wall time of the run is not known.")
-    elif times and recorded < wall:
-        times.append(StageTime("outside of the stages", wall - recorded))
-        notes.append("Outside of the stages: the start, publishing, and evaluations without a recorded time.")
-    return times, notes
+            stage.speed = (history.series("speed/images_per_second", entry.stage).y or [math.nan])[-1]
+    return list(stages.values())

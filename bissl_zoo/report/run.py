@@ -12,17 +12,31 @@ from matplotlib.figure import Figure
 from omegaconf import DictConfig, OmegaConf
 
 from bissl_zoo.config import LazyConfig, config_root, load_config, with_defaults
-from bissl_zoo.engine.evaluate import DETAILS_FILE, Details, read_details
+from bissl_zoo.engine.evaluate import DETAILS_FILE, read_details
 from bissl_zoo.engine.hooks import SKIPPED
 from bissl_zoo.engine.stages import alternates
 from bissl_zoo.errors import BisslZooError, CheckpointError, ConfigError
 from bissl_zoo.registry import STAGES
+from bissl_zoo.report import IMAGES
 from bissl_zoo.report.charts import detail_blocks, draw_curves, draw_losses, in_time
 from bissl_zoo.report.history import MAX_CURVES, Axis, History, Series, make_axis, read_history, time_of
-from bissl_zoo.report.page import Block, Chart, Fold, Note, Section, Sections, Table, Text, embed
+from bissl_zoo.report.page import (
+    Block,
+    Chart,
+    Fold,
+    Note,
+    Section,
+    Sections,
+    Table,
+    Text,
+    embed,
+    footer,
+    render,
+    save_page,
+)  # fmt: skip
 from bissl_zoo.report.visualize import RunImages
 from bissl_zoo.runs.directory import LOG_FILE, METRICS_FILE, load_run_config, read_metadata
-from bissl_zoo.runs.listing import FINISHED, RunState, look_at
+from bissl_zoo.runs.listing import FINISHED, RunState, is_run, look_at
 
 #: sections with defaults in common/train.py
 PLAIN = ("train", "pretrain", "bilevel", "finetune", "clip_grad")
@@ -237,9 +251,9 @@ class RunReport:
 
     def timing(self) -> list[Block]:
         """Return the time of each stage."""
-        stages, notes = time_of(self.history, self.state.metadata.get("wall_time_s"), self._tested())
+        stages = time_of(self.history)
         if not stages:
-            return [Note("No times have been recorded yet."), *map(Note, notes)]
+            return [Note("No times have been recorded yet.")]
         parts = {"evaluating": "evaluating", "waiting for data": "waiting", "checkpoints": "saving"}
         known = {part: any(getattr(item, part) for item in stages) for part in parts.values()}
         rows = [
@@ -249,15 +263,8 @@ class RunReport:
             for item in stages
         ]
         header = ["stage", "time", *parts, "images/s, last"]
-        return [Table(header, rows, "Time by stage.", range(1, 6), wide=True), *map(Note, notes)]
-
-    def _tested(self) -> dict[str, float]:
-        """Return the seconds of the evaluations on the test set by start of fine-tuning; 0 if not recorded."""
-        try:
-            details = read_details(self.folder)
-        except CheckpointError:  # the section on the test set shows the reason
-            details = {}
-        return {start: details.get(start, Details()).seconds for start in self.state.results}
+        caption = "Time by stage, without start, test and publishing."
+        return [Table(header, rows, caption, range(1, 6), wide=True)]
 
     def environment(self) -> list[Block]:
         """Return versions and hardware."""
@@ -270,6 +277,27 @@ class RunReport:
         if not self.state.entry:
             return [Note("The run has published nothing to a zoo.")]
         return [Table(["", ""], [[key, value] for key, value in self.state.entry.items()], "Zoo entry.")]
+
+
+def write_report(folder: Path, output: Path, images: int = IMAGES, ended: bool = False) -> int:
+    """Write the report of a run atomically.
+
+    Args:
+        folder: run directory in any state.
+        images: maximum number of images of a data set; 0 reads only the files of the run and builds nothing that its
+            config names.
+        ended: this process has finished the run and still holds its lock.
+    Returns:
+        The number of parts that could not be made; the page and a warning show the reason of each.
+    Raises:
+        CheckpointError: the folder is not a run directory.
+        ConfigError: `output` cannot be written.
+    """
+    if not is_run(folder):
+        raise CheckpointError(f"There is no run in {folder} (no config.yaml). Give the directory of a run.")
+    view = RunReport(folder, images, ended).view()
+    save_page(render("run.html", view=view, footer=footer()), output)
+    return view.problems
 
 
 def _chart(figure: Figure, caption: str) -> Chart:
@@ -287,8 +315,10 @@ def changed_keys(cfg: DictConfig, environment: str) -> tuple[str, list[list[Any]
     """
     name = shipped_config(environment)
     base = with_defaults(load_config(config_root() / name)) if name else load_config("common/train.py")
-    rows = [[key, *values] for key, values in differing([base, cfg]) if name or key.split(".")[0] in PLAIN]
-    return f"configs/{name or 'common/train.py'}", rows
+    before, after = (_leaves(OmegaConf.to_container(each, resolve=False)) for each in (base, cfg))
+    keys = [key for key in {**before, **after} if name or key.split(".")[0] in PLAIN]
+    rows = [[key, before.get(key), after.get(key)] for key in keys if before.get(key) != after.get(key)]
+    return f"configs/{name or 'common/train.py'}", [row for row in rows if row[0] != "train.output_dir"]
 
 
 def shipped_config(environment: str) -> str | None:
@@ -302,14 +332,6 @@ def shipped_config(environment: str) -> str | None:
     name = words[place].removeprefix("configs/") if place < len(words) else ""
     shipped = {path.relative_to(config_root()).as_posix() for path in config_root().rglob("*.py")}
     return name if name in shipped else None
-
-
-def differing(configs: Sequence[DictConfig]) -> list[tuple[str, list[Any]]]:
-    """Return the keys in which several configs differ, except for the output directory, with the value of each."""
-    flat = [_leaves(OmegaConf.to_container(cfg, resolve=False)) for cfg in configs]
-    keys = dict.fromkeys(key for values in flat for key in values)
-    rows = [(key, [values.get(key) for values in flat]) for key in keys if key != "train.output_dir"]
-    return [(key, values) for key, values in rows if any(value != values[0] for value in values)]
 
 
 def _leaves(node: Any, key: str = "") -> dict[str, Any]:

@@ -9,11 +9,10 @@ from browser import browser, find_browser
 from report_pages import HOSTILE, Parsed, harmless, report_of, small_run, write_records
 
 from bissl_zoo.config import LazyConfig
-from bissl_zoo.engine.evaluate import DETAILS_FILE, Details, read_details, write_details
+from bissl_zoo.engine.evaluate import DETAILS_FILE, Details, write_details
 from bissl_zoo.errors import CheckpointError
 from bissl_zoo.report import report_after
-from bissl_zoo.report.run import changed_keys, shipped_config
-from bissl_zoo.report.write import write_report
+from bissl_zoo.report.run import changed_keys, shipped_config, write_report
 from bissl_zoo.runs.directory import load_run_config
 
 needs_browser = pytest.mark.skipif(find_browser() is None, reason="needs Chromium: apt-get install chromium")
@@ -30,7 +29,7 @@ def whole(finished, scenes, tmp_path_factory):
     output = tmp_path_factory.mktemp("report") / "report.html"
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("BISSL_ZOO_DATASETS", str(scenes))
-        missing = write_report([finished], output, images=8)
+        missing = write_report(finished, output, images=8)
     return output, missing
 
 
@@ -69,7 +68,7 @@ def test_the_charts_name_their_axes_and_links_lead_to_sections(whole):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("gone", ["metrics.jsonl", "results.json", "checkpoints", "config.yaml", "metadata.json"])
+@pytest.mark.parametrize("gone", ["metrics.jsonl", "results.json", "checkpoints", "config.yaml"])
 def test_missing_parts_of_a_run_are_reported(run_copy, gone):
     path = run_copy / gone
     shutil.rmtree(path) if path.is_dir() else path.unlink()
@@ -80,7 +79,6 @@ def test_missing_parts_of_a_run_are_reported(run_copy, gone):
         "results.json": "There are no results yet",
         "checkpoints": "no checkpoint",
         "config.yaml": "cannot read this config file",
-        "metadata.json": "The wall time of the run is not known",
     }
     assert expected[gone] in text
     assert "Environment." in text
@@ -90,7 +88,7 @@ def test_missing_parts_of_a_run_are_reported(run_copy, gone):
 def test_missing_data_is_reported_in_place_of_its_images(finished, tmp_path, monkeypatch, caplog):
     (tmp_path / "file").touch()
     monkeypatch.setenv("BISSL_ZOO_DATASETS", str(tmp_path / "file" / "nowhere"))
-    missing = write_report([finished], tmp_path / "report.html", images=8)
+    missing = write_report(finished, tmp_path / "report.html", images=8)
     parsed = harmless((tmp_path / "report.html").read_text())
     assert missing == len(parsed.problems) == 4  # samples, views, features, predictions
     assert all(str(tmp_path / "file") in problem for problem in parsed.problems)
@@ -131,17 +129,6 @@ def test_the_sentence_about_the_hypergradients_is_shown_with_their_charts(tmp_pa
 
 
 @pytest.mark.slow
-def test_the_time_of_every_evaluation_is_in_the_table(whole, finished):
-    details = read_details(finished)
-    assert details.keys() == {"pretrained", "bissl"} and all(one.seconds > 0 for one in details.values())
-    parsed = Parsed(whole[0].read_text(encoding="utf-8"))
-    header = ("stage", "time", "evaluating", "waiting for data", "checkpoints", "images/s, last")
-    rows = {row[0]: row[1:] for row in parsed.table(*header)}
-    for stage, start in (("finetune_pretrained", "pretrained"), ("finetune", "bissl")):
-        assert rows[stage][1] == f"{details[start].seconds:.1f} s"
-
-
-@pytest.mark.slow
 def test_the_shipped_config_of_a_run_is_its_base(finished):
     cfg = load_run_config(finished)
     base, rows = changed_keys(cfg, "command: train_net.py --config-file quickstart/digit_scenes_det.py x=1\n")
@@ -168,26 +155,9 @@ def test_a_run_without_fine_tuning_has_neither_predictions_nor_problems(run_copy
     assert parsed.problems == []
 
 
-@pytest.mark.slow
-def test_several_runs_stand_side_by_side(finished, run_copy, tmp_path):
-    text = (run_copy / "config.yaml").read_text()
-    (run_copy / "config.yaml").write_text(text.replace("lower_steps: 2", "lower_steps: 3"))
-    (run_copy / "results.json").unlink()
-    write_report([finished, run_copy], tmp_path / "both.html", images=0)
-    parsed = harmless((tmp_path / "both.html").read_text())
-    assert parsed.table("key", "finished", "run") == [["bilevel.lower_steps", "2", "3"]]
-    names = list(json.loads((finished / "results.json").read_text())["bissl"])
-    rows = parsed.table("run", "state", "fine-tuned from", *[name for name in names if "/" not in name])
-    assert [row[:3] for row in rows] == [
-        ["finished", "finished", "pretrained"], ["finished", "finished", "bissl"], ["run", "interrupted", "\u2013"],
-    ]  # fmt: skip
-    names = [attrs["id"] for _, attrs in parsed.elements if "id" in attrs]
-    assert len(names) == len(set(names))
-
-
 def test_a_folder_without_a_run_is_refused(tmp_path):
     with pytest.raises(CheckpointError, match="There is no run in"):
-        write_report([tmp_path], tmp_path / "x.html")
+        write_report(tmp_path, tmp_path / "x.html")
 
 
 @pytest.mark.slow
@@ -208,7 +178,7 @@ def test_a_report_that_fails_is_a_warning(finished, caplog, monkeypatch):
     def fail(*arguments, **options):
         raise RuntimeError("no ink")
 
-    monkeypatch.setattr("bissl_zoo.report.write.write_report", fail)
+    monkeypatch.setattr("bissl_zoo.report.run.write_report", fail)
     report_after(finished)
     assert f"the report was not written: RuntimeError: no ink. Try bissl report {finished}" in caplog.text
 

@@ -6,7 +6,7 @@ from html.parser import HTMLParser
 from xml.etree import ElementTree
 
 from bissl_zoo.config import LazyConfig
-from bissl_zoo.report.write import write_report
+from bissl_zoo.report.run import write_report
 
 HOSTILE = '<script>alert("x")</script><img src=x onerror=alert(1)>\'"&{{7*7}}$x_1^2$'
 _VOID = {"meta", "link", "img", "br", "input"}
@@ -57,7 +57,7 @@ class Parsed(HTMLParser):
 def report_of(folder, images=0, **options):
     """Return the page of a run as text."""
     page = folder.parent / f"{folder.name}.html"
-    write_report([folder], page, images, **options)
+    write_report(folder, page, images, **options)
     return page.read_text(encoding="utf-8")
 
 

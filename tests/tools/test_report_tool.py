@@ -2,7 +2,6 @@
 
 import pytest
 from command_line import load_tool
-from tiny_entries import publish_tiny
 
 
 @pytest.fixture
@@ -15,8 +14,8 @@ def report(capsys):
             status = tool.cli([str(argument) for argument in arguments])
         except SystemExit as refused:
             status = refused.code
-        said = capsys.readouterr()
-        return status, said.out, said.err
+        printed = capsys.readouterr()
+        return status, printed.out, printed.err
 
     return call
 
@@ -53,14 +52,6 @@ def test_the_number_of_images_is_an_option(report, finished, tmp_path, at_scenes
     assert "among 4 of 8 test images" in (tmp_path / "report.html").read_text()
 
 
-def test_a_zoo_becomes_a_page_with_its_data_sets(report, tmp_path):
-    publish_tiny(tmp_path / "zoo", name="one", metrics={"AP50": 0.5}, seeds=[0], datasets={"test": "my_cells"})
-    status, out, _ = report("--html", "zoo", "--zoo", tmp_path / "zoo", "--output", tmp_path / "zoo.html")
-    page = (tmp_path / "zoo.html").read_text()
-    assert (status, out) == (0, f"report {tmp_path / 'zoo.html'}\n")
-    assert "my_cells" in page and "test_resnet" in page and ">0.5<" in page
-
-
 def test_other_folders_are_refused(report, tmp_path):
     status, _, err = report(tmp_path)
     assert status == 1 and err.startswith(f"error: There is no run in {tmp_path}")
@@ -68,7 +59,7 @@ def test_other_folders_are_refused(report, tmp_path):
 
 @pytest.mark.parametrize(
     "arguments",
-    [[], ["a", "--html", "zoo"], ["a", "--zoo", "x"], ["a", "--images", "0"], ["a", "--images", "5", "--files-only"]],
+    [[], ["a", "b"], ["a", "--images", "0"], ["a", "--images", "5", "--files-only"]],
 )
 def test_arguments_that_do_not_go_together_are_refused(report, arguments):
     assert report(*arguments)[0] == 2
