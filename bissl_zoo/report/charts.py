@@ -1,4 +1,4 @@
-"""Charts of a run: losses, other curves, and the last evaluation by class."""
+"""Charts of a run: curves, and the last evaluation by class."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -6,82 +6,25 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator, NullFormatter
 
 from bissl_zoo.downstream.drawing import COLOURS, shorten
 from bissl_zoo.engine.evaluate import Details, worst_confusions
-from bissl_zoo.engine.stages import alternates, find_stage
 from bissl_zoo.evaluation.ranking import MOST_RANKED
-from bissl_zoo.report.history import MAX_CURVES, Axis, History, Series
+from bissl_zoo.report.history import MAX_CURVES, Series
 from bissl_zoo.report.page import TEXT, Block, Chart, Fold, Note, Table, chart_style, embed, shown
 
 #: inches; the width of a phone
 WIDTH, HEIGHT = 5.0, 2.9
-#: backgrounds of the stages
-_SHADES = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9")
-_SHADE = 0.16
 _DASHES = ("-", "--", ":", "-.")
-#: bars of one chart and curves of precision; of more classes the best and the worst are shown
-MAX_BARS, MAX_PRECISIONS = 24, 6
+#: curves of precision; of more classes the best and the worst are shown
+MAX_PRECISIONS = 6
+#: rows up to which the table of metrics by class is not folded
+_OPEN = 24
 #: classes of a confusion matrix with numbers in its cells, and of the largest one that is drawn
 _NUMBERED, _DRAWN = 12, 60
 #: characters of a class name
 _NAME = 18
-
-
-def draw_losses(history: History, axis: Axis) -> Figure | None:
-    """Draw the pretext loss above the downstream loss over the steps of all stages; None without any loss."""
-    levels = loss_parts(history, axis)
-    if not levels:
-        return None
-    with chart_style():
-        figure = Figure(figsize=(WIDTH, 1.0 + 1.6 * len(levels)), layout="constrained")
-        panels = figure.subplots(len(levels), 1, sharex=True, squeeze=False)[:, 0]
-        for number, (panel, (name, parts)) in enumerate(zip(panels, levels.items(), strict=True)):
-            for place, span in enumerate(axis.spans):
-                colour = _SHADES[place % len(_SHADES)]
-                panel.axvspan(span.start, span.start + span.length, color=colour, alpha=_SHADE, linewidth=0)
-            for part in parts:
-                _line(panel, part.thinned(), COLOURS[0] if number == 0 else COLOURS[4])
-            panel.set_ylabel(name)
-        panels[-1].set_xlabel("optimizer steps since the run began")
-        panels[-1].set_xlim(0, max([1, *(span.start + span.length for span in axis.spans)]))
-        patches = [
-            Patch(color=_SHADES[place % len(_SHADES)], alpha=_SHADE * 2, label=f"{span.stage}, {span.length} steps")
-            for place, span in enumerate(axis.spans)
-        ]
-        figure.legend(handles=patches, loc="outside lower center", ncols=2)
-    return figure
-
-
-def loss_parts(history: History, axis: Axis) -> dict[str, list[Series]]:
-    """Return the losses of both levels, if there are any, as one series per stage on the common axis."""
-    levels = {"pretext loss": _level(history, axis, "lower"), "downstream loss": _level(history, axis, "upper")}
-    return {name: parts for name, parts in levels.items() if parts}
-
-
-def _level(history: History, axis: Axis, level: str) -> list[Series]:
-    parts = []
-    for span in axis.spans:
-        stage = find_stage(span.stage)
-        if stage is None:
-            continue
-        if alternates(span.stage):
-            by_step = level == "upper" and any(True for _ in history.of(span.stage, upper=True))
-            entries, name = history.of(span.stage, upper=by_step), f"{level}/total_loss"
-        elif ("pretext" in stage.provides) == (level == "lower"):
-            entries, name = history.of(span.stage), "total_loss"
-        else:
-            continue
-        part = Series()
-        for entry in entries:
-            value, place = entry.number(name), axis.place(entry, level)
-            if value is not None and place is not None:
-                part.x.append(place)
-                part.y.append(value)
-        parts += [part] if part.x else []
-    return parts
 
 
 def _line(panel: Axes, series: Series, colour: str, dashes: str = "-", label: str | None = None) -> None:
@@ -122,10 +65,6 @@ def plain_label(name: str) -> str:
     return f"\u200b{shown(name)}" if name.startswith("_") else shown(name)
 
 
-def _annotate(panel: Axes, text: str, x: float, y: float, size: float) -> None:
-    panel.annotate(text, (x, y), xytext=(3, 0), textcoords="offset points", va="center", fontsize=size)
-
-
 def in_time(seconds: float) -> str:
     """Return a duration as text."""
     if seconds < 60:
@@ -136,15 +75,8 @@ def in_time(seconds: float) -> str:
 
 def detail_blocks(details: Mapping[str, Details]) -> list[Block]:
     """Return the charts and tables of the metrics by class, for every fine-tuning."""
-    by_class = [metrics for detail in details.values() for metrics in detail.per_class.values()]
-    names = dict.fromkeys(name for metrics in by_class for name in metrics)
-    metric = next((name for name in ("AP50", "AP", "top1", "AP11", *names) if name in names), None)
+    names = dict.fromkeys(name for d in details.values() for metrics in d.per_class.values() for name in metrics)
     blocks: list[Block] = []
-    if metric:
-        labels, cut = _ranked(details, metric)
-        which = f"; the {MAX_BARS // 2} best and the {MAX_BARS // 2} worst" if cut else ""
-        title = f"{metric} by class"
-        blocks.append(Chart(embed(draw_classes(details, metric, labels), title), f"{title}, fractions{which}."))
     for start, detail in details.items():
         aside = f", fine-tuned from {start}"
         if detail.curves:
@@ -167,38 +99,10 @@ def detail_blocks(details: Mapping[str, Details]) -> list[Block]:
             for start, detail in details.items()
             for label, m in detail.per_class.items()
         ]
-        table = Table(["class", "fine-tuned from", *names], rows, "", range(2, 2 + len(names)))
-        blocks.append(Fold("All metrics by class", [table]))
+        caption = "Metrics by class, fractions."
+        table = Table(["class", "fine-tuned from", *names], rows, caption, range(2, 2 + len(names)))
+        blocks.append(table if len(rows) <= _OPEN else Fold("Metrics by class", [table]))
     return blocks or [Note("The evaluation has no metrics by class.")]
-
-
-def _ranked(details: Mapping[str, Details], metric: str) -> tuple[list[str], bool]:
-    """Return the classes from best to worst of the last fine-tuning, and whether some are left out."""
-    last = list(details.values())[-1].per_class
-    ranked = sorted(last, key=lambda label: -last[label].get(metric, 0.0))
-    half = MAX_BARS // 2
-    return (ranked[:half] + ranked[-half:], True) if len(ranked) > MAX_BARS else (ranked, False)
-
-
-def draw_classes(details: Mapping[str, Details], metric: str, labels: Sequence[str]) -> Figure:
-    """Draw a group of bars per class, one bar for each fine-tuning."""
-    thick = 0.8 / len(details)
-    with chart_style():
-        height = 0.9 + 0.26 * len(labels) * max(1.0, 0.6 * len(details))
-        figure = Figure(figsize=(WIDTH, height), layout="constrained")
-        panel = figure.subplots()
-        for number, (start, detail) in enumerate(details.items()):
-            rows = [place + (number - (len(details) - 1) / 2) * thick for place in range(len(labels))]
-            values = [detail.per_class.get(label, {}).get(metric, 0.0) for label in labels]
-            panel.barh(rows, values, height=thick, color=COLOURS[number % 6], label=plain_label(f"from {start}"))
-            for row, value in zip(rows, values, strict=True):
-                _annotate(panel, f"{value:.3f}", value, row, TEXT - 2)
-        panel.set_yticks(range(len(labels)), [shown(shorten(label, _NAME)) for label in labels])
-        panel.set(xlim=(0, 1.12), xlabel=f"{shown(metric)} (fraction)", xticks=[0, 0.25, 0.5, 0.75, 1])
-        panel.invert_yaxis()
-        if len(details) > 1:
-            figure.legend(loc="outside lower center", ncols=2)
-    return figure
 
 
 def draw_precision(curves: Mapping[str, Sequence[float]]) -> Figure:

@@ -1,4 +1,4 @@
-"""The records of `metrics.jsonl`: series over steps, the common axis of all stages, and the time of each stage."""
+"""The records of `metrics.jsonl`: series over steps, and the time of each stage."""
 
 import math
 import os
@@ -8,7 +8,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from bissl_zoo.engine.stages import alternates
 from bissl_zoo.files import parse_json
 
 #: bytes that are read of the file, and of one line; far above what a run writes
@@ -137,48 +136,6 @@ def _entry(line: bytes) -> Entry | None:
 
 def _is_count(value: Any) -> bool:
     return type(value) is int and 0 <= value < 1 << 53
-
-
-@dataclass(frozen=True)
-class Span:
-    """A stage on the common axis, in optimizer steps."""
-
-    stage: str
-    start: int
-    length: int
-
-
-@dataclass(frozen=True)
-class Axis:
-    """Optimizer steps of all stages in order; an alternation of `bissl` has its lower and its upper steps."""
-
-    spans: tuple[Span, ...]
-    lower_steps: int
-    upper_steps: int
-
-    def place(self, entry: Entry, level: str = "") -> float | None:
-        """Return the position of a record; `level`: "lower" or "upper", whose loss it has in `bissl`."""
-        span = next((span for span in self.spans if span.stage == entry.stage), None)
-        if span is None:
-            return None
-        if not alternates(entry.stage):
-            return span.start + entry.step
-        before = span.start + (entry.step - 1) * (self.lower_steps + self.upper_steps) + self.lower_steps
-        if entry.upper is not None:
-            return before + entry.upper - (entry.step - 1) * self.upper_steps
-        return before if level == "lower" else before + self.upper_steps
-
-
-def make_axis(history: History, lower_steps: int, upper_steps: int) -> Axis:
-    """Return the axis of all records so far."""
-    spans: list[Span] = []
-    start = 0
-    for stage in history.stages():
-        last = max(entry.step for entry in history.entries if entry.stage == stage)
-        length = last * (lower_steps + upper_steps if alternates(stage) else 1)
-        spans.append(Span(stage, start, length))
-        start += length
-    return Axis(tuple(spans), lower_steps, upper_steps)
 
 
 @dataclass

@@ -15,11 +15,11 @@ from bissl_zoo.config import LazyConfig, config_root, load_config, with_defaults
 from bissl_zoo.engine.evaluate import DETAILS_FILE, read_details
 from bissl_zoo.engine.hooks import SKIPPED
 from bissl_zoo.engine.stages import alternates
-from bissl_zoo.errors import BisslZooError, CheckpointError, ConfigError
+from bissl_zoo.errors import CheckpointError, ConfigError
 from bissl_zoo.registry import STAGES
 from bissl_zoo.report import IMAGES
-from bissl_zoo.report.charts import detail_blocks, draw_curves, draw_losses, in_time
-from bissl_zoo.report.history import MAX_CURVES, Axis, History, Series, make_axis, read_history, time_of
+from bissl_zoo.report.charts import detail_blocks, draw_curves, in_time
+from bissl_zoo.report.history import MAX_CURVES, History, Series, read_history, time_of
 from bissl_zoo.report.page import (
     Block,
     Chart,
@@ -56,6 +56,11 @@ _HYPERGRADIENT = [
         {"log": True},
     ),
 ]
+_LOSSES = {
+    "total_loss": "",
+    "lower/total_loss": " of the pretext level",
+    "upper/total_loss": " of the downstream level",
+}
 _PROBES = [
     (["probe/knn_top1", "probe/linear_top1"], "top-1 (fraction)", "kNN and linear accuracy"),
     (["probe/effective_rank"], "effective rank", "Effective rank of the embedding"),
@@ -94,16 +99,6 @@ class RunReport:
     def cfg(self) -> DictConfig:
         """Return the config that the run wrote; nothing that it names is imported."""
         return load_run_config(self.folder)
-
-    @cached_property
-    def axis(self) -> Axis:
-        """Return the axis of the losses; if the config cannot be read, an alternation is one step of each level."""
-        try:
-            steps = [OmegaConf.select(self.cfg, f"bilevel.{key}") for key in ("lower_steps", "upper_steps")]
-        except BisslZooError:  # the section on the config shows the reason
-            steps = [1, 1]
-        counts = [step if type(step) is int and 0 < step < 1 << 31 else 1 for step in steps]
-        return make_axis(self.history, *counts)
 
     def view(self) -> View:
         """Return all sections."""
@@ -190,11 +185,20 @@ class RunReport:
         return [*([Note(text, problem=True)] if skipped else []), *table]
 
     def losses(self) -> list[Block]:
-        """Return the losses of both levels over the whole run."""
-        figure = draw_losses(self.history, self.axis)
-        if figure is None:
-            return [Note("No loss has been written yet.")]
-        return [_chart(figure, "Loss of the pretext level (above) and of the downstream level (below); stages shaded.")]
+        """Return the losses of each stage."""
+        blocks: list[Block] = []
+        for stage in self.history.stages():
+            for key, level in _LOSSES.items():
+                curves = self._curves([key], stage, upper=True)
+                x_label = f"upper steps of {stage}" if curves else self._steps_of(stage)
+                curves = curves or self._curves([key], stage)
+                if curves:
+                    blocks.append(_chart(draw_curves(curves, x_label, "loss"), f"Loss{level}, {stage}."))
+        return blocks or [Note("No loss has been written yet.")]
+
+    @staticmethod
+    def _steps_of(stage: str) -> str:
+        return f"{'alternations' if alternates(stage) else 'steps'} of {stage}"
 
     def evaluations(self) -> list[Block]:
         """Return the evaluations during fine-tuning."""
@@ -235,7 +239,7 @@ class RunReport:
         """Return the quality of the embedding and signs of collapse over time."""
         blocks: list[Block] = []
         for stage in self.history.stages():
-            x_label = f"{'alternations' if alternates(stage) else 'steps'} of {stage}"
+            x_label = self._steps_of(stage)
             for keys, y_label, caption in _PROBES:
                 curves = self._curves(keys, stage)
                 if curves:

@@ -1,12 +1,11 @@
-"""Series, the common axis and the time of stages, from the records of a run."""
+"""Series and the time of stages, from the records of a run."""
 
-import json
 import math
 
 import pytest
 from report_pages import harmless, report_of, small_run, write_records
 
-from bissl_zoo.report.history import Series, make_axis, read_history, time_of
+from bissl_zoo.report.history import Series, read_history, time_of
 
 
 @pytest.mark.slow
@@ -20,7 +19,7 @@ def test_damaged_lines_are_counted_and_the_others_drawn(run_copy):
     assert history.problem.strip() == "metrics.jsonl: 7 lines cannot be read and are left out."
     assert len(history.entries) == len(lines)
     parsed = harmless(report_of(run_copy))
-    assert "pretext loss" in parsed.drawn
+    assert "loss" in parsed.drawn
     assert [text for text in parsed.problems if "7 lines cannot be read" in text]
 
 
@@ -30,26 +29,6 @@ def test_numbers_that_are_none_leave_gaps(tmp_path):
                   {"total_loss": 10**400}, {"total_loss": True}, {"total_loss": None}, {"total_loss": 2.0})  # fmt: skip
     assert read_history(run / "metrics.jsonl").series("total_loss", "finetune") == Series([1, 8], [1.0, 2.0])
     harmless(report_of(run))
-
-
-def test_alternations_lie_on_the_axis_with_their_lower_and_upper_steps(tmp_path):
-    path = tmp_path / "metrics.jsonl"
-    records = [
-        {"stage": "pretrain", "step": 10, "total_loss": 1.0},
-        {"stage": "bissl", "step": 1, "upper_step": 1, "upper/total_loss": 1.0},
-        {"stage": "bissl", "step": 1, "upper_step": 2, "upper/total_loss": 1.0},
-        {"stage": "bissl", "step": 2, "lower/total_loss": 2.0},
-        {"stage": "bissl", "step": 2, "upper_step": 3, "upper/total_loss": 1.0},
-        {"stage": "finetune", "step": 4, "total_loss": 1.0},
-    ]
-    path.write_text("".join(json.dumps(record) + "\n" for record in records))
-    history = read_history(path)
-    axis = make_axis(history, lower_steps=5, upper_steps=2)
-    assert [(span.stage, span.start, span.length) for span in axis.spans] == [
-        ("pretrain", 0, 10), ("bissl", 10, 14), ("finetune", 24, 4),
-    ]  # fmt: skip
-    assert [axis.place(entry, "upper") for entry in history.entries] == [10, 16, 17, 24, 23, 28]
-    assert axis.place(history.entries[3], "lower") == 22
 
 
 def test_long_curves_are_means_of_their_parts():

@@ -86,26 +86,24 @@ class COCODetection(DetectionSet):
     def _labels_by_category(self, categories: list[Any], chosen: Sequence[str] | None) -> dict[Id, int | None]:
         """Set `classes`; return the label of each category id, None for a category that is not chosen."""
         name_of: dict[Id, str] = {}
-        names: set[str] = set()
         for number, record in enumerate(categories, start=1):
             try:
                 key, name = _id(record, "id"), record.get("name")
                 if not isinstance(name, str) or not name:
                     raise _Wrong("it has no name")
-                if key in name_of or name in names:
+                if key in name_of or name in name_of.values():
                     raise _Wrong(f"its id or its name, {_shown(name)}, was there before")
             except _Wrong as error:
                 raise DatasetError(f"{self._at('category', number, record)}: {error}. Fix the file.") from error
             name_of[key] = name
-            names.add(name)
         in_order = [name_of[key] for key in sorted(name_of, key=lambda key: (isinstance(key, str), key))]
         self.classes = in_order if chosen is None else distinct_classes(chosen)
         if not self.classes:
             raise DatasetError(f"COCO annotations {self._path}: there is no category, or none is chosen in classes.")
-        others = [name for name in in_order if name not in self.classes]
-        absent = [name for name in self.classes if name not in names]
+        absent = [name for name in self.classes if name not in in_order]
         for name in absent:
-            if (hint := did_you_mean(name, others)) or len(absent) == len(self.classes):
+            hint = did_you_mean(name, [other for other in in_order if other not in self.classes])
+            if hint or len(absent) == len(self.classes):
                 raise DatasetError(
                     f"COCO annotations {self._path} have no category {_shown(name)}.{hint} If the name is right, add "
                     "it to the file's list 'categories'."
@@ -128,34 +126,32 @@ class COCODetection(DetectionSet):
                 if key in place_of:  # never skipped: it is unknown which annotations belong to which
                     raise DatasetError(f"{self._at('image', number, record)}: its id was there before. Fix the file.")
                 place_of[key] = None
-                file, size = self._file_of(record, folders), _size(record) if labelled else (0, 0)
-                if file in files:
+                path = self._path_of(record.get("file_name"))
+                if path.parent not in folders:
+                    folders[path.parent] = _names_in(path.parent)
+                if path.name not in folders[path.parent]:
+                    raise _Wrong(f"there is no such file in {self._folder}")
+                if str(path) in files:
                     raise _Wrong("another image is the same file")
+                size = _size(record) if labelled else (0, 0)
             except _Wrong as error:
                 problem = f"{self._at('image', number, record)}: {error}."
                 self._leave_out("images", "without a usable file or record", problem)
                 continue
             place_of[key] = len(files)
-            files[file] = size
+            files[str(path)] = size
         return list(files), list(files.values()), place_of
 
-    def _file_of(self, record: Record, folders: dict[Path, frozenset[str]]) -> str:
-        """Return the file of an image; `folders` caches the content of each folder."""
-        name = record.get("file_name")
+    def _path_of(self, name: Any) -> Path:
         try:
             usable = isinstance(name, str) and b"\0" not in os.fsencode(name)
         except UnicodeEncodeError:
             usable = False
         if not usable:
             raise _Wrong("its file_name is missing or no name of a file")
-        path = Path(name)
-        if path.anchor or ".." in path.parts:
+        if Path(name).anchor or ".." in Path(name).parts:
             raise _Wrong(f"its file_name leads out of {self._folder}, and is not followed")
-        if path.parent not in folders:
-            folders[path.parent] = _names_in(self._folder / path.parent)
-        if path.name not in folders[path.parent]:
-            raise _Wrong(f"there is no such file in {self._folder}")
-        return str(self._folder / path)
+        return self._folder / name
 
     def _objects_of(
         self,
@@ -165,7 +161,7 @@ class COCODetection(DetectionSet):
         label_of: dict[Id, int | None],
     ) -> tuple[list[int], list[Box], list[int], list[bool]]:
         """Return for each object the index of its image, its box, its label, and whether it is a crowd."""
-        places, boxes, labels, crowds = [], [], [], []
+        objects: list[tuple[int, Box, int, bool]] = []
         seen: set[Id] = set()
         for number, record in enumerate(records, start=1):
             try:
@@ -173,23 +169,21 @@ class COCODetection(DetectionSet):
                 if key in seen:
                     raise _Wrong("its id was there before")
                 seen.add(key)
-                place = _known(_id(record, "image_id"), place_of, "image")
-                label = _known(_id(record, "category_id"), label_of, "category")
+                place, label = _known(record, "image", place_of), _known(record, "category", label_of)
                 if place is None:
                     continue
-                box, crowd = _box(record.get("bbox"), *sizes[place]), _crowd(record)
+                if record.get("iscrowd", 0) not in (0, 1):
+                    raise _Wrong(f"iscrowd is {_shown(record['iscrowd'])}; accepted are 0 and 1")
+                box = _box(record.get("bbox"), *sizes[place])
             except _Wrong as error:
                 problem = f"{self._at('annotation', number, record)}: {error}."
                 self._leave_out("objects", "with an impossible box, id, image or category", problem)
                 continue
             if label is None:
                 self._left_out["objects of other classes"] += 1
-                continue
-            places.append(place)
-            boxes.append(box)
-            labels.append(label)
-            crowds.append(crowd)
-        return places, boxes, labels, crowds
+            else:
+                objects.append((place, box, label, bool(record.get("iscrowd", 0))))
+        return tuple(map(list, zip(*objects, strict=True))) if objects else ([], [], [], [])
 
     def _at(self, what: str, number: int, record: Any) -> str:
         """Return the position of a record for a message: its number, id and file name."""
@@ -211,7 +205,8 @@ def _id(record: Any, key: str) -> Id:
     return record[key]
 
 
-def _known(key: Id, known: dict[Id, int | None], what: str) -> int | None:
+def _known(record: Any, what: str, known: dict[Id, int | None]) -> int | None:
+    key = _id(record, f"{what}_id")
     if key not in known:
         raise _Wrong(f"{what}_id {_shown(key)} is no {what} of the file")
     return known[key]
@@ -230,21 +225,12 @@ def _box(written: Any, width: int, height: int) -> Box:
         raise _Wrong("bbox is missing, or not four numbers")
     x, y, w, h = written
     shape = f"(x {x:g}, y {y:g}, width {w:g}, height {h:g})"
-    if w <= 0 or h <= 0:
-        raise _Wrong(f"the box has no area {shape}")
-    if min(x, y, width - (x + w), height - (y + h)) < -_TOLERANCE:
+    if w > 0 and h > 0 and min(x, y, width - (x + w), height - (y + h)) < -_TOLERANCE:
         raise _Wrong(f"the box {shape} lies outside the image ({width} x {height})")
     box = (max(x, 0), max(y, 0), min(x + w, width), min(y + h, height))
     if not has_area(box):
         raise _Wrong(f"the box has no area {shape} in the image ({width} x {height})")
     return box
-
-
-def _crowd(record: Record) -> bool:
-    crowd = record.get("iscrowd", 0)
-    if crowd not in (0, 1):
-        raise _Wrong(f"iscrowd is {_shown(crowd)}; accepted are 0 and 1")
-    return bool(crowd)
 
 
 def _is_number(value: Any) -> bool:
