@@ -112,7 +112,7 @@ PARTS: dict[str, tuple[str, dict[str, Domain]]] = {
             },
             **{"on_bad_annotation": choice("error", "skip"), "on_bad": choice("error", "skip"), "as_tensor": FLAG},
             **{"val_fraction": FRACTION, "seed": SEED, "limit": NULL | COUNT, "shuffle_buffer": COUNT},
-            **{"partition": COUNT, "fold": NULL | WHOLE, "difficult": choice("ignore", "positive")},
+            **{"difficult": choice("ignore", "positive", "negative")},
             **dict.fromkeys(("image_size", "train", "test"), COUNT),
             **dict.fromkeys(("unlabeled", "val"), WHOLE),
         },

@@ -86,9 +86,9 @@ class ClassificationSet:
     they are drawn from the training images: `val_fraction` of each class, rounded down, with `seed`; the default of a
     fifth is that of the BiSSL authors (arXiv 2410.02387). In addition:
 
-    - sun397 and dtd have ten partitions; the first is the usual one.
-    - caltech101 has no official split: 30 images of each class, drawn with `partition`, are `trainval`, and the others
-      `test`, as in SimCLR's transfer protocol (arXiv 2002.05709) and by the BiSSL authors.
+    - sun397 and dtd are read in the first of their ten partitions, the usual one.
+    - caltech101 has no official split: 30 images of each class, drawn once, are `trainval`, and the others `test`, as
+      in SimCLR's transfer protocol (arXiv 2002.05709) and by the BiSSL authors.
     - imagenet: `test` is val/, since the official test labels are not public; `train` and `val` share train/.
     - stl10 has a split `unlabeled`.
     - voc2007_classification labels a class -1 that has only difficult objects in the image, as VOC leaves it out of
@@ -99,7 +99,7 @@ class ClassificationSet:
         root: the set's own folder instead of the usual one, below the datasets root, or an absolute path. The sets that
             torchvision reads need the folder's usual name.
         labelled: False: targets and `classes` are None.
-        options: `partition` of dtd, sun397 and caltech101, `difficult` of voc2007_classification.
+        options: `difficult` of voc2007_classification.
 
     Raises:
         DatasetError: an unknown split, a missing folder, list or image, or a list that cannot be read.
@@ -298,7 +298,7 @@ def _cub200(folder: Path, part: str) -> Samples:
     return Samples([f"images/{files[row]}" for row in rows], [int(labels[row]) - 1 for row in rows], names)
 
 
-def _sun397(folder: Path, part: str, partition: int) -> Samples:
+def _sun397(folder: Path, part: str) -> Samples:
     """ClassName.txt and Partitions/{Training,Testing}_01.txt to _10.txt (Xiao et al., CVPR 2010)."""
     lists = next((path for path in (folder / "Partitions", folder) if any(path.glob("Training_*.txt"))), None)
     if lists is None:
@@ -306,7 +306,7 @@ def _sun397(folder: Path, part: str, partition: int) -> Samples:
             f"{folder.absolute() / 'Partitions'} lacks the official lists Training_01.txt, Testing_01.txt and so on. "
             "Unpack https://vision.princeton.edu/projects/2010/SUN/download/Partitions.zip there."
         )
-    file = lists / f"{'Training' if part == 'trainval' else 'Testing'}_{partition:02d}.txt"
+    file = lists / f"{'Training' if part == 'trainval' else 'Testing'}_01.txt"
     names = [line.lstrip("/") for line in _lines(file)]
     classes = [line.lstrip("/") for line in _lines(folder / "ClassName.txt")]
     # classes are such as "a/abbey", in folders by first letter
@@ -328,20 +328,20 @@ def _voc2007(folder: Path, part: str, difficult: str) -> Samples:
     return Samples([f"JPEGImages/{image}.jpg" for image in images], labels, VOC_CLASSES)
 
 
-def _dtd(folder: Path, part: str, partition: int) -> Samples:
+def _dtd(folder: Path, part: str) -> Samples:
     """labels/{train,val,test}1.txt to 10.txt, of `class/image.jpg` (Cimpoi et al., CVPR 2014)."""
-    files = _lines(folder / "labels" / f"{part}{partition}.txt")
+    files = _lines(folder / "labels" / f"{part}1.txt")
     classes = sorted({file.partition("/")[0] for file in files})
     return Samples(
         [f"images/{file}" for file in files], _indices((f.partition("/")[0] for f in files), classes), classes
     )
 
 
-def _caltech101(folder: Path, part: str, partition: int) -> Samples:
+def _caltech101(folder: Path, part: str) -> Samples:
     """101_ObjectCategories/<class>/image_0001.jpg (Fei-Fei et al., 2004); BACKGROUND_Google is not a class."""
     samples = _class_folders(folder, "101_ObjectCategories", without=("BACKGROUND_Google",))
     labels = np.array(samples.labels)
-    rows = np.flatnonzero(draw_per_class(labels, CALTECH_TRAINING, partition) == (part == "trainval"))
+    rows = np.flatnonzero(draw_per_class(labels, CALTECH_TRAINING, seed=1) == (part == "trainval"))
     return Samples([samples.names[row] for row in rows], labels[rows], samples.classes)
 
 
@@ -417,7 +417,7 @@ for _name, _layout in {
         _two(50_000, 10_000), 100,
     ),
     "cub200": Layout("birds", ("CUB_200_2011",), _cub200, _two(5_994, 5_794), 200),
-    "sun397": Layout("scenes", ("SUN397",), _sun397, _two(19_850, 19_850), 397, {"partition": 1}),
+    "sun397": Layout("scenes", ("SUN397",), _sun397, _two(19_850, 19_850), 397),
     # Krause et al., 2013
     "stanford_cars": Layout(
         "cars", ("stanford_cars",), _files("StanfordCars", "stanford_cars", "train"), _two(8_144, 8_041), 196
@@ -431,14 +431,12 @@ for _name, _layout in {
         "objects, several labels per image", ("VOCdevkit/VOC2007",), _voc2007, _three(2_501, 2_510, 4_952), 20,
         {"difficult": "ignore"},
     ),
-    "dtd": Layout("textures", ("dtd/dtd", "dtd"), _dtd, _three(1_880, 1_880, 1_880), 47, {"partition": 1}),
+    "dtd": Layout("textures", ("dtd/dtd", "dtd"), _dtd, _three(1_880, 1_880, 1_880), 47),
     # Parkhi et al., CVPR 2012
     "oxford_pets": Layout(
         "cats and dogs", ("oxford-iiit-pet",), _files("OxfordIIITPet", "oxford-iiit-pet"), _two(3_680, 3_669), 37
     ),
-    "caltech101": Layout(
-        "objects", ("caltech101", "caltech-101"), _caltech101, _two(3_030, 5_647), 101, {"partition": 1}
-    ),
+    "caltech101": Layout("objects", ("caltech101", "caltech-101"), _caltech101, _two(3_030, 5_647), 101),
     # Nilsback and Zisserman, ICVGIP 2008
     "flowers102": Layout(
         "flowers", ("flowers-102",), _files("Flowers102", "flowers-102"), _three(1_020, 1_020, 6_149), 102
