@@ -87,7 +87,9 @@ def test_metadata_also_of_old_runs_are_read_and_count_the_time_of_every_process(
     assert read_metadata(tmp_path) == METADATA
     add_wall_time(tmp_path, 2.25)
     add_wall_time(tmp_path, 1.0)
-    assert read_metadata(tmp_path) == METADATA | {"wall_time_s": 4.8}
+    metadata = read_metadata(tmp_path)
+    assert metadata.pop("peak_memory_mib") > 100  # of this process, which has imported torch
+    assert metadata == METADATA | {"wall_time_s": 4.8}
 
 
 @pytest.mark.parametrize(
@@ -116,7 +118,7 @@ def test_metadata_that_is_too_large_or_not_a_file_is_not_read(tmp_path):
     path = tmp_path / "metadata.json"
     path.touch()
     os.truncate(path, 100 << 20)
-    with pytest.raises(CheckpointError, match="more than 16,777,216 bytes"):
+    with pytest.raises(CheckpointError, match=r"more than [\d,]+ bytes"):
         read_metadata(tmp_path)
     path.unlink()
     path.mkdir()
