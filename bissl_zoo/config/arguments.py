@@ -192,6 +192,7 @@ VALUES: dict[str, Domain] = {
     "train.seed": SEED,
     "train.label_fraction": NULL | SHARE,
     "train.label_seed": NULL | SEED,
+    "train.folds": NULL | PAIR,
     "train.amp": choice(None, "bf16"),
     "train.on_nonfinite": choice("stop", "skip"),
     "train.max_skipped": WHOLE,

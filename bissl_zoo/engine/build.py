@@ -15,7 +15,7 @@ from bissl_zoo.backbones import Backbone, Tail, share
 from bissl_zoo.bilevel.level import Level
 from bissl_zoo.config import instantiate
 from bissl_zoo.data.datasets.catalog import datasets_root
-from bissl_zoo.data.datasets.fraction import LabelFraction
+from bissl_zoo.data.datasets.subsets import label_fraction, split_fold
 from bissl_zoo.data.loaders import PlacedSampler
 from bissl_zoo.data.samples import to_device
 from bissl_zoo.data.views import two_parts
@@ -74,11 +74,15 @@ def build_datasets(cfg: DictConfig, roles: set[str]) -> dict[str, Dataset]:
     for role in labelled:
         if data[role].classes is None:
             raise DatasetError(f"dataloader.{role} reads an unlabelled data set; the downstream task needs labels.")
-    if "train" in data and (fraction := cfg.train.get("label_fraction")) is not None:
-        seed = cfg.train.seed if cfg.train.label_seed is None else cfg.train.label_seed
-        data["train"] = LabelFraction(data["train"], fraction, seed)
     for role in labelled[1:]:
         _check_classes(labelled[0], data[labelled[0]].classes, role, data[role].classes)
+    seed = cfg.train.seed if cfg.train.label_seed is None else cfg.train.label_seed
+    if cfg.train.folds and {"train", "test"} & data.keys():
+        both = [data[role] if role in data else instantiate(cfg.dataloader[role].dataset) for role in ("train", "test")]
+        parts = dict(zip(("train", "test"), split_fold(both, cfg.train.folds, seed % cfg.train.folds), strict=True))
+        data |= {role: parts[role] for role in parts.keys() & data.keys()}
+    if "train" in data and cfg.train.label_fraction is not None:
+        data["train"] = label_fraction(data["train"], cfg.train.label_fraction, seed)
     if {"val", "test"} <= data.keys() and _same_samples(data["val"], data["test"]):
         raise ConfigError(
             "dataloader.val and dataloader.test are the same samples, so weights selected on val would have test "

@@ -5,6 +5,7 @@ from omegaconf import OmegaConf
 from PIL import Image
 
 from bissl_zoo.config import LazyCall as L
+from bissl_zoo.config import load_config
 from bissl_zoo.engine.build import build_datasets
 from bissl_zoo.errors import ConfigError, DatasetError
 from bissl_zoo.registry import build_dataset
@@ -26,7 +27,7 @@ def config(tmp_path, monkeypatch):
     def build(**roles):
         sets = {role: dict(name="image_folder", root="mine", split=role) | changed for role, changed in roles.items()}
         loaders = {role: {"dataset": L(build_dataset)(**arguments)} for role, arguments in sets.items()}
-        return OmegaConf.create({"dataloader": loaders})
+        return OmegaConf.create({"train": load_config("common/train.py").train, "dataloader": loaders})
 
     return build
 

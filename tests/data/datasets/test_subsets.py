@@ -1,11 +1,11 @@
-"""Random shares of labelled data sets."""
+"""Random shares and folds of labelled data sets."""
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from bissl_zoo.data import ImageFolder
-from bissl_zoo.data.datasets.fraction import LabelFraction
+from bissl_zoo.data.datasets.subsets import label_fraction, split_fold
 from bissl_zoo.errors import DatasetError
 
 
@@ -28,14 +28,14 @@ class Boxes:
         return 40
 
     def target(self, index):
-        return {"boxes": index}
+        return {"boxes": index, "image_id": index}
 
     def __getitem__(self, index):
         return Image.new("RGB", (4, 4)), self.target(index)
 
 
 def test_a_share_is_drawn_from_every_class_rounded_up(folder):
-    part = LabelFraction(folder, 0.25, seed=3)
+    part = label_fraction(folder, 0.25, seed=3)
     assert np.bincount([part.target(index) for index in range(len(part))]).tolist() == [5, 2, 1]
     assert part[0][1] == part.target(0) and part.classes == ["cat", "dog", "owl"]
     assert part[2][0].getpixel((0, 0)) == folder[int(part.indices[2])][0].getpixel((0, 0))
@@ -44,18 +44,36 @@ def test_a_share_is_drawn_from_every_class_rounded_up(folder):
 @pytest.mark.parametrize("dataset", ["folder", "boxes"])
 def test_smaller_shares_are_contained_in_larger_ones_and_seeds_differ(dataset, folder):
     full = folder if dataset == "folder" else Boxes()
-    parts = [set(LabelFraction(full, fraction, seed=1).indices.tolist()) for fraction in (0.05, 0.25, 0.6, 1.0)]
+    parts = [set(label_fraction(full, fraction, seed=1).indices.tolist()) for fraction in (0.05, 0.25, 0.6, 1.0)]
     assert all(small < large for small, large in zip(parts, parts[1:], strict=False))
     assert parts[-1] == set(range(len(full)))
-    assert parts[1] != set(LabelFraction(full, 0.25, seed=2).indices.tolist())
+    assert parts[1] != set(label_fraction(full, 0.25, seed=2).indices.tolist())
 
 
 def test_the_digest_is_that_of_the_chosen_samples(folder):
-    digests = {LabelFraction(folder, fraction, seed).digest() for fraction, seed in [(0.5, 0), (0.5, 1), (0.25, 0)]}
-    assert len(digests) == 3 and LabelFraction(folder, 0.5, 0).digest() in digests
+    digests = {label_fraction(folder, fraction, seed).digest() for fraction, seed in [(0.5, 0), (0.5, 1), (0.25, 0)]}
+    assert len(digests) == 3 and label_fraction(folder, 0.5, 0).digest() in digests
 
 
 @pytest.mark.parametrize("fraction", [0, 1.5, True, "5%"])
 def test_a_share_outside_0_to_1_is_refused(fraction, folder):
     with pytest.raises(DatasetError, match="label_fraction"):
-        LabelFraction(folder, fraction, seed=0)
+        label_fraction(folder, fraction, seed=0)
+
+
+def test_each_sample_is_tested_in_one_fold_and_classes_are_distributed_evenly(folder):
+    folds = [split_fold([folder, folder], 4, fold) for fold in range(4)]
+    for train, test in folds:
+        assert sorted([*train.indices, *test.indices]) == list(range(56))
+        assert abs(np.bincount([test.target(i) for i in range(len(test))], minlength=3)[0] - 10) <= 1
+    assert sorted(np.concatenate([test.indices for _, test in folds])) == list(range(56))
+    train, test = folds[1]
+    number = next(i for i in range(len(test)) if test.indices[i] >= 28)
+    assert test.source(number) == folder.source(int(test.indices[number]) - 28)
+    assert test[number][1] == folder.target(int(test.indices[number]) - 28)
+
+
+def test_images_of_two_detection_sets_have_distinct_numbers():
+    train, test = split_fold([Boxes(), Boxes()], 2, 0)
+    assert [test.target(i)["image_id"] for i in range(len(test))] == list(range(40))
+    assert {test[i][1]["boxes"] for i in range(len(test))} <= set(range(40)) and test.digest() != train.digest()
