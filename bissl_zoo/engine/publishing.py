@@ -170,7 +170,7 @@ def publish_run(folder: Path, name: str | None = None, zoo: Zoo | None = None, o
     aligned = weights.task is not None
     model = load_model(folder / MODEL_FOLDER, device="cpu") if cfg.train.publish.model else None
     metadata = {
-        **{key: value for key, value in read_metadata(folder).items() if key != "stages"},
+        **{key: value for key, value in read_metadata(folder).items() if key not in ("stages", "peak_memory_mib")},
         "pretext": cfg.pretext.name,
         "task": cfg.task.name if aligned else None,
         "solver": cfg.solver.name if aligned else None,
