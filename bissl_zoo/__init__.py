@@ -20,6 +20,7 @@ _PUBLIC = {
     "list_backbones": "zoo",
     "load_config": "config",
     "load_model": "model",
+    "train": "api",
 }
 
 __all__ = sorted(_PUBLIC)

@@ -208,7 +208,8 @@ class BiLevel:
         metrics = lower.optimize(losses, pull=torch.stack(pull).sum() * (self.lam / 2))
         if measure:
             self._rate = self._effective_rate(before, gradient)
-        lower.head.after_step(lower.backbone)
+        if hasattr(lower.head, "after_step"):
+            lower.head.after_step(lower.backbone)
         return {f"lower/{name}": value for name, value in metrics.items()}
 
     def _effective_rate(self, before: Tensor, gradient: Tensor) -> Tensor | float:
