@@ -4,7 +4,6 @@ import errno
 import json
 import logging
 import os
-import re
 import shutil
 import subprocess
 import sys
@@ -135,27 +134,6 @@ def test_the_earlier_checkpoint_stays_whichever_way_the_disk_fails(tmp_path, fai
     with pytest.raises(CheckpointError, match=f"{os.strerror(number)}.*--resume continues from step 3 of stage"):
         checkpoints(tmp_path).checkpointer.save("stage", 2, 3, "resnet18", {"weight": torch.zeros(3)})
     assert load_checkpoint(tmp_path / "stage" / "step_000003")[1]["weight"][0] == 3
-
-
-@pytest.mark.slow
-def test_the_last_checkpoint_of_a_stage_is_tried_for_a_minute_and_written_when_there_is_room(
-    small_disk, monkeypatch, capsys
-):
-    filler, pauses = Filler(small_disk), []
-
-    def sleep(seconds):
-        pauses.append(seconds)
-        if len(pauses) == 3:
-            filler.clear()
-
-    monkeypatch.setattr(disk.time, "sleep", sleep)
-    Growing("stage", 2).train([At(step2=filler.fill), checkpoints(small_disk / "checkpoints")])
-    assert load_checkpoint(small_disk / "checkpoints" / "stage" / "step_000002")[0].done
-    lines = warnings(capsys)
-    assert [re.search(r"0 bytes are free\. (Trying again in \d+ s\.)", line)[1] for line in lines] == [
-        f"Trying again in {pause:g} s." for pause in pauses
-    ]
-    assert pauses == list(hooks.LAST_PAUSES[:3]) and sum(hooks.LAST_PAUSES) == pytest.approx(60, abs=5)
 
 
 @pytest.mark.slow

@@ -66,17 +66,6 @@ def test_the_progress_line_has_losses_speed_and_eta(capsys):
     assert "hidden" not in lines[1]
 
 
-def test_the_progress_line_of_a_resumed_run_counts_its_own_steps(capsys):
-    trainer = Counter("stage", 6)
-    trainer.load_state_dict({"step": 3, "levels": {}})
-    trainer.train([Progress(period=5)])
-    assert [line.split("]")[0] for line in capsys.readouterr().out.splitlines()] == [
-        "[stage 4/6",
-        "[stage 5/6",
-        "[stage 6/6",
-    ]
-
-
 def test_a_stage_can_be_viewed_in_the_middle_of_a_step():
     seen, progress = [], Progress(period=100)
     trainer = Counter("stage", 4)

@@ -126,13 +126,6 @@ def test_the_bissl_stage_starts_from_the_warm_head_and_trains_all_of_it(config):
     assert same(head.teacher["projector"].state_dict(), head.projector.state_dict())
 
 
-def test_the_warm_up_runs_at_the_base_rate_of_the_lower_level(config):
-    context, weights = opened(config())  # whose schedule would begin at a fifth of it
-    trainer = PretextWarmup().build(context, weights)
-    assert isinstance(trainer.level.optimizer, torch.optim.SGD)
-    assert [trainer.run_step()["lr"] for _ in range(2)] == [0.05, 0.05]
-
-
 def test_a_warm_up_of_0_steps_is_left_out_with_a_warning(config, capsys):
     context, weights = opened(config(bilevel__pretext_warmup__steps=0))
     stages = plan_stages(context, weights)

@@ -13,17 +13,15 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.neighbors import KNeighborsClassifier
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torchvision.transforms import v2
 
 from bissl_zoo.config import LazyCall as L
 from bissl_zoo.engine.build import Weights
 from bissl_zoo.engine.checks import open_context
 from bissl_zoo.engine.features import FixedViews, build_probe, extract_features
-from bissl_zoo.engine.hooks import MetricsWriter
 from bissl_zoo.engine.resume import preserved_randomness
 from bissl_zoo.engine.runner import run
-from bissl_zoo.engine.stages import Bissl, HeadWarmup, Pretrain
+from bissl_zoo.engine.stages import Pretrain
 from bissl_zoo.errors import DatasetError
 from bissl_zoo.evaluation import effective_rank, normalized_std
 from bissl_zoo.registry import build_dataset, build_task
@@ -121,21 +119,6 @@ def test_the_metrics_agree_with_scikit_learn_and_the_formulas(labelled_config, c
     assert f"rank {metrics['probe/effective_rank']:.1f}/60  std {metrics['probe/std']:.2f}" in line
 
 
-@pytest.mark.slow
-def test_boxes_are_no_labels_and_leave_the_monitors(tiny_config, at_scenes, tmp_path, capsys):
-    context = open_context(tiny_config(train__probe__period=3, pretrain__steps=4), "test")
-    trainer = Pretrain().build(context, Weights())
-    trainer.train([build_probe(context, Pretrain()), MetricsWriter(tmp_path, period=100)])
-    lines = [line for line in capsys.readouterr().out.splitlines() if "probe" in line]
-    assert len(lines) == 2 and lines[0].startswith("[pretrain 3/4] probe  effective rank ")
-    written = records(tmp_path)
-    # step 3 is no step of the writer's, but one that was measured
-    assert [record["step"] for record in written] == [3, 4]
-    assert all(0 <= record["probe/std"] <= 1 and "probe/knn_top1" not in record for record in written)
-    board = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
-    assert [event.step for event in board.Scalars("pretrain/probe/effective_rank")] == [3, 4]
-
-
 def test_labelled_sets_that_the_stage_does_not_read_are_opened_and_must_be_there(labelled_config, tmp_path):
     cfg = labelled_config(train__probe__period=1, train__stages="[pretrain]")
     context = open_context(cfg, "test")
@@ -149,15 +132,6 @@ def test_labelled_sets_that_the_stage_does_not_read_are_opened_and_must_be_there
     cfg.train.probe.k = 20
     del cfg.dataloader.test  # a config of pretraining alone
     assert build_probe(context, Pretrain()).labelled is None
-
-
-def test_the_lower_level_is_what_bissl_is_probed_for_and_other_stages_are_not(tiny_config, at_scenes):
-    context = open_context(tiny_config(train__probe__period=1), "test")
-    probe = build_probe(context, Bissl())
-    probe.trainer = Bissl().build(context, Weights())
-    assert probe.level is probe.trainer.problem.lower
-    assert build_probe(context, HeadWarmup()) is None
-    assert build_probe(open_context(tiny_config(), "test"), Pretrain()) is None
 
 
 @pytest.mark.slow

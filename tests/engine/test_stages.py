@@ -1,23 +1,17 @@
 """The trainers of the stages: what each starts from, trains, leaves alone and hands on; also in two processes."""
 
-import json
-import time
-from functools import partial
-
 import pytest
 import torch
-from forked_runs import exit_status, start_run
 from omegaconf import OmegaConf
 
 from bissl_zoo.config import LazyConfig
 from bissl_zoo.engine.build import Context, Weights, build_split_backbone, count_steps
 from bissl_zoo.engine.checks import check_parts, open_context
 from bissl_zoo.engine.evaluate import evaluate
-from bissl_zoo.engine.hooks import MetricsWriter
 from bissl_zoo.engine.launch import choose_device, launch
 from bissl_zoo.engine.resume import seed_everything
 from bissl_zoo.engine.stages import Bissl, Finetune, HeadWarmup, Pretrain
-from bissl_zoo.engine.stages.bissl import BisslTrainer, coupling
+from bissl_zoo.engine.stages.bissl import coupling
 from bissl_zoo.errors import BisslZooError, ConfigError
 from bissl_zoo.runs.checkpoint import Checkpointer, load_checkpoint
 
@@ -40,16 +34,6 @@ def trunk_weights(context, seed=11):
     return Weights(build_split_backbone(context.cfg)[0].state_dict())
 
 
-def test_pretraining_moves_backbone_and_head(context):
-    trainer = Pretrain().build(context, Weights())
-    before = copied(trainer.level.backbone), copied(trainer.level.head)
-    trainer.train()
-    left = trainer.result()
-    for old, new in zip(before, (left.backbone, left.pretext), strict=True):
-        assert all(not torch.equal(value, new[key]) for key, value in old.items() if key.endswith("weight"))
-    assert left.task is None
-
-
 def test_the_head_warm_up_trains_the_head_alone(context):
     weights = trunk_weights(context)
     trainer = HeadWarmup().build(context, weights)
@@ -58,15 +42,6 @@ def test_the_head_warm_up_trains_the_head_alone(context):
     trainer.train()
     assert same(trainer.level.backbone.state_dict(), weights.backbone)  # batch-norm statistics included
     assert not same(head, trainer.result().task) and trainer.result().backbone is weights.backbone
-
-
-def test_the_head_warm_up_in_train_mode_moves_statistics_only(context, tiny_config):
-    weights = trunk_weights(context)
-    cfg = tiny_config(bilevel__head_warmup__backbone_mode="train")
-    trainer = HeadWarmup().build(Context(cfg, context.data, context.device), weights)
-    trainer.train()
-    moved = {k for k, v in trainer.level.backbone.state_dict().items() if not torch.equal(v, weights.backbone[k])}
-    assert moved and all("running" in key or "num_batches" in key for key in moved)
 
 
 def test_both_levels_start_from_the_same_backbone_and_the_lower_one_leaves(context):
@@ -204,18 +179,6 @@ def test_a_batch_that_does_not_divide_among_processes_is_refused(tiny_config, at
         check_parts(context, Weights())
 
 
-@pytest.mark.slow
-def test_closing_a_stage_ends_the_workers_of_its_loader_at_once(tiny_config, at_scenes, tmp_path, monkeypatch):
-    context = open_context(tiny_config(dataloader__pretext__num_workers=1), "test")
-    trainer = Pretrain().build(context, Weights())
-    trainer.train([MetricsWriter(tmp_path, 1)])
-    # seconds that torch waits for a worker that was not asked to end
-    monkeypatch.setattr("torch.utils.data._utils.MP_STATUS_CHECK_INTERVAL", 20)
-    start = time.monotonic()
-    trainer.close()
-    assert time.monotonic() - start < 10
-
-
 def test_evaluation_puts_the_modes_and_the_random_state_back(context):
     trainer = Finetune().build(context, trunk_weights(context))
     backbone, head = trainer.level.backbone, trainer.level.head
@@ -235,13 +198,6 @@ def test_coupling_is_lambda_times_the_rate_summed_over_the_steps(tiny_config, at
         [f"lr_multiplier.lower={flat}", "optimizer.lower.lr=0.2", "optimizer.lower.momentum=0.8"],
     )
     assert coupling(Context(cfg, {}, torch.device("cpu"))) == pytest.approx(0.25 * (0.2 / 0.2) * 0.5 * 21)
-
-
-@pytest.mark.parametrize("kind", ["timm.optim.Lars", "torch.optim.AdamW"])
-def test_the_coupling_is_unknown_for_optimizers_that_rescale_steps(tiny_config, kind):
-    cfg = tiny_config(bilevel__lambda=1e-9)
-    cfg.optimizer.lower = {"_target_": kind, "lr": 0.1}
-    assert coupling(Context(cfg, {}, torch.device("cpu"))) is None
 
 
 # SGD at 0.05 with momentum 0.9 moves at 0.5; four steps of a warm-up from 1/5 make 1.0 of the full rate
@@ -279,24 +235,3 @@ def test_a_project_error_ends_in_a_message_and_others_are_raised(capsys):
     assert "--resume" in capsys.readouterr().err
     with pytest.raises(ZeroDivisionError):
         launch(fail, 1, ZeroDivisionError())
-
-
-@pytest.mark.slow
-def test_two_processes_hold_the_same_parameters_and_see_different_images(tiny_config, at_scenes, tmp_path):
-    def recording(rank):
-        def close(trainer):
-            levels = trainer.levels()
-            parts = [getattr(level, part) for level in levels.values() for part in ("backbone", "head")]
-            values = [torch.cat([p.flatten() for p in part.parameters()]).tolist() for part in parts]
-            images = [target["image_id"] for target in next(levels["upper"].data_iterator)[1]]
-            (tmp_path / f"{rank}.json").write_text(json.dumps([values, images]))
-            original(trainer)
-
-        original, BisslTrainer.close = BisslTrainer.close, close
-
-    cfg = tiny_config(train__stages="[bissl]", train__output_dir=tmp_path / "run", train__publish__name="null")
-    pids = [start_run(cfg, rank, 2, tmp_path / "meeting", before=partial(recording, rank)) for rank in range(2)]
-    assert [exit_status(pid) for pid in pids] == [0, 0]
-    (first, images), (second, others) = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2))
-    assert first == second and first[0] != first[2] and first[1] != first[3]
-    assert len(images) == len(others) == 2 and not set(images) & set(others)

@@ -78,16 +78,6 @@ def test_a_run_continues_counts_and_names_images_that_it_cannot_decode(open_run)
     assert note.problem and f"{total} in bissl" in note.text
 
 
-def test_a_run_whose_images_all_decode_logs_nothing_about_them(open_run):
-    context = open_run(train__stages="[pretrain, finetune]", skip_test=True)
-    lines, log = go(context.cfg)
-    assert not any(SKIPPED in line for line in lines) and "could not be decoded" not in log
-    results = json.loads((Path(context.cfg.train.output_dir) / "results.json").read_text())
-    assert "left_out" not in results["pretrained"]
-    blocks = RunReport(Path(context.cfg.train.output_dir), images=0).datasets()
-    assert not any(getattr(block, "problem", False) for block in blocks)
-
-
 def test_a_resumed_run_and_one_of_two_processes_count_the_same(open_run, tmp_path):
     whole = open_run("whole", train__stages="[pretrain]", pretrain__steps=8)
     spoil(whole, "pretext", *range(0, 24, 3))

@@ -563,13 +563,6 @@ def test_every_arm_has_the_same_search_and_its_seeds_use_the_best_parameters(con
 
 
 @pytest.mark.slow
-def test_a_comparison_that_would_fail_hours_later_is_refused_at_once(config, at_scenes, tmp_path):
-    with pytest.raises(ConfigError, match="optimizer"):
-        compare(config(["optimizer.lower.lr=-1.0"], seeds=1), "test", tmp_path / "c")
-    assert not (tmp_path / "c").exists()
-
-
-@pytest.mark.slow
 def test_a_comparison_can_be_extended_by_a_seed_and_repeats_no_run(config, at_scenes, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     folder = tmp_path / "c"
