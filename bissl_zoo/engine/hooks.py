@@ -21,12 +21,12 @@ from bissl_zoo.engine.health import Health
 from bissl_zoo.engine.resume import random_state
 from bissl_zoo.engine.trainer import Hook, Stage, Trainer
 from bissl_zoo.errors import ConfigError, shorten
+from bissl_zoo.files import DiskError, retried
 from bissl_zoo.progress.console import clock, short
 from bissl_zoo.progress.display import StageView, doing, every_step, show
 from bissl_zoo.progress.writers import JsonWriter, Record, TensorBoardWriter, Writer
 from bissl_zoo.runs.checkpoint import Checkpointer
 from bissl_zoo.runs.directory import CONFIG_FILE
-from bissl_zoo.runs.disk import DiskError, retried
 
 logger = logging.getLogger(__name__)
 

@@ -17,8 +17,8 @@ from omegaconf.errors import OmegaConfBaseException
 from bissl_zoo.data.samples import lost_worker
 from bissl_zoo.distributed import get_local_rank, get_rank, is_lost_contact, stop_signals
 from bissl_zoo.errors import BisslZooError, CheckpointError, ConfigError, DatasetError, Interrupted, printable
+from bissl_zoo.files import DISK_ERRORS
 from bissl_zoo.progress.console import READER_GONE, write_to_nobody
-from bissl_zoo.runs.disk import DISK_ERRORS
 
 #: seconds that the processes of a run have to end by themselves after one of them was lost
 GRACE = 20.0

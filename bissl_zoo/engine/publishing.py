@@ -18,7 +18,7 @@ from bissl_zoo.engine.resume import is_done
 from bissl_zoo.engine.stages import Bissl
 from bissl_zoo.engine.trainer import Context, Stage
 from bissl_zoo.errors import CheckpointError, ConfigError, ZooError
-from bissl_zoo.files import write_atomically
+from bissl_zoo.files import write_atomically, write_error
 from bissl_zoo.model import ENTRY_JSON, ENTRY_WEIGHTS, MODEL_FOLDER, Model, describe_model, load_model
 from bissl_zoo.registry import BACKBONES, STAGES
 from bissl_zoo.runs.checkpoint import Checkpointer, read_state
@@ -33,7 +33,6 @@ from bissl_zoo.runs.directory import (
     read_metadata,
     read_results,
 )
-from bissl_zoo.runs.disk import write_error
 from bissl_zoo.zoo import PublishedEntry, Zoo, publish_entry
 
 

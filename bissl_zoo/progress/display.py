@@ -14,8 +14,8 @@ import torch
 
 from bissl_zoo.distributed import is_main_process, stop_signals
 from bissl_zoo.errors import BisslZooError, Interrupted
+from bissl_zoo.files import DISK_ERRORS
 from bissl_zoo.runs.directory import LOG_FILE
-from bissl_zoo.runs.disk import DISK_ERRORS
 
 logger = logging.getLogger(__name__)
 

@@ -20,9 +20,9 @@ from rich.text import Text
 
 from bissl_zoo.distributed import is_main_process
 from bissl_zoo.errors import printable
+from bissl_zoo.files import format_size
 from bissl_zoo.progress.console import clock, short
 from bissl_zoo.progress.display import ConsoleHandler, RunStatus
-from bissl_zoo.runs.disk import format_size
 
 #: drawings per second; each takes one or two milliseconds
 RATE = 2.0

@@ -15,9 +15,8 @@ from typing import Any
 
 from bissl_zoo.distributed import is_main_process
 from bissl_zoo.errors import ConfigError, did_you_mean
-from bissl_zoo.files import follow, parse_json
+from bissl_zoo.files import follow, parse_json, reason_of, write_error
 from bissl_zoo.runs.directory import METRICS_FILE
-from bissl_zoo.runs.disk import reason_of, write_error
 
 logger = logging.getLogger(__name__)
 

@@ -14,8 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from bissl_zoo.errors import CheckpointError
-from bissl_zoo.files import fsync, is_sha256, read_json, sha256_of
-from bissl_zoo.runs.disk import write_error
+from bissl_zoo.files import fsync, is_sha256, read_json, sha256_of, write_error
 
 # torch is imported in the functions that read or write tensors, so that manifests are read without it
 

@@ -18,7 +18,6 @@ from tabulate import tabulate
 from bissl_zoo import __version__, files
 from bissl_zoo.config import LazyConfig, with_defaults
 from bissl_zoo.errors import CheckpointError, ConfigError
-from bissl_zoo.runs.disk import write_error
 from bissl_zoo.runs.lock import LOCK_FILE
 
 if TYPE_CHECKING:  # torch is imported in the functions that need it, so that runs are listed without it
@@ -291,7 +290,7 @@ def _write_json(path: Path, content: dict[str, Any]) -> None:
         files.write_atomically(path, text)
     except OSError as error:
         advice = "It is unchanged. Free space or fix the disk, then continue with --resume."
-        raise write_error(f"{path} could not be written", error, path, len(text), advice) from error
+        raise files.write_error(f"{path} could not be written", error, path, len(text), advice) from error
 
 
 def _describe_dataset(described: DictConfig, dataset: "Dataset") -> dict[str, Any]:

@@ -11,14 +11,14 @@ import sys
 import pytest
 import torch
 
+from bissl_zoo import files as disk
 from bissl_zoo.engine import hooks
 from bissl_zoo.engine.hooks import MetricsWriter, PeriodicCheckpoint
 from bissl_zoo.engine.trainer import Hook, Trainer
 from bissl_zoo.errors import CheckpointError
+from bissl_zoo.files import DiskError
 from bissl_zoo.progress.writers import JsonWriter
-from bissl_zoo.runs import disk
 from bissl_zoo.runs.checkpoint import Checkpointer, load_checkpoint
-from bissl_zoo.runs.disk import DiskError
 
 logger = logging.getLogger("bissl_zoo.tests")
 CPU = torch.device("cpu")
