@@ -29,11 +29,6 @@ def symmetric(values, seed=0):
     return q @ torch.diag(torch.as_tensor(values, dtype=torch.float64)) @ q.T
 
 
-def test_a_symmetric_matrix_has_no_symmetry_error():
-    operator = DenseOperator(symmetric(torch.linspace(-3, 20, SIZE)))
-    assert symmetry_error(operator, draw(SIZE, seed=1), draw(SIZE, seed=2)) < 1e-14
-
-
 @pytest.mark.parametrize("share", [1.0, 0.1])
 def test_an_asymmetric_matrix_has_the_error_of_its_definition(share):
     matrix = symmetric(torch.linspace(-3, 20, SIZE)) + share * draw(SIZE, SIZE, seed=3)
@@ -111,12 +106,6 @@ def test_curves_hold_the_true_residuals_from_a_cold_start(name):
     assert points[-1]["residual"] == pytest.approx(residual, rel=1e-9, abs=1e-14)
     assert [p["budget"] for p in points] == ([1, 2, 3, 5, 8] if budget_key(SOLVERS.build(name)) else [None])
     assert len({p["products"] for p in points}) == len(points)  # nothing is left from one budget to the next
-
-
-def test_budgets_share_cached_products():
-    operator = DenseOperator(symmetric(torch.linspace(-1, 20, SIZE)))
-    convergence(CachedOperator(operator, 5.0), draw(SIZE, seed=1), ConjugateGradient(), [1, 2, 3, 5, 8])
-    assert operator.products <= 8 + 2 * 5  # the longest run, and two residuals of each
 
 
 # ------------------------------------------------------------------------------------------------ advice

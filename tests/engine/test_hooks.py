@@ -12,7 +12,6 @@ from bissl_zoo.engine.hooks import MetricsWriter, PeriodicCheckpoint, PeriodicEv
 from bissl_zoo.engine.trainer import Hook, Trainer, load_state
 from bissl_zoo.errors import CheckpointError
 from bissl_zoo.progress import writers
-from bissl_zoo.progress.display import ConsoleHandler, console
 from bissl_zoo.runs.checkpoint import Checkpointer
 
 CPU = torch.device("cpu")
@@ -77,20 +76,6 @@ def test_a_stage_can_be_viewed_in_the_middle_of_a_step():
     assert seen[0].seconds is None and seen[0].left is None and seen[0].metrics == {}
     assert seen[2].metrics["total_loss"] == 0.5 and 0 <= seen[2].left <= 2 * seen[2].seconds
     assert seen[4].left == 0.0
-
-
-def test_the_display_shows_evaluations_and_checkpoints(tmp_path):
-    shown = []
-
-    class Listening(ConsoleHandler):
-        def show(self, **facts):
-            shown.extend(facts.items())
-
-    checkpoints = PeriodicCheckpoint(Checkpointer(tmp_path, keep=1), 3, "resnet18", CPU)
-    with console(Listening()):
-        Counter("stage", 3).train([PeriodicEvaluation(lambda trainer: {"AP50": 0.25}, period=2), checkpoints])
-    assert [value for name, value in shown if name == "doing"] == ["evaluating on test", "", "writing a checkpoint", ""]
-    assert [value.split(",")[0] for name, value in shown if name == "checkpoint"] == ["stage step 3"]
 
 
 def test_metrics_are_written_every_period_and_at_the_last_step(tmp_path):

@@ -14,7 +14,6 @@ from bissl_zoo.engine.build import Context, Weights
 from bissl_zoo.engine.runner import run
 from bissl_zoo.engine.stages import plan_stages
 from bissl_zoo.runs.checkpoint import load_checkpoint
-from bissl_zoo.zoo import get_entry
 
 pytestmark = pytest.mark.slow
 
@@ -55,22 +54,6 @@ def byol_classification(cfg):
             "finetune.eval_period=10",
         ],
     )
-
-
-def test_byol_and_classification_run_through_all_stages(tiny_config, folder_of_images, tmp_path, capsys):
-    cfg = byol_classification(tiny_config(train__output_dir=tmp_path / "run"))
-    outcome = run(cfg, "test")
-    assert outcome["results"]["bissl"]["top1"] == 1.0  # any network that learns separates red from blue
-    assert "[finetune 10/20] test  top1" in capsys.readouterr().out
-    state = load_checkpoint(tmp_path / "run" / "checkpoints" / "bissl" / "step_000002")[1]
-    head = state["levels"]["lower"]["head"]
-    backbone = state["levels"]["lower"]["backbone"]
-    moved = [key for key in backbone if not torch.equal(head[f"teacher.backbone.{key}"], backbone[key])]
-    assert "layer1.0.conv1.weight" in moved
-    record = get_entry(outcome["entry"].name, zoo=cfg.train.publish.zoo)
-    assert (record["pretext"], record["task"]) == ("byol", "classification")
-    records = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
-    assert [r["step"] for r in records if r["stage"] == "finetune" and "test/top1" in r] == [10]
 
 
 #: pretext methods with other views, on a small ViT
@@ -116,13 +99,6 @@ def final_states(folder):
     """Return the states of the lower backbone and its head after the BiSSL stage."""
     lower = load_checkpoint(folder / "checkpoints" / "bissl" / "step_000002")[1]["levels"]["lower"]
     return lower["backbone"], lower["head"]
-
-
-def test_a_run_without_a_name_to_publish_leaves_the_zoo_alone(tiny_config, at_scenes, tmp_path):
-    zoo = tmp_path / "zoo"
-    settings = dict(train__output_dir=tmp_path / "run", train__publish__name="null", train__publish__zoo=zoo)
-    assert run(tiny_config(**settings, train__stages="[pretrain]"), "test") == {"results": {}, "entry": None}
-    assert not zoo.exists() and not (tmp_path / "run" / "zoo_entry.json").exists()
 
 
 def test_a_run_whose_levels_shared_another_stage_can_be_started_from(tiny_config, folder_of_images, tmp_path):

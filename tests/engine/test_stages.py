@@ -8,7 +8,7 @@ from bissl_zoo.config import LazyConfig
 from bissl_zoo.engine.build import Context, Weights, build_split_backbone, count_steps
 from bissl_zoo.engine.checks import check_parts, open_context
 from bissl_zoo.engine.evaluate import evaluate
-from bissl_zoo.engine.launch import choose_device, launch
+from bissl_zoo.engine.launch import launch
 from bissl_zoo.engine.resume import seed_everything
 from bissl_zoo.engine.stages import Bissl, Finetune, HeadWarmup, Pretrain
 from bissl_zoo.engine.stages.bissl import coupling
@@ -201,11 +201,6 @@ def test_coupling_is_lambda_times_the_rate_summed_over_the_steps(tiny_config, at
 
 
 # SGD at 0.05 with momentum 0.9 moves at 0.5; four steps of a warm-up from 1/5 make 1.0 of the full rate
-@pytest.mark.parametrize(("strength", "warned"), [(0.001, True), (1.0, False)])
-def test_a_coupling_that_is_too_weak_is_warned_of(tiny_config, capsys, strength, warned):
-    context, stage = Context(tiny_config(bilevel__lambda=strength), {}, torch.device("cpu")), Bissl()
-    stage.announce(context, Weights(pretext={}), [stage])
-    assert ("warning: lambda * lr_eff * lower steps = 0.00" in capsys.readouterr().out) == warned
 
 
 def test_epochs_count_the_samples_and_steps_count_themselves():
@@ -215,13 +210,6 @@ def test_epochs_count_the_samples_and_steps_count_themselves():
     for both in ({"steps": 5, "epochs": 3}, {"steps": None, "epochs": None}):
         with pytest.raises(ConfigError, match="finetune: give either steps or epochs"):
             count_steps(OmegaConf.create(both), "finetune", images, 4)
-
-
-def test_a_device_is_chosen_or_refused():
-    assert choose_device("cpu") == torch.device("cpu")
-    assert choose_device("auto").type == ("cuda" if torch.cuda.is_available() else "cpu")
-    with pytest.raises(ConfigError, match="train.device='gpu' is not a device of torch; use auto, cpu or cuda"):
-        choose_device("gpu")
 
 
 @pytest.mark.slow

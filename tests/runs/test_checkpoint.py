@@ -154,11 +154,6 @@ def test_milestones_and_the_best_by_a_metric_are_kept_also_after_a_restart(tmp_p
     assert names(tmp_path) == ["step_000002", "step_000004", "step_000007"]
 
 
-def test_a_step_saved_again_replaces_the_first(tmp_path):
-    save(tmp_path)
-    assert load_checkpoint(save(tmp_path, state={"step": 4}))[1] == {"step": 4} and names(tmp_path) == ["step_000003"]
-
-
 def test_leftovers_of_a_killed_process_are_ignored_and_removed(tmp_path):
     draft = tmp_path / "finetune" / ".step_000002-cafe"
     draft.mkdir(parents=True)

@@ -42,14 +42,6 @@ def test_a_draw_depends_on_the_seed_and_the_number_only():
     assert all(value == float(f"{value:.4g}") for value in draw(settings(), 5).values())
 
 
-def test_choices_are_drawn_evenly():
-    values = (None, "bf16", "x")
-    chosen = settings(space={"train.amp": {"choices": list(values)}})
-    draws = [draw(chosen, number)["train.amp"] for number in range(300)]
-    counts = [draws.count(value) for value in values]
-    assert sum(counts) == 300 and stats.chisquare(counts).pvalue > 0.01
-
-
 def test_the_default_ranges_are_those_of_the_paper_and_a_section_changes_only_the_keys_it_names(tiny_config):
     for task, metric, trials, space in (
         ("faster_rcnn", "AP50", 50, {LR: [1e-4, 1e-1], DECAY: [1e-6, 1e-2]}),
