@@ -18,7 +18,7 @@ from bissl_zoo.distributed import all_gather_objects, any_rank, broadcast_module
 from bissl_zoo.downstream import DownstreamTask, Evaluator
 from bissl_zoo.engine.build import Context, Decodable, test_loader
 from bissl_zoo.errors import CheckpointError, DatasetError
-from bissl_zoo.evaluation.ranking import MOST_RANKED
+from bissl_zoo.evaluation.classification import MOST_RANKED
 from bissl_zoo.files import write_atomically
 from bissl_zoo.runs.directory import read_json
 

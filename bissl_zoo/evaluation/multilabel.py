@@ -9,8 +9,8 @@ from torch import Tensor
 
 from bissl_zoo.distributed import all_gather_objects
 from bissl_zoo.errors import BisslZooError, DatasetError
+from bissl_zoo.evaluation.classification import order_of_set, ranking
 from bissl_zoo.evaluation.detection import average_precision
-from bissl_zoo.evaluation.ranking import order_of_set, ranking
 
 
 class MultilabelEvaluator:

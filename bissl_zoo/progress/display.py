@@ -23,8 +23,6 @@ logger = logging.getLogger(__name__)
 FILE_ONLY = {"file_only": True}
 #: seconds that the other processes answer a signal after the main one, which removes its display first
 BEHIND = 0.1
-#: bytes of log lines that are kept in memory while the disk refuses writes; the oldest are lost first
-BUFFER_LIMIT = 1 << 20
 
 
 def line_of(record: logging.LogRecord) -> str:
@@ -73,7 +71,7 @@ class ConsoleHandler(logging.Handler):
 
 
 class LogFile(logging.Handler):
-    """Append log records to a file, each line with its time. If the disk is full or fails, warn once and retry later.
+    """Append log records to a file, each line with its time. If the disk refuses lines, warn once; they are lost.
 
     A forked process, such as a loader's worker, may log as well: a write is one append, and the lock is `logging`'s.
     """
@@ -81,32 +79,23 @@ class LogFile(logging.Handler):
     def __init__(self, path: Path) -> None:
         super().__init__(logging.INFO)
         self.path = Path(path)
-        self.pending = b""
-        self.problem: OSError | None = None
+        self.has_warned = False
 
     def emit(self, record: logging.LogRecord) -> None:
         """Append a record."""
-        before = self.problem
         self.write(line_of(record))
-        if self.problem and not before:
-            logger.warning(
-                f"{self.path} could not be written: {self.problem.strerror}. The run continues; log lines are kept in "
-                "memory and written later."
-            )
 
     def write(self, text: str) -> None:
-        """Append `text`, each line with the time; an error of the disk is kept in `problem`."""
+        """Append `text`, each line with the time."""
         stamp = time.strftime("%Y-%m-%d %H:%M:%S")
         lines = "".join(f"{stamp} {line}\n" for line in text.splitlines() or [""])
-        with self.lock:
-            self.pending = (self.pending + lines.encode(errors="backslashreplace"))[-BUFFER_LIMIT:]
-            try:
-                with open(self.path, "ab", buffering=0) as file:
-                    while self.pending:
-                        self.pending = self.pending[file.write(self.pending) :]
-                self.problem = None
-            except OSError as error:
-                self.problem = error
+        try:
+            with self.lock, open(self.path, "ab", buffering=0) as file:
+                file.write(lines.encode(errors="backslashreplace"))
+        except OSError as error:
+            if not self.has_warned:
+                self.has_warned = True
+                logger.warning(f"{self.path} could not be written: {error.strerror}. The run continues.")
 
 
 #: the handler that prints at the moment

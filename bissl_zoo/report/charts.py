@@ -10,7 +10,7 @@ from matplotlib.ticker import MaxNLocator, NullFormatter
 
 from bissl_zoo.downstream.drawing import COLOURS, shorten
 from bissl_zoo.engine.evaluate import Details, worst_confusions
-from bissl_zoo.evaluation.ranking import MOST_RANKED
+from bissl_zoo.evaluation.classification import MOST_RANKED
 from bissl_zoo.report.history import MAX_CURVES, Series
 from bissl_zoo.report.page import TEXT, Block, Chart, Fold, Note, Table, chart_style, embed, shown
 

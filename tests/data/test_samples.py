@@ -192,26 +192,6 @@ def test_invalid_values_are_refused(images):
 
 
 @pytest.mark.slow
-def test_an_interrupt_does_not_wait_for_a_worker_that_hangs(images):
-    hang(images, ORDER[9])  # in the third batch
-
-    def stop(number, frame):
-        raise KeyboardInterrupt
-
-    loader = loader_of(images, 2)
-    stream = iter(loader)
-    numbers(stream, 2)
-    before = signal.signal(signal.SIGALRM, stop)
-    signal.setitimer(signal.ITIMER_REAL, 0.5)
-    try:
-        with pytest.raises(KeyboardInterrupt):
-            next(stream)
-    finally:
-        signal.signal(signal.SIGALRM, before)
-    assert not any(worker.is_alive() for worker in loader._iterator._workers)
-
-
-@pytest.mark.slow
 def test_a_killed_worker_is_reported(images):
     hang(images, ORDER[9])
     stream = iter(loader := loader_of(images, 2))

@@ -6,7 +6,7 @@ import torch
 from sklearn.metrics import average_precision_score, precision_recall_curve
 
 from bissl_zoo.evaluation import DetectionEvaluator, MultilabelEvaluator, TopKEvaluator
-from bissl_zoo.evaluation.ranking import MOST_RANKED, order_of_set, ranking
+from bissl_zoo.evaluation.classification import MOST_RANKED, order_of_set, ranking
 
 BOX, FAR, OUT = [0.0, 0.0, 10.0, 10.0], [50.0, 50.0, 60.0, 60.0], [80.0, 80.0, 90.0, 90.0]
 

@@ -183,15 +183,13 @@ def test_what_ends_the_run_is_in_its_log(tmp_path, error, line):
     assert (tmp_path / "log.txt").read_text().splitlines()[-1][20:] == line
 
 
-def test_a_log_file_that_cannot_be_written_is_one_warning_and_its_lines_are_written_later(tmp_path, capsys):
+def test_a_log_file_that_cannot_be_written_is_one_warning_and_the_run_goes_on(tmp_path, capsys):
     path = tmp_path / "log.txt"
     path.symlink_to("/dev/full")
     with logged(tmp_path):
         logger.info("first")
-        logger.info("second")
         path.unlink()
-        logger.info("third")
+        logger.info("second")
     out = capsys.readouterr().out
     assert out.count("warning") == 1 and "log.txt could not be written: No space left on device" in out
-    first, warning, *rest = [line[20:] for line in path.read_text().splitlines()]
-    assert [first, *rest] == ["first", "second", "third"] and warning.startswith("warning: ")
+    assert path.read_text().splitlines()[-1][20:] == "second"

@@ -83,14 +83,6 @@ def plain_views():
     return Views([v2.Compose([v2.ToDtype(torch.float32, scale=True), v2.Normalize(MEAN, STD)])] * 2)
 
 
-def test_views_have_the_colours_of_their_image_again():
-    image = noise(32, 32)
-    figure = draw_views([sample(None, image=image)], plain_views(), MEAN, STD, "views")
-    assert len(figure.axes) == 3 and np.array_equal(pixels_of(figure.axes[0]), np.asarray(image))
-    for axes in figure.axes[1:]:
-        assert np.abs(pixels_of(axes) - np.asarray(image) / 255).max() <= 1 / 255
-
-
 def test_the_part_that_a_mask_hides_is_gray_and_the_rest_is_unchanged():
     masked = MaskedView(plain_views().transforms[0], cells=4, hidden=6)
     figure = draw_views([sample(None, image=noise(32, 32))], masked, MEAN, STD, "")

@@ -90,19 +90,6 @@ def test_processes_that_write_at_once_leave_one_complete_set(tmp_path):
     assert len(list(tmp_path.iterdir())) == 1
 
 
-def test_interrupted_writing_leaves_nothing(tmp_path, monkeypatch):
-    from bissl_zoo.data.datasets import digit_scenes
-
-    def interrupt(*arguments):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(digit_scenes, "draw_scene", interrupt)
-    monkeypatch.setenv("BISSL_ZOO_DATASETS", str(tmp_path))
-    with pytest.raises(KeyboardInterrupt):
-        DigitScenes(**FEW)
-    assert list(tmp_path.iterdir()) == []
-
-
 def test_root_that_cannot_be_written_is_named(tmp_path, monkeypatch):
     (tmp_path / "file").write_text("in the way")
     monkeypatch.setenv("BISSL_ZOO_DATASETS", str(tmp_path / "file"))
