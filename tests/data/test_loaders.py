@@ -66,11 +66,6 @@ def test_start_step_continues_the_stream(monkeypatch):
     assert draw(TrainingSampler(17, 6, seed=0, start_step=11), 27) == whole[33:]
 
 
-def test_a_batch_larger_than_the_set_goes_round():
-    drawn = draw(TrainingSampler(3, 8, seed=0), 24)
-    assert all(sorted(drawn[i : i + 3]) == [0, 1, 2] for i in range(0, 24, 3))
-
-
 @pytest.mark.parametrize("workers", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_train_loader_is_endless_and_transforms(workers):
     loader = build_train_loader(Numbers(6), 4, first, num_workers=workers, seed=5)

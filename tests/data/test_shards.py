@@ -179,18 +179,6 @@ def test_skipping_replaces_an_image_and_moves_no_other(original, folder, workers
         assert stream(dataset, 26 - start, 4, workers, start) == filled[start:]
 
 
-@pytest.mark.parametrize("workers", WORKERS)
-def test_a_skipped_image_is_logged_once_and_counted_over_all_workers_and_iterators(folder, workers, caplog):
-    damaged(folder, 2, 3), damaged(folder, 4, 0)
-    dataset = shards(folder)
-    for _ in range(2):
-        caplog.clear()
-        loader = build_train_loader(dataset, 4, number_of, num_workers=workers)
-        list(islice(loader, 60))
-        assert len(caplog.records) == len(loader.skipped) == 2
-        assert "(2 skipped so far)" in caplog.text and "s-000002.tar" in caplog.text
-
-
 @pytest.mark.parametrize("how", ["missing", "truncated", "cut between members", "no tar"])
 def test_a_missing_or_damaged_shard_ends_the_run_with_its_name(folder, how):
     path = folder / "s-000002.tar"
@@ -341,18 +329,6 @@ def test_a_remote_shard_that_is_missing_or_short_is_named(server, kept):
         server.files[path] = content[: int(len(content) * kept)]
     with pytest.raises(DatasetError, match=f"{server.address}{path} "):
         stream(shards(f"{server.address}/set"), 12)
-
-
-@pytest.mark.slow
-def test_remote_shards_without_an_index_name_the_command(server, original):
-    server.files.pop("/set/index.json")
-    for urls in (f"{server.address}/set", f"{server.address}/set/s-000000.tar"):
-        with pytest.raises(DatasetError, match="bissl data --index-shards"):
-            shards(urls)
-    elsewhere = shards(f"{server.address}/set/s-{{000000..000005}}.tar", index=str(original / "index.json"))
-    assert len(elsewhere) == 48
-    with pytest.raises(DatasetError, match="nothing.json does not exist"):
-        shards(f"{server.address}/set/s-000000.tar", index=str(original / "nothing.json"))
 
 
 def test_shards_of_the_webdataset_library_are_read_and_ours_by_it(tmp_path, original):

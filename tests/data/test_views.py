@@ -100,14 +100,6 @@ def test_views_travel_to_spawned_workers(views):
     assert all(torch.equal(here, there) for here, there in zip(*drawn, strict=True))
 
 
-def test_multi_crop_is_two_large_crops_and_several_small_ones():
-    assert [view.shape[1:] for view in multi_crop()(noise())] == [(96, 96)] * 2 + [(48, 48)] * 8
-    views = multi_crop(size=32, local_size=16, local_crops=3)(noise())
-    assert [view.shape for view in views] == [(3, 32, 32)] * 2 + [(3, 16, 16)] * 3
-    assert all(view.dtype == torch.float32 for view in views)
-    assert not torch.equal(*views[:2]) and not torch.equal(*views[2:4])
-
-
 @pytest.mark.parametrize(
     ("size", "patch", "ratio", "cells", "hidden"),
     [(192, 32, 0.6, 6, 22), (160, 32, 0.6, 5, 15), (64, 16, 0.5, 4, 8)],

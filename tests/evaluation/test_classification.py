@@ -41,12 +41,6 @@ def test_the_first_of_equal_scores_is_predicted():
     assert evaluator.confusion().sum() == 0 and evaluator.per_class() == {}
 
 
-def test_class_without_samples_is_left_out_of_the_mean_per_class():
-    evaluator = TopKEvaluator(classes(3))
-    evaluator.process(torch.eye(3)[[0, 0, 0, 0]], torch.tensor([0, 0, 0, 1]))
-    assert evaluator.evaluate() == {"top1": 0.75, "mean_per_class": 0.5}
-
-
 def test_an_empty_set_is_an_error():
     evaluator = TopKEvaluator(classes(2))
     with pytest.raises(DatasetError, match="no sample was processed"):

@@ -131,14 +131,6 @@ def test_area_agrees_with_the_devkit_formula_on_random_rankings():
         assert average_precision(right, positives) == pytest.approx(area, rel=1e-12)
 
 
-def test_difficult_object_is_neither_right_nor_wrong():
-    targets = [target([BOX, FAR], difficult=[False, True])]
-    for found in ([BOX], [BOX, FAR], [BOX, FAR, FAR, FAR]):
-        # The detections of the difficult object score highest: counted as wrong they would halve the precision.
-        metrics = evaluate([prediction(found, [0.5] + [0.9] * (len(found) - 1))], targets)
-        assert all(metrics[name] == ONE for name in ("AP", "AP50", "voc_AP50", "voc07_AP50"))
-
-
 def precise():
     """Two detections with scores that are equal in float32, the right one with the higher score."""
     found = prediction([FAR, BOX], [0.5, 0.5])

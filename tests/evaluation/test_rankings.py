@@ -43,14 +43,6 @@ def test_detections_are_ranked_over_all_images_and_a_second_match_is_wrong():
     assert as_lists(evaluator.rankings()) == {"a": ([True, True, False, False], 3), "b": ([True], 1)}
 
 
-def test_difficult_objects_and_their_detections_are_in_no_ranking():
-    evaluator = detections(
-        ([(BOX, 0, 0.9), (FAR, 0, 0.8), (FAR, 1, 0.7)], [(BOX, 0, True), (FAR, 0, False), (FAR, 1, True)]),
-        ([(OUT, 0, 0.95), (OUT, 2, 0.4)], []),
-    )
-    assert as_lists(evaluator.rankings()) == {"a": ([False, True], 1)}
-
-
 def test_several_labels_rank_without_ignored_images_and_equal_scores_as_in_the_set():
     evaluator = MultilabelEvaluator(["a", "b", "c"])
     evaluator.process(

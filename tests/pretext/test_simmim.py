@@ -65,26 +65,6 @@ def test_loss_is_the_papers_formula():
     torch.testing.assert_close(method.losses(trunk, (pixels, MASK))["l1"], total / count)
 
 
-def test_seen_pixels_are_no_target():
-    prediction, pixels = images(count=4).split(2)
-    prediction.requires_grad_()
-    loss = masked_l1(prediction, pixels, MASK)
-    [gradient] = torch.autograd.grad(loss, prediction)
-    hidden = MASK.repeat_interleave(16, 1).repeat_interleave(16, 2).unsqueeze(1).expand_as(pixels)
-    assert not gradient[~hidden].any() and gradient[hidden].all()
-    torch.testing.assert_close(masked_l1(torch.where(hidden, prediction, 9.0), pixels, MASK), loss)
-
-
-def test_hidden_pixels_are_not_seen():
-    trunk, method = build()
-    pixels = images()
-    hidden = MASK.repeat_interleave(16, 1).repeat_interleave(16, 2).unsqueeze(1)
-    others = torch.where(hidden, torch.randn_like(pixels), pixels)
-    assert torch.equal(*(method.hidden_features(trunk, x, MASK) for x in (pixels, others)))
-    seen = torch.where(hidden, pixels, torch.randn_like(pixels))
-    assert not torch.equal(*(method.hidden_features(trunk, x, MASK) for x in (pixels, seen)))
-
-
 def test_cells_of_the_mask_may_be_of_several_patches():
     trunk, method = build(patch_size=8)
     fine = MASK.repeat_interleave(2, 1).repeat_interleave(2, 2)

@@ -12,7 +12,6 @@ from bissl_zoo.engine.hooks import MetricsWriter
 from bissl_zoo.engine.trainer import Trainer
 from bissl_zoo.errors import ConfigError
 from bissl_zoo.progress.writers import Record, open_writers
-from bissl_zoo.runs.directory import check_run_dir, prepare_run_dir
 
 
 class Counter(Trainer):
@@ -58,15 +57,6 @@ def test_a_missing_wandb_names_the_extra_before_the_run_starts(train_net, tiny, 
     folder = tmp_path / "run"
     message = train_net(*tiny(train__writers="[json,wandb]"), f"train.output_dir={folder}").message()
     assert 'pip install "bissl_zoo[wandb]"' in message and not folder.exists()
-
-
-@pytest.mark.slow  # asks git for the revision
-def test_a_resumed_run_may_have_other_writers(tmp_path):
-    cfg = voc_det("[json]")
-    cfg.train.output_dir = str(tmp_path / "run")
-    prepare_run_dir(cfg, resume=False)
-    cfg.train.writers = ["json", "tensorboard", "wandb"]
-    assert check_run_dir(cfg, resume=True) == tmp_path / "run"
 
 
 def test_json_alone_writes_one_file(tmp_path):

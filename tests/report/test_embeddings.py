@@ -78,18 +78,6 @@ def test_a_collapsed_network_is_one_point_and_its_title_says_so():
     assert draw_embeddings([one], CLASSES, "").axes[0].get_title() == "flat\nkNN 0.333   all features are equal"
 
 
-@pytest.mark.slow  # scikit-learn starts a process to count cores
-def test_many_classes_differ_in_shape_and_too_many_have_no_legend():
-    generator = torch.Generator().manual_seed(0)
-    for count, legend in ((10, True), (100, False)):
-        features, labels = torch.randn(2 * count, 8, generator=generator), torch.arange(2 * count) % count
-        figure = draw_embeddings(
-            [embedding("a", features, labels, features, labels)], [str(i) for i in range(count)], ""
-        )
-        assert bool(figure.legends) == legend
-        assert sum(len(points.get_offsets()) for points in figure.axes[0].collections) == 2 * count
-
-
 def features_by_hand(state, architecture, dataset):
     """Pooled features of central crops, without the code under test."""
     backbone = build_backbone(name=architecture)

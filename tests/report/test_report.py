@@ -8,7 +8,6 @@ import torch
 from browser import browser, find_browser
 from report_pages import HOSTILE, Parsed, harmless, report_of, small_run, write_records
 
-from bissl_zoo.config import LazyConfig
 from bissl_zoo.engine.evaluate import DETAILS_FILE, Details, write_details
 from bissl_zoo.errors import CheckpointError
 from bissl_zoo.report import report_after
@@ -141,18 +140,6 @@ def test_the_shipped_config_of_a_run_is_its_base(finished):
 @pytest.mark.parametrize("command", ["a.py", "../../evil.py", "/etc/passwd", "'unclosed", "", "--config-file"])
 def test_only_shipped_configs_are_opened(command):
     assert shipped_config(f"command: train_net.py --config-file {command}") is None
-
-
-@pytest.mark.slow
-def test_a_run_without_fine_tuning_has_neither_predictions_nor_problems(run_copy, at_scenes):
-    cfg = load_run_config(run_copy)
-    cfg.train.stages = ["pretrain"]
-    LazyConfig.save(cfg, run_copy / "config.yaml")
-    for name in ("results.json", DETAILS_FILE):
-        (run_copy / name).unlink()
-    parsed = harmless(report_of(run_copy, images=4))
-    assert "The run has no stage finetune, so there is no fine-tuned model." in parsed.text
-    assert parsed.problems == []
 
 
 def test_a_folder_without_a_run_is_refused(tmp_path):

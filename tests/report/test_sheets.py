@@ -199,12 +199,3 @@ def test_figures_are_written_in_the_format_of_their_suffix(tmp_path, suffix, beg
     if suffix == "png":
         with Image.open(path) as image:
             assert image.size == pytest.approx(figure.get_size_inches() * DPI, abs=1)
-
-
-def test_a_figure_that_cannot_be_written_is_an_error(tmp_path):
-    figure = draw_samples([sample(0)], None, "")
-    with pytest.raises(ConfigError, match=r"\.png, \.pdf, \.svg"):
-        save_figure(figure, tmp_path / "figure.gif")
-    (tmp_path / "file").write_text("")
-    with pytest.raises(ConfigError, match="cannot be written"):
-        save_figure(figure, tmp_path / "file" / "figure.png")

@@ -248,14 +248,6 @@ def test_a_huge_file_is_refused_unread(folder, content):
     assert f"{path} have more than 8,589,934,592 bytes, so they are not read" in refusal()
 
 
-def test_missing_coco_names_the_folder_and_the_command_that_fetches_it(tmp_path, monkeypatch):
-    monkeypatch.setenv("BISSL_ZOO_DATASETS", str(tmp_path))
-    message = refusal()
-    assert str(tmp_path / "coco" / "train2017") in message and "BISSL_ZOO_DATASETS" in message
-    assert "bissl data coco_detection" in message
-    assert "prepare_data" not in refusal(root="birds", images="pictures")
-
-
 @pytest.mark.parametrize("kind", SPECIAL_FILES)
 def test_pipe_or_device_in_place_of_annotations_is_refused_at_once(folder, kind):
     path = folder / "annotations" / "instances_train2017.json"
