@@ -1,5 +1,6 @@
 """Does BiSSL help on a data set? Compare its arms over the same seeds, with confidence intervals.
 
+bissl compare --config-file photos.py                       # any config of bissl train
 bissl compare --config-file configs/compare/digit_scenes.py --seeds 10
 bissl compare --config-file configs/compare/cells.py --parallel 2 train.output_dir=runs/cells
 bissl compare --config-file configs/compare/papers_simclr.py --datasets food101,dtd,voc_det
@@ -53,6 +54,7 @@ def names(text: str) -> list[str]:
 
 def run(args: argparse.Namespace) -> int:
     """Run the comparison and print its report."""
+    from bissl_zoo.config import LazyConfig, load_config
     from bissl_zoo.engine.checks import open_config
     from bissl_zoo.errors import printable
     from bissl_zoo.progress.display import console
@@ -60,10 +62,18 @@ def run(args: argparse.Namespace) -> int:
     from bissl_zoo.studies.compare_report import reports_table, summary
 
     chosen = {"compare.seeds": args.seeds, "compare.arms": args.arms, "compare.labels": args.labels}
-    overrides = [f"{key}={json.dumps(value)}" for key, value in chosen.items() if value is not None]
+    settings = [override for override in args.overrides if override.startswith("compare.")]
+    others = [override for override in args.overrides if override not in settings]
+    settings += [f"{key}={json.dumps(value)}" for key, value in chosen.items() if value is not None]
     with console():
-        cfg = open_config(args.config_file, [*args.overrides, *overrides])
+        cfg = open_config(args.config_file, others)
+        given = "compare" in cfg
+        if not given:
+            cfg.compare = load_config("common/compare.py").compare
+        cfg = LazyConfig.apply_overrides(cfg, settings, args.config_file)
         folder = Path(cfg.train.output_dir)
+        if not given:  # then it is the folder of a run
+            folder = folder.with_name(f"{folder.name}_comparison")
         comparisons = open_comparisons(cfg, args.config_file, folder, args.datasets, args.parallel, args.engine)
         if args.dry_run:
             print("\n\n".join(comparison.describe() for comparison in comparisons.values()))

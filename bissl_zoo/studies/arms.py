@@ -119,7 +119,7 @@ def folder_name(arm: str) -> str:
 class Settings:
     """The section `compare` after validation; see `configs/common/compare.py`."""
 
-    metric: str
+    metric: str | None
     higher_is_better: bool
     seeds: tuple[int, ...]
     arms: tuple[str, ...]
@@ -132,15 +132,13 @@ class Settings:
 
 
 def read_settings(cfg: DictConfig, source: str) -> Settings:
-    """Return the settings of a comparison; missing keys have their defaults.
+    """Return the settings of a comparison; missing keys, or a missing section, have their defaults.
 
     Raises:
-        ConfigError: a missing section, unknown keys or invalid values.
+        ConfigError: unknown keys or invalid values.
     """
     defaults = OmegaConf.to_container(load_config("common/compare.py").compare)
-    if not OmegaConf.is_dict(cfg.get("compare")):
-        raise ConfigError(f"{source}: the section 'compare' is missing; start from configs/compare/digit_scenes.py.")
-    given = OmegaConf.to_container(cfg.compare, resolve=True)
+    given = OmegaConf.to_container(cfg.get("compare") or OmegaConf.create(), resolve=True)
     _check_names(given, defaults, "compare", source)
     values = {**defaults, **given}
     metric, vary, trials, datasets = (values[key] for key in ("metric", "vary", "search_trials", "datasets"))
@@ -151,7 +149,7 @@ def read_settings(cfg: DictConfig, source: str) -> Settings:
         find_arm(arm)
     has_pretraining = pretrains(cfg)
     for key, valid, advice in (
-        ("metric", isinstance(metric, str), "name a metric of the task, such as AP50"),
+        ("metric", metric is None or isinstance(metric, str), "name a metric of the task, such as AP50"),
         ("seeds", seeds and all(map(_is_count, seeds)) and _differ(seeds), "give a number or a list of different ones"),
         ("arms", len(arms) > 1 and "pretrained" in arms and _differ(arms), "give 'pretrained' and at least one other"),
         ("vary", has_pretraining or vary != "pretrain", "but train.stages has no pretraining"),

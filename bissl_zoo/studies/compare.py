@@ -5,6 +5,7 @@ import json
 import logging
 import math
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -413,6 +414,8 @@ class Comparison:
     def _value(self, metrics: dict[str, dict[str, float]]) -> float:
         """Return the compared metric of a run, which has fine-tuned once."""
         measured = next(iter(metrics.values()), {})
+        if self.settings.metric is None:
+            self.settings = replace(self.settings, metric=next(iter(measured), None))
         check_metric(self.settings.metric, list(measured), self.source, "compare.metric")
         return measured[self.settings.metric]
 

@@ -1,7 +1,7 @@
 """All keys of the section `compare` with their defaults."""
 
 compare = dict(
-    metric=None,  # downstream metric to compare, such as AP50 or top1
+    metric=None,  # downstream metric to compare, such as AP50 or top1; null: the first of the task
     higher_is_better=True,  # false for errors
     seeds=10,  # number of seeds (0, 1, ...) or a list of them; more can be added later
     arms=["pretrained", "bissl", "longer_pretraining", "joint"],  # arms to compare; pretrained is required

@@ -68,7 +68,7 @@ def differing(a, b):
     ("compare", "message"),
     [
         ({"seed": 3}, "compare has 'seed'. Did you mean 'seeds'"),
-        ({"metric": None}, "compare.metric is None"),
+        ({"metric": 50}, "compare.metric is 50"),
         ({"arms": ["pretrained", "bisl"]}, "Did you mean 'bissl'"),
         ({"arms": ["bissl", "joint"]}, "give 'pretrained'"),
         ({"seeds": [1, 1]}, "compare.seeds"),
@@ -82,9 +82,15 @@ def test_an_invalid_setting_is_refused_with_the_valid_ones(config, compare, mess
         read_settings(config(**compare), "test")
 
 
-def test_a_comparison_needs_its_section_and_a_pretrained_backbone(config, tiny_config):
-    with pytest.raises(ConfigError, match="the section 'compare' is missing"):
-        read_settings(tiny_config(), "test")
+def test_any_config_of_a_run_can_be_compared_by_the_first_metric(tiny_config, tmp_path, monkeypatch):
+    FakeJobs(monkeypatch)
+    cfg = tiny_config()
+    assert read_settings(cfg, "test") == read_settings(OmegaConf.merge(cfg, {"compare": {}}), "test")
+    report = compare(cfg, "test", tmp_path / "c")
+    assert report["metric"] == "AP50" and report["arms"]["bissl"]["count"] == 10
+
+
+def test_a_comparison_needs_a_pretrained_backbone(config):
     with pytest.raises(ConfigError, match="needs a pretrained backbone"):
         read_settings(config(["train.stages=[bissl,finetune]"]), "test")
     given = ["train.stages=[bissl,finetune]", "train.init=some.safetensors"]
