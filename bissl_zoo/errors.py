@@ -1,6 +1,7 @@
 """Errors that the user can act on; the tools print their message without a traceback."""
 
 import difflib
+import importlib.util
 import inspect
 import re
 from collections.abc import Callable, Iterable, Sequence
@@ -8,6 +9,11 @@ from typing import Any
 
 #: control characters except tab and newline, and characters that change the writing direction
 _CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069]")
+#: extras of the package, and the modules of the libraries that they install
+EXTRAS = {
+    "train": ("pycocotools", "scipy", "sklearn", "tensorboard"),
+    "report": ("jinja2", "matplotlib", "sklearn"),
+}
 
 
 class BisslZooError(Exception):
@@ -55,6 +61,13 @@ class Interrupted(BisslZooError):
 
 class BadHypergradient(BisslZooError):
     """A solution of the hypergradient system is not finite or far from solving it."""
+
+
+def require_extra(*extras: str) -> None:
+    """Raise BisslZooError if a library of an extra is not installed, with the command that installs it."""
+    for extra in extras:
+        if missing := [module for module in EXTRAS[extra] if importlib.util.find_spec(module) is None]:
+            raise BisslZooError(f'Not installed: {", ".join(missing)}. Use pip install "bissl_zoo[{extra}]".')
 
 
 def did_you_mean(word: str, choices: Iterable[str], cutoff: float = 0.6) -> str:

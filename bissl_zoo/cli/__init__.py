@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from types import ModuleType
 
 from bissl_zoo import __version__
-from bissl_zoo.errors import did_you_mean
+from bissl_zoo.errors import did_you_mean, require_extra
 from bissl_zoo.progress.console import exit_status
 
 COMMANDS = {
@@ -37,6 +37,15 @@ COMMANDS = {
 REQUIRED = {"torch", "torchvision", "timm", "numpy", "fvcore", "omegaconf", "safetensors"}
 #: commands that start no processes and import torch only where they need it
 LIGHT = {"convert", "data", "doctor", "new", "predict", "runs", "zoo"}
+#: extras of setup.py that a command needs
+NEEDS = {
+    "train": ("train",),
+    "compare": ("train", "report"),
+    "search": ("train", "report"),
+    "check": ("train", "report"),
+    "report": ("report",),
+    "visualize": ("report",),
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -57,6 +66,9 @@ def _main(argv: Sequence[str]) -> int:
     # OpenMP threads spin while they wait and would slow loader workers on the same cores down by a factor of ten
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # read once, when torch is imported
     module, args = parse_args(argv)
+    extras = NEEDS.get(args.bissl_command, ())
+    if status := exit_status(lambda: require_extra(*extras)):
+        return status
     if args.bissl_command in LIGHT:
         return exit_status(lambda: module.run(args))
     from bissl_zoo.engine.launch import launch
