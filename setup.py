@@ -8,6 +8,12 @@ from setuptools import find_namespace_packages, find_packages, setup
 ROOT = Path(__file__).parent
 CONFIGS = [f"bissl_zoo.configs.{name}" for name in find_namespace_packages(str(ROOT / "configs"))]
 DOCS = ["mkdocs-material>=9.5,<10", "mkdocstrings[python]>=0.27", "latex2mathml>=3.77"]
+#: what loading, predicting and the zoo do without
+TRAIN = ["pycocotools>=2.0.8", "scipy>=1.11.4", "scikit-learn>=1.4.2", "tensorboard>=2.15.2"]
+REPORT = ["matplotlib>=3.8.4", "jinja2>=3.1.4", "scikit-learn>=1.4.2"]
+SEARCH = ["optuna>=4"]
+HUB = ["huggingface_hub>=1.0"]
+ONNX = ["onnx>=1.16", "onnxscript>=0.2"]
 
 setup(
     name="bissl_zoo",
@@ -22,45 +28,41 @@ setup(
     package_data={"bissl_zoo.report": ["templates/*"]},
     entry_points={"console_scripts": ["bissl = bissl_zoo.cli:main"]},
     install_requires=[
-        "torch>=2.11",
-        "torchvision>=0.26",  # the release that belongs to torch 2.11
+        # floors as in requirements/floors.txt
+        "torch>=2.6",  # loads with weights_only by default
+        "torchvision>=0.21",  # the release that belongs to torch 2.6
         "timm>=1.0.31,<2",  # earlier releases cannot load what is published, or fail in Backbone.split
         # the pins of Detectron2, so that both can be installed in one environment
         "omegaconf>=2.3,<2.4",
-        "iopath>=0.1.7,<0.1.10",
-        "fvcore>=0.1.5,<0.1.6",
-        "pycocotools>=2.0.8",
-        "numpy>=1.26",
-        "pillow>=10",
-        "pyyaml>=6",
+        "iopath>=0.1.9,<0.1.10",
+        "fvcore>=0.1.5.post20221221,<0.1.6",
+        "numpy>=1.26.4",
+        "pillow>=10.3",
+        "pyyaml>=6.0.1",
         "safetensors>=0.4.3",
-        "defusedxml>=0.7",
-        "scipy>=1.11",  # MAT files of some data sets
-        "scikit-learn>=1.4",  # digits and photographs of the embedded data set
-        "tensorboard>=2.15",
-        "matplotlib>=3.8",
+        "defusedxml>=0.7.1",
         "tabulate>=0.9",
-        "rich>=13.7",
-        "jinja2>=3.1",
-        "tqdm>=4.60",
-        "platformdirs>=4",
-        "portalocker>=2.7",
-        "fsspec[http]>=2023.5",
+        "rich>=13.7.1",
+        "tqdm>=4.66.1",
+        "platformdirs>=4.2",
+        "portalocker>=2.8.2",
+        "fsspec[http]>=2024.2",
     ],
     extras_require={
+        "train": TRAIN,
+        "report": REPORT,
+        "all": [*TRAIN, *REPORT, *SEARCH, *HUB, *ONNX],
         "s3": ["s3fs>=2023.5"],  # zoos and shards on s3://
-        "hub": ["huggingface_hub>=1.0"],
+        "hub": HUB,  # zoos on hf://; timm brings any release
         "gs": ["gcsfs>=2023.5"],
-        "search": ["optuna>=4"],  # for bissl search
+        "search": SEARCH,  # for bissl search
         "ray": ["ray>=2.9"],  # for bissl search and bissl compare with --engine ray
         "wandb": ["wandb>=0.19"],  # train.writers=[json,tensorboard,wandb]
         "docs": DOCS,
-        "onnx": ["onnx>=1.16", "onnxscript>=0.2"],
+        "onnx": ONNX,
         "test": [
             *("pytest>=8", "pytest-xdist>=3.5", "hypothesis>=6", "ruff>=0.9"),
-            "huggingface_hub>=1.0",
-            *("onnx>=1.16", "onnxscript>=0.2", "onnxruntime>=1.18"),
-            "optuna>=4",
+            *(*TRAIN, *REPORT, *SEARCH, *HUB, *ONNX, "onnxruntime>=1.18"),
             *("lightly>=1.6", "webdataset>=1.0", "torchmetrics>=1.4"),  # references for losses, shards and metrics
             "wandb>=0.19",
             *DOCS,
