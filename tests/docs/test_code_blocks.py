@@ -38,8 +38,8 @@ FRAGMENT = (
 #: tools without a short run -> the test that runs them
 RUN_ELSEWHERE = {
     "search": "tests/tools/test_search_tool.py",
-    "check_hypergradient": "tests/tools/test_check_hypergradient.py",
-    "analyze_model": "tests/tools/test_analyze_model.py",
+    "check": "tests/tools/test_check_hypergradient.py",
+    "analyze": "tests/tools/test_analyze_model.py",
 }
 #: commands that do not return
 UNTESTED = {"tensorboard"}
@@ -79,7 +79,7 @@ def data(scenes, tmp_path_factory):
             Image.new("RGB", (64, 64), (90 * number, 80, 30)).save(root / name / f"{number}.jpg")
             shutil.copy(root / name / f"{number}.jpg", unlabelled)
     pack = ["--to-shards", str(root / "imagenet"), "--out", str(root / "imagenet-shards"), "--samples-per-shard", "1"]
-    assert load_tool("prepare_data").cli(pack) == 0
+    assert load_tool("data").cli(pack) == 0
     return root
 
 
@@ -135,10 +135,10 @@ def temporary_registrations():
 
 
 def run_tool(name: str, arguments: list[str]) -> str:
-    """Run a script of tools/, which must succeed, and return what it prints."""
+    """Run a command of bissl, which must succeed, and return what it prints."""
     module, out, err = load_tool(name), io.StringIO(), io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        status = (module.cli if hasattr(module, "cli") else module.main)(arguments)
+        status = module.cli(arguments)
     assert status == 0, f"{name} {arguments}: {out.getvalue()}{err.getvalue()}"
     return out.getvalue()
 
@@ -159,9 +159,9 @@ def train_net(arguments: list[str], root: Path) -> None:
     config = arguments[arguments.index("--config-file") + 1]
     if "--eval-only" in arguments:
         run = next(a.split("=")[1] for a in arguments if a.startswith("train.init="))
-        run_tool("train_net", ["--config-file", f"{run}/config.yaml", "--eval-only", f"train.init={run}"])
+        run_tool("train", ["--config-file", f"{run}/config.yaml", "--eval-only", f"train.init={run}"])
     elif "--resume" in arguments and (root / config).is_file():
-        run_tool("train_net", arguments)
+        run_tool("train", arguments)
     else:
         dry = [a for a in arguments if a not in ("--auto-resume", "--resume", "--dry-run")]
         dry = re.sub(r"--num-gpus \d+", "", "\0".join(dry).replace("--num-gpus\0", "--num-gpus ")).split("\0")
@@ -171,7 +171,7 @@ def train_net(arguments: list[str], root: Path) -> None:
 @functools.cache  # pages repeat commands
 def dry_run(root: Path, config: str, *arguments: str) -> None:
     made = [] if config.startswith(("zoo:", "runs/")) else small(config)
-    output = run_tool("train_net", [*arguments, "--dry-run", *made])
+    output = run_tool("train", [*arguments, "--dry-run", *made])
     assert "stages" in output and "parameters" in output
 
 
@@ -199,7 +199,7 @@ def run_command(words: list[str], root: Path, data: Path) -> None:
         if name in RUN_ELSEWHERE:
             assert (REPOSITORY / RUN_ELSEWHERE[name]).is_file()
             check_options(load_tool(name), arguments)
-        elif name == "train_net":
+        elif name == "train":
             train_net(arguments, root)
         else:
             run_tool(name, SHORT.get(name, list)(arguments))
@@ -223,7 +223,7 @@ def check_config(code: str, root: Path, name: str) -> None:
         code = re.sub(r"from \.\.(?!configs)", "from ..configs.", code)
     file = folder / f"{name}.py"
     file.write_text(code)
-    run_tool("train_net", ["--config-file", str(file), "--dry-run", *small(str(file))])
+    run_tool("train", ["--config-file", str(file), "--dry-run", *small(str(file))])
 
 
 def check_included_file(source: str, root: Path) -> None:
@@ -278,7 +278,7 @@ def test_the_files_in_a_page_are_those_of_the_checkout(page):
 
 
 def test_extras_named_in_the_pages_exist():
-    extras = set(re.findall(r'^        "(\w+)": \[', (REPOSITORY / "setup.py").read_text(), re.MULTILINE))
+    extras = set(re.findall(r'^        "(\w+)": ', (REPOSITORY / "setup.py").read_text(), re.MULTILINE))
     named = {
         extra
         for page in PAGES
@@ -295,8 +295,10 @@ def test_a_command_that_is_neither_run_nor_marked_fails(tmp_path):
 
 def test_options_keys_and_tools_of_a_marked_block_must_exist():
     with pytest.raises(SystemExit):
-        check_options(load_tool("train_net"), ["--config-file", "configs/bissl/voc_det.py", "--no-such-option"])
+        check_options(load_tool("train"), ["--config-file", "configs/bissl/voc_det.py", "--no-such-option"])
     with pytest.raises(Exception, match=r"no key 'solver\.iteration'"):
-        check_options(load_tool("train_net"), ["--config-file", "configs/bissl/voc_det.py", "solver.iteration=3"])
+        check_options(load_tool("train"), ["--config-file", "configs/bissl/voc_det.py", "solver.iteration=3"])
     with pytest.raises(AssertionError, match="there is no tools/trane_net.py"):
         tool_of(commands("torchrun --nproc-per-node 2 \\\n    tools/trane_net.py")[0])
+    with pytest.raises(AssertionError, match="there is no command bissl trane"):
+        tool_of(["bissl", "trane"])

@@ -6,6 +6,9 @@ import shlex
 from pathlib import Path
 from typing import NamedTuple
 
+from command_line import COMMAND_OF
+
+from bissl_zoo.cli import COMMANDS
 from bissl_zoo.config import LazyConfig, load_config, with_defaults
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -103,11 +106,14 @@ def _is_eager_call(value: ast.expr) -> bool:
 
 
 def tool_of(words: list[str]) -> tuple[str, list[str]] | None:
-    """Return the name of the script of tools/ that a python or torchrun command runs, and its arguments."""
+    """Return the name and the arguments of a command of `bissl`, or of a script of tools/ run by python or torchrun."""
+    if words[0] == "bissl":
+        assert words[1] in COMMANDS, f"there is no command bissl {words[1]}"
+        return words[1], words[2:]
     for position, word in enumerate(words):
         if re.fullmatch(r"tools/\w+\.py", word) and words[0] in ("python", "torchrun"):
             assert (REPOSITORY / word).is_file(), f"there is no {word}"
-            return Path(word).stem, words[position + 1 :]
+            return COMMAND_OF.get(Path(word).stem, Path(word).stem), words[position + 1 :]
     return None
 
 
