@@ -34,7 +34,7 @@ from bissl_zoo.progress.display import (
 )
 from bissl_zoo.progress.writers import open_writers
 from bissl_zoo.runs.checkpoint import Checkpointer
-from bissl_zoo.runs.directory import check_run_dir, has_begun, pointing_to_report, prepare_run_dir, write_metadata
+from bissl_zoo.runs.directory import check_run_dir, has_begun, prepare_run_dir, write_metadata
 from bissl_zoo.runs.listing import results_table
 from bissl_zoo.runs.lock import run_lock
 
@@ -94,9 +94,8 @@ def run(
         config = OmegaConf.to_container(cfg, resolve=True)
         writers = open_writers(cfg.train.writers, folder, cfg.train.log_period, config)
         context.writers = stack.enter_context(writers)
-        with pointing_to_report(folder):
-            results, details = run_stages(context, stages, initial, resume)
-            entry = on_main_process(lambda: finish_run(context, results, details))
+        results, details = run_stages(context, stages, initial, resume)
+        entry = on_main_process(lambda: finish_run(context, results, details))
         if results:
             logger.info(results_table(results), extra=FILE_ONLY)
         if write_report and cfg.train.report:

@@ -1,13 +1,12 @@
 """The run directory: names of its files, checks before a run starts, and the metadata of the run."""
 
-import contextlib
 import json
 import logging
 import platform
 import resource
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -177,16 +176,6 @@ def report_command(folder: Path) -> str:
     return f"bissl report {folder}"
 
 
-@contextlib.contextmanager
-def pointing_to_report(folder: Path) -> Iterator[None]:
-    """Log how to look at the run if the block fails."""
-    try:
-        yield
-    except Exception:
-        logger.info(f"look at it with {report_command(folder)}")
-        raise
-
-
 def write_metadata(
     folder: Path,
     cfg: DictConfig,
@@ -302,20 +291,15 @@ def _describe_dataset(described: DictConfig, dataset: "Dataset") -> dict[str, An
 
 def _problem_of(metadata: dict[str, Any]) -> str:
     """Return why an entry of the zoo cannot have this metadata, or an empty string."""
-    datasets, parents, stages = metadata.get("datasets", {}), metadata.get("ancestors", []), metadata.get("stages", {})
-    if not isinstance(datasets, dict) or not all(isinstance(dataset, dict) for dataset in datasets.values()):
-        return "has 'datasets' that are not an object of objects"
-    if not isinstance(parents, list) or not all(map(_is_parent, parents)):
-        return "has 'ancestors' that are not a list of objects with a name and a sha256"
-    if not isinstance(stages, dict) or not all(type(steps) is int for steps in stages.values()):
-        return "has 'stages' that are not numbers of steps by name"
-    if not isinstance(metadata.get("hardware", ""), str):
-        return "has a 'hardware' that is not text"
-    for key in ("wall_time_s", "peak_memory_mib"):
-        value = metadata.get(key, 0.0)
-        if type(value) not in (int, float) or not 0 <= value < 1e12:
-            return f"has a '{key}' that is not a number"
-    return ""
+    valid = {
+        "datasets": lambda v: isinstance(v, dict) and all(isinstance(dataset, dict) for dataset in v.values()),
+        "ancestors": lambda v: isinstance(v, list) and all(map(_is_parent, v)),
+        "stages": lambda v: isinstance(v, dict) and all(type(steps) is int for steps in v.values()),
+        "hardware": lambda v: isinstance(v, str),
+        "wall_time_s": lambda v: type(v) in (int, float) and 0 <= v < 1e12,
+    }
+    wrong = [key for key, check in valid.items() if key in metadata and not check(metadata[key])]
+    return f"has an invalid '{wrong[0]}'" if wrong else ""
 
 
 def _is_parent(value: Any) -> bool:

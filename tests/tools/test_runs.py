@@ -1,4 +1,4 @@
-"""tools/runs.py: the state of each run, damaged files, and what pruning keeps.
+"""The command `runs`: the state of each run, and damaged files.
 
 Most tests run on a directory that is written here, with real checkpoints of a few numbers.
 """
