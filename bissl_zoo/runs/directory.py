@@ -296,7 +296,8 @@ def _problem_of(metadata: dict[str, Any]) -> str:
         "ancestors": lambda v: isinstance(v, list) and all(map(_is_parent, v)),
         "stages": lambda v: isinstance(v, dict) and all(type(steps) is int for steps in v.values()),
         "hardware": lambda v: isinstance(v, str),
-        "wall_time_s": lambda v: type(v) in (int, float) and 0 <= v < 1e12,
+        "wall_time_s": _is_amount,
+        "peak_memory_mib": _is_amount,
     }
     wrong = [key for key, check in valid.items() if key in metadata and not check(metadata[key])]
     return f"has an invalid '{wrong[0]}'" if wrong else ""
@@ -304,6 +305,10 @@ def _problem_of(metadata: dict[str, Any]) -> str:
 
 def _is_parent(value: Any) -> bool:
     return isinstance(value, dict) and isinstance(value.get("name"), str) and files.is_sha256(value.get("sha256"))
+
+
+def _is_amount(value: Any) -> bool:
+    return type(value) in (int, float) and 0 <= value < 1e12
 
 
 def _is_number(value: Any) -> bool:
