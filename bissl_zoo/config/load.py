@@ -132,6 +132,9 @@ def _rename_old_keys(plain: dict[str, Any]) -> None:
     pretrain = plain.get("pretrain")
     if isinstance(pretrain, dict) and pretrain.get("ema", "") is None:  # an option of earlier versions, switched off
         del pretrain["ema"]
+    train = plain.get("train")
+    if isinstance(train, dict) and isinstance(train.get("checkpoint"), dict):
+        train["checkpoint"].pop("best", None)  # an option of earlier versions: which checkpoints are kept
     for path, (name, values) in _RENAMED.items():
         *parents, old = path.split(".")
         section: Any = plain

@@ -71,7 +71,7 @@ def run(
         preflight(context, initial, stages)
     context.folder = folder = on_main_process(lambda: check_run_dir(cfg, resume))
     checkpoint = cfg.train.checkpoint
-    context.checkpointer = Checkpointer(folder / "checkpoints", checkpoint.keep, checkpoint.every, checkpoint.best)
+    context.checkpointer = Checkpointer(folder / "checkpoints", checkpoint.keep, checkpoint.every)
     with contextlib.ExitStack() as stack:
         stack.enter_context(console_by_default())
         context.stop = stack.enter_context(stop_request())

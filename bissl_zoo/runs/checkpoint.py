@@ -68,12 +68,11 @@ class Checkpointer:
     Args:
         keep: number of newest checkpoints of a stage that are kept.
         every: also keep checkpoints at multiples of this step.
-        best: a metric, such as `test/AP50`; also keep the checkpoint with its highest value.
     """
 
-    def __init__(self, folder: Path, keep: int = 2, every: int | None = None, best: str | None = None) -> None:
+    def __init__(self, folder: Path, keep: int = 2, every: int | None = None) -> None:
         self.folder = Path(folder)
-        self.keep, self.every, self.best = max(1, keep), every, best
+        self.keep, self.every = max(1, keep), every
 
     def save(
         self,
@@ -160,17 +159,6 @@ class Checkpointer:
         keep = set(complete[-self.keep :])
         if self.every:
             keep |= {path for path in complete if _step_of(path) % self.every == 0}
-        values = {}
-        for path in complete if self.best else ():
-            try:
-                value = read_info(path).metrics.get(self.best)
-            except CheckpointError:  # perhaps the best; a resume reports it
-                keep.add(path)
-                continue
-            if value is not None:
-                values[path] = value
-        if values:
-            keep.add(max(values, key=lambda path: (values[path], path.name)))
         for path in complete:
             if path not in keep:
                 _remove(path)

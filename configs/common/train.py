@@ -24,7 +24,6 @@ train = dict(
         period=500,  # steps between checkpoints; the last step of a stage always has one
         keep=2,  # number of newest checkpoints to keep per stage
         every=None,  # also keep checkpoints at multiples of this number of steps
-        best=None,  # also keep the checkpoint with the highest value of this metric, such as test/AP50
     ),
     probe=dict(  # probes of the pretext embedding in pretrain and bissl; they do not affect the run
         period=0,  # steps (bissl: alternations) between probes, plus one at the end of the stage; 0: none

@@ -50,7 +50,7 @@ def template(tmp_path_factory):
 def run(template, tmp_path):
     """A copy of the template, with its config."""
     folder = Path(shutil.copytree(template, tmp_path / "run"))
-    (folder / "config.yaml").write_text(f"train:\n  output_dir: {folder}\n  checkpoint:\n    best: null\n")
+    (folder / "config.yaml").write_text(f"train:\n  output_dir: {folder}\n")
     return folder
 
 
