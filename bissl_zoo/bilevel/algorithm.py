@@ -38,7 +38,6 @@ from bissl_zoo.hypergradient import (
     LinearOperator,
     Solution,
     choose_shift,
-    definite_shift,
     frozen_state,
 )
 from bissl_zoo.optim import effective_learning_rate
@@ -162,17 +161,7 @@ class BiLevel:
 
     def alternate(self, alternation: int) -> dict[str, float]:
         """Run alternation number `alternation` (from 0); return the metrics of its last lower and last upper step."""
-        metrics: dict[str, float] = {}
-        if hasattr(self.solver, "start_alternation"):
-            self.solver.start_alternation(self.lower_steps)
-        self._rate = 0.0
-        for step in range(1, self.lower_steps + 1):
-            last = step == self.lower_steps
-            metrics.update(self.lower.attempt(functools.partial(self.lower_step, last)))
-        # N_L steps follow theta_D in directions of larger curvature than this; in the others they stop early, which
-        # acts as Tikhonov damping of this size
-        rate = float(self._rate) * self.lower_steps
-        self.time_constant = 1.0 / rate if 0 < rate < math.inf else None
+        metrics = self.lower_phase()
         operator = self.curvature(self.lower.next_batch()).prepare()
         try:
             self.diagnostics = [self.upper.attempt(lambda: self.upper_step(operator)) for _ in range(self.upper_steps)]
@@ -184,6 +173,21 @@ class BiLevel:
         adapts = self.adaptation and (alternation + 1) % self.adaptation.every == 0
         if adapts and alternation + 1 < self.alternations:
             self.adapt(self.adaptation.alpha)
+        return metrics
+
+    def lower_phase(self) -> dict[str, float]:
+        """Take the lower steps of an alternation and measure `time_constant`; return the metrics of the last step."""
+        metrics: dict[str, float] = {}
+        if hasattr(self.solver, "start_alternation"):
+            self.solver.start_alternation(self.lower_steps)
+        self._rate = 0.0
+        for step in range(1, self.lower_steps + 1):
+            last = step == self.lower_steps
+            metrics.update(self.lower.attempt(functools.partial(self.lower_step, last)))
+        # N_L steps follow theta_D in directions of larger curvature than this; in the others they stop early, which
+        # acts as Tikhonov damping of this size
+        rate = float(self._rate) * self.lower_steps
+        self.time_constant = 1.0 / rate if 0 < rate < math.inf else None
         return metrics
 
     def lower_step(self, measure: bool = False) -> dict[str, float]:
@@ -227,8 +231,8 @@ class BiLevel:
         """Return the operator `I + M / (lambda + damping)` at the current `theta_P` and `phi_P` for a pretext batch.
 
         `M` is the Gauss-Newton matrix or the Hessian of the lower loss. Automatic damping of the first is the lower
-        level's time constant. That of the second depends on the spectrum and needs a right-hand side, so the first
-        upper step chooses it. A loss that is not finite is detected in the solution.
+        level's time constant. That of the second is at least as large, depends on the spectrum and needs a right-hand
+        side, so the first upper step chooses it. A loss that is not finite is detected in the solution.
         """
         lower = self.lower
         if self.curvature_batch_size is not None:
@@ -326,8 +330,8 @@ class BiLevel:
         if not any_rank(bad, v.device):
             self.shift = operator.shift if operator.automatic else None  # the solver may have raised it
             return solution, x_norm
-        losses = all_gather_objects(self._curvature_losses())
         if self.on_bad_hypergradient == "stop":
+            losses = all_gather_objects(self._curvature_losses())
             raise BadHypergradient(
                 f"{self.upper.name} level, step {self.upper.step}: {type(self.solver).__name__} returned no usable "
                 f"hypergradient: status {solution.status}, residual {solution.residual}, |x| {x_norm:.3g}, |v| "
@@ -346,14 +350,13 @@ class BiLevel:
     def _choose_damping(self, operator: LinearOperator, v: Tensor) -> int:
         """Set the operator's shift; return the products spent, which the solve reuses from the subspace.
 
-        The shift rises at once if the matrix needs it, also when later products reveal more negative curvature. From
-        one alternation to the next it falls at most to the geometric mean of the two.
+        It is at least the time constant, and rises at once if the solver needs more. From one alternation to the next
+        it falls at most to the geometric mean of the two.
         """
         if operator.shift is not None:
-            if operator.subspace.explored:
-                operator.shift = max(operator.shift, definite_shift(operator.subspace, bounded=False))
             return 0
-        needed, products = choose_shift(operator, v, self.solver.iterations, self.solver.tolerance, self.lam)
+        at_least = self.lam + (self.time_constant or 0.0)
+        needed, products = choose_shift(operator, v, self.solver.iterations, self.solver.tolerance, at_least)
         operator.shift = needed if self.shift is None else max(needed, (needed * self.shift) ** 0.5)
         return products
 

@@ -5,7 +5,7 @@ gradients of the lower steps has further methods, see `MFac` and `Sama`.
 """
 
 from bissl_zoo.hypergradient.cg import ConjugateGradient
-from bissl_zoo.hypergradient.damping import choose_shift, definite_shift
+from bissl_zoo.hypergradient.damping import choose_shift
 from bissl_zoo.hypergradient.direct import Exact, Identity
 from bissl_zoo.hypergradient.gauss_newton import GaussNewtonOperator
 from bissl_zoo.hypergradient.mfac import MFac
@@ -34,6 +34,5 @@ __all__ = [
     "Solution",
     "Subspace",
     "choose_shift",
-    "definite_shift",
     "frozen_state",
 ]

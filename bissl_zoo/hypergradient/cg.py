@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from bissl_zoo.hypergradient.minres import MinRes
 from bissl_zoo.hypergradient.solver import Damping, LinearOperator, Solution, power_of_two, relative_residual
 
 
@@ -37,7 +38,12 @@ class ConjugateGradient:
 
         The joint solve stops at negative curvature, a growing residual or a non-finite product, and returns the best
         iterate so far, or `v` if the residual of `v` is smaller. The solution for a non-finite `v` is zero.
+
+        With damping that is chosen from the spectrum, the products of the choice span the Krylov space of the first
+        right-hand side. The joint solve then minimizes the residual over this space, which needs no further product.
         """
+        if operator.automatic and not self.blockwise:
+            return MinRes(self.iterations, self.tolerance, recycle=0, recycled_iterations=self.iterations)(operator, v)
         if not torch.isfinite(v).all():
             return Solution(torch.zeros_like(v), float("inf"), 0, "non_finite")
         if not v.any():

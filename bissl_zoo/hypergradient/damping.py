@@ -1,4 +1,4 @@
-"""Automatic damping: the smallest one for which the system is positive definite and can be solved."""
+"""Automatic damping of an indefinite matrix: the smallest one with which the solver reaches its tolerance."""
 
 from collections.abc import Callable
 
@@ -8,9 +8,6 @@ from torch import Tensor
 from bissl_zoo.hypergradient.solver import LinearOperator, power_of_two
 from bissl_zoo.hypergradient.subspace import Subspace
 
-#: smallest eigenvalue of `A` that counts as safely positive
-MARGIN = 0.1
-
 #: shift beyond which the curvature is below any rounding
 LARGEST = 1e30
 
@@ -18,22 +15,18 @@ LARGEST = 1e30
 def choose_shift(
     operator: LinearOperator, v: Tensor, iterations: int, tolerance: float, at_least: float
 ) -> tuple[float, int]:
-    """Choose `lambda + delta` for this matrix: a trust region in the sense of Levenberg (1944) and Marquardt (1963).
+    """Choose `lambda + delta` for this matrix: the smallest one with a residual within the tolerance.
 
-    Lanczos steps from `v` estimate both ends of the spectrum of `H`. The Krylov space does not depend on the damping,
-    so they also give the residual after that many steps for every damping. The result is the smallest shift with
-
-    - a smallest Ritz value of `A`, minus its error bound, of at least :data:`MARGIN`, and
-    - a residual within the tolerance.
-
-    The products are kept in `operator.subspace` and reused by the solve of `v`.
+    Lanczos steps from `v` explore a Krylov space, which does not depend on the damping, so they give the residual after
+    that many steps for every damping. Negative Ritz values count with their absolute value. The products are kept in
+    `operator.subspace` and reused by the solve of `v`.
 
     Args:
         operator: its shift may be None.
         v: `(P,)`, the first right-hand side.
         iterations: number of Lanczos steps, the limit of the solver.
         tolerance: relative residual that the solver must reach.
-        at_least: the shift without damping, lambda.
+        at_least: smallest shift.
     Returns:
         The shift and the number of products spent; the shift is `at_least` if `v` is zero or the first product or `v`
         is not finite.
@@ -49,20 +42,7 @@ def choose_shift(
     spent = lanczos(operator, right, iterations)
     if not space.explored:
         return at_least, spent
-    low = max(at_least, definite_shift(space))
-    return smallest_shift(lambda shift: _residual(space, right, shift) <= tolerance, low), spent
-
-
-def definite_shift(space: Subspace, bounded: bool = True) -> float:
-    """Return the smallest shift for which the explored part of `A` is safely positive definite; 0 if every shift is.
-
-    Args:
-        space: explored directions and products of `H`.
-        bounded: subtract the error bounds from the Ritz values.
-    """
-    values, bounds = space.ritz_values()
-    smallest = (values - bounds if bounded else values).min()
-    return max(0.0, -float(smallest) / (1.0 - MARGIN))
+    return smallest_shift(lambda shift: _residual(space, right, shift) <= tolerance, at_least), spent
 
 
 def lanczos(operator: LinearOperator, start: Tensor, steps: int) -> int:
@@ -81,7 +61,7 @@ def lanczos(operator: LinearOperator, start: Tensor, steps: int) -> int:
 def _residual(space: Subspace, right: Tensor, shift: float) -> float:
     """Return the relative residual of the Galerkin (CG) solution, an upper bound of the minimal one."""
     right = torch.nn.functional.pad(right, (0, len(space.basis) - len(right)))
-    applied = space.directions + space.images / shift
+    applied = space.directions + space.absolute_images() / shift
     y, info = torch.linalg.solve_ex(space.directions.T @ applied, space.directions.T @ right)
     return float((right - applied @ y).norm() / right.norm()) if not info else float("inf")
 

@@ -18,9 +18,9 @@ class MinRes:
     orthogonalization. Later solves first search the space of the earlier ones, which costs no product, and spend
     products only on the remaining residual (as in Wang, de Sturler and Paulino, IJNME 69, 2007).
 
-    Automatic damping is chosen for the first right-hand side. If `recycled_iterations` products do not solve a later
-    one, the damping rises until the explored space is sufficient. The cost of an alternation is therefore bounded, and
-    every solve reaches its tolerance.
+    Automatic damping is chosen for the first right-hand side, and negative Ritz values count with their absolute value,
+    so that `||x|| <= ||v||`. If `recycled_iterations` products do not solve a later one, the damping rises until the
+    explored space is sufficient. The cost of an alternation is bounded, and every solve reaches its tolerance.
 
     Args:
         iterations: maximum number of products for one right-hand side.
@@ -70,7 +70,7 @@ class MinRes:
         if operator.automatic and space.explored:
             limit = min(self.iterations, self.recycled_iterations)
         for products in range(limit + 1):
-            x, residual, rest = _minimize(space, right, operator.shift)
+            x, residual, rest = _minimize(operator, right, operator.shift)
             if residual <= self.tolerance * size:
                 return x, residual / size, products, "converged"
             if products == limit:
@@ -84,14 +84,14 @@ class MinRes:
                 return x, residual / size if x.any() else float("inf"), products + 1, "non_finite"
         if operator.automatic:
             operator.shift = smallest_shift(
-                lambda shift: _minimize(space, right, shift)[1] <= self.tolerance * size, operator.shift
+                lambda shift: _minimize(operator, right, shift)[1] <= self.tolerance * size, operator.shift
             )
-            x, residual, _ = _minimize(space, right, operator.shift)
+            x, residual, _ = _minimize(operator, right, operator.shift)
             status = "converged" if residual <= self.tolerance * size else status
         return x, residual / size, products, status
 
 
-def _minimize(space: Subspace, right: Tensor, shift: float) -> tuple[Tensor, float, Tensor]:
+def _minimize(operator: LinearOperator, right: Tensor, shift: float) -> tuple[Tensor, float, Tensor]:
     """Return the best `x` in the space, the norm of its residual, and the residual; coordinates `(m,)`."""
-    x, rest = space.minimal_residual(right, shift)
+    x, rest = operator.subspace.minimal_residual(right, shift, operator.automatic)
     return x, float(rest.norm()), rest

@@ -89,6 +89,7 @@ class Neumann:
 def _step_length(operator: LinearOperator, dtype: torch.dtype) -> tuple[float, bool]:
     """Return `1 / ||A||` and whether all eigenvalues of `A` are positive, both as estimated from the subspace."""
     values, bounds = operator.subspace.ritz_values()
+    values = values.abs().sort().values if operator.automatic else values
     values, bounds = 1.0 + values / operator.shift, bounds / operator.shift
     # a smaller norm is rounding error
     norm = max(float((values.abs() + bounds).max()), torch.finfo(dtype).eps ** 0.5)

@@ -7,7 +7,6 @@ import torch
 from torch import Tensor
 
 from bissl_zoo.hypergradient.solver import Damping, LinearOperator, Solution, power_of_two, relative_residual
-from bissl_zoo.hypergradient.subspace import Subspace
 
 
 @dataclass(frozen=True)
@@ -60,7 +59,7 @@ class Nystrom:
             return Solution(v, float("inf"), products, "non_finite")
         scale = power_of_two(v)
         right = v / scale
-        x, definite = _solve(operator.subspace, right, operator.shift)
+        x, definite = _solve(operator, right)
         if self.check:
             x, residual, spent, status = self._checked(operator, right, x, definite)
             products += spent
@@ -100,13 +99,15 @@ class Nystrom:
         return (v, residual_of_v, 2, status) if residual_of_v < residual else (x, residual, 2, status)
 
 
-def _solve(space: Subspace, v: Tensor, shift: float) -> tuple[Tensor, bool]:
-    """Solve with the approximation of `A` and return whether it is positive definite; `space` is unchanged."""
+def _solve(operator: LinearOperator, v: Tensor) -> tuple[Tensor, bool]:
+    """Solve with the approximation of `A` and return whether it is positive definite; the subspace is unchanged."""
+    space = operator.subspace
     size, negligible = len(space.basis), 100 * torch.finfo(v.dtype).eps
     right = space.coordinates(v)
-    projected = space.directions.T @ space.images
-    curvature = space.images @ _pseudo_solve(projected, space.images.T, negligible)[0]
-    x, eigenvalues = _pseudo_solve(torch.eye(len(right), dtype=torch.float64) + curvature / shift, right, negligible)
+    images = space.absolute_images() if operator.automatic else space.images
+    curvature = images @ _pseudo_solve(space.directions.T @ images, images.T, negligible)[0]
+    system = torch.eye(len(right), dtype=torch.float64) + curvature / operator.shift
+    x, eigenvalues = _pseudo_solve(system, right, negligible)
     solution = v + space.combine(x - right)
     space.truncate(size)
     return solution, bool(eigenvalues[0] > negligible * eigenvalues[-1])

@@ -19,7 +19,8 @@ class LinearOperator(ABC):
     Attributes:
         block_sizes: lengths of the parameter tensors in a flat vector; they sum to P.
         shift: lambda + damping, positive; None until the damping is chosen.
-        automatic: True if the damping is chosen from the spectrum; a solver may raise it.
+        automatic: True if the damping is chosen from the spectrum. A solver may raise it, and negative Ritz values of
+            the subspace count with their absolute value, see :meth:`Subspace.absolute_images`.
         subspace: products with `H` from earlier solves; a solver may reuse them and add its own.
     """
 
@@ -43,7 +44,10 @@ class LinearOperator(ABC):
         """
         if self.shift is None:
             raise RuntimeError("The damping is not chosen yet; set `shift` before products with A.")
-        return torch.add(u, self.hessian_product(u), alpha=1.0 / self.shift)
+        product = self.hessian_product(u)
+        if self.automatic:
+            self.subspace.add_reflection(product, u)
+        return torch.add(u, product, alpha=1.0 / self.shift)
 
     __call__ = matvec
 

@@ -1,5 +1,6 @@
 """Directions and products of one symmetric matrix, kept between solves (Krylov subspace recycling)."""
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -139,18 +140,19 @@ class Subspace:
         self._marks.append(size)
         return True
 
-    def minimal_residual(self, coordinates: Tensor, shift: float) -> tuple[Tensor, Tensor]:
+    def minimal_residual(self, coordinates: Tensor, shift: float, absolute: bool = False) -> tuple[Tensor, Tensor]:
         """Minimize `||v - A x||` over the explored space, with `A = I + H / shift`.
 
         Args:
             coordinates: coordinates of `v`, `(m,)`.
+            absolute: use absolute Ritz values, see :meth:`absolute_images`; then `||x|| <= ||v||`.
         Returns:
             Coordinates `(m,)` of `x` and of the residual `v - A x`.
         """
         coordinates = torch.nn.functional.pad(coordinates, (0, len(self.basis) - len(coordinates)))
         if not self.explored:
             return torch.zeros_like(coordinates), coordinates
-        applied = self.directions + self.images / shift
+        applied = self.directions + (self.absolute_images() if absolute else self.images) / shift
         # smaller singular values are rounding errors of the products; with them, the residual below would be wrong
         negligible = 100 * torch.finfo(self.basis[0].dtype).eps
         y = torch.linalg.lstsq(applied, coordinates[:, None], rcond=negligible, driver="gelsd").solution[:, 0]
@@ -158,21 +160,42 @@ class Subspace:
 
     def ritz_values(self) -> tuple[Tensor, Tensor]:
         """Return estimates of eigenvalues of `H`, ascending `(k,)`, and the residual norm of each, float64."""
-        values, vectors = torch.linalg.eigh((self._projected + self._projected.T) / 2)
+        values, vectors = self._ritz_pairs()
         residuals = self.images @ vectors - self.directions @ vectors * values
         return values, residuals.norm(dim=0)
 
+    def absolute_images(self) -> Tensor:
+        """Return the products of the directions with `H + 2 sum |t| y y^T`, `(m, k)`.
+
+        The sum is over the negative Ritz values `t` and their vectors `y`. On the explored space this matrix is `|H|`,
+        which is positive semidefinite (saddle-free curvature, arXiv 1406.2572); if `H` is explored completely, it is
+        `|H|` everywhere.
+        """
+        values, vectors = self._ritz_pairs(negative=True)
+        return self.images - 2.0 * (self.directions @ (vectors * values)) @ vectors.T
+
+    def add_reflection(self, product: Tensor, u: Tensor) -> Tensor:
+        """Add `2 sum |t| y y^T u` of :meth:`absolute_images` to `product (P,)` in place and return it."""
+        values, vectors = self._ritz_pairs(negative=True)
+        if not len(values):
+            return product
+        inside = torch.tensor(self.basis.dots(u)[:-1].tolist(), dtype=torch.float64)
+        ritz = self.directions @ vectors
+        return self.basis.add_to(product, (ritz @ (-2.0 * values * (ritz.T @ inside))).to(product))
+
     def negative_share(self, x: Tensor) -> float:
         """Return the share of `||x||^2` of `x (P,)` that lies in directions of negative Ritz values."""
-        values, vectors = torch.linalg.eigh((self._projected + self._projected.T) / 2)
-        negative = self.directions @ vectors[:, values < 0]
+        negative = self.directions @ self._ritz_pairs(negative=True)[1]
         *inside, size = self.basis.dots(x).double().cpu()
         share = (negative.T @ torch.stack(inside)).square().sum() / size if size > 0 else torch.zeros(())
         return float(share)
 
-    @property
-    def _projected(self) -> Tensor:
-        return self.directions.T @ self.images
+    def _ritz_pairs(self, negative: bool = False) -> tuple[Tensor, Tensor]:
+        """Return the Ritz values `(k,)`, ascending, or the negative ones, and their vectors in terms of directions."""
+        projected = self.directions.T @ self.images
+        values, vectors = torch.linalg.eigh((projected + projected.T) / 2)
+        chosen = values < (0.0 if negative else math.inf)
+        return values[chosen], vectors[:, chosen]
 
     def truncate(self, limit: int) -> None:
         """Keep the first products that fit into `limit` basis vectors."""
