@@ -1,14 +1,13 @@
 """Check the hypergradient of a config on a reduced problem, and its solver on the config's own networks and data."""
 
 import dataclasses
-import hashlib
 import json
 import logging
 import math
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any
 
 import torch
 from omegaconf import DictConfig
@@ -16,8 +15,16 @@ from tabulate import tabulate
 from torch import Tensor
 
 from bissl_zoo.analysis.reduced_problem import ReducedProblem, check_reduced, right_hand_side
+from bissl_zoo.analysis.solver_diagnosis import (
+    TOLERANCE,
+    Row,
+    recommend,
+    solve_all,
+    spectrum,
+    sufficient_shift,
+    symmetry_error,
+)
 from bissl_zoo.bilevel import BiLevel
-from bissl_zoo.distributed import all_reduce_mean
 from bissl_zoo.engine.build import Context, Weights, build_part
 from bissl_zoo.engine.checks import check_parts, open_context
 from bissl_zoo.engine.hooks import Progress
@@ -25,17 +32,13 @@ from bissl_zoo.engine.init import adopt_pixels, load_init
 from bissl_zoo.engine.stages import Bissl, HeadWarmup
 from bissl_zoo.errors import BisslZooError, ConfigError
 from bissl_zoo.files import write_atomically
-from bissl_zoo.hypergradient import GraphOperator, frozen_state
-from bissl_zoo.hypergradient.damping import choose_shift, lanczos
-from bissl_zoo.hypergradient.solver import LinearOperator, Solution, power_of_two
-from bissl_zoo.optim import effective_learning_rate
+from bissl_zoo.hypergradient import GraphOperator
 from bissl_zoo.registry import SOLVERS
 
 logger = logging.getLogger(__name__)
 
-#: relative residual of a solved system, for solvers without a tolerance
-TOLERANCE = 0.05
-Solver = Callable[[LinearOperator, Tensor], Solution]
+#: right-hand sides that are solved per curvature and solver
+MAX_RIGHT_HAND_SIDES = 4
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,19 +46,17 @@ class Effort:
     """Limits of the check.
 
     Args:
-        max_products: largest budget of each solver.
-        lanczos_steps: number of steps from the right-hand side, and from a random vector.
+        max_products: number of Lanczos steps from the right-hand side, and from a random vector.
         warmup_steps: largest number of steps to warm up the downstream head.
     Raises:
         ConfigError: a number that is too small.
     """
 
     max_products: int = 12
-    lanczos_steps: int = 12
     warmup_steps: int = 20
 
     def __post_init__(self) -> None:
-        for name, minimum in (("max_products", 1), ("lanczos_steps", 2), ("warmup_steps", 0)):
+        for name, minimum in (("max_products", 2), ("warmup_steps", 0)):
             if getattr(self, name) < minimum:
                 option = f"--{name.replace('_', '-')}"
                 raise ConfigError(f"{option} is {getattr(self, name)}; it must be at least {minimum}.")
@@ -116,17 +117,8 @@ def check_on_real(context: Context, initial: Weights, effort: Effort) -> dict[st
         logger.info(f"   {note}")
     trainer = Bissl().build(context, weights)
     problem = trainer.problem
-    optimizer = problem.lower.optimizer
-    if isinstance(optimizer, torch.optim.SGD):  # that of other optimizers is only known after a step
-        problem.time_constant = 1.0 / (effective_learning_rate(optimizer) * problem.lower_steps)
     try:
-        views, batch = next(problem.lower.data_iterator), next(problem.upper.data_iterator)
-        v = right_hand_side(problem, batch)
-        operator = problem.curvature(views).prepare()
-        try:
-            result = _measure(context.cfg.solver, problem, operator, v, effort)
-        finally:
-            operator.release()
+        result = _compare(context.cfg, problem, effort)
     finally:
         trainer.close()
     result["real"]["notes"] = notes
@@ -144,58 +136,121 @@ def _warm_up_head(context: Context, initial: Weights, max_steps: int) -> tuple[W
     return trainer.result(), f"downstream head: warmed up for {trainer.step} of {planned} configured steps"
 
 
-def _measure(
-    section: DictConfig, problem: BiLevel, operator: GraphOperator, v: Tensor, effort: Effort
-) -> dict[str, Any]:
-    name, solver, lam = section.name, problem.solver, problem.lam
-    symmetry, seconds = _check_symmetry(operator, v)
-    # for each solver the longest run and two residuals per budget, at two dampings
-    products = 2 * effort.lanczos_steps + 2 * len(SOLVERS.list()) * (
-        effort.max_products + 2 * len(budgets_up_to(effort.max_products))
-    )
-    logger.info(f"   {len(v)} parameters, {seconds:.2g} s per product; about {products * seconds / 60:.1f} min to go")
-    try:
-        ritz = spectrum(operator, v, effort.lanczos_steps)
-    except ValueError as error:
-        raise BisslZooError(f"{error} Check the weights and the first batches.") from error
-    gauss_newton = problem.curvature_matrix == "gauss_newton"
-    automatic = lam + (problem.time_constant or 1.0) if gauss_newton else automatic_shift(operator, v, solver, lam)
-    used = operator.shift or automatic
-    low, high = (f"{ritz.values[i]:.4g} +- {ritz.bounds[i]:.2g}" for i in (0, -1))
-    matrix = "Gauss-Newton matrix" if gauss_newton else "Hessian"
-    logger.info(
-        f"   {matrix} from {low} to {high}; automatic damping {automatic - lam:.4g}, configured {solver.damping}"
-    )
-    shifts = [used] if abs(automatic - used) <= 0.01 * used else [used, automatic]
-    candidates = {name: solver} | {other: entry() for other, entry in SOLVERS if other != name}
-    after_steps = [other for other in candidates if other != name and hasattr(candidates[other], "attach")]
-    candidates = {other: candidate for other, candidate in candidates.items() if other not in after_steps}
-    _observe_gradients(problem, candidates.values())
-    rows, skipped = compare_solvers(candidates, operator, v, lam, shifts, effort.max_products)
-    skipped |= dict.fromkeys(after_steps, "it depends on the steps of the lower optimizer")
+def _compare(cfg: DictConfig, problem: BiLevel, effort: Effort) -> dict[str, Any]:
+    """Run all solvers with all curvatures on the right-hand sides of an alternation, and recommend one."""
+    name, lam, lower, upper = cfg.solver.name, problem.lam, problem.lower, problem.upper
+    tolerance = getattr(problem.solver, "tolerance", 0) or TOLERANCE
+    solvers = {name: problem.solver} | {other: _rival(entry(), tolerance) for other, entry in SOLVERS if other != name}
+    skipped = {other: _unsuited(solver, problem) for other, solver in solvers.items()}
+    solvers = {other: solver for other, solver in solvers.items() if not skipped[other]}
+    # the state of the first alternation: an optimizer that pretrained may have left another curvature
+    problem.solver = _Observers(problem.solver.damping, solvers.values())
+    seconds = time.perf_counter()
+    problem.lower_phase()
+    count = min(problem.upper_steps, MAX_RIGHT_HAND_SIDES)
+    identity = (time.perf_counter() - seconds) * count / problem.upper_steps
+    seconds = time.perf_counter()
+    right_hand_sides = [right_hand_side(problem, next(upper.data_iterator)) for _ in range(count)]
+    identity += (2 if problem.gamma else 1) * (time.perf_counter() - seconds)
+    views = next(lower.data_iterator)
+    configured = problem.curvature_matrix
+    curvatures = [configured] + [c for c in ("gauss_newton", "hessian") if c != configured]
+    curvatures = curvatures if hasattr(lower.head, "outer") else ["hessian"]
+    rows: list[Row] = []
+    matrices = {}
+    at_least = lam + (problem.time_constant or 0.0)
+    for curvature in curvatures:
+        problem.curvature_matrix = curvature
+        operator = problem.curvature(views).prepare()
+        shift = operator.shift
+        try:
+            matrices[curvature] = _describe(curvature, operator, right_hand_sides[0], effort.max_products)
+            without_products = {row.solver for row in rows if not row.products}
+            for other, solver in solvers.items():
+                if other in without_products:  # it does not depend on the curvature
+                    continue
+                fields = solve_all(operator, shift, solver, right_hand_sides, lam, at_least)
+                rows.append(Row(curvature, other, **fields, time=1.0 + fields["seconds"] / identity))
+            if curvature == curvatures[0]:
+                enough = sufficient_shift(operator, right_hand_sides[0], effort.max_products, tolerance, lam) - lam
+        finally:
+            operator.release()
+    problem.curvature_matrix = configured
+    best, sentence = recommend(rows, tolerance)
+    advised = _overrides(cfg, best)
+    if best is None:
+        sentence += f" Damping {enough:.3g} is enough for {effort.max_products} products."
+        advised = [f"solver.damping={enough:.3g}"]
     return {
         "real": {
-            "curvature": problem.curvature_matrix,
-            "parameters": len(v),
+            "curvature": configured,
+            "parameters": len(right_hand_sides[0]),
+            "right_hand_sides": count,
             "lambda": lam,
-            "seconds_per_product": seconds,
-            "symmetry": symmetry,
-            "spectrum": {"values": ritz.values.tolist(), "bounds": ritz.bounds.tolist()},
-            "damping": {"configured": solver.damping, "used": used - lam, "automatic": automatic - lam},
-            "definiteness": [{"damping": s - lam, "state": ritz.definiteness(s)} for s in shifts],
-            "solvers": rows,
-            "skipped": skipped,
+            "tolerance": tolerance,
+            "matrices": matrices,
+            "solvers": [dataclasses.asdict(row) for row in rows],
+            "skipped": {other: reason for other, reason in skipped.items() if reason},
         },
-        "advice": advise(operator, v, name, solver, used, lam, ritz, rows),
+        "advice": {"sentence": sentence, "overrides": advised},
     }
 
 
-def _check_symmetry(operator: LinearOperator, v: Tensor) -> tuple[dict[str, Any], float]:
-    """Return `|u'Hw - w'Hu| / (|u| |Hw|)` for random vectors with its limit, and the seconds of a product."""
-    u, w, first = torch.randn(3, len(v), generator=torch.Generator().manual_seed(0), dtype=v.dtype).to(v.device)
-    operator.hessian_product(first)  # it may take longer
+def _rival(solver: Any, tolerance: float) -> Any:
+    """Return the solver with the tolerance of the configured one, if it has one."""
+    return dataclasses.replace(solver, tolerance=tolerance) if hasattr(solver, "tolerance") else solver
+
+
+def _unsuited(solver: Any, problem: BiLevel) -> str:
+    """Return why a solver cannot be compared here, or an empty text; attach it to the lower optimizer if it asks."""
+    size = sum(parameter.numel() for parameter in problem.lower.backbone_parameters)
+    limit = getattr(solver, "max_size", size)
+    if size > limit:
+        return f"{size} parameters exceed its max_size of {limit}"
+    try:
+        if hasattr(solver, "attach") and solver is not problem.solver:
+            solver.attach(problem.lower.optimizer, problem.lower.backbone_parameters)
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
+class _Observers:
+    """Pass the gradients of the lower steps to all solvers that use them."""
+
+    def __init__(self, damping: Any, solvers: Iterable[Any]) -> None:
+        self.damping, self.solvers = damping, list(solvers)
+
+    def start_alternation(self, lower_steps: int) -> None:
+        for solver in self.solvers:
+            if hasattr(solver, "start_alternation"):
+                solver.start_alternation(lower_steps)
+
+    def observe_lower_gradient(self, gradients: Mapping[str, Tensor]) -> None:
+        for solver in self.solvers:
+            if hasattr(solver, "observe_lower_gradient"):
+                solver.observe_lower_gradient(gradients)
+
+
+def _describe(curvature: str, operator: GraphOperator, v: Tensor, steps: int) -> dict[str, Any]:
+    """Return symmetry, seconds per product and spectrum of a curvature."""
+    symmetry, seconds = _check_symmetry(operator, v)
+    try:
+        values, bounds = spectrum(operator, v, steps)
+    except ValueError as error:
+        raise BisslZooError(f"{error} Check the weights and the first batches.") from error
+    low, high = (f"{values[i]:.4g} +- {bounds[i]:.2g}" for i in (0, -1))
+    logger.info(f"   {curvature}: {seconds:.2g} s per product, {len(v)} parameters, spectrum from {low} to {high}")
+    spectral = {"values": values.tolist(), "bounds": bounds.tolist()}
+    return {"symmetry": symmetry, "seconds_per_product": seconds, "spectrum": spectral}
+
+
+def _check_symmetry(operator: GraphOperator, v: Tensor) -> tuple[dict[str, Any], float]:
+    """Return the symmetry error with its limit, and the seconds of a product."""
+    vectors = torch.randn(3, len(v), generator=torch.Generator().manual_seed(0), dtype=v.dtype).to(v.device)
+    operator.hessian_product(vectors[2])  # the first one may take longer
     start = time.perf_counter()
-    error = symmetry_error(operator, u, w)
+    error = symmetry_error(operator, *vectors[:2])
     seconds = (time.perf_counter() - start) / 2
     limit = 1e-2 / math.sqrt(len(v))  # an asymmetric matrix has about 1 / sqrt(P)
     verdict = "symmetric" if error <= limit else "NOT SYMMETRIC"
@@ -203,225 +258,17 @@ def _check_symmetry(operator: LinearOperator, v: Tensor) -> tuple[dict[str, Any]
     return {"error": error, "limit": limit, "passed": error <= limit}, seconds
 
 
-def _observe_gradients(problem: BiLevel, solvers: Iterable[Any]) -> None:
-    """Give solvers that use the gradients of lower steps those of an alternation, all at the current weights."""
-    observers = [solver for solver in solvers if hasattr(solver, "observe_lower_gradient")]
-    lower, named = problem.lower, dict(problem.lower.backbone.named_parameters())
-    variables = {name: parameter for name, parameter in named.items() if parameter.requires_grad}
-    with frozen_state([lower.backbone, lower.head]):
-        for _ in range(problem.lower_steps):
-            total, _ = lower.loss(lower.backbone, lower.next_batch())
-            grads = torch.autograd.grad(total, list(variables.values()), materialize_grads=True)
-            for solver in observers:
-                reduced = (all_reduce_mean(grad) for grad in grads)
-                solver.observe_lower_gradient(dict(zip(variables, reduced, strict=True)))
-
-
-def symmetry_error(operator: LinearOperator, u: Tensor, w: Tensor) -> float:
-    """Return `|u'Hw - w'Hu| / (|u| |Hw|)`; about `1 / sqrt(P)` for random vectors (P,) and an asymmetric matrix."""
-    hu, hw = (operator.hessian_product(vector).double() for vector in (u, w))
-    u, w = u.double(), w.double()
-    size = torch.linalg.vector_norm(u) * torch.linalg.vector_norm(hw)
-    return float((u @ hw - w @ hu).abs() / size) if size > 0 else 0.0
-
-
-# ------------------------------------------------------------------------------------------------ spectrum
-
-
-class Spectrum(NamedTuple):
-    """Ritz values of `H`, ascending (k,) float64, with the distance to the nearest eigenvalue as an upper bound."""
-
-    values: Tensor
-    bounds: Tensor
-
-    def definiteness(self, shift: float) -> Literal["definite", "indefinite", "undecided"]:
-        """Classify `I + H / shift`: "indefinite" is certain, "definite" as far as the values and bounds show."""
-        if 1.0 + float(self.values[0]) / shift <= 0:
-            return "indefinite"
-        return "definite" if 1.0 + float((self.values - self.bounds).min()) / shift > 0 else "undecided"
-
-
-def spectrum(operator: LinearOperator, v: Tensor, steps: int, seed: int = 0) -> Spectrum:
-    """Return the Ritz values of `steps` Lanczos steps from `v` (P,) and as many from a random vector.
-
-    A Krylov solver sees the spectrum from `v`; the random vector finds extreme eigenvalues that `v` is orthogonal to.
-
-    Raises:
-        ValueError: `v` is zero, or products are not finite.
-    """
-    if not v.any():
-        raise ValueError("The right-hand side is zero, so there is no system to solve.")
-    space = operator.subspace
-    space.clear()
-    start = torch.randn(v.shape, generator=torch.Generator().manual_seed(seed), dtype=v.dtype).to(v.device)
-    for vector in (v / power_of_two(v), start):
-        # zero coordinates: start from the new direction alone, without the residual of the previous steps
-        lanczos(operator, torch.zeros_like(space.coordinates(vector)), steps)
-    if not space.explored:
-        raise ValueError("Products with H are not finite.")
-    result = Spectrum(*space.ritz_values())
-    space.clear()
-    return result
-
-
-def automatic_shift(operator: LinearOperator, v: Tensor, solver: Solver, lam: float) -> float:
-    """Return lambda + delta as "auto" chooses it in the first alternation for this solver's limit and tolerance."""
-    operator.subspace.clear()
-    limit = getattr(solver, "iterations", 0) or 5
-    shift, _ = choose_shift(operator, v, limit, getattr(solver, "tolerance", 0) or TOLERANCE, lam)
-    operator.subspace.clear()
-    return shift
-
-
-# ------------------------------------------------------------------------------------------------ solvers
-
-
-class CachedOperator(LinearOperator):
-    """An operator with another shift that caches the products with `H`.
-
-    Solvers that differ only in their iterations or damping ask for many products twice.
-
-    Args:
-        cache: products by the digest of their vector; operators with different shifts can share it.
-    """
-
-    def __init__(self, operator: LinearOperator, shift: float, cache: dict[bytes, Tensor] | None = None) -> None:
-        super().__init__(operator.block_sizes, shift)
-        self.operator = operator
-        self.cache = {} if cache is None else cache
-
-    def hessian_product(self, u: Tensor) -> Tensor:
-        """Return `H @ u` for a flat (P,) vector."""
-        key = hashlib.blake2b(u.detach().cpu().numpy().tobytes()).digest()
-        if key not in self.cache:
-            self.cache[key] = self.operator.hessian_product(u)
-        return self.cache[key].clone()  # the caller may change it in place
-
-
-def budgets_up_to(limit: int) -> list[int]:
-    """Return 1, 2, 3, 5, 8, ... (Fibonacci numbers) and the limit."""
-    budgets = [1, 2]
-    while budgets[-1] < limit:
-        budgets.append(budgets[-1] + budgets[-2])
-    return [*(n for n in budgets if n < limit), limit]
-
-
-def budget_key(solver: Solver) -> str | None:
-    """Return the name of the solver's argument that limits its products, or None."""
-    names = [field.name for field in dataclasses.fields(solver)] if dataclasses.is_dataclass(solver) else []
-    return next((key for key in ("iterations", "rank") if key in names), None)
-
-
-def is_too_large(solver: Solver, size: int) -> bool:
-    """Return True if the solver does not accept a system with `size` unknowns."""
-    return size > getattr(solver, "max_size", size)
-
-
-def solve(operator: CachedOperator, v: Tensor, solver: Solver, budget: int | None) -> tuple[dict[str, Any], Tensor]:
-    """Solve from an empty subspace; return budget, products, the true residual and status, and the solution.
-
-    The residual `||v - A x|| / ||v||` is measured with a product that is not cached.
-    """
-    operator.subspace.clear()
-    solution = solver(operator, v)
-    operator.subspace.clear()
-    product = solution.x + operator.operator.hessian_product(solution.x) / operator.shift
-    residual, size = (torch.linalg.vector_norm(vector, dtype=torch.float64) for vector in (v - product, v))
-    point = {"budget": budget, "products": solution.products, "residual": float(residual / size)}
-    return {**point, "status": solution.status}, solution.x
-
-
-def convergence(
-    operator: CachedOperator, v: Tensor, solver: Solver, budgets: list[int]
-) -> tuple[list[dict[str, Any]], Tensor]:
-    """Return the result with each budget, without a stop by the tolerance, and the solution of the last one."""
-    key = budget_key(solver)
-    if key is None:
-        point, x = solve(operator, v, solver, None)
-        return [point], x
-    points = []
-    for budget in budgets:
-        point, x = solve(operator, v, dataclasses.replace(solver, **{key: budget, "tolerance": 1e-12}), budget)
-        points.append(point)
-    return points, x
-
-
-def compare_solvers(
-    candidates: Mapping[str, Solver],
-    operator: LinearOperator,
-    v: Tensor,
-    lam: float,
-    shifts: Sequence[float],
-    max_products: int,
-) -> tuple[list[dict[str, Any]], dict[str, str]]:
-    """Run every solver at every shift.
-
-    Returns:
-        A row per solver and shift with its `points` and the cosines of its solution to `v` and to the best solution;
-        the reasons for skipped solvers by name.
-    """
-    skipped = {
-        other: f"{len(v)} parameters exceed its max_size of {candidate.max_size}"
-        for other, candidate in candidates.items()
-        if is_too_large(candidate, len(v))
-    }
-    rows: list[tuple[dict[str, Any], Tensor]] = []
-    for other in [other for other in candidates if other not in skipped]:
-        cache: dict[bytes, Tensor] = {}
-        for shift in shifts:
-            logger.info(f"   {other} at damping {shift - lam:.4g}")
-            cached = CachedOperator(operator, shift, cache)
-            points, x = convergence(cached, v, candidates[other], budgets_up_to(max_products))
-            rows.append(({"solver": other, "damping": shift - lam, "points": points}, x))
-    for row, x in rows:
-        same = [(r, y) for r, y in rows if r["damping"] == row["damping"]]
-        _, best = min(same, key=lambda pair: pair[0]["points"][-1]["residual"])
-        for key, y in (("cosine_to_v", v), ("cosine_to_best", best)):
-            row[key] = float(torch.nn.functional.cosine_similarity(x.double(), y.double(), dim=0))
-    return [row for row, _ in rows], skipped
-
-
-def advise(
-    operator: LinearOperator,
-    v: Tensor,
-    name: str,
-    solver: Solver,
-    shift: float,
-    lam: float,
-    ritz: Spectrum,
-    rows: Sequence[dict[str, Any]],
-) -> dict[str, Any]:
-    """Return whether the configured solver solves the system at `shift`, and otherwise which solvers of the table do.
-
-    Returns:
-        `converges`, a `sentence`, and `options`: solver, damping and the smallest sufficient budget.
-    """
-    tolerance, state = getattr(solver, "tolerance", 0) or TOLERANCE, ritz.definiteness(shift)
-    words = {"definite": "positive definite", "undecided": "not known to be definite"}.get(state, state)
-    system = f"At damping {shift - lam:.4g} the system is {words}"
-    options = []
-    for row in rows:
-        sufficient = [point["budget"] for point in row["points"] if point["residual"] <= tolerance]
-        options += [{"solver": row["solver"], "damping": row["damping"], "budget": n} for n in sufficient[:1]]
-    if is_too_large(solver, len(v)):
-        converges, result = False, f"{name} does not accept {len(v)} parameters (max_size={solver.max_size})"
-    else:
-        point, _ = solve(CachedOperator(operator, shift), v, solver, None)
-        converges = point["residual"] <= tolerance
-        result = (
-            f"{name} {'converges' if converges else 'does not converge within its limit'}: residual "
-            f"{point['residual']:.2g} after {point['products']} products ({point['status']}), tolerance {tolerance:g}"
-        )
-    if converges:
-        note = " But the lower level is not at a minimum; raise the damping." if state == "indefinite" else ""
-        return {"converges": True, "sentence": f"{system}, and {result}.{note}", "options": options}
-    texts = [
-        f"{option['solver']} at damping {option['damping']:.4g}"
-        + (f" with a budget of {option['budget']}" if option["budget"] else "")
-        for option in options
-    ]
-    todo = f"These converge: {', '.join(texts)}" if texts else "No solver of the table converges; raise the damping"
-    return {"converges": False, "sentence": f"{system}, and {result}. {todo}.", "options": options}
+def _overrides(cfg: DictConfig, best: Row | None) -> list[str]:
+    """Return the command-line overrides that change the config to the recommended curvature and solver."""
+    if best is None:
+        return []
+    overrides = []
+    if best.curvature != cfg.bilevel.curvature and best.solver != "identity":
+        overrides.append(f"bilevel.curvature={best.curvature}")
+    if best.solver != cfg.solver.name:
+        damping = f", damping: {cfg.solver.damping}" if "damping" in cfg.solver and best.solver != "identity" else ""
+        overrides.append(f"solver={{_target_: {cfg.solver._target_}, name: {best.solver}{damping}}}")
+    return overrides
 
 
 # ------------------------------------------------------------------------------------------------ report
@@ -442,15 +289,11 @@ def _finite(value: Any) -> Any:
 
 
 def table(real: dict[str, Any]) -> str:
-    """Return the residuals by solver, damping and budget of products."""
-    budgets = max(([p["budget"] for p in row["points"]] for row in real["solvers"]), key=len)
-    rows = []
-    for row in real["solvers"]:
-        cells = [f"{p['residual']:.1e}" for p in row["points"]]
-        cells += [""] * (len(budgets) - len(cells))
-        cosines = [f"{row[key]:.4f}" for key in ("cosine_to_v", "cosine_to_best")]
-        rows.append([row["solver"], f"{row['damping']:.4g}", *cells, row["points"][-1]["status"], *cosines])
-    headers = ["solver", "damping", f"budget {budgets[0]}", *budgets[1:], "last status", "cos(x, v)", "cos(x, best)"]
+    """Return a table with a line per curvature and solver."""
+    keys = ("curvature", "solver", "damping", "products", "residual", "cos_xv", "norm_ratio", "time", "status")
+    formats = {"damping": ".4g", "residual": ".2g", "cos_xv": ".3f", "norm_ratio": ".3f", "time": ".2f"}
+    rows = [[format(row[key], formats.get(key, "")) for key in keys] for row in real["solvers"]]
+    headers = [*keys[:5], "cos(x, v)", "|x|/|v|", "time / identity", "status"]
     skipped = [f"{name} skipped: {reason}" for name, reason in real["skipped"].items()]
-    title = "true relative residual by budget of products (one value for solvers without a budget)"
+    title = f"{real['right_hand_sides']} right-hand sides of an alternation; the largest residual and |x|/|v|"
     return "\n".join([title, tabulate(rows, headers=headers, disable_numparse=True), *skipped])

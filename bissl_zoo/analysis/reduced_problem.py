@@ -196,7 +196,7 @@ class ReducedProblem:
         if not self.solve_lower(hessian):
             raise BisslZooError("The reduced lower problem was not solved near its solution.")
         parts = (1.0, lower.backbone), (gamma, upper.backbone)
-        return sum(weight * float(upper.loss(backbone, self.batch)[0]) for weight, backbone in parts)
+        return sum(weight * float(upper.loss(backbone, self.batch)[1]["cross_entropy"]) for weight, backbone in parts)
 
     def operator(self, solver: Any, curvature: str = "hessian") -> GraphOperator:
         """Return the curvature operator as the BiSSL stage builds it for this solver."""
@@ -381,6 +381,9 @@ def check_solver(reduced: ReducedProblem, name: str, solver: Any) -> list[Check]
     """Check the solution of a solver, and the residual that it reports, against a direct solve."""
     problem, operator = reduced.problem, reduced.operator(solver)
     v = right_hand_side(problem, reduced.batch)
+    if operator.automatic:
+        problem._choose_damping(operator, v)
+        operator.automatic = False  # lambda is so large that A is definite
     solution = problem.upper_gradients(reduced.batch, operator).solution
     columns = [operator(unit) for unit in torch.eye(len(v), dtype=v.dtype)]
     matrix = torch.stack(columns, dim=1)

@@ -1,18 +1,20 @@
-"""Check the hypergradient of a config and the convergence of its solver.
+"""Check the hypergradient of a config, and compare all curvatures and solvers on it.
 
 bissl check --config-file configs/bissl/voc_det.py --run runs/pretrained
 bissl check --config-file configs/bissl/voc_det.py bilevel.curvature_batch_size=64
 
 A. A small smooth problem with the configured pretext method, in float64: products with the Hessian and, if configured,
    the Gauss-Newton matrix, the hypergradient and the solver against finite differences and a direct solve.
-B. The config's own networks and data, one curvature batch: symmetry, spectrum, and the convergence of every solver.
+B. The config's own networks and data, one curvature batch: symmetry and spectrum of both curvatures; residual,
+   products, cos(x, v), |x|/|v| and time of every solver.
 
-Writes DIR/check.json, and prints whether the solver converges and which ones do.
+Writes DIR/check.json, and recommends a curvature and a solver with the reason.
 Exit status: 0 if part A passes, whether the solver converges or not; 1 if part A fails or the input is invalid.
 """
 
 import argparse
 import json
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -27,8 +29,7 @@ def parse(parser: argparse.ArgumentParser, argv: Sequence[str]) -> argparse.Name
         "--output-dir", type=Path, default=Path("runs/check"), metavar="DIR", help="default: runs/check"
     )
     parser.add_argument("--run", metavar="RUN_DIR", help="use the weights of this run, as train.init=RUN_DIR does")
-    parser.add_argument("--max-products", type=int, default=12, metavar="N", help="largest budget of a solver")
-    parser.add_argument("--lanczos-steps", type=int, default=12, metavar="N", help="steps from v, and a random vector")
+    parser.add_argument("--max-products", type=int, default=12, metavar="N", help="Lanczos steps for the spectrum")
     parser.add_argument("--warmup-steps", type=int, default=20, metavar="N", help="limit of the head's warm-up")
     return parser.parse_intermixed_args(argv)
 
@@ -42,7 +43,7 @@ def run(args: argparse.Namespace) -> int:
 
     overrides = [*args.overrides, *([f"train.init={json.dumps(args.run)}"] if args.run else [])]
     cfg = open_config(args.config_file, overrides)
-    effort = Effort(args.max_products, args.lanczos_steps, args.warmup_steps)
+    effort = Effort(args.max_products, args.warmup_steps)
     with console():
         context, initial = open_check(cfg, args.config_file)
         on_main_process(lambda: make_folder(args.output_dir))
@@ -50,7 +51,10 @@ def run(args: argparse.Namespace) -> int:
         on_main_process(lambda: save(result, args.output_dir))
     if is_main_process():
         print(f"\n{table(result['real'])}")
-        print(f"\nresults {args.output_dir / 'check.json'}\n\n{result['advice']['sentence']}")
+        print(f"\nresults {args.output_dir / 'check.json'}")
+        print(f"\n{result['advice']['sentence']}")
+        if result["advice"]["overrides"]:
+            print(f"    {shlex.join(result['advice']['overrides'])}")
     if not result["passed"]:
         reduced = result["reduced"]
         failed = [f"{c['name']}: {c['error']:.1e}, {c['detail']}" for c in reduced["checks"] if not c["passed"]]

@@ -4,6 +4,7 @@ import contextlib
 import io
 import json
 import math
+import shlex
 
 import pytest
 from command_line import load_tool
@@ -12,7 +13,7 @@ from bissl_zoo.hypergradient import CurvatureOperator
 from bissl_zoo.registry import SOLVERS
 
 pytestmark = pytest.mark.slow
-QUICK = ("--max-products", "3", "--lanczos-steps", "4", "--warmup-steps", "1")
+QUICK = ("--max-products", "3", "--warmup-steps", "1")
 
 
 @pytest.fixture(scope="module")
@@ -42,21 +43,22 @@ def outcome(check, tiny, finished, tmp_path_factory):
 
 
 def test_the_results_are_complete_and_finite(outcome):
-    _, result, _ = outcome
+    folder, result, _ = outcome
     assert result["passed"] and all(entry["passed"] for entry in result["reduced"]["checks"])
     real = result["real"]
-    assert real["symmetry"]["passed"] and real["lambda"] == 0.1 and real["damping"]["configured"] == 2.0
-    values = real["spectrum"]["values"]
-    assert values == sorted(values) and all(map(math.isfinite, values + real["spectrum"]["bounds"]))
+    assert real["lambda"] == 0.1 and list(real["matrices"]) == ["gauss_newton", "hessian"]
+    for matrix in real["matrices"].values():
+        values = matrix["spectrum"]["values"]
+        assert matrix["symmetry"]["passed"] and values == sorted(values)
+        assert all(map(math.isfinite, values + matrix["spectrum"]["bounds"]))
+    semidefinite = real["matrices"]["gauss_newton"]["spectrum"]["values"]
+    assert semidefinite[0] > -1e-3 * semidefinite[-1]
     assert {row["solver"] for row in real["solvers"]} | set(real["skipped"]) == set(SOLVERS.list())
     for row in real["solvers"]:
-        assert [p["budget"] for p in row["points"]] in ([1, 2, 3], [None])
-        assert all(p["residual"] >= 0 for p in row["points"])
-        assert -1 <= row["cosine_to_v"] <= 1.0001 and -1 <= row["cosine_to_best"] <= 1.0001
-    identity = next(row for row in real["solvers"] if row["solver"] == "identity")
-    assert identity["cosine_to_v"] == pytest.approx(1.0, abs=1e-6) and identity["points"][0]["products"] == 0
-    assert real["definiteness"][0]["damping"] == pytest.approx(2.0)
-    assert {entry["state"] for entry in real["definiteness"]} <= {"definite", "indefinite", "undecided"}
+        assert row["residual"] >= 0 and -1 <= row["cos_xv"] <= 1.0001 and row["time"] >= 1.0
+        assert row["damping"] == pytest.approx(2.0)
+    identity = [row for row in real["solvers"] if row["solver"] == "identity"]
+    assert len(identity) == 1 and identity[0]["cos_xv"] == pytest.approx(1.0, abs=1e-6)
 
 
 def test_the_output_agrees_with_the_file(outcome):
@@ -64,33 +66,29 @@ def test_the_output_agrees_with_the_file(outcome):
     assert result["advice"]["sentence"] in out and str(folder / "check.json") in out
     assert "pass  Hessian-vector product against finite differences" in out
     assert "ReLU -> Softplus" in out and "with its pretext head" in out
-    assert "min to go" in out
+    assert shlex.join(result["advice"]["overrides"]) in out
 
 
-def test_a_damping_that_is_advised_converges(check, tiny, finished, tmp_path):
-    settings = [*QUICK, "--run", finished, *tiny(solver__damping=0.001, solver__tolerance=0.01, solver__iterations=2)]
+def test_the_advice_is_accepted_and_then_the_config_is_as_advised(check, tiny, finished, tmp_path):
+    settings = [*QUICK, "--run", finished, *tiny(solver__damping=0.001, solver__tolerance=0.001, solver__iterations=1)]
     status, _, err = check(*settings, output=tmp_path / "before")
     assert status == 0, err
-    advice = json.loads((tmp_path / "before" / "check.json").read_text())["advice"]
-    assert not advice["converges"]
-    option = next(option for option in advice["options"] if option["solver"] == "minres")
-    changed = [f"solver.damping={option['damping']}", f"solver.iterations={option['budget']}"]
-    status, out, err = check(*settings, *changed, output=tmp_path / "after")
+    overrides = json.loads((tmp_path / "before" / "check.json").read_text())["advice"]["overrides"]
+    assert overrides
+    status, out, err = check(*settings, *overrides, output=tmp_path / "after")
     assert status == 0, err
-    assert json.loads((tmp_path / "after" / "check.json").read_text())["advice"]["converges"]
 
 
-@pytest.mark.parametrize(("curvature", "matrix"), [("gauss_newton", "Gauss-Newton matrix"), ("hessian", "Hessian")])
-def test_both_curvatures_are_checked_also_with_random_weights(check, tiny, tmp_path, curvature, matrix):
+@pytest.mark.parametrize("curvature", ["gauss_newton", "hessian"])
+def test_automatic_damping_is_checked_also_with_random_weights(check, tiny, tmp_path, curvature):
     changed = dict(bilevel__curvature=curvature, solver__damping="auto")
     status, out, err = check(*QUICK, *tiny(**changed), output=tmp_path)
     assert status == 0, err
     assert "weights: random" in out and "--run RUN_DIR" in out
     result = json.loads((tmp_path / "check.json").read_text())
-    assert result["real"]["curvature"] == curvature and f"   {matrix} from " in out
+    assert result["real"]["curvature"] == curvature == result["real"]["solvers"][0]["curvature"]
     assert ("pass  Gauss-Newton product" in out) == (curvature == "gauss_newton")
-    if curvature == "gauss_newton":
-        assert min(result["real"]["spectrum"]["values"]) > -1e-3 * max(result["real"]["spectrum"]["values"])
+    assert all(row["norm_ratio"] <= 1.01 for row in result["real"]["solvers"] if row["solver"] == "minres")
 
 
 def test_a_wrong_product_ends_with_status_1_and_its_name(check, tiny, tmp_path, monkeypatch):
