@@ -163,9 +163,10 @@ def recommend(rows: Iterable[Row], tolerance: float) -> tuple[Row | None, str]:
             f"Use identity, or less damping: at damping {solved[0].damping:.4g} curvature changes the gradient little "
             f"(cos(x, v) at least {cosine:.3f}), so joint training does the same in less time."
         )
-    least = min((row for row in rows if row.solver != "identity"), key=lambda row: row.residual, default=None)
-    found = f"; the smallest residual is {least.residual:.2g} of {least.solver}" if least else ""
-    return None, f"No solver reaches the tolerance {tolerance:g}{found}."
+    iterative = [row for row in rows if row.solver != "identity"]
+    best = min(iterative, key=lambda row: row.residual, default=None)
+    closest = f"; the smallest residual is {best.residual:.2g} of {best.solver}" if best else ""
+    return None, f"No solver reaches the tolerance {tolerance:g}{closest}."
 
 
 _NAMES = {"gauss_newton": "Gauss-Newton matrix", "hessian": "Hessian"}
