@@ -95,10 +95,10 @@ def sha256_of(path: Path) -> str:
     """Return the sha256 of a file's bytes as 64 lower-case hex digits.
 
     Raises:
-        OSError: the file cannot be read.
+        OSError: the file cannot be read, or is not a regular file.
     """
     digest = hashlib.sha256()
-    with open(path, "rb") as file:
+    with open(path, "rb", opener=follow) as file:
         while block := file.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()

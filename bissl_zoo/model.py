@@ -28,7 +28,7 @@ from bissl_zoo.downstream import DownstreamTask, FasterRCNN
 from bissl_zoo.downstream.classification import PooledLinear
 from bissl_zoo.downstream.graph import Logits
 from bissl_zoo.errors import BisslZooError, DatasetError, RegistryError, ZooError, did_you_mean
-from bissl_zoo.files import read_json, replacing_folder, sha256_of, write_atomically
+from bissl_zoo.files import follow, read_json, replacing_folder, sha256_of, write_atomically
 from bissl_zoo.registry import BACKBONES, DOWNSTREAM_TASKS, build_backbone, build_task
 from bissl_zoo.weights.export import (
     Exported,
@@ -54,6 +54,8 @@ ZOO_PREFIX = "zoo:"
 #: what a model can be exported to, and the suffixes that mean it
 MODEL_TARGETS = ("onnx", "export", "torchvision", "timm")
 SUFFIXES = {".onnx": "onnx", ".pt2": "export", "": "timm", **dict.fromkeys((".pth", ".safetensors"), "torchvision")}
+#: characters of the file of digests
+_MAX_SUMS = 1 << 16
 #: threads that decode images
 _READERS = 4
 
@@ -336,7 +338,8 @@ def _read_entry(entry: Entry) -> tuple[dict[str, Any], dict[str, torch.Tensor], 
 
 def _read_folder(folder: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
     try:
-        lines = (folder / SUMS_FILE).read_text().splitlines()
+        with open(folder / SUMS_FILE, encoding="utf-8", opener=follow) as file:
+            lines = file.read(_MAX_SUMS).splitlines()
         sums = {name: digest for digest, _, name in (line.partition("  ") for line in lines)}
         for file in (JSON_FILE, WEIGHTS_FILE):
             if sums.get(file) != sha256_of(folder / file):

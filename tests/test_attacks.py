@@ -9,6 +9,7 @@ import json
 import os
 import random
 import shutil
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -57,6 +58,12 @@ opener transform collate_fn worker_init_fn multiprocessing_context params hook c
 TARGETS = """os.system builtins.eval builtins.exec subprocess.run pickle.loads torch.load torch.hub.load shutil.rmtree
 timm.create_model functools.partial bissl_zoo.data.views.partial bissl_zoo.config.locate bissl_zoo.files.replacing
 bissl_zoo.registry.importlib.import_module torch.optim.swa_utils.AveragedModel posix.system runpy.run_path""".split()
+
+
+@pytest.fixture(autouse=True)
+def temporary_files(tmp_path, monkeypatch):
+    """Let temporary files of the library be written to the folder that may be written to."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
 
 
 def places(node, path=()):

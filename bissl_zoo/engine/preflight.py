@@ -50,7 +50,7 @@ def check_finite(weights: Weights, name: str) -> None:
     """Raise CheckpointError if a tensor of the weights that `name` brings contains NaN or Inf."""
     for part in ("backbone", "tail", "pretext", "task"):
         for key, value in (getattr(weights, part) or {}).items():
-            if not torch.isfinite(value).all():
+            if value.is_floating_point() and not value.isfinite().all():
                 raise CheckpointError(
                     f"train.init={name}: '{key}' of the {part} contains NaN or Inf. Start from other weights."
                 )

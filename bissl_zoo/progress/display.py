@@ -2,7 +2,9 @@
 
 import contextlib
 import logging
+import os
 import signal
+import stat
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
@@ -193,12 +195,23 @@ def end_display() -> None:
         _console.end()
 
 
+def leave_terminal() -> None:
+    """Discard what is still written to a terminal that was closed; it would raise an error and end the run."""
+    with open(os.devnull, "w") as null:
+        for descriptor in (1, 2):
+            with contextlib.suppress(OSError):
+                if stat.S_ISCHR(os.fstat(descriptor).st_mode):
+                    os.dup2(null.fileno(), descriptor)
+
+
 @contextlib.contextmanager
 def signals_aside() -> Iterator[None]:
     """Hide the live display while the handlers of stop signals write their message."""
     before = {number: signal.getsignal(number) for number in stop_signals()}
 
     def handle(number: int, frame: Any) -> None:
+        if number == signal.SIGHUP:
+            leave_terminal()
         if not is_main_process():
             time.sleep(BEHIND)
         with _console.aside() if _console else contextlib.nullcontext():

@@ -102,9 +102,13 @@ class Entry:
 
         path = self.file(file)
         try:
-            return safetensors.torch.load_file(path)
+            state = safetensors.torch.load_file(path)
         except (safetensors.SafetensorError, OSError) as error:
             raise ZooError(f"{path} matches the index, but is not valid safetensors: {error}.") from error
+        floats = {key: value.float() for key, value in state.items() if value.is_floating_point()}
+        if bad := [key for key, value in floats.items() if not value.isfinite().all()]:
+            raise ZooError(f"{path} matches the index, but contains NaN or Inf in {shorten(bad)}: do not use it.")
+        return state
 
     def copy_to(self, folder: Path) -> Path:
         """Copy all files to `folder`/NAME, which plain timm loads (`local-dir:`), and return that folder."""
