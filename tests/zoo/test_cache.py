@@ -48,9 +48,6 @@ class ScriptedStore(Store):
         if isinstance(step, int):
             raise Transient("memory://zoo ended early.")
 
-    def stat(self, path):
-        return len(self.files[path])
-
 
 @pytest.fixture(autouse=True)
 def environment(monkeypatch):

@@ -68,7 +68,6 @@ def test_files_are_read_from_any_byte_and_the_token_stays_at_the_hub(store, hub)
     assert read(store, "x@2/model.safetensors") == content
     assert read(store, "x@2/model.safetensors", 2_000_001) == content[2_000_001:]
     assert read(store, "x@2/entry.json", 2) == b"345"
-    assert store.stat("x@2/model.safetensors") == len(content)
     sent = {path.split("/")[1]: headers.get("Authorization") for _, path, headers in hub.seen}
     assert sent.pop("cdn") is None and set(sent.values()) == {f"Bearer {TOKEN}"}
 

@@ -58,9 +58,6 @@ def test_a_user_can_register_a_store(monkeypatch, tmp_path):
                 raise Missing(path)
             yield b'{"format": 1, "entries": {}}'[start:]
 
-        def stat(self, path):
-            return None
-
     register_store("shelf", Shelf)
     assert isinstance(open_store("shelf://x"), Shelf)
     assert Zoo("shelf://x").entries() == {}

@@ -56,7 +56,7 @@ class Store(ABC):
     """Files below one location, by relative path with '/' (`"index.json"`, `"NAME/model.safetensors"`).
 
     Methods raise `ZooError` with the address, and `Transient` if a retry may help. They do not retry themselves.
-    A store for a new URL scheme implements `read` and `stat`, and `publish` and `remove` if it can be written to.
+    A store for a new URL scheme implements `read`, and `publish` and `remove` if it can be written to.
 
     Attributes:
         location: the address in messages, without credentials.
@@ -69,10 +69,6 @@ class Store(ABC):
     @abstractmethod
     def read(self, path: str, start: int = 0) -> Iterator[bytes]:
         """Yield the bytes of a file from byte `start` on; raise `Missing` if it does not exist."""
-
-    @abstractmethod
-    def stat(self, path: str) -> int | None:
-        """Return the size of a file in bytes, None if the server does not report it; raise `Missing`."""
 
     def publish(self, draft: Draft) -> str:
         """Add an entry as `NAME`, or as `NAME@2`, `NAME@3`, ... if the name is taken, and return its name."""

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from bissl_zoo.errors import ZooError
-from bissl_zoo.files import NotAFile, follow, fsync, sha256_of, write_atomically
+from bissl_zoo.files import follow, fsync, sha256_of, write_atomically
 from bissl_zoo.zoo.card import PAGE_FILE, render_page
 from bissl_zoo.zoo.index import CURATED_FILE, INDEX_FILE, Index, is_name, parse_index, pin
 from bissl_zoo.zoo.locks import locked, try_lock
@@ -52,16 +52,15 @@ class FolderStore(Store):
     def read(self, path: str, start: int = 0) -> Iterator[bytes]:
         """See :class:`Store`."""
         local = self.local_path(path)
-        with _reading(local), open(local, "rb", opener=follow) as stream:
-            stream.seek(start)
-            while block := stream.read(_BLOCK):
-                yield block
-
-    def stat(self, path: str) -> int:
-        """See :class:`Store`."""
-        local = self.local_path(path)
-        with _reading(local):
-            return local.stat().st_size
+        try:
+            with open(local, "rb", opener=follow) as stream:
+                stream.seek(start)
+                while block := stream.read(_BLOCK):
+                    yield block
+        except (FileNotFoundError, NotADirectoryError) as error:
+            raise Missing(f"{local} does not exist.") from error
+        except OSError as error:
+            raise ZooError(f"{local} cannot be read: {error.strerror or error}.") from error
 
     def publish(self, draft: Draft) -> str:
         """See :class:`Store`."""
@@ -180,15 +179,3 @@ def _abandoned(draft: Path) -> bool:
     if descriptor is not None:
         os.close(descriptor)
     return descriptor is not None
-
-
-@contextlib.contextmanager
-def _reading(local: Path) -> Iterator[None]:
-    try:
-        yield
-    except (FileNotFoundError, NotADirectoryError) as error:
-        raise Missing(f"{local} does not exist.") from error
-    except NotAFile as error:
-        raise ZooError(f"{local} cannot be read: {error}.") from error
-    except OSError as error:
-        raise ZooError(f"{local} cannot be read: {error.strerror}.") from error

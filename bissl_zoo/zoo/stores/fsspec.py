@@ -45,12 +45,6 @@ class FsspecStore(Store):
                     return
                 yield block
 
-    def stat(self, path: str) -> int | None:
-        """See :class:`Store`."""
-        with self._errors(path):
-            self.files.invalidate_cache()
-            return self.files.info(f"{self.root.rstrip('/')}/{path}").get("size")
-
     def _open(self, path: str, start: int) -> Any:
         stream = self.files.open(path, "rb")
         stream.seek(start)

@@ -84,21 +84,12 @@ class HttpStore(Store):
             if remaining:
                 raise Transient(f"{address} ended {remaining:,} bytes early.")
 
-    def stat(self, path: str) -> int | None:
-        """See :class:`Store`."""
-        address = f"{self.location}/{quote(path, safe='/@')}"
-        with closing(self._request(address, method="HEAD")) as response:
-            if response.status != 200:
-                raise _refusal(response, address)
-            length = response.headers.get("Content-Length", "")
-            return int(length) if re.fullmatch(r"\d{1,18}", length, re.ASCII) else None
-
-    def _request(self, address: str, start: int = 0, method: str = "GET") -> http.client.HTTPResponse:
+    def _request(self, address: str, start: int = 0) -> http.client.HTTPResponse:
         """Return the response after all redirects."""
         headers = self._headers | ({"Range": f"bytes={start}-"} if start else {})
         url, private, public_only = address, self._private, False
         for _ in range(MAX_REDIRECTS + 1):
-            request = urllib.request.Request(url, headers={**private, **headers}, method=method)
+            request = urllib.request.Request(url, headers={**private, **headers})
             request.public_only = public_only
             try:
                 response = self._opener.open(request, timeout=self._timeout)
