@@ -73,6 +73,7 @@ def _stage(pattern: str, form: str) -> tuple[tuple[str, str], ...]:
 hf_vit_name = renaming(
     (r"^embeddings\.(cls_token|mask_token|register_tokens)$", r"\1"),
     (r"^embeddings\.class_embedding$", "cls_token"),
+    (r"^embeddings\.distillation_token$", "dist_token"),
     (r"^embeddings\.position_embeddings?(\.weight)?$", "pos_embed"),
     (r"^embeddings\.patch_embeddings?\.(projection\.)?", "patch_embed.proj."),
     (r"^(encoder\.layers?|layers?|model\.layer)\.(\d+)\.", r"blocks.\2."),
@@ -176,12 +177,12 @@ def fuse(tensors: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> dict[
         match = re.fullmatch(r"(.*attn)\.([qkv])\.(weight|bias)", name)
         if name.endswith("relative_position_index") or name in ("rope.periods", "embeddings.position_ids"):
             continue
-        if name == "cls_token":
-            tensor = tensor.reshape(1, 1, -1)
-        elif name == "pos_embed" and tensor.dim() == 2:
+        if name == "register_tokens" and "blocks.0.gamma_1" in expected:
+            name = "storage_tokens"  # DINOv3's name, by which timm recognises its checkpoints
+        if name == "pos_embed" and tensor.dim() == 2:
             tensor = tensor.unsqueeze(0)
-        elif name.endswith((".gamma", ".mlp.grn.weight", ".mlp.grn.bias")):
-            tensor = tensor.flatten()
+        elif name in expected and tensor.squeeze().shape == expected[name].squeeze().shape:
+            tensor = tensor.reshape(expected[name].shape)
         elif name.startswith("attn_pool.qkv."):
             kind, (width, rest) = name.rpartition(".")[2], (len(tensor) // 3, 2 * len(tensor) // 3)
             fused[f"attn_pool.q.{kind}"], fused[f"attn_pool.kv.{kind}"] = tensor.split([width, rest])
@@ -306,7 +307,7 @@ FORMATS = (
     Format("moco_v3", r"base_encoder\.", r"(?:base_encoder\.(?:fc|head)|predictor)\."),
     Format("moco_v2", r"encoder_q\.", r"encoder_q\.fc\.", (r"encoder_q\.fc\.0\.",)),
     Format("moco_v1", r"encoder_q\.", r"encoder_q\.fc\."),
-    Format("dino", r"teacher\.(?:module\.)?backbone\.", r"teacher\.(?:module\.)?head\."),
+    Format("dino", r"teacher\.(?:module\.)?backbone\.", r"teacher\.(?:module\.)?head\.", other=r".*masked_embed"),
     Format("dino (student)", r"student\.(?:module\.)?backbone\.", r"student\.(?:module\.)?head\."),
     Format("byol-pytorch", r"online_encoder\.(?:net\.)?", r"online_(?:encoder\.projector|predictor)\.", pixels=None),
     Format("simsiam", r"encoder\.", r"(?:encoder\.fc|predictor)\.", (r"predictor\.",)),
