@@ -9,7 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from timm.layers import LayerNorm2d
+from torch import Tensor, nn
+from torch.nn import functional
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHead
 from torchvision.models.detection.roi_heads import RoIHeads
@@ -128,7 +130,8 @@ class FasterRCNN(DetectionTask):
     """RPN and a two-layer box head on the last shared map (C4 with a ResNet up to `layer3`), or on a feature pyramid.
 
     The pyramid (Lin et al., arXiv 1612.03144) uses all maps in the backbone's `out_features` (for example c2 to c5).
-    Its layers belong to the head. It has one more map for the largest anchors: its last map subsampled by 2.
+    Its layers belong to the head. It has one more map for the largest anchors: its last map subsampled by 2. From a
+    single map of stride 16, as of a ViT, ViTDet's simple pyramid is built (:class:`SimplePyramid`).
 
     `difficult` objects are left out of training and ignored in evaluation. The defaults are those of BiSSL (arXiv
     2410.02387, appendix on detection), otherwise torchvision's.
@@ -174,12 +177,20 @@ class FasterRCNN(DetectionTask):
     ) -> None:
         super().__init__(backbone, classes)
         self.maps, self.fpn, channels = [self.stage], None, self.feature.channels
+        self.strides = [self.feature.stride]
         if fpn_channels is not None:
             self.maps, channels = _pyramid_stages(backbone), fpn_channels
-            given = [backbone.feature_info[stage].channels for stage in self.maps]
-            self.fpn = FeaturePyramidNetwork(given, channels, LastLevelMaxPool())
+            self.strides = [backbone.feature_info[stage].stride for stage in self.maps]
+            if len(self.maps) > 1:
+                given = [backbone.feature_info[stage].channels for stage in self.maps]
+                self.fpn = FeaturePyramidNetwork(given, channels, LastLevelMaxPool())
+            else:
+                self.fpn = SimplePyramid(self.maps[0], self.feature.channels, channels)
+                self.strides = [round(self.strides[0] / scale) for scale in SimplePyramid.scales]
         self.flip_probability = flip_probability
-        self.resize = GeneralizedRCNNTransform(min_size, max_size, list(mean), list(std))
+        stride = self.feature.stride
+        padded = 32 if 32 % stride == 0 or stride > 32 else 2 * stride  # patches of 14 pixels
+        self.resize = GeneralizedRCNNTransform(min_size, max_size, list(mean), list(std), padded)
         sizes = self._anchor_sizes(anchor_sizes)
         anchors = AnchorGenerator(sizes, (tuple(anchor_ratios),) * len(sizes))
         proposals = dict(zip(("training", "testing"), rpn_proposals, strict=True))
@@ -195,7 +206,7 @@ class FasterRCNN(DetectionTask):
             nms_thresh=0.7,
         )
         self.roi_heads = RoIHeads(
-            self._roi_align(backbone, roi_size, sampling_ratio),
+            self._roi_align(roi_size, sampling_ratio),
             TwoMLPHead(channels * roi_size**2, box_head),
             FastRCNNPredictor(box_head, 1 + len(self.classes)),
             fg_iou_thresh=0.5,
@@ -259,20 +270,20 @@ class FasterRCNN(DetectionTask):
         if self.fpn is None:
             return (tuple(ANCHOR_SIZES if given is None else given),)
         sizes = tuple((size,) for size in (PYRAMID_ANCHOR_SIZES if given is None else given))
-        if len(sizes) != len(self.maps) + 1:
+        if len(sizes) != len(self.strides) + 1:
             raise ConfigError(
-                f"task.anchor_sizes has {len(sizes)} sizes; the pyramid has {len(self.maps) + 1} maps "
-                f"({', '.join(self.maps)} and one more) and needs one size per map."
+                f"task.anchor_sizes has {len(sizes)} sizes; the pyramid has {len(self.strides) + 1} maps (strides "
+                f"{', '.join(map(str, self.strides))} and one more) and needs one size per map."
             )
         return sizes
 
-    def _roi_align(self, backbone: Backbone, roi_size: int, sampling_ratio: int) -> MultiScaleRoIAlign:
+    def _roi_align(self, roi_size: int, sampling_ratio: int) -> MultiScaleRoIAlign:
         """Return RoIAlign that reads a box from the map for its size (arXiv 1612.03144, equation 1)."""
-        align = MultiScaleRoIAlign(self.maps, roi_size, sampling_ratio)
-        strides = [backbone.feature_info[stage].stride for stage in self.maps]
+        names = [str(level) for level in range(4)] if isinstance(self.fpn, SimplePyramid) else self.maps
+        align = MultiScaleRoIAlign(names, roi_size, sampling_ratio)
         # torchvision guesses the scales from its first batch, wrongly if half of an image is padding
-        align.scales = [1 / stride for stride in strides]
-        align.map_levels = LevelMapper(*(int(math.log2(stride)) for stride in (strides[0], strides[-1])))
+        align.scales = [1 / stride for stride in self.strides]
+        align.map_levels = LevelMapper(*(int(math.log2(stride)) for stride in (self.strides[0], self.strides[-1])))
         return align
 
     def _features(self, backbone: Backbone, images: Tensor) -> dict[str, Tensor]:
@@ -285,17 +296,60 @@ class FasterRCNN(DetectionTask):
 
 
 def _pyramid_stages(backbone: Backbone) -> list[str]:
-    """Return the stages that the backbone returns; each must have half the resolution of the one before."""
+    """Return the stages that the backbone returns; each must have half the resolution of the one before.
+
+    A single map of stride 16, as of a plain ViT, becomes a :class:`SimplePyramid`.
+    """
     stages = [stage for stage in backbone.stages if stage in backbone.out_features]
     strides = [backbone.feature_info[stage].stride for stage in stages]
+    if strides == [16]:
+        return stages
     if len(strides) < 2 or any(later != 2 * earlier for earlier, later in itertools.pairwise(strides)):
         returned = ", ".join(f"{stage} (stride {stride})" for stage, stride in zip(stages, strides, strict=True))
         raise ConfigError(
             f"task.fpn_channels: a pyramid needs two or more maps with doubling strides; '{backbone.name}' returns "
             f"{returned}. Set backbone.out_features, for example to [c2, c3, c4, c5], or task.fpn_channels=null to "
-            "detect on the last map alone."
+            "detect on the last map alone. A ViT needs patches of 16 pixels."
         )
     return stages
+
+
+class SimplePyramid(nn.Module):
+    """ViTDet's pyramid on the last map of a plain ViT (Li et al., arXiv 2203.16527, section 3).
+
+    From the map of stride 16, maps of stride 4 and 8 come from transposed convolutions, one of 32 from max pooling;
+    each passes a 1x1 and a 3x3 convolution with layer norm. The map of stride 64 subsamples the last one.
+
+    Args:
+        stage: name of the map.
+        in_channels, out_channels: channels of the map, and of those that are returned.
+    """
+
+    #: resolution of the maps, relative to the given one
+    scales = (4.0, 2.0, 1.0, 0.5)
+
+    def __init__(self, stage: str, in_channels: int, out_channels: int) -> None:
+        super().__init__()
+        self.stage = stage
+        half, quarter = in_channels // 2, in_channels // 4
+        to_quarter: list[nn.Module] = [nn.ConvTranspose2d(in_channels, half, 2, 2), LayerNorm2d(half), nn.GELU()]
+        resize = (
+            [*to_quarter, nn.ConvTranspose2d(half, quarter, 2, 2)],
+            [nn.ConvTranspose2d(in_channels, half, 2, 2)],
+            [],
+            [nn.MaxPool2d(2, 2)],
+        )
+        self.levels = nn.ModuleList()
+        for layers, channels in zip(resize, (quarter, half, in_channels, in_channels), strict=True):
+            lateral = nn.Conv2d(channels, out_channels, 1, bias=False), LayerNorm2d(out_channels)
+            output = nn.Conv2d(out_channels, out_channels, 3, padding=1, bias=False), LayerNorm2d(out_channels)
+            self.levels.append(nn.Sequential(*layers, *lateral, *output))
+
+    def forward(self, maps: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Map `{stage: (B, C, h, w)}` to five maps `(B, out_channels, ...)`, fine to coarse."""
+        levels = [level(maps[self.stage]) for level in self.levels]
+        levels.append(functional.max_pool2d(levels[-1], 1, 2))
+        return {str(number): level for number, level in enumerate(levels)}
 
 
 class _RPNHead(RPNHead):

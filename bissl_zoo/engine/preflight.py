@@ -161,7 +161,9 @@ def _try_stage(stage: Stage, trainer: Trainer, trial: Context) -> None:
     for level in trainer.levels().values():
         with _naming(stage, type(level.head).__name__, trial, getattr(level.data_iterator, "role", None)):
             batch = level.next_batch()
-            level.loss(level.backbone, batch)[0].backward()
+            loss, _ = level.loss(level.backbone, batch)
+            if level.parameters:  # the warm-up of a method without parameters has none
+                loss.backward()
             level.optimizer.zero_grad(set_to_none=True)
         problem = getattr(trainer, "problem", None)
         if isinstance(problem, BiLevel) and level is problem.lower:

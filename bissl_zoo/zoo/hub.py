@@ -4,7 +4,7 @@ import fnmatch
 import os
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,6 +16,7 @@ from bissl_zoo.config import load_config, with_defaults
 from bissl_zoo.errors import ZooError, did_you_mean, shorten
 from bissl_zoo.files import is_sha256
 from bissl_zoo.limits import limit, stated
+from bissl_zoo.registry import BACKBONES
 from bissl_zoo.zoo.cache import Cache, default_cache
 from bissl_zoo.zoo.index import (
     CURATED_FILE,
@@ -201,8 +202,10 @@ def as_zoo(zoo: ZooLike) -> Zoo:
 
 
 def list_backbones(
-    filter: str = "*",
+    filter: str | Sequence[str] = "*",
     *,
+    pretrained: bool = True,
+    exclude_filters: str | Sequence[str] = (),
     pretext: str | None = None,
     task: str | None = None,
     architecture: str | None = None,
@@ -212,7 +215,9 @@ def list_backbones(
     """Return the names of matching entries, every version of each.
 
     Args:
-        filter: shell pattern of the name, such as `"*simclr*voc*"`.
+        filter: shell pattern of the name, such as `"*simclr*voc*"`, or several of which one must match.
+        pretrained: entries; False for the architectures that `create_backbone` builds with random weights.
+        exclude_filters: one or more patterns of names to leave out.
         pretext, task, architecture: shell patterns of the methods and the architecture of an entry.
         metric: shell pattern of a metric that the entry reports, such as `"AP50*"`.
     """
@@ -222,8 +227,15 @@ def list_backbones(
         fields = all(fnmatch.fnmatch(entry.record.get(k) or "", p) for k, p in patterns.items() if p is not None)
         return fields and (metric is None or bool(fnmatch.filter(entry.record.get("metrics", {}), metric)))
 
-    entries = as_zoo(zoo).entries()
-    return [name for name in fnmatch.filter(entries, filter) if matches(entries[name])]
+    wanted, unwanted = ([text] if isinstance(text, str) else list(text) for text in (filter, exclude_filters))
+    entries = as_zoo(zoo).entries() if pretrained else {}
+    return [
+        name
+        for name in (entries or ([] if pretrained else BACKBONES.list()))
+        if any(fnmatch.fnmatch(name, pattern) for pattern in wanted)
+        and not any(fnmatch.fnmatch(name, pattern) for pattern in unwanted)
+        and (not pretrained or matches(entries[name]))
+    ]
 
 
 def get_entry(name: str, zoo: ZooLike = None) -> dict[str, Any]:

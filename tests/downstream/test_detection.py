@@ -9,6 +9,7 @@ from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHe
 from torchvision.ops import FeaturePyramidNetwork, MultiScaleRoIAlign
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
 
+from bissl_zoo.backbones import share
 from bissl_zoo.engine.build import Weights, build_downstream
 from bissl_zoo.engine.checks import open_context
 from bissl_zoo.engine.evaluate import evaluate
@@ -31,6 +32,29 @@ def build(stage="c3", architecture="test_resnet", out_features=(), model_args=()
 
 def build_pyramid(architecture="test_resnet", **kwargs):
     return build("c5", architecture, PYRAMID_MAPS, **{**PYRAMID, **kwargs})
+
+
+def build_vit_pyramid(**kwargs):
+    torch.manual_seed(0)
+    vit = build_backbone(name="vit_tiny_patch16_224", depth=2, img_size=64, dynamic_img_size=True)
+    trunk, _ = share(vit)
+    settings = {**SMALL, **PYRAMID, **kwargs, "min_size": 64, "max_size": 96}
+    return trunk, build_task(name="faster_rcnn", backbone=trunk, classes=CLASSES, **settings)
+
+
+def test_a_plain_vit_with_a_class_token_has_the_simple_pyramid_of_vitdet():
+    trunk, task = build_vit_pyramid()
+    shapes = {name: tuple(level.shape[1:]) for name, level in task.fpn(trunk(torch.randn(1, 3, 64, 96))).items()}
+    assert shapes == {"0": (16, 16, 24), "1": (16, 8, 12), "2": (16, 4, 6), "3": (16, 2, 3), "4": (16, 1, 2)}
+    assert task.strides == [4, 8, 16, 32] and task.roi_heads.box_roi_pool.scales == [1 / 4, 1 / 8, 1 / 16, 1 / 32]
+    losses = task.train().losses(trunk.train(), two_images())
+    sum(losses.values()).backward()
+    assert all(
+        p.grad is not None for name, p in trunk.named_parameters() if not name.startswith(("model.norm", "norm"))
+    )
+    assert len(task.eval().predict(trunk.eval(), two_images()[0])) == 2
+    with pytest.raises(ConfigError, match="needs one size per map"):
+        build_vit_pyramid(anchor_sizes=(8, 16))
 
 
 def target(boxes, labels, difficult=None, image_id=0):
@@ -173,7 +197,7 @@ def test_a_pyramid_needs_maps_with_doubling_strides():
 
 
 def test_a_pyramid_needs_a_size_of_anchor_for_each_of_its_maps():
-    with pytest.raises(ConfigError, match=r"anchor_sizes has 3 sizes; the pyramid has 5 maps \(c2, c3, c4, c5 and one"):
+    with pytest.raises(ConfigError, match=r"anchor_sizes has 3 sizes; the pyramid has 5 maps"):
         build_pyramid(anchor_sizes=[16, 32, 64])
 
 

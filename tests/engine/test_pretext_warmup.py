@@ -12,6 +12,8 @@ from bissl_zoo.engine.checks import open_context
 from bissl_zoo.engine.init import load_init
 from bissl_zoo.engine.runner import run
 from bissl_zoo.engine.stages import Bissl, PretextWarmup, plan_stages
+from bissl_zoo.pretext import PretextMethod
+from bissl_zoo.registry import PRETEXT_METHODS
 from bissl_zoo.runs.checkpoint import load_checkpoint
 
 pytestmark = pytest.mark.slow
@@ -161,3 +163,21 @@ def test_a_warm_up_that_is_resumed_ends_as_one_that_was_not_interrupted(config, 
     assert "stage 1 of 3: pretext_warmup" in out and "done: pretext_warmup at step 4 of 4" in out
     before, after = (load_checkpoint(f / "checkpoints/bissl/step_000002")[1] for f in (whole, tmp_path / "run"))
     assert same(before["levels"]["lower"]["head"], after["levels"]["lower"]["head"])
+
+
+@PRETEXT_METHODS.register("mine_without_parameters")
+class Mine(PretextMethod):
+    """The README's example, which has no parameters if all of the backbone is shared."""
+
+    def losses(self, backbone, views):
+        first, second = (self.embed(backbone, view) for view in views)
+        return {"distance": (first - second).square().mean()}
+
+
+@pytest.mark.parametrize("stage", ["null", "c4"])
+def test_a_method_without_parameters_runs_whether_all_of_the_backbone_is_shared_or_a_part(config, tmp_path, stage):
+    changes = ["pretext.name=mine_without_parameters", "~pretext.temperature", "~pretext.projector"]
+    cfg = config(bilevel__curvature="hessian", bilevel__shared_stage=stage)
+    run(LazyConfig.apply_overrides(cfg, changes, "test"), "test")
+    stages = {path.parent.name for path in (tmp_path / "run" / "checkpoints").glob("*/step_*")}
+    assert {"pretext_warmup", "bissl"} <= stages

@@ -37,6 +37,8 @@ def test_listing_filters_by_pattern_and_sorts_versions_as_numbers(zoo):
     edit_index(zoo, lambda index: index["entries"].update({"tiny@10": index["entries"]["tiny"]}))
     assert list_backbones(zoo=zoo) == ["other", "tiny", "tiny@2", "tiny@10"]
     assert list_backbones("*t*r", zoo=zoo) == ["other"]
+    assert list_backbones(["tiny*", "o*"], exclude_filters="*@*", zoo=zoo) == ["other", "tiny"]
+    assert list_backbones("resnet1?t", pretrained=False, exclude_filters=["*0t"], zoo=zoo) == ["resnet14t"]
 
 
 def test_an_empty_or_absent_zoo_lists_nothing(tmp_path):

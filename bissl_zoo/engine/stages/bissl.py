@@ -1,6 +1,7 @@
 """The BiSSL stage (arXiv 2410.02387), and the warm-ups that train new heads before it."""
 
 import logging
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -217,11 +218,21 @@ class Bissl(Stage):
 
 
 class PretextWarmupTrainer(PretrainTrainer):
-    """Train a new pretext head on the frozen backbone, in eval mode."""
+    """Train a new pretext head on the frozen backbone, in eval mode; a method without parameters has nothing to train.
+
+    Its stage then has one step, which only saves its state.
+    """
 
     def __init__(self, level: Level) -> None:
         super().__init__(level)
         level.backbone.eval()
+
+    def take_step(self) -> dict[str, Any]:
+        """Take one step, if the head has parameters."""
+        if self.level.head_parameters:
+            return super().take_step()
+        self.level.step += 1
+        return {"total_loss": math.nan}
 
 
 @STAGES.register(PRETEXT_WARMUP)
@@ -243,7 +254,9 @@ class PretextWarmup(Stage):
             if isinstance(module, (Backbone, Tail)):
                 module.requires_grad_(False).eval()
         batches = pretext_batches(context, pretext, cfg.train.seed, start_step)
-        level = build_level(cfg, self.name, "lower", trunk, pretext, batches, self.steps(context), train_backbone=False)
+        trained = [p for p in pretext.parameters() if p.requires_grad]
+        steps, groups = (self.steps(context), None) if trained else (1, [{"params": []}])
+        level = build_level(cfg, self.name, "lower", trunk, pretext, batches, steps, False, groups)
         level.lr_scheduler = LRMultiplier(ConstantParamScheduler(1.0))  # that of `lower` is made for the alternations
         seed_rank(cfg.train.seed)
         return PretextWarmupTrainer(level)
