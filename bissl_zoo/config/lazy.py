@@ -4,9 +4,10 @@ A lazy call is a dictionary with the dotted name of its target under `_target_` 
 """
 
 import dataclasses
+import functools
 import importlib
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf, SCMode
@@ -46,6 +47,14 @@ def locate(name: str) -> Any:
 locate.__module__ = "bissl_zoo.config"  # saved configs contain this path
 # the lazy call for a class or function that is a value: norm_layer=nn.BatchNorm2d
 _LOCATE = f"{locate.__module__}.locate"
+
+
+def partial(function: Callable[..., Any], args: Sequence[Any] = (), keywords: Mapping[str, Any] | None = None) -> Any:
+    """Return `functools.partial(function, *args, **keywords)`; a partial in a config becomes a lazy call of this."""
+    return functools.partial(function, *args, **(keywords or {}))
+
+
+partial.__module__ = "bissl_zoo.config"
 
 
 def _dotted_name(obj: Any) -> str:
@@ -90,7 +99,8 @@ class LazyCall:
 def to_plain(value: Any, source: str, key: str = "") -> Any:
     """Convert `value` to dictionaries, lists and scalars of plain type, keeping interpolations.
 
-    Tuples become lists; a class or function becomes a lazy call of `locate`.
+    Tuples become lists; a class or function becomes a lazy call of `locate`; named tuples, data classes, partials and
+    objects without attributes, such as Detectron2's `ShapeSpec(channels=3)`, become lazy calls of their class.
 
     Raises:
         ConfigError: it contains any other object; the message names `source` and the full dotted key.
@@ -102,6 +112,10 @@ def to_plain(value: Any, source: str, key: str = "") -> Any:
             value = OmegaConf.to_container(value, resolve=False, structured_config_mode=SCMode.DICT_CONFIG)
     if value is None or type(value) in (bool, int, float, str):
         return value
+    call = _described(value, live)
+    if call is not None:
+        target, arguments = call
+        return {"_target_": _plain_target(target, source, key), **to_plain(arguments, source, key)}
     if isinstance(value, (list, tuple)):
         return [to_plain(item, source, f"{key}.{i}".lstrip(".")) for i, item in enumerate(value)]
     if isinstance(value, dict):
@@ -120,6 +134,27 @@ def to_plain(value: Any, source: str, key: str = "") -> Any:
         f"{source}: '{key}' is a live object of {live.__module__}.{live.__qualname__}. Describe the call that creates "
         f"it: L({live.__qualname__})(...)."
     )
+
+
+def _described(value: Any, live: type) -> tuple[Any, dict[str, Any]] | None:
+    """Return the class or function, and the keyword arguments, of the call that makes an equal object, if it is known.
+
+    Args:
+        live: type of the object; a config with the fields of a data class stands for an object of that class.
+    """
+    if isinstance(value, functools.partial):
+        return partial, {"function": value.func, "args": list(value.args), "keywords": value.keywords}
+    if isinstance(value, tuple) and hasattr(value, "_fields"):
+        return live, value._asdict()
+    if dataclasses.is_dataclass(live) and not isinstance(value, type):
+        fields = [field.name for field in dataclasses.fields(live) if field.init]
+        if OmegaConf.is_config(value):
+            value = OmegaConf.to_container(value, resolve=False, structured_config_mode=SCMode.DICT)
+            return live, {name: value[name] for name in fields}
+        return live, {name: getattr(value, name) for name in fields}
+    if getattr(value, "__dict__", None) == {} and not isinstance(value, type) and not inspect.isroutine(value):
+        return (live, {}) if argument_problem(live, ()) is None else None
+    return None
 
 
 def _plain_target(obj: Any, source: str, key: str) -> str:

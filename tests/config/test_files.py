@@ -1,6 +1,7 @@
 import builtins
 import math
 import os
+import pstats
 import sys
 from pathlib import Path
 
@@ -107,7 +108,6 @@ def test_a_file_that_does_not_run_is_refused_with_file_and_line(text, expected):
             "task.a.1.head",
             "torch.nn.modules.linear.Linear",
         ),
-        ("import dataclasses\n@dataclasses.dataclass\nclass S:\n    a: int = 1\nt = dict(s=S())", "t.s", "S"),
         ("import pathlib\ntrain = dict(out=pathlib.PurePosixPath('runs'))", "train.out", "PurePosixPath"),
     ],
 )
@@ -126,6 +126,30 @@ def test_classes_as_values_and_callable_targets_become_names():
     assert cfg.theirs == L(nn.Linear)(in_features=1, out_features=2)
     assert instantiate(cfg.mine.norm) is nn.BatchNorm2d and instantiate(cfg.mine.act)[0] is nn.functional.relu
     assert instantiate(cfg.theirs).weight.shape == (2, 1)
+
+
+def test_named_tuples_data_classes_partials_and_objects_without_attributes_become_calls():
+    text = HEADER + "import functools, pstats, urllib.parse\nfrom torchvision.transforms import ToTensor\n"
+    text += "call = L(nn.Sequential)(shape=pstats.FunctionProfile('3', 1.0, 0.5, 2.0, 0.1, 'x.py', 7))\n"
+    text += "live = dict(url=urllib.parse.urlsplit('https://a/b'), image=ToTensor())\n"
+    text += "live.update(norm=functools.partial(nn.BatchNorm2d, 3, eps=1e-3))\n"
+    cfg = LazyConfig.load(write("a.py", text))
+    LazyConfig.save(cfg, "a.yaml")
+    assert LazyConfig.load("a.yaml") == cfg
+    assert cfg.call.shape == {"_target_": "pstats.FunctionProfile"} | vars(
+        pstats.FunctionProfile("3", 1.0, 0.5, 2.0, 0.1, "x.py", 7)
+    )
+    cfg.live.norm["keywords"].eps = 0.5  # an override
+    live = instantiate(cfg.live)
+    assert live["url"].geturl() == "https://a/b" and type(live["image"]).__name__ == "ToTensor"
+    assert live["norm"]().eps == 0.5 and live["norm"]().num_features == 3
+    assert instantiate(cfg.call.shape).line_number == 7
+
+
+def test_objects_of_classes_that_a_config_defines_are_refused():
+    text = "import dataclasses\n@dataclasses.dataclass\nclass S:\n    a: int = 1\nt = dict(s=S())\n"
+    message = refusal("a.py", text)
+    assert message.startswith("a.py: 't.s': <class") and "cannot be imported by a name" in message
 
 
 @pytest.mark.parametrize("key", ["None", "True", "1.5", "b'x'"])
