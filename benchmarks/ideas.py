@@ -45,9 +45,9 @@ VALUES = {
 class Encoder(nn.Module):
     """Smooth MLP from images `(N, 64)` to features `(N, 64)`, with second derivatives everywhere."""
 
-    def __init__(self) -> None:
+    def __init__(self, hidden: int = 160) -> None:
         super().__init__()
-        self.layers = nn.Sequential(nn.Linear(64, 160), nn.GELU(), nn.Linear(160, 64))
+        self.layers = nn.Sequential(nn.Linear(64, hidden), nn.GELU(), nn.Linear(hidden, 64))
 
     def forward(self, images: Tensor) -> Tensor:
         return functional.gelu(self.layers(images))

@@ -19,7 +19,6 @@ from safetensors.torch import load_file
 from tqdm import tqdm
 
 from bissl_zoo.backbones import Backbone, evaluating, share
-from bissl_zoo.backbones.lora import merge_lora
 from bissl_zoo.config.arguments import arguments_of
 from bissl_zoo.data.datasets.catalog import load_image
 from bissl_zoo.data.datasets.folder import ImageFolder
@@ -233,7 +232,7 @@ class Model:
 
     def state_dict(self) -> dict[str, torch.Tensor]:
         """Return the weights, named `backbone.*` and `task.*`."""
-        parts = {"backbone": merge_lora(self.backbone.state_dict()), "task": self.task.state_dict()}
+        parts = {"backbone": self.backbone.state_dict(), "task": self.task.state_dict()}
         return {f"{part}.{name}": tensor for part, state in parts.items() for name, tensor in state.items()}
 
     @torch.no_grad()

@@ -3,7 +3,7 @@
 import contextlib
 import copy
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -12,7 +12,6 @@ import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from bissl_zoo.backbones.lora import add_lora
 from bissl_zoo.errors import BisslZooError, RegistryError, did_you_mean
 from bissl_zoo.registry import BACKBONES
 
@@ -283,9 +282,7 @@ def tail_input(features: dict[str, Tensor], stage: str) -> Tensor:
 
 
 @BACKBONES.register("timm")
-def timm_backbone(
-    architecture: str, out_features: Sequence[str] = (), lora: Mapping[str, Any] | None = None, **model_args: Any
-) -> Backbone:
+def timm_backbone(architecture: str, out_features: Sequence[str] = (), **model_args: Any) -> Backbone:
     """Build a backbone of any timm architecture, with random weights and no classifier.
 
     All names of `timm.list_models()` are registered, too: `build_backbone(name="resnet50")` is the usual form.
@@ -293,7 +290,6 @@ def timm_backbone(
     Args:
         architecture: name in `timm.list_models()`.
         out_features: see :class:`Backbone`.
-        lora: arguments of :func:`bissl_zoo.backbones.lora.add_lora`; the rest of the network is then frozen.
         model_args: arguments of `timm.create_model`, such as `drop_path_rate` or `img_size`.
     Raises:
         RegistryError: an unknown architecture, or arguments that it does not take, such as `pretrained`.
@@ -308,8 +304,6 @@ def timm_backbone(
         raise RegistryError(f"timm has no architecture '{architecture}'.{hint}")
     try:
         model = timm.create_model(architecture, num_classes=0, **model_args)
-        if lora:
-            add_lora(model, **lora)
     except TypeError as error:
         raise RegistryError(f"timm's '{architecture}' does not take these arguments: {error}.") from error
     return Backbone(model, architecture, out_features, model_args)

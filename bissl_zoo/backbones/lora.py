@@ -70,7 +70,7 @@ def add_lora(model: nn.Module, r: int, alpha: float, targets: Sequence[str] = ("
         RegistryError: a rank or scale that is not positive, or a target that the model does not have.
     """
     if not (isinstance(r, int) and r > 0 and alpha > 0):
-        raise RegistryError(f"backbone.lora: r={r} must be a positive integer and alpha={alpha} positive.")
+        raise RegistryError(f"bilevel.lora: r={r} must be a positive integer and alpha={alpha} positive.")
     layers = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
     model.requires_grad_(False)
     adapted: set[str] = set()
@@ -86,7 +86,7 @@ def add_lora(model: nn.Module, r: int, alpha: float, targets: Sequence[str] = ("
         known = sorted({path.rpartition(".")[2] for path in layers} - {"qkv", "kv"} | set("qkv"))
         hint = did_you_mean(missing[0], known)
         raise RegistryError(
-            f"backbone.lora.targets: no linear layer for '{missing[0]}'.{hint} Known: {', '.join(known)}."
+            f"bilevel.lora.targets: no linear layer for '{missing[0]}'.{hint} Known: {', '.join(known)}."
         )
 
 

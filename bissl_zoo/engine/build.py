@@ -3,7 +3,7 @@
 import logging
 import math
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from bissl_zoo.backbones import Backbone, Tail, share
+from bissl_zoo.backbones.lora import add_lora
 from bissl_zoo.bilevel.level import Level
 from bissl_zoo.config import instantiate
 from bissl_zoo.data.datasets.catalog import datasets_root
@@ -128,24 +129,36 @@ def build_split_backbone(cfg: DictConfig) -> tuple[Backbone, Tail]:
     return share(instantiate(cfg.backbone), cfg.bilevel.shared_stage, cfg.backbone.get("out_features") or ())
 
 
-def build_pretext(cfg: DictConfig, weights: Weights, device: torch.device) -> tuple[Backbone, PretextMethod]:
-    """Return trunk and pretext method with their parts of `weights`, in train mode on `device`."""
+def build_pretext(
+    cfg: DictConfig, weights: Weights, device: torch.device, lora: Mapping[str, Any] | None = None
+) -> tuple[Backbone, PretextMethod]:
+    """Return trunk and pretext method with their parts of `weights`, in train mode on `device`.
+
+    Args:
+        lora: arguments of `add_lora` to the trunk; None for no LoRA.
+    """
     trunk, tail = build_split_backbone(cfg)
     if weights.backbone is not None:
         load_state(trunk, weights.backbone, "backbone")
     if weights.tail is not None:
         load_state(tail, weights.tail, "backbone's tail")
+    if lora:
+        add_lora(trunk, **lora)
     pretext = instantiate(cfg.pretext, backbone=trunk, tail=tail)
     if weights.pretext is not None:
         load_state(pretext, weights.pretext, "pretext head")
     return _prepare(trunk, device), _prepare(pretext, device)
 
 
-def build_downstream(context: Context, weights: Weights) -> tuple[Backbone, DownstreamTask]:
+def build_downstream(
+    context: Context, weights: Weights, lora: Mapping[str, Any] | None = None
+) -> tuple[Backbone, DownstreamTask]:
     """Return trunk and downstream task with their parts of `weights`, in train mode on the run's device."""
     trunk, _ = build_split_backbone(context.cfg)
     if weights.backbone is not None:
         load_state(trunk, weights.backbone, "backbone")
+    if lora:
+        add_lora(trunk, **lora)
     task = instantiate(context.cfg.task, backbone=trunk, classes=context.classes)
     if weights.task is not None:
         load_state(task, weights.task, "task head")

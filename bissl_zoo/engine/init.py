@@ -11,7 +11,6 @@ from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 
 from bissl_zoo.backbones import Backbone, Tail, merge_split_states
-from bissl_zoo.backbones.lora import without_factors
 from bissl_zoo.config import instantiate
 from bissl_zoo.data.views import IMAGENET_MEAN, IMAGENET_STD
 from bissl_zoo.engine.build import Weights, build_split_backbone
@@ -62,6 +61,8 @@ def load_init(init: str | None, cfg: DictConfig, evaluate: bool = False) -> tupl
         entry = zoo.find(init.removeprefix(ZOO_PREFIX))
         if PRETEXT_FILE in entry.record["files"] and entry.record.get("pretext") == cfg.pretext.name:
             pretext = entry.weights(PRETEXT_FILE)
+    if stored.format == cfg.pretext.name == "mae":  # the decoder of the official checkpoints has our names
+        pretext = {key: value for key, value in stored.head.items() if key != "decoder_pos_embed"}
     weights = resplit(Weights(dict(stored.state), pretext=pretext), *build_split_backbone(cfg))
     return replace(weights, pixels=stored.pixels), stored.lineage
 
@@ -220,7 +221,7 @@ def resplit(weights: Weights, trunk: Backbone, tail: Tail) -> Weights:
     The tail of a backbone is in its pretext head's state, and so are copies of trunk and tail that the method keeps, as
     pairs of modules named `backbone` and `tail` (BYOL's teacher). Weights without a tail are returned unchanged.
     """
-    shared, rest = (without_factors(part.state_dict()).keys() for part in (trunk, tail))
+    shared, rest = trunk.state_dict().keys(), tail.state_dict().keys()
     pretext = dict(weights.pretext or {})
     whole = merge_split_states(weights.backbone, take(pretext, "tail."))
     if whole.keys() != shared | rest:

@@ -28,7 +28,7 @@ class Weights:
     """State dicts that one stage leaves and the next one starts from; None for a part that does not exist yet.
 
     Attributes:
-        backbone: the trunk that both levels share, under timm's names; LoRA is merged.
+        backbone: the trunk that both levels share, under timm's names. LoRA is merged, also in `pretext`.
         tail: the rest of the backbone, if it does not come with `pretext`.
         pretext: the pretext method, the tail of the split backbone included.
         task: the downstream task.
@@ -46,8 +46,10 @@ class Weights:
     pixels: Mapping[str, Any] | None = None
 
     def __post_init__(self) -> None:
-        if self.backbone and len(merged := merge_lora(self.backbone)) < len(self.backbone):
-            self.backbone = merged
+        for part in ("backbone", "pretext"):  # the latter may have a teacher
+            state = getattr(self, part)
+            if state and len(merged := merge_lora(state)) < len(state):
+                setattr(self, part, merged)
 
 
 @dataclass

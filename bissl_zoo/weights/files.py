@@ -44,7 +44,7 @@ def model_args_problem(model_args: Any) -> str:
         return f"{model_args!r:.100} is not a mapping"
     _, domains = PARTS["bissl_zoo.registry.build_backbone"]
     for name, value in model_args.items():
-        if name not in domains or name in ("architecture", "out_features", "lora"):
+        if name not in domains or name in ("architecture", "out_features"):
             return f"'{name!s:.100}' is not an accepted argument"
         if problem := domains[name].problem(value):
             return f"{name} is {value!r:.100}; it {problem}"

@@ -60,6 +60,8 @@ bilevel = {
     "curvature_batch_size": None,  # samples of the pretext batch that defines the curvature; null: a whole batch
     "hvp_mode": "retain_graph",  # Hessian-vector products: retain_graph, or recompute (slower, less memory)
     "on_bad_hypergradient": "stop",  # if a solution is not finite or far off: stop, or plain (use v instead of x)
+    "lora": None,  # dict(r=64, alpha=64, targets=["q", "v"]): train low-rank additions to layers of a transformer alone
+    "lower_head_lr": None,  # learning rate of the pretext head in the lower level; null: that of optimizer.lower
     "reset_teacher": False,  # set a momentum teacher to its student when the stage starts, as in the authors' code
     "update_bn_stats": True,  # update the lower backbone's batch-norm statistics with the downstream images
     "shared_stage": None,  # last stage of the backbone that both levels share, such as c4; null: the whole backbone

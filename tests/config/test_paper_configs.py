@@ -141,6 +141,31 @@ def test_configs_of_the_papers_use_the_hessian_and_others_gauss_newton():
         assert load_config(name).bilevel.curvature == "gauss_newton"
 
 
+def test_configs_of_bissl_light_have_its_numbers():
+    paths = sorted((config_root() / "bissl_light").glob("*.py"))
+    assert len(paths) == 6 * 3
+    for path in paths:
+        cfg, size = load_config(f"bissl_light/{path.name}"), path.stem.rpartition("_")[2]
+        bilevel, loaders = cfg.bilevel, cfg.dataloader
+        assert (bilevel["lambda"], bilevel.lower_steps, bilevel.upper_steps, bilevel.alternations) == (
+            0.001,
+            20,
+            8,
+            500,
+        )
+        assert (dict(bilevel.lora), bilevel.lower_head_lr) == ({"r": 64, "alpha": 64, "targets": ["q", "v"]}, 1e-4)
+        assert (cfg.optimizer.lower.lr, cfg.optimizer.upper.weight_decay) == (0.01, 0.0)
+        assert (loaders.pretext.batch_size, loaders.train.batch_size) == (256, 64)
+        assert (cfg.solver.name, cfg.solver.gradients, cfg.solver.blocks) == ("mfac", 20, "layer")
+        assert (bilevel.head_warmup.epochs, cfg.finetune.epochs, cfg.train.amp) == (20, 200, "bf16")
+        patch = {"base": 16, "large": 16, "huge": 14}[size]
+        assert cfg.train.init == f"timm:{cfg.backbone.name}.mae" == f"timm:vit_{size}_patch{patch}_224.mae"
+        assert cfg.pretext.augmentation.mask_patch == patch
+        data = {part.dataset.name for part in (loaders.train, loaders.test)}
+        assert data == {path.stem.removesuffix(f"_vit_{size}")}
+        assert cfg.task.name == ("multilabel_classification" if "voc2007_classification" in data else "classification")
+
+
 def test_detection_has_the_detector_of_the_papers(configs):
     task = configs["bissl/voc_det.py"].task
     assert task.anchor_sizes == [16, 32, 64, 128, 256] and task.anchor_ratios == [0.5, 1.0, 2.0]

@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import save_file
 
 from bissl_zoo.backbones import merge_split_states
-from bissl_zoo.engine.build import Weights
+from bissl_zoo.engine.build import Weights, build_pretext
 from bissl_zoo.engine.init import adopt_pixels, load_init, pretext_pixels, resplit
 from bissl_zoo.errors import CheckpointError
 from bissl_zoo.registry import build_backbone
@@ -98,3 +98,19 @@ def test_pixel_statistics_of_the_weights_reach_the_views_and_the_task(tiny_confi
     cfg.task.mean = [0.1] * 3
     adopt_pixels(cfg, weights.pixels)
     assert cfg.task.mean == [0.1] * 3 and "task.mean is [0.1, 0.1, 0.1]; the initial weights" in caplog.text
+
+
+def test_an_official_checkpoint_of_mae_brings_backbone_and_decoder(tiny_config, tmp_path):
+    cfg = tiny_config(bilevel__shared_stage="null")
+    build = "bissl_zoo.registry.build_"
+    cfg.backbone = {"_target_": f"{build}backbone", "name": "test_vit"}
+    sizes = {"decoder_dim": 16, "decoder_depth": 1, "decoder_heads": 2}
+    cfg.pretext = {"_target_": f"{build}pretext", "name": "mae", **sizes}
+    trunk, method = build_pretext(cfg, Weights(), torch.device("cpu"))
+    decoder = {key: torch.randn_like(value) for key, value in method.state_dict().items()}
+    official = {**trunk.state_dict(), **decoder, "decoder_pos_embed": torch.zeros(1, 101, 16)}
+    torch.save({"model": official}, tmp_path / "mae_pretrain_full.pth")
+    weights, _ = load_init(str(tmp_path / "mae_pretrain_full.pth"), cfg)
+    _, loaded = build_pretext(cfg, weights, torch.device("cpu"))
+    assert decoder and all(torch.equal(value, loaded.state_dict()[key]) for key, value in decoder.items())
+    assert all(torch.equal(value, weights.backbone[key]) for key, value in trunk.state_dict().items())

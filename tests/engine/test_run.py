@@ -95,6 +95,41 @@ def test_a_resumed_run_of_crops_or_masks_on_a_vit_ends_as_one_that_was_not_inter
         assert before.keys() == after.keys() and all(torch.equal(value, after[key]) for key, value in before.items())
 
 
+def test_a_run_with_mae_lora_and_mfac_resumes_and_publishes_merged_weights(tiny_config, folder_of_images, tmp_path):
+    settings = dict(train__output_dir=tmp_path / "run", train__checkpoint__keep=9, train__checkpoint__period=1)
+    cfg = LazyConfig.apply_overrides(
+        byol_classification(tiny_config(**settings, bilevel__shared_stage="null")),
+        [
+            "backbone={_target_: bissl_zoo.registry.build_backbone, name: test_vit, img_size: 32}",
+            f"pretext={{_target_: bissl_zoo.registry.build_pretext, name: mae, {ON_A_VIT['mae']}}}",
+            "solver={_target_: bissl_zoo.registry.build_solver, name: mfac, gradients: 3}",
+            "bilevel.lora={r: 2, alpha: 4, targets: [q, v]}",
+            "bilevel.lower_head_lr=0.001",
+        ],
+    )
+    entry = run(cfg, "test")["entry"]
+    start = load_checkpoint(tmp_path / "run" / "checkpoints" / "pretrain" / "step_000002")[1]["levels"]["level"]
+    plain = timm.create_model(f"local-dir:{entry.location}", pretrained=True).state_dict()
+    changed = {key for key, value in start["backbone"].items() if not torch.equal(plain[key], value)}
+    assert changed == {f"blocks.{n}.attn.qkv.weight" for n in range(6)} and plain.keys() == start["backbone"].keys()
+    assert all(torch.equal(plain[key][64:128], start["backbone"][key][64:128]) for key in changed)  # no keys
+    whole = final_states(tmp_path / "run")
+    low = "blocks.0.attn.qkv.lora_"
+    expected = start["backbone"]["blocks.0.attn.qkv.weight"].clone()
+    for part, rows in (("q", slice(64)), ("v", slice(128, 192))):
+        expected[rows] += 2.0 * whole[0][f"{low}b_{part}"] @ whole[0][f"{low}a_{part}"]
+    torch.testing.assert_close(plain["blocks.0.attn.qkv.weight"], expected)
+    levels = load_checkpoint(tmp_path / "run" / "checkpoints" / "bissl" / "step_000002")[1]["levels"]
+    rates = [group["initial_lr"] for group in levels["lower"]["optimizer"]["param_groups"]]
+    assert rates == [cfg.optimizer.lower.lr, 0.001]
+    for later in ("bissl/step_000002", "finetune_pretrained", "finetune"):
+        shutil.rmtree(tmp_path / "run" / "checkpoints" / later, ignore_errors=True)
+    (tmp_path / "run" / "results.json").unlink()
+    assert run(cfg, "test", resume=True)["entry"].sha256 == entry.sha256
+    for before, after in zip(whole, final_states(tmp_path / "run"), strict=True):
+        assert before.keys() == after.keys() and all(torch.equal(value, after[key]) for key, value in before.items())
+
+
 def final_states(folder):
     """Return the states of the lower backbone and its head after the BiSSL stage."""
     lower = load_checkpoint(folder / "checkpoints" / "bissl" / "step_000002")[1]["levels"]["lower"]

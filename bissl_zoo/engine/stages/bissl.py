@@ -10,7 +10,7 @@ import torch
 from fvcore.common.param_scheduler import ConstantParamScheduler
 
 from bissl_zoo.backbones import Backbone, Tail
-from bissl_zoo.backbones.lora import share_frozen
+from bissl_zoo.backbones.lora import add_lora, share_frozen
 from bissl_zoo.bilevel import Adaptation, BiLevel
 from bissl_zoo.bilevel.level import Level
 from bissl_zoo.bilevel.summary import HypergradientSummary
@@ -19,12 +19,13 @@ from bissl_zoo.engine.build import (
     build_level,
     build_part,
     build_pretext,
+    build_split_backbone,
     pretext_batches,
     train_batches,
 )
 from bissl_zoo.engine.resume import seed_everything, seed_rank
 from bissl_zoo.engine.stages.pretrain import PretrainTrainer
-from bissl_zoo.engine.trainer import Context, SingleLevelTrainer, Stage, Trainer, Weights
+from bissl_zoo.engine.trainer import Context, SingleLevelTrainer, Stage, Trainer, Weights, load_state
 from bissl_zoo.errors import ConfigError
 from bissl_zoo.optim import LRMultiplier, effective_learning_rate
 from bissl_zoo.pretext.teacher import Teacher
@@ -138,6 +139,8 @@ class Bissl(Stage):
     def check(self, context: Context, weights: Weights) -> None:
         """Check that the solver's damping is positive together with lambda, and that it knows the optimizer."""
         solver, lam = build_part(context.cfg.solver), context.cfg.bilevel["lambda"]
+        if context.cfg.bilevel.lora:
+            add_lora(build_split_backbone(context.cfg)[0], **context.cfg.bilevel.lora)
         if hasattr(solver, "attach"):
             try:
                 solver.attach(build_part(context.cfg.optimizer.lower, params=[torch.zeros(1, requires_grad=True)]), [])
@@ -182,9 +185,15 @@ class Bissl(Stage):
         cfg = context.cfg
         settings = cfg.bilevel
         seed_everything(cfg.train.seed)
-        lower_trunk, pretext = build_pretext(cfg, weights, context.device)
-        upper_trunk, task = build_downstream(context, weights)
-        share_frozen(lower_trunk, upper_trunk)
+        lower_trunk, pretext = build_pretext(cfg, weights, context.device, settings.lora)
+        upper_trunk, task = build_downstream(context, weights, settings.lora)
+        if settings.lora:
+            load_state(upper_trunk, lower_trunk.state_dict(), "LoRA")  # with the same random factors
+            share_frozen(lower_trunk, upper_trunk)
+        groups = None
+        if settings.lower_head_lr is not None:
+            trained = [[p for p in part.parameters() if p.requires_grad] for part in (lower_trunk, pretext)]
+            groups = [{"params": trained[0]}, {"params": trained[1], "lr": settings.lower_head_lr}]
         if settings.reset_teacher and isinstance(teacher := getattr(pretext, "teacher", None), Teacher):
             teacher.reset(backbone=lower_trunk, tail=pretext.tail, projector=pretext.projector)
         # an alternation takes one more pretext batch, for the curvature
@@ -192,7 +201,7 @@ class Bissl(Stage):
         upper_batches = train_batches(context, task, cfg.train.seed + 1, start_step * settings.upper_steps)
         lower_total, upper_total = (n * settings.alternations for n in (settings.lower_steps, settings.upper_steps))
         problem = BiLevel(
-            lower=build_level(cfg, "lower", "lower", lower_trunk, pretext, lower_batches, lower_total),
+            lower=build_level(cfg, "lower", "lower", lower_trunk, pretext, lower_batches, lower_total, groups=groups),
             upper=build_level(cfg, "upper", "upper", upper_trunk, task, upper_batches, upper_total),
             solver=build_part(cfg.solver),
             lam=settings["lambda"],

@@ -1,0 +1,22 @@
+"""BiSSLight for CUB-200-2011, MAE's ViT-B on ImageNet."""
+
+from ..common.data.classification import loaders
+from ..common.downstream.classification import task
+from ..common.papers.bissl_light import (
+    bilevel,
+    clip_grad,
+    dataloader,
+    finetune,
+    lr_multiplier,
+    optimizer,
+    pretext,
+    pretrain,
+    solver,
+    start,
+    train,
+)
+
+dataloader.update(loaders("cub200", batch_size=64))
+backbone, train.init, pretext.augmentation.mask_patch = start("base")
+task.image_size = 224
+train.output_dir = "runs/bissl_light_cub200_vit_base"

@@ -1,0 +1,22 @@
+"""BiSSLight for DTD, MAE's ViT-H on ImageNet."""
+
+from ..common.data.classification import loaders
+from ..common.downstream.classification import task
+from ..common.papers.bissl_light import (
+    bilevel,
+    clip_grad,
+    dataloader,
+    finetune,
+    lr_multiplier,
+    optimizer,
+    pretext,
+    pretrain,
+    solver,
+    start,
+    train,
+)
+
+dataloader.update(loaders("dtd", batch_size=64))
+backbone, train.init, pretext.augmentation.mask_patch = start("huge")
+task.image_size = 224
+train.output_dir = "runs/bissl_light_dtd_vit_huge"
