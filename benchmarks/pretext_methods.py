@@ -40,7 +40,7 @@ from bissl_zoo.engine.features import CentralCrops, extract_features, load_froze
 from bissl_zoo.engine.resume import seed_everything
 from bissl_zoo.engine.runner import run
 from bissl_zoo.evaluation import knn_accuracy
-from bissl_zoo.evaluation.collapse import effective_rank
+from bissl_zoo.evaluation.probes import effective_rank
 from bissl_zoo.registry import build_backbone, build_dataset
 
 FOLDER = dict(name="image_folder", root="cifar10")

@@ -4,10 +4,19 @@ Probes and collapse metrics evaluate frozen features without a task.
 """
 
 from bissl_zoo.evaluation.classification import TopKEvaluator
-from bissl_zoo.evaluation.collapse import alignment, collapse_metrics, effective_rank, normalized_std, uniformity
 from bissl_zoo.evaluation.detection import DetectionEvaluator, average_precision, voc_average_precision
 from bissl_zoo.evaluation.multilabel import MultilabelEvaluator
-from bissl_zoo.evaluation.probes import LinearProbe, knn_accuracy, knn_probabilities, linear_probe
+from bissl_zoo.evaluation.probes import (
+    LinearProbe,
+    alignment,
+    collapse_metrics,
+    effective_rank,
+    knn_accuracy,
+    knn_probabilities,
+    linear_probe,
+    normalized_std,
+    uniformity,
+)
 
 __all__ = [
     "DetectionEvaluator",

@@ -116,18 +116,15 @@ class VOCDetection(DetectionSet):
         by_id: dict[str, list[str]] = {}
         for image in images_in(folder):
             by_id.setdefault(os.path.splitext(image)[0], []).append(image)
-        files = []
         for image_id in ids:
             matching = by_id.get(image_id, [])
-            if len(matching) == 1:
-                files.append(str(folder / matching[0]))
-            elif matching:
-                problem = f"VOC image '{image_id}', listed in {file}, may be {' or '.join(matching)} in {folder}."
-                self._leave_out("images", "of several files", problem)
-            else:
+            if not matching:
                 problem = f"VOC image {folder / image_id}.jpg, listed in {file}, does not exist."
                 self._leave_out("images", "without a file", problem)
-        return files
+            elif len(matching) > 1:
+                problem = f"VOC image '{image_id}', listed in {file}, may be {' or '.join(matching)} in {folder}."
+                self._leave_out("images", "of several files", problem)
+        return [str(folder / by_id[image_id][0]) for image_id in ids if len(by_id.get(image_id, ())) == 1]
 
     def _read(self, path: Path, count: bool = True) -> Annotation | None:
         """Return an annotation, or None if it cannot be read and is to be skipped."""
