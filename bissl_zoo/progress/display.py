@@ -64,10 +64,6 @@ class ConsoleHandler(logging.Handler):
     def show(self, **fields: Any) -> None:
         """Update the state of the run, by the names of `RunStatus`."""
 
-    def aside(self) -> contextlib.AbstractContextManager[None]:
-        """Hide what is drawn while something else writes to the terminal."""
-        return contextlib.nullcontext()
-
     def end(self) -> None:
         """Draw the last state of the run; lines may follow."""
 
@@ -206,7 +202,7 @@ def leave_terminal() -> None:
 
 @contextlib.contextmanager
 def signals_aside() -> Iterator[None]:
-    """Hide the live display while the handlers of stop signals write their message."""
+    """End the live display before the handlers of stop signals write their message."""
     before = {number: signal.getsignal(number) for number in stop_signals()}
 
     def handle(number: int, frame: Any) -> None:
@@ -214,8 +210,8 @@ def signals_aside() -> Iterator[None]:
             leave_terminal()
         if not is_main_process():
             time.sleep(BEHIND)
-        with _console.aside() if _console else contextlib.nullcontext():
-            before[number](number, frame)
+        end_display()
+        before[number](number, frame)
 
     try:
         for number in before:

@@ -5,7 +5,7 @@ import math
 import os
 import sys
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from logging import LogRecord
 from typing import Any
 
@@ -61,19 +61,11 @@ class LiveDisplay(ConsoleHandler):
         for name, value in fields.items():
             setattr(self.status, name, value)
         if self.status.source and not self._ended and not self.bars.live.is_started:
+            live = self.bars.live
+            live.vertical_overflow, live._live_render = "ellipsis", _Frame(self.bars.console)
             with contextlib.suppress(OSError):  # the terminal is gone
-                self._start()
-
-    @contextlib.contextmanager
-    def aside(self) -> Iterator[None]:
-        """Remove the display, and draw it again a moment later."""
-        started = self.bars.live.is_started
-        if started:
-            self.bars.live.transient = True
-            self.bars.stop()
-        yield
-        if started:
-            self._start()
+                live.start()
+                self.bars.console.show_cursor(True)  # a killed process could not show it again
 
     def end(self) -> None:
         """Draw for the last time; later lines follow below."""
@@ -81,12 +73,6 @@ class LiveDisplay(ConsoleHandler):
         with contextlib.suppress(OSError):  # the terminal is gone
             self.bars.stop()
         self.status.source, self._ended = None, True
-
-    def _start(self) -> None:
-        live = self.bars.live
-        live.transient, live.vertical_overflow, live._live_render = False, "ellipsis", _Frame(self.bars.console)
-        live.start()
-        self.bars.console.show_cursor(True)  # a killed process could not show it again
 
     def _leave(self) -> None:
         """Print directly in a forked process, such as a loader's worker: its parent may hold the display's lock."""

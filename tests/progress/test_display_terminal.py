@@ -67,6 +67,7 @@ def test_a_plain_run_in_a_terminal_has_no_escape_codes_and_all_its_output_is_in_
     status, output = Terminal(tool, ["--plain", *arguments(train__stages="[finetune]")]).end()
     log = (tmp_path / "run" / "log.txt").read_text()
     assert status == 0 and "\x1b" not in output + log and "[finetune 2/2]" in output
-    before_the_table, _, _ = output.replace("\r", "").partition("\nfine-tuned from")
-    assert set(before_the_table.splitlines()) <= {line[20:] for line in log.splitlines()}
+    lines = output.replace("\r", "").partition("\nfine-tuned from")[0].splitlines()
+    in_the_run = lines[next(number for number, line in enumerate(lines) if line.startswith("run: ")) :]
+    assert set(in_the_run) <= {line[20:] for line in log.splitlines()}
     assert "fine-tuned from" in log
