@@ -76,7 +76,7 @@ def data(scenes, tmp_path_factory):
     ):
         (root / name).mkdir(parents=True)
         for number in range(2):
-            Image.new("RGB", (64, 64), (90 * number, 80, 30)).save(root / name / f"{number}.jpg")
+            Image.effect_noise((64, 64), 40 + number).convert("RGB").save(root / name / f"{number}.jpg")
             shutil.copy(root / name / f"{number}.jpg", unlabelled)
     pack = ["--to-shards", str(root / "imagenet"), "--out", str(root / "imagenet-shards"), "--samples-per-shard", "1"]
     assert load_tool("data").cli(pack) == 0

@@ -36,7 +36,7 @@ def whole(finished, scenes, tmp_path_factory):
 def test_the_tables_hold_the_metrics_of_the_files(whole, finished):
     output, missing = whole
     parsed = harmless(output.read_text(encoding="utf-8"))
-    assert missing == 0 and parsed.problems == []
+    assert (missing, parsed.problems) == (0, [])
     results = json.loads((finished / "results.json").read_text())
     names = [name for name in results["bissl"] if "/" not in name]
     rows = {row[0]: row[1:] for row in parsed.table("fine-tuned from", *names)}
