@@ -120,7 +120,7 @@ def read_run(folder: str, zoo: Any = None) -> StoredBackbone:
 
 def pretext_pixels(cfg: DictConfig) -> dict[str, Any]:
     """Return `mean` and `std` of a config's pretext images, and their `input_size`, as a zoo entry stores them."""
-    augmentation = cfg.pretext.get("augmentation") or {}
+    augmentation = cfg["pretext"].get("augmentation") or {}
     size = augmentation.get("size", 96)
     return {
         "input_size": [3, size, size],
