@@ -29,12 +29,12 @@ from bissl_zoo.downstream.graph import Logits
 from bissl_zoo.errors import BisslZooError, DatasetError, RegistryError, ZooError, did_you_mean
 from bissl_zoo.files import follow, read_json, replacing_folder, sha256_of, write_atomically
 from bissl_zoo.registry import BACKBONES, DOWNSTREAM_TASKS, build_backbone, build_task
+from bissl_zoo.weights.detectors import detectron2_detector_state, torchvision_detector_state, write_detectron2
 from bissl_zoo.weights.export import (
     Exported,
     LinearHead,
     check_plain_resnet,
     export_backbone,
-    torchvision_detector_state,
     write_onnx,
     write_program,
     write_state,
@@ -51,8 +51,14 @@ JSON_FILE, WEIGHTS_FILE, SUMS_FILE = "model.json", "model.safetensors", "SHA256S
 ENTRY_JSON, ENTRY_WEIGHTS = "task_model.json", "task_model.safetensors"
 ZOO_PREFIX = "zoo:"
 #: what a model can be exported to, and the suffixes that mean it
-MODEL_TARGETS = ("onnx", "export", "torchvision", "timm")
-SUFFIXES = {".onnx": "onnx", ".pt2": "export", "": "timm", **dict.fromkeys((".pth", ".safetensors"), "torchvision")}
+MODEL_TARGETS = ("onnx", "export", "torchvision", "detectron2", "timm")
+SUFFIXES = {
+    ".onnx": "onnx",
+    ".pt2": "export",
+    ".pkl": "detectron2",
+    "": "timm",
+    **dict.fromkeys((".pth", ".safetensors"), "torchvision"),
+}
 #: characters of the file of digests
 _MAX_SUMS = 1 << 16
 #: threads that decode images
@@ -171,11 +177,12 @@ class Model:
 
         "onnx" and "export" take RGB images (B, 3, H, W) in [0, 1]; classifiers give `probabilities` for any B, and
         detectors `boxes`, `scores` and `labels` of one image after suppression. "timm" writes a folder of a classifier
-        for `local-dir:`, and "torchvision" the state of a ResNet with classifier or of a FasterRCNN.
+        for `local-dir:`, "torchvision" the state of a ResNet with classifier or of a FasterRCNN on one, "detectron2" of
+        the latter for GeneralizedRCNN, whose anchors are not rounded.
 
         Args:
             to: one of `TARGETS`; None for that of the suffix: .onnx, .pt2 (export), .pth or .safetensors (torchvision),
-                or none (timm).
+                .pkl (detectron2), or none (timm).
             image_size: height and width of the images of "onnx" and "export"; None for those of the task.
         Returns:
             The path, and what its user must know.
@@ -206,14 +213,21 @@ class Model:
             pixels |= {"crop_pct": task.image_size / task.resize, "interpolation": task.interpolation.value}
             pixels["input_size"] = [3, task.image_size, task.image_size]
             return export_backbone(backbone.state_dict(), name, to, output, arguments, pixels, head=head)
-        if to != "torchvision" or not isinstance(task, FasterRCNN):
+        if to not in ("torchvision", "detectron2") or not isinstance(task, FasterRCNN):
             raise ZooError(f"{output}: {self} has no form in {to}. Export it as .onnx or .pt2, if its task can.")
-        check_plain_resnet(timm.create_model(name, num_classes=0, **arguments).eval(), name, "torchvision")
-        write_state(torchvision_detector_state(backbone.state_dict(), task.state_dict()), output)
+        check_plain_resnet(timm.create_model(name, num_classes=0, **arguments).eval(), name, to)
+        states = backbone.state_dict(), task.state_dict()
         settings = {key: str(value) for key, value in self.metadata["task"]["arguments"].items()}
-        return Exported(
-            output, {"load with": "torchvision.models.detection.FasterRCNN, label 0: background", **settings}
-        )
+        settings["classes"] = ", ".join(self.classes)
+        if to == "detectron2":
+            anchors = task.rpn.anchor_generator
+            counts = len(anchors.sizes[0]), len(anchors.aspect_ratios[0])
+            write_detectron2(detectron2_detector_state(*states, task.maps, *counts), output)
+            settings |= {"MODEL.ROI_BOX_HEAD.POOLER_TYPE": "ROIAlign", "INPUT.FORMAT": "RGB, in [0, 255]"}
+        else:
+            write_state(torchvision_detector_state(*states), output)
+            settings["load with"] = "torchvision.models.detection.FasterRCNN; label 0 is the background"
+        return Exported(output, settings)
 
     def save(self, folder: str | os.PathLike[str]) -> Path:
         """Write the model to a folder, which is replaced as a whole: data only, with the sha256 of each file.

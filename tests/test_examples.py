@@ -61,6 +61,17 @@ def test_a_task_in_one_file_runs_through_all_stages(train_net_process, tiny, tmp
         assert 0 < metrics["MAE"] <= metrics["RMSE"] < 10
 
 
+def test_two_levels_of_other_libraries_are_aligned(process):
+    pytest.importorskip("lightly", reason="lightly is not installed")
+    with process(REPOSITORY / "examples" / "bilevel" / "own_modules.py", "--alternations", 1) as running:
+        out, err = running.communicate(timeout=300)
+    assert running.returncode == 0, err
+    assert "alternation 1: pretext" in out and re.search(r"accuracy 0\.\d+ on 597 images", out)
+    code = (REPOSITORY / "examples" / "bilevel" / "own_modules.py").read_text()
+    levels = code[code.index("class Contrast") : code.index("# the rest is data")]
+    assert len([line for line in levels.splitlines() if line.strip()]) <= 40
+
+
 def test_the_core_solves_a_text_problem(process):
     short = ["--pretrain-steps", 20, "--alternations", 2, "--finetune-steps", 10]
     with process(REPOSITORY / "examples" / "text" / "masked_words.py", *short) as running:

@@ -23,7 +23,7 @@ def parse(parser: argparse.ArgumentParser, argv: Sequence[str]) -> argparse.Name
     add_config(parser)
     parser.add_argument("--seeds", type=seeds, metavar="N", help="number of seeds, or a list as in 0,1,5")
     parser.add_argument("--arms", type=names, metavar="A,B", help="arms to compare (default: compare.arms)")
-    parser.add_argument("--labels", type=shares, metavar="5%,100%", help="shares of the labels, a comparison each")
+    parser.add_argument("--labels", type=shares, metavar="SHARES", help="of the labels, a comparison each: 5%%,100%%")
     parser.add_argument("--datasets", type=names, metavar="A,B", help="names in compare.datasets, a comparison each")
     parser.add_argument("--parallel", type=int, metavar="N", help="runs at a time (default: one per GPU, or one)")
     parser.add_argument(

@@ -30,6 +30,9 @@ def parse(parser: argparse.ArgumentParser, argv: Sequence[str]) -> argparse.Name
     parser.add_argument("--batch-size", type=int, default=16, metavar="N", help="images per forward pass (16)")
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
     parser.add_argument("--bf16", action="store_true", help="compute in bfloat16, faster on GPUs")
+    parser.add_argument(
+        "--import", action="append", default=[], dest="imports", metavar="FILE", help="register the model's own task"
+    )
     parser.add_argument("--zoo", metavar="LOCATION", help="of zoo:NAME; default: $BISSL_ZOO")
     args = parser.parse_args(argv)
     if args.output is None and args.format == "coco":
@@ -39,11 +42,14 @@ def parse(parser: argparse.ArgumentParser, argv: Sequence[str]) -> argparse.Name
 
 def run(args: argparse.Namespace) -> None:
     """Write or print the predictions."""
+    from bissl_zoo.engine.checks import import_parts
     from bissl_zoo.files import write_atomically
     from bissl_zoo.model import load_model
     from bissl_zoo.progress.display import console
 
     with console():
+        for file in args.imports:
+            import_parts(file)
         model = load_model(args.model, zoo=args.zoo, device=None if args.device == "auto" else args.device)
         root = Path(args.images)
         if not root.exists():

@@ -58,14 +58,14 @@ def open_config(name: str, overrides: Sequence[str] = ()) -> DictConfig:
     else:
         imports = [override for override in overrides if override.startswith("train.imports=")]
         for module in LazyConfig.apply_overrides(load_config("common/train.py"), imports).train.imports or []:
-            _import(str(module))  # the entry may need parts that the user registers
+            import_parts(str(module))  # the entry may need parts that the user registers
         cfg, left = restricted_config(entry)
         logger.info(f"{name}: took {', '.join(cfg)} from the entry")
         if left:
             logger.info(f"{name}: left to you, with defaults here: {', '.join(left)}")
         cfg = LazyConfig.apply_overrides(cfg, overrides, source=name)
     for module in cfg.train.imports or []:
-        _import(str(module))
+        import_parts(str(module))
     return cfg
 
 
@@ -76,7 +76,7 @@ def open_context(cfg: DictConfig, source: str, roles: set[str] | None = None) ->
     return Context(cfg, build_datasets(cfg, data_roles(cfg) if roles is None else roles), device)
 
 
-def _import(name: str) -> None:
+def import_parts(name: str) -> None:
     """Import a module by name, or a `.py` file by its path."""
     file = Path(name).absolute()
     if name.endswith(".py"):

@@ -389,13 +389,6 @@ def detectron2_state(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return renamed
 
 
-def torchvision_detector_state(backbone: Mapping[str, Tensor], task: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Rename the states of a ResNet and of `FasterRCNN` to those of `torchvision.models.detection.FasterRCNN`."""
-    body = "backbone.body" if any(name.startswith("fpn.") for name in task) else "backbone"
-    heads = {f"backbone.{name}" if name.startswith("fpn.") else name: tensor for name, tensor in task.items()}
-    return {**{f"{body}.{name}": tensor for name, tensor in backbone.items()}, **heads}
-
-
 def check_plain_resnet(model: nn.Module, architecture: str, target: str) -> None:
     """Raise `ZooError` unless torchvision's network of this name (Detectron2's is equal) computes the same features."""
     supported = f"It supports: {', '.join(TORCHVISION_RESNETS)}."

@@ -1,4 +1,4 @@
-"""BiSSL on networks and losses of your own: torchvision's ResNet-18, lightly's NT-Xent loss, scikit-learn's digits.
+"""BiSSL on plain modules, without configs: torchvision's ResNet-18, lightly's NT-Xent loss, scikit-learn's digits.
 
     python examples/bilevel/own_modules.py
 

@@ -47,6 +47,14 @@ class Counting(DownstreamTask):
         """Return counts `(B,)`."""
         return self._counts(backbone, images)
 
+    def blank_target(self, size):
+        """Return no boxes."""
+        return {"boxes": torch.zeros(0, 4)}
+
+    def describe(self, prediction, threshold=0.5):
+        """Return the count."""
+        return {"count": float(prediction)}
+
     def evaluator(self) -> "CountEvaluator":
         """Return an evaluator of the mean absolute and the root mean squared error."""
         return CountEvaluator()

@@ -82,6 +82,15 @@ class Segmentation(DownstreamTask):
         """Return the class of each pixel, int64 `(B, S, S)`."""
         return self._logits(backbone, images).argmax(dim=1)
 
+    def blank_target(self, size: tuple[int, int]) -> Tensor:
+        """Return a mask of background."""
+        return torch.zeros(size[1], size[0], dtype=torch.int64)
+
+    def describe(self, prediction: Tensor, threshold: float = 0.5):
+        """Return the class index of each pixel as `mask`, and the share of each class in the image."""
+        counts = prediction.flatten().bincount(minlength=len(self.classes)) / prediction.numel()
+        return {"mask": prediction.tolist(), "shares": dict(zip(self.classes, counts.tolist(), strict=True))}
+
     def evaluator(self) -> "MeanIoU":
         """Return an evaluator of mean intersection over union and pixel accuracy."""
         return MeanIoU(self.classes)

@@ -100,6 +100,9 @@ def checkout(finished, tiny, data, tmp_path_factory):
     for name in ENTRIES:
         run_tool("zoo", ["publish", str(finished), "--zoo", str(root / "model_zoo"), "--name", name])
     (root / "my.py").write_text(QUICKSTART)
+    (root / "photos").mkdir()
+    for name in ("photo.jpg", "photos/a.jpg", "photos/b.jpg"):
+        Image.effect_noise((96, 96), 60).convert("RGB").save(root / name)
     for block in itertools.chain(*BLOCKS.values()):
         name = re.match(r"# (\w+\.py)\n", block.code) if block.language == "python" else None
         if name:

@@ -3,6 +3,7 @@
 import json
 
 import pytest
+from PIL import Image
 from report_pages import harmless
 
 pytestmark = pytest.mark.slow
@@ -57,6 +58,16 @@ def test_the_report_has_all_parts(trained, tool, tmp_path):
     parsed = harmless((tmp_path / "report.html").read_text())
     assert parsed.problems == [] and "IoU by class" in " ".join(parsed.text)
     assert len([tag for tag, _ in parsed.elements if tag == "img"]) >= 12
+
+
+def test_its_model_predicts_where_its_task_is_imported(trained, tool, tmp_path):
+    Image.effect_noise((80, 60), 50).convert("RGB").save(tmp_path / "a.png")
+    arguments = [trained, tmp_path / "a.png", "--output", tmp_path / "out"]
+    assert "segmentation.py" in tool("predict", *arguments, status=1)  # the file to import
+    tool("predict", *arguments, "--import", "examples/segmentation/segmentation.py")
+    [result] = json.loads((tmp_path / "out" / "predictions.json").read_text())
+    assert sum(result["shares"].values()) == pytest.approx(1) and len(result["mask"]) == 64
+    assert Image.open(tmp_path / "out" / "drawn" / "a.png").width == 600
 
 
 def test_its_cost_is_measured(settings, tool):
