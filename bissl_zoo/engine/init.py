@@ -190,7 +190,7 @@ def _from_run(folder: Path, cfg: DictConfig, evaluate: bool) -> tuple[Weights, l
     origin = {"name": f"{folder.name} ({stage})", "sha256": info.sha256, "licence": run_cfg.train.publish.licence}
     lineage = [origin, *read_metadata(folder).get("ancestors", [])]
     if evaluate:
-        return replace(weights, pixels={**pretext_pixels({"pretext": {}}), **run_cfg.task}), lineage
+        return replace(weights, pixels={"mean": IMAGENET_MEAN, "std": IMAGENET_STD, **run_cfg.task}), lineage
     weights = replace(resplit(weights, *build_split_backbone(cfg)), pixels=pretext_pixels(run_cfg))
     if run_cfg.pretext.name != cfg.pretext.name:
         weights.pretext = None  # of another method; weights.tail has the backbone's tail
