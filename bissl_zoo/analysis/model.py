@@ -166,7 +166,11 @@ def _count_loss(context: Context, role: str, backbone: Backbone, head: nn.Module
     macs, value = count_macs(lambda: loss(batch))
     handle.remove()
     backward, _ = count_macs(value.backward)
-    trunk = Count(*_parameters(backbone), macs["backbone"] / IMAGES)
+    # a method may call modules of the backbone instead of the whole
+    called = [name for name in macs if f"{name}.".startswith("backbone.")]
+    outermost = [name for name in called if not any(name.startswith(f"{other}.") for other in called)]
+    trunk = Count(*_parameters(backbone), sum(macs[name] for name in outermost) / IMAGES)
+    inputs = inputs or [tuple(batch[0].shape)]
     total = Count(*_parameters(loss), macs[""] / IMAGES)
     parts = {"shared trunk": trunk, "head and loss": _minus(total, trunk)}
     return LossCount(inputs, parts, total, backward[""] / IMAGES)

@@ -81,6 +81,21 @@ def test_the_parts_of_a_loss_add_up_and_have_the_parameters_of_their_modules(tin
     assert losses["pretext"].inputs == [(2, 3, 32, 32)] * 2  # two views of two images
 
 
+def test_a_method_that_calls_modules_of_the_backbone_is_counted(tiny_config, at_scenes):
+    build = "{_target_: bissl_zoo.registry.build_%s, name: %s, %s}"
+    overrides = [
+        "bilevel.shared_stage=null",
+        "train.stages=[pretrain]",
+        "backbone=" + build % ("backbone", "test_vit", "class_token: false, global_pool: avg, img_size: 32"),
+        "pretext="
+        + build
+        % ("pretext", "mae", "augmentation: {_target_: bissl_zoo.data.views.masked_view, size: 32, mask_patch: 16}"),
+    ]
+    cfg = LazyConfig.apply_overrides(tiny_config(), overrides)
+    loss = count_losses(random_context(cfg, find_data(cfg), CPU))["pretext"]
+    assert loss.inputs == [(2, 3, 32, 32)] and 0 < loss.parts["shared trunk"].macs < loss.total.macs
+
+
 # ------------------------------------------------------------------------------------------------ data
 
 
