@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 from torch import Tensor
 
 from bissl_zoo.backbones import Backbone, Tail, merge_split_states
@@ -45,7 +46,11 @@ def load_init(init: str | None, cfg: DictConfig, evaluate: bool = False) -> tupl
     if init is None:
         return Weights(), []
     if Path(init).is_dir() and not (Path(init) / HUB_CONFIG).is_file():
-        return _from_run(Path(init), cfg, evaluate)
+        try:
+            return _from_run(Path(init), cfg, evaluate)
+        except (OmegaConfBaseException, AttributeError, TypeError) as error:
+            cause = str(error).splitlines()[0]
+            raise CheckpointError(f"{Path(init) / CONFIG_FILE} is not the config of a run: {cause}.") from error
     zoo, pretext, backbone = zoo_of(cfg), None, instantiate(cfg.backbone)
     if not init.startswith(ZOO_PREFIX) and ":" not in init and not Path(init).exists():
         hint = did_you_mean(f"{ZOO_PREFIX}{init}", [f"{ZOO_PREFIX}{name}" for name in zoo.entries()])
