@@ -66,10 +66,9 @@ def run(
     stages = plan_stages(context, initial)
     steps = {stage.name: stage.steps(context) for stage in stages}
     check_parts(context, initial)
-    if not resume:  # the run has passed it
-        check_run_dir(cfg, resume)
-        preflight(context, initial, stages)
     context.folder = folder = on_main_process(lambda: check_run_dir(cfg, resume))
+    if not resume:  # the run has passed it
+        preflight(context, initial, stages)
     checkpoint = cfg.train.checkpoint
     context.checkpointer = Checkpointer(folder / "checkpoints", checkpoint.keep, checkpoint.every)
     with contextlib.ExitStack() as stack:
