@@ -13,6 +13,7 @@ from bissl_zoo.engine.resume import seed_everything
 from bissl_zoo.engine.stages import Bissl, Finetune, HeadWarmup, Pretrain
 from bissl_zoo.engine.stages.bissl import coupling
 from bissl_zoo.errors import BisslZooError, ConfigError
+from bissl_zoo.registry import SOLVERS
 from bissl_zoo.runs.checkpoint import Checkpointer, load_checkpoint
 
 
@@ -85,13 +86,21 @@ HEADS = {
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("method", "solver"), [*((method, "minres") for method in HEADS), ("moco_v2", "mfac")])
-def test_teachers_queues_and_gradients_of_a_resumed_stage_go_on_as_if_it_had_not_stopped(
-    tiny_config, at_scenes, tmp_path, method, solver
+@pytest.mark.parametrize(
+    ("method", "curvature", "solver"),
+    [
+        ("moco_v3", "gauss_newton", "minres"),
+        *(("moco_v2", "hessian", solver) for solver in ("minres", "cg")),
+        *(("moco_v2", "gauss_newton", solver) for solver in SOLVERS.list() if solver != "exact"),  # too large for it
+    ],
+)
+def test_a_resumed_stage_goes_on_bit_equal_with_teachers_queues_and_every_solver(
+    tiny_config, at_scenes, tmp_path, method, curvature, solver
 ):
-    cfg = tiny_config(pretext=PRETEXT % (method, HEADS[method]))
-    if solver == "mfac":  # an alternation has two lower steps, so that the next one keeps a gradient
-        cfg.solver = {"_target_": "bissl_zoo.registry.build_solver", "name": "mfac", "gradients": 3}
+    cfg = tiny_config(pretext=PRETEXT % (method, HEADS[method]), bilevel__curvature=curvature)
+    # an alternation has two lower steps, so that the next one keeps a gradient of three
+    options = {"mfac": {"gradients": 3}, "cg": {"damping": "auto"}}.get(solver, {})
+    cfg.solver = {"_target_": "bissl_zoo.registry.build_solver", "name": solver, **options}
     context = open_context(cfg, "test")
     pretraining = Pretrain().build(context, Weights())
     pretraining.train()
