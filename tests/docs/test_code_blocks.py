@@ -67,13 +67,8 @@ def data(scenes, tmp_path_factory):
     scenes_as_coco(scenes, root / "street")
     unlabelled = root / "mine" / "unlabelled"
     unlabelled.mkdir()
-    for name in (
-        "imagenet/train/n01",
-        "clothes/train/shirt",
-        "clothes/train/shoe",
-        "clothes/test/shirt",
-        "clothes/test/shoe",
-    ):
+    sets = itertools.product(("clothes", "clothing10"), ("train", "test"), ("shirt", "shoe"))
+    for name in ("imagenet/train/n01", *map("/".join, sets)):
         (root / name).mkdir(parents=True)
         for number in range(2):
             Image.effect_noise((64, 64), 40 + number).convert("RGB").save(root / name / f"{number}.jpg")
