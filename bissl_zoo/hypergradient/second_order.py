@@ -33,7 +33,13 @@ def fast_second_order(linear_backward: bool = False) -> TorchFunctionMode:
         RuntimeError: on a backward pass through the graph with `create_graph=True`: the third derivative is missing.
     """
     replacements = {functional.conv2d: _conv2d, functional.batch_norm: _batch_norm}
-    return _Replace({name: functools.partial(new, linear=linear_backward) for name, new in replacements.items()})
+    with_linear = {name: functools.partial(new, linear=linear_backward) for name, new in replacements.items()}
+    return _Replace({**with_linear, functional.hardsigmoid: _hard_sigmoid})
+
+
+def _hard_sigmoid(input: Tensor, inplace: bool = False) -> Tensor:
+    """Return `hardsigmoid(input)` by functions that have a double backward, which ATen's own lacks."""
+    return functional.relu6(input + 3) / 6
 
 
 class _Replace(TorchFunctionMode):
