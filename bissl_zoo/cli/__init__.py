@@ -71,6 +71,8 @@ def _main(argv: Sequence[str]) -> int:
         return status
     if args.bissl_command in LIGHT:
         return exit_status(lambda: module.run(args))
+    if sys.stderr.isatty():
+        print("loading PyTorch ...", file=sys.stderr, flush=True)
     from bissl_zoo.engine.launch import launch
 
     return launch(module.run, getattr(args, "num_gpus", 1), args)

@@ -8,6 +8,7 @@ torchrun --nproc-per-node 2 tools/train_net.py --config-file configs/bissl/voc_d
 
 import argparse
 from collections.abc import Sequence
+from pathlib import Path
 
 from bissl_zoo.cli import add_config
 
@@ -64,10 +65,26 @@ def run(args: argparse.Namespace) -> int:
             output = results_table(evaluate_only(cfg, args.config_file))
         else:
             resume = "auto" if args.auto_resume or restarted() else args.resume
-            output = summary(run_stages(cfg, args.config_file, resume, write_report=report_after), args.quiet)
+            outcome = run_stages(cfg, args.config_file, resume, write_report=report_after)
+            output = summary(outcome, args.quiet)
+            if not args.quiet and outcome["results"]:
+                output += f"\n\n{next_steps(outcome['results'], cfg.train.output_dir, args.config_file)}"
     if output and is_main_process():
         print(output)
     return 0
+
+
+def next_steps(results: dict[str, dict[str, float]], folder: str, config: str) -> str:
+    """Return what BiSSL changed in this run, if that was measured, and commands to go on with."""
+    lines = []
+    if {"pretrained", "bissl"} <= results.keys():
+        metric = next(iter(results["bissl"]))
+        change = results["bissl"][metric] - results["pretrained"][metric]
+        lines += [f"{metric} {change:+.4f} by BiSSL, in one seed: `bissl compare` shows whether more seeds agree.", ""]
+    report = Path(folder) / "report.html"
+    rows = [("look at", f"open {report}")] if report.exists() else []
+    rows += [("predict", f"bissl predict {folder} photo.jpg"), ("compare", f"bissl compare --config-file {config}")]
+    return "\n".join([*lines, "next", *(f"    {name:<8} {command}" for name, command in rows)])
 
 
 def summary(outcome: dict, quiet: bool) -> str:

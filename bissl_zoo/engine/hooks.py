@@ -126,7 +126,8 @@ class Progress(Hook):
         measured = {"seconds_per_step": self.seconds, **speed}
         trainer.metrics.update({f"speed/{name}": value for name, value in measured.items()})
         eta = clock(self.seconds * (trainer.total_steps - trainer.step))
-        values = "  ".join(f"{key} {short(trainer.metrics[key])}" for key in trainer.headline if key in trainer.metrics)
+        keys = [*trainer.headline, *(trainer.details if every_step() else ())]
+        values = "  ".join(f"{key} {short(trainer.metrics[key])}" for key in keys if key in trainer.metrics)
         width = len(str(trainer.total_steps))
         rate = "  {images_per_second:.0f} images/s  {waiting:.0%} waiting for data".format(**speed) if speed else ""
         head = f"[{trainer.name} {trainer.step:{width}d}/{trainer.total_steps}]"

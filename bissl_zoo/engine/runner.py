@@ -110,7 +110,8 @@ def run_stages(
     details: dict[str, Details] = {}
     for number, stage in enumerate(stages, start=1):
         show(number=number, source=None)
-        logger.info(f"stage {number} of {len(stages)}: {stage.name}")
+        purpose = f", {stage.purpose}" if stage.purpose else ""
+        logger.info(f"stage {number} of {len(stages)}: {stage.name}{purpose}")
         newest = newest_checkpoint(stage, context.checkpointer) if resume else None
         if newest:
             trainer = build_resumed(context, stage, weights, newest, later=stages[number:])

@@ -112,6 +112,7 @@ class Stage(ABC):
         provides: parts of :class:`Weights` that it leaves to later stages.
         follows: stages that must not come after it.
         unit: what one step of its trainer is.
+        purpose: what the stage does, for the log, as in "train ...".
         label: the name in the results of a model that was fine-tuned from its weights; None keeps the one before.
         baseline_label: the name of a model that was fine-tuned from the weights which entered it, see
             `finetune.baseline`; None if there is no such comparison.
@@ -129,6 +130,7 @@ class Stage(ABC):
     provides: tuple[str, ...] = ()
     follows: tuple[str, ...] = ()
     unit: str = "step"
+    purpose: str = ""
     label: str | None = None
     baseline_label: str | None = None
     evaluates: bool = False
@@ -195,6 +197,8 @@ class Trainer(ABC):
 
     #: the metrics on the progress line
     headline: tuple[str, ...] = ("total_loss", "lr")
+    #: further metrics on the lines of `--verbose`
+    details: tuple[str, ...] = ()
     #: one sentence about the whole stage, for its end
     summary: str = ""
     #: the key that numbers `records`

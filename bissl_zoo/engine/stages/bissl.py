@@ -42,15 +42,8 @@ MIN_COUPLING = 0.3
 class BisslTrainer(Trainer):
     """Alternate between the levels of a bilevel problem; a step is an alternation."""
 
-    headline = (
-        "lower/total_loss",
-        "upper/total_loss",
-        "solver/residual",
-        "solver/products",
-        "solver/status",
-        "solver/damping",
-        "lower/lr",
-    )
+    headline = ("lower/total_loss", "upper/total_loss", "lower/lr")
+    details = ("solver/residual", "solver/products", "solver/status", "solver/damping", "solver/cos_xv")
     record_key = "upper_step"
 
     def __init__(self, problem: BiLevel, entered: Weights | None = None) -> None:
@@ -122,6 +115,7 @@ class Bissl(Stage):
     provides = ("backbone", "pretext", "task")
     follows = ("pretrain",)
     unit = "alternation"
+    purpose = "align the backbone with the task: pretext steps on the unlabelled images, steered by the labels"
     label = "bissl"
     baseline_label = "pretrained"
     probed = "lower"
@@ -252,6 +246,7 @@ class PretextWarmup(Stage):
     data_roles = ("pretext",)
     optimizers = ("lower",)
     section, epoch_role = "bilevel.pretext_warmup", "pretext"
+    purpose = "train a new pretext head on the frozen backbone"
     provides = ("pretext",)
 
     def build(self, context: Context, weights: Weights, start_step: int = 0) -> PretextWarmupTrainer:
@@ -292,6 +287,7 @@ class HeadWarmup(Stage):
     data_roles = ("train",)
     optimizers = (HEAD_WARMUP,)
     section, epoch_role = "bilevel.head_warmup", "train"
+    purpose = "train the task's head on the frozen backbone"
     provides = ("task",)
 
     def build(self, context: Context, weights: Weights, start_step: int = 0) -> HeadWarmupTrainer:

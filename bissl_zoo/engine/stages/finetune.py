@@ -93,11 +93,12 @@ class Finetune(Stage):
     section, epoch_role = "finetune", "train"
     follows = ("pretrain", "bissl")
     evaluates = True
+    purpose = "train backbone and head on the labelled images"
 
     def __init__(self, start: str | None = "init", baseline: bool = False) -> None:
         self.start, self.baseline = start, baseline
         if baseline:
-            self.name = BASELINE
+            self.name, self.purpose = BASELINE, f"{self.purpose}, without the BiSSL stage"
 
     def expand(self, context: Context, earlier: Sequence[Stage]) -> list[Stage]:
         """Return the stage, after its baseline if `finetune.baseline` is True and a stage with such a baseline ran."""

@@ -41,6 +41,7 @@ class Pretrain(Stage):
     provides = ("backbone", "pretext")
     label = "pretrained"
     probed = "level"
+    purpose = "train the backbone on the unlabelled images"
 
     def needs(self, context: Context) -> Mapping[str, str]:
         """Return the warm-up of a new pretext head if `pretrain.head_warmup` is True."""

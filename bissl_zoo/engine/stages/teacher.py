@@ -29,6 +29,7 @@ class Teacher(Finetune):
     name = "teacher"
     data_roles = ("pretext", "train")
     evaluates = False
+    purpose = "train a teacher on the labelled images, which then labels the others"
 
     def build(self, context: Context, weights: Weights, start_step: int = 0) -> TeacherTrainer:
         """Return the trainer of the teacher."""
