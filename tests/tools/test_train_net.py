@@ -10,6 +10,8 @@ import timm
 import torch
 from safetensors.torch import save_file
 
+from bissl_zoo.cli.train import next_steps
+
 pytestmark = pytest.mark.slow
 
 REPOSITORY = Path(__file__).resolve().parents[2]
