@@ -45,7 +45,7 @@ setup(
         "rich>=13.7.1",
         "tqdm>=4.66.1",
         "platformdirs>=4.2",
-        "portalocker>=2.8.2",
+        "portalocker>=3.0",
         "fsspec[http]>=2024.2",
     ],
     extras_require={
