@@ -260,7 +260,7 @@ class SolverWatch(Hook):
                 f"{failed.total()} of the last {len(self.recent)} solves for the hypergradient failed ({statuses}; "
                 f"damping {record['solver/damping']:.4g}), so it is inaccurate. Raise solver.iterations or "
                 "solver.damping, or set solver.damping=auto; to compare solvers run "
-                f"python tools/check_hypergradient.py --config-file {self.config}."
+                f"bissl check --config-file {self.config}."
             )
 
     def after_train(self) -> None:
