@@ -128,7 +128,7 @@ def _value(value: Any, key: str, source: str) -> Any:
         return value
     if isinstance(value, int):
         if abs(value) > MAX_INT:
-            _refuse(source, key, f"is {value:.3g}; at most {MAX_INT:,} is accepted from an entry")
+            _refuse(source, key, f"is beyond {MAX_INT:,}, the largest that an entry may have")
         return value
     if isinstance(value, float):
         if not math.isfinite(value):

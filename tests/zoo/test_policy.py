@@ -115,7 +115,19 @@ def test_other_calls_are_refused_wherever_they_stand(place):
 VALUES = [
     *("../../etc/passwd", "/etc/passwd", "~/.ssh/id_rsa", "..", "file:///etc/passwd", "https://evil.example/x"),
     *("hf-hub:evil/model", "local-dir:evil", "zoo:evil", "${oc.env:HOME}", "${train.no.such.key}", "${train}"),
-    *("$(id)", "`id`", "a\nb", "a\x1b[31mb", "C:\\evil", "x" * 201, "", MAX_INT + 1, float("nan"), float("inf")),
+    *(
+        "$(id)",
+        "`id`",
+        "a\nb",
+        "a\x1b[31mb",
+        "C:\\evil",
+        "x" * 201,
+        "",
+        MAX_INT + 1,
+        10**400,
+        float("nan"),
+        float("inf"),
+    ),
     *(b"bytes", {"a": 1}, [["${x}"]], [{"_target_": "os.system"}]),
 ]
 
