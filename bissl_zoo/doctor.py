@@ -28,7 +28,7 @@ from bissl_zoo.errors import CheckpointError, ConfigError, ZooError, did_you_mea
 OK, WARNING, PROBLEM = "ok", "warning", "problem"
 PYTHON = ">=3.10,<3.14"
 #: the pins of Detectron2, so that both can be installed together
-PINS = {"omegaconf": ">=2.3,<2.4", "iopath": ">=0.1.7,<0.1.10", "fvcore": ">=0.1.5,<0.1.6"}
+PINS = {"omegaconf": ">=2.3,<2.4", "iopath": ">=0.1.9,<0.1.10", "fvcore": ">=0.1.5.post20221221,<0.1.6"}
 #: seconds that all checks may take; one that waits for a device or a network may hang
 TIMEOUT = 60.0
 #: bytes below which there is a warning: free disk for checkpoints, and shared memory for loader workers

@@ -62,7 +62,9 @@ def test_every_config_is_equal_after_saving_and_loading(folder, tmp_path):
 
 
 def test_every_folder_of_configs_is_tested():
-    assert {path.parent.name for path in CONFIGS} == {"pretrain", "quickstart", "bissl", "bissl_v2", "compare"}
+    assert {path.parent.name for path in CONFIGS} == {
+        *("pretrain", "quickstart", "bissl", "bissl_light", "bissl_v2", "compare")
+    }
 
 
 @pytest.mark.slow

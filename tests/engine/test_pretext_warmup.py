@@ -165,7 +165,6 @@ def test_a_warm_up_that_is_resumed_ends_as_one_that_was_not_interrupted(config, 
     assert same(before["levels"]["lower"]["head"], after["levels"]["lower"]["head"])
 
 
-@PRETEXT_METHODS.register("mine_without_parameters")
 class Mine(PretextMethod):
     """The README's example, which has no parameters if all of the backbone is shared."""
 
@@ -175,7 +174,11 @@ class Mine(PretextMethod):
 
 
 @pytest.mark.parametrize("stage", ["null", "c4"])
-def test_a_method_without_parameters_runs_whether_all_of_the_backbone_is_shared_or_a_part(config, tmp_path, stage):
+def test_a_method_without_parameters_runs_whether_all_of_the_backbone_is_shared_or_a_part(
+    config, tmp_path, stage, monkeypatch
+):
+    monkeypatch.setitem(PRETEXT_METHODS._obj_map, "mine_without_parameters", Mine)
+    monkeypatch.setitem(PRETEXT_METHODS._arguments, "mine_without_parameters", {})
     changes = ["pretext.name=mine_without_parameters", "~pretext.temperature", "~pretext.projector"]
     cfg = config(bilevel__curvature="hessian", bilevel__shared_stage=stage)
     run(LazyConfig.apply_overrides(cfg, changes, "test"), "test")

@@ -72,7 +72,7 @@ def test_parts_keep_the_order_and_the_nesting_of_a_batch():
 
 
 def test_methods_whose_loss_depends_on_the_whole_batch_refuse_accumulation(build):
-    with pytest.raises(ConfigError, match="'simclr' depends on the batch.*byol, simmim, simsiam"):
+    with pytest.raises(ConfigError, match="'simclr' depends on the batch.*byol, mae, simmim, simsiam"):
         build(pretrain__accumulate=2)
     with pytest.raises(ConfigError, match="batch_size=4 on 1 processes does not divide"):
         build(pretrain__accumulate=3, pretext=BYOL, dataloader__pretext__batch_size=4)
