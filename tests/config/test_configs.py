@@ -42,6 +42,7 @@ def datasets(tmp_path_factory):
     for split in ("train", "val", "test"):
         for label, clothing in enumerate(("hat", "shirt")):
             picture(root / "clothing10" / split / clothing / "0.jpg", label)
+            picture(root / "trashnet" / split / clothing / "0.jpg", label)
     return root
 
 

@@ -1,6 +1,6 @@
 """Small classification sets in the layouts of the originals, with real JPEG, MAT, XML, JSON, pickle and bin files.
 
-Every image is of one colour, whose red is 40 times its label, so that a label that belongs to another image shows.
+Every image has a red of 40 times its label, so that a label that belongs to another image shows.
 """
 
 import io
@@ -26,9 +26,11 @@ def shade(label):
 
 
 def picture(path, label, number=0, size=(12, 9)):
-    """An image file of a label."""
+    """An image file of a label; its lower half has another blue, since runs refuse sets of plain images."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    Image.new("RGB", size, (shade(label), 10 + number % 200, 90)).save(path, quality=95)
+    image = Image.new("RGB", size, (shade(label), 10 + number % 200, 90))
+    image.paste((shade(label), 10 + number % 200, 130), (0, size[1] // 2, *size))
+    image.save(path, quality=95)
 
 
 def pairs(part, seed=0):

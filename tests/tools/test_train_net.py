@@ -72,7 +72,7 @@ def test_a_missing_voc_set_names_folder_variable_and_command(refused, tmp_path):
     options = dict(config="bissl/voc_det.py", overrides=["train.stages=[finetune]"], datasets=tmp_path / "none")
     message = refused(**options)
     assert str(tmp_path / "none" / "VOCdevkit" / "VOC2007") in message
-    assert "BISSL_ZOO_DATASETS" in message and "tools/prepare_data.py voc_detection" in message
+    assert "BISSL_ZOO_DATASETS" in message and "bissl data voc_detection" in message
 
 
 def test_an_image_that_does_not_decode_is_named(train_net, tiny, scenes_copy, tmp_path):
@@ -93,7 +93,7 @@ def test_a_run_of_another_architecture_is_refused_as_start(refused, finished):
 def test_a_pickle_that_calls_itself_safetensors_is_refused_as_start(refused, tmp_path):
     torch.save(timm.create_model("test_resnet", num_classes=0).state_dict(), tmp_path / "pickle.safetensors")
     message = refused(f"train.init={tmp_path / 'pickle.safetensors'}")
-    assert "not a safetensors file" in message and "pickle.safetensors" in message
+    assert "cannot be read" in message and "pickle.safetensors" in message
 
 
 def test_a_task_that_does_not_fit_its_data_set_is_refused(refused):
@@ -162,9 +162,8 @@ def test_the_help_names_every_exit_status_that_the_documentation_has(tool, capsy
 def test_a_quiet_run_prints_the_table_alone_and_logs_the_rest(train_net, tiny, tmp_path):
     run = tmp_path / "run"
     outcome = train_net("--quiet", *tiny(), "train.stages=[finetune]", f"train.output_dir={run}")
-    assert outcome.status == 0 and [line[:10] for line in outcome.out.split("\n")] == [
-        *("", "fine-tuned", "----------", "init      ", "")
-    ]
+    lines = [line for line in outcome.out.split("\n") if not line.startswith("warning: ")]
+    assert outcome.status == 0 and [line[:10] for line in lines] == ["", "fine-tuned", "----------", "init      ", ""]
     assert "[finetune 2/2] total_loss" in (run / "log.txt").read_text()
 
 
