@@ -1,5 +1,6 @@
 """Requests to stop: what is saved, how a run ends, and that it goes on as if it had not been asked."""
 
+import functools
 import itertools
 import json
 import os
@@ -37,7 +38,9 @@ def lines(folder):
 
 @pytest.mark.parametrize(("number", "status"), [("SIGTERM", 143), ("SIGUSR1", 138), ("SIGHUP", 129), ("SIGINT", 130)])
 def test_a_run_that_is_asked_to_stop_saves_within_a_step_and_says_how_to_go_on(config, tmp_path, number, status):
-    pid = start_run(config(), errors=tmp_path / "errors")
+    # the tests themselves may run under nohup
+    before = functools.partial(signal.signal, signal.SIGHUP, signal.SIG_DFL)
+    pid = start_run(config(), before=before, errors=tmp_path / "errors")
     wait_for(lambda: len(lines(tmp_path / "run")) >= 3, pid)
     os.kill(pid, getattr(signal, number))
     assert exit_status(pid) == status
