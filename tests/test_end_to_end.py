@@ -78,6 +78,7 @@ def test_the_run_directory_records_what_was_run(finished_run):
     assert all(0.0 <= metrics["AP50"] <= 1.0 for metrics in results.values())
     left = {path.name for path in run.iterdir()}
     expected = {"config.yaml", "environment.txt", "metrics.jsonl", "tensorboard", "checkpoints", "results.json"}
+    expected |= {"model", "model_pretrained"}
     assert left == expected | {"metadata.json", "zoo_entry.json", "log.txt", "per_class.json", "report.html"}
 
 

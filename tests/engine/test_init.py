@@ -43,7 +43,7 @@ def test_a_zoo_entry_is_started_from_and_becomes_the_parent(finished, tiny_confi
     entry = json.loads((finished / "zoo_entry.json").read_text())
     monkeypatch.setenv("BISSL_ZOO", entry["location"].rpartition("/")[0])
     weights, ancestors = load_init(f"zoo:{pin(entry['name'])}", tiny_config())
-    assert ancestors == [{"name": pin(entry["name"]), "sha256": entry["sha256"]}]
+    assert ancestors == [{"name": pin(entry["name"]), "sha256": entry["sha256"], "licence": "Apache-2.0"}]
     plain = timm.create_model(f"local-dir:{entry['location']}", pretrained=True).state_dict()
     whole = merge_split_states(weights.backbone, weights.tail)
     assert whole.keys() == plain.keys() and all(torch.equal(value, plain[key]) for key, value in whole.items())

@@ -56,7 +56,7 @@ def test_it_is_drawn(trained, tool, tmp_path, command):
 def test_the_report_has_all_parts(trained, tool, tmp_path):
     tool("report", trained, "--images", 8, "--output", tmp_path / "report.html")
     parsed = harmless((tmp_path / "report.html").read_text())
-    assert parsed.problems == [] and "IoU by class" in " ".join(parsed.text)
+    assert parsed.problems == [] and "Metrics by class" in " ".join(parsed.text)
     assert len([tag for tag, _ in parsed.elements if tag == "img"]) >= 12
 
 
