@@ -43,6 +43,8 @@ RUN_ELSEWHERE = {
 }
 #: commands that do not return
 UNTESTED = {"tensorboard"}
+#: modules that pages import from their copy of the checkout
+EXAMPLES = {"examples", *(file.stem for file in REPOSITORY.glob("examples/*/*.py"))}
 #: arguments of the digit scenes that the fixture `scenes` writes
 SCENES = {"image_size": 64, "unlabeled": 24, "train": 16, "val": 1, "test": 8}
 RUNS = ("quickstart", "a", "b", "digits", "mine", "segmentation")
@@ -128,7 +130,7 @@ def temporary_registrations():
                 if not registered._obj_map[name].__module__.startswith("bissl_zoo."):
                     del registered._obj_map[name]
         for name in set(sys.modules) - modules:
-            if name.split(".")[0] in ("examples", "rotation", "counting", "minimal_residual"):
+            if name.split(".")[0] in EXAMPLES:
                 del sys.modules[name]
 
 

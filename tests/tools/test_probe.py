@@ -18,7 +18,7 @@ from bissl_zoo.config import LazyConfig
 from bissl_zoo.data import ImageFolder
 from bissl_zoo.engine.features import load_frozen
 from bissl_zoo.engine.runner import run
-from bissl_zoo.errors import CheckpointError
+from bissl_zoo.errors import CheckpointError, ZooError
 from bissl_zoo.registry import build_dataset
 from bissl_zoo.runs.checkpoint import load_checkpoint
 from bissl_zoo.weights.files import StoredBackbone, save_backbone
@@ -140,7 +140,7 @@ def test_a_run_of_fine_tuning_alone_has_no_tail_to_embed_with(tiny_config, at_sc
     run(tiny_config(train__output_dir=tmp_path / "run", train__stages="[finetune]"), "test")
     with pytest.raises(CheckpointError, match="holds the backbone up to c3 only"):
         load_frozen(str(tmp_path / "run"))
-    with pytest.raises(CheckpointError, match="no config.yaml"):
+    with pytest.raises(ZooError, match="holds no model"):
         load_frozen(str(tmp_path))
 
 
