@@ -183,7 +183,7 @@ def test_a_gpu_that_is_not_there_is_refused(refused):
 def test_the_end_of_a_run_gives_the_change_by_bissl_and_the_next_commands(tmp_path):
     results = {"pretrained": {"AP": 0.25, "AP50": 0.5}, "bissl": {"AP": 0.27, "AP50": 0.49}}
     text = next_steps(results, str(tmp_path), "photos.py")
-    assert text.startswith("AP +0.0200 by BiSSL, in one seed: `bissl compare`") and "open" not in text
+    assert text.startswith("AP +0.0200 by BiSSL, in one seed: `bissl compare`") and "look at" not in text
     assert f"bissl predict {tmp_path} photo.jpg" in text and "bissl compare --config-file photos.py" in text
     (tmp_path / "report.html").touch()
     alone = next_steps({"init": {"AP": 0.2}}, str(tmp_path), "photos.py")
