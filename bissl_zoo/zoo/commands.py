@@ -1,9 +1,7 @@
 """The commands of `bissl zoo`: each takes the parsed arguments and a zoo, and returns the exit status."""
 
 import json
-import shutil
 import sys
-import textwrap
 from argparse import Namespace
 from collections.abc import Callable, Iterator, Mapping
 from hashlib import sha256
@@ -21,7 +19,7 @@ from bissl_zoo.zoo.stores import Store
 
 
 def list_entries(args: Namespace, zoo: Zoo) -> int:
-    """Print a table per location: entries with backbone, methods and metrics."""
+    """Print a table per location: a line per entry with backbone, size, methods and one metric; `show` has them all."""
     patterns = {key: getattr(args, key) for key in ("pretext", "task", "architecture", "metric")}
     entries = zoo.entries()
     names = list_backbones(args.filter, zoo=zoo, **patterns)
@@ -37,40 +35,38 @@ def list_entries(args: Namespace, zoo: Zoo) -> int:
     return 0
 
 
-def _row(entry: Entry) -> list[list[str]]:
-    """Return the lines of each cell."""
+def _row(entry: Entry) -> list[str]:
     record = entry.record
     size = sum(file["size"] for file in record["files"].values()) / 1e6
-    methods = [_line(record[key]) for key in ("pretext", "task", "solver") if record.get(key)]
-    backbone = [_line(record["architecture"]), f"{size:.1f} MB"]
-    return [[entry.name], backbone, methods or ["-"], _metrics(record.get("metrics", {})) or ["-"]]
+    methods = ", ".join(_line(record[key]) for key in ("pretext", "task", "solver") if record.get(key))
+    return [
+        entry.name,
+        _line(record["architecture"]),
+        f"{size:.1f}",
+        methods or "-",
+        _metric(record.get("metrics", {})),
+    ]
 
 
-def _metrics(metrics: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    """Return a small table: a line per metric, a column per initial weights."""
-    values: dict[str, dict[str, str]] = {}
-    for name, metric in metrics.items():
-        base, start = split_metric(name)
-        values.setdefault(base, {})[start] = format_metric(metric, seeds=False)
-    starts = list(dict.fromkeys(start for row in values.values() for start in row))
-    header = ["from", *map(_line, starts)] if any(starts) else ()
-    rows = [[_line(base), *(row.get(start, "-") for start in starts)] for base, row in values.items()]
-    return tabulate(rows, header, tablefmt="plain", disable_numparse=True).splitlines()
+def _metric(metrics: Mapping[str, Mapping[str, Any]]) -> str:
+    """Return the first metric, and in brackets what BiSSL added to it if the entry has the model without it."""
+    if not metrics:
+        return "-"
+    first, _ = split_metric(next(iter(metrics)))
+    values = {split_metric(name)[1]: metric for name, metric in metrics.items() if split_metric(name)[0] == first}
+    *_, metric = values.values()
+    means = [values[start].get("mean") for start in ("pretrained", "bissl") if start in values]
+    known = len(means) == 2 and all(isinstance(mean, (int, float)) for mean in means)
+    return _line(f"{first} {format_metric(metric, seeds=False)}" + (f" ({means[1] - means[0]:+.4f})" if known else ""))
 
 
 def _line(text: str) -> str:
     return " ".join(printable(text).split())
 
 
-def _table(rows: list[list[list[str]]]) -> str:
-    """Return the table, as wide as the terminal if that leaves room for the metrics."""
-    used = sum(max(len(line) for row in rows for line in row[column]) + 2 for column in range(3))
-    room = max(shutil.get_terminal_size((100, 24)).columns - used, 24)
-    wrap = textwrap.TextWrapper(room, subsequent_indent="  ", break_on_hyphens=False)
-    cells = [
-        ["\n".join(cell) for cell in (*row[:3], [part for line in row[3] for part in wrap.wrap(line)])] for row in rows
-    ]
-    return tabulate(cells, headers=["entry", "backbone", "made by", "metrics"], disable_numparse=True)
+def _table(rows: list[list[str]]) -> str:
+    headers = ["entry", "backbone", "MB", "made by", "metric (gain by BiSSL)"]
+    return tabulate(rows, headers=headers, disable_numparse=True)
 
 
 def show(args: Namespace, zoo: Zoo) -> int:
