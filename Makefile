@@ -28,7 +28,7 @@ test-floors: $(VENV)/.installed-test
 	$(RUN) $(SITE) > `$(VENV)-floors/bin/python $(SITE)`/newest.pth
 	grep -v ^torch requirements/floors.txt > $(VENV)-floors/floors.txt
 	$(VENV)-floors/bin/python -m pip install --quiet --no-deps -r $(VENV)-floors/floors.txt
-	PYTHONPATH=. $(VENV)-floors/bin/python $(PYTEST) $(CORE)
+	PYTEST_DISABLE_PLUGIN_AUTOLOAD=1 PYTHONPATH=. $(VENV)-floors/bin/python $(PYTEST) -p xdist.plugin $(CORE)
 
 # the core tests with the oldest PyTorch, too: a download of 3 GB
 test-old-torch:
