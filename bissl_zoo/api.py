@@ -14,6 +14,7 @@ from bissl_zoo.cli.new import config_text
 from bissl_zoo.config import LazyConfig, config_root, load_config, with_defaults
 from bissl_zoo.engine.checks import check_config
 from bissl_zoo.engine.runner import run
+from bissl_zoo.errors import require_extra
 from bissl_zoo.model import Model, load_model
 from bissl_zoo.registry import BACKBONES, DOWNSTREAM_TASKS, PRETEXT_METHODS, Registry
 from bissl_zoo.report import report_after
@@ -68,6 +69,7 @@ def train(
         >>> model, results = bissl_zoo.train(labels="photos", model="timm:resnet18.a1_in1k", output_dir="runs/photos")
         >>> model.predict("photo.jpg")
     """
+    require_extra("train", "report")
     parts = {"model": model, "architecture": architecture, "pretext": pretext, "task": task}
     cfg = build_config(labels=labels, output_dir=output_dir, data=data, **parts, **overrides)
     folder = Path(cfg.train.output_dir)

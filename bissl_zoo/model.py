@@ -1,6 +1,5 @@
 """A fine-tuned model as an artefact: saved as data, loaded without the run, its config or the data set, and run."""
 
-import copy
 import inspect
 import json
 import logging
@@ -23,25 +22,16 @@ from bissl_zoo.config.arguments import arguments_of
 from bissl_zoo.data.datasets.catalog import load_image
 from bissl_zoo.data.datasets.folder import ImageFolder
 from bissl_zoo.data.samples import to_device
-from bissl_zoo.downstream import DownstreamTask, FasterRCNN
-from bissl_zoo.downstream.classification import PooledLinear
-from bissl_zoo.downstream.graph import Logits
-from bissl_zoo.errors import BisslZooError, DatasetError, RegistryError, ZooError, did_you_mean
+from bissl_zoo.downstream import DownstreamTask
+from bissl_zoo.downstream.export import export_model
+from bissl_zoo.errors import BisslZooError, DatasetError, RegistryError, ZooError
 from bissl_zoo.files import follow, read_json, replacing_folder, sha256_of, write_atomically
 from bissl_zoo.registry import BACKBONES, DOWNSTREAM_TASKS, build_backbone, build_task
-from bissl_zoo.weights.detectors import detectron2_detector_state, torchvision_detector_state, write_detectron2
-from bissl_zoo.weights.export import (
-    Exported,
-    LinearHead,
-    check_plain_resnet,
-    export_backbone,
-    write_onnx,
-    write_program,
-    write_state,
-)
+from bissl_zoo.weights.export import Exported
 from bissl_zoo.weights.files import model_args_problem, save_tensors, state_difference
 from bissl_zoo.zoo import Entry, as_zoo
 from bissl_zoo.zoo.hub import ZooLike
+from bissl_zoo.zoo.index import ZOO_PREFIX
 
 logger = logging.getLogger(__name__)
 
@@ -49,16 +39,6 @@ MODEL_FOLDER, MODEL_FORMAT = "model", 1
 JSON_FILE, WEIGHTS_FILE, SUMS_FILE = "model.json", "model.safetensors", "SHA256SUMS"
 #: names of the two files in a zoo entry, whose index has their digests
 ENTRY_JSON, ENTRY_WEIGHTS = "task_model.json", "task_model.safetensors"
-ZOO_PREFIX = "zoo:"
-#: what a model can be exported to, and the suffixes that mean it
-MODEL_TARGETS = ("onnx", "export", "torchvision", "detectron2", "timm")
-SUFFIXES = {
-    ".onnx": "onnx",
-    ".pt2": "export",
-    ".pkl": "detectron2",
-    "": "timm",
-    **dict.fromkeys((".pth", ".safetensors"), "torchvision"),
-}
 #: characters of the file of digests
 _MAX_SUMS = 1 << 16
 #: threads that decode images
@@ -181,7 +161,7 @@ class Model:
         the latter for GeneralizedRCNN, whose anchors are not rounded.
 
         Args:
-            to: one of `TARGETS`; None for that of the suffix: .onnx, .pt2 (export), .pth or .safetensors (torchvision),
+            to: one of these; None for that of the suffix: .onnx, .pt2 (export), .pth or .safetensors (torchvision),
                 .pkl (detectron2), or none (timm).
             image_size: height and width of the images of "onnx" and "export"; None for those of the task.
         Returns:
@@ -189,45 +169,7 @@ class Model:
         Raises:
             ZooError: the target cannot represent this model, or the file cannot be written.
         """
-        output = Path(output)
-        to = to or SUFFIXES.get(output.suffix)
-        if to not in MODEL_TARGETS:
-            raise ZooError(
-                f"{output}: a model is not exported to '{to or output.suffix}'.{did_you_mean(str(to), MODEL_TARGETS)} "
-                f"Targets: {', '.join(MODEL_TARGETS)}. `bissl convert out` exports a backbone alone."
-            )
-        backbone, task = (copy.deepcopy(part).cpu().eval() for part in (self.backbone, self.task))
-        if to in ("onnx", "export"):
-            network = task.graph(backbone).eval()
-            images = torch.rand(2, 3, *(image_size or network.size), generator=torch.Generator().manual_seed(0))
-            images = images if network.any_batch else images[:1]
-            write = write_onnx if to == "onnx" else write_program
-            details = write(network, images, output, str(self), network.outputs, network.any_batch)
-            return Exported(output, {"classes": ", ".join(self.classes), "images": "RGB in [0, 1]", **details})
-        name, arguments = (self.metadata["backbone"][key] for key in ("name", "arguments"))
-        arguments = {key: value for key, value in arguments.items() if key != "out_features"}
-        if isinstance(task, PooledLinear):
-            logits = Logits(backbone, task).eval()
-            head = LinearHead(task.linear.weight, task.linear.bias, self.classes, logits, (task.image_size,) * 2)
-            pixels = {**{key: list(getattr(task, key)) for key in ("mean", "std")}, "crop_mode": "center"}
-            pixels |= {"crop_pct": task.image_size / task.resize, "interpolation": task.interpolation.value}
-            pixels["input_size"] = [3, task.image_size, task.image_size]
-            return export_backbone(backbone.state_dict(), name, to, output, arguments, pixels, head=head)
-        if to not in ("torchvision", "detectron2") or not isinstance(task, FasterRCNN):
-            raise ZooError(f"{output}: {self} has no form in {to}. Export it as .onnx or .pt2, if its task can.")
-        check_plain_resnet(timm.create_model(name, num_classes=0, **arguments).eval(), name, to)
-        states = backbone.state_dict(), task.state_dict()
-        settings = {key: str(value) for key, value in self.metadata["task"]["arguments"].items()}
-        settings["classes"] = ", ".join(self.classes)
-        if to == "detectron2":
-            anchors = task.rpn.anchor_generator
-            counts = len(anchors.sizes[0]), len(anchors.aspect_ratios[0])
-            write_detectron2(detectron2_detector_state(*states, task.maps, *counts), output)
-            settings |= {"MODEL.ROI_BOX_HEAD.POOLER_TYPE": "ROIAlign", "INPUT.FORMAT": "RGB, in [0, 255]"}
-        else:
-            write_state(torchvision_detector_state(*states), output)
-            settings["load with"] = "torchvision.models.detection.FasterRCNN; label 0 is the background"
-        return Exported(output, settings)
+        return export_model(self.backbone, self.task, self.metadata, Path(output), to, image_size)
 
     def save(self, folder: str | os.PathLike[str]) -> Path:
         """Write the model to a folder, which is replaced as a whole: data only, with the sha256 of each file.

@@ -1,7 +1,6 @@
 """An exported model gives the same outputs in the other library, detectors after suppression."""
 
 import math
-import pickle
 
 import numpy as np
 import pytest
@@ -16,8 +15,9 @@ from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHe
 from torchvision.ops import MultiScaleRoIAlign
 from torchvision.transforms.v2 import functional as tv
 
+from bissl_zoo.downstream.export import anchor_order
 from bissl_zoo.errors import BisslZooError, ZooError
-from bissl_zoo.weights.detectors import anchor_order
+from bissl_zoo.weights.files import read_file
 
 DETECTOR = {"box_head": 16, "sampling_ratio": 1, "score_threshold": 0.0, "rpn_proposals": (200, 50), "min_size": 64}
 
@@ -133,7 +133,7 @@ def test_torchvision_loads_a_detector(pyramid, tmp_path):
 def test_detectron2s_anchors_and_classes_are_in_its_order(tmp_path):
     anchors = {"anchor_sizes": [16, 32, 64], "anchor_ratios": [0.5, 2.0]}
     model = with_resnet("faster_rcnn", "c4", **DETECTOR, max_size=128, **anchors)
-    state = pickle.loads(model.export(tmp_path / "model.pkl").path.read_bytes())["model"]
+    state = read_file(model.export(tmp_path / "model.pkl").path)["model"]
     ours = model.task.state_dict()
     # DefaultAnchorGenerator.generate_cell_anchors
     theirs = [(math.sqrt(s * s / r), r * math.sqrt(s * s / r)) for s in (16, 32, 64) for r in (0.5, 2.0)]
@@ -142,20 +142,20 @@ def test_detectron2s_anchors_and_classes_are_in_its_order(tmp_path):
     logits, deltas = (ours[f"rpn.head.{name}.weight"][:, :, 0, 0] for name in ("cls_logits", "bbox_pred"))
     rpn = "proposal_generator.rpn_head"
     for place, index in enumerate([0, 3, 1, 4, 2, 5]):
-        assert np.array_equal(state[f"{rpn}.objectness_logits.weight"][place, :, 0, 0], logits[index])
+        assert torch.equal(state[f"{rpn}.objectness_logits.weight"][place, :, 0, 0], logits[index])
         theirs = state[f"{rpn}.anchor_deltas.weight"][4 * place : 4 * place + 4, :, 0, 0]
-        assert np.array_equal(theirs, deltas[4 * index : 4 * index + 4])
+        assert torch.equal(theirs, deltas[4 * index : 4 * index + 4])
     scores, boxes = (ours[f"roi_heads.box_predictor.{name}.bias"] for name in ("cls_score", "bbox_pred"))
-    assert np.array_equal(state["roi_heads.box_predictor.cls_score.bias"], scores[[1, 2, 3, 0]])
-    assert np.array_equal(state["roi_heads.box_predictor.bbox_pred.bias"], boxes[4:])
+    assert torch.equal(state["roi_heads.box_predictor.cls_score.bias"], scores[[1, 2, 3, 0]])
+    assert torch.equal(state["roi_heads.box_predictor.bbox_pred.bias"], boxes[4:])
     assert {"backbone.stem.conv1.norm.weight", "backbone.res4.1.conv2.weight", "roi_heads.box_head.fc2.bias"} <= set(
         state
     )
     more = {"fpn_channels": 8, "anchor_sizes": [8, 16, 32, 64]}
     model = with_resnet("faster_rcnn", None, ("c3", "c4", "c5"), **DETECTOR, max_size=128, **more)
-    state = pickle.loads(model.export(tmp_path / "fpn.pkl").path.read_bytes())["model"]
-    assert np.array_equal(state["backbone.fpn_lateral4.weight"], model.task.fpn.inner_blocks[1][0].weight.detach())
-    assert np.array_equal(state["backbone.fpn_output5.bias"], model.task.fpn.layer_blocks[2][0].bias.detach())
+    state = read_file(model.export(tmp_path / "fpn.pkl").path)["model"]
+    assert torch.equal(state["backbone.fpn_lateral4.weight"], model.task.fpn.inner_blocks[1][0].weight.detach())
+    assert torch.equal(state["backbone.fpn_output5.bias"], model.task.fpn.layer_blocks[2][0].bias.detach())
     assert "backbone.bottom_up.res5.0.shortcut.norm.weight" in state
 
 

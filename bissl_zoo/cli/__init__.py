@@ -24,7 +24,7 @@ COMMANDS = {
     "predict": "predict images with a fine-tuned model",
     "probe": "evaluate a frozen backbone by kNN and a linear classifier",
     "runs": "list runs, show one",
-    "report": "write an HTML report of runs or of a zoo",
+    "report": "write an HTML report of a run",
     "visualize": "draw data, views, predictions and embeddings",
     "analyze": "count parameters and operations, measure time and memory",
     "check": "check the hypergradient of a config and its solver",

@@ -121,7 +121,6 @@ PARTS: dict[str, tuple[str, dict[str, Domain]]] = {
 
 #: arguments that only the user gives: they are ignored in the config of an entry
 USER_ARGS = {
-    "bissl_zoo.registry.build_backbone": ("lora",),  # entries have bilevel.lora
     "bissl_zoo.registry.build_task": ("overrides",),
     "bissl_zoo.registry.build_dataset": ("root", "annotations", "images", "urls", "index"),
 }

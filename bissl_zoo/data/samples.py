@@ -277,7 +277,7 @@ def kill(workers: Iterable[BaseProcess]) -> None:
 
 
 def map_tensors(function: Callable[[Tensor], Any], batch: Any) -> Any:
-    """`batch` with `function` applied to each tensor in it; what is no tensor stays."""
+    """Return a batch with `function` applied to each tensor in it; other values stay."""
     if isinstance(batch, Tensor):
         return function(batch)
     if isinstance(batch, dict):
@@ -288,12 +288,12 @@ def map_tensors(function: Callable[[Tensor], Any], batch: Any) -> Any:
 
 
 def to_device(batch: Any, device: torch.device) -> Any:
-    """The batch with its tensors on `device`."""
+    """Return the batch with its tensors on `device`."""
     return map_tensors(lambda tensor: tensor.to(device, non_blocking=True), batch)
 
 
 def split_samples(batch: Any, parts: int) -> list[Any]:
-    """A batch whose tensors are `(B, ...)` as `parts` batches of B / parts samples, in order; as it is for one part."""
+    """Return `parts` batches of B / parts samples, in order, from a batch whose tensors are `(B, ...)`."""
     if parts == 1:
         return [batch]
 
@@ -304,5 +304,5 @@ def split_samples(batch: Any, parts: int) -> list[Any]:
 
 
 def first_samples(batch: Any, count: int) -> Any:
-    """The first `count` samples of a batch whose tensors are `(B, ...)`, such as the views of a pretext method."""
+    """Return the first `count` samples of a batch whose tensors are `(B, ...)`, such as views of a pretext method."""
     return map_tensors(lambda tensor: tensor[:count], batch)

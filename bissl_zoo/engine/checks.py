@@ -27,7 +27,6 @@ from bissl_zoo.engine.build import (
     pretext_batches,
 )
 from bissl_zoo.engine.hooks import custom_hooks
-from bissl_zoo.engine.init import ZOO_PREFIX
 from bissl_zoo.engine.launch import choose_device
 from bissl_zoo.engine.publishing import check_publishing
 from bissl_zoo.engine.resume import preserved_randomness
@@ -36,6 +35,7 @@ from bissl_zoo.errors import ConfigError, did_you_mean
 from bissl_zoo.progress.writers import check_writers
 from bissl_zoo.registry import STAGES
 from bissl_zoo.zoo.hub import restricted_config
+from bissl_zoo.zoo.index import ZOO_PREFIX
 
 logger = logging.getLogger(__name__)
 

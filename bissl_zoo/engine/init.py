@@ -23,12 +23,11 @@ from bissl_zoo.runs.directory import CONFIG_FILE, arguments_of, load_run_config,
 from bissl_zoo.weights.files import StoredBackbone
 from bissl_zoo.weights.load import read_weights
 from bissl_zoo.zoo import Zoo, default_zoo
-from bissl_zoo.zoo.index import split_version
+from bissl_zoo.zoo.index import ZOO_PREFIX, split_version
 
 logger = logging.getLogger(__name__)
 
 PRETEXT_FILE = "pretext_head.safetensors"
-ZOO_PREFIX = "zoo:"
 HUB_CONFIG = "config.json"  # of a folder with timm's or transformers' files
 
 

@@ -18,7 +18,7 @@ from bissl_zoo.config import LazyConfig
 from bissl_zoo.data.datasets.catalog import sample_digest
 from bissl_zoo.engine.build import Context, build_datasets, data_roles
 from bissl_zoo.engine.checks import check_config, check_parts
-from bissl_zoo.engine.init import ZOO_PREFIX, load_init
+from bissl_zoo.engine.init import load_init
 from bissl_zoo.engine.stages.bissl import MIN_COUPLING, coupling
 from bissl_zoo.errors import BisslZooError, ConfigError, did_you_mean
 from bissl_zoo.files import read_json, write_atomically
@@ -38,13 +38,12 @@ from bissl_zoo.studies.arms import (
 )
 from bissl_zoo.studies.compare_report import Results, make_report, save_report, save_reports
 from bissl_zoo.studies.jobs import FINISHED, Engine, Job, JobOutcome, check_unchanged, progress_line, run_jobs
-from bissl_zoo.studies.leakage import find_leakage
+from bissl_zoo.studies.leakage import look_for_leakage, recorded_leakage
 from bissl_zoo.studies.search import check_metric, draw, read_search, search, trial_config
+from bissl_zoo.zoo.index import ZOO_PREFIX
 
 #: what the results of a comparison depend on
 RECORD_FILE = "comparison.yaml"
-#: near-duplicates between the data sets, as sentences
-LEAKAGE_FILE = "leakage.json"
 #: best overrides of each arm's search
 SEARCHED_FILE = "searched.json"
 
@@ -215,7 +214,7 @@ class Comparison:
             BisslZooError: a shared pretraining failed; as `claim_folder`, the search and `run_jobs`.
         """
         claim_folder(self.folder, self.record())
-        self._look_for_leakage()
+        self._warn_of_leakage()
         pretraining = self.pretraining_jobs()
         self._note_failures(self._run(pretraining))
         if pretraining and len(self.failed) == len(pretraining):
@@ -374,24 +373,14 @@ class Comparison:
         """Return the metric of a run; called for the first one, so that a wrong name is noticed early."""
         return f"{self.settings.metric} {self._value(outcome.results):.4f}" if outcome.status == FINISHED else ""
 
-    def _look_for_leakage(self) -> None:
-        """Write the near-duplicates between the data sets to the folder, once, and warn about them."""
-        file = self.folder / LEAKAGE_FILE
-        if not file.exists():
-            readable = {role: data for role, data in self.data.items() if not hasattr(data, "stream")}
-            logger.info("looking for near-duplicates between the data sets")
-            found = {"near-duplicates": [str(leakage) for leakage in find_leakage(readable)]}
-            write_atomically(file, json.dumps(found, indent=2) + "\n")
-        for sentence in read_json(file)["near-duplicates"]:
+    def _warn_of_leakage(self) -> None:
+        for sentence in look_for_leakage(self.folder, self.data):
             logger.warning(sentence)
 
     def _empty_results(self, best: dict[str, list[str]]) -> Results:
-        arms, file = self.settings.arms, self.folder / LEAKAGE_FILE
-        leakage = read_json(file)["near-duplicates"] if file.exists() else []
-        share = self.base.train.label_fraction
-        return Results(
-            {arm: {} for arm in arms}, {}, best, {arm: [] for arm in arms}, leakage=leakage, label_fraction=share
-        )
+        arms, share = self.settings.arms, self.base.train.label_fraction
+        costs = {arm: [] for arm in arms}
+        return Results({arm: {} for arm in arms}, {}, best, costs, {}, recorded_leakage(self.folder), share)
 
     def _enter(self, results: Results, arm: str, seed: int, repeat: int, metrics: dict[str, dict[str, float]]) -> None:
         value, name = self._value(metrics), run_name(arm, seed, repeat)

@@ -1,6 +1,9 @@
 """Near-duplicate images between data sets: test images that were seen in training make every arm look better."""
 
+import json
+import logging
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -8,6 +11,12 @@ from PIL import Image
 from torch.utils.data import Dataset
 
 from bissl_zoo.errors import DatasetError
+from bissl_zoo.files import read_json, write_atomically
+
+logger = logging.getLogger(__name__)
+
+#: the sentences about near-duplicates, in the folder of a comparison
+LEAKAGE_FILE = "leakage.json"
 
 #: rows and columns of brightness differences
 _SIDE = 16
@@ -39,6 +48,26 @@ class Leakage:
     def __str__(self) -> str:
         pairs = "; ".join(" ~ ".join(pair) for pair in self.examples)
         return f"{self.count} of {self.total} images of {self.second} have a near-duplicate in {self.first}: {pairs}"
+
+
+def look_for_leakage(folder: Path, data: dict[str, Dataset]) -> list[str]:
+    """Return sentences about the near-duplicates between data sets; search once and keep the result in the folder.
+
+    Args:
+        data: data sets by role; those of shards, which are read as streams, are left out.
+    """
+    if not (folder / LEAKAGE_FILE).exists():
+        logger.info("looking for near-duplicates between the data sets")
+        found = find_leakage({role: each for role, each in data.items() if not hasattr(each, "stream")})
+        content = {"near-duplicates": list(map(str, found))}
+        write_atomically(folder / LEAKAGE_FILE, json.dumps(content, indent=2) + "\n")
+    return recorded_leakage(folder)
+
+
+def recorded_leakage(folder: Path) -> list[str]:
+    """Return the sentences of :func:`look_for_leakage`; none if it has not been called."""
+    file = folder / LEAKAGE_FILE
+    return read_json(file)["near-duplicates"] if file.exists() else []
 
 
 def image_hashes(dataset: Dataset) -> np.ndarray:

@@ -164,10 +164,7 @@ def _to_detectron2(
     model: nn.Module, architecture: str, output: Path, model_args: Any, pixels: Mapping[str, Any] | None, *_: Any
 ) -> dict[str, str]:
     check_plain_resnet(model, architecture, "Detectron2")
-    if output.suffix != ".pkl":
-        raise ZooError(f"{output}: Detectron2's DetectionCheckpointer takes a .pkl.")
-    arrays = {name: tensor.cpu().numpy() for name, tensor in detectron2_state(model.state_dict()).items()}
-    content: dict[str, Any] = {"model": arrays, "__author__": "bissl_zoo", "matching_heuristics": True}
+    more: dict[str, Any] = {"matching_heuristics": True}
     block = model.layer1[0]
     depth = re.search(r"(18|34|50|101|152)", architecture)[1]
     details = {
@@ -182,16 +179,30 @@ def _to_detectron2(
         "numpy": ">= 1.26 to read the file",
     }
     if pixels:
-        content["input"] = {
+        more["input"] = {
             "format": "RGB",
             "pixel_mean": [255 * value for value in pixels["mean"]],
             "pixel_std": [255 * value for value in pixels["std"]],
         }
         for key in ("pixel_mean", "pixel_std"):
-            details[f"MODEL.{key.upper()}"] = "[" + ", ".join(f"{value:.6g}" for value in content["input"][key]) + "]"
-    with replacing(output) as file, open(file, "wb") as stream:
-        pickle.dump(content, stream, protocol=4)
+            details[f"MODEL.{key.upper()}"] = "[" + ", ".join(f"{value:.6g}" for value in more["input"][key]) + "]"
+    write_detectron2(detectron2_state(model.state_dict()), output, more)
     return details
+
+
+def write_detectron2(state: Mapping[str, Tensor], output: Path, more: Mapping[str, Any] | None = None) -> None:
+    """Write a state as a pickle of arrays, which Detectron2's DetectionCheckpointer reads.
+
+    Args:
+        more: further keys of the file, of plain values.
+    Raises:
+        ZooError: another suffix than .pkl.
+    """
+    if output.suffix != ".pkl":
+        raise ZooError(f"{output}: Detectron2's DetectionCheckpointer takes a .pkl.")
+    arrays = {name: tensor.cpu().numpy() for name, tensor in state.items()}
+    with replacing(output) as file, open(file, "wb") as stream:
+        pickle.dump({"model": arrays, "__author__": "bissl_zoo", **(more or {})}, stream, protocol=4)
 
 
 def _to_onnx(

@@ -325,7 +325,6 @@ FORMATS = (
     Format("vicreg", r"backbone\.", r"projector\.", (r"backbone\.", r"projector\.")),
     Format("backbone", r"backbone\.", r"(?:projector|predictor|head)\.", pixels=None),
     Format("encoder", r"encoder\.", r"(?:encoder\.fc|projector|predictor|head)\.", pixels=None),
-    Format("mae", "", r"(?:mask_token$|decoder_(?!pos_embed))", (r"decoder_embed\.",), r"decoder_pos_embed$"),
     Format("swav", "", r"(?:projection_head|prototypes)\.", (r"prototypes\.",)),
     Format("torchvision", marks=(r"fc\.weight$",)),
     Format("timm", pixels=None),

@@ -1,6 +1,8 @@
 """One way in for the weights of a backbone: a file of any known layout, timm, the hub, a zoo or a run."""
 
 import importlib
+import inspect
+import logging
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -18,6 +20,8 @@ from bissl_zoo.files import sha256_of
 from bissl_zoo.weights.files import SUFFIXES, StoredBackbone, model_args_problem, named_tensors, read_file, read_stated
 from bissl_zoo.weights.formats import CAFFE, CLASSIFIER, FORMATS, IMAGENET, Format, fuse, infer_architecture
 from bissl_zoo.weights.hub import card_licence, checkpoint_filter, read_config, timm_config, timm_weights
+
+logger = logging.getLogger(__name__)
 
 BATCH_NORM_EPS = 1e-5  # of every ResNet in torchvision, timm and Detectron2
 
@@ -240,13 +244,17 @@ def _filtered(
     # timm takes a mask token as the mark of DINOv2, whose blocks have layer scales
     if "eva" not in convert.__module__ and not any(name.endswith("ls1.gamma") for name in named):
         named.pop("mask_token", None)
+    arguments = (named, model)[: len(inspect.signature(convert).parameters)]  # a filter without a model takes one
     try:
-        try:
-            return dict(convert(named, model))
-        except TypeError:
-            return dict(convert(named))
-    except Exception:  # any error of any filter: these are not the tensors that it knows
+        return dict(convert(*arguments))
+    except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        # not the tensors that the filter knows; if they do not fit either, the caller raises an error with counts
+        logger.debug(f"timm's filter of {architecture} leaves these tensors as they are ({_error_line(error)})")
         return named
+
+
+def _error_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}".splitlines()[0]
 
 
 def _adapt_channels(

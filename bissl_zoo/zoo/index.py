@@ -11,6 +11,8 @@ from bissl_zoo.errors import ZooError
 from bissl_zoo.files import is_sha256
 from bissl_zoo.limits import limit, stated
 
+#: before the name of an entry where other sources of weights are possible
+ZOO_PREFIX = "zoo:"
 INDEX_FILE, CURATED_FILE = "index.json", "curated.json"
 INDEX_FORMAT = ENTRY_FORMAT = 1
 

@@ -61,6 +61,11 @@ def test_l2_sp_adds_the_distance_from_the_start_to_the_gradient(config):
         torch.testing.assert_close(with_pull, gradient + 0.5 * (now - begin), rtol=1e-5, atol=1e-6)
 
 
+def test_the_teacher_is_fine_tuned_with_the_same_pull(config):
+    cfg = config(train__stages="[teacher, finetune]", finetune__l2_sp=0.5)
+    assert Teacher().build(open_context(cfg, "test"), Weights()).l2_sp == 0.5
+
+
 def test_longer_pretraining_may_warm_a_missing_head_up(config):
     stages = '["pretrain"]'
     context = open_context(config(train__stages=stages, pretrain__head_warmup=True), "test")

@@ -143,14 +143,14 @@ class ClassificationSet:
             image = load_image(self.source(index))
         else:
             image = Image.fromarray(self._pixels[self._rows[index]]).convert("RGB")
-        return image, self.label(index)
+        return image, self.target(index)
 
     @property
     def targets(self) -> np.ndarray | None:
         """All labels: int64 (N,), or float32 (N, K) of several per image."""
         return self._labels
 
-    def label(self, index: int) -> "int | Tensor | None":
+    def target(self, index: int) -> "int | Tensor | None":
         """Return the label of sample `index` without decoding its image."""
         if self._labels is None:
             return None

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+import torch
+from torch import Tensor
 from torch.utils.data import Dataset
 
 from bissl_zoo.data.datasets.catalog import sample_digest
@@ -43,6 +45,21 @@ class Subset(Dataset):
     def target(self, index: int) -> Any:
         """Return the target of sample `index`, without decoding its image if the data set can."""
         return _renumbered(_target(*self._find(index)), index)
+
+    @property
+    def targets(self) -> np.ndarray | None:
+        """All labels, as data sets have them: int64 (N,), float32 (N, K) of several per image, or (M,) of M objects.
+
+        None for targets of another kind.
+        """
+        targets = [self.target(index) for index in range(len(self))]
+        if isinstance(targets[0], int):
+            return np.array(targets, dtype=np.int64)
+        if isinstance(targets[0], Tensor):
+            return torch.stack(targets).numpy()
+        if isinstance(targets[0], dict) and {"labels", "difficult"} <= targets[0].keys():
+            return torch.cat([target["labels"][~target["difficult"]] for target in targets]).numpy()
+        return None
 
     def source(self, index: int) -> str:
         """Return the name of sample `index`."""
@@ -119,5 +136,4 @@ def _class_indices(dataset: Dataset) -> np.ndarray:
 
 
 def _target(dataset: Dataset, index: int) -> Any:
-    read = getattr(dataset, "target", None) or getattr(dataset, "label", None) or (lambda number: dataset[number][1])
-    return read(index)
+    return dataset.target(index) if hasattr(dataset, "target") else dataset[index][1]

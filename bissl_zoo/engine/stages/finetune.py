@@ -39,13 +39,15 @@ class FinetuneTrainer(SingleLevelTrainer):
         super().__init__(level)
         self.best: dict[str, Any] | None = None
         self.l2_sp = l2_sp
-        self.start = [p.detach().clone() for p in level.backbone_parameters] if l2_sp else []
+        self.anchor = [p.detach().clone() for p in level.backbone_parameters] if l2_sp else []
 
     def adjust_gradients(self) -> None:
         """Add the gradient of `l2_sp / 2 * ||theta - theta_start||^2` of the trained backbone parameters."""
-        for parameter, start in zip(self.level.backbone_parameters, self.start, strict=bool(self.start)):
+        if not self.l2_sp:
+            return
+        for parameter, anchor in zip(self.level.backbone_parameters, self.anchor, strict=True):
             if parameter.grad is not None:
-                parameter.grad.add_(parameter.detach() - start, alpha=self.l2_sp)
+                parameter.grad.add_(parameter.detach() - anchor, alpha=self.l2_sp)
 
     def remember(self, value: float) -> None:
         """Save a copy of the current weights as the best so far."""

@@ -10,10 +10,10 @@ from bissl_zoo.registry import STAGES
 
 
 class TeacherTrainer(FinetuneTrainer):
-    """Fine-tune a teacher; its result are the weights that entered the stage, and the teacher."""
+    """Fine-tune a teacher; the result is the weights that entered the stage, and the teacher."""
 
-    def __init__(self, level: Level, entered: Weights) -> None:
-        super().__init__(level)
+    def __init__(self, level: Level, l2_sp: float | None, entered: Weights) -> None:
+        super().__init__(level, l2_sp)
         self.entered = entered
 
     def result(self) -> Weights:
@@ -35,4 +35,5 @@ class Teacher(Finetune):
         """Return the trainer of the teacher."""
         if hasattr(context.data["pretext"], "stream"):
             raise ConfigError("The stage 'teacher' labels single images; dataloader.pretext cannot be a set of shards.")
-        return TeacherTrainer(super().build(context, weights, start_step).level, weights)
+        trainer = super().build(context, weights, start_step)
+        return TeacherTrainer(trainer.level, trainer.l2_sp, weights)

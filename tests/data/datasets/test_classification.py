@@ -3,6 +3,7 @@ import json
 import os
 import pickle
 import shutil
+from multiprocessing.reduction import ForkingPickler
 
 import numpy as np
 import pytest
@@ -114,9 +115,9 @@ def test_every_image_comes_with_its_label(name):
                 assert label is None and dataset.classes is None
             elif name == "voc2007_classification":
                 assert label.dtype == torch.float32 and label.shape == (20,) and label[round(red / 40)] == 1
-                assert label.tolist() == dataset.label(index).tolist() == dataset.targets[index].tolist()
+                assert label.tolist() == dataset.target(index).tolist() == dataset.targets[index].tolist()
             else:
-                assert type(label) is int and label == dataset.label(index) == dataset.targets[index]
+                assert type(label) is int and label == dataset.target(index) == dataset.targets[index]
                 assert abs(red - shade(label)) <= 3, dataset.source(index)
 
 
@@ -148,7 +149,9 @@ def test_a_copy_elsewhere_and_a_pickled_one_have_the_same_digest_and_images(name
     monkeypatch.setattr(os, "listdir", lambda path: sorted(listdir(path), key=lambda entry: entry[::-1]))
     for split, digest in digests.items():
         assert sample_digest(build_dataset(name, split=split, root=str(folder))) == digest
-    pickled = pickle.loads(pickle.dumps(build_dataset(name, split="trainval")))
+    pickled = ForkingPickler.loads(
+        ForkingPickler.dumps(build_dataset(name, split="trainval"))
+    )  # as for a spawned worker
     for index in (0, len(pickled) - 1, -1):
         assert pickled[index][0].tobytes() == unlabelled[index][0].tobytes()
     with pytest.raises(IndexError):

@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from bissl_zoo.data import ImageFolder
@@ -77,3 +78,13 @@ def test_images_of_two_detection_sets_have_distinct_numbers():
     train, test = split_fold([Boxes(), Boxes()], 2, 0)
     assert [test.target(i)["image_id"] for i in range(len(test))] == list(range(40))
     assert {test[i][1]["boxes"] for i in range(len(test))} <= set(range(40)) and test.digest() != train.digest()
+
+
+def test_targets_are_those_of_the_chosen_samples(folder):
+    part = label_fraction(folder, 0.25, seed=3)
+    assert part.targets.tolist() == [part.target(index) for index in range(len(part))] and part.targets.dtype == "int64"
+    boxes = Boxes()
+    boxes.target = lambda index: {"labels": torch.tensor([index, 1]), "difficult": torch.tensor([False, True])}
+    chosen = label_fraction(boxes, 0.1, seed=0)
+    assert chosen.targets.tolist() == chosen.indices.tolist()  # without the difficult objects
+    assert label_fraction(Boxes(), 0.1, seed=0).targets is None
