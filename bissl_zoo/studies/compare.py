@@ -37,8 +37,9 @@ from bissl_zoo.studies.arms import (
     run_name,
 )
 from bissl_zoo.studies.compare_report import Results, make_report, save_report, save_reports
-from bissl_zoo.studies.jobs import FINISHED, Engine, Job, JobOutcome, check_unchanged, progress_line, run_jobs
+from bissl_zoo.studies.jobs import check_unchanged, progress_line, run_jobs
 from bissl_zoo.studies.leakage import look_for_leakage, recorded_leakage
+from bissl_zoo.studies.places import FINISHED, Engine, Job, JobOutcome
 from bissl_zoo.studies.search import check_metric, draw, read_search, search, trial_config
 from bissl_zoo.zoo.index import ZOO_PREFIX
 

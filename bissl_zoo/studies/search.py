@@ -23,17 +23,8 @@ from bissl_zoo.files import write_atomically
 from bissl_zoo.registry import STAGES
 from bissl_zoo.runs.directory import METRICS_FILE
 from bissl_zoo.runs.listing import is_run
-from bissl_zoo.studies.jobs import (
-    FINISHED,
-    STOPPED,
-    Engine,
-    Job,
-    JobOutcome,
-    check_unchanged,
-    override,
-    progress_line,
-    run_jobs,
-)
+from bissl_zoo.studies.jobs import check_unchanged, override, progress_line, run_jobs
+from bissl_zoo.studies.places import FINISHED, STOPPED, Engine, Job, JobOutcome
 
 logger = logging.getLogger(__name__)
 

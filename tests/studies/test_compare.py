@@ -27,7 +27,7 @@ from bissl_zoo.studies.compare_report import (
     save_reports,
     table,
 )
-from bissl_zoo.studies.jobs import JobOutcome
+from bissl_zoo.studies.places import JobOutcome
 from bissl_zoo.studies.search import SearchResult
 
 PAIR = ["pretrained", "bissl"]

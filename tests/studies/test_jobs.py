@@ -11,8 +11,8 @@ import pytest
 from bissl_zoo.config import LazyConfig
 from bissl_zoo.errors import CheckpointError, ConfigError, Interrupted
 from bissl_zoo.runs.lock import LOCK_FILE, run_lock
-from bissl_zoo.studies import jobs as module
-from bissl_zoo.studies.jobs import Job, JobOutcome, progress_line, run_jobs
+from bissl_zoo.studies.jobs import progress_line, run_jobs
+from bissl_zoo.studies.places import Job, JobOutcome
 
 
 @pytest.fixture
@@ -112,7 +112,8 @@ def test_the_jobs_of_a_process_that_is_killed_save_and_end(process, short, tmp_p
     program.write_text(
         "from pathlib import Path\n"
         "from bissl_zoo.config import LazyConfig\n"
-        "from bissl_zoo.studies.jobs import Job, run_jobs\n"
+        "from bissl_zoo.studies.jobs import run_jobs\n"
+        "from bissl_zoo.studies.places import Job\n"
         "if __name__ == '__main__':\n"
         f"    folder = Path({str(tmp_path)!r})\n"
         "    run_jobs([Job('long', LazyConfig.load(folder / 'long.yaml'))], folder)\n"
@@ -166,23 +167,6 @@ def test_a_folder_in_use_is_refused(tiny_config, tmp_path):
     with run_lock(tmp_path / ".jobs"), pytest.raises(CheckpointError, match="in use"):
         run_jobs([Job("a", tiny_config())], tmp_path)
     assert not (tmp_path / "runs").exists()
-
-
-def test_each_slot_has_a_gpu_and_a_share_of_the_threads(monkeypatch):
-    monkeypatch.setattr(module.torch.cuda, "device_count", lambda: 2)
-    monkeypatch.setattr(module.torch, "get_num_threads", lambda: 8)
-    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-
-    def gpus(parallel):
-        return [slot["CUDA_VISIBLE_DEVICES"] for slot in module.slots(parallel)]
-
-    assert gpus(None) == ["0", "1"] and gpus(3) == ["0", "1", "0"]
-    assert [slot["OMP_NUM_THREADS"] for slot in module.slots(3)] == ["2"] * 3
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5, GPU-8932f937")
-    assert gpus(None) == ["5", "GPU-8932f937"]
-    monkeypatch.setattr(module.torch.cuda, "device_count", lambda: 0)
-    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
-    assert [slot.get("CUDA_VISIBLE_DEVICES") for slot in module.slots()] == [None]
 
 
 def test_a_progress_line_has_count_details_time_and_eta(tmp_path):

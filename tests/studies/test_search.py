@@ -11,7 +11,7 @@ from scipy import stats
 from bissl_zoo.config import LazyConfig, load_config
 from bissl_zoo.errors import BisslZooError, ConfigError
 from bissl_zoo.studies import search as search_module
-from bissl_zoo.studies.jobs import JobOutcome
+from bissl_zoo.studies.places import JobOutcome
 from bissl_zoo.studies.search import SearchSettings, draw, read_search, search, trial_config
 
 pytest.importorskip("optuna")

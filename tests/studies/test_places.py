@@ -1,4 +1,4 @@
-"""Jobs on a Ray cluster on this machine."""
+"""The places of jobs: slots of this machine, and a Ray cluster."""
 
 import os
 import signal
@@ -7,7 +7,26 @@ import sys
 import pytest
 
 from bissl_zoo.errors import ConfigError, Interrupted
-from bissl_zoo.studies.jobs import Job, run_jobs
+from bissl_zoo.studies import places
+from bissl_zoo.studies.jobs import run_jobs
+from bissl_zoo.studies.places import Job
+
+
+def test_each_slot_has_a_gpu_and_a_share_of_the_threads(monkeypatch):
+    monkeypatch.setattr(places.torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(places.torch, "get_num_threads", lambda: 8)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+
+    def gpus(parallel):
+        return [slot["CUDA_VISIBLE_DEVICES"] for slot in places.slots(parallel)]
+
+    assert gpus(None) == ["0", "1"] and gpus(3) == ["0", "1", "0"]
+    assert [slot["OMP_NUM_THREADS"] for slot in places.slots(3)] == ["2"] * 3
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5, GPU-8932f937")
+    assert gpus(None) == ["5", "GPU-8932f937"]
+    monkeypatch.setattr(places.torch.cuda, "device_count", lambda: 0)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    assert [slot.get("CUDA_VISIBLE_DEVICES") for slot in places.slots()] == [None]
 
 
 @pytest.fixture(scope="module")
