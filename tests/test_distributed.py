@@ -119,7 +119,7 @@ def augmented(workers):
 
 
 def evaluated(size):
-    """Metrics, rankings and confusion of a fixed random classifier and detector over a test set of `size` samples."""
+    """Metrics and confusion of a fixed random classifier and detector over a test set of `size` samples."""
     generator = torch.Generator().manual_seed(0)
     logits = torch.randint(0, 4, (size, 3), generator=generator) / 4  # with ties within and between samples
     labels = torch.randint(0, 3, (size,), generator=generator)
@@ -140,8 +140,6 @@ def evaluated(size):
     for evaluator in evaluators:
         evaluator.synchronize()
         results |= evaluator.evaluate()
-        for name, (ranked, positives) in evaluator.rankings().items():
-            results[f"{type(evaluator).__name__}/{name}"] = (ranked.tolist(), positives)
     return results | {"confusion": top_k.confusion().tolist()}
 
 

@@ -8,9 +8,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from bissl_zoo.backbones import Backbone, evaluating
 from bissl_zoo.data.samples import to_device
@@ -18,7 +16,6 @@ from bissl_zoo.distributed import all_gather_objects, any_rank, broadcast_module
 from bissl_zoo.downstream import DownstreamTask, Evaluator
 from bissl_zoo.engine.build import Context, Decodable, test_loader
 from bissl_zoo.errors import CheckpointError, DatasetError
-from bissl_zoo.evaluation.classification import MOST_RANKED
 from bissl_zoo.files import write_atomically
 from bissl_zoo.runs.directory import read_json
 
@@ -27,8 +24,8 @@ logger = logging.getLogger(__name__)
 #: the metric that counts images which could not be decoded and were left out; absent if it is 0
 LEFT_OUT = "left_out"
 DETAILS_FILE = "per_class.json"
-#: points of a precision-recall curve, at recalls 0, 0.01, ... 1
-_POINTS = 101
+#: number of classes up to which the confusion matrix is kept
+MOST_CLASSES = 200
 
 
 def evaluate(
@@ -106,24 +103,20 @@ class Details:
     Attributes:
         per_class: metrics in [0, 1] by class, then by name.
         classes, confusion: number of samples of class i that were predicted as class j; empty for detection.
-        curves: by class, the best precision at each recall of 0, 0.01, ... 1 or above: of detections at IoU 0.5, of
-            single labels each class against the rest.
         seconds: duration of the evaluation; 0 if it was not measured.
     """
 
     per_class: dict[str, dict[str, float]] = field(default_factory=dict)
     classes: list[str] = field(default_factory=list)
     confusion: list[list[int]] = field(default_factory=list)
-    curves: dict[str, list[float]] = field(default_factory=dict)
     seconds: float = 0.0
 
 
 def details_of(evaluator: Evaluator) -> Details:
     """Return the details of a finished evaluation; a custom evaluator need not have any."""
-    per_class, confusion, rankings = (getattr(evaluator, name, None) for name in ("per_class", "confusion", "rankings"))
+    per_class, confusion = (getattr(evaluator, name, None) for name in ("per_class", "confusion"))
     classes = list(getattr(evaluator, "classes", ()))
-    few = len(classes) <= MOST_RANKED
-    matrix = confusion().tolist() if confusion and few else []
+    matrix = confusion().tolist() if confusion and len(classes) <= MOST_CLASSES else []
     return Details(
         per_class={
             label: {name: float(value) for name, value in metrics.items() if math.isfinite(value)}
@@ -131,7 +124,6 @@ def details_of(evaluator: Evaluator) -> Details:
         },
         classes=classes if matrix else [],
         confusion=matrix,
-        curves={name: precision_at_recalls(*r) for name, r in rankings().items()} if rankings and few else {},
     )
 
 
@@ -142,21 +134,6 @@ def safe_details(evaluator: Evaluator, seconds: float) -> Details:
     except Exception as error:  # any exception of user code
         logger.warning(f"no metrics per class: {type(evaluator).__name__}: {type(error).__name__}: {error}")
         return Details(seconds=round(seconds, 3))
-
-
-def precision_at_recalls(right: NDArray[np.bool_], positives: int) -> list[float]:
-    """Return the best precision at each recall of 0, 0.01, ... 1 or above of a ranking; 0 if it is not reached.
-
-    Args:
-        right: (M,), True for each correct detection, the highest score first.
-        positives: number of objects to detect.
-    """
-    hits = np.cumsum(right)
-    precision = hits / np.arange(1, len(hits) + 1)
-    envelope = np.append(np.maximum.accumulate(precision[::-1])[::-1], 0.0)
-    # recalls as whole numbers, so that 3 of 10 reaches 0.3
-    places = np.searchsorted((_POINTS - 1) * hits, positives * np.arange(_POINTS))
-    return [round(value, 5) for value in envelope[places].tolist()]
 
 
 def write_details(folder: Path, details: dict[str, Details]) -> None:
@@ -183,14 +160,12 @@ def _checked(plain: dict[str, Any]) -> Details:
         {label: {key: _number(value) for key, value in metrics.items()} for label, metrics in per_class.items()},
         list(plain.get("classes", [])),
         [[_count(value) for value in row] for row in plain.get("confusion", [])],
-        {name: [_number(value) for value in curve] for name, curve in plain.get("curves", {}).items()},
         _number(plain.get("seconds", 0.0), 1e12),
     )
     sides = {len(details.confusion), *map(len, details.confusion)}
-    curves = {len(curve) for curve in details.curves.values()}
     texts = all(isinstance(name, str) for name in details.classes)
-    if not texts or sides != {len(details.classes)} or len(details.classes) > MOST_RANKED or not curves <= {_POINTS}:
-        raise ValueError("a class that is no text, or a matrix or curve of another size")
+    if not texts or sides != {len(details.classes)} or len(details.classes) > MOST_CLASSES:
+        raise ValueError("a class that is no text, or a matrix of another size")
     return details
 
 

@@ -2,15 +2,11 @@
 
 from collections.abc import Sequence
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from bissl_zoo.distributed import all_gather_objects
 from bissl_zoo.errors import BisslZooError, DatasetError
-
-#: maximum number of classes with which scores are kept for rankings: 200 float32 scores of 50,000 images are 40 MB
-MOST_RANKED = 200
 
 
 class TopKEvaluator:
@@ -35,8 +31,6 @@ class TopKEvaluator:
         self._places = torch.zeros(len(self.classes), max((1, *self.topk)) + 1, dtype=torch.int64)
         # K * label + prediction per sample; the K x K confusion matrix is only built on request
         self._pairs = [torch.zeros(0, dtype=torch.int64)]
-        # scores per sample, for rankings; no columns with more than MOST_RANKED classes
-        self._scores = [torch.zeros(0, len(self.classes) if self._ranks else 0)]
 
     def process(self, predictions: Tensor, targets: Tensor) -> None:
         """Add one batch.
@@ -69,22 +63,11 @@ class TopKEvaluator:
         place = place.clamp(max=self._places.shape[1] - 1)
         self._places.index_put_((labels, place), torch.ones_like(labels), accumulate=True)
         self._pairs.append(classes * labels + scores.argmax(dim=1))  # the first of equal scores, as above
-        self._scores.append(scores if self._ranks else scores[:, :0])
-
-    @property
-    def _ranks(self) -> bool:
-        return len(self.classes) <= MOST_RANKED
 
     def synchronize(self) -> None:
-        """Gather the samples of all ranks; call it once, on every rank, before `evaluate`.
-
-        Rank r of W must have processed samples r, r + W, ... of the test set; equal scores are ranked in its order.
-        """
-        mine = self._places, torch.cat(self._pairs), torch.cat(self._scores)
-        places, pairs, scores = zip(*all_gather_objects(mine), strict=True)
-        order = order_of_set([len(part) for part in pairs])
-        self._places = torch.stack(places).sum(dim=0)
-        self._pairs, self._scores = [torch.cat(pairs)[order]], [torch.cat(scores)[order]]
+        """Gather the samples of all ranks; call it once, on every rank, before `evaluate`."""
+        places, pairs = zip(*all_gather_objects((self._places, torch.cat(self._pairs))), strict=True)
+        self._places, self._pairs = torch.stack(places).sum(dim=0), list(pairs)
 
     def evaluate(self) -> dict[str, float]:
         """Return the metrics of all samples since `reset`.
@@ -115,39 +98,3 @@ class TopKEvaluator:
         """Return the confusion matrix: entry (i, j) counts samples of class i predicted as j, int64 `(K, K)`."""
         classes = len(self.classes)
         return torch.cat(self._pairs).bincount(minlength=classes**2).view(classes, classes)
-
-    def rankings(self) -> dict[str, tuple[np.ndarray, int]]:
-        """Return for each class with samples a one-vs-rest ranking of all M samples, and its number of samples.
-
-        The ranking is bool `(M,)`: True for samples of the class, in the order of falling softmax of the scores, which
-        are taken as logits; see :func:`bissl_zoo.evaluation.detection.average_precision`. Empty with more than
-        :data:`MOST_RANKED` classes, whose scores are not kept.
-        """
-        if not self._ranks:
-            return {}
-        # log probabilities in float64 still distinguish confident scores
-        log_probabilities = torch.cat(self._scores).double().log_softmax(dim=1)
-        labels = torch.cat(self._pairs) // len(self.classes)
-        return {
-            name: ranking(column, labels == label)
-            for label, (name, column) in enumerate(zip(self.classes, log_probabilities.T, strict=True))
-            if (labels == label).any()
-        }
-
-
-def ranking(scores: Tensor, positive: Tensor) -> tuple[np.ndarray, int]:
-    """Return `positive (M,)`, bool, sorted by falling score, and the number of positives.
-
-    Equal scores keep their order. These are arguments of :func:`bissl_zoo.evaluation.detection.average_precision`.
-    """
-    return positive[scores.argsort(descending=True, stable=True)].numpy(), int(positive.sum())
-
-
-def order_of_set(counts: Sequence[int]) -> Tensor:
-    """Return the permutation int64 `(N,)` that sorts concatenated samples of all ranks into the order of the test set.
-
-    Args:
-        counts: number of samples of each rank; rank r of W has samples r, r + W, ...
-    """
-    places = [rank + len(counts) * torch.arange(count) for rank, count in enumerate(counts)]
-    return torch.cat(places).argsort()

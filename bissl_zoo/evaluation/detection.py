@@ -1,5 +1,7 @@
 """Average precision of object detection as defined by Pascal VOC and COCO."""
 
+import contextlib
+import io
 from collections.abc import Mapping, Sequence
 from statistics import fmean
 from typing import Any
@@ -84,46 +86,28 @@ class DetectionEvaluator:
         Raises:
             DatasetError: see :meth:`evaluate`.
         """
-        rankings = self.rankings()
-        from bissl_zoo.evaluation.coco import coco_precision  # pycocotools is not needed to load a model
-
-        precision = coco_precision(*self._images(), len(self.classes)).mean(axis=1)  # (10 IoUs, K)
-        return {
-            name: {
-                "AP": float(by_iou.mean()),
-                "AP50": float(by_iou[0]),
-                "AP75": float(by_iou[5]),
-                "voc_AP50": average_precision(*rankings[name]),
-                "voc07_AP50": average_precision(*rankings[name], eleven_point=True),
-            }
-            for name, by_iou in zip(self.classes, precision.T, strict=True)
-            if name in rankings
-        }
-
-    def rankings(self) -> dict[str, tuple[np.ndarray, int]]:
-        """Return for each class with objects the ranking of its M detections, and the number of its objects.
-
-        The ranking is bool `(M,)`: True for detections that are correct at an IoU of 0.5, best score first; see
-        :func:`average_precision`. Difficult objects and detections of them are left out.
-
-        Raises:
-            DatasetError: see :meth:`evaluate`.
-        """
-        predictions, truth = self._images()
+        if not self._records:
+            raise DatasetError("Detection evaluation: no image was processed. Is the test set empty?")
+        # by image id, so that the order of equal scores does not depend on the number of ranks
+        predictions, truth = zip(*(self._records[image_id] for image_id in sorted(self._records)), strict=True)
         if all(target["difficult"].all() for target in truth):
             raise DatasetError(
                 f"Detection evaluation: the {len(truth)} images have no objects, or only difficult ones; "
                 "average precision is not defined."
             )
-        curves = _match(predictions, truth, len(self.classes), iou_threshold=0.5)
-        return {name: curve for name, curve in zip(self.classes, curves, strict=True) if curve[1]}
-
-    def _images(self) -> tuple[tuple[dict[str, np.ndarray], ...], tuple[dict[str, np.ndarray], ...]]:
-        """Return predictions and targets sorted by image id, so that ties do not depend on the number of ranks."""
-        if not self._records:
-            raise DatasetError("Detection evaluation: no image was processed. Is the test set empty?")
-        predictions, truth = zip(*(self._records[image_id] for image_id in sorted(self._records)), strict=True)
-        return predictions, truth
+        rankings = _match(predictions, truth, len(self.classes), iou_threshold=0.5)
+        precision = _coco_precision(predictions, truth, len(self.classes)).mean(axis=1)  # (10 IoUs, K)
+        return {
+            name: {
+                "AP": float(by_iou.mean()),
+                "AP50": float(by_iou[0]),
+                "AP75": float(by_iou[5]),
+                "voc_AP50": average_precision(*ranking),
+                "voc07_AP50": average_precision(*ranking, eleven_point=True),
+            }
+            for name, by_iou, ranking in zip(self.classes, precision.T, rankings, strict=True)
+            if ranking[1]
+        }
 
 
 def voc_average_precision(
@@ -229,3 +213,60 @@ def _arrays(record: Mapping[str, Any], extra: str) -> dict[str, np.ndarray]:
         sizes = ", ".join(f"{len(value)} {key}" for key, value in arrays.items())
         raise BisslZooError(f"Detection evaluation: {sizes} in one image; their numbers must be equal.")
     return arrays
+
+
+def _coco_precision(
+    predictions: Sequence[dict[str, np.ndarray]], truth: Sequence[dict[str, np.ndarray]], num_classes: int
+) -> np.ndarray:
+    """Return COCO's precision `(10 IoU thresholds, 101 recalls, K)`; -1 for a class without objects.
+
+    pycocotools ignores only crowds, and measures the overlap with a crowd relative to the detection. A difficult object
+    must be ignored like a crowd, but matched by IoU like any other object.
+    """
+    from pycocotools.cocoeval import COCOeval, maskUtils  # not needed to load a model
+
+    class Evaluation(COCOeval):
+        def computeIoU(self, imgId: int, catId: int) -> Any:
+            objects, detections = self._gts[imgId, catId], self._dts[imgId, catId]
+            if not objects or not detections:
+                return []
+            order = np.argsort([-d["score"] for d in detections], kind="stable")[: self.params.maxDets[-1]]
+            boxes = [detections[i]["bbox"] for i in order]
+            return maskUtils.iou(boxes, [o["bbox"] for o in objects], [0] * len(objects))
+
+    with contextlib.redirect_stdout(io.StringIO()):  # pycocotools prints its results
+        evaluation = Evaluation(_coco_set(truth, num_classes), _coco_set(predictions, num_classes), "bbox")
+        evaluation.params.areaRng, evaluation.params.areaRngLbl = [[0, float("inf")]], ["all"]
+        evaluation.params.maxDets = [100]
+        evaluation.evaluate()
+        evaluation.accumulate()
+    return evaluation.eval["precision"][:, :, :, 0, 0]
+
+
+def _coco_set(records: Sequence[dict[str, np.ndarray]], num_classes: int) -> Any:
+    """Return objects or detections as pycocotools has them."""
+    from pycocotools.coco import COCO
+
+    annotations = []
+    for number, record in enumerate(records):
+        sizes = record["boxes"][:, 2:] - record["boxes"][:, :2]
+        for i, label in enumerate(record["labels"].tolist()):
+            annotation = {
+                "id": len(annotations) + 1,  # 0 means "not matched" in pycocotools
+                "image_id": number,
+                "category_id": label,
+                "bbox": [*record["boxes"][i, :2].tolist(), *sizes[i].tolist()],
+                "area": float(sizes[i].prod()),
+                "iscrowd": int(record["difficult"][i]) if "difficult" in record else 0,
+            }
+            if "scores" in record:
+                annotation["score"] = float(record["scores"][i])
+            annotations.append(annotation)
+    coco = COCO()
+    coco.dataset = {
+        "images": [{"id": number} for number in range(len(records))],
+        "categories": [{"id": label} for label in range(num_classes)],
+        "annotations": annotations,
+    }
+    coco.createIndex()
+    return coco

@@ -3,13 +3,11 @@
 from collections.abc import Sequence
 from statistics import fmean
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from bissl_zoo.distributed import all_gather_objects
 from bissl_zoo.errors import BisslZooError, DatasetError
-from bissl_zoo.evaluation.classification import order_of_set, ranking
 from bissl_zoo.evaluation.detection import average_precision
 
 
@@ -66,7 +64,8 @@ class MultilabelEvaluator:
         Rank r of W must have processed samples r, r + W, ... of the test set; equal scores are ranked in its order.
         """
         parts = all_gather_objects((torch.cat(self._scores), torch.cat(self._targets)))
-        order = order_of_set([len(scores) for scores, _ in parts])
+        places = [rank + len(parts) * torch.arange(len(scores)) for rank, (scores, _) in enumerate(parts)]
+        order = torch.cat(places).argsort()
         self._scores, self._targets = ([torch.cat(column)[order]] for column in zip(*parts, strict=True))
 
     def per_class(self) -> dict[str, dict[str, float]]:
@@ -75,17 +74,10 @@ class MultilabelEvaluator:
 
         metrics = {}
         for name, (scores, positive) in self._columns().items():
-            eleven = average_precision(*ranking(scores, positive), eleven_point=True)
+            ranking = positive[scores.argsort(descending=True, stable=True)].numpy()
+            eleven = average_precision(ranking, int(positive.sum()), eleven_point=True)
             metrics[name] = {"AP11": eleven, "AP": float(average_precision_score(positive.numpy(), scores.numpy()))}
         return metrics
-
-    def rankings(self) -> dict[str, tuple[np.ndarray, int]]:
-        """Return for each class with positives the ranking of its M labelled images, and the number of positives.
-
-        The ranking is bool `(M,)`: True for positives, best score first; see
-        :func:`bissl_zoo.evaluation.detection.average_precision`.
-        """
-        return {name: ranking(*column) for name, column in self._columns().items()}
 
     def _columns(self) -> dict[str, tuple[Tensor, Tensor]]:
         """Return scores and positives of the labelled images, for each class with positives."""

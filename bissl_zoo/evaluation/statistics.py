@@ -112,29 +112,12 @@ def equivalence_p(difference: Summary, margin: float) -> float | None:
     Raises:
         BisslZooError: the margin is not positive.
     """
-    return _one_sided(difference, margin, margin)
-
-
-def non_inferiority_p(difference: Summary, margin: float, higher_is_better: bool = True) -> float | None:
-    """Return the p value of the one-sided t test that the mean is not worse than zero by `margin` or more.
-
-    Raises:
-        BisslZooError: the margin is not positive.
-    """
-    return _one_sided(difference, margin, None) if higher_is_better else _one_sided(difference, None, margin)
-
-
-def _one_sided(difference: Summary, below: float | None, above: float | None) -> float | None:
-    """Return the larger p value of the tests that the mean is above `-below` and below `above`."""
-    margins = [margin for margin in (below, above) if margin is not None]
-    if not all(margin > 0 for margin in margins):
-        raise BisslZooError(f"The margin is {margins[0]}; use a positive difference of the metric, such as 0.01.")
+    if not margin > 0:
+        raise BisslZooError(f"The margin is {margin}; use a positive difference of the metric, such as 0.01.")
     if not difference.std:
         return None
     error = difference.std / math.sqrt(difference.count)
-    distances = [] if below is None else [difference.mean + below]
-    distances += [] if above is None else [above - difference.mean]
-    return max(float(stats.t.sf(distance / error, difference.count - 1)) for distance in distances)
+    return float(stats.t.sf((margin - abs(difference.mean)) / error, difference.count - 1))
 
 
 def seeds_needed(std: float, effect: float, level: float = 0.05, power: float = 0.8, most: int = 10_000) -> int | None:

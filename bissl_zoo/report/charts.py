@@ -1,7 +1,7 @@
 """Charts of a run: curves, and the last evaluation by class."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -9,16 +9,13 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, NullFormatter
 
 from bissl_zoo.downstream.drawing import COLOURS, shorten
-from bissl_zoo.engine.evaluate import Details, worst_confusions
-from bissl_zoo.evaluation.classification import MOST_RANKED
+from bissl_zoo.engine.evaluate import MOST_CLASSES, Details, worst_confusions
 from bissl_zoo.report.history import MAX_CURVES, Series
 from bissl_zoo.report.page import TEXT, Block, Chart, Fold, Note, Table, chart_style, embed, shown
 
 #: inches; the width of a phone
 WIDTH, HEIGHT = 5.0, 2.9
 _DASHES = ("-", "--", ":", "-.")
-#: curves of precision; of more classes the best and the worst are shown
-MAX_PRECISIONS = 6
 #: rows up to which the table of metrics by class is not folded
 _OPEN = 24
 #: classes of a confusion matrix with numbers in its cells, and of the largest one that is drawn
@@ -79,14 +76,8 @@ def detail_blocks(details: Mapping[str, Details]) -> list[Block]:
     blocks: list[Block] = []
     for start, detail in details.items():
         aside = f", fine-tuned from {start}"
-        if detail.curves:
-            few = f" The {MAX_PRECISIONS} classes that differ most." if len(detail.curves) > MAX_PRECISIONS else ""
-            caption = f"Precision over recall{aside}: the best at each recall or above.{few}"
-            blocks.append(Chart(embed(draw_precision(detail.curves), "precision over recall"), caption))
-        elif len(detail.per_class) > MOST_RANKED:
-            blocks.append(Note(f"Precision over recall and confusion{aside} are not kept above {MOST_RANKED} classes."))
-        elif detail.per_class:
-            blocks.append(Note(f"Precision over recall{aside} was not recorded."))
+        if len(detail.per_class) > MOST_CLASSES:
+            blocks.append(Note(f"The confusion matrix{aside} is not kept above {MOST_CLASSES} classes."))
         if detail.confusion and len(detail.classes) <= _DRAWN:
             caption = f"Confusion{aside}: images by true and predicted class; shares of a row."
             blocks.append(Chart(embed(draw_confusion(detail), "confusion matrix"), caption))
@@ -103,26 +94,6 @@ def detail_blocks(details: Mapping[str, Details]) -> list[Block]:
         table = Table(["class", "fine-tuned from", *names], rows, caption, range(2, 2 + len(names)))
         blocks.append(table if len(rows) <= _OPEN else Fold("Metrics by class", [table]))
     return blocks or [Note("The evaluation has no metrics by class.")]
-
-
-def draw_precision(curves: Mapping[str, Sequence[float]]) -> Figure:
-    """Draw precision over recall of the best and the worst classes, and the mean of all."""
-    recall = np.linspace(0, 1, 101)
-    chosen = sorted(curves, key=lambda label: -sum(curves[label]))
-    if len(chosen) > MAX_PRECISIONS:
-        chosen = chosen[: MAX_PRECISIONS // 2] + chosen[-MAX_PRECISIONS // 2 :]
-    with chart_style():
-        figure = Figure(figsize=(WIDTH, HEIGHT + 0.3), layout="constrained")
-        panel = figure.subplots()
-        for number, label in enumerate(chosen):
-            style = {"linestyle": _DASHES[number % 3], "color": COLOURS[number % 6]}
-            panel.plot(recall, curves[label], label=plain_label(shorten(label, 28)), **style)
-        if len(curves) > 1:
-            mean = np.mean(list(curves.values()), axis=0)
-            panel.plot(recall, mean, color="0.5", linewidth=2.4, label=f"mean of {len(curves)} classes")
-        panel.set(xlim=(0, 1), ylim=(0, 1.03), xlabel="recall (fraction)", ylabel="precision (fraction)")
-        figure.legend(loc="outside lower center", ncols=2)
-    return figure
 
 
 def draw_confusion(details: Details) -> Figure:
