@@ -110,7 +110,7 @@ PARTS: dict[str, tuple[str, dict[str, Domain]]] = {
                 "labelled": FLAG,
                 "part": NULL | TEXT,
             },
-            **{"on_bad_annotation": choice("error", "skip"), "on_bad": choice("error", "skip"), "as_tensor": FLAG},
+            **{"on_bad_annotation": choice("error", "skip"), "on_bad": choice("error", "skip")},
             **{"val_fraction": FRACTION, "seed": SEED, "limit": NULL | COUNT, "shuffle_buffer": COUNT},
             **{"difficult": choice("ignore", "positive", "negative")},
             **dict.fromkeys(("image_size", "train", "test"), COUNT),

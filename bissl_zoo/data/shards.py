@@ -23,10 +23,9 @@ import aiohttp
 import fsspec
 import numpy as np
 from PIL import Image
-from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset, get_worker_info
 
-from bissl_zoo.data.datasets.catalog import IMAGE_EXTENSIONS, datasets_root, load_image, load_pixels
+from bissl_zoo.data.datasets.catalog import IMAGE_EXTENSIONS, datasets_root, load_image
 from bissl_zoo.data.samples import MAX_SKIPPED_IN_A_ROW
 from bissl_zoo.errors import ConfigError, DatasetError, shorten
 from bissl_zoo.files import follow
@@ -60,6 +59,10 @@ class Stored(NamedTuple):
     name: str
     content: bytes
 
+    def decode(self) -> Image.Image:
+        """Decode the image; raise `DatasetError` if that fails."""
+        return load_image(io.BytesIO(self.content), name=self.name)
+
 
 @DATASETS.register("shards")
 class ShardDataset(Dataset):
@@ -74,7 +77,6 @@ class ShardDataset(Dataset):
         index: the `index.json` of all shards; None for the one beside each shard.
         on_bad: "skip" to replace an image that cannot be decoded by the next one, or "error".
         shuffle_buffer: image files that each worker holds to draw from.
-        as_tensor: return images as `(3, H, W)` uint8 instead of PIL images, see `ImageFolder`.
 
     Raises:
         DatasetError: no shards, or an index that is missing, unreadable or incomplete.
@@ -88,7 +90,6 @@ class ShardDataset(Dataset):
         index: str | None = None,
         on_bad: str = "skip",
         shuffle_buffer: int = 1000,
-        as_tensor: bool = False,
     ):
         if on_bad not in ("error", "skip"):
             raise DatasetError(f'Shards: on_bad is "{on_bad}"; accepted are "error" and "skip".')
@@ -97,14 +98,13 @@ class ShardDataset(Dataset):
         self.shards = find_shards(urls, index)
         self.samples = np.array([shard.samples for shard in self.shards], dtype=np.int64)
         self.on_bad, self.shuffle_buffer = on_bad, shuffle_buffer
-        self._load = load_pixels if as_tensor else load_image
         self._ends = self.samples.cumsum()
         self._offsets: dict[int, list[int]] = {}
 
     def __len__(self) -> int:
         return int(self._ends[-1])
 
-    def __getitem__(self, index: int) -> tuple[Image.Image | Tensor, None]:
+    def __getitem__(self, index: int) -> tuple[Image.Image, None]:
         index = range(len(self))[index]
         number = int(np.searchsorted(self._ends, index, side="right"))
         shard, first = self.shards[number], int(self._ends[number] - self.samples[number])
@@ -121,15 +121,7 @@ class ShardDataset(Dataset):
             file.seek(self._offsets[number][index - first])
             with open_tar(file, stream=False) as tar:
                 stored = _stored(shard, tar, next(images_in(tar)))
-        return self.decode(stored), None
-
-    def decode(self, stored: Stored) -> Image.Image | Tensor:
-        """Decode an image.
-
-        Raises:
-            DatasetError: it cannot be decoded.
-        """
-        return self._load(io.BytesIO(stored.content), name=stored.name)
+        return stored.decode(), None
 
     def digest(self) -> str:
         """Return the sha256 of the list of shards: each name with its samples and its digest or size."""
@@ -175,7 +167,7 @@ class ShardStream(IterableDataset):
         self.rank, self.world = rank, world
         self.skipped: dict[str, str] = {}
 
-    def __iter__(self) -> Iterator[tuple[tuple[int, int], tuple[Image.Image | Tensor, None]]]:
+    def __iter__(self) -> Iterator[tuple[tuple[int, int], tuple[Image.Image, None]]]:
         info = get_worker_info()
         worker, workers = (info.id, info.num_workers) if info else (0, 1)
         # a loader always begins with its first worker, which therefore takes the part of the one whose turn it is
@@ -200,9 +192,9 @@ class ShardStream(IterableDataset):
             ahead.popleft()
             yield (consumer, turn), (image, None)
 
-    def _decode(self, stored: Stored) -> Image.Image | Tensor | None:
+    def _decode(self, stored: Stored) -> Image.Image | None:
         try:
-            return self.dataset.decode(stored)
+            return stored.decode()
         except DatasetError as error:
             if self.dataset.on_bad == "error":
                 raise DatasetError(f'{error} Or pass on_bad="skip" to train on another image instead.') from error

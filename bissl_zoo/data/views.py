@@ -32,9 +32,9 @@ class Views:
     def __init__(self, transforms: Sequence[Callable[[Any], Tensor]]) -> None:
         self.transforms = list(transforms)
 
-    def __call__(self, image: Image.Image | Tensor) -> tuple[Tensor, ...]:
-        """Return the views of one image, PIL or `(3, H, W)` uint8, each with its own random parameters."""
-        image = _to_tensor(image)
+    def __call__(self, image: Image.Image) -> tuple[Tensor, ...]:
+        """Return the views of one image, each with its own random parameters."""
+        image = pixels.pil_to_tensor(image)
         return tuple(transform(image) for transform in self.transforms)
 
     @property
@@ -65,9 +65,9 @@ class MaskedView:
     def __init__(self, transform: Callable[[Any], Tensor], cells: int, hidden: int) -> None:
         self.transform, self.cells, self.hidden = transform, cells, hidden
 
-    def __call__(self, image: Image.Image | Tensor) -> tuple[Tensor, Tensor]:
-        """Return a view of one image, PIL or `(3, H, W)` uint8, and a mask."""
-        view = self.transform(_to_tensor(image))
+    def __call__(self, image: Image.Image) -> tuple[Tensor, Tensor]:
+        """Return a view of one image, and a mask."""
+        view = self.transform(pixels.pil_to_tensor(image))
         mask = torch.zeros(self.cells**2, dtype=torch.bool)
         mask[torch.randperm(len(mask))[: self.hidden]] = True
         return view, mask.view(self.cells, self.cells)
@@ -213,10 +213,6 @@ def _view(
             *_normalized(mean, std),
         ]
     )
-
-
-def _to_tensor(image: Image.Image | Tensor) -> Tensor:
-    return image if isinstance(image, Tensor) else v2.functional.pil_to_tensor(image)
 
 
 def _normalized(mean: Sequence[float], std: Sequence[float]) -> list[v2.Transform]:

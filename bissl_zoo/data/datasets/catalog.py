@@ -2,20 +2,16 @@
 
 import contextlib
 import hashlib
-import io
 import os
 import stat
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import IO, Any
 
 import numpy as np
 from PIL import Image, ImageOps
 
 from bissl_zoo.errors import DatasetError
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 DATASETS_VARIABLE = "BISSL_ZOO_DATASETS"
 IMAGE_EXTENSIONS = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff"})
@@ -114,29 +110,6 @@ def load_image(path: str | os.PathLike | IO[bytes], upright: bool = True, name: 
             elif image.mode in ("I", "F"):
                 raise ValueError(f"32-bit pixels, mode {image.mode}, have no known range; save it with 8 or 16 bits")
             return image.convert("RGB")
-
-
-def load_pixels(path: str | os.PathLike | IO[bytes], name: str = "") -> "Tensor":
-    """Return the upright image of :func:`load_image` as `(3, H, W)` uint8.
-
-    JPEG files are decoded by torchvision, to the same pixels in two thirds of the time.
-
-    Raises:
-        DatasetError: as :func:`load_image`.
-    """
-    import torch
-    from torchvision.io import ImageReadMode, decode_jpeg
-    from torchvision.transforms.v2.functional import pil_to_tensor
-
-    with _naming(name or path):
-        if not hasattr(path, "read"):
-            require_regular_file(path, "Image")
-        content = path.read() if hasattr(path, "read") else Path(path).read_bytes()
-        if content.startswith(b"\xff\xd8"):  # JPEG
-            Image.open(io.BytesIO(content), formats=IMAGE_FORMATS)  # reads the header and refuses too many pixels
-            stream = torch.frombuffer(bytearray(content), dtype=torch.uint8)
-            return decode_jpeg(stream, ImageReadMode.RGB, apply_exif_orientation=True)
-    return pil_to_tensor(load_image(io.BytesIO(content), name=name or str(path)))
 
 
 @contextlib.contextmanager

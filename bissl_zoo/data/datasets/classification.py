@@ -365,7 +365,7 @@ def _class_folders(folder: Path, below: str, without: tuple[str, ...] = ()) -> S
     if not classes:
         raise DatasetError(
             f"There are no class folders in {folder.absolute() / below}. (ImageNet's val archive is unsorted; "
-            "bissl data imagenet unpacks it into class folders.)"
+            "torchvision.datasets.ImageNet unpacks it into class folders.)"
         )
     images = [images_in(folder / below / name) for name in classes]
     names = [f"{below}/{name}/{image}" for name, files in zip(classes, images, strict=True) for image in files]

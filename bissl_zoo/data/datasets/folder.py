@@ -3,17 +3,13 @@
 import logging
 import os
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING
 
 import numpy as np
 from PIL import Image
 
-from bissl_zoo.data.datasets.catalog import IMAGE_EXTENSIONS, datasets_root, load_image, load_pixels, require_folder
+from bissl_zoo.data.datasets.catalog import IMAGE_EXTENSIONS, datasets_root, load_image, require_folder
 from bissl_zoo.errors import DatasetError, did_you_mean
 from bissl_zoo.registry import DATASETS
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 logger = logging.getLogger(__name__)
 
@@ -37,8 +33,6 @@ class ImageFolder:
         classes: class names in the order of the labels; None: the class folders, sorted. A class without a folder or
             images is named in a warning. Pass the same list for training and test set if one lacks a class.
         limit: use this many images, evenly spread over the sorted list.
-        as_tensor: return images as `(3, H, W)` uint8 instead of PIL images, which is faster for JPEG files; useful if
-            the workers do little else (`dataloader.pretext.augment_on="device"`).
         part: "train" or "val" to draw validation images from a labelled set: `val_fraction` of each class, rounded
             down, or the others; None for all. Depends on `val_fraction`, `seed`, and each class's label and number of
             files only, so both parts need the same `classes`.
@@ -55,7 +49,6 @@ class ImageFolder:
         labelled: bool = True,
         classes: Sequence[str] | None = None,
         limit: int | None = None,
-        as_tensor: bool = False,
         part: str | None = None,
         val_fraction: float = 0.2,
         seed: int = 0,
@@ -69,7 +62,6 @@ class ImageFolder:
             raise DatasetError(f'ImageFolder: part is {part!r}; accepted are "train", "val" and None for all images.')
         if part is not None and not labelled:
             raise DatasetError(f'ImageFolder: part="{part}" is drawn per class and needs labels. Set labelled=True.')
-        self._load = load_pixels if as_tensor else load_image
         self.classes = self._classes(classes) if labelled else None
         files, labels = self._labelled_files(classes is None) if labelled else (sorted(_images_below(self.root)), [])
         if not files:
@@ -136,8 +128,8 @@ class ImageFolder:
     def __len__(self) -> int:
         return len(self._files)
 
-    def __getitem__(self, index: int) -> "tuple[Image.Image | Tensor, int | None]":
-        return self._load(self.source(index)), self.target(index)
+    def __getitem__(self, index: int) -> tuple[Image.Image, int | None]:
+        return load_image(self.source(index)), self.target(index)
 
     def target(self, index: int) -> int | None:
         """Return the class index of sample `index` without decoding its image; None without labels."""

@@ -7,11 +7,12 @@ import os
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from functools import partial
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from tabulate import tabulate
+from tqdm import tqdm
 
 from bissl_zoo.data.datasets.catalog import datasets_root
 from bissl_zoo.data.datasets.classification import CLASSIFICATION_SETS, find_folder
@@ -144,7 +145,7 @@ def survey(name: str, open_files: bool = False, num_workers: int = 4) -> Survey:
     """Build the splits of a set, count, and compare with the original.
 
     Args:
-        open_files: also decode every image, in `num_workers` processes, and look for images that splits share.
+        open_files: also decode every image, in `num_workers` threads, and look for images that splits share.
     Raises:
         DatasetError: an unknown name.
     """
@@ -187,21 +188,19 @@ def _count(dataset: Any, split: str) -> Found:
 
 
 def unreadable(dataset: Any, indices: Sequence[int], description: str, num_workers: int) -> list[str]:
-    """Return the problem of each sample that cannot be read, with `num_workers` processes."""
-    from torch.utils.data import DataLoader
-    from tqdm import tqdm
+    """Return the problem of each sample that cannot be read, with `num_workers` threads."""
 
-    problem_of = partial(_problem, dataset)
-    loader = DataLoader(indices, batch_size=None, collate_fn=problem_of, num_workers=num_workers)
-    return [problem for problem in tqdm(loader, desc=description, unit="image") if problem]
+    def problem_of(index: int) -> str:
+        try:
+            dataset[index]
+        except DatasetError as error:
+            return str(error)
+        return ""
 
-
-def _problem(dataset: Any, index: int) -> str:
-    try:
-        dataset[index]
-    except DatasetError as error:
-        return str(error)
-    return ""
+    with ThreadPool(max(1, num_workers)) as pool:
+        found = pool.imap(problem_of, indices, chunksize=16)
+        problems = tqdm(found, desc=description, total=len(indices), unit="image")
+        return list(filter(None, problems))
 
 
 # data at a path

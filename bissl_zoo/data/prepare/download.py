@@ -7,13 +7,10 @@ from collections.abc import Callable, Mapping
 from http.client import HTTPException
 from pathlib import Path
 from tarfile import TarError
-from typing import Any, NamedTuple
+from typing import NamedTuple
 from zipfile import BadZipFile
 
 from bissl_zoo.errors import DatasetError
-
-#: `download(folder, root)` makes the piece below `folder`; archives may lie below the datasets root
-Download = Callable[[Path, Path], Any]
 
 
 class Source(NamedTuple):
@@ -21,12 +18,12 @@ class Source(NamedTuple):
 
     Attributes:
         page: its official page.
-        pieces: its folders below the datasets root, and the download of each; None if there is none.
+        pieces: its folders below the datasets root, and what downloads each into a folder that stands for that root.
         by_hand: the files that a user must put below the datasets root if a program cannot download them.
     """
 
     page: str
-    pieces: Mapping[str, Download | None]
+    pieces: Mapping[str, Callable[[str], None]]
     by_hand: str = ""
 
 
@@ -46,15 +43,14 @@ def fetch(name: str, root: Path) -> list[str]:
     source, hidden = SOURCES[name], root / f".downloading-{name}"
     files = source.by_hand or f"the unpacked archives of that page: {', '.join(source.pieces)}"
     by_hand = f"see {source.page} and make sure that {root.absolute()} holds {files}."
+    if source.by_hand and not (root / name).is_dir():
+        raise DatasetError(f"{name} cannot be downloaded by a program. Please {by_hand}")
     missing = [piece for piece in source.pieces if not (root / piece).is_dir()]
     for piece in missing:
-        download = source.pieces[piece]
-        if download is None:
-            raise DatasetError(f"{name} cannot be downloaded by a program. Please {by_hand}")
         try:
             shutil.rmtree(hidden, ignore_errors=True)  # torchvision accepts half an archive whose checksum it lacks
             hidden.mkdir(parents=True)
-            download(hidden, root)
+            source.pieces[piece](str(hidden))
             (root / piece).parent.mkdir(parents=True, exist_ok=True)
             os.replace(hidden / piece, root / piece)
         except _FAILURES as error:
@@ -67,53 +63,36 @@ def fetch(name: str, root: Path) -> list[str]:
     return missing
 
 
-def from_torchvision(*calls: tuple[str, dict[str, Any]]) -> Download:
-    """Return a download by torchvision's data sets of these names, with these arguments."""
+def _sets(name: str, *calls: dict[str, str]) -> Callable[[str], None]:
+    """Return a download by torchvision's data set of this name, with each of these arguments."""
 
-    def download(folder: Path, root: Path) -> None:
+    def download(folder: str) -> None:
         import torchvision.datasets
 
-        for dataset, arguments in calls:
-            getattr(torchvision.datasets, dataset)(str(folder), download=True, **arguments)
+        for arguments in calls or ({},):
+            getattr(torchvision.datasets, name)(folder, download=True, **arguments)
 
     return download
 
 
-def from_archive(url: str, md5: str | None, below: str = "") -> Download:
+def _archive(url: str, md5: str | None, below: str = "") -> Callable[[str], None]:
     """Return a download of an archive that is unpacked into the folder `below`."""
 
-    def download(folder: Path, root: Path) -> None:
+    def download(folder: str) -> None:
         from torchvision.datasets.utils import download_and_extract_archive
 
-        download_and_extract_archive(url, str(folder), str(folder / below), md5=md5)
+        download_and_extract_archive(url, folder, os.path.join(folder, below), md5=md5)
 
     return download
 
 
-def _imagenet(split: str) -> Download:
-    """Return what unpacks the archives that the user has put into `imagenet`."""
-
-    def download(folder: Path, root: Path) -> None:
-        from torchvision.datasets import ImageNet
-
-        (folder / "imagenet").mkdir()
-        for name in (f"ILSVRC2012_img_{split}.tar", "ILSVRC2012_devkit_t12.tar.gz"):
-            archive = (root / "imagenet" / name).absolute()
-            if not archive.is_file():
-                raise FileNotFoundError(f"{archive} does not exist")
-            (folder / "imagenet" / name).symlink_to(archive)
-        ImageNet(str(folder / "imagenet"), split)
-
-    return download
-
-
-def _voc(year: str, *image_sets: str) -> Download:
-    return from_torchvision(*(("VOCDetection", {"year": year, "image_set": image_set}) for image_set in image_sets))
+def _voc(year: str, *image_sets: str) -> Callable[[str], None]:
+    return _sets("VOCDetection", *({"year": year, "image_set": image_set} for image_set in image_sets))
 
 
 def _by(dataset: str, folder: str, page: str) -> Source:
     """Return the source of a set that torchvision downloads into one folder."""
-    return Source(page, {folder: from_torchvision((dataset, {}))})
+    return Source(page, {folder: _sets(dataset)})
 
 
 _COCO = "http://images.cocodataset.org"
@@ -128,17 +107,17 @@ SOURCES = {
     "food101": _by("Food101", "food-101", "https://data.vision.ee.ethz.ch/cvl/datasets_extra/food-101/"),
     "cifar10": _by("CIFAR10", "cifar-10-batches-py", _CIFAR),
     "cifar100": _by("CIFAR100", "cifar-100-python", _CIFAR),
-    "cub200": Source(_CUB, {"CUB_200_2011": from_archive(f"{_CUB}/files/CUB_200_2011.tgz", _CUB_MD5)}),
+    "cub200": Source(_CUB, {"CUB_200_2011": _archive(f"{_CUB}/files/CUB_200_2011.tgz", _CUB_MD5)}),
     "sun397": Source(
         f"{_SUN}/",
         {
-            "SUN397": from_torchvision(("SUN397", {})),
-            "SUN397/Partitions": from_archive(f"{_SUN}/download/Partitions.zip", None, "SUN397/Partitions"),
+            "SUN397": _sets("SUN397"),
+            "SUN397/Partitions": _archive(f"{_SUN}/download/Partitions.zip", None, "SUN397/Partitions"),
         },
     ),
     "stanford_cars": Source(
         "https://github.com/pytorch/vision/issues/7545 (the original page is gone)",
-        {"stanford_cars": None},
+        {},
         "in stanford_cars: cars_train/00001.jpg and so on, cars_test/00001.jpg and so on, devkit/cars_train_annos.mat, "
         "devkit/cars_meta.mat and cars_test_annos_withlabels.mat",
     ),
@@ -152,9 +131,9 @@ SOURCES = {
     "fashion_mnist": _by("FashionMNIST", "FashionMNIST", "https://github.com/zalandoresearch/fashion-mnist"),
     "imagenet": Source(
         "https://image-net.org/challenges/LSVRC/2012/2012-downloads.php (with an account)",
-        {"imagenet/train": _imagenet("train"), "imagenet/val": _imagenet("val")},
-        "imagenet/ILSVRC2012_img_train.tar, ILSVRC2012_img_val.tar and ILSVRC2012_devkit_t12.tar.gz, which this "
-        "command then unpacks, or imagenet/train and imagenet/val with a folder of images for each WordNet id",
+        {},
+        "imagenet/train and imagenet/val, with a folder of images for each WordNet id, as "
+        "torchvision.datasets.ImageNet(FOLDER, SPLIT) unpacks its archives",
     ),
     "voc_detection": Source(
         f"{_VOC}/",
@@ -163,9 +142,9 @@ SOURCES = {
     "coco_detection": Source(
         "https://cocodataset.org/#download",
         {
-            "coco/annotations": from_archive(f"{_COCO}/annotations/annotations_trainval2017.zip", None, "coco"),
-            "coco/val2017": from_archive(f"{_COCO}/zips/val2017.zip", None, "coco"),
-            "coco/train2017": from_archive(f"{_COCO}/zips/train2017.zip", None, "coco"),
+            "coco/annotations": _archive(f"{_COCO}/annotations/annotations_trainval2017.zip", None, "coco"),
+            "coco/val2017": _archive(f"{_COCO}/zips/val2017.zip", None, "coco"),
+            "coco/train2017": _archive(f"{_COCO}/zips/train2017.zip", None, "coco"),
         },
     ),
 }

@@ -7,9 +7,10 @@ import json
 import os
 import re
 import tarfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
-from typing import IO
+from typing import IO, TypeVar
 
 import numpy as np
 from torch.utils.data import DataLoader
@@ -35,6 +36,8 @@ from bissl_zoo.files import fsync, sha256_of, write_atomically
 
 #: longest member name without its extension, so that every tar format stores it in one header
 _MAX_KEY = 90
+
+Item, Result = TypeVar("Item"), TypeVar("Result")
 
 
 def pack_folder(
@@ -179,20 +182,7 @@ def index_shards(urls: str | Sequence[str], out: str | os.PathLike | None = None
         raise DatasetError("The shards are remote or in several folders. Pass --out DIR for the index.")
     if len({address.rpartition("/")[2] for address in addresses}) < len(addresses):
         raise DatasetError("Two shards have the same name. Index each folder with its own --out.")
-    results = DataLoader(addresses, batch_size=None, collate_fn=_scanned, num_workers=num_workers)
-    shards = []
-    for shard, problem in tqdm(results, total=len(addresses), unit="shard"):
-        if problem:
-            raise DatasetError(problem)
-        shards.append(Shard(*shard))
-    return write_index(Path(out or folders.pop()), shards)
-
-
-def _scanned(address: str) -> tuple[Shard | None, str]:
-    try:
-        return scan_shard(address), ""
-    except DatasetError as error:
-        return None, str(error)
+    return write_index(Path(out or folders.pop()), _in_threads(scan_shard, addresses, num_workers))
 
 
 def check_shards(folder: str | os.PathLike, num_workers: int = 4) -> tuple[list[Shard], list[str]]:
@@ -208,8 +198,12 @@ def check_shards(folder: str | os.PathLike, num_workers: int = 4) -> tuple[list[
     shards = [shard._replace(address=str(folder / name)) for name, shard in index.items()]
     unlisted = sorted({path.name for path in folder.glob("*.tar")} - index.keys())
     problems = [f"Shard {folder / name} is not in {INDEX_FILE}." for name in unlisted]
-    results = DataLoader(shards, batch_size=None, collate_fn=_problems, num_workers=num_workers)
-    return shards, problems + [problem for shard in tqdm(results, unit="shard") for problem in shard]
+    return shards, problems + [problem for found in _in_threads(_problems, shards, num_workers) for problem in found]
+
+
+def _in_threads(function: Callable[[Item], Result], items: Sequence[Item], num_workers: int) -> list[Result]:
+    with ThreadPool(max(1, num_workers)) as pool:
+        return list(tqdm(pool.imap(function, items), total=len(items), unit="shard"))
 
 
 def _problems(shard: Shard) -> list[str]:
@@ -222,7 +216,7 @@ def _problems(shard: Shard) -> list[str]:
                 problems.append(f"Shard {shard.address}: {key} {value}, but {INDEX_FILE} has {expected}.")
         for _, stored in read_samples(present, range(present.samples)):
             try:
-                load_image(io.BytesIO(stored.content), name=stored.name)
+                stored.decode()
             except DatasetError as error:
                 problems.append(str(error))
     except DatasetError as error:

@@ -252,7 +252,7 @@ def test_imagenet_with_unsorted_val_images_names_the_command(copy):
     folder = copy("imagenet")
     shutil.rmtree(folder / "val")
     picture(folder / "val" / "ILSVRC2012_val_00000001.JPEG", 0)
-    with pytest.raises(DatasetError, match="no class folders.*bissl data imagenet"):
+    with pytest.raises(DatasetError, match="no class folders.*torchvision.datasets.ImageNet"):
         build_dataset("imagenet", split="test")
     assert len(build_dataset("imagenet", split="trainval")) == 30
 
