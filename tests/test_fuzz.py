@@ -49,7 +49,7 @@ from bissl_zoo.zoo.index import check_name, is_name, parse_index, split_version
 
 pytestmark = pytest.mark.slow
 
-TARGETS = 13
+TARGETS = 14
 fuzzing = settings(
     max_examples=int(os.environ.get("BISSL_ZOO_FUZZ", "1000")) // TARGETS,
     derandomize=True,
@@ -69,6 +69,10 @@ def place(tmp_path_factory):
         yield folder
 
 
+def encoded(text):
+    return text.encode("utf-8", "surrogatepass")
+
+
 def read(place, call, *arguments, longest=20_000, port=None):
     """Return what a call returns, or None if it raises a BisslZooError with a short message."""
     with watched(place, port):
@@ -77,17 +81,6 @@ def read(place, call, *arguments, longest=20_000, port=None):
         except BisslZooError as error:
             assert 0 < len(str(error)) < longest
             return None
-
-
-@fuzzing
-@given(content=annotation_files)
-def test_any_annotation_is_read_or_refused(place, content):
-    path = place / "a.xml"
-    path.write_bytes(content)
-    annotation = read(place, read_annotation, path)
-    if annotation:
-        assert annotation.width >= 1 and annotation.height >= 1
-        assert len(annotation.names) == len(annotation.boxes) == len(annotation.difficult)
 
 
 @pytest.fixture(scope="module")
@@ -112,16 +105,6 @@ def test_any_coco_file_is_read_or_refused(place, images, content, way, labelled)
             boxes, size = sample[1]["boxes"], torch.tensor(COCO_IMAGES[name])
             assert (boxes[:, :2] >= 0).all() and (boxes[:, :2] < boxes[:, 2:]).all() and (boxes[:, 2:] <= size).all()
             assert all(0 <= label < len(dataset.classes) for label in sample[1]["labels"].tolist())
-
-
-@fuzzing
-@given(content=image_files, upright=st.booleans())
-@pytest.mark.filterwarnings("ignore")
-def test_any_image_is_read_or_refused(place, content, upright):
-    path = place / "a.jpg"
-    path.write_bytes(content)
-    image = read(place, load_image, path, upright)
-    assert image.mode == "RGB" if image else content not in readable_images
 
 
 def saved_files(folder):
@@ -170,28 +153,6 @@ RECORD = {
     "files": {"model.safetensors": {"sha256": SHA256, "size": 3}},
 }
 INDEX = {"format": 1, "entries": {"tiny": RECORD, "tiny@2": RECORD}, "removed": ["gone"]}
-
-
-@fuzzing
-@given(content=json_files(INDEX))
-def test_any_index_is_read_or_refused(place, content):
-    index = read(place, parse_index, content, "fuzz")
-    if index:
-        assert all(is_name(name) and all(map(is_name, record["files"])) for name, record in index.records.items())
-        assert read(place, parse_index, index.to_bytes(), "again") == index
-
-
-@fuzzing
-@given(
-    name=st.sampled_from(NAMES)
-    | st.text(max_size=20)
-    | damaged([b"tiny@2", b"a.b_c-d"]).map(lambda content: content.decode("utf-8", "replace"))
-)
-def test_any_name_stays_in_its_folder_or_is_refused(place, name):
-    read(place, check_name, name)
-    if is_name(name):
-        assert (place / name).resolve().parent == place.resolve()
-        assert split_version(name)[1] >= 1
 
 
 @pytest.fixture(scope="module")
@@ -265,71 +226,105 @@ def test_any_web_server_is_a_zoo_or_is_refused(place, zoo, server, data, file, l
 
 
 METADATA = {"architecture": "test_resnet", "model_args": {"in_chans": 3}, "pixels": {"mean": [0.5], "std": [0.5]}}
-
-
-@fuzzing
-@given(data=st.data())
-def test_any_backbone_file_is_read_or_refused(place, data):
-    metadata = data.draw(json_files(METADATA)).decode("utf-8", "replace")
-    content = safetensors.torch.save({"weight": torch.zeros(2, 2)}, {"bissl_zoo": metadata})
-    if data.draw(st.booleans()):
-        content = data.draw(safetensors_files(safetensors.torch.save({"weight": torch.zeros(2)}, {"bissl_zoo": "{}"})))
-    path = place / "backbone.safetensors"
-    path.write_bytes(content)
-    backbone = read(place, read_weights, path)
-    if backbone:
-        assert isinstance(backbone.architecture, str) and isinstance(backbone.model_args, dict)
-
-
-@fuzzing
-@given(content=yaml_files)
-def test_any_saved_config_is_read_or_refused(place, content):
-    path = place / "config.yaml"
-    path.write_bytes(content)
-    cfg = read(place, LazyConfig.load, path)
-    if cfg is not None:
-        read(place, LazyConfig.save, cfg, place / "again.yaml")
-        read(place, LazyConfig.to_py, cfg)
-
-
-@fuzzing
-@given(several=st.lists(overrides, max_size=3))
-def test_any_override_is_applied_or_refused(place, several):
-    cfg = OmegaConf.create(CONFIG)
-    changed_cfg = read(place, LazyConfig.apply_overrides, cfg, several, longest=200_000)  # they are repeated in it
-    assert cfg == CONFIG
-    if changed_cfg is not None:
-        read(place, LazyConfig.save, changed_cfg, place / "again.yaml")
-
-
 LINES = [{"stage": "pretrain", "step": 1, "loss": 0.5}, {"stage": "bissl", "step": 1}, {"stage": "bissl", "step": 2}]
+RUN_METADATA = {"datasets": {"train": {"name": "a", "samples": 3}}, "ancestors": [], "wall_time_s": 1.5}
+RECEIPT = {"name": "tiny", "location": "/zoo/tiny", "sha256": SHA256}
 
 
-@fuzzing
-@given(content=st.lists(json_files(LINES[0]) | st.sampled_from(list(map(as_json, LINES))), max_size=5).map(b"\n".join))
-def test_of_any_metrics_a_first_part_stays(place, content):
-    path = place / "metrics.jsonl"
-    path.write_bytes(content)
-    read(place, drop_lines_after, path, "bissl", 1)
+def use_annotation(path):
+    annotation = read_annotation(path)
+    assert annotation.width >= 1 and annotation.height >= 1
+    assert len(annotation.names) == len(annotation.boxes) == len(annotation.difficult)
+
+
+def use_image(path):
+    content = path.read_bytes()
+    try:
+        assert load_image(path, True).mode == load_image(path, False).mode == "RGB"
+    except BisslZooError:
+        assert content not in readable_images
+        raise
+
+
+def use_index(path):
+    index = parse_index(path.read_bytes(), "fuzz")
+    assert all(is_name(name) and all(map(is_name, record["files"])) for name, record in index.records.items())
+    assert parse_index(index.to_bytes(), "again") == index
+
+
+def use_name(path):
+    name = path.read_bytes().decode("utf-8", "replace")
+    if is_name(name):
+        assert (path.parent / name).resolve().parent == path.parent.resolve() and split_version(name)[1] >= 1
+    check_name(name)
+
+
+def use_weights(path):
+    backbone = read_weights(path)
+    assert isinstance(backbone.architecture, str) and isinstance(backbone.model_args, dict)
+
+
+def use_config(path):
+    cfg = LazyConfig.load(path)
+    LazyConfig.to_py(cfg)
+    LazyConfig.save(cfg, path.parent / "again.yaml")
+
+
+def use_overrides(path):
+    cfg = OmegaConf.create(CONFIG)
+    try:
+        LazyConfig.apply_overrides(cfg, path.read_bytes().decode("utf-8", "surrogatepass").split("\0"))
+    finally:
+        assert cfg == CONFIG
+
+
+def use_metrics(path):
+    content = path.read_bytes()
+    drop_lines_after(path, "bissl", 1)
     rest = path.read_bytes()
     assert content.startswith(rest) or content.decode("utf-8", "replace").startswith(rest.decode())
 
 
-RUN_METADATA = {
-    "datasets": {"train": {"name": "a", "samples": 3}},
-    "ancestors": [],
-    "hardware": "CPU",
-    "wall_time_s": 1.5,
-}
-RECEIPT = {"name": "tiny", "location": "/zoo/tiny", "sha256": SHA256}
+def use_run_metadata(path):
+    read_metadata(path.parent)
+    add_wall_time(path.parent, 1.0)
 
 
-@fuzzing
-@given(metadata=json_files(RUN_METADATA), receipt=json_files(RECEIPT))
-def test_any_metadata_of_a_run_is_read_or_refused(place, metadata, receipt):
-    (place / "metadata.json").write_bytes(metadata)
-    (place / "zoo_entry.json").write_bytes(receipt)
-    entry = read(place, published, place)
+def use_receipt(path):
+    entry = published(path.parent)
     assert entry is None or all(isinstance(value, str) for value in (entry.name, entry.location, entry.sha256))
-    if read(place, read_metadata, place) is not None:
-        read(place, add_wall_time, place, 1.0)
+
+
+def in_weights(metadata):
+    return safetensors.torch.save({"weight": torch.zeros(2, 2)}, {"bissl_zoo": metadata.decode("utf-8", "replace")})
+
+
+#: file name -> its contents, and how it is used
+READERS = {
+    "annotation.xml": (annotation_files, use_annotation),
+    "image.jpg": (image_files, use_image),
+    "index.json": (json_files(INDEX), use_index),
+    "name": (st.sampled_from(NAMES).map(encoded) | damaged([b"tiny@2", b"a.b_c-d"]), use_name),
+    "backbone.safetensors": (
+        json_files(METADATA).map(in_weights) | safetensors_files(in_weights(b"{}")),
+        use_weights,
+    ),
+    "config.yaml": (yaml_files, use_config),
+    "overrides": (st.lists(overrides, max_size=3).map("\0".join).map(encoded), use_overrides),
+    "metrics.jsonl": (
+        st.lists(json_files(LINES[0]) | st.sampled_from(list(map(as_json, LINES))), max_size=5).map(b"\n".join),
+        use_metrics,
+    ),
+    "metadata.json": (json_files(RUN_METADATA), use_run_metadata),
+    "zoo_entry.json": (json_files(RECEIPT), use_receipt),
+}
+
+
+@pytest.mark.parametrize("name", READERS)
+@fuzzing
+@given(data=st.data())
+@pytest.mark.filterwarnings("ignore")
+def test_any_file_is_read_or_refused(place, name, data):
+    contents, use = READERS[name]
+    (place / name).write_bytes(data.draw(contents))
+    read(place, use, place / name, longest=200_000 if name == "overrides" else 20_000)  # they are repeated in it

@@ -107,15 +107,6 @@ def test_blockwise_reports_divergence():
     assert ConjugateGradient(iterations=5)(operator, v).status == "converged"
 
 
-def test_a_residual_that_grows_ends_the_joint_solve():
-    # nearly singular and indefinite: the first step length is huge
-    matrix = torch.diag(torch.tensor([1.0, -1.0 + 1e-3], dtype=torch.float64))
-    operator = system(matrix)
-    solution = ConjugateGradient(iterations=10)(operator, torch.ones(2, dtype=torch.float64))
-    assert solution.status == "diverged"
-    assert torch.equal(solution.x, torch.ones(2, dtype=torch.float64))
-
-
 @pytest.mark.parametrize("iterations", [1, 2, 3, 5])
 @pytest.mark.parametrize("seed", range(5))
 def test_blockwise_on_a_block_diagonal_system_is_joint_on_each_block(seed, iterations):

@@ -3,10 +3,9 @@
 import pytest
 import torch
 from torch import nn
-from torch.nn import functional
 
 from bissl_zoo.backbones import FeatureInfo
-from bissl_zoo.hypergradient import ConjugateGradient, CurvatureOperator, GaussNewtonOperator, MinRes
+from bissl_zoo.hypergradient import ConjugateGradient, GaussNewtonOperator, MinRes
 from bissl_zoo.registry import PRETEXT_METHODS, build_backbone, build_pretext
 
 HEADS = {
@@ -133,20 +132,6 @@ def test_outer_of_the_outputs_is_the_loss(name):
             torch.testing.assert_close(first, second, rtol=1e-4, atol=1e-6)
 
 
-def test_for_a_linear_network_it_is_the_hessian():
-    torch.manual_seed(0)
-    network, x = nn.Linear(4, 3).double(), torch.randn(6, 4, dtype=torch.float64)
-    labels, parameters = torch.tensor([0, 1, 2, 0, 1, 2]), list(network.parameters())
-
-    def outer(outputs):
-        return functional.cross_entropy(outputs[0], labels)
-
-    newton = GaussNewtonOperator(lambda: (network(x),), outer, parameters, 1.0, [network]).prepare()
-    hessian = CurvatureOperator(lambda: outer((network(x),)), parameters, 1.0, [network]).prepare()
-    u = torch.randn(15, dtype=torch.float64)
-    torch.testing.assert_close(newton.hessian_product(u), hessian.hessian_product(u), rtol=1e-12, atol=1e-14)
-
-
 def test_recomputed_graphs_give_the_same_products_and_no_state_changes():
     backbone, method, views = problem("byol")
     before = {name: value.clone() for name, value in backbone.state_dict().items()}
@@ -171,17 +156,3 @@ def test_solvers_reach_the_dense_solution_and_never_lengthen_v(solver):
     expected = torch.linalg.solve(torch.eye(len(v), dtype=torch.float64) + matrix / 0.1, v)
     assert solution.residual <= 1e-6 and solution.x.norm() <= v.norm()
     torch.testing.assert_close(solution.x, expected, rtol=1e-3, atol=1e-5)
-
-
-def test_a_product_needs_prepare():
-    backbone, method, views = problem("simclr")
-    with pytest.raises(RuntimeError, match="prepare"):
-        operator_of(backbone, method, views).hessian_product(torch.zeros(1))
-
-
-def test_outputs_that_are_linear_in_the_loss_have_no_curvature():
-    network = nn.Linear(3, 2).double()
-    operator = GaussNewtonOperator(
-        lambda: (network(torch.ones(1, 3, dtype=torch.float64)),), lambda o: o[0].sum(), list(network.parameters()), 1.0
-    ).prepare()
-    assert not operator.hessian_product(torch.ones(8, dtype=torch.float64)).any()

@@ -119,17 +119,6 @@ def test_a_fixed_damping_does_not_rise():
         assert solution.status == "max_iterations" and solution.products == 3 and operator.shift == 6.0
 
 
-def test_the_shift_may_change_between_solves_without_a_product():
-    hessian, v = rotated(torch.linspace(0.5, 10.0, 30), 0), randn(30, seed=0)
-    operator = DenseOperator(hessian, shift=1.0)
-    MinRes(iterations=6, tolerance=0.0)(operator, v)
-    known, operator.shift = operator.products, 5.0
-    solution = MinRes(iterations=6, tolerance=0.1)(operator, v)
-    assert solution.status == "converged" and operator.products == known
-    matrix = torch.eye(30, dtype=torch.float64) + hessian / 5.0
-    assert solution.residual == pytest.approx(residual(matrix, solution.x, v), rel=1e-9)
-
-
 def test_an_invariant_space_that_leaves_a_residual_is_singular():
     matrix = torch.diag(torch.tensor([1.0, 2.0, 0.0], dtype=torch.float64))
     v = torch.ones(3, dtype=torch.float64)

@@ -85,14 +85,6 @@ def test_products_left_by_automatic_damping_are_used_first(steps, drawn):
     assert torch.equal(torch.stack(list(operator.subspace.basis))[: len(basis)], basis)
 
 
-def test_another_seed_draws_other_directions():
-    hessian, v = rotated(20.0 / torch.arange(1, 41), 0), randn(40, seed=100)
-    state = torch.get_rng_state()
-    first, again, other = (Nystrom(rank=3, seed=seed, check=False)(DenseOperator(hessian), v).x for seed in (0, 0, 1))
-    assert torch.equal(first, again) and not torch.equal(first, other)
-    assert torch.equal(torch.get_rng_state(), state)
-
-
 def test_negative_curvature_returns_the_better_of_v_and_x():
     seen, rank = set(), 4
     for seed in range(20):
@@ -108,13 +100,3 @@ def test_negative_curvature_returns_the_better_of_v_and_x():
             assert (unchecked.status, unchecked.residual) == ("negative_curvature", None)
             assert torch.equal(unchecked.x, v)
     assert seen == {"v", "x"}
-
-
-def test_a_poor_approximation_of_a_definite_system_is_reported():
-    operator, v = DenseOperator(rotated(torch.linspace(1.0, 20.0, 60), 0)), randn(60, seed=100)
-    solution = Nystrom(rank=3, tolerance=0.05)(operator, v)
-    assert solution.status == "diverged"  # most of the curvature is left out, so x is nearly v, a residual above 1
-    operator.shift = 30.0
-    solution = Nystrom(rank=3, tolerance=0.05)(operator, v)
-    assert solution.status == "max_iterations" and 0.05 < solution.residual < 1.0
-    assert solution.residual == pytest.approx(residual(operator, solution.x, v), rel=1e-9)

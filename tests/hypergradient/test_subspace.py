@@ -63,16 +63,6 @@ def test_the_lanczos_relation_holds_also_after_truncation(size, seed, limit):
             torch.testing.assert_close(kept, all_of_them[:, : space.explored], rtol=0, atol=1e-12)
 
 
-def test_truncation_removes_vectors_without_products_first():
-    space = explored(symmetric(20, 0), 0)
-    size, products = len(space.basis), space.explored
-    for seed in range(100, 105):
-        space.coordinates(randn(20, seed=seed))
-    assert len(space.basis) == size + 5
-    space.truncate(size)
-    assert len(space.basis) == size and space.explored == products
-
-
 def test_thousands_of_float32_parameters_keep_the_relation():
     matrix = symmetric(2000, 0, torch.float32)
     # rounding of a sum of 2000 float32 products; Gram-Schmidt twice keeps the basis orthonormal to its own rounding
@@ -91,14 +81,6 @@ def test_a_vector_is_the_combination_of_its_coordinates(size, seed):
     assert len(space.basis) == count
 
 
-def test_zero_has_zero_coordinates_and_no_direction():
-    space = Subspace()
-    assert space.coordinates(torch.zeros(4)).numel() == 0 and not space.basis
-    space = explored(symmetric(6, 0), 0)
-    count = len(space.basis)
-    assert not space.coordinates(torch.zeros(6, dtype=torch.float64)).any() and len(space.basis) == count
-
-
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_vectors_and_products_that_are_not_finite_are_not_added(bad):
     matrix = symmetric(12, 0)
@@ -110,14 +92,6 @@ def test_vectors_and_products_that_are_not_finite_are_not_added(bad):
     assert not space.explore(lambda u: u * bad, space.unexplored(torch.zeros(count, dtype=torch.float64)))
     assert space.explored == 3 and len(space.basis) == count
     assert_relation(space, matrix)
-
-
-def test_the_next_direction_is_a_unit_vector_without_a_known_product():
-    space = explored(symmetric(12, 0), 0)
-    for coordinates in (space.coordinates(randn(12, seed=5)), torch.zeros(len(space.basis), dtype=torch.float64)):
-        direction = space.unexplored(torch.nn.functional.pad(coordinates, (0, len(space.basis) - len(coordinates))))
-        assert float(direction.norm()) == pytest.approx(1.0)
-        assert float((space.directions.T @ direction).abs().max()) < 1e-12
 
 
 def test_an_invariant_space_has_no_next_direction():
