@@ -1,4 +1,4 @@
-"""The examples train, resume and publish as their pages describe, each in its own process since it registers parts."""
+"""The examples train, resume and publish as their pages describe."""
 
 import json
 import re
@@ -7,16 +7,27 @@ from pathlib import Path
 
 import pytest
 import timm
+from command_line import load_tool, temporary_registrations
+
+pytestmark = pytest.mark.slow
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 ROTATION = "examples/my_pretext_method/digit_scenes.py"
 
 
+@pytest.fixture(autouse=True)
+def own_registrations():
+    """Let each test register the parts of an example, as a process of its own does."""
+    with temporary_registrations():
+        yield
+
+
 @pytest.fixture(scope="module")
-def rotation(train_net_process, tiny, tmp_path_factory):
+def rotation(train_net, tiny, tmp_path_factory):
     """Return the directory of a tiny run of the rotation example."""
     folder = tmp_path_factory.mktemp("rotation") / "run"
-    outcome = train_net_process(*tiny(), f"train.output_dir={folder}", config=ROTATION)
+    with temporary_registrations():
+        outcome = train_net(*tiny(), f"train.output_dir={folder}", config=ROTATION)
     assert outcome.status == 0, outcome.err
     return folder
 
@@ -32,28 +43,25 @@ def test_a_method_in_one_file_is_trained_and_published(rotation):
     assert any("rotation" in key for line in losses for key in line)
 
 
-def test_its_run_is_resumed_from_its_saved_config(rotation, train_net_process):
+def test_its_run_is_resumed_from_its_saved_config(rotation, train_net):
     (rotation / "results.json").unlink()
     shutil.rmtree(rotation / "checkpoints" / "finetune" / "step_000002")
-    outcome = train_net_process("--resume", config=rotation / "config.yaml")
+    outcome = train_net("--resume", config=rotation / "config.yaml")
     assert outcome.status == 0, outcome.err
     assert re.search(r"bissl .*2", outcome.out) and re.search(r"resum.*finetune .*1", outcome.out)
     assert (rotation / "results.json").is_file()
 
 
-def test_the_hypergradient_check_passes_on_it(process, rotation, tiny, tmp_path):
-    command = [REPOSITORY / "tools" / "check_hypergradient.py", "--config-file", ROTATION, "--run", rotation]
-    command += ["--max-products", 3, "--warmup-steps", 1, "--output-dir", tmp_path / "check"]
-    with process(*command, *tiny()) as running:
-        _, err = running.communicate(timeout=300)
-    assert running.returncode == 0, err
+def test_the_hypergradient_check_passes_on_it(rotation, tiny, tmp_path, at_scenes):
+    options = ["--config-file", ROTATION, "--run", rotation, "--output-dir", tmp_path / "check"]
+    assert load_tool("check").cli([*options, "--max-products", 3, "--warmup-steps", 1, *tiny()]) == 0
     assert json.loads((tmp_path / "check" / "check.json").read_text())["passed"]
 
 
-def test_a_task_in_one_file_runs_through_all_stages(train_net_process, tiny, tmp_path):
+def test_a_task_in_one_file_runs_through_all_stages(train_net, tiny, tmp_path):
     settings = [setting for setting in tiny() if not setting.startswith("task.")]
     settings += ["task.image_size=64", f"train.output_dir={tmp_path / 'run'}"]
-    outcome = train_net_process(*settings, config="examples/my_task/digit_scenes.py")
+    outcome = train_net(*settings, config="examples/my_task/digit_scenes.py")
     assert outcome.status == 0, outcome.err
     results = json.loads((tmp_path / "run" / "results.json").read_text())
     assert results.keys() == {"pretrained", "bissl"}

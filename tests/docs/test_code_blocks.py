@@ -12,16 +12,14 @@ import re
 import runpy
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
-from command_line import load_tool
+from command_line import load_tool, temporary_registrations
 from doc_blocks import REPOSITORY, Block, blocks, check_options, commands, is_config, pages, tool_of
 from page_data import scenes_as_coco, scenes_as_voc
 from PIL import Image
 
-import bissl_zoo.registry as registry
 from bissl_zoo.config import load_config
 from bissl_zoo.data.datasets.voc import VOC_CLASSES
 
@@ -43,8 +41,6 @@ RUN_ELSEWHERE = {
 }
 #: commands that do not return
 UNTESTED = {"tensorboard"}
-#: modules that pages import from their copy of the checkout
-EXAMPLES = {"examples", *(file.stem for file in REPOSITORY.glob("examples/*/*.py"))}
 #: arguments of the digit scenes that the fixture `scenes` writes
 SCENES = {"image_size": 64, "unlabeled": 24, "train": 16, "val": 1, "test": 8}
 RUNS = ("quickstart", "a", "b", "digits", "mine", "segmentation")
@@ -115,23 +111,6 @@ def reader(checkout, data, monkeypatch):
     monkeypatch.setenv("BISSL_ZOO", str(checkout / "model_zoo"))
     monkeypatch.syspath_prepend(str(checkout))
     return checkout
-
-
-@contextlib.contextmanager
-def temporary_registrations():
-    """Undo registrations and imports at the end of the block, as the end of a process does."""
-    before = {r: dict(r._obj_map) for r in vars(registry).values() if isinstance(r, registry.Registry)}
-    modules = set(sys.modules)
-    try:
-        yield
-    finally:
-        for registered, names in before.items():
-            for name in set(registered._obj_map) - set(names):
-                if not registered._obj_map[name].__module__.startswith("bissl_zoo."):
-                    del registered._obj_map[name]
-        for name in set(sys.modules) - modules:
-            if name.split(".")[0] in EXAMPLES:
-                del sys.modules[name]
 
 
 def run_tool(name: str, arguments: list[str]) -> str:

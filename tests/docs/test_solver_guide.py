@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from command_line import temporary_registrations
 
 from bissl_zoo.hypergradient import DenseOperator
 from bissl_zoo.registry import SOLVERS
@@ -36,8 +37,11 @@ def test_the_residual_is_the_true_one_and_never_above_one(solver, sign):
     assert solution.residual <= 1.0 and solution.products == operator.products
 
 
-def test_a_run_uses_it(train_net_process, tiny, tmp_path):
-    outcome = train_net_process(*tiny(), f"train.output_dir={tmp_path / 'run'}", config=CONFIG)
+@pytest.mark.slow
+def test_a_run_uses_it(train_net, tiny, tmp_path):
+    settings = [*tiny(), "train.stages=[bissl]", f"train.output_dir={tmp_path / 'run'}"]
+    with temporary_registrations():
+        outcome = train_net(*settings, config=CONFIG)
     assert outcome.status == 0, outcome.err
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     residuals = [line["solver/residual"] for line in lines if "solver/residual" in line]

@@ -1,10 +1,8 @@
 """Numbers that go wrong in a step, on purpose: seen at once, told with their samples; stopped at, or undone."""
 
 import copy
-import json
 import math
 
-import nonfinite_stages
 import pytest
 import torch
 from nonfinite_stages import (
@@ -14,12 +12,14 @@ from nonfinite_stages import (
     drawn,
     fine,
     health,
+    outcome,
     same,
     sample,
     stage,
     state_of,
     value_at,
 )
+from ranks import on_ranks
 
 from bissl_zoo.engine.build import Batches
 from bissl_zoo.errors import NonFiniteLoss
@@ -133,11 +133,8 @@ def test_a_resumed_run_skips_the_same_steps_and_goes_on_counting():
 
 
 @pytest.mark.slow
-def test_what_goes_wrong_on_one_process_is_decided_alike_on_both(process, tmp_path):
-    with process(nonfinite_stages.__file__, tmp_path) as running:
-        _, err = running.communicate(timeout=120)
-    assert running.returncode == 0, err
-    first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2))
+def test_what_goes_wrong_on_one_process_is_decided_alike_on_both(tmp_path):
+    first, second = on_ranks(lambda rank, world: [outcome("stop"), outcome("skip")], [2], tmp_path)[2]
     assert first == second
     numbers = drawn(3)[2][2:]  # the part of the rank that is named
     assert "step 2, rank 1: the loss is not finite" in first[0]

@@ -1,21 +1,15 @@
 """Small stages with NaN or Inf at chosen places, in one process or in two."""
 
 import copy
-import json
 import math
-import sys
-from pathlib import Path
 
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 from fvcore.common.param_scheduler import ConstantParamScheduler
 from omegaconf import OmegaConf
 from torch import nn
 
 from bissl_zoo.bilevel.level import Level
 from bissl_zoo.data.loaders import build_train_loader
-from bissl_zoo.distributed import barrier
 from bissl_zoo.engine.build import Batches
 from bissl_zoo.engine.health import Health
 from bissl_zoo.engine.stages.pretrain import PretrainTrainer
@@ -136,15 +130,3 @@ def outcome(policy):
     except NonFiniteLoss as error:
         return str(error)
     return [trainer.skipped, *[parameter.sum().item() for parameter in trainer.level.parameters]]
-
-
-def run_rank(rank, folder):
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
-    (folder / f"{rank}.json").write_text(json.dumps([outcome("stop"), outcome("skip")]))
-    barrier()
-    dist.destroy_process_group()
-
-
-if __name__ == "__main__":  # forks two processes from one, so that modules are imported once
-    mp.start_processes(run_rank, (Path(sys.argv[1]),), nprocs=2, start_method="fork")
