@@ -16,7 +16,7 @@ from bissl_zoo.backbones.lora import add_lora
 from bissl_zoo.bilevel.level import Level
 from bissl_zoo.config import instantiate
 from bissl_zoo.data.datasets.catalog import datasets_root
-from bissl_zoo.data.datasets.subsets import label_fraction, split_fold
+from bissl_zoo.data.datasets.subsets import label_fraction, split_fold, without
 from bissl_zoo.data.loaders import PlacedSampler
 from bissl_zoo.data.samples import to_device
 from bissl_zoo.data.views import two_parts
@@ -78,10 +78,12 @@ def build_datasets(cfg: DictConfig, roles: set[str]) -> dict[str, Dataset]:
     for role in labelled[1:]:
         _check_classes(labelled[0], data[labelled[0]].classes, role, data[role].classes)
     seed = cfg.train.seed if cfg.train.label_seed is None else cfg.train.label_seed
-    if cfg.train.folds and {"train", "test"} & data.keys():
+    if cfg.train.folds and {"pretext", "train", "test"} & data.keys():
         both = [data[role] if role in data else instantiate(cfg.dataloader[role].dataset) for role in ("train", "test")]
         parts = dict(zip(("train", "test"), split_fold(both, cfg.train.folds, seed % cfg.train.folds), strict=True))
         data |= {role: parts[role] for role in parts.keys() & data.keys()}
+        if "pretext" in data:  # the unlabelled images may be those of the training set
+            data["pretext"] = without(data["pretext"], parts["test"])
     if "train" in data and cfg.train.label_fraction is not None:
         data["train"] = label_fraction(data["train"], cfg.train.label_fraction, seed)
     if {"val", "test"} <= data.keys() and _same_samples(data["val"], data["test"]):

@@ -237,9 +237,10 @@ def base_config(cfg: DictConfig) -> DictConfig:
 
 def pretrain_config(base: DictConfig, seed: int) -> DictConfig:
     """Return the config of the pretraining that the arms start from."""
-    return LazyConfig.apply_overrides(
-        base, [override("train.stages", ["pretrain"]), override("train.seed", PRETRAIN_SEED_OFFSET + seed)]
-    )
+    changes = {"train.stages": ["pretrain"], "train.seed": PRETRAIN_SEED_OFFSET + seed}
+    if base.train.folds:
+        changes["train.label_seed"] = seed  # the fold of the runs that start from it
+    return LazyConfig.apply_overrides(base, [override(*item) for item in changes.items()])
 
 
 def arm_config(

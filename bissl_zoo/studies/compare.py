@@ -379,9 +379,15 @@ class Comparison:
             logger.warning(sentence)
 
     def _empty_results(self, best: dict[str, list[str]]) -> Results:
-        arms, share = self.settings.arms, self.base.train.label_fraction
-        costs = {arm: [] for arm in arms}
-        return Results({arm: {} for arm in arms}, {}, best, costs, {}, recorded_leakage(self.folder), share)
+        arms, train = self.settings.arms, self.base.train
+        return Results(
+            values={arm: {} for arm in arms},
+            best_overrides=best,
+            costs={arm: [] for arm in arms},
+            leakage=recorded_leakage(self.folder),
+            label_fraction=train.label_fraction,
+            folds=train.folds,
+        )
 
     def _enter(self, results: Results, arm: str, seed: int, repeat: int, metrics: dict[str, dict[str, float]]) -> None:
         value, name = self._value(metrics), run_name(arm, seed, repeat)

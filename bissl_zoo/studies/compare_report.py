@@ -41,6 +41,7 @@ class Results:
         repeats: values of each fine-tuning by arm and seed.
         leakage: near-duplicates between the data sets, as sentences.
         label_fraction: share of the training labels, if not all were used.
+        folds: number of folds of the test images; None if all runs use the same.
     """
 
     values: dict[str, dict[int, float]]
@@ -50,6 +51,7 @@ class Results:
     repeats: dict[tuple[str, int], list[float]] = field(default_factory=dict)
     leakage: list[str] = field(default_factory=list)
     label_fraction: float | None = None
+    folds: int | None = None
 
 
 def make_report(results: Results, settings: Settings) -> dict[str, Any]:
@@ -75,6 +77,7 @@ def make_report(results: Results, settings: Settings) -> dict[str, Any]:
         "vary": settings.vary,
         "finetune_seeds": settings.finetune_seeds,
         "label_fraction": results.label_fraction,
+        "folds": results.folds,
         "margin": settings.margin,
         "arms": arms,
         "differences": {
@@ -224,7 +227,10 @@ def _notes(report: dict[str, Any]) -> list[str]:
             "differences. Ten seeds are usual; --seeds 10 adds them."
         )
     notes.append(SHARED[report["vary"]])
-    notes.append("All runs use the same test images; the intervals do not cover the choice of test images.")
+    if report["folds"]:
+        notes.append(f"Seeds test different folds of the images ({report['folds']} folds), so the intervals cover them.")
+    else:
+        notes.append("All runs use the same test images; the intervals do not cover the choice of test images.")
     if tests > 1:
         notes.append(f"p values are of two-sided paired t tests, corrected for {tests} comparisons (Holm).")
     return notes

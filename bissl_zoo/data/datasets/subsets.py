@@ -1,7 +1,8 @@
-"""Subsets of labelled data sets: nested random shares, and the folds of a cross-validation."""
+"""Subsets of data sets: nested random shares, and the folds of a cross-validation."""
 
 import hashlib
 import math
+import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,7 +16,7 @@ from bissl_zoo.errors import DatasetError
 
 
 class Subset(Dataset):
-    """Samples of labelled data sets of the same classes, numbered over all of them in order.
+    """Samples of data sets of the same classes, numbered over all of them in order.
 
     Args:
         datasets: data sets of `(image, target)`.
@@ -23,15 +24,10 @@ class Subset(Dataset):
 
     Attributes:
         classes: those of the data sets.
-
-    Raises:
-        DatasetError: a data set has no labels.
     """
 
     def __init__(self, datasets: Sequence[Dataset], indices: np.ndarray) -> None:
         self.datasets, self.indices, self.classes = list(datasets), indices, datasets[0].classes
-        if any(dataset.classes is None for dataset in datasets):
-            raise DatasetError("Subsets are drawn from labelled data, but a data set has no labels.")
         self._ends = np.cumsum([len(dataset) for dataset in datasets])
 
     def __len__(self) -> int:
@@ -114,8 +110,19 @@ def split_fold(datasets: Sequence[Dataset], folds: int, fold: int) -> tuple[Subs
     return Subset(datasets, np.flatnonzero(~tested)), Subset(datasets, np.flatnonzero(tested))
 
 
+def without(dataset: Dataset, other: Dataset) -> Dataset:
+    """Return the samples of `dataset` whose files are not in `other`; all of them if one has no files."""
+    if not (hasattr(dataset, "source") and hasattr(other, "source")):
+        return dataset
+    left_out = {os.path.abspath(other.source(index)) for index in range(len(other))}
+    kept = [index for index in range(len(dataset)) if os.path.abspath(dataset.source(index)) not in left_out]
+    return dataset if len(kept) == len(dataset) else Subset([dataset], np.array(kept, dtype=np.int64))
+
+
 def _orders(dataset: Subset, seed: int) -> list[np.ndarray]:
     """Return a random order of the sample numbers of each class."""
+    if dataset.classes is None:
+        raise DatasetError("Subsets are drawn from labelled data, but a data set has no labels.")
     labels = _class_indices(dataset)
     return [
         np.random.default_rng((seed, int(label))).permutation(np.flatnonzero(labels == label))

@@ -6,7 +6,7 @@ import torch
 from PIL import Image
 
 from bissl_zoo.data import ImageFolder
-from bissl_zoo.data.datasets.subsets import label_fraction, split_fold
+from bissl_zoo.data.datasets.subsets import label_fraction, split_fold, without
 from bissl_zoo.errors import DatasetError
 
 
@@ -72,6 +72,15 @@ def test_each_sample_is_tested_in_one_fold_and_classes_are_distributed_evenly(fo
     number = next(i for i in range(len(test)) if test.indices[i] >= 28)
     assert test.source(number) == folder.source(int(test.indices[number]) - 28)
     assert test[number][1] == folder.target(int(test.indices[number]) - 28)
+
+
+def test_the_images_of_a_test_fold_are_left_out_of_an_unlabelled_pile(folder):
+    _, test = split_fold([folder], 4, 1)
+    pile = without(ImageFolder("pets", labelled=False), test)
+    sources = [pile.source(index) for index in range(len(pile))]
+    tested = {test.source(index) for index in range(len(test))}
+    assert len(sources) == 28 - len(tested) and not tested & set(sources) and pile.classes is None
+    assert pile[0][1] is None and without(folder, pile) is not folder and without(folder, Boxes()) is folder
 
 
 def test_images_of_two_detection_sets_have_distinct_numbers():
