@@ -228,7 +228,7 @@ def _notes(report: dict[str, Any]) -> list[str]:
         )
     notes.append(SHARED[report["vary"]])
     if report["folds"]:
-        notes.append(f"Seeds test different folds of the images ({report['folds']} folds), so the intervals cover them.")
+        notes.append(f"Each of {report['folds']} seeds tests another fold of the images, which the intervals cover.")
     else:
         notes.append("All runs use the same test images; the intervals do not cover the choice of test images.")
     if tests > 1:
