@@ -4,33 +4,15 @@ Probes and collapse metrics evaluate frozen features without a task.
 """
 
 from bissl_zoo.evaluation.classification import TopKEvaluator
-from bissl_zoo.evaluation.detection import DetectionEvaluator, average_precision, voc_average_precision
+from bissl_zoo.evaluation.detection import DetectionEvaluator
 from bissl_zoo.evaluation.multilabel import MultilabelEvaluator
-from bissl_zoo.evaluation.probes import (
-    LinearProbe,
-    alignment,
-    collapse_metrics,
-    effective_rank,
-    knn_accuracy,
-    knn_probabilities,
-    linear_probe,
-    normalized_std,
-    uniformity,
-)
+from bissl_zoo.evaluation.probes import collapse_metrics, knn_accuracy, linear_probe
 
 __all__ = [
     "DetectionEvaluator",
-    "LinearProbe",
     "MultilabelEvaluator",
     "TopKEvaluator",
-    "alignment",
-    "average_precision",
     "collapse_metrics",
-    "effective_rank",
     "knn_accuracy",
-    "knn_probabilities",
     "linear_probe",
-    "normalized_std",
-    "uniformity",
-    "voc_average_precision",
 ]

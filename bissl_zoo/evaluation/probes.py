@@ -17,6 +17,8 @@ CHUNK = 2**25
 _ROWS = 1024
 #: learning rates for standardized features: the smallest is slow on any set, the largest unstable on wide features
 LEARNING_RATES = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0)
+#: of the linear probe: samples per step, momentum of SGD, and share of each class that is held out
+BATCH_SIZE, MOMENTUM, HELD_OUT = 256, 0.9, 0.1
 
 
 @torch.no_grad()
@@ -50,8 +52,8 @@ def knn_probabilities(
     """
     if k < 1 or not temperature > 0:
         raise BisslZooError(f"kNN: k={k} must be 1 or more, and temperature={temperature} positive.")
-    _check(train_features, train_labels, num_classes)
-    _check(test_features, None, num_classes)
+    _check(train_features, train_labels)
+    _check(test_features)
     bank = functional.normalize(train_features.float(), dim=1)
     k, votes = min(k, len(bank)), []
     for part in test_features.split(max(1, chunk // len(bank))):
@@ -85,7 +87,7 @@ def knn_accuracy(
         BisslZooError: see :func:`knn_probabilities`.
     """
     num_classes = _num_classes(train_labels, test_labels)
-    _check(test_features, test_labels, num_classes)
+    _check(test_features, test_labels)
     votes = knn_probabilities(train_features, train_labels, test_features, num_classes, k, temperature, chunk)
     evaluator = TopKEvaluator([str(label) for label in range(num_classes)])
     evaluator.process(votes, test_labels)
@@ -112,12 +114,7 @@ def linear_probe(
     train_labels: Tensor,
     test_features: Tensor,
     test_labels: Tensor,
-    learning_rates: Sequence[float] = LEARNING_RATES,
     epochs: int = 100,
-    batch_size: int = 256,
-    momentum: float = 0.9,
-    weight_decay: float = 0.0,
-    held_out: float = 0.1,
     seed: int = 0,
 ) -> LinearProbe:
     """Train a linear classifier on frozen features by SGD, with several learning rates in parallel.
@@ -131,39 +128,31 @@ def linear_probe(
     Args:
         train_features, test_features: `(N, D)` and `(M, D)`, on one device.
         train_labels, test_labels: `(N,)` and `(M,)`, int64.
-        learning_rates: rates to compare.
         epochs: passes over the training set.
-        batch_size: samples per step.
-        momentum, weight_decay: of SGD.
-        held_out: share of each class that is held out; at least one sample of a class with two.
         seed: seed of the held-out part and of the order of samples; the result is deterministic.
     Raises:
         BisslZooError: shapes or labels are invalid, a feature is not finite, or no class has two samples.
     """
     num_classes = _num_classes(train_labels, test_labels)
-    _check(train_features, train_labels, num_classes)
-    _check(test_features, test_labels, num_classes)
+    _check(train_features, train_labels)
+    _check(test_features, test_labels)
     std, mean = torch.std_mean(train_features.float(), dim=0, correction=0)
     # a constant feature has no information, and its deviation is rounding error
     scale = torch.where(std > 1e-5 * mean.abs(), 1 / std, torch.zeros_like(std))
     train, test = ((part.float() - mean) * scale for part in (train_features, test_features))
     generator = torch.Generator().manual_seed(seed)
-    choosing = stratified(train_labels.cpu(), held_out, generator).to(train.device)
-
-    def fit(features: Tensor, labels: Tensor, rates: Sequence[float]) -> tuple[Tensor, Tensor]:
-        settings = (num_classes, rates, epochs, batch_size, momentum, weight_decay, generator)
-        return _train_side_by_side(features, labels, *settings)
-
-    weight, bias = fit(train[~choosing], train_labels[~choosing], learning_rates)
+    choosing = stratified(train_labels.cpu(), HELD_OUT, generator).to(train.device)
+    settings = (num_classes, epochs, BATCH_SIZE, generator)
+    weight, bias = _train_side_by_side(train[~choosing], train_labels[~choosing], LEARNING_RATES, *settings)
     accuracies = [
         ((train[choosing] @ w + b).argmax(dim=1) == train_labels[choosing]).double().mean().item()
         for w, b in zip(weight, bias, strict=True)
     ]
-    rate = learning_rates[accuracies.index(max(accuracies))]
-    weight, bias = fit(train, train_labels, [rate])
+    rate = LEARNING_RATES[accuracies.index(max(accuracies))]
+    weight, bias = _train_side_by_side(train, train_labels, [rate], *settings)
     evaluator = TopKEvaluator([str(label) for label in range(num_classes)])
     evaluator.process(test @ weight[0] + bias[0], test_labels)
-    return LinearProbe(evaluator.evaluate(), rate, dict(zip(learning_rates, accuracies, strict=True)))
+    return LinearProbe(evaluator.evaluate(), rate, dict(zip(LEARNING_RATES, accuracies, strict=True)))
 
 
 def stratified(labels: Tensor, share: float, generator: torch.Generator) -> Tensor:
@@ -186,12 +175,10 @@ def stratified(labels: Tensor, share: float, generator: torch.Generator) -> Tens
 def _train_side_by_side(
     features: Tensor,
     labels: Tensor,
-    num_classes: int,
     rates: Sequence[float],
+    num_classes: int,
     epochs: int,
     batch_size: int,
-    momentum: float,
-    weight_decay: float,
     generator: torch.Generator,
 ) -> tuple[Tensor, Tensor]:
     """Train L classifiers on the same batches, from zero; return weights `(L, D, C)` and biases `(L, C)`."""
@@ -205,10 +192,10 @@ def _train_side_by_side(
             x, y = features[batch.to(features.device)], labels[batch.to(features.device)]
             error = (torch.matmul(x, weight) + bias).softmax(dim=2)  # (L, B, C), gradient of the cross entropy
             error = (error - functional.one_hot(y, num_classes)) / len(x)
-            gradients = x.T @ error + weight_decay * weight, error.sum(dim=1, keepdim=True)
+            gradients = x.T @ error, error.sum(dim=1, keepdim=True)
             rate = base * (0.5 + 0.5 * math.cos(math.pi * step / total))
             for parameter, v, gradient in zip((weight, bias), velocity, gradients, strict=True):
-                v.mul_(momentum).add_(gradient)
+                v.mul_(MOMENTUM).add_(gradient)
                 parameter.sub_(rate * v)
             step += 1
     return weight, bias[:, 0]
@@ -218,21 +205,15 @@ def _num_classes(*labels: Tensor) -> int:
     return 1 + max(int(part.max()) if len(part) else 0 for part in labels)
 
 
-def _check(features: Tensor, labels: Tensor | None, num_classes: int) -> None:
+def _check(features: Tensor, labels: Tensor | None = None) -> None:
     if features.ndim != 2 or len(features) == 0:
         raise BisslZooError(f"Probe: features must be (N, D) and not empty, not {tuple(features.shape)}.")
     if not torch.isfinite(features).all():
         raise BisslZooError("Probe: a feature is NaN or infinite; the backbone has diverged.")
-    if labels is None:
-        return
-    if labels.shape != features.shape[:1] or labels.is_floating_point():
+    if labels is not None and (labels.shape != features.shape[:1] or labels.is_floating_point() or labels.min() < 0):
         raise BisslZooError(
-            f"Probe: labels must be integers, one per row of features {tuple(features.shape)}, not "
-            f"{labels.dtype} {tuple(labels.shape)}."
-        )
-    if labels.min() < 0 or labels.max() >= num_classes:
-        raise BisslZooError(
-            f"Probe: labels range from {int(labels.min())} to {int(labels.max())}, with {num_classes} classes."
+            f"Probe: labels must be class indices, one per row of features {tuple(features.shape)}, not "
+            f"{labels.dtype} {tuple(labels.shape)} from {labels.min()} to {labels.max()}."
         )
 
 
@@ -241,13 +222,7 @@ def _check(features: Tensor, labels: Tensor | None, num_classes: int) -> None:
 
 @torch.no_grad()
 def collapse_metrics(first: Tensor, second: Tensor) -> dict[str, float]:
-    """Return all metrics of collapse for embeddings `(N, D)` of two views of N images.
-
-    `std` and `effective_rank` are computed on the first view; `uniformity` is the mean over both views.
-
-    Raises:
-        BisslZooError: the embeddings are empty, not finite, or of different shapes.
-    """
+    """Return the metrics below for embeddings `(N, D)` of two views; those of one view are the first's or the mean."""
     return {
         "effective_rank": effective_rank(first),
         "std": normalized_std(first),
@@ -275,7 +250,7 @@ def effective_rank(embeddings: Tensor) -> float:
     It is the exponential of the entropy of the normalized singular values, between 1 and min(N, D). N should exceed D;
     the paper uses N = 25,600. The paper's 1e-7 inside the logarithm is omitted, since 0 log 0 is defined as 0.
     """
-    _check_embeddings(embeddings)
+    _check(embeddings)
     values = torch.linalg.svdvals(embeddings.double())
     if values[0] == 0:  # all embeddings are zero, which is constant
         return 1.0
@@ -288,12 +263,7 @@ def alignment(first: Tensor, second: Tensor) -> float:
 
     Wang and Isola (arXiv 2005.10242), section 4.1.1 with alpha = 2: 0 for equal views, 2 for independent ones, at
     most 4.
-
-    Raises:
-        BisslZooError: the shapes differ.
     """
-    if first.shape != second.shape:
-        raise BisslZooError(f"Alignment: the views have shapes {tuple(first.shape)} and {tuple(second.shape)}.")
     return (_unit(first) - _unit(second)).square().sum(dim=1).mean().item()
 
 
@@ -303,11 +273,7 @@ def uniformity(embeddings: Tensor, t: float = 2.0) -> float:
 
     Wang and Isola (arXiv 2005.10242), section 4.1.2: 0 if all embeddings are equal, and lower the more evenly they
     cover the sphere; about -2t for uniform points in high dimensions.
-
-    Raises:
-        BisslZooError: fewer than two embeddings.
     """
-    _check_embeddings(embeddings, 2)
     z = _unit(embeddings)
     total = z.new_zeros(())
     for start in range(0, len(z), _ROWS):
@@ -317,12 +283,5 @@ def uniformity(embeddings: Tensor, t: float = 2.0) -> float:
 
 
 def _unit(embeddings: Tensor) -> Tensor:
-    _check_embeddings(embeddings)
+    _check(embeddings)
     return functional.normalize(embeddings.double(), dim=1)
-
-
-def _check_embeddings(embeddings: Tensor, minimum: int = 1) -> None:
-    if embeddings.ndim != 2 or len(embeddings) < minimum:
-        raise BisslZooError(f"Embeddings must be (N, D) with N >= {minimum}, not {tuple(embeddings.shape)}.")
-    if not torch.isfinite(embeddings).all():
-        raise BisslZooError("An embedding is NaN or infinite; the network has diverged.")

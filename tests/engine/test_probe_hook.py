@@ -23,7 +23,7 @@ from bissl_zoo.engine.resume import preserved_randomness
 from bissl_zoo.engine.runner import run
 from bissl_zoo.engine.stages import Pretrain
 from bissl_zoo.errors import DatasetError
-from bissl_zoo.evaluation import effective_rank, normalized_std
+from bissl_zoo.evaluation.probes import effective_rank, normalized_std
 from bissl_zoo.registry import build_dataset, build_task
 
 CPU = torch.device("cpu")

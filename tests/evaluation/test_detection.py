@@ -7,7 +7,7 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 from bissl_zoo.errors import BisslZooError, DatasetError
-from bissl_zoo.evaluation import DetectionEvaluator, average_precision
+from bissl_zoo.evaluation.detection import DetectionEvaluator, average_precision
 
 GOLDEN = Path(__file__).resolve().parents[1] / "golden"
 ONE = pytest.approx(1.0, rel=1e-12)  # pycocotools adds a rounding unit to a denominator
