@@ -6,7 +6,7 @@ import json
 import pickle
 import re
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,6 @@ import timm
 import torch
 import torchvision
 from safetensors import SafetensorError
-from timm.models.resnet import ResNet
 from torch import Tensor, nn
 
 from bissl_zoo.errors import ZooError, did_you_mean, shorten
@@ -32,7 +31,6 @@ TORCHVISION_RESNETS = (
     *("resnet18", "resnet34", "resnet50", "resnet101", "resnet152", "wide_resnet50_2", "wide_resnet101_2"),
     *("resnext50_32x4d", "resnext101_32x8d", "resnext101_64x4d"),
 )
-_EPS = 1e-5  # of batch norm in torchvision and Detectron2
 
 
 @dataclass(frozen=True)
@@ -87,7 +85,15 @@ def export_backbone(
     output = Path(output)
     details = {"architecture": architecture, **_pixel_details(pixels)}
     try:
-        details |= _WRITERS[target](model, architecture, output, dict(model_args or {}), pixels, image_size)
+        if target == "timm":
+            details |= _to_timm(model, architecture, output, dict(model_args or {}), pixels, image_size)
+        elif target == "torchvision":
+            details |= _to_torchvision(model, architecture, output)
+        elif target == "detectron2":
+            details |= _to_detectron2(model, architecture, output, pixels)
+        else:
+            write = write_onnx if target == "onnx" else write_program
+            details |= write(model, _example(model, architecture, image_size), output, architecture)
     except (OSError, SafetensorError) as error:
         raise ZooError(f"{output} cannot be written: {error}.") from error
     return Exported(output, details)
@@ -150,7 +156,7 @@ def write_state(state: Mapping[str, Tensor], output: Path) -> None:
             torch.save(unshared(state), file)
 
 
-def _to_torchvision(model: nn.Module, architecture: str, output: Path, *_: Any) -> dict[str, str]:
+def _to_torchvision(model: nn.Module, architecture: str, output: Path) -> dict[str, str]:
     check_plain_resnet(model, architecture, "torchvision")
     write_state(model.state_dict(), output)
     arguments = f"num_classes={model.num_classes}" if model.num_classes else ""
@@ -161,7 +167,7 @@ def _to_torchvision(model: nn.Module, architecture: str, output: Path, *_: Any) 
 
 
 def _to_detectron2(
-    model: nn.Module, architecture: str, output: Path, model_args: Any, pixels: Mapping[str, Any] | None, *_: Any
+    model: nn.Module, architecture: str, output: Path, pixels: Mapping[str, Any] | None
 ) -> dict[str, str]:
     check_plain_resnet(model, architecture, "Detectron2")
     more: dict[str, Any] = {"matching_heuristics": True}
@@ -205,12 +211,6 @@ def write_detectron2(state: Mapping[str, Tensor], output: Path, more: Mapping[st
         pickle.dump({"model": arrays, "__author__": "bissl_zoo", **(more or {})}, stream, protocol=4)
 
 
-def _to_onnx(
-    model: nn.Module, architecture: str, output: Path, model_args: Any, pixels: Any, image_size: Sequence[int] | None
-) -> dict[str, str]:
-    return write_onnx(model, _example(model, architecture, image_size), output, architecture)
-
-
 def write_onnx(
     model: nn.Module,
     images: Tensor,
@@ -247,12 +247,6 @@ def write_onnx(
     return {**_shapes(images, any_batch), "outputs": ", ".join(outputs), "opset": str(ONNX_OPSET)}
 
 
-def _to_export(
-    model: nn.Module, architecture: str, output: Path, model_args: Any, pixels: Any, image_size: Sequence[int] | None
-) -> dict[str, str]:
-    return write_program(model, _example(model, architecture, image_size), output, architecture)
-
-
 def write_program(
     model: nn.Module,
     images: Tensor,
@@ -284,15 +278,6 @@ def _quiet_export() -> Iterator[None]:
 
 def _shapes(images: Tensor, any_batch: bool) -> dict[str, str]:
     return {"input": f"images ({'batch' if any_batch else len(images)}, {', '.join(map(str, images.shape[1:]))})"}
-
-
-_WRITERS: dict[str, Callable[..., dict[str, str]]] = {
-    "timm": _to_timm,
-    "torchvision": _to_torchvision,
-    "detectron2": _to_detectron2,
-    "onnx": _to_onnx,
-    "export": _to_export,
-}
 
 
 def _example(model: nn.Module, architecture: str, size: Sequence[int] | None) -> Tensor:
@@ -402,37 +387,16 @@ def detectron2_state(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 def check_plain_resnet(model: nn.Module, architecture: str, target: str) -> None:
     """Raise `ZooError` unless torchvision's network of this name (Detectron2's is equal) computes the same features."""
-    supported = f"It supports: {', '.join(TORCHVISION_RESNETS)}."
-    if reason := _why_not_plain(model):
-        raise ZooError(f"{target} has no network for {architecture}: {reason}. {supported}")
     if architecture not in TORCHVISION_RESNETS:
-        raise ZooError(f"{target} has no ResNet with the blocks of {architecture}. {supported}")
+        raise ZooError(f"{target} has no network for {architecture}. It supports: {', '.join(TORCHVISION_RESNETS)}.")
     with torch.random.fork_rng(devices=[]):
         reference = getattr(torchvision.models, architecture)(num_classes=model.num_classes or 1)
     if not model.num_classes:
         reference.fc = nn.Identity()
+    if difference := state_difference(reference.state_dict(), model.state_dict()):
+        raise ZooError(f"{target} has another {architecture}: {difference}.")
     reference.load_state_dict(model.state_dict())
     check_same_features(target, model, reference.eval(), (64, 64))
-
-
-def _why_not_plain(model: nn.Module) -> str:
-    if not isinstance(model, ResNet):
-        return f"it is a {type(model).__name__}, not a ResNet"
-    if isinstance(model.conv1, nn.Sequential):
-        return "its stem is several convolutions, not one of 7x7"
-    blocks = [block for stage in (model.layer1, model.layer2, model.layer3, model.layer4) for block in stage]
-    if any(getattr(block, "se", None) is not None for block in blocks):
-        return "its blocks have an attention module (se)"
-    if any(isinstance(module, nn.AvgPool2d) for block in blocks for module in block.modules()):
-        return "its shortcuts or blocks pool by averaging"
-    if any(not isinstance(block.act3 if hasattr(block, "act3") else block.act2, nn.ReLU) for block in blocks):
-        return "its activation is not ReLU"
-    norms = [module for name, module in model.named_modules() if re.search(r"(bn\d|downsample\.1)$", name)]
-    if any(not isinstance(norm, nn.BatchNorm2d) for norm in norms):
-        return f"it normalises with {type(norms[0]).__name__}, not batch norm"
-    if any(norm.eps != _EPS for norm in norms):
-        return f"its batch norm has eps {norms[0].eps:g}, not {_EPS:g}"
-    return ""
 
 
 def check_same_features(target: str, model: nn.Module, other: nn.Module, size: Sequence[int]) -> None:
