@@ -18,6 +18,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from importlib import metadata
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
 from packaging.requirements import Requirement
@@ -29,7 +30,7 @@ OK, WARNING, PROBLEM = "ok", "warning", "problem"
 PYTHON = ">=3.10,<3.14"
 #: the pins of Detectron2, so that both can be installed together
 PINS = {"omegaconf": ">=2.3,<2.4", "iopath": ">=0.1.9,<0.1.10", "fvcore": ">=0.1.5.post20221221,<0.1.6"}
-#: seconds that all checks may take; one that waits for a device or a network may hang
+#: seconds that a check may take; one that waits for a device or a network may hang
 TIMEOUT = 60.0
 #: bytes below which there is a warning: free disk for checkpoints, and shared memory for loader workers
 FREE_DISK, SHARED_MEMORY = 5 << 30, 1 << 30
@@ -71,7 +72,7 @@ def page(findings: Sequence[Finding]) -> str:
 
 
 def examine(names: Sequence[str] = (), runs: str | None = None, timeout: float = TIMEOUT) -> list[Finding]:
-    """Make the named checks, or all, in another process, so that one that crashes or hangs does not stop the others.
+    """Make the named checks, or all, each in its own process, so that one may crash or hang.
 
     Args:
         runs: the folder for runs; by default `runs` in the working directory.
@@ -81,38 +82,35 @@ def examine(names: Sequence[str] = (), runs: str | None = None, timeout: float =
     for name in names:
         if name not in CHECKS:
             raise ConfigError(f"No check '{name}'.{did_you_mean(name, CHECKS)} Checks: {', '.join(CHECKS)}.")
-    remaining, findings = list(names or CHECKS), []
     environment = {**os.environ, **({RUNS_VARIABLE: runs} if runs else {})}
-    code = "import sys; from bissl_zoo.doctor import print_checks; print_checks(sys.argv[1:])"
-    while remaining:
-        command = [sys.executable, "-c", code, *remaining]
+
+    def findings_of(name: str) -> list[Finding]:
+        command = [sys.executable, "-c", f"from bissl_zoo.doctor import print_check; print_check({name!r})"]
         try:
             ran = subprocess.run(command, capture_output=True, timeout=timeout, text=True, env=environment)
-            output, status = ran.stdout, ran.returncode
+        except subprocess.TimeoutExpired:
+            problem = f"no answer within {timeout:g} seconds"
+        else:
+            status, lines = ran.returncode, ran.stderr.strip().splitlines() or ["no message"]
+            if status == 0:  # a library may have printed before
+                return [Finding(**finding) for finding in json.loads(ran.stdout.splitlines()[-1])]
             how = f"was killed by {signal.Signals(-status).name}" if status < 0 else f"ended with status {status}"
-            ending = f"the process {how} ({(ran.stderr.strip().splitlines() or ['no message'])[-1]})"
-        except subprocess.TimeoutExpired as error:
-            output, ending = (error.stdout or b"").decode(), f"no answer within {timeout:g} seconds"
-        complete = output.rpartition("\n")[0].splitlines()  # the last line may be incomplete
-        findings += [Finding(**finding) for line in complete for finding in json.loads(line)]
-        remaining = remaining[len(complete) :]
-        if remaining:  # the first of these has ended the process
-            findings.append(Finding(PROBLEM, remaining.pop(0), ending, "Reinstall the library of that name."))
-    return findings
+            problem = f"the process {how} ({lines[-1]})"
+        return [Finding(PROBLEM, name, problem, "Reinstall the library of that name.")]
+
+    with ThreadPool(os.cpu_count()) as pool:
+        return [finding for findings in pool.map(findings_of, names or CHECKS) for finding in findings]
 
 
-def print_checks(names: Sequence[str]) -> None:
-    """Make the checks in this process and print a line of JSON for each; what libraries print goes to stderr."""
-    with os.fdopen(os.dup(1), "w", encoding="utf-8") as out:
-        os.dup2(2, 1)
-        for name in names:
-            findings: list[Finding] = []
-            try:
-                findings.extend(CHECKS[name]())
-            except Exception as error:  # of any type, raised by a library
-                message = " ".join(str(error).split()) or "no message"
-                findings.append(Finding(PROBLEM, name, f"{type(error).__name__}: {message}"))
-            print(json.dumps([asdict(finding) for finding in findings]), file=out, flush=True)
+def print_check(name: str) -> None:
+    """Make a check in this process and print its findings as a line of JSON."""
+    findings: list[Finding] = []
+    try:
+        findings.extend(CHECKS[name]())
+    except Exception as error:  # of any type, raised by a library
+        message = " ".join(str(error).split()) or "no message"
+        findings.append(Finding(PROBLEM, name, f"{type(error).__name__}: {message}"))
+    print("\n" + json.dumps([asdict(finding) for finding in findings]))
 
 
 def check_packages() -> Iterator[Finding]:

@@ -161,7 +161,7 @@ class ShardStream(IterableDataset):
     """
 
     def __init__(
-        self, dataset: ShardDataset, batch_size: int, seed: int, start_step: int = 0, rank: int = 0, world: int = 1
+        self, dataset: ShardDataset, batch_size: int, seed: int, start_step: int, rank: int, world: int
     ) -> None:
         self.dataset, self.batch_size, self.seed, self.start_step = dataset, batch_size, seed, start_step
         self.rank, self.world = rank, world
@@ -203,30 +203,24 @@ class ShardStream(IterableDataset):
 
     def _samples(self, consumer: int, consumers: int, delivered: int) -> Iterator[Stored]:
         """Yield the endless samples of one consumer, without the first `delivered`."""
-        total = len(self.dataset)
         for epoch in itertools.count():
-            first, last = epoch_bounds(total, epoch, consumer, consumers)
+            first, last = epoch_bounds(len(self.dataset), epoch, consumer, consumers)
             if delivered >= last - first:
                 delivered -= last - first
                 continue
-            pieces = epoch_share(self.dataset.samples, self.seed, epoch, first, last)
             rng = np.random.default_rng([self.seed, epoch, 1 + consumer])
             order = buffered_order(last - first, self.dataset.shuffle_buffer, rng)
-            yield from self._in_order(pieces, order, delivered)
+            pending = np.ones(len(order), dtype=bool)
+            pending[order[:delivered]] = False
+            arriving = self._read(epoch_share(self.dataset.samples, self.seed, epoch, first, last), pending)
+            buffer: dict[int, Stored] = {}
+            for position in order[delivered:].tolist():
+                while position not in buffer:
+                    buffer.update([next(arriving)])
+                yield buffer.pop(position)
             delivered = 0
 
-    def _in_order(self, pieces: list["Piece"], order: np.ndarray, delivered: int) -> Iterator[Stored]:
-        pending = np.ones(len(order), dtype=bool)
-        pending[order[:delivered]] = False
-        arriving = self._as_stored(pieces, pending)
-        buffer: dict[int, Stored] = {}
-        for position in order[delivered:].tolist():
-            while position not in buffer:
-                number, sample = next(arriving)
-                buffer[number] = sample
-            yield buffer.pop(position)
-
-    def _as_stored(self, pieces: list["Piece"], pending: np.ndarray) -> Iterator[tuple[int, Stored]]:
+    def _read(self, pieces: list["Piece"], pending: np.ndarray) -> Iterator[tuple[int, Stored]]:
         """Yield the pending samples of a share with their positions in it, in the order of the shards."""
         begin = 0
         for piece in pieces:

@@ -136,9 +136,8 @@ def test_a_commit_whose_answer_is_lost_is_not_repeated(store, hub, monkeypatch):
 @pytest.mark.parametrize(
     ("status", "headers", "message"),
     [
-        (403, {"X-Error-Code": "GatedRepo"}, "lab/zoo is gated"),
-        (401, {}, "hub answered 401.*HF_TOKEN"),
-        (403, {}, "HF_TOKEN.*write"),
+        (403, {"X-Error-Code": "GatedRepo"}, "hub answered 403.*hf auth login"),
+        (401, {}, "hub answered 401.*write.*HF_TOKEN"),
         (404, {"X-Error-Code": "RepoNotFound"}, "hf repo create lab/zoo"),
     ],
 )

@@ -126,11 +126,8 @@ def open_store(location: str | os.PathLike[str]) -> Store:
     text = os.fspath(location)
     match = _SCHEME.match(text)
     if match is None:
-        slip = _LOST_SLASH.match(text)
-        if slip and not os.path.exists(text):
-            scheme = slip[1].lower()
-            hint = f"{scheme}:{'///' if scheme == 'file' else '//'}{text[slip.end() :]}"
-            raise ZooError(f"There is no folder '{text}'. Did you mean '{hint}'?")
+        if _LOST_SLASH.match(text) and not os.path.exists(text):
+            raise ZooError(f"There is no folder '{text}'. An address begins with '//' after its scheme.")
         return FolderStore(text)
     scheme = match[1].lower()
     text = f"{scheme}://{text[match.end() :]}"

@@ -135,19 +135,12 @@ class HuggingFaceStore(FsspecStore):
             return self._error(cause, address)
         if isinstance(error, errors.OfflineModeIsEnabled):
             return ZooError(f"{address} cannot be reached while HF_HUB_OFFLINE is set.")
-        if isinstance(error, errors.GatedRepoError):
-            return ZooError(f"{self.repo} is gated: accept its terms on the hub, then log in with `hf auth login`.")
         if isinstance(error, errors.RevisionNotFoundError):
             return ZooError(f"{self.repo} has no revision '{self.revision}'.")
-        if isinstance(error, errors.RepositoryNotFoundError):
+        if status in (401, 403) or isinstance(error, errors.RepositoryNotFoundError):
             return ZooError(
-                f"The hub has no repository {self.repo}. Create it with `hf repo create {self.repo}`; for a private "
-                "one, log in with `hf auth login` or set HF_TOKEN."
-            )
-        if status in (401, 403):
-            return ZooError(
-                f"{address}: the hub answered {status} ({message}). Set HF_TOKEN to a token that may read, and for "
-                "publishing write, the repository."
+                f"{address}: the hub answered {status} ({message}). Check that the repository exists (`hf repo create "
+                f"{self.repo}`) and that you may read, and for publishing write, it: `hf auth login`, or HF_TOKEN."
             )
         if status in (409, 412):
             return Conflict(f"{address} was changed by another process.")
