@@ -1,7 +1,7 @@
 """Loaders: endless seeded training batches, sharded over ranks, and one pass over an evaluation set."""
 
 import signal
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Iterator
 from itertools import islice
 from typing import Any
 
@@ -10,12 +10,7 @@ from torch.utils.data import Dataset, Sampler, default_collate
 
 from bissl_zoo.data.samples import Collate, DrawnSamples, DrawnStream, Loader, OrderedSamples
 from bissl_zoo.distributed import STOP_SIGNALS, get_rank, get_world_size
-from bissl_zoo.errors import ConfigError, did_you_mean
-
-#: where the views of pretext data are made
-AUGMENT_ON = ("workers", "device")
-#: what happens to a sample that cannot be read
-ON_BAD = ("error", "skip")
+from bissl_zoo.errors import ConfigError
 
 
 class TrainingSampler(Sampler[int]):
@@ -105,11 +100,9 @@ def build_train_loader(
             (`Loader.skipped`). "error" raises. Data sets with a `stream` have their own `on_bad`.
         timeout: seconds after which a worker that delivers no batch ends the run; 0 waits forever.
     Raises:
-        ConfigError: the batch does not divide among the ranks; `augment_on` or `on_bad` has another value or
-            does not fit the data set; or there are fewer shards than workers of all ranks.
+        ConfigError: the batch does not divide among the ranks, `on_bad` does not fit the data set, or there are fewer
+            shards than workers of all ranks.
     """
-    _check_choice("augment_on", augment_on, AUGMENT_ON)
-    _check_choice("on_bad", on_bad, ON_BAD)
     world = get_world_size()
     if batch_size % world or batch_size < 1:
         raise ConfigError(
@@ -157,10 +150,7 @@ def build_test_loader(
             leaves it out if it fails twice; it is logged and counted (`Loader.skipped`), and the evaluation reports
             the count.
         timeout: seconds after which a worker that delivers no batch ends the run; 0 waits forever.
-    Raises:
-        ConfigError: `on_bad` has another value.
     """
-    _check_choice("on_bad", on_bad, ON_BAD)
     return Loader(
         OrderedSamples(dataset, transform, on_bad),
         on_skip="It is left out",
@@ -172,12 +162,6 @@ def build_test_loader(
         pin_memory=pin_memory,
         worker_init_fn=ignore_stop_signals,
     )
-
-
-def _check_choice(name: str, value: Any, choices: Collection[str]) -> None:
-    if value not in choices:
-        hint = did_you_mean(str(value), choices)
-        raise ConfigError(f"{name} is '{value}'; accepted are {' and '.join(choices)}.{hint}")
 
 
 def ignore_stop_signals(worker: int) -> None:

@@ -91,10 +91,6 @@ class ShardDataset(Dataset):
         on_bad: str = "skip",
         shuffle_buffer: int = 1000,
     ):
-        if on_bad not in ("error", "skip"):
-            raise DatasetError(f'Shards: on_bad is "{on_bad}"; accepted are "error" and "skip".')
-        if shuffle_buffer < 1:
-            raise DatasetError(f"Shards: shuffle_buffer is {shuffle_buffer}; it must be at least 1.")
         self.shards = find_shards(urls, index)
         self.samples = np.array([shard.samples for shard in self.shards], dtype=np.int64)
         self.on_bad, self.shuffle_buffer = on_bad, shuffle_buffer

@@ -48,7 +48,7 @@ def knn_probabilities(
     Returns:
         Shares of the votes, float32 `(M, num_classes)`; rows sum to 1.
     Raises:
-        BisslZooError: shapes, labels, k or temperature are invalid, or a feature is not finite.
+        BisslZooError: shapes or labels are invalid, or a feature is not finite.
     """
     if k < 1 or not temperature > 0:
         raise BisslZooError(f"kNN: k={k} must be 1 or more, and temperature={temperature} positive.")

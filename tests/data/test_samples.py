@@ -177,13 +177,7 @@ def test_a_read_that_hangs_ends_the_run_if_a_timeout_is_set(images):
         list(build_test_loader(images, BATCH, number_and_draw, num_workers=1, timeout=1))
 
 
-def test_invalid_values_are_refused(images):
-    with pytest.raises(ConfigError, match="on_bad is 'skipp'.* Did you mean 'skip'"):
-        loader_of(images, on_bad="skipp")
-    with pytest.raises(ConfigError, match="on_bad is 'drop'"):
-        build_test_loader(images, BATCH, number_and_draw, on_bad="drop")
-    with pytest.raises(ConfigError, match="augment_on is 'devise'.* Did you mean 'device'"):
-        loader_of(images, augment_on="devise")
+def test_on_bad_of_a_stream_is_set_at_its_data_set():
     with pytest.raises(ConfigError, match=r"dataloader\.pretext\.dataset\.on_bad=error"):
         loader_of(SimpleNamespace(stream=None), on_bad="error")
 

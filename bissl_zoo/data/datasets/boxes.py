@@ -45,8 +45,6 @@ class DetectionSet(Dataset):
     classes: list[str] | None = None
 
     def __init__(self, on_bad_annotation: str) -> None:
-        if on_bad_annotation not in ("error", "skip"):
-            raise DatasetError(f'on_bad_annotation is "{on_bad_annotation}"; accepted are "error" and "skip".')
         self._skip = on_bad_annotation == "skip"
         self._left_out: Counter[str] = Counter()
         self._first_left_out: dict[str, str] = {}

@@ -56,8 +56,6 @@ class ImageFolder:
         self.root = require_folder(datasets_root() / root / split, f"Image folder '{os.path.join(root, split)}'")
         if classes is not None and not labelled:
             raise DatasetError("ImageFolder: classes are given for an unlabelled set. Omit them or set labelled=True.")
-        if limit is not None and limit < 1:
-            raise DatasetError(f"ImageFolder: limit is {limit}; it must be at least 1, or None for all images.")
         if part not in (None, "train", "val"):
             raise DatasetError(f'ImageFolder: part is {part!r}; accepted are "train", "val" and None for all images.')
         if part is not None and not labelled:
@@ -200,11 +198,8 @@ def draw_fraction(labels: np.ndarray, fraction: float, seed: int) -> np.ndarray:
     Returns:
         bool (N,), True for what is drawn. The draw of a class depends only on `seed`, its label and its size.
     Raises:
-        DatasetError: the fraction is not between 0 and 1, the seed is negative, images have several labels, or no class
-            has two images.
+        DatasetError: images have several labels, or no class has two images.
     """
-    if isinstance(fraction, bool) or not isinstance(fraction, (int, float)) or not 0 < fraction < 1:
-        raise DatasetError(f"val_fraction is {fraction!r}; it must lie between 0 and 1, such as 0.2.")
     if labels.ndim != 1:
         raise DatasetError("Splits are drawn from data with one label per image only. Use the set's own splits.")
     sizes = np.bincount(labels)
@@ -229,8 +224,6 @@ def draw_per_class(labels: np.ndarray, count: int, seed: int) -> np.ndarray:
 
 def _draw(labels: np.ndarray, counts: np.ndarray, seed: int) -> np.ndarray:
     """Draw `counts[label]` samples of each class."""
-    if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
-        raise DatasetError(f"seed is {seed!r}; it must be a non-negative integer.")
     drawn = np.zeros(len(labels), dtype=bool)
     # one stable sort rather than a pass over all labels per class
     members = np.split(np.argsort(labels, kind="stable"), np.cumsum(np.bincount(labels, minlength=len(counts)))[:-1])

@@ -83,8 +83,6 @@ def test_limit_keeps_an_evenly_spread_part(pets):
     assert sources(dataset) == ["cat/1.WebP", "cat/2.tif", "dog/b.PNG"]
     assert [dataset[i][1] for i in range(3)] == [0, 0, 1]
     assert len(ImageFolder("pets", split="train", limit=99)) == 5
-    with pytest.raises(DatasetError, match="limit is 0"):
-        ImageFolder("pets", split="train", limit=0)
 
 
 def test_empty_split_empty_class_and_folder_without_classes_are_refused(pets):
@@ -143,10 +141,6 @@ def test_parts_that_cannot_be_drawn_are_refused(drawn):
         drawn("test")
     with pytest.raises(DatasetError, match='part="val" is drawn per class and needs labels'):
         drawn("val", labelled=False)
-    with pytest.raises(DatasetError, match="val_fraction is 1"):
-        drawn("val", val_fraction=1)
-    with pytest.raises(DatasetError, match="seed is -1"):
-        drawn("train", seed=-1)
 
 
 # draws
