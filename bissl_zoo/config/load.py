@@ -133,6 +133,8 @@ def _rename_old_keys(plain: dict[str, Any]) -> None:
     if isinstance(pretrain, dict) and pretrain.get("ema", "") is None:  # an option of earlier versions, switched off
         del pretrain["ema"]
     train = plain.get("train")
+    if isinstance(pretrain, dict) and isinstance(train, dict) and "channels_last" in pretrain:
+        train.setdefault("channels_last", pretrain.pop("channels_last"))
     if isinstance(train, dict) and isinstance(train.get("checkpoint"), dict):
         train["checkpoint"].pop("best", None)  # an option of earlier versions: which checkpoints are kept
     for path, (name, values) in _RENAMED.items():

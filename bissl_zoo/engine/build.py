@@ -149,7 +149,7 @@ def build_pretext(
     pretext = instantiate(cfg.pretext, backbone=trunk, tail=tail)
     if weights.pretext is not None:
         load_state(pretext, weights.pretext, "pretext head")
-    return _prepare(trunk, device), _prepare(pretext, device)
+    return _prepare(cfg, trunk, device), _prepare(cfg, pretext, device)
 
 
 def build_downstream(
@@ -164,11 +164,11 @@ def build_downstream(
     task = instantiate(context.cfg.task, backbone=trunk, classes=context.classes)
     if weights.task is not None:
         load_state(task, weights.task, "task head")
-    return _prepare(trunk, context.device), _prepare(task, context.device)
+    return _prepare(context.cfg, trunk, context.device), _prepare(context.cfg, task, context.device)
 
 
-def _prepare(module: nn.Module, device: torch.device) -> nn.Module:
-    module.to(device).train()
+def _prepare(cfg: DictConfig, module: nn.Module, device: torch.device) -> nn.Module:
+    module.to(device, memory_format=torch.channels_last if cfg.train.channels_last else torch.preserve_format).train()
     broadcast_module(module)
     return module
 

@@ -55,7 +55,7 @@ class Arm:
 
 def _longer_pretraining(cfg: DictConfig) -> list[str]:
     """Pretrain for the steps of the lower level in the BiSSL stage, with its optimizer, schedule and clipping."""
-    plain = {"epochs": None, "accumulate": 1, "channels_last": False, "compile": False}
+    plain = {"epochs": None, "accumulate": 1, "compile": False}
     settings = {f"pretrain.{key}": value for key, value in plain.items()}
     settings["pretrain.steps"] = cfg.bilevel.lower_steps * cfg.bilevel.alternations
     settings |= {f"{section}.pretrain": cfg[section].lower for section in ("optimizer", "lr_multiplier", "clip_grad")}

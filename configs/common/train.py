@@ -14,6 +14,7 @@ train = dict(
     deterministic=False,  # use deterministic algorithms; resumed runs are bit-equal, too; slower on GPUs
     device="auto",  # auto (a GPU if available), cpu, cuda
     amp=None,  # bf16: bfloat16 autocast for losses that are differentiated once; null: float32
+    channels_last=False,  # channels-last memory format in all stages: faster convolutions, on many CPUs too
     on_nonfinite="stop",  # if a loss or gradient is NaN or infinite: stop, or skip (undo the step and continue)
     max_skipped=10,  # maximum number of skipped steps in a stage (bissl: both levels together)
     log_period=10,  # steps between log lines and records in metrics.jsonl; bissl records every alternation
@@ -43,7 +44,6 @@ pretrain = dict(
     steps=None,  # optimizer steps; set these or epochs
     epochs=500,  # passes over dataloader.pretext
     accumulate=1,  # split each batch into equal parts to save memory; only for methods for which it is exact
-    channels_last=False,  # use the channels-last memory format: faster on GPUs with tensor cores
     head_warmup=False,  # first train a missing pretext head on the frozen backbone, as bilevel.pretext_warmup does
     compile=False,  # torch.compile the backbone; needs a C++ compiler, pays off in long runs on a GPU
 )

@@ -56,6 +56,23 @@ def test_both_levels_start_from_the_same_backbone_and_the_lower_one_leaves(conte
     assert trainer.problem.lower.step == 4 and trainer.problem.upper.step == 2
 
 
+@pytest.mark.slow
+def test_all_stages_have_the_same_losses_in_the_channels_last_memory_format(tiny_config, at_scenes):
+    runs = []
+    for channels_last in (False, True):
+        context = open_context(tiny_config(train__channels_last=channels_last, bilevel__alternations=1), "test")
+        stages = [stage.build(context, trunk_weights(context)) for stage in (Pretrain(), Bissl(), Finetune())]
+        weight = stages[0].level.backbone.state_dict()["conv1.3.weight"]
+        assert weight.is_contiguous(memory_format=torch.channels_last) == channels_last
+        for trainer in stages:
+            trainer.train()
+        runs.append({key: value for trainer in stages for key, value in trainer.metrics.items() if "loss" in key})
+    plain, other = runs
+    assert plain.keys() == other.keys() and len(plain) > 4
+    for key, value in plain.items():
+        assert other[key] == pytest.approx(value, rel=2e-3), key
+
+
 def test_the_baseline_and_the_fine_tuning_differ_in_the_backbone_only(context):
     one = Finetune(baseline=True).build(context, trunk_weights(context, 1))
     other = Finetune().build(context, trunk_weights(context, 2))

@@ -1,8 +1,10 @@
 """Gauss-Newton products against dense `J^T C J` in float64, for every pretext method."""
 
 import pytest
+import timm
 import torch
 from torch import nn
+from torch.nn import functional
 
 from bissl_zoo.backbones import FeatureInfo
 from bissl_zoo.hypergradient import ConjugateGradient, GaussNewtonOperator, MinRes
@@ -130,6 +132,24 @@ def test_outer_of_the_outputs_is_the_loss(name):
         )
         for first, second in zip(*gradients, strict=True):
             torch.testing.assert_close(first, second, rtol=1e-4, atol=1e-6)
+
+
+def test_products_are_equal_in_the_channels_last_memory_format():
+    labels, products = torch.arange(6) % 3, []
+    for layout in (torch.contiguous_format, torch.channels_last):
+        torch.manual_seed(0)
+        network = timm.create_model("test_resnet", num_classes=3).double().to(memory_format=layout)
+        x, parameters = torch.randn(6, 3, 32, 32, dtype=torch.float64), list(network.parameters())
+        u = torch.randn(sum(p.numel() for p in parameters), dtype=torch.float64)
+        operator = GaussNewtonOperator(
+            lambda network=network, x=x: (network(x),),
+            lambda outputs: functional.cross_entropy(outputs[0], labels),
+            parameters,
+            1.0,
+            [network],
+        )
+        products.append(operator.prepare().hessian_product(u))
+    torch.testing.assert_close(*products, rtol=1e-9, atol=1e-12)
 
 
 def test_recomputed_graphs_give_the_same_products_and_no_state_changes():

@@ -22,7 +22,7 @@ METADATA = {
 #: keys that were added after the first runs
 NEW_KEYS = (
     "train.amp train.deterministic train.on_nonfinite train.max_skipped train.probe train.checkpoint.every "
-    "train.lock pretrain.accumulate pretrain.channels_last pretrain.compile "
+    "train.lock pretrain.accumulate train.channels_last pretrain.compile "
     "bilevel.on_bad_hypergradient"
 ).split()
 

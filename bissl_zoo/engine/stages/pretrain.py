@@ -3,7 +3,6 @@
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 from omegaconf import DictConfig
 
 from bissl_zoo.backbones import Backbone, Tail
@@ -59,8 +58,6 @@ class Pretrain(Stage):
         seed_everything(cfg.train.seed)
         trunk, pretext = build_pretext(cfg, weights, context.device)
         check_accumulation(cfg, pretext)
-        if settings.channels_last:
-            trunk, pretext = (module.to(memory_format=torch.channels_last) for module in (trunk, pretext))
         batches = pretext_batches(context, pretext, cfg.train.seed, start_step)
         level = build_level(cfg, self.name, self.name, trunk, pretext, batches, self.steps(context))
         trainer = PretrainTrainer(level, settings.accumulate)
