@@ -69,11 +69,10 @@ class CentralCrops(Dataset):
 
 
 class FixedViews(Dataset):
-    """Items `(view, view)` of the images `indices`, which are the same in every pass.
+    """Items `(view,)`, the first view of each of the images `indices`, which is the same in every pass.
 
-    Each is the first view of an independent draw, so this also serves methods with many views, or one and a mask. Draws
-    depend on `seed` and the image only, not on the number of workers. They change the random state: iterate within
-    :func:`preserved_randomness`.
+    Draws depend on `seed` and the image only, not on the number of workers. They change the random state: iterate
+    within :func:`preserved_randomness`.
     """
 
     def __init__(
@@ -84,10 +83,9 @@ class FixedViews(Dataset):
     def __len__(self) -> int:
         return len(self.indices)
 
-    def __getitem__(self, position: int) -> tuple[Tensor, Tensor]:
+    def __getitem__(self, position: int) -> tuple[Tensor]:
         seed_everything(self.seed * 1_000_003 + self.indices[position])
-        image = self.dataset[self.indices[position]][0]
-        return self.views(image)[0], self.views(image)[0]
+        return (self.views(self.dataset[self.indices[position]][0])[0],)
 
 
 def sample_indices(size: int, limit: int, seed: int) -> list[int]:
@@ -276,11 +274,11 @@ class Probe(Hook):
         with preserved_randomness(self.context.device), evaluating(level.backbone, level.head):
             samples = FixedViews(*self._sample(self.context.data["pretext"], "pretext"), level.head.views(), self.seed)
             size = samples[0][0].shape[-1]
-            first, second = self._features(samples, "pretext")
-            if not (torch.isfinite(first).all() and torch.isfinite(second).all()):
+            (embeddings,) = self._features(samples, "pretext")
+            if not torch.isfinite(embeddings).all():
                 return {"effective_rank": math.nan}, "the embedding is not finite in eval mode"
-            metrics = collapse_metrics(first, second)
-            rank = f"effective rank {metrics['effective_rank']:.1f}/{min(first.shape)}  std {metrics['std']:.2f}"
+            metrics = collapse_metrics(embeddings)
+            rank = f"effective rank {metrics['effective_rank']:.1f}/{min(embeddings.shape)}  std {metrics['std']:.2f}"
             if self.labelled is None:
                 return metrics, rank
             parts = self._labelled_features(size)

@@ -13,8 +13,6 @@ from bissl_zoo.evaluation.classification import TopKEvaluator
 
 #: maximum number of similarities in memory at once, 128 MB of float32
 CHUNK = 2**25
-#: number of rows per block of pairs, which bounds memory
-_ROWS = 1024
 #: learning rates for standardized features: the smallest is slow on any set, the largest unstable on wide features
 LEARNING_RATES = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0)
 #: of the linear probe: samples per step, momentum of SGD, and share of each class that is held out
@@ -220,15 +218,9 @@ def _check(features: Tensor, labels: Tensor | None = None) -> None:
 # metrics that detect collapsed embeddings without labels
 
 
-@torch.no_grad()
-def collapse_metrics(first: Tensor, second: Tensor) -> dict[str, float]:
-    """Return the metrics below for embeddings `(N, D)` of two views; those of one view are the first's or the mean."""
-    return {
-        "effective_rank": effective_rank(first),
-        "std": normalized_std(first),
-        "alignment": alignment(first, second),
-        "uniformity": (uniformity(first) + uniformity(second)) / 2,
-    }
+def collapse_metrics(embeddings: Tensor) -> dict[str, float]:
+    """Return both metrics below, for embeddings `(N, D)`."""
+    return {"effective_rank": effective_rank(embeddings), "std": normalized_std(embeddings)}
 
 
 @torch.no_grad()
@@ -239,7 +231,8 @@ def normalized_std(embeddings: Tensor) -> float:
     direction, and 1 if they are spread evenly around the origin. Features pooled after a ReLU are not negative and
     therefore stay below 1: a falling value indicates collapse, not its level.
     """
-    z = _unit(embeddings)
+    _check(embeddings)
+    z = functional.normalize(embeddings.double(), dim=1)
     return z.std(dim=0, correction=0).mean().item() * math.sqrt(z.shape[1])
 
 
@@ -255,33 +248,3 @@ def effective_rank(embeddings: Tensor) -> float:
     if values[0] == 0:  # all embeddings are zero, which is constant
         return 1.0
     return torch.special.entr(values / values.sum()).sum().exp().item()
-
-
-@torch.no_grad()
-def alignment(first: Tensor, second: Tensor) -> float:
-    """Return the mean squared distance between l2-normalized embeddings `(N, D)` of two views.
-
-    Wang and Isola (arXiv 2005.10242), section 4.1.1 with alpha = 2: 0 for equal views, 2 for independent ones, at
-    most 4.
-    """
-    return (_unit(first) - _unit(second)).square().sum(dim=1).mean().item()
-
-
-@torch.no_grad()
-def uniformity(embeddings: Tensor, t: float = 2.0) -> float:
-    """Return the logarithm of the mean Gaussian potential over pairs of l2-normalized embeddings `(N, D)`.
-
-    Wang and Isola (arXiv 2005.10242), section 4.1.2: 0 if all embeddings are equal, and lower the more evenly they
-    cover the sphere; about -2t for uniform points in high dimensions.
-    """
-    z = _unit(embeddings)
-    total = z.new_zeros(())
-    for start in range(0, len(z), _ROWS):
-        squares = (2 - 2 * z[start : start + _ROWS] @ z[start:].T).clamp(min=0)
-        total += (-t * squares).exp().triu(diagonal=1).sum()
-    return (total / (len(z) * (len(z) - 1) / 2)).log().item()
-
-
-def _unit(embeddings: Tensor) -> Tensor:
-    _check(embeddings)
-    return functional.normalize(embeddings.double(), dim=1)

@@ -7,16 +7,11 @@ import pytest
 import torch
 
 from bissl_zoo.errors import BisslZooError
-from bissl_zoo.evaluation.probes import alignment, effective_rank, normalized_std, uniformity
+from bissl_zoo.evaluation.probes import effective_rank, normalized_std
 
 
 def gaussian(*shape, seed=0):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
-
-
-def circle(count):
-    angles = 2 * math.pi * torch.arange(count, dtype=torch.float64) / count
-    return torch.stack([angles.cos(), angles.sin()], dim=1)
 
 
 def test_an_orthonormal_set_has_the_rank_of_its_dimension():
@@ -51,33 +46,10 @@ def test_the_deviation_is_that_of_a_direct_computation_and_1_for_a_gaussian():
     assert normalized_std(torch.eye(10)) == pytest.approx(math.sqrt(1 - 1 / 10), rel=1e-12)
 
 
-def test_alignment_is_0_for_equal_views_2_for_orthogonal_and_4_for_opposite_ones():
-    embeddings = gaussian(50, 8)
-    assert alignment(embeddings, embeddings) == 0
-    assert alignment(embeddings, 3 * embeddings) == pytest.approx(0, abs=1e-12)  # lengths do not count
-    assert alignment(torch.eye(6), torch.eye(6).roll(1, dims=0)) == pytest.approx(2)
-    assert alignment(embeddings, -embeddings) == pytest.approx(4)
-
-
-@pytest.mark.parametrize("count", [2, 7, 90])
-def test_uniformity_of_points_on_a_circle_is_the_direct_double_sum(count):
-    points = circle(count).numpy()
-    pairs = [(i, j) for i in range(count) for j in range(i)]
-    potential = [math.exp(-2 * float(((points[i] - points[j]) ** 2).sum())) for i, j in pairs]
-    assert uniformity(circle(count)) == pytest.approx(math.log(sum(potential) / len(pairs)), rel=1e-9)
-
-
-def test_uniformity_over_several_blocks_is_that_of_torch_pdist():
-    embeddings = gaussian(1500, 5)  # more than a block of 1024
-    distances = torch.pdist(torch.nn.functional.normalize(embeddings.double(), dim=1))
-    expected = distances.square().mul(-2).exp().mean().log().item()
-    assert uniformity(embeddings) == pytest.approx(expected, rel=1e-9)
-
-
 @pytest.mark.parametrize(
     ("embeddings", "message"), [([[1.0, math.nan]], "NaN or infinite"), ([1.0], r"must be \(N, D\)")]
 )
 def test_what_cannot_be_measured_is_refused(embeddings, message):
-    for metric in (effective_rank, normalized_std, uniformity):
+    for metric in (effective_rank, normalized_std):
         with pytest.raises(BisslZooError, match=message):
             metric(torch.tensor(embeddings))
