@@ -31,7 +31,6 @@ def parse(parser: argparse.ArgumentParser, argv: Sequence[str]) -> argparse.Name
     into.add_argument("--allow-partial", action="store_true", help="accept an incomplete backbone")
     into.add_argument("--channel-order", choices=["RGB", "BGR"], help="of a Detectron2 file that does not state it")
     into.add_argument("--skip-objects", action="store_true", help="leave out objects that are not plain data")
-    into.add_argument("--head", type=Path, metavar="FILE", help="separate file with the pretext head")
     into.add_argument("--head-output", type=Path, metavar="FILE", help="write the head to this .safetensors file")
     out = commands.add_parser("out", help="write a backbone for another library")
     out.add_argument("source", metavar="BACKBONE", help="a zoo entry, or a source as for in")
@@ -54,7 +53,7 @@ def convert_in(args: argparse.Namespace) -> None:
     from bissl_zoo.weights.load import read_weights
 
     options = {key: getattr(args, key) for key in ("allow_partial", "channel_order", "skip_objects")}
-    read = read_weights(args.source, args.architecture, head_path=args.head, **options)
+    read = read_weights(args.source, args.architecture, **options)
     if args.head_output and not read.head:
         raise ZooError(f"--head-output: {args.source} has no head.")
     save_backbone(read, args.output)

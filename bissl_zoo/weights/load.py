@@ -43,7 +43,6 @@ def read_weights(
     allow_partial: bool = False,
     channel_order: str | None = None,
     skip_objects: bool = False,
-    head_path: str | Path | None = None,
 ) -> StoredBackbone:
     """Read the weights of a backbone from any source, under timm's names.
 
@@ -62,12 +61,10 @@ def read_weights(
         allow_partial: accept an incomplete backbone, and unknown tensors in it.
         channel_order: "RGB" or "BGR", for Detectron2 files that do not state it.
         skip_objects: leave out objects that are not plain data (argparse.Namespace); see `files.read_file`.
-        head_path: a second file with only the pretext head, as the BiSSL authors save it.
     Raises:
         ZooError: the source is not found or refused, its layout is unknown, or it is not a complete backbone of this
             architecture; the message has the number of tensors that match.
     """
-    separate_head = named_tensors(read_file(Path(head_path), skip_objects)) if head_path else {}
     stored, content = _open(str(source), architecture, zoo, skip_objects)
     tensors = named_tensors(content)
     architecture = architecture or stored.architecture or infer_architecture(tensors, source)
@@ -92,7 +89,7 @@ def read_weights(
         format=layout.name if stored.format == "file" else stored.format,
         missing=missing,
         unexpected=[*map(_named, parts.stray.items()), *map(_named, parts.rest.items())],
-        head={**stored.head, **parts.head, **separate_head},
+        head={**stored.head, **parts.head},
         pixels=stored.pixels or pixels,
         model_args=model_args,
         notes=(*notes, *_notes(layout, order, state, model_args)),
@@ -200,7 +197,7 @@ def _recognise(
                 return layout, parts
     known = ", ".join(dict.fromkeys(layout.name for layout in FORMATS))
     if tensors and all(name.startswith(("projector.", "predictor.")) for name in tensors):
-        known += ". These are tensors of a pretext head: pass the file of the backbone, and this one as head_path"
+        known += ". These are tensors of a pretext head: give the file of the backbone"
     raise ZooError(
         f"{source} has no backbone of this architecture in a known layout. It has {len(tensors)} tensors: "
         f"{shorten(list(tensors))}. Known layouts: {known}."

@@ -202,14 +202,9 @@ def test_the_bissl_authors_c4_layout_has_layer4_in_its_head(tmp_path):
     assert len(read.missing) == 30 and read.missing[0] == "layer4.0.conv1.weight (512, 256, 3, 3)"
 
 
-def test_the_bissl_authors_files_of_backbone_and_head_are_read_together(tmp_path):
-    backbone = written(tmp_path, STATE, "Pretext_byol_arch-resnet18_backbone_id-0.pth")
-    saved = {**under("projector.", MLP), **under("predictor.", MLP)}
-    head = written(tmp_path, saved, "Pretext_byol_arch-resnet18_head_id-0.pth")
-    read = read_weights(backbone, head_path=head)
-    assert_equal_states(read.state, STATE)
-    assert read.head.keys() == saved.keys() and torch.equal(read.head["projector.3.weight"], MLP["3.weight"])
-    with pytest.raises(ZooError, match="pass the file of the backbone, and this one as head_path"):
+def test_a_file_of_the_bissl_authors_with_the_head_alone_is_refused(tmp_path):
+    head = written(tmp_path, {**under("projector.", MLP), **under("predictor.", MLP)})
+    with pytest.raises(ZooError, match="pretext head: give the file of the backbone"):
         read_weights(head, "resnet18")
 
 

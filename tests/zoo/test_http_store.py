@@ -1,4 +1,3 @@
-import base64
 import contextlib
 import random
 import shutil
@@ -117,9 +116,7 @@ def test_a_busy_server_is_transient_and_may_ask_to_wait(server, store, status):
 @pytest.mark.parametrize("status", [204, 400, 401])
 def test_other_statuses_are_permanent_errors(server, store, status):
     plan(server, Answer(status=status))
-    message = refused(read, store)
-    assert f"{server.address}/zoo/{FILE} answered {status}" in message
-    assert ("PASSWORD" in message) == (status == 401)
+    assert f"{server.address}/zoo/{FILE} answered {status}" in refused(read, store)
 
 
 @pytest.mark.parametrize(
@@ -245,30 +242,6 @@ def test_a_redirect_to_another_scheme_is_refused(server, store, target):
     assert len(server.requests) == 1
 
 
-def test_user_and_password_are_sent_and_never_shown(server):
-    store = HttpStore(f"http://me:p%40ss@127.0.0.1:{server.server_port}/zoo")
-    assert read(store) == CONTENT
-    assert base64.b64decode(server.requests[0].headers["authorization"].removeprefix("Basic ")) == b"me:p@ss"
-    assert store.location == f"{server.address}/zoo"
-    plan(server, Answer(status=401), Answer(status=503), Answer(raw=b""), Answer(raw=b"rubbish\n"))
-    for _ in range(4):
-        with pytest.raises(ZooError) as raised:
-            read(store)
-        assert "p%40ss" not in str(raised.value) and "p@ss" not in str(raised.value)
-
-
-def test_credentials_are_not_sent_to_another_host(server):
-    with FaultyServer() as other:
-        store = HttpStore(server.address.replace("//", "//me:SECRET@"))
-        redirect(server, "/f", "/same")
-        redirect(server, "/same", f"http://you:too@127.0.0.1:{other.server_port}/there")
-        redirect(other, "/there", f"{server.address}/back")
-        server.files["/back"] = CONTENT
-        assert read(store, path="f") == CONTENT
-    assert [bool(request.headers.get("authorization")) for request in server.requests] == [True, True, False]
-    assert "authorization" not in other.requests[0].headers
-
-
 def test_the_proxy_of_the_environment_is_used_except_for_no_proxy(server, monkeypatch):
     with FaultyServer() as proxy:
         monkeypatch.setenv("http_proxy", proxy.address)
@@ -281,7 +254,14 @@ def test_the_proxy_of_the_environment_is_used_except_for_no_proxy(server, monkey
 
 @pytest.mark.parametrize(
     "location",
-    ["https://", "http://me:PASS@:80", "http://me:PASS@host:no", "http://me:PA/SS@host", "http://me:PASS@host:0/"]
+    [
+        "https://",
+        "https://me:PASS@host/zoo",
+        "http://me:PASS@:80",
+        "http://me:PASS@host:no",
+        "http://me:PA/SS@host",
+        "http://me:PASS@host:0/",
+    ]
     + ["https://me:PASS@host/zoo?token=1", "https://me:PASS@host/zoo#x", "http://[::1"],
 )
 def test_an_invalid_address_is_refused_without_showing_the_password(location):

@@ -4,7 +4,6 @@ fsspec's HTTP file system is not used: it follows every redirect with all header
 any transfer after five minutes.
 """
 
-import base64
 import http.client
 import io
 import ipaddress
@@ -17,7 +16,7 @@ import urllib.request
 from collections.abc import Iterator
 from contextlib import closing
 from typing import Any
-from urllib.parse import quote, unquote, urljoin, urlsplit, urlunsplit
+from urllib.parse import quote, urljoin, urlsplit, urlunsplit
 
 from bissl_zoo import __version__
 from bissl_zoo.errors import ZooError, printable
@@ -30,10 +29,10 @@ _BLOCK = 1 << 18
 
 
 class HttpStore(Store):
-    """Files below `https://HOST/FOLDER`, or `https://USER:PASSWORD@HOST/FOLDER` for basic authentication.
+    """Files below `https://HOST/FOLDER`, which anyone may read.
 
     The proxies of the environment are used. At most `MAX_REDIRECTS` redirects are followed, never from https to http
-    and never from a public address to a private one, and the password is not sent to another host.
+    and never from a public address to a private one.
     """
 
     def __init__(self, location: str, timeout: float = TIMEOUT_S) -> None:
@@ -42,15 +41,13 @@ class HttpStore(Store):
             valid = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
         except ValueError:
             valid = False
-        if not valid or parts.query or parts.fragment:
+        if not valid or "@" in parts.netloc or parts.query or parts.fragment:
             hidden = re.sub("//.*@", "//", location)
-            raise ZooError(f"'{hidden}' is not the address of a zoo. Write https://HOST/FOLDER without '?' and '#'.")
+            raise ZooError(
+                f"'{hidden}' is not the address of a zoo. Write https://HOST/FOLDER without password, '?' and '#'."
+            )
         self.location = _shown(location).rstrip("/")
         self._headers = {"User-Agent": f"bissl_zoo/{__version__}", "Accept-Encoding": "identity"}
-        self._private: dict[str, str] = {}
-        if parts.username is not None:
-            pair = f"{unquote(parts.username)}:{unquote(parts.password or '')}".encode()
-            self._private["Authorization"] = f"Basic {base64.b64encode(pair).decode()}"
         self._timeout = timeout
         self._opener = urllib.request.OpenerDirector()  # without handlers for other schemes, redirects and errors
         for handler in (urllib.request.ProxyHandler, _Handler, _SecureHandler):
@@ -87,9 +84,9 @@ class HttpStore(Store):
     def _request(self, address: str, start: int = 0) -> http.client.HTTPResponse:
         """Return the response after all redirects."""
         headers = self._headers | ({"Range": f"bytes={start}-"} if start else {})
-        url, private, public_only = address, self._private, False
+        url, public_only = address, False
         for _ in range(MAX_REDIRECTS + 1):
-            request = urllib.request.Request(url, headers={**private, **headers})
+            request = urllib.request.Request(url, headers=headers)
             request.public_only = public_only
             try:
                 response = self._opener.open(request, timeout=self._timeout)
@@ -98,10 +95,7 @@ class HttpStore(Store):
             if response.status in (301, 302, 303, 307, 308):
                 public_only = public_only or is_public(response.peer)
                 response.close()
-                target = _redirected(url, response, address)
-                if urlsplit(target)[:2] != urlsplit(url)[:2]:
-                    private = {}
-                url = target
+                url = _redirected(url, response, address)
                 continue
             if response.headers.get("Content-Encoding", "identity").strip().lower() not in ("", "identity"):
                 response.close()
@@ -184,10 +178,10 @@ class _SecureHandler(urllib.request.HTTPSHandler):
 
 
 def _shown(url: str) -> str:
-    """Return an address without user, password and query (often a signature)."""
+    """Return an address without its query, which often is a signature."""
     parts = urlsplit(url)
     path = quote(parts.path, safe="/%:@!$&'()*+,;=~")
-    return urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], path, "", ""))
+    return urlunsplit((parts.scheme, parts.netloc, path, "", ""))
 
 
 def _redirected(url: str, response: http.client.HTTPResponse, address: str) -> str:
@@ -214,8 +208,6 @@ def _refusal(response: http.client.HTTPResponse, address: str) -> ZooError:
         seconds = response.headers.get("Retry-After", "")
         error.retry_after = float(seconds) if re.fullmatch(r"\d{1,6}", seconds, re.ASCII) else 0.0
         return error
-    if response.status in (401, 403):
-        return ZooError(f"{answer}. Write https://USER:PASSWORD@HOST/... with valid credentials.")
     if response.status == 416:
         return ZooError(f"{answer}: the file is shorter than the index lists. The zoo must be uploaded again.")
     return ZooError(f"{answer}. Check the address.")
