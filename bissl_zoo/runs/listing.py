@@ -211,8 +211,8 @@ def _record(line: bytes) -> dict[str, Any] | None:
         return None
     if not isinstance(record, dict) or type(record.get("step")) is not int:
         return None
-    # the stage is the name of a folder
-    return record if re.fullmatch(r"\w{1,64}", str(record.get("stage")), re.ASCII) else None
+    stage = record.get("stage")  # the name of a folder
+    return record if isinstance(stage, str) and re.fullmatch(r"\w{1,64}", stage, re.ASCII) else None
 
 
 def _stage(run: RunState, name: str, total: int | None, metrics: dict[str, Any], verified: bool) -> StageProgress:

@@ -196,9 +196,9 @@ def test_an_incomplete_line_of_metrics_is_counted_unless_it_is_the_last(run):
     text = path.read_text()
     path.write_text(text + text[:20])
     assert look_at(run).problems == []
-    path.write_text(text + text[:20] + "\n" + '{"stage": "../..", "step": 1}\n' + text)
+    path.write_text(text + text[:20] + "\n" + '{"stage": "../..", "step": 1}\n{"step": 1}\n' + text)
     state = look_at(run)
-    assert state.problems == ["metrics.jsonl: 2 lines cannot be read"] and state.stages[-1].step == 2
+    assert state.problems == ["metrics.jsonl: 3 lines cannot be read"] and state.stages[-1].step == 2
 
 
 def test_only_the_end_of_long_metrics_is_read(run, monkeypatch):
