@@ -292,19 +292,18 @@ def _read_entry(entry: Entry) -> tuple[dict[str, Any], dict[str, torch.Tensor], 
 
 
 def _read_folder(folder: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+    path = folder / SUMS_FILE
     try:
-        with open(folder / SUMS_FILE, encoding="utf-8", opener=follow) as file:
+        with open(path, encoding="utf-8", opener=follow) as file:
             lines = file.read(_MAX_SUMS).splitlines()
         sums = {name: digest for digest, _, name in (line.partition("  ") for line in lines)}
-        for file in (JSON_FILE, WEIGHTS_FILE):
-            if sums.get(file) != sha256_of(folder / file):
-                raise ZooError(
-                    f"{folder / file} is damaged or was edited: its sha256 is not that in {SUMS_FILE}. Restore it from "
-                    "a copy."
-                )
-        return read_json(folder / JSON_FILE), load_file(folder / WEIGHTS_FILE)
+        for path in (folder / WEIGHTS_FILE, folder / JSON_FILE):
+            if sums.get(path.name) != sha256_of(path):
+                raise ZooError(f"{path} is damaged: {SUMS_FILE} has another sha256. Restore it from a copy.")
+        metadata, path = read_json(path), folder / WEIGHTS_FILE
+        return metadata, load_file(path)
     except (OSError, ValueError, SafetensorError) as error:
-        raise ZooError(f"The model in {folder} cannot be read: {error}. Restore it from a copy.") from error
+        raise ZooError(f"{path} cannot be read: {error}. Restore it from a copy.") from error
 
 
 def _build(metadata: Mapping[str, Any]) -> Model:
