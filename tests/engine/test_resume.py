@@ -2,7 +2,7 @@
 
 Runs are forked from the test process, which has imported everything. They kill themselves at an event drawn with a seed
 (an optimizer step, a product, a write, a rename, a sync), or are killed at a moment drawn likewise, as of a step's
-middle. BISSL_ZOO_KILLS asks for a longer soak.
+middle; of two processes, either or both. BISSL_ZOO_KILLS and BISSL_ZOO_SEED ask for a longer soak and another one.
 """
 
 import os
@@ -13,6 +13,7 @@ from itertools import count
 
 import pytest
 from forked_runs import start_run
+from hostile_input import time_limit
 from run_outcomes import assert_same, outcome
 
 from bissl_zoo.bilevel.level import Level
@@ -23,7 +24,7 @@ from bissl_zoo.zoo.stores import folder as folder_store
 
 pytestmark = pytest.mark.slow
 
-KILLS = int(os.environ.get("BISSL_ZOO_KILLS", 2))
+KILLS, SEED = int(os.environ.get("BISSL_ZOO_KILLS", 2)), os.environ.get("BISSL_ZOO_SEED", "")
 #: workers of the loaders, and processes
 RUNS = {"with workers": (2, 1), "two processes": (0, 2), "at any moment": (2, 1)}
 
@@ -60,27 +61,34 @@ class Bomb:
             setattr(os, name, self.around(getattr(os, name)))
 
 
-def go(cfg, processes, folder, fuse=None, report=None, seconds=None):
+def go(cfg, processes, folder, fuse=None, report=None, seconds=None, victims=(0,)):
     """Run until the end, the bomb, or a kill after so many seconds; whether it came to the end."""
-    meeting = folder / f"meeting-{random.getrandbits(64):x}"
+    meeting, errors = folder / f"meeting-{random.getrandbits(64):x}", folder / "errors"
     bomb = Bomb(fuse)
-    armed = fuse is not None or report is not None
+    armed = victims if fuse is not None or report is not None else ()
     pids = [
         start_run(
             cfg,
             rank=rank,
             processes=processes,
             meeting=meeting,
-            before=bomb.plant if armed and rank == 0 else None,
+            before=bomb.plant if rank in armed else None,
             after=(lambda: report.write_text(str(bomb.count))) if report and rank == 0 else None,
+            errors=errors,
         )
         for rank in range(processes)
     ]
-    if seconds is not None:
-        time.sleep(seconds)
-        os.kill(pids[0], signal.SIGKILL)
-    statuses = [os.waitpid(pid, 0)[1] for pid in pids]
-    assert fuse or seconds or statuses == [0] * processes
+    with time_limit(200):
+        if seconds is not None:
+            time.sleep(seconds)
+            for rank in victims:
+                os.kill(pids[rank], signal.SIGKILL)
+        statuses = [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids]
+    printed = errors.read_text()
+    # a process that loses the other ends with status 1 and one message
+    assert not {*statuses} - {0, -signal.SIGKILL, 1 if processes == 2 and (fuse or seconds) else 0}, printed
+    assert "Traceback" not in printed and -signal.SIGKILL in statuses or statuses == [0] * processes, printed
+    errors.unlink()
     return statuses == [0] * processes
 
 
@@ -109,14 +117,15 @@ def test_a_run_that_was_killed_many_times_ends_bit_equal_to_one_that_was_not(tin
     events = int((tmp_path / "events").read_text())
     assert events > 100
     whole = outcome(tmp_path / "whole", tmp_path / "whole-zoo")
-    rng, kills = random.Random(kind), 0
+    rng, kills = random.Random(f"{kind}{SEED}"), 0
     for number in count():  # a run takes no more kills than it has events, so that a soak takes several
         cfg, before = config(f"killed-{number}"), kills
         while kills < KILLS:
             # half of the fuses are long, so that all stages are reached
             part = rng.random() / (2 if rng.random() < 0.5 else 8)
-            how = {"seconds": part * duration} if kind == "at any moment" else {"fuse": 1 + int(part * events)}
-            if go(cfg, processes, tmp_path, **how):
+            at_a_moment = kind == "at any moment" or (processes == 2 and rng.random() < 0.5)
+            how = {"seconds": part * duration} if at_a_moment else {"fuse": 1 + int(part * events)}
+            if go(cfg, processes, tmp_path, victims=rng.choice([(0,), (1,), (0, 1)][: 3 ** (processes - 1)]), **how):
                 break
             kills += 1
         go(cfg, processes, tmp_path)

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from bissl_zoo.engine.launch import _run
+from bissl_zoo.engine import launch
 from bissl_zoo.engine.runner import run
 
 
@@ -33,9 +33,10 @@ def start_run(cfg, rank=0, processes=1, meeting=None, before=None, after=None, r
         sys.stdout, sys.stderr = (open(descriptor, "w", buffering=1, closefd=False) for descriptor in (1, 2))
         if before:
             before()
-        if processes > 1:
-            dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=processes)
-        status = _run(lambda: run(cfg, "test", resume=resume) and 0, ())
+        group = dict(init_method=f"file://{meeting}", rank=rank, world_size=processes)
+        launch._init_group = lambda: dist.init_process_group("gloo", **group)
+        start = launch._run_in_group if processes > 1 else launch._run
+        status = start(lambda: run(cfg, "test", resume=resume) and 0, ())
         if after:
             after()
     except Exception:
