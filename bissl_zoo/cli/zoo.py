@@ -4,6 +4,7 @@ bissl zoo list                                   # of $BISSL_ZOO, the checkout's
 bissl zoo list "*simclr*" --metric "AP50*" --zoo https://zoo.example.org
 bissl zoo fetch resnet18.simclr_bissl_digit_scenes --to backbones
 bissl zoo publish runs/quickstart --zoo /data/zoo
+bissl zoo publish runs/compare_trash --name tf_efficientnet_lite0.bissl_trash --model --half
 bissl zoo verify
 """
 
@@ -39,9 +40,14 @@ def parse(parser: argparse.ArgumentParser, argv: Sequence[str]) -> argparse.Name
     command.add_argument("name")
     command.add_argument("--to", type=Path, metavar="FOLDER", help="copy it to FOLDER/NAME, for timm's local-dir:")
     add("verify", "compare every file with the index")
-    command = add("publish", "publish the backbone of a finished run")
-    command.add_argument("run", type=Path, help="the run directory")
+    command = add("publish", "publish the backbone of a finished run, or of the first seed of a comparison")
+    command.add_argument("run", type=Path, help="directory of a run, or of a comparison, with its metrics of all seeds")
     command.add_argument("--name", help="name of the entry; default: train.publish.name of the run")
+    command.add_argument("--arm", default="bissl", help="arm of a comparison (default: bissl)")
+    command.add_argument("--model", action="store_true", help="publish the fine-tuned model, too")
+    command.add_argument("--no-pretext-head", action="store_true", help="publish no pretext head")
+    command.add_argument("--half", action="store_true", help="store float16: half the size, rounded to 3 digits")
+    command.add_argument("--licence", help="of the weights, an SPDX identifier; default: train.publish.licence")
     command = add("remove", "remove an entry from a zoo")
     command.add_argument("name", help="with its version, for example x@1")
     command.add_argument("--yes", action="store_true", help="skip the question")
@@ -61,11 +67,19 @@ def run(args: argparse.Namespace) -> int:
 
 
 def publish(args: argparse.Namespace) -> int:
-    """Publish the backbone of a finished run."""
+    """Publish the backbone of a finished run, or of the first seed of an arm."""
     from bissl_zoo.engine.publishing import publish_run
+    from bissl_zoo.studies.compare_report import COMPARISON_FILE, arm_to_publish
     from bissl_zoo.zoo import Zoo
     from bissl_zoo.zoo.commands import print_json
 
-    entry = publish_run(args.run, name=args.name, zoo=Zoo(*args.zoo) if args.zoo else None)
+    folder, metadata = args.run, {}
+    if (folder / COMPARISON_FILE).is_file():
+        folder, metadata = arm_to_publish(folder, args.arm)
+    if args.licence:
+        metadata["licence"] = args.licence
+    zoo, model = Zoo(*args.zoo) if args.zoo else None, args.model or None
+    head = not args.no_pretext_head
+    entry = publish_run(folder, args.name, zoo, half=args.half, model=model, pretext_head=head, **metadata)
     result = {"name": entry.name, "location": entry.location, "sha256": entry.sha256}
     return print_json(result) if args.json else print(f"published {entry.name} at {entry.location}") or 0

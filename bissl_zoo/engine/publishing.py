@@ -144,7 +144,16 @@ def check_publishing(cfg: DictConfig, source: str) -> None:
         )
 
 
-def publish_run(folder: Path, name: str | None = None, zoo: Zoo | None = None, once: bool = False) -> PublishedEntry:
+def publish_run(
+    folder: Path,
+    name: str | None = None,
+    zoo: Zoo | None = None,
+    once: bool = False,
+    half: bool = False,
+    model: bool | None = None,
+    pretext_head: bool = True,
+    **metadata: Any,
+) -> PublishedEntry:
     """Publish the backbone of the last pretext stage of a run, with its pretext head and the task's head.
 
     With `train.publish.model` the fine-tuned model takes the place of the latter, and the metrics are those of it.
@@ -153,7 +162,10 @@ def publish_run(folder: Path, name: str | None = None, zoo: Zoo | None = None, o
         folder: the run directory.
         name: of the entry; None for `train.publish.name` of the run's config.
         zoo: None for `train.publish.zoo`, or the first of `train.zoo`.
-        once: see `publish_entry`.
+        once, half: see `publish_entry`.
+        model: publish the fine-tuned model, too; None for `train.publish.model`.
+        pretext_head: publish the pretext head, too, with which another BiSSL stage can start.
+        metadata: fields of `EntryMetadata` in place of those of the run, such as metrics over several seeds.
     Raises:
         CheckpointError: there is no run, no finished pretext stage in it, or a file is damaged.
         ZooError: the zoo refused.
@@ -167,7 +179,9 @@ def publish_run(folder: Path, name: str | None = None, zoo: Zoo | None = None, o
     _, _, weights = newest_weights(folder, cfg)
     tail = {k[len("tail.") :]: value for k, value in (weights.pretext or {}).items() if k.startswith("tail.")}
     aligned = weights.task is not None
-    model = load_model(folder / MODEL_FOLDER, device="cpu") if cfg.train.publish.model else None
+    tuned = None
+    if cfg.train.publish.model if model is None else model:
+        tuned = load_model(folder / MODEL_FOLDER, device="cpu")
     metadata = {
         **{key: value for key, value in read_metadata(folder).items() if key not in ("stages", "peak_memory_mib")},
         "pretext": cfg.pretext.name,
@@ -178,12 +192,13 @@ def publish_run(folder: Path, name: str | None = None, zoo: Zoo | None = None, o
         "metrics": {
             f"{metric} ({start})": value
             for start, metrics in read_results(folder).items()
-            if model is None or start == model.metadata["start"]  # metrics belong to the model in the entry
+            if tuned is None or start == tuned.metadata["start"]  # metrics belong to the model in the entry
             for metric, value in metrics.items()
             if "/" not in metric
         },
         "seeds": [cfg.train.seed],
         "licence": cfg.train.publish.licence,
+        **metadata,
     }
     entry = publish_entry(
         name=name,
@@ -193,11 +208,12 @@ def publish_run(folder: Path, name: str | None = None, zoo: Zoo | None = None, o
         pretrained_cfg=pretext_pixels(cfg),
         metadata=metadata,
         train_config_text=(folder / CONFIG_FILE).read_text(),
-        pretext_head_state=weights.pretext,
-        task_head_state=weights.task if model is None else None,
-        task_model=model and {ENTRY_JSON: model.metadata, ENTRY_WEIGHTS: model.state_dict()},
+        pretext_head_state=weights.pretext if pretext_head else None,
+        task_head_state=weights.task if tuned is None else None,
+        task_model=tuned and {ENTRY_JSON: tuned.metadata, ENTRY_WEIGHTS: tuned.state_dict()},
         zoo=zoo or cfg.train.publish.zoo or zoo_of(cfg),
         once=once,
+        half=half,
     )
     receipt = {"name": entry.name, "location": entry.location, "sha256": entry.sha256}
     write_atomically(folder / RECEIPT_FILE, json.dumps(receipt, indent=2) + "\n")

@@ -10,13 +10,15 @@ from typing import Any
 from matplotlib.figure import Figure
 from tabulate import tabulate
 
+from bissl_zoo.errors import ConfigError, did_you_mean
 from bissl_zoo.evaluation.statistics import compare_paired, equivalence_p, holm, seeds_needed, summarize
 from bissl_zoo.files import write_atomically
-from bissl_zoo.studies.arms import ARMS, Settings, find_arm
+from bissl_zoo.studies.arms import ARMS, Settings, find_arm, run_name
 
 #: arms that the others are compared with, the most important first; the table has columns for two of them
 REFERENCES = ("pretrained", "longer_pretraining", "joint")
 TABLE_REFERENCES = REFERENCES[:2]
+COMPARISON_FILE = "comparison.json"
 #: significance level of the paired test here and of Welch's test in the papers
 LEVEL = 0.05
 #: below this number of seeds the report has a note
@@ -287,10 +289,38 @@ def summary(report: dict[str, Any], style: str = "simple") -> str:
 
 def save_report(report: dict[str, Any], folder: Path) -> None:
     """Write `comparison.json`, `comparison.md` and `comparison.png`."""
-    write_atomically(folder / "comparison.json", json.dumps(report, indent=2, allow_nan=False) + "\n")
+    write_atomically(folder / COMPARISON_FILE, json.dumps(report, indent=2, allow_nan=False) + "\n")
     plot = f"![{report['metric']} of every seed](comparison.png)"
     write_atomically(folder / "comparison.md", f"# Does BiSSL help?\n\n{summary(report, 'github')}\n\n{plot}\n")
     draw_plot(report).savefig(folder / "comparison.png", dpi=150)
+
+
+def arm_to_publish(folder: Path, arm: str) -> tuple[Path, dict[str, Any]]:
+    """Return the run of the first seed of an arm, and metadata of its entry in the zoo.
+
+    The metadata have the metric of the arm and of fine-tuning alone for every seed that both have, and the report.
+
+    Raises:
+        ConfigError: the comparison has no such arm, or no seed of it has finished.
+    """
+    report = json.loads((folder / COMPARISON_FILE).read_text())
+    arms = report["arms"]
+    if arm not in arms:
+        raise ConfigError(f"{folder} has no arm '{arm}'.{did_you_mean(arm, arms)} Its arms: {', '.join(arms)}.")
+    values, base = arms[arm]["values"], arms["pretrained"]["values"]
+    seeds = [seed for seed in values if seed in base]
+    if not seeds:
+        raise ConfigError(f"No seed of '{arm}' has finished in {folder}, or none of fine-tuning alone.")
+    of_arm = {f"{report['metric']} ({name})": [arms[name]["values"][s] for s in seeds] for name in ("pretrained", arm)}
+    notes = (
+        f"The weights are those of seed {seeds[0]}; the metrics are those of all seeds, `pretrained` being fine-tuning "
+        f"alone from the same weights.\n\n{summary(report, 'github')}"
+    )
+    return folder / "runs" / run_name(arm, int(seeds[0])), {
+        "metrics": of_arm,
+        "seeds": [int(seed) for seed in seeds],
+        "notes": notes,
+    }
 
 
 def reports_table(reports: dict[str, dict[str, Any]], style: str = "simple") -> str:

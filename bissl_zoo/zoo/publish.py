@@ -90,6 +90,7 @@ def publish_entry(
     task_model: Mapping[str, Mapping[str, Any]] | None = None,
     zoo: ZooLike = None,
     once: bool = False,
+    half: bool = False,
 ) -> PublishedEntry:
     """Add a backbone to a zoo as `name`, or as `name@2`, `name@3`, ... if the name is taken; entries never change.
 
@@ -98,7 +99,7 @@ def publish_entry(
 
     Args:
         backbone_state: under timm's names, as in `timm.create_model(architecture, num_classes=0).state_dict()`; stored
-            as contiguous float32.
+            as contiguous float32, or float16 with `half`.
         pretrained_cfg: the training images in timm's terms: `mean`, `std`, `input_size` (channels, height, width), and
             if they differ from the architecture's defaults `interpolation`, `crop_pct`, `crop_mode`.
         metadata: `EntryMetadata`, or a mapping of its fields.
@@ -108,6 +109,8 @@ def publish_entry(
         zoo: a location, or a Zoo, whose first location is used.
         once: return an existing version with the same weights, heads and config; for a publisher that does not know
             whether it finished before it was interrupted.
+        half: store all floating-point tensors as float16: half the size, rounded to 3 digits. Whoever loads them gets
+            float32.
     Raises:
         ZooError: the state does not fit the architecture, a value cannot be stored, or the zoo cannot be written. The
             zoo is unchanged.
@@ -118,19 +121,19 @@ def publish_entry(
         raise ZooError(f"'{name}' cannot be published: leave out '@' (versions are numbered here) and file suffixes.")
     entry = {"format": ENTRY_FORMAT, "name": name, "architecture": architecture, **entry_fields(metadata)}
     model, config = timm_config(architecture, pretrained_cfg, dict(model_args or {}), entry["licence"])
-    states = {WEIGHTS_FILE: _storable("backbone", backbone_state, torch.float32)}
+    states = {WEIGHTS_FILE: _storable("backbone", backbone_state, torch.float16 if half else torch.float32)}
     if difference := state_difference(model.state_dict(), states[WEIGHTS_FILE]):
         raise ZooError(f"The backbone state does not fit {architecture}(num_classes=0): {difference}.")
     for file, state in (("pretext_head", pretext_head_state), ("task_head", task_head_state)):
         if state is not None:
-            states[f"{file}.safetensors"] = _storable(file, state)
+            states[f"{file}.safetensors"] = _storable(file, state, torch.float16 if half else None)
     entry["input"] = {key: config["pretrained_cfg"][key] for key in PIXEL_KEYS} | {"channel_order": "RGB"}
     texts = {"config.json": to_json(config), CONFIG_FILE: train_config_text}
     for file, content in (task_model or {}).items():
         if file.endswith(".json"):
             texts[file] = to_json(content)
         else:
-            states[file] = _storable("model", content)
+            states[file] = _storable("model", content, torch.float16 if half else None)
     to_json(entry)  # raises before anything is written
     try:
         with _draft_folder() as folder:
@@ -243,6 +246,8 @@ def _storable(what: str, state: Mapping[str, Tensor], dtype: torch.dtype | None 
             raise ZooError(f"The {what} state has a {type(value).__name__} as '{key}'; only tensors can be published.")
         kind = dtype if dtype is not None and value.is_floating_point() else value.dtype
         stored[key] = value.detach().to("cpu", kind, copy=True, memory_format=torch.contiguous_format)
+        if torch.isfinite(value).all() and not torch.isfinite(stored[key]).all():
+            raise ZooError(f"The {what} tensor '{key}' has values beyond float16. Publish without --half.")
         if not torch.isfinite(stored[key]).all():
             raise ZooError(f"The {what} tensor '{key}' contains NaN or Inf: the run diverged and is not published.")
     return stored

@@ -20,6 +20,7 @@ from bissl_zoo.studies.compare import Comparison, claim_folder, open_comparisons
 from bissl_zoo.studies.compare import compare as compare_all
 from bissl_zoo.studies.compare_report import (
     Results,
+    arm_to_publish,
     draw_labels,
     make_report,
     reports_table,
@@ -434,6 +435,19 @@ def test_a_failed_run_is_named_and_its_seed_is_left_out_of_the_pairs(tmp_path):
     save_report(report, tmp_path)
     assert "bissl-seed1 is left out: The loss is NaN at step 3" in (tmp_path / "comparison.md").read_text()
     assert "(1 of 5 seeds missing)" in reports_table({"a": report})
+
+
+def test_the_first_seed_of_an_arm_is_published_with_the_metrics_of_all(tmp_path):
+    report = report_of(pretrained=[0.5, 0.6, 0.7], bissl=[0.6, 0.8, 0.7])
+    save_report(report, tmp_path)
+    folder, metadata = arm_to_publish(tmp_path, "bissl")
+    assert folder == tmp_path / "runs" / "bissl-seed0"
+    assert metadata["seeds"] == [0, 1, 2]
+    assert list(metadata["metrics"].values()) == [[0.5, 0.6, 0.7], [0.6, 0.8, 0.7]]
+    assert [name.split()[-1] for name in metadata["metrics"]] == ["(pretrained)", "(bissl)"]
+    assert report["conclusion"] in metadata["notes"]
+    with pytest.raises(ConfigError, match="no arm 'bisl'. Did you mean"):
+        arm_to_publish(tmp_path, "bisl")
 
 
 def test_the_report_is_written_as_json_markdown_and_plot(tmp_path):

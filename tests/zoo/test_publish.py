@@ -127,6 +127,25 @@ def test_weights_are_stored_as_contiguous_float32(tmp_path):
     assert stored["bn1.num_batches_tracked"].dtype == torch.int64
 
 
+def test_half_precision_halves_the_size_and_keeps_the_features(tmp_path):
+    publish(tmp_path, backbone_state=STATE)
+    publish(tmp_path, "small", backbone_state=STATE, pretext_head_state={"weight": torch.rand(4, 4)}, half=True)
+    files = [tmp_path / name / "model.safetensors" for name in ("tiny", "small")]
+    assert files[1].stat().st_size < 0.6 * files[0].stat().st_size
+    assert load_file(tmp_path / "small" / "pretext_head.safetensors")["weight"].dtype == torch.float16
+    full, half = (create_backbone(name, zoo=tmp_path).eval() for name in ("tiny", "small"))
+    assert next(half.parameters()).dtype == torch.float32
+    images = torch.rand(2, 3, 64, 64)
+    expected, features = (backbone(images)["c5"].double() for backbone in (full, half))
+    assert (features - expected).norm() < 2e-3 * expected.norm() and not torch.equal(features, expected)
+    with pytest.raises(ZooError, match="beyond float16"):
+        publish(
+            tmp_path,
+            backbone_state=STATE | {"bn1.running_var": torch.full_like(STATE["bn1.running_var"], 1e6)},
+            half=True,
+        )
+
+
 def test_a_taken_name_gets_the_next_version_and_the_first_is_unchanged(tmp_path):
     first = publish(tmp_path)
     before = {path.name: sha256_of(path) for path in Path(first.location).iterdir()}
