@@ -4,7 +4,7 @@ import json
 import os
 
 import pytest
-from tiny_entries import edit_index, publish_draft
+from tiny_entries import publish_draft
 
 from bissl_zoo.config import LazyConfig
 from bissl_zoo.data.shards import ShardDataset, find_shards
@@ -107,10 +107,3 @@ def test_a_pipe_in_place_of_a_file_does_not_hang(tmp_path):
     ):
         with pytest.raises(BisslZooError, match="not a regular file"):
             use()
-
-
-def test_an_index_of_an_entry_that_is_too_large_is_refused(tmp_path):
-    publish_draft(tmp_path)
-    edit_index(tmp_path, lambda index: index["entries"]["tiny"]["files"]["entry.json"].update(size=1 << 60))
-    with pytest.raises(BisslZooError, match="lists .* bytes for 'entry.json'; the limit is"):
-        Zoo(tmp_path).entries()

@@ -149,15 +149,6 @@ def test_modules_of_a_registry_are_imported_at_the_first_access(tmp_path, monkey
         assert ask()
 
 
-def test_a_module_that_fails_is_imported_again_at_the_next_access(tmp_path, monkeypatch):
-    (tmp_path / "broken_parts.py").write_text("import nothing_of_that_name\n")
-    monkeypatch.syspath_prepend(tmp_path)
-    methods = Registry("METHODS", "method", ["broken_parts"])
-    for _ in range(2):
-        with pytest.raises(ModuleNotFoundError, match="nothing_of_that_name"):
-            methods.list()
-
-
 def test_the_second_registration_of_a_name_fails_and_not_the_packages_own(tmp_path, monkeypatch):
     (tmp_path / "parts_of_the_package.py").write_text("import builtins\nbuiltins.METHODS.register('ours')(int)\n")
     monkeypatch.syspath_prepend(tmp_path)

@@ -418,22 +418,6 @@ def test_automatic_damping_rises_at_once_and_falls_slowly():
     assert used == pytest.approx(expected, rel=0.02)
 
 
-@pytest.mark.parametrize("solver", [MinRes, ConjugateGradient])
-def test_negative_curvature_of_a_later_right_hand_side_counts_with_its_absolute_value(solver):
-    problem, _, _ = quadratic(lam=0.5, solver=solver(iterations=3, tolerance=1e-6, damping="auto"))
-    diagonal = torch.tensor([1.0, 2.0, -8.0], dtype=torch.float64)
-    problem.lower.head.function = lambda theta, phi, _: (diagonal * theta.square()).sum() / 2
-    problem.upper.head.function = lambda theta, phi, batch: (batch * theta).sum()
-    operator = problem.curvature(None).prepare()
-    first, second = torch.eye(3, dtype=torch.float64)[[0, 2]]
-    for v in (first, second):
-        gradients = problem.upper_gradients(v, operator)
-        torch.testing.assert_close(gradients.solution.x, v / (1 + diagonal.abs() / 0.5))
-        assert gradients.metrics["solver/norm_ratio"] <= 1.0 and problem.shift == 0.5
-    if solver is MinRes:  # which keeps the explored space
-        assert gradients.metrics["solver/negative_share"] == pytest.approx(1.0)
-
-
 def test_every_upper_step_has_diagnostics():
     problem, _, _ = quadratic(gamma=1.0, lower_steps=1, upper_steps=3)
     metrics = problem.alternate(0)

@@ -196,23 +196,6 @@ def test_a_pyramid_needs_maps_with_doubling_strides():
         build(fpn_channels=16)
 
 
-def test_a_pyramid_needs_a_size_of_anchor_for_each_of_its_maps():
-    with pytest.raises(ConfigError, match=r"anchor_sizes has 3 sizes; the pyramid has 5 maps"):
-        build_pyramid(anchor_sizes=[16, 32, 64])
-
-
-def test_a_vision_transformer_detects_on_its_last_map():
-    args = dict(class_token=False, global_pool="avg", dynamic_img_size=True)
-    trunk, task = build("blocks.5", "test_vit", (), args)
-    batch = two_images()
-    losses_ = losses(trunk, task, batch)
-    sum(losses_.values()).backward()
-    assert all(torch.isfinite(loss) for loss in losses_.values())
-    assert task.roi_heads.box_roi_pool.scales == [1 / 16]
-    trunk.eval(), task.eval()
-    assert all(len(prediction["boxes"]) for prediction in task.predict(trunk, batch[0]))
-
-
 def test_difficult_objects_are_left_out_of_training():
     trunk, task = build()
     images, targets = two_images()

@@ -11,9 +11,8 @@ from detectron2_tasks import KINDS, batch_of, build, losses, needs_detectron2, s
 
 from bissl_zoo.bilevel.level import Level
 from bissl_zoo.config import load_config
-from bissl_zoo.data.datasets.digit_scenes import DigitScenes
 from bissl_zoo.errors import ConfigError, NonFiniteLoss
-from bissl_zoo.registry import DOWNSTREAM_TASKS, build_backbone, build_task
+from bissl_zoo.registry import DOWNSTREAM_TASKS
 
 
 @pytest.mark.slow
@@ -131,32 +130,6 @@ def test_difficult_objects_are_left_out_of_training():
     results = [losses(trunk, task, batch_of(task, [(first[0], found), second])) for found in (extra, without, plain)]
     assert all(torch.equal(results[0][name], results[1][name]) for name in results[0])
     assert not torch.equal(results[0]["loss_cls"], results[2]["loss_cls"])
-
-
-@needs_detectron2
-def test_a_few_steps_fit_digit_scenes_and_boxes_are_in_the_pixels_of_the_image(at_scenes):
-    scenes = DigitScenes("train", image_size=64, unlabeled=24, train=16, val=1, test=8)
-    torch.manual_seed(0)
-    trunk, _ = build_backbone(name="test_resnet").split("c3")
-    settings = dict(box_head=64, anchor_sizes=[16, 24, 32, 48], rpn_proposals=[100, 100], roi_batch=64)
-    settings |= dict(classes=scenes.classes, min_size=96, max_size=96, flip_probability=0.0)
-    task = build_task(name="detectron2_faster_rcnn", backbone=trunk, **settings)
-    pairs = [scenes[index] for index in range(2)]
-    batch = batch_of(task, pairs)
-    optimizer = torch.optim.AdamW([*trunk.parameters(), *task.parameters()], lr=2e-3)
-    history = []
-    for step in range(60):
-        loss = sum(losses(trunk, task, batch, seed=step).values())
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        history.append(loss.item())
-    assert all(map(math.isfinite, history)) and sum(history[-5:]) < 0.5 * sum(history[:5])
-    trunk.eval(), task.eval()
-    images, targets = batch_of(task, pairs, train=False)
-    evaluator = task.evaluator()
-    evaluator.process(task.predict(trunk, images), targets)
-    assert evaluator.evaluate()["AP50"] > 0.8  # the scenes are 64 pixels wide, and were shown at 96
 
 
 @needs_detectron2

@@ -150,12 +150,3 @@ def test_difficult_objects_are_crowds_to_detectron2s_evaluator():
         one["scores"] = torch.tensor([0.5, 0.5, 0.5, 0.9])
     evaluator.process(both, targets)
     assert evaluator.evaluate()["detectron2_AP"] == pytest.approx(1.0)
-
-
-def test_nothing_detected_is_an_average_precision_of_zero():
-    _, targets = random_detections(difficult=False)
-    nothing = {"boxes": torch.zeros(0, 4), "scores": torch.zeros(0), "labels": torch.zeros(0, dtype=torch.int64)}
-    evaluator = build()[2].evaluator()
-    evaluator.process([nothing] * len(targets), targets)
-    figures = evaluator.evaluate()
-    assert figures["AP"] == figures["detectron2_AP"] == figures["detectron2_AP50"] == 0

@@ -3,65 +3,23 @@
 import pytest
 import timm
 import torch
-from torch import nn
+from pretext_methods import MASKED, tiny_method
 from torch.nn import functional
 
-from bissl_zoo.backbones import FeatureInfo
 from bissl_zoo.hypergradient import ConjugateGradient, GaussNewtonOperator, MinRes
-from bissl_zoo.registry import PRETEXT_METHODS, build_backbone, build_pretext
-
-HEADS = {
-    "barlow_twins": {"projector": [7, 5]},
-    "byol": {"projector": [7, 5], "predictor": [6, 5]},
-    "dino": {"projector": [7, 5, 9]},
-    "mae": {"decoder_dim": 8, "decoder_depth": 1, "decoder_heads": 2},
-    "moco_v2": {"projector": [7, 5], "queue_length": 11},
-    "moco_v3": {"projector": [7, 5], "predictor": [6, 5]},
-    "simclr": {"projector": [7, 5]},
-    "simmim": {},
-    "simsiam": {"projector": [7, 5], "predictor": [6, 5]},
-    "vicreg": {"projector": [7, 5]},
-}
-
-
-class Convolutions(nn.Module):
-    """Images `(B, 3, 8, 8)` -> a map of 6 channels, with batch norm and smooth activations."""
-
-    out_features = ("out",)
-    feature_info = {"out": FeatureInfo(6, 4, "norm2")}
-
-    def __init__(self, activation=nn.Softplus):
-        super().__init__()
-        self.layers = nn.Sequential(
-            *(nn.Conv2d(3, 4, 3, padding=1, bias=False), nn.BatchNorm2d(4), activation()),
-            *(nn.Conv2d(4, 6, 3, padding=1, stride=2), nn.BatchNorm2d(6), activation()),
-        )
-
-    def forward(self, images):
-        return {"out": self.layers(images)}
-
-
-class Pool(nn.Module):
-    num_features = 6
-
-    def forward(self, features):
-        return features.mean(dim=(2, 3))
+from bissl_zoo.registry import PRETEXT_METHODS
 
 
 def problem(name):
     """A method in float64 on a tiny backbone, and a batch of views."""
     torch.manual_seed(0)
-    if name in ("mae", "simmim"):
-        vit = {"img_size": 8, "patch_size": 4, "embed_dim": 4, "depth": 1, "num_heads": 2}
-        backbone = build_backbone(name="vit_tiny_patch16_224", class_token=False, global_pool="avg", **vit)
-        backbone, tail = backbone.split(backbone.stages[-1])
+    backbone, method = tiny_method(name)
+    if name in MASKED:
         images = torch.randn(2, 3, 8, 8, dtype=torch.float64)
         images += images.sign()  # no residual is below the smallest one, where the parabola ends
         views = images, torch.tensor([[[True, False], [False, True]]] * 2)
     else:
-        backbone, tail = Convolutions(), Pool()
         views = tuple(torch.randn(2, 5, 3, 8, 8, dtype=torch.float64))
-    method = build_pretext(name=name, backbone=backbone, tail=tail, **HEADS[name])
     backbone, method = backbone.double().train(), method.double().train()
     with torch.no_grad():  # a teacher that differs from the student, and weights that matter
         for module in (backbone, *method.children()):

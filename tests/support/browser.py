@@ -1,6 +1,5 @@
 """A headless Chromium that is driven through its DevTools protocol over two pipes."""
 
-import base64
 import contextlib
 import json
 import os
@@ -85,15 +84,6 @@ class Page:
         if "exceptionDetails" in answer:
             raise RuntimeError(answer["exceptionDetails"])
         return answer["result"].get("value")
-
-    def screenshot(self, path):
-        """The whole page as a PNG."""
-        drawn = self.call("Page.captureScreenshot", captureBeyondViewport=True)
-        path.write_bytes(base64.b64decode(drawn["data"]))
-
-    def pdf(self, path):
-        """The page as it is printed."""
-        path.write_bytes(base64.b64decode(self.call("Page.printToPDF", preferCSSPageSize=True)["data"]))
 
 
 @contextlib.contextmanager
