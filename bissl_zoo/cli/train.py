@@ -48,8 +48,8 @@ def run(args: argparse.Namespace) -> int:
     """Run, evaluate or describe the config in one process."""
     from bissl_zoo.distributed import is_main_process
     from bissl_zoo.engine.checks import open_config
-    from bissl_zoo.engine.dry_run import describe
     from bissl_zoo.engine.launch import restarted
+    from bissl_zoo.engine.preflight import describe
     from bissl_zoo.engine.runner import evaluate_only
     from bissl_zoo.engine.runner import run as run_stages
     from bissl_zoo.progress.display import console

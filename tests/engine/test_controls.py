@@ -10,9 +10,9 @@ from bissl_zoo.downstream.classification import Classification
 from bissl_zoo.downstream.multilabel import MultilabelClassification
 from bissl_zoo.engine.build import Weights
 from bissl_zoo.engine.checks import open_context
-from bissl_zoo.engine.pseudo_labels import WithPseudoLabels, with_pseudo_labels
 from bissl_zoo.engine.runner import run
 from bissl_zoo.engine.stages import Finetune, HeadWarmup, Teacher, plan_stages
+from bissl_zoo.engine.stages.finetune import WithPseudoLabels, with_pseudo_labels
 from bissl_zoo.errors import DatasetError
 from bissl_zoo.registry import build_backbone
 

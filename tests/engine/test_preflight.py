@@ -9,8 +9,7 @@ import torch
 from PIL import Image
 
 from bissl_zoo.engine.checks import check_parts, open_context
-from bissl_zoo.engine.dry_run import describe
-from bissl_zoo.engine.preflight import class_counts, preflight
+from bissl_zoo.engine.preflight import class_counts, describe, preflight
 from bissl_zoo.engine.resume import random_state
 from bissl_zoo.engine.stages import plan_stages
 from bissl_zoo.engine.trainer import Weights

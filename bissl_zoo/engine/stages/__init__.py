@@ -1,9 +1,8 @@
 """Stages of the pipeline, one file per stage, and their order in a run."""
 
 from bissl_zoo.engine.stages.bissl import Bissl, HeadWarmup, PretextWarmup, coupling
-from bissl_zoo.engine.stages.finetune import BASELINE, Finetune
+from bissl_zoo.engine.stages.finetune import BASELINE, Finetune, Teacher
 from bissl_zoo.engine.stages.pretrain import Pretrain
-from bissl_zoo.engine.stages.teacher import Teacher
 from bissl_zoo.engine.trainer import Context, Stage, Weights
 from bissl_zoo.registry import STAGES
 

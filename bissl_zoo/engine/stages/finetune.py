@@ -1,24 +1,34 @@
-"""The finetune stage: train backbone and a new head on the downstream task, and evaluate on the test set."""
+"""The finetune stage, which trains and evaluates on the downstream task, and the teacher that labels images for it.
 
+Pseudo-labels as in Lee (ICML 2013 workshop) and, for a teacher whose student starts again from the pretrained weights,
+Xie et al., "Noisy Student" (arXiv 1911.04252).
+"""
+
+import logging
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
+import torch
 from omegaconf import DictConfig
 from timm.models import group_parameters
 from torch import Tensor, nn
+from torch.utils.data import Dataset
 
-from bissl_zoo.backbones import Backbone
+from bissl_zoo.backbones import Backbone, evaluating
 from bissl_zoo.bilevel.level import Level
-from bissl_zoo.distributed import get_world_size
+from bissl_zoo.data.samples import to_device
+from bissl_zoo.distributed import get_world_size, on_main_process
 from bissl_zoo.downstream import DownstreamTask
-from bissl_zoo.engine.build import build_downstream, build_level, build_part, train_batches
+from bissl_zoo.engine.build import build_downstream, build_level, build_part, skips_undecodable, train_batches
 from bissl_zoo.engine.evaluate import metric_names
-from bissl_zoo.engine.pseudo_labels import with_pseudo_labels
 from bissl_zoo.engine.resume import seed_everything, seed_rank
 from bissl_zoo.engine.stages.bissl import HEAD_WARMUP
 from bissl_zoo.engine.trainer import Context, SingleLevelTrainer, Stage, Weights, load_state
-from bissl_zoo.errors import ConfigError, did_you_mean
+from bissl_zoo.errors import ConfigError, DatasetError, did_you_mean
 from bissl_zoo.registry import STAGES
+
+logger = logging.getLogger(__name__)
 
 #: the fine-tuning from the backbone that entered the stage before
 BASELINE = "finetune_pretrained"
@@ -177,3 +187,100 @@ def trained_parameters(cfg: DictConfig, trunk: Backbone, task: DownstreamTask) -
         if members:
             groups.append({"params": members, "lr": rate * settings.layer_decay**depth})
     return groups
+
+
+class TeacherTrainer(FinetuneTrainer):
+    """Fine-tune a teacher; the result is the weights that entered the stage, and the teacher."""
+
+    def __init__(self, level: Level, l2_sp: float | None, entered: Weights) -> None:
+        super().__init__(level, l2_sp)
+        self.entered = entered
+
+    def result(self) -> Weights:
+        """Return the weights that entered the stage, with the teacher."""
+        teacher = Weights(self.level.backbone.state_dict(), task=self.level.head.state_dict())
+        return replace(self.entered, teacher=teacher)
+
+
+@STAGES.register("teacher")
+class Teacher(Finetune):
+    """Fine-tune on the labelled images alone, with the settings of `finetune`, to label the unlabelled images."""
+
+    name = "teacher"
+    data_roles = ("pretext", "train")
+    evaluates = False
+    purpose = "train a teacher on the labelled images, which then labels the others"
+
+    def build(self, context: Context, weights: Weights, start_step: int = 0) -> TeacherTrainer:
+        """Return the trainer of the teacher."""
+        if hasattr(context.data["pretext"], "stream"):
+            raise ConfigError("The stage 'teacher' labels single images; dataloader.pretext cannot be a set of shards.")
+        trainer = super().build(context, weights, start_step)
+        return TeacherTrainer(trainer.level, trainer.l2_sp, weights)
+
+
+class WithPseudoLabels(Dataset):
+    """The labelled samples, repeated to the number of the pseudo-labelled ones if there are more of these.
+
+    Args:
+        labelled: data set of `(image, target)`.
+        pile: data set of `(image, anything)`.
+        targets: pseudo-labels of samples of the pile by their number.
+    """
+
+    def __init__(self, labelled: Dataset, pile: Dataset, targets: dict[int, Any]) -> None:
+        self.labelled, self.pile, self.classes = labelled, pile, labelled.classes
+        self.numbers, self.targets = list(targets), list(targets.values())
+
+    def __len__(self) -> int:
+        return len(self.numbers) + max(len(self.numbers), len(self.labelled))
+
+    def __getitem__(self, index: int) -> Any:
+        if index < len(self.numbers):
+            return self.pile[self.numbers[index]][0], self.targets[index]
+        return self.labelled[(index - len(self.numbers)) % len(self.labelled)]
+
+
+def with_pseudo_labels(context: Context, teacher: Weights) -> Context:
+    """Return the context with a training set that includes the images that the teacher labels.
+
+    Raises:
+        DatasetError: no prediction reaches `finetune.pseudo_threshold`, or the task has no pseudo-labels.
+    """
+    threshold, pile = context.cfg.finetune.pseudo_threshold, context.data["pretext"]
+    backbone, task = build_downstream(context, teacher)
+    with torch.random.fork_rng(), evaluating(backbone, task):
+        targets = on_main_process(lambda: _pseudo_targets(context, backbone, task, pile, threshold))
+    if not targets:
+        raise DatasetError(
+            f"The teacher labels none of the {len(pile)} unlabelled images with a score of {threshold} or more. Lower "
+            "finetune.pseudo_threshold, or train the teacher longer."
+        )
+    logger.info(f"pseudo-labels: {len(targets)} of {len(pile)} images, threshold {threshold}")
+    return replace(context, data={**context.data, "train": WithPseudoLabels(context.data["train"], pile, targets)})
+
+
+def _pseudo_targets(
+    context: Context, backbone: Backbone, task: DownstreamTask, pile: Dataset, threshold: float
+) -> dict[int, Any]:
+    transform, size = task.transform(train=False), context.cfg.dataloader.test.batch_size
+    skips, targets = skips_undecodable(context.cfg, "pretext"), {}
+    for start in range(0, len(pile), size):
+        samples, numbers = [], []
+        for number in range(start, min(start + size, len(pile))):
+            try:
+                image = pile[number][0]
+            except DatasetError:
+                if not skips:
+                    raise
+                continue
+            samples.append(transform(image, task.blank_target(image.size)))
+            numbers.append(number)
+        if not samples:
+            continue
+        images, _ = task.collate(samples)
+        predictions = to_device(task.predict(backbone, to_device(images, context.device)), torch.device("cpu"))
+        for number, prediction in zip(numbers, predictions, strict=True):
+            if (target := task.pseudo_target(prediction, threshold)) is not None:
+                targets[number] = target
+    return targets
