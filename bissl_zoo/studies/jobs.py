@@ -97,8 +97,6 @@ def run_jobs(
     _check_names(jobs)
     if parallel is not None and parallel < 1:
         raise ConfigError(f"--parallel is {parallel}; at least 1 job at a time is needed.")
-    if engine not in ENGINES:
-        raise ConfigError(f"Unknown engine '{engine}'. Choose {' or '.join(ENGINES)}.")
     prepared = [job if callable(job.cfg) else _prepare(job, folder) for job in jobs]
     with contextlib.ExitStack() as stack:
         places = stack.enter_context(ENGINES[engine](folder, parallel))

@@ -110,6 +110,8 @@ def test_valid_variations_are_accepted(overrides):
         ("bilevel.adaptation={evry: 3}", "no key 'bilevel.adaptation.evry'. Did you mean 'every'"),
         ("train.stages=[finetnue]", "train.stages has 'finetnue'. Did you mean 'finetune'"),
         ("train.stages=[finetune,pretrain]", "each once, in order"),
+        ("train.stages=[pretrain,pretrain]", "each once, in order"),
+        ("train.stages=[]", "each once, in order"),
         ("train.stages=bissl", "'train.stages' is a list"),
         ("train.amp=fp16", "train.amp is 'fp16'; it must be null or 'bf16'"),
         ("bilevel.on_bad_hypergradient=skip", "on_bad_hypergradient is 'skip'; it must be 'stop' or 'plain'"),

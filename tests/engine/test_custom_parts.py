@@ -80,11 +80,3 @@ def test_the_default_hooks_of_a_stage_are_one_ordered_list(open_custom, tmp_path
     assert names == [*first, "SolverWatch", "Probe", *last]
     names = [type(hook).__name__ for hook in default_hooks(Finetune(), context)]
     assert names == [*first, "PeriodicEvaluation", *last]
-
-
-def test_stages_in_a_wrong_order_or_twice_are_refused_with_the_order(open_custom):
-    for stages in ("[second_pretraining,pretrain]", "[bissl,pretrain]", "[pretrain,pretrain]", "[]"):
-        with pytest.raises(ConfigError, match="each once, in order"):
-            open_context(open_custom(f"train.stages={stages}"), "test")
-    with pytest.raises(ConfigError, match="Did you mean 'second_pretraining'"):
-        open_context(open_custom("train.stages=[second_pretrainin]"), "test")

@@ -141,10 +141,13 @@ def test_the_jobs_of_a_process_that_is_killed_save_and_end(process, short, tmp_p
         (["a", "a"], {}, "2 jobs have the name 'a'"),
         (["../a"], {}, "Invalid job name"),
         (["a"], {"parallel": 0}, "--parallel is 0"),
-        (["a"], {"engine": "slurm"}, "Unknown engine 'slurm'"),
+        (["a"], {"rank": "0"}, "torchrun"),
     ],
 )
-def test_invalid_names_and_options_are_refused(tiny_config, tmp_path, names, options, message):
+def test_invalid_names_and_options_are_refused(tiny_config, tmp_path, monkeypatch, names, options, message):
+    if "rank" in options:  # as torchrun starts processes
+        monkeypatch.setenv("RANK", options.pop("rank"))
+        monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(ConfigError, match=message):
         run_jobs([Job(name, tiny_config()) for name in names], tmp_path, **options)
     assert list(tmp_path.iterdir()) == []
@@ -154,13 +157,6 @@ def test_an_invalid_config_is_refused_before_any_job_starts(tiny_config, tmp_pat
     with pytest.raises(ConfigError, match="b: .*train.log_period"):
         run_jobs([Job("a", tiny_config()), Job("b", tiny_config(train__log_period=0))], tmp_path)
     assert list(tmp_path.iterdir()) == []
-
-
-def test_torchrun_is_refused(tiny_config, tmp_path, monkeypatch):
-    monkeypatch.setenv("RANK", "0")
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(ConfigError, match="torchrun"):
-        run_jobs([Job("a", tiny_config())], tmp_path)
 
 
 def test_a_folder_in_use_is_refused(tiny_config, tmp_path):

@@ -1,12 +1,10 @@
 """The places of jobs: slots of this machine, and a Ray cluster."""
 
-import os
-import signal
 import sys
 
 import pytest
 
-from bissl_zoo.errors import ConfigError, Interrupted
+from bissl_zoo.errors import ConfigError
 from bissl_zoo.studies import places
 from bissl_zoo.studies.jobs import run_jobs
 from bissl_zoo.studies.places import Job
@@ -67,18 +65,6 @@ def test_jobs_are_tasks_of_the_cluster_and_write_the_same_folders(cluster, short
 
     [again] = run_jobs(jobs[:1], tmp_path, engine="ray")
     assert again.status == "finished" and not again.ran
-
-
-@pytest.mark.slow
-def test_a_signal_to_stop_reaches_the_jobs_of_the_cluster(cluster, short, tmp_path):
-    def ask(job):
-        if (tmp_path / "runs" / "long" / "metrics.jsonl").exists():
-            os.kill(os.getpid(), signal.SIGUSR1)
-
-    with pytest.raises(Interrupted) as stopped:
-        run_jobs([Job("long", short(finetune__steps=100000))], tmp_path, stop_if=ask, engine="ray")
-    assert stopped.value.status == 138
-    assert (tmp_path / "runs" / "long" / "checkpoints" / "latest").exists()
 
 
 def test_without_ray_the_extra_is_named(tiny_config, tmp_path, monkeypatch):

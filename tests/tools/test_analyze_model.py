@@ -43,15 +43,3 @@ def test_the_measurement_of_a_stage_is_printed_as_json(analyze, tiny):
     assert duration["steps"] == 2
     assert duration["seconds"] == pytest.approx(2 * cost["seconds"])
     assert result["whole"]["parameters"] == sum(stage["count"]["parameters"] for stage in result["stages"])
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["backbone.name=resnet1"], "resnet1"),
-        (["bilevel.shared_stage=c9"], "no stage 'c9'"),
-    ],
-)
-def test_invalid_input_is_refused_in_one_message(analyze, tiny, arguments, message):
-    status, _, err = analyze("--no-timing", *tiny(), *arguments)
-    assert status == 1 and err.startswith("error: ") and message in err and "Traceback" not in err

@@ -137,14 +137,6 @@ def test_publish_publishes_a_finished_run(run, run_copy, empty):
     assert create_backbone("mine", zoo=empty).name == "test_resnet"
 
 
-def test_a_folder_without_a_finished_run_is_not_published(run, empty, run_copy):
-    status, out, err = run("publish", empty, "--name", "x", "--zoo", empty)
-    assert (status, out) == (1, "") and "There is no run in" in err and err.count("\n") == 1
-    shutil.rmtree(run_copy / "checkpoints")
-    status, out, err = run("publish", run_copy, "--name", "x", "--zoo", empty)
-    assert (status, out) == (1, "") and "holds no checkpoint" in err and not any(empty.iterdir())
-
-
 @pytest.mark.parametrize("typed", ["", "n\n"])
 def test_remove_asks_and_only_yes_removes(run, zoo, typed):
     status, out, err = run("remove", "byol", typed=typed)
