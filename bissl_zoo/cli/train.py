@@ -76,15 +76,12 @@ def run(args: argparse.Namespace) -> int:
 
 def next_steps(results: dict[str, dict[str, float]], folder: str, config: str) -> str:
     """Return what BiSSL changed in this run, if that was measured, and commands to go on with."""
-    lines = []
-    if {"pretrained", "bissl"} <= results.keys():
-        metric = next(iter(results["bissl"]))
-        change = results["bissl"][metric] - results["pretrained"][metric]
-        lines += [f"{metric} {change:+.4f} by BiSSL, in one seed: `bissl compare` shows whether more seeds agree.", ""]
+    from bissl_zoo.runs.listing import verdict
+
     report = Path(folder) / "report.html"
     rows = [("look at", f"open {report}")] if report.exists() else []
     rows += [("predict", f"bissl predict {folder} photo.jpg"), ("compare", f"bissl compare --config-file {config}")]
-    return "\n".join([*lines, "next", *(f"    {name:<8} {command}" for name, command in rows)])
+    return "\n".join([verdict(results), "", "next", *(f"    {name:<8} {command}" for name, command in rows)])
 
 
 def summary(outcome: dict, quiet: bool) -> str:

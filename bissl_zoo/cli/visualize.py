@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 
 from bissl_zoo.engine import ROLES
 from bissl_zoo.errors import ConfigError
+from bissl_zoo.report import IMAGES
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -27,7 +28,7 @@ COMMANDS = {
     "data": ("Draw images with their targets.", 16, "RUN"),
     "views": ("Draw images and the views that the pretext method trains on.", 6, "RUN"),
     "predictions": ("Draw test images with their targets and the predictions of a run's model.", 16, "RUN"),
-    "embeddings": ("Draw test features of backbones before fine-tuning by t-SNE, side by side.", 1000, "SOURCE"),
+    "embeddings": ("Draw test features of backbones before fine-tuning by t-SNE, side by side.", IMAGES, "SOURCE"),
 }
 
 

@@ -88,7 +88,7 @@ class DetectionTask(DownstreamTask, ABC):
         dashed = None if predicted else value["difficult"].tolist()
         names = [self.classes[label] for label in labels.tolist()]
         counts = ", ".join(f"{count} {name}" for name, count in Counter(names).most_common())
-        show_image(axes, image, counts or "no objects")
+        show_image(axes, image, counts or (f"no score ≥ {threshold:g}" if predicted else "no objects"))
         if predicted:
             names = [f"{name} {score:.2f}" for name, score in zip(names, value["scores"].tolist(), strict=True)]
         draw_boxes(axes, boxes, labels.tolist(), names, dashed)

@@ -10,8 +10,10 @@ from torch import Tensor
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-#: colours of Okabe and Ito (2008), distinct with any colour vision; the last one is not used on photographs
-COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9", "#F0E442", "#000000")
+#: colours of Okabe and Ito (2008), distinct with any colour vision, and three of Tol's for data sets of ten classes
+COLOURS = (
+    "#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9", "#F0E442", "#882255", "#332288", "#999933",
+)  # fmt: skip
 #: points of captions and of the names on boxes
 CAPTION, NAME = 7.0, 5.5
 #: images with more boxes are drawn without names on the boxes
@@ -19,8 +21,8 @@ _NAMED = 12
 
 
 def colour_of(label: int) -> str:
-    """Return the colour of a class on photographs; 7 colours repeat."""
-    return COLOURS[label % (len(COLOURS) - 1)]
+    """Return the colour of a class; 10 colours repeat."""
+    return COLOURS[label % len(COLOURS)]
 
 
 def as_pixels(image: Any) -> np.ndarray:

@@ -7,8 +7,8 @@ logger = logging.getLogger(__name__)
 
 #: file name of the report in a run directory
 REPORT_FILE = "report.html"
-#: maximum number of images of a data set in a report on demand, and at the end of a run (few enough for a CPU)
-IMAGES, IMAGES_AFTER_RUN = 500, 200
+#: maximum number of images of a data set for predictions and maps of features
+IMAGES = 500
 
 
 def report_after(folder: Path) -> None:
@@ -20,7 +20,7 @@ def report_after(folder: Path) -> None:
         from bissl_zoo.report.run import write_report  # imports matplotlib
 
         with doing("writing the report"):
-            write_report(folder, folder / REPORT_FILE, images=IMAGES_AFTER_RUN, ended=True)
+            write_report(folder, folder / REPORT_FILE, ended=True)
         logger.info(f"report {folder / REPORT_FILE}")
     except Exception as error:
         reason = f"{type(error).__name__}: {error}"

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -9,15 +10,15 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, NullFormatter
 
 from bissl_zoo.downstream.drawing import COLOURS, shorten
-from bissl_zoo.engine.evaluate import MOST_CLASSES, Details, worst_confusions
+from bissl_zoo.engine.evaluate import Details, worst_confusions
 from bissl_zoo.report.history import MAX_CURVES, Series
-from bissl_zoo.report.page import TEXT, Block, Chart, Fold, Note, Table, chart_style, embed, shown
+from bissl_zoo.report.page import TEXT, Block, Chart, Fold, Table, chart_style, embed, shown
 
 #: inches; the width of a phone
 WIDTH, HEIGHT = 5.0, 2.9
 _DASHES = ("-", "--", ":", "-.")
-#: rows up to which the table of metrics by class is not folded
-_OPEN = 24
+#: metrics in the table of classes
+_METRICS = 3
 #: classes of a confusion matrix with numbers in its cells, and of the largest one that is drawn
 _NUMBERED, _DRAWN = 12, 60
 #: characters of a class name
@@ -53,13 +54,19 @@ def draw_curves(
         panel.xaxis.set_major_locator(MaxNLocator(6, integer=True))
         if all(value == int(value) for value in values):
             panel.yaxis.set_major_locator(MaxNLocator(6, integer=True))
-        figure.legend(loc="outside lower center", ncols=2)
+        if len(curves) > 1 or level is not None:
+            figure.legend(loc="outside lower center", ncols=2)
     return figure
 
 
 def plain_label(name: str) -> str:
     """Return a name for a legend; matplotlib drops labels that begin with an underscore."""
     return f"\u200b{shown(name)}" if name.startswith("_") else shown(name)
+
+
+def decimals(value: Any) -> str | None:
+    """Return a metric as the console prints it; None if it is missing."""
+    return f"{value:.4f}" if isinstance(value, float) else value
 
 
 def in_time(seconds: float) -> str:
@@ -71,29 +78,28 @@ def in_time(seconds: float) -> str:
 
 
 def detail_blocks(details: Mapping[str, Details]) -> list[Block]:
-    """Return the charts and tables of the metrics by class, for every fine-tuning."""
-    names = dict.fromkeys(name for d in details.values() for metrics in d.per_class.values() for name in metrics)
+    """Return the confusion of each fine-tuning, and the table of the metrics by class with a column for each."""
     blocks: list[Block] = []
     for start, detail in details.items():
         aside = f", fine-tuned from {start}"
-        if len(detail.per_class) > MOST_CLASSES:
-            blocks.append(Note(f"The confusion matrix{aside} is not kept above {MOST_CLASSES} classes."))
         if detail.confusion and len(detail.classes) <= _DRAWN:
             caption = f"Confusion{aside}: images by true and predicted class; shares of a row."
             blocks.append(Chart(embed(draw_confusion(detail), "confusion matrix"), caption))
         confused = worst_confusions(detail)
         if confused:
             blocks.append(Table(["true", "predicted", "images"], confused, f"Most frequent errors{aside}", [2]))
-    if details:
-        rows = [
-            [label, start, *map(m.get, names)]
-            for start, detail in details.items()
-            for label, m in detail.per_class.items()
-        ]
-        caption = "Metrics by class, fractions."
-        table = Table(["class", "fine-tuned from", *names], rows, caption, range(2, 2 + len(names)))
-        blocks.append(table if len(rows) <= _OPEN else Fold("Metrics by class", [table]))
-    return blocks or [Note("The evaluation has no metrics by class.")]
+    per_class = {start: detail.per_class for start, detail in details.items()}
+    labels = dict.fromkeys(label for metrics in per_class.values() for label in metrics)
+    names = dict.fromkeys(name for metrics in per_class.values() for row in metrics.values() for name in row)
+    columns = [(name, start) for name in list(names)[:_METRICS] for start in per_class]
+    rows = [
+        [label, *(decimals(per_class[start].get(label, {}).get(name)) for name, start in columns)] for label in labels
+    ]
+    if rows:
+        header = ["class", *(f"{name}, {start}" for name, start in columns)]
+        table = Table(header, rows, "Metrics by class, fractions.", range(1, len(header)), wide=True)
+        blocks.append(Fold("Metrics by class", [table]))
+    return blocks
 
 
 def draw_confusion(details: Details) -> Figure:

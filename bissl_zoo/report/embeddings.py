@@ -17,7 +17,7 @@ from torch.utils.data import Dataset
 from bissl_zoo.backbones import merge_split_states
 from bissl_zoo.config import instantiate
 from bissl_zoo.downstream import DownstreamTask
-from bissl_zoo.downstream.drawing import CAPTION, COLOURS, as_pixels, shorten
+from bissl_zoo.downstream.drawing import CAPTION, COLOURS, as_pixels, colour_of, shorten
 from bissl_zoo.engine.build import Weights, build_split_backbone
 from bissl_zoo.engine.features import CROP, FrozenBackbone, load_frozen, pretext_pixels, whole_embedding
 from bissl_zoo.engine.init import load_init, pinned_init, resplit, weights_of
@@ -31,7 +31,7 @@ from bissl_zoo.report.sheets import DPI
 from bissl_zoo.runs.checkpoint import Checkpointer, load_checkpoint
 from bissl_zoo.runs.directory import CONFIG_FILE, load_run_config
 
-#: shapes of points; with 8 colours they distinguish 72 classes
+#: shapes of points; with 10 colours they distinguish 90 classes
 MARKERS = "o^sDvP*X<"
 #: the usual perplexity of t-SNE (van der Maaten and Hinton, JMLR 2008: 5 to 50)
 PERPLEXITY = 30.0
@@ -205,7 +205,7 @@ def draw_embeddings(
 ) -> Figure:
     """Draw maps side by side, one point per image in the colour of its class, with kNN in the titles.
 
-    More than 8 classes also differ in the shape of their points; more than 72 have no legend.
+    More than 10 classes also differ in the shape of their points; more than 90 have no legend.
 
     Args:
         classes: names by label; notes: lines below the maps.
@@ -230,7 +230,7 @@ def draw_embeddings(
         axes.set_title(f"{shorten(item.name, 44)}\nkNN {knn}{collapsed}", fontsize=CAPTION + 1, parse_math=False)
         size = min(40.0, max(12.0, 9000 / len(item.labels)))
         for label in present:
-            style = {"color": COLOURS[label % len(COLOURS)], "marker": MARKERS[label // len(COLOURS) % len(MARKERS)]}
+            style = {"color": colour_of(label), "marker": MARKERS[label // len(COLOURS) % len(MARKERS)]}
             name = f"\u200b{shorten(classes[label], 24)}"  # matplotlib drops labels that begin with an underscore
             points = item.points[item.labels == label].T
             axes.scatter(*points, s=size, linewidths=0.3, edgecolors="white", label=name, **style)

@@ -19,6 +19,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 from matplotlib import rc_context
 from matplotlib.figure import Figure
+from PIL import Image
 
 from bissl_zoo import __version__
 from bissl_zoo.errors import BisslZooError, ConfigError, printable
@@ -153,8 +154,11 @@ def embed(figure: Figure, alt: str, kind: str = "svg") -> Markup:
     """Return a figure as an `img` element with its data inside: `kind` "svg" for charts, "png" for photographs."""
     data = io.BytesIO()
     with chart_style():
-        figure.savefig(data, format=kind, dpi=_DPI, metadata=_METADATA[kind])
-    width, height = (round(inches * (96 if kind == "svg" else _DPI)) for inches in figure.get_size_inches())
+        trim = {"bbox_inches": "tight", "pad_inches": 0.03} if kind == "png" else {}
+        figure.savefig(data, format=kind, dpi=_DPI, metadata=_METADATA[kind], **trim)
+    width, height = (round(96 * inches) for inches in figure.get_size_inches())
+    if kind == "png":
+        width, height = Image.open(data).size
     tag = Markup('<img class="{}" src="data:{};base64,{}" alt="{}" width="{}" height="{}">')
     return tag.format(kind, _MIME[kind], base64.b64encode(data.getvalue()).decode(), alt, width, height)
 

@@ -12,14 +12,14 @@ from matplotlib.figure import Figure
 from omegaconf import DictConfig, OmegaConf
 
 from bissl_zoo.config import LazyConfig, config_root, load_config, with_defaults
-from bissl_zoo.engine.evaluate import DETAILS_FILE, read_details
+from bissl_zoo.engine.evaluate import read_details
 from bissl_zoo.engine.hooks import SKIPPED
 from bissl_zoo.engine.stages import alternates
 from bissl_zoo.errors import CheckpointError, ConfigError
 from bissl_zoo.registry import STAGES
 from bissl_zoo.report import IMAGES
-from bissl_zoo.report.charts import detail_blocks, draw_curves, in_time
-from bissl_zoo.report.history import MAX_CURVES, History, Series, read_history, time_of
+from bissl_zoo.report.charts import decimals, detail_blocks, draw_curves, in_time
+from bissl_zoo.report.history import History, Series, read_history, time_of
 from bissl_zoo.report.page import (
     Block,
     Chart,
@@ -36,10 +36,12 @@ from bissl_zoo.report.page import (
 )  # fmt: skip
 from bissl_zoo.report.visualize import RunImages
 from bissl_zoo.runs.directory import LOG_FILE, METRICS_FILE, load_run_config, read_metadata
-from bissl_zoo.runs.listing import FINISHED, RunState, is_run, look_at
+from bissl_zoo.runs.listing import FINISHED, RunState, is_run, look_at, verdict
 
 #: sections with defaults in common/train.py
 PLAIN = ("train", "pretrain", "bilevel", "finetune", "clip_grad")
+#: metrics of evaluations during fine-tuning that are drawn
+MAX_EVALUATIONS = 3
 #: maximum bytes of a text file that are read
 _LIMIT = 4 << 20
 FILES_ONLY = "Left out, since only the files of the run are read (--files-only)."
@@ -65,6 +67,7 @@ _PROBES = [
     (["probe/knn_top1", "probe/linear_top1"], "top-1 (fraction)", "kNN and linear accuracy"),
     (["probe/effective_rank"], "effective rank", "Effective rank of the embedding"),
 ]
+_FINETUNE = "finetune"
 
 
 @dataclass(frozen=True)
@@ -73,6 +76,7 @@ class View:
 
     name: str
     state: str
+    verdict: list[str]
     summary: list[tuple[str, str]]
     sections: list[Section]
     problems: int
@@ -103,18 +107,16 @@ class RunReport:
     def view(self) -> View:
         """Return all sections."""
         report = Sections(self.name)
-        report.add("Results", self.results, self.stages)
-        report.add("Config", self.configuration)
-        report.add("Data", self.datasets, self.drawn(self.run_images.data), self.drawn(self.run_images.views))
-        report.add("Training", self.losses, self.evaluations)
-        report.add("Hypergradient", self.hypergradient)
-        report.add("Features", self.probes, self.drawn(self.run_images.embeddings))
-        report.add("Test set", self.tests)
+        report.add("Results", self.problems, self.results, self.tests)
         report.add("Predictions", self.drawn(self.run_images.predictions))
-        report.add("Time", self.timing)
+        report.add("Training", self.losses, self.evaluations, self.probes)
+        report.add("Hypergradient", self.hypergradient)
+        report.add("Features", self.drawn(self.run_images.embeddings))
+        report.add("Data", self.datasets, self.drawn(self.run_images.data), self.drawn(self.run_images.views))
+        report.add("Stages and config", self.stages, self.configuration)
         report.add("Environment and zoo entry", self.environment, self.entry)
         problems = sum(isinstance(b, Note) and b.problem for section in report.sections for b in section.blocks)
-        return View(self.name, self.state.state, self.summary(), report.sections, problems)
+        return View(self.name, self.state.state, self.verdict(), self.summary(), report.sections, problems)
 
     def drawn(self, make: Callable[[], list[Block]]) -> Callable[[], list[Block]]:
         """Return `make` or, if only files are read, a function that returns the reason."""
@@ -134,35 +136,49 @@ class RunReport:
         }
         return [(key, str(value)) for key, value in lines.items() if value]
 
+    def verdict(self) -> list[str]:
+        """Return what the run has shown, and the sentence about the hypergradients of its bilevel stage."""
+        text = verdict(self.state.results)
+        if not text and self.state.state == FINISHED:
+            text = "The run is complete. It has no stage finetune, so there are no test results."
+        text = text or f"There are no results yet: the run is in the state \u201c{self.state.state}\u201d."
+        sentences = [entry.metrics["summary"] for entry in self.history.entries if "summary" in entry.metrics]
+        return [text, *sentences[-1:]]
+
+    def problems(self) -> list[Block]:
+        """Return what is wrong with the run directory."""
+        problems = [*self.state.problems, self.history.problem.strip()]
+        return [Note(problem, problem=True) for problem in problems if problem]
+
     def results(self) -> list[Block]:
-        """Return the table of the test set, and the problems of the run directory."""
-        blocks: list[Block] = [Note(problem, problem=True) for problem in self.state.problems]
-        blocks += [Note(self.history.problem.strip(), problem=True)] if self.history.problem else []
+        """Return the table of the test set."""
         results = self.state.results
         names = [m for m in dict.fromkeys(m for metrics in results.values() for m in metrics) if "/" not in m]
-        rows: list[list[Any]] = [[start, *map(metrics.get, names)] for start, metrics in results.items()]
+        rows = [[start, *(decimals(metrics.get(name)) for name in names)] for start, metrics in results.items()]
         for _, stage in STAGES:
             if {stage.label, stage.baseline_label} <= results.keys():
                 before, after = results[stage.baseline_label], results[stage.label]
                 both = [after[name] - before[name] if name in before and name in after else None for name in names]
                 title = f"{stage.label} minus {stage.baseline_label}"
                 rows.append([title, *("\u2013" if d is None else f"{d:+.4f}" for d in both)])
-        if rows:
-            caption = "Metrics on the test set, fractions; a single seed does not show significance."
-            numbers = range(1, 1 + len(names))
-            return [*blocks, Table(["fine-tuned from", *names], rows, caption, numbers, wide=len(names) > 4)]
-        if self.state.state == FINISHED:
-            return [*blocks, Note("The run is complete. It has no stage finetune, so there are no test results.")]
-        return [*blocks, Note(f"There are no results yet: the run is in the state \u201c{self.state.state}\u201d.")]
+        caption = "Metrics on the test set, fractions."
+        header = ["fine-tuned from", *names]
+        return [Table(header, rows, caption, range(1, 1 + len(names)), wide=len(names) > 4)] if rows else []
 
     def stages(self) -> list[Block]:
-        """Return the progress of each stage."""
-        rows = [
-            [stage.name, stage.step, stage.total, "yes" if stage.done else "no", len(stage.checkpoints)]
-            for stage in self.state.stages
-        ]
-        header = ["stage", "step", "of", "done", "checkpoints"]
-        return [Table(header, rows, "Stages; a step of bissl is an alternation.", [1, 2, 4])] if rows else []
+        """Return progress and time of each stage."""
+        times = {item.name: item for item in time_of(self.history)}
+        rows = []
+        for stage in self.state.stages:
+            row: list[Any] = [stage.name, stage.step, stage.total, "yes" if stage.done else "no"]
+            item = times.get(stage.name)
+            if item:
+                parts = (item.seconds, item.evaluating, item.waiting, item.saving)
+                row += [*map(in_time, parts), item.speed if item.speed > 0 else None]
+            rows.append(row + [None] * (9 - len(row)))
+        header = ["stage", "step", "of", "done", "time", "evaluating", "waiting for data", "checkpoints", "images/s"]
+        caption = "Stages; a step of bissl is an alternation. Time without start, test and publishing."
+        return [Table(header, rows, caption, [1, 2, *range(4, 9)], wide=True)] if rows else []
 
     def configuration(self) -> list[Block]:
         """Return how the config differs from its base; all of it is folded."""
@@ -185,16 +201,26 @@ class RunReport:
         return [*([Note(text, problem=True)] if skipped else []), *table]
 
     def losses(self) -> list[Block]:
-        """Return the losses of each stage."""
+        """Return the losses of each stage, those of all fine-tunings in one chart."""
         blocks: list[Block] = []
         for stage in self.history.stages():
-            for key, level in _LOSSES.items():
+            for key, level in _LOSSES.items() if not stage.startswith(_FINETUNE) else ():
                 curves = self._curves([key], stage, upper=True)
                 x_label = f"upper steps of {stage}" if curves else self._steps_of(stage)
                 curves = curves or self._curves([key], stage)
                 if curves:
                     blocks.append(_chart(draw_curves(curves, x_label, "loss"), f"Loss{level}, {stage}."))
-        return blocks or [Note("No loss has been written yet.")]
+        return [*blocks, *self._finetunings("total_loss", "loss")] or [Note("No loss has been written yet.")]
+
+    def _finetunings(self, key: str, y_label: str) -> list[Block]:
+        """Return a chart of a metric of all fine-tunings."""
+        curves = {}
+        for stage in filter(lambda stage: stage.startswith(_FINETUNE), self.history.stages()):
+            start = stage.partition("_")[2] or next(reversed(self.state.results), stage)
+            curves[f"from {start}"] = self.history.series(key, stage)
+        curves = {name: series for name, series in curves.items() if series.x}
+        chart = draw_curves(curves, "steps of fine-tuning", y_label) if curves else None
+        return [_chart(chart, f"{y_label[0].upper()}{y_label[1:]} during fine-tuning.")] if chart else []
 
     @staticmethod
     def _steps_of(stage: str) -> str:
@@ -202,13 +228,8 @@ class RunReport:
 
     def evaluations(self) -> list[Block]:
         """Return the evaluations during fine-tuning."""
-        names = self.history.names("val/", "test/")[:MAX_CURVES]
-        blocks: list[Block] = []
-        for stage in self.history.stages():
-            curves = self._curves(names, stage)
-            if curves:
-                figure = draw_curves(curves, f"steps of {stage}", "metric (fraction)")
-                blocks.append(_chart(figure, f"Evaluations during {stage}."))
+        names = self.history.names("val/", "test/")[:MAX_EVALUATIONS]
+        blocks = [block for name in names for block in self._finetunings(name, name)]
         return blocks or [Note("No evaluations during training (finetune.eval_period is null or was not reached).")]
 
     def _curves(self, names: Sequence[str], stage: str, upper: bool = False) -> dict[str, Series]:
@@ -221,8 +242,7 @@ class RunReport:
         if stage is None:
             return [Note("There are no records of a bilevel stage.")]
         tolerance = OmegaConf.select(self.cfg, "solver.tolerance")
-        summaries = [entry.metrics["summary"] for entry in self.history.of(stage) if "summary" in entry.metrics]
-        blocks: list[Block] = [Note(summaries[-1])] if summaries else []
+        blocks: list[Block] = []
         for keys, y_label, caption, options in _HYPERGRADIENT:
             curves = self._curves(keys, stage, upper=True)
             if curves:
@@ -248,27 +268,7 @@ class RunReport:
 
     def tests(self) -> list[Block]:
         """Return the last evaluation by class."""
-        details = read_details(self.folder)
-        if details:
-            return detail_blocks(details)
-        return [Note(f"The run kept no metrics by class ({DETAILS_FILE}).")]
-
-    def timing(self) -> list[Block]:
-        """Return the time of each stage."""
-        stages = time_of(self.history)
-        if not stages:
-            return [Note("No times have been recorded yet.")]
-        parts = {"evaluating": "evaluating", "waiting for data": "waiting", "checkpoints": "saving"}
-        known = {part: any(getattr(item, part) for item in stages) for part in parts.values()}
-        rows = [
-            [item.name, in_time(item.seconds)]
-            + [in_time(getattr(item, part)) if known[part] else None for part in parts.values()]
-            + [item.speed if item.speed > 0 else None]
-            for item in stages
-        ]
-        header = ["stage", "time", *parts, "images/s, last"]
-        caption = "Time by stage, without start, test and publishing."
-        return [Table(header, rows, caption, range(1, 6), wide=True)]
+        return detail_blocks(read_details(self.folder))
 
     def environment(self) -> list[Block]:
         """Return versions and hardware."""

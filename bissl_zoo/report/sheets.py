@@ -4,7 +4,7 @@ Figures are made without pyplot, so that drawing changes no global state.
 """
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -134,29 +134,30 @@ def predict(
 
 def draw_predictions(
     samples: Sequence[Sample],
-    predictions: Sequence[Prediction],
+    predictions: Mapping[str, Sequence[Prediction]],
     task: DownstreamTask,
     title: str,
     threshold: float = 0.5,
-    pairs: int = 2,
+    images: int = 2,
+    side: float = _SAMPLE,
 ) -> Figure:
-    """Draw each image twice: with its target on the left, with its prediction and its score on the right.
+    """Draw each image with its target and, beside it, with the prediction of each model.
 
     Args:
-        predictions: of the samples, in the same order.
+        predictions: of the samples, in the same order, by name of the model.
         threshold: minimum score of the parts of a prediction that are drawn, such as boxes.
-        pairs: images in a row.
+        images: images in a row; side: inches of an image.
     """
-    pairs = min(pairs, len(samples))
-    rows = math.ceil(len(samples) / pairs)
-    figure, grid = _sheet(rows, [_SAMPLE] * 2 * pairs, _tallest(samples) * _SAMPLE, title, captions=2 * _CAPTIONS)
-    for (left, right), sample, prediction in zip(grid.reshape(-1, 2), samples, predictions, strict=False):
-        task.draw(left, sample.image, sample.target)
-        task.draw(right, sample.image, prediction.value, predicted=True, threshold=threshold)
-        for axes, kind in ((left, "true"), (right, "predicted")):
-            axes.set_title(f"{kind}:\n{axes.get_title()}", fontsize=CAPTION, parse_math=False)
-        _name(left, sample.name)
-        _name(right, f"score {prediction.score:.2f}")
+    images, panels = min(images, len(samples)), 1 + len(predictions)
+    rows = math.ceil(len(samples) / images)
+    figure, grid = _sheet(rows, [side] * panels * images, _tallest(samples) * side, title, 2 * _CAPTIONS)
+    for number, (places, sample) in enumerate(zip(grid.reshape(-1, panels), samples, strict=False)):
+        task.draw(places[0], sample.image, sample.target)
+        _name(places[0], sample.name)
+        for axes, items in zip(places[1:], predictions.values(), strict=True):
+            task.draw(axes, sample.image, items[number].value, predicted=True, threshold=threshold)
+        for axes, kind in zip(places, ("truth", *predictions), strict=True):
+            axes.set_title(f"{kind}\n{axes.get_title()}", fontsize=CAPTION, parse_math=False)
     return figure
 
 

@@ -3,7 +3,7 @@
 Each function draws random samples with its own seed, restores all random states, and returns a matplotlib Figure.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -26,12 +26,14 @@ from bissl_zoo.engine.features import (
     pretext_pixels,
     sample_indices,
 )
-from bissl_zoo.engine.init import load_init
+from bissl_zoo.engine.init import zoo_of
 from bissl_zoo.engine.launch import choose_device
 from bissl_zoo.engine.resume import preserved_randomness
 from bissl_zoo.engine.stages import alternates
 from bissl_zoo.errors import CheckpointError, DatasetError
+from bissl_zoo.model import MODEL_FOLDER, load_model
 from bissl_zoo.registry import STAGES
+from bissl_zoo.report import IMAGES
 from bissl_zoo.report.embeddings import (
     MIN_POINTS,
     NO_CLASS,
@@ -45,12 +47,14 @@ from bissl_zoo.report.page import Block, Chart, Note, embed
 from bissl_zoo.report.sheets import Prediction, draw_predictions, draw_samples, draw_views, predict, samples_of
 from bissl_zoo.runs.directory import CONFIG_FILE
 
-#: images in a report: of the data, of the views, and of the best and of the worst predictions
-SAMPLES, VIEWS, PREDICTIONS = 8, 3, 4
+#: images in a report: of the data, of the views, and of each group of predictions
+SAMPLES, VIEWS, PREDICTIONS = 4, 3, 3
+#: inches of an image with predictions in a report, three of which are readable on a phone
+_PANEL = 1.45
+#: minimum score of the boxes in a report, below the usual 0.5: short runs give low scores
+_THRESHOLD = 0.3
 #: inches up to which a figure is readable on a phone
 _PHONE = 5.0
-#: images on a map of features in a report
-MAPPED = 500
 #: batch size of a frozen backbone
 BATCH = 64
 #: neighbours of kNN, as in bissl probe
@@ -94,51 +98,53 @@ def views_figure(cfg: DictConfig, images: int = 6, seed: int = 0) -> Figure:
 
 
 class Predictions(NamedTuple):
-    """The test set, the fine-tuned task, and its predictions for some images of the set."""
+    """The test set, the task, and the predictions for the same images by what each model was fine-tuned from."""
 
     dataset: Dataset
     task: DownstreamTask
-    predictions: list[Prediction]
+    models: dict[str, list[Prediction]]
 
 
-def predict_test_set(cfg: DictConfig, source: str | None, images: int | None, seed: int = 0) -> Predictions:
-    """Predict at most `images` images of `dataloader.test`, or all, with the fine-tuned model of the run `source`.
+def predict_test_set(cfg: DictConfig, source: str, images: int | None, seed: int = 0) -> Predictions:
+    """Predict at most `images` images of `dataloader.test`, or all, with the fine-tuned models of a run.
 
+    Args:
+        source: a run, whose baseline comes first, or one of the other sources of :func:`bissl_zoo.load_model`.
     Raises:
-        CheckpointError: no fine-tuned model.
+        ZooError: no fine-tuned model.
         DatasetError: the data set is missing or damaged.
     """
-    weights = Weights() if source is None else load_init(source, cfg, evaluate=True)[0]
-    if weights.task is None:
-        raise CheckpointError(
-            f"Predictions need a fine-tuned model, but train.init={source} holds no task head. Give the directory of a "
-            "run with the stage finetune, as in train.init=runs/a."
-        )
-    context = Context(cfg, build_datasets(cfg, {"test"}), choose_device(cfg.train.device))
-    dataset, loader = context.data["test"], cfg.dataloader.test
-    with preserved_randomness(context.device):
-        backbone, task = build_downstream(context, weights)
-        indices = sample_indices(len(dataset), images or len(dataset), seed)
-        settings = (context.device, loader.batch_size, loader.get("num_workers", 0))
-        return Predictions(dataset, task, predict(backbone, task, dataset, indices, *settings))
+    folders = [*sorted(Path(source).glob(f"{MODEL_FOLDER}_*")), Path(source, MODEL_FOLDER)]
+    device, loader = choose_device(cfg.train.device), cfg.dataloader.test
+    models = [load_model(folder, device=device) for folder in folders if folder.is_dir()]
+    models = models or [load_model(source, zoo=zoo_of(cfg), device=device)]
+    dataset = build_datasets(cfg, {"test"})["test"]
+    indices = sample_indices(len(dataset), images or len(dataset), seed)
+    settings = (dataset, indices, device, loader.batch_size, loader.get("num_workers", 0))
+    with preserved_randomness(device):
+        predictions = {m.metadata["start"]: predict(m.backbone, m.task, *settings) for m in models}
+    return Predictions(dataset, models[-1].task, predictions)
 
 
 def predictions_figure(
     cfg: DictConfig, images: int = 16, seed: int = 0, worst: bool = False, threshold: float = 0.5
 ) -> Figure:
-    """Draw targets and predictions of the fine-tuned model of the run `train.init`, see :func:`predict_test_set`.
+    """Draw targets and the predictions of the models of the run `train.init`, see :func:`predict_test_set`.
 
     Args:
-        worst: choose the images of the whole set with the lowest scores instead of random ones.
+        worst: choose the images of the whole set on which the last model has the lowest scores, not random ones.
         threshold: minimum score of the parts of a prediction that are drawn, such as boxes.
     """
-    dataset, task, predictions = predict_test_set(cfg, cfg.train.init, None if worst else images, seed)
-    if worst:
-        predictions = sorted(predictions, key=lambda prediction: prediction.score)[:images]
-    samples = samples_of(dataset, [prediction.index for prediction in predictions])
+    if cfg.train.init is None:
+        raise CheckpointError("Predictions need a fine-tuned model. Give a run directory, as in train.init=runs/a.")
+    dataset, task, models = predict_test_set(cfg, cfg.train.init, None if worst else images, seed)
+    last = list(models.values())[-1]
+    places = sorted(range(len(last)), key=lambda place: last[place].score if worst else 0)[:images]
+    samples = samples_of(dataset, [last[place].index for place in places])
     choice = "the worst" if worst else "random"
     title = f"{cfg.train.init} on {_describe(cfg, 'test')}: {len(samples)} of {len(dataset)} images, {choice}"
-    return draw_predictions(samples, predictions, task, title, threshold)
+    chosen = {name: [items[place] for place in places] for name, items in models.items()}
+    return draw_predictions(samples, chosen, task, title, threshold)
 
 
 class EmbeddingsFigure(NamedTuple):
@@ -150,7 +156,7 @@ class EmbeddingsFigure(NamedTuple):
 
 
 def embeddings_figure(
-    cfg: DictConfig, sources: Sequence[str], images: int = 1000, seed: int = 0, architecture: str | None = None
+    cfg: DictConfig, sources: Sequence[str], images: int = IMAGES, seed: int = 0, architecture: str | None = None
 ) -> EmbeddingsFigure:
     """Draw the test features of several backbones side by side, with kNN from the training set.
 
@@ -255,31 +261,28 @@ class RunImages:
         return [Chart(embed(figure, caption, "png"), caption, wide=figure.get_figwidth() > _PHONE)]
 
     def predictions(self) -> list[Block]:
-        """Return the test images with the best and the worst predictions."""
+        """Return test images with the targets and the predictions of the fine-tuned models."""
         if not any(STAGES.get(name).evaluates for name in self.cfg.train.stages):
             return [Note("The run has no stage finetune, so there is no fine-tuned model.")]
         _require_one_process()
-        dataset, task, predictions = predict_test_set(self.cfg, str(self.folder), self.images)
-        predictions.sort(key=lambda prediction: -prediction.score)
-        if len(predictions) < 2 * PREDICTIONS:
-            groups = {"best first": predictions}
-        else:
-            groups = {"best": predictions[:PREDICTIONS], "worst": predictions[: -PREDICTIONS - 1 : -1]}
-        among = f"{len(predictions)} of {len(dataset)} test images"
+        dataset, task, models = predict_test_set(self.cfg, str(self.folder), self.images)
         blocks: list[Block] = []
-        for which, group in groups.items():
-            samples = samples_of(dataset, [prediction.index for prediction in group])
-            caption = f"Predictions, {which}, among {among}; the model of the last fine-tuning."
-            figure = draw_predictions(samples, group, task, which, pairs=1)
-            blocks.append(Chart(embed(figure, caption, "png"), caption))
-        return blocks
+        for which, places in _chosen(models).items():
+            for place in places:
+                items = {name: [predictions[place]] for name, predictions in models.items()}
+                samples = samples_of(dataset, [next(iter(items.values()))[0].index])
+                figure = draw_predictions(samples, items, task, "", _THRESHOLD, side=_PANEL)
+                caption = f"{which}."
+                blocks.append(Chart(embed(figure, caption, "png"), caption))
+        count = len(next(iter(models.values())))
+        return [Note(f"Chosen among {count} of {len(dataset)} test images."), *blocks]
 
     def embeddings(self) -> list[Block]:
         """Return maps of the test features before and after the BiSSL stage."""
         _require_one_process()
         if not any(map(alternates, self.cfg.train.stages)):
             return [Note("The run has no bilevel stage, so there are no features before and after it.")]
-        result = embeddings_figure(self.cfg, [str(self.folder)], min(self.images, MAPPED))
+        result = embeddings_figure(self.cfg, [str(self.folder)], self.images)
         notes = [f"kNN: top-1 accuracy, k = {NEIGHBOURS}"]
         blocks: list[Block] = []
         for item in result.embeddings:
@@ -287,6 +290,20 @@ class RunImages:
             caption = f"{item.name}: test features by t-SNE; a point is an image or the crop of an object."
             blocks.append(Chart(embed(figure, caption), caption))
         return blocks
+
+
+def _chosen(models: Mapping[str, list[Prediction]]) -> dict[str, list[int]]:
+    """Return the places of random images, and of those on which two models differ most or one is worst."""
+    *others, (name, last) = models.items()
+    chosen = {"Random": sample_indices(len(last), PREDICTIONS, 0)}
+    base = others[-1][1] if others else None
+    gains = [item.score - (base[place].score if base else 0.0) for place, item in enumerate(last)]
+    order = sorted(range(len(last)), key=gains.__getitem__)
+    if not others:
+        return chosen | {"Worst": order[:PREDICTIONS]}
+    better = [place for place in order[: -PREDICTIONS - 1 : -1] if gains[place] > 0]
+    worse = [place for place in order[:PREDICTIONS] if gains[place] < 0]
+    return chosen | {f"Better, fine-tuned from {name}": better, f"Worse, fine-tuned from {name}": worse}
 
 
 def _require_one_process() -> None:

@@ -298,6 +298,19 @@ def results_table(results: dict[str, dict[str, float]]) -> str:
     return tabulate(rows, headers=["fine-tuned from", *names], floatfmt=".4f")
 
 
+def verdict(results: dict[str, dict[str, Any]]) -> str:
+    """Return the first test metric with and without BiSSL, or of the last fine-tuning; empty without results."""
+    start, metrics = next(reversed(results.items()), ("", {}))
+    name, value = next(iter(metrics.items()), ("", None))
+    base = results.get("pretrained", {}).get(name) if start == "bissl" else None
+    if base is None:
+        return f"{name} {_short(value)}, fine-tuned from {start}." if name else ""
+    return (
+        f"{name} {value:.4f} with BiSSL, {base:.4f} by fine-tuning alone ({value - base:+.4f}). One seed is no "
+        "evidence; bissl compare repeats both over seeds."
+    )
+
+
 def run_page(run: RunState) -> str:
     """Return all that a run directory holds as text and, if it is not finished, the command that resumes it."""
     seconds = run.metadata.get("wall_time_s", 0.0)

@@ -41,17 +41,16 @@ def test_the_tables_hold_the_metrics_of_the_files(whole, finished):
     names = [name for name in results["bissl"] if "/" not in name]
     rows = {row[0]: row[1:] for row in parsed.table("fine-tuned from", *names)}
     for start, metrics in results.items():
-        assert rows[start] == [f"{metrics[name]:.4g}" for name in names]
+        assert rows[start] == [f"{metrics[name]:.4f}" for name in names]
     assert rows["bissl minus pretrained"] == [f"{results['bissl'][n] - results['pretrained'][n]:+.4f}" for n in names]
-    steps = {row[0]: row[1:4] for row in parsed.table("stage", "step", "of", "done", "checkpoints")}
-    assert steps["bissl"] == ["2", "2", "yes"] and list(steps) == [
-        "pretrain", "head_warmup", "bissl", "finetune_pretrained", "finetune",
-    ]  # fmt: skip
+    steps = {row[0]: row[1:4] for row in parsed.rows if len(row) == 9}
+    assert steps["bissl"] == ["2", "2", "yes"]
+    assert {"pretrain", "head_warmup", "bissl", "finetune_pretrained", "finetune"} < steps.keys()
     by_class = json.loads((finished / DETAILS_FILE).read_text())["bissl"]["per_class"]
-    cells = {row[0]: row for row in parsed.rows if len(row) == 7 and row[1] == "bissl"}
+    cells = {row[0]: row for row in parsed.rows if len(row) == 7 and row[0] in by_class}
     assert cells.keys() == by_class.keys()
     for name, metrics in by_class.items():
-        assert cells[name][2:] == [f"{value:.4g}" for value in metrics.values()]
+        assert cells[name][2::2] == [f"{metrics[key]:.4f}" for key in ("AP", "AP50", "AP75")]
 
 
 @pytest.mark.slow
@@ -59,7 +58,7 @@ def test_the_charts_name_their_axes_and_links_lead_to_sections(whole):
     parsed = Parsed(whole[0].read_text(encoding="utf-8"))
     drawn = set(parsed.drawn)
     assert {"loss", "steps of pretrain", "alternations of bissl", "upper steps of bissl", "relative residual"} <= drawn
-    assert {"cosine", "|x| / |v|"} <= drawn
+    assert {"cosine", "|x| / |v|", "steps of fine-tuning", "from pretrained", "from bissl"} <= drawn
     names = [attrs["id"] for _, attrs in parsed.elements if "id" in attrs]
     assert len(names) == len(set(names))
     links = [attrs["href"] for tag, attrs in parsed.elements if tag == "a"]
@@ -106,8 +105,7 @@ def test_a_hostile_run_gives_a_page_of_plain_text(run_copy, tmp_path):
     results = json.loads((run / "results.json").read_text())
     (run / "results.json").write_text(json.dumps({HOSTILE: {HOSTILE.replace("/", ""): 0.5}, **results}))
     figures = {f"{HOSTILE}{n}": {"AP50": 0.1 * n, HOSTILE: 0.5} for n in range(4)}
-    curves = {name: [0.5] * 101 for name in figures}
-    write_details(run, {HOSTILE: Details(figures, [HOSTILE, "]]>", "-->"], [[1, 2, 3]] * 3, curves)})
+    write_details(run, {HOSTILE: Details(figures, [HOSTILE, "]]>", "-->"], [[1, 2, 3]] * 3)})
     (run / "environment.txt").write_text(f"command: {HOSTILE}\npython: </table>{HOSTILE}\n")
     entry = {"name": HOSTILE, "location": "javascript:alert(1)", "sha256": "0" * 64}
     (run / "zoo_entry.json").write_text(json.dumps(entry))
@@ -123,8 +121,7 @@ def test_the_sentence_about_the_hypergradients_is_shown_with_their_charts(tmp_pa
     write_records(run, upper, {"stage": "bissl", "event": "stage_end", "summary": HOSTILE})
     parsed = harmless(report_of(run))
     assert {"cosine", "|x| / |v|"} <= set(parsed.drawn)
-    place = parsed.text.index("Hypergradient", parsed.text.index("Training") + 10)
-    assert HOSTILE in parsed.text[place : place + 5]
+    assert HOSTILE in parsed.text[: parsed.text.index("Training")]  # below the verdict
 
 
 @pytest.mark.slow

@@ -145,8 +145,8 @@ def test_a_verbose_run_has_a_line_of_every_step(train_net, tiny, tmp_path):
 def test_the_end_of_a_run_gives_the_change_by_bissl_and_the_next_commands(tmp_path):
     results = {"pretrained": {"AP": 0.25, "AP50": 0.5}, "bissl": {"AP": 0.27, "AP50": 0.49}}
     text = next_steps(results, str(tmp_path), "photos.py")
-    assert text.startswith("AP +0.0200 by BiSSL, in one seed: `bissl compare`") and "look at" not in text
+    assert text.startswith("AP 0.2700 with BiSSL, 0.2500 by fine-tuning alone (+0.0200)") and "look at" not in text
     assert f"bissl predict {tmp_path} photo.jpg" in text and "bissl compare --config-file photos.py" in text
     (tmp_path / "report.html").touch()
     alone = next_steps({"init": {"AP": 0.2}}, str(tmp_path), "photos.py")
-    assert alone.startswith("next") and f"open {tmp_path}/report.html" in alone
+    assert alone.startswith("AP 0.2, fine-tuned from init.\n\nnext") and f"open {tmp_path}/report.html" in alone

@@ -105,7 +105,7 @@ def test_errors_are_one_message(visualize, config, tiny_config, tmp_path, capsys
         (["data", *named, "--output", "a.gif"], "must end in .png, .pdf, .svg"),
         (["data", *named, "--split", "val"], "no usable 'dataloader.val'"),
         (["predictions", *named], "Predictions need a fine-tuned model"),
-        (["predictions", tmp_path / "run"], "holds no checkpoint of a stage that fine-tunes"),
+        (["predictions", tmp_path / "run"], "There is no fine-tuned model in"),
         (["embeddings", tmp_path / "run", "--images", 2], "needs 3 or more"),
         (["embeddings", "zoo:nothing", *named], "nothing"),
     ]
