@@ -107,10 +107,11 @@ class RunReport:
     def view(self) -> View:
         """Return all sections."""
         report = Sections(self.name)
-        report.add("Results", self.problems, self.results, self.tests)
+        report.add("Results", self.problems, self.results)
         report.add("Predictions", self.drawn(self.run_images.predictions))
         report.add("Training", self.losses, self.evaluations, self.probes)
         report.add("Hypergradient", self.hypergradient)
+        report.add("Classes", self.tests)
         report.add("Features", self.drawn(self.run_images.embeddings))
         report.add("Data", self.datasets, self.drawn(self.run_images.data), self.drawn(self.run_images.views))
         report.add("Stages and config", self.stages, self.configuration)
