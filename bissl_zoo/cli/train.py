@@ -75,7 +75,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def next_steps(results: dict[str, dict[str, float]], folder: str, config: str) -> str:
-    """Return what BiSSL changed in this run, if that was measured, and commands to go on with."""
+    """Return the verdict on this run, and the next commands."""
     from bissl_zoo.runs.listing import verdict
 
     report = Path(folder) / "report.html"
