@@ -83,11 +83,11 @@ def add_lora(model: nn.Module, r: int, alpha: float, targets: Sequence[str] = ("
             model.set_submodule(path, LoRALinear(linear, names, fused, r, alpha))
             adapted.update(wanted)
     if missing := [target for target in targets or ("none",) if target not in adapted]:
-        known = sorted({path.rpartition(".")[2] for path in layers} - {"qkv", "kv"} | set("qkv"))
+        leaves = {path.rpartition(".")[2] for path in layers}
+        known = sorted({name for leaf in leaves for name in (leaf if leaf in ("qkv", "kv") else [leaf])})
+        advice = f"Known: {', '.join(known)}." if known else "LoRA needs a transformer, such as vit_small_patch16_224."
         hint = did_you_mean(missing[0], known)
-        raise RegistryError(
-            f"bilevel.lora.targets: no linear layer for '{missing[0]}'.{hint} Known: {', '.join(known)}."
-        )
+        raise RegistryError(f"bilevel.lora.targets: no linear layer for '{missing[0]}' in the network.{hint} {advice}")
 
 
 def merge_lora(state: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -6,8 +6,8 @@ bissl compare --config-file configs/compare/cells.py --parallel 2 train.output_d
 bissl compare --config-file configs/compare/papers_simclr.py --datasets food101,dtd,voc_det
 
 Arms: pretrained (fine-tuning alone), bissl, bissl[SOLVER], joint (the stage without curvature), longer_pretraining,
-target_pretraining, self_training, lp_ft, l2_sp, random. Repeat the command to resume a comparison or, with more seeds
-or arms, to extend it. The report is written to train.output_dir: comparison.md, .json and .png.
+target_pretraining, self_training, lp_ft, l2_sp, lora, random. Repeat the command to resume a comparison or, with more
+seeds or arms, to extend it. The report is written to train.output_dir: comparison.md, .json and .png.
 """
 
 import argparse
@@ -62,8 +62,8 @@ def run(args: argparse.Namespace) -> int:
     from bissl_zoo.studies.compare_report import reports_table, summary
 
     chosen = {"compare.seeds": args.seeds, "compare.arms": args.arms, "compare.labels": args.labels}
-    settings = [override for override in args.overrides if override.startswith("compare.")]
-    others = [override for override in args.overrides if override not in settings]
+    settings = [text.lstrip("+") for text in args.overrides if text.lstrip("+").startswith("compare.")]
+    others = [text for text in args.overrides if not text.lstrip("+").startswith("compare.")]
     settings += [f"{key}={json.dumps(value)}" for key, value in chosen.items() if value is not None]
     with console():
         cfg = open_config(args.config_file, others)

@@ -11,6 +11,7 @@ from bissl_zoo.config import LazyConfig, config_root, load_config
 from bissl_zoo.engine.stages import alternates
 from bissl_zoo.errors import ConfigError, did_you_mean
 from bissl_zoo.registry import STAGES
+from bissl_zoo.studies.budget import BUDGETS
 from bissl_zoo.studies.jobs import override
 
 #: sections of a comparison's config that are not part of a run
@@ -68,6 +69,11 @@ def _target_pretraining(cfg: DictConfig) -> list[str]:
     return [*_longer_pretraining(cfg), override("dataloader.pretext.dataset", cfg.dataloader.train.dataset)]
 
 
+def _lora(cfg: DictConfig) -> list[str]:
+    """Train low-rank additions to queries and values, as in BiSSLight, if the config does not choose others."""
+    return [override("bilevel.lora", cfg.bilevel.lora or {"r": 64, "alpha": 64, "targets": ["q", "v"]})]
+
+
 def _with_solver(name: str) -> Callable[[DictConfig], list[str]]:
     """Return the overrides of a solver in `configs/common/solvers/`, or of a curvature with the config's solver."""
     if name in CURVATURES:
@@ -81,6 +87,7 @@ ARMS = {
     "pretrained": Arm("fine-tuning alone", compared_with=()),
     "bissl": Arm("BiSSL", "bissl", compared_with=_BISSL_REFERENCES),
     "joint": Arm("joint training", "bissl", _with_solver("identity"), ("pretrained", "longer_pretraining")),
+    "lora": Arm("BiSSL with LoRA", "bissl", _lora, ("pretrained", "bissl")),
     "longer_pretraining": Arm("longer pretraining", "pretrain", _longer_pretraining),
     "target_pretraining": Arm("pretraining on the labelled images", "pretrain", _target_pretraining),
     "self_training": Arm("self-training", "teacher"),
@@ -129,6 +136,7 @@ class Settings:
     finetune_seeds: int = 1
     labels: tuple[float, ...] = ()
     margin: float | None = None
+    budget: str = "steps"
 
 
 def read_settings(cfg: DictConfig, source: str) -> Settings:
@@ -145,6 +153,7 @@ def read_settings(cfg: DictConfig, source: str) -> Settings:
     repeats, labels, margin = values["finetune_seeds"], tuple(values["labels"] or ()), values["margin"]
     seeds, arms = tuple(range(n) if _is_count(n := values["seeds"]) else n or ()), tuple(values["arms"] or ())
     _check_names([vary], VARY, "compare.vary", source)
+    _check_names([budget := values["budget"]], BUDGETS, "compare.budget", source)
     for arm in arms:
         find_arm(arm)
     has_pretraining = pretrains(cfg)
@@ -166,6 +175,11 @@ def read_settings(cfg: DictConfig, source: str) -> Settings:
             _differ(labels) and all(_is_share(n) for n in labels),
             "give shares above 0 and up to 1, such as 0.05",
         ),
+        (
+            "budget",
+            budget == "steps" or cfg.finetune.early_stopping.patience is None,
+            "but finetune.early_stopping.patience ends runs earlier",
+        ),
         ("margin", margin is None or _is_number(margin) and margin > 0, "give a positive difference of the metric"),
     ):
         if not valid:
@@ -176,7 +190,7 @@ def read_settings(cfg: DictConfig, source: str) -> Settings:
             "pretrain one: train.stages=[pretrain,bissl,finetune]."
         )
     settings = Settings(
-        metric, values["higher_is_better"], seeds, arms, vary, trials, datasets, repeats, labels, margin
+        metric, values["higher_is_better"], seeds, arms, vary, trials, datasets, repeats, labels, margin, budget
     )
     if trials:
         _check_search(cfg, settings, source)

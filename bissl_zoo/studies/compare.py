@@ -4,7 +4,7 @@ import itertools
 import json
 import logging
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,8 +16,9 @@ from torch.utils.data import Dataset
 
 from bissl_zoo.config import LazyConfig
 from bissl_zoo.data.datasets.catalog import sample_digest
-from bissl_zoo.engine.build import Context, build_datasets, data_roles
+from bissl_zoo.engine.build import Context, Weights, build_datasets, build_downstream, data_roles
 from bissl_zoo.engine.checks import check_config, check_parts
+from bissl_zoo.engine.evaluate import metric_names
 from bissl_zoo.engine.init import load_init
 from bissl_zoo.engine.stages.bissl import MIN_COUPLING, coupling
 from bissl_zoo.errors import BisslZooError, ConfigError, did_you_mean
@@ -26,20 +27,20 @@ from bissl_zoo.runs.directory import flatten, read_metadata
 from bissl_zoo.runs.listing import FINISHED as RUN_FINISHED
 from bissl_zoo.runs.listing import is_run, look_at
 from bissl_zoo.studies.arms import (
-    FINETUNE_SEED_OFFSET,
     arm_config,
     base_config,
     find_arm,
     folder_name,
     pretrain_config,
-    pretrains,
     read_settings,
     run_name,
 )
+from bissl_zoo.studies.budget import equal_steps, measured_cost, read_costs, settle_costs
 from bissl_zoo.studies.compare_report import Results, make_report, save_report, save_reports
 from bissl_zoo.studies.jobs import check_unchanged, progress_line, run_jobs
 from bissl_zoo.studies.leakage import look_for_leakage, recorded_leakage
 from bissl_zoo.studies.places import FINISHED, Engine, Job, JobOutcome
+from bissl_zoo.studies.plan import Plan
 from bissl_zoo.studies.search import check_metric, draw, read_search, search, trial_config
 from bissl_zoo.zoo.index import ZOO_PREFIX
 
@@ -122,10 +123,10 @@ class Comparison:
     ) -> None:
         self.source, self.folder, self.parallel, self.engine = source, folder, parallel, engine
         self.settings, self.base = read_settings(cfg, source), base_config(cfg)
-        self.pretrains = pretrains(self.base)
         self.search = cfg.search if self.settings.search_trials else None
         #: base config with the data of the search: a BiSSL stage must not see the labels of the validation images
         self.search_base = self._search_base() if self.search is not None else None
+        self.plan = Plan(self.base, self.settings, folder, self.search_base)
         self.failed: dict[str, str] = {}
         self.parents: list[dict[str, str]] = []
         self.samples: dict[str, dict[str, str]] = {}
@@ -140,7 +141,7 @@ class Comparison:
         base = LazyConfig.apply_overrides(self.base, ["train.device=cpu"])  # leaves the GPU to the runs
         init = base.train.init
         configs = {arm: arm_config(base, arm, 0, init, find_arm(arm).stages) for arm in self.settings.arms}
-        if self.pretrains:
+        if self.plan.pretrains:
             configs["pretrain"] = pretrain_config(base, 0)
         for cfg in configs.values():
             check_config(cfg, self.source)
@@ -156,57 +157,15 @@ class Comparison:
             self.samples |= _samples(self.search_base, search_data, "search ")
         for cfg in configs.values():
             check_parts(Context(cfg, {role: data[role] for role in data_roles(cfg)}, torch.device("cpu")), initial)
-        if "bissl" not in configs:
-            return
-        value = coupling(Context(configs["bissl"], data, torch.device("cpu")))
+        context = Context(base, data, torch.device("cpu"))
+        backbone, task = build_downstream(context, Weights(initial.backbone))
+        self._check_metric(metric_names(context, backbone, task, "test"))
+        value = coupling(replace(context, cfg=configs["bissl"])) if "bissl" in configs else None
         if value is not None and value < MIN_COUPLING:
             logger.warning(
                 f"lambda * lr_eff * lower steps = {value:.2g}, below {MIN_COUPLING}: the BiSSL stage will "
                 "have almost no effect. Raise bilevel.lambda."
             )
-
-    def pretraining_jobs(self) -> list[Job]:
-        """Return the runs of pretraining that the arms share, if `train.stages` begins with it."""
-        if not self.pretrains:
-            return []
-        seeds = self.settings.seeds if self.settings.vary == "pretrain" else [self.base.train.seed]
-        return [Job(Path(self._pretrained(seed)).name, pretrain_config(self.base, seed)) for seed in seeds]
-
-    def stage_jobs(self) -> list[Job]:
-        """Return the runs of the arms' stages from which several fine-tunings start."""
-        if self.settings.vary == "finetune":
-            return self._stage_jobs(self.base, self._pretrained(self.base.train.seed), "")
-        if self.settings.finetune_seeds == 1:
-            return []
-        return [
-            Job(self._stage_run(arm, seed), arm_config(self.base, arm, seed, self._pretrained(seed), [found.stage]))
-            for arm, seed in self._cells()
-            for found in [find_arm(arm)]
-            if found.leaves_backbone
-        ]
-
-    def search_jobs(self) -> list[Job]:
-        """Return the runs that the searches start from: the stage of each arm on the data of the search."""
-        if self.search_base is None:
-            return []
-        return self._stage_jobs(self.search_base, self._pretrained(self.settings.seeds[0]), "-search")
-
-    def seed_jobs(self, best: dict[str, list[str]]) -> dict[tuple[str, int, int], Job]:
-        """Return the run of every arm, seed and further fine-tuning of that seed, ordered by seed.
-
-        Args:
-            best: overrides that the search of each arm has found.
-        """
-        jobs = {}
-        for arm, seed, repeat in self._runs():
-            init, stages, overrides = self._pretrained(seed), find_arm(arm).stages, [*best.get(arm, ())]
-            if find_arm(arm).leaves_backbone and (run := self._stage_run(arm, seed)):
-                init, stages = str(self._run_dir(run)), ["finetune"]
-            if self.settings.finetune_seeds > 1:
-                overrides.append(f"train.label_seed={seed}")
-            cfg = arm_config(self.base, arm, seed + repeat * FINETUNE_SEED_OFFSET, init, stages, overrides)
-            jobs[arm, seed, repeat] = Job(run_name(arm, seed, repeat), cfg)
-        return jobs
 
     def run(self) -> Results:
         """Run what is missing and collect all results; call `check` before.
@@ -215,14 +174,17 @@ class Comparison:
             BisslZooError: a shared pretraining failed; as `claim_folder`, the search and `run_jobs`.
         """
         claim_folder(self.folder, self.record())
-        self._warn_of_leakage()
-        pretraining = self.pretraining_jobs()
+        for sentence in look_for_leakage(self.folder, self.data):
+            logger.warning(sentence)
+        pretraining = self.plan.pretraining_jobs()
         self._note_failures(self._run(pretraining))
         if pretraining and len(self.failed) == len(pretraining):
             raise BisslZooError(f"Pretraining failed. {next(iter(self.failed.values()))}")
-        self._note_failures(self._run(self.stage_jobs()))
-        results = self._empty_results(self._run_searches())
-        jobs = self.seed_jobs(results.best_overrides)
+        self._note_failures(self._run(self.plan.stage_jobs()))
+        budget = self._equal_budgets()
+        best = self._run_searches(budget)
+        results = self._empty_results(best)
+        jobs = self.plan.seed_jobs({arm: [*budget.get(arm, ()), *best.get(arm, ())] for arm in self.settings.arms})
         ready = {cell: job for cell, job in jobs.items() if job.cfg.train.init not in self.failed}
         for job in (job for cell, job in jobs.items() if cell not in ready):
             results.failures[job.name] = f"the run it starts from failed, {self.failed[job.cfg.train.init]}"
@@ -247,9 +209,9 @@ class Comparison:
         searched = self.folder / SEARCHED_FILE
         best = read_json(searched) if searched.exists() else {}
         results = self._empty_results(best)
-        for arm, seed, repeat in self._runs():
+        for arm, seed, repeat in self.plan.runs():
             name = run_name(arm, seed, repeat)
-            run = look_at(self._run_dir(name)) if is_run(self._run_dir(name)) else None
+            run = look_at(self.plan.run_dir(name)) if is_run(self.plan.run_dir(name)) else None
             if run is None or run.state != RUN_FINISHED:
                 results.failures[name] = "not finished" if run else "not started"
             else:
@@ -269,7 +231,7 @@ class Comparison:
     def describe(self) -> str:
         """Check everything and return the tables of the runs and of the arms; nothing is run or written."""
         self.check()
-        jobs = [*self.pretraining_jobs(), *self.stage_jobs(), *self.search_jobs(), *self.seed_jobs({}).values()]
+        jobs = self.plan.all_jobs()
         rows = [[job.name, ", ".join(job.cfg.train.stages), job.cfg.train.seed, job.cfg.train.init] for job in jobs]
         runs = tabulate(rows, ["run", "stages", "seed", "starts from"], disable_numparse=True, missingval="random")
         arms = [
@@ -290,40 +252,13 @@ class Comparison:
             "arms": {name: find_arm(name).overrides(self.base) for name in self.settings.arms},
             "vary": self.settings.vary,
             **({"finetune_seeds": repeats} if (repeats := self.settings.finetune_seeds) > 1 else {}),
+            **({"budget": budget} if (budget := self.settings.budget) != "steps" else {}),
             "search_trials": self.settings.search_trials,
             "search": OmegaConf.to_container(self.search, resolve=True) if self.search is not None else None,
             "init": self.parents,
             "samples": self.samples,
             "seeds": list(self.settings.seeds),
         }
-
-    def _cells(self) -> Iterable[tuple[str, int]]:
-        return ((arm, seed) for seed in self.settings.seeds for arm in self.settings.arms)
-
-    def _runs(self) -> Iterable[tuple[str, int, int]]:
-        return ((*cell, repeat) for cell in self._cells() for repeat in range(self.settings.finetune_seeds))
-
-    def _stage_run(self, arm: str, seed: int) -> str | None:
-        """Return the name of the run of the arm's stage that several fine-tunings start from; None without one."""
-        if self.settings.vary == "finetune":
-            return folder_name(arm)
-        return f"{folder_name(arm)}-stage{seed}" if self.settings.finetune_seeds > 1 else None
-
-    def _run_dir(self, name: str) -> Path:
-        return self.folder / "runs" / name
-
-    def _pretrained(self, seed: int) -> str | None:
-        """Return `train.init` of the arms for a seed."""
-        if not self.pretrains:
-            return self.base.train.init
-        return str(self._run_dir(f"pretrain-seed{seed}" if self.settings.vary == "pretrain" else "pretrain"))
-
-    def _stage_jobs(self, base: DictConfig, init: str | None, suffix: str) -> list[Job]:
-        """Return the run of each arm's stage without fine-tuning."""
-        seed, arms = self.base.train.seed, [arm for arm in self.settings.arms if find_arm(arm).leaves_backbone]
-        return [
-            Job(f"{folder_name(arm)}{suffix}", arm_config(base, arm, seed, init, [find_arm(arm).stage])) for arm in arms
-        ]
 
     def _search_base(self) -> DictConfig:
         """Check the search space with a first draw and return the base config on the data of the search."""
@@ -334,22 +269,32 @@ class Comparison:
     def _with_search(self, cfg: DictConfig) -> DictConfig:
         return OmegaConf.merge(cfg, {"search": self.search})
 
-    def _run_searches(self) -> dict[str, list[str]]:
-        """Run the same search for each arm and return the best overrides."""
+    def _equal_budgets(self) -> dict[str, list[str]]:
+        """Measure the arms, once, and return the overrides with which all take the time of the dearest."""
+        seed, costs = self.settings.seeds[0], read_costs(self.folder)
+        pilots = {arm: job for arm, job in self.plan.pilot_jobs().items() if arm not in costs}
+        if pilots:
+            for outcome in self._run(list(pilots.values())):
+                if outcome.status != FINISHED:
+                    raise BisslZooError(f"A run that measures its arm failed. {outcome.name}: {outcome.message}")
+            measured = {arm: measured_cost(self.plan.parts(arm, seed, job.name)) for arm, job in pilots.items()}
+            costs = settle_costs(self.folder, measured)
+        steps = equal_steps(costs)
+        return {a: [f"finetune.steps={n}", "finetune.epochs=null"] for a, n in steps.items() if n != costs[a].steps}
+
+    def _run_searches(self, budget: dict[str, list[str]]) -> dict[str, list[str]]:
+        """Run the same search for each arm, with its budget, and return the best overrides."""
         if self.search is None:
             return {}
-        init = self._pretrained(self.settings.seeds[0])
+        init = self.plan.pretrained(self.settings.seeds[0])
         if init in self.failed:
             raise BisslZooError(f"The run that the searches start from failed. {self.failed[init]}")
-        for outcome in self._run(self.search_jobs()):
+        for outcome in self._run(self.plan.search_jobs()):
             if outcome.status != FINISHED:
                 raise BisslZooError(f"The run that a search starts from failed. {outcome.name}: {outcome.message}")
         best = {}
         for arm in self.settings.arms:
-            start, stages = init, find_arm(arm).stages
-            if find_arm(arm).leaves_backbone:
-                start, stages = str(self._run_dir(f"{folder_name(arm)}-search")), ["finetune"]
-            cfg = self._with_search(arm_config(self.base, arm, self.base.train.seed, start, stages))
+            cfg = self._with_search(self.plan.trial_config(arm, budget.get(arm, ())))
             source, folder = f"{self.source}, arm {arm}", self.folder / "search" / folder_name(arm)
             result = search(cfg, source, folder, self.settings.search_trials, self.parallel, engine=self.engine)
             logger.info(f"{result.table}\nbest of {find_arm(arm).label}: {' '.join(result.best_overrides)}")
@@ -368,15 +313,11 @@ class Comparison:
     def _note_failures(self, outcomes: list[JobOutcome]) -> None:
         for outcome in outcomes:
             if outcome.status != FINISHED:
-                self.failed[str(self._run_dir(outcome.name))] = f"{outcome.name}: {outcome.message}"
+                self.failed[str(self.plan.run_dir(outcome.name))] = f"{outcome.name}: {outcome.message}"
 
     def _details(self, outcome: JobOutcome) -> str:
-        """Return the metric of a run; called for the first one, so that a wrong name is noticed early."""
+        """Return the metric of a run for its line."""
         return f"{self.settings.metric} {self._value(outcome.results):.4f}" if outcome.status == FINISHED else ""
-
-    def _warn_of_leakage(self) -> None:
-        for sentence in look_for_leakage(self.folder, self.data):
-            logger.warning(sentence)
 
     def _empty_results(self, best: dict[str, list[str]]) -> Results:
         arms, train = self.settings.arms, self.base.train
@@ -387,6 +328,7 @@ class Comparison:
             leakage=recorded_leakage(self.folder),
             label_fraction=train.label_fraction,
             folds=train.folds,
+            steps=equal_steps(read_costs(self.folder)),
         )
 
     def _enter(self, results: Results, arm: str, seed: int, repeat: int, metrics: dict[str, dict[str, float]]) -> None:
@@ -395,8 +337,7 @@ class Comparison:
             results.failures[name] = f"its {self.settings.metric} is {value}"
             return
         results.repeats.setdefault((arm, seed), []).append(value)
-        stage = self._stage_run(arm, seed) if find_arm(arm).leaves_backbone else None
-        parts = [read_metadata(self._run_dir(run)) for run in filter(None, [stage, name])]
+        parts = [read_metadata(run) for run in self.plan.parts(arm, seed, name)]
         seconds, memory = ([part.get(key, 0.0) for part in parts] for key in ("wall_time_s", "peak_memory_mib"))
         results.costs[arm].append((sum(seconds), max(memory)))
 
@@ -410,10 +351,14 @@ class Comparison:
     def _value(self, metrics: dict[str, dict[str, float]]) -> float:
         """Return the compared metric of a run, which has fine-tuned once."""
         measured = next(iter(metrics.values()), {})
-        if self.settings.metric is None:
-            self.settings = replace(self.settings, metric=next(iter(measured), None))
-        check_metric(self.settings.metric, list(measured), self.source, "compare.metric")
+        self._check_metric(list(measured))
         return measured[self.settings.metric]
+
+    def _check_metric(self, names: list[str]) -> None:
+        """Check that the task computes the compared metric; without one it is the first."""
+        if self.settings.metric is None:
+            self.settings = replace(self.settings, metric=next(iter(names), None))
+        check_metric(self.settings.metric, names, self.source, "compare.metric")
 
 
 def _samples(cfg: DictConfig, data: dict[str, Dataset], prefix: str = "") -> dict[str, dict[str, str]]:

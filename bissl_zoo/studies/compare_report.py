@@ -44,6 +44,7 @@ class Results:
         leakage: near-duplicates between the data sets, as sentences.
         label_fraction: share of the training labels, if not all were used.
         folds: number of folds of the test images; None if all runs use the same.
+        steps: steps of fine-tuning of each arm, if budgets are equal in seconds.
     """
 
     values: dict[str, dict[int, float]]
@@ -54,6 +55,7 @@ class Results:
     leakage: list[str] = field(default_factory=list)
     label_fraction: float | None = None
     folds: int | None = None
+    steps: dict[str, int] = field(default_factory=dict)
 
 
 def make_report(results: Results, settings: Settings) -> dict[str, Any]:
@@ -80,6 +82,7 @@ def make_report(results: Results, settings: Settings) -> dict[str, Any]:
         "finetune_seeds": settings.finetune_seeds,
         "label_fraction": results.label_fraction,
         "folds": results.folds,
+        "finetune_steps": results.steps,
         "margin": settings.margin,
         "arms": arms,
         "differences": {
@@ -229,6 +232,9 @@ def _notes(report: dict[str, Any]) -> list[str]:
             "differences. Ten seeds are usual; --seeds 10 adds them."
         )
     notes.append(SHARED[report["vary"]])
+    if report["finetune_steps"]:
+        steps = ", ".join(f"{count} ({find_arm(arm).label})" for arm, count in report["finetune_steps"].items())
+        notes.append(f"Arms have equal time: cheaper ones fine-tune for longer. Steps of fine-tuning: {steps}.")
     if report["folds"]:
         notes.append(f"Each of {report['folds']} seeds tests another fold of the images, which the intervals cover.")
     else:

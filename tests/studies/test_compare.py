@@ -73,6 +73,7 @@ def differing(a, b):
         ({"arms": ["pretrained", "bisl"]}, "Did you mean 'bissl'"),
         ({"arms": ["bissl", "joint"]}, "give 'pretrained'"),
         ({"seeds": [1, 1]}, "compare.seeds"),
+        ({"budget": "hours"}, "compare.budget has 'hours'"),
         ({"search_trials": 3}, "needs a section 'search'"),
         ({"search_trials": 3, "search": {"overrides": ["a=1"]}, "higher_is_better": False}, "for error rates"),
         ({"search_trials": 2, "search": {**SEARCH, "space": {"optimizer.upper.lr": [0.1, 1]}}}, "optimizer.upper.lr"),
@@ -104,11 +105,7 @@ def test_a_comparison_needs_a_pretrained_backbone(config):
 
 
 def runs_of(config, **compare):
-    comparison = Comparison(config(**compare), "test", Path("folder"))
-    return {
-        job.name: job.cfg
-        for job in [*comparison.pretraining_jobs(), *comparison.stage_jobs(), *comparison.seed_jobs({}).values()]
-    }
+    return {job.name: job.cfg for job in Comparison(config(**compare), "test", Path("folder")).plan.all_jobs()}
 
 
 def test_all_arms_start_from_the_same_pretraining_with_the_same_seed(config):
@@ -164,7 +161,7 @@ def test_vary_selects_the_first_stage_that_a_seed_changes(config):
 
 
 def test_the_result_of_a_search_changes_the_runs_of_its_arm_only(config):
-    jobs = Comparison(config(seeds=1, arms=PAIR), "test", Path("folder")).seed_jobs(
+    jobs = Comparison(config(seeds=1, arms=PAIR), "test", Path("folder")).plan.seed_jobs(
         {"bissl": ["optimizer.finetune.lr=0.5"]}
     )
     assert jobs["bissl", 0, 0].cfg.optimizer.finetune.lr == 0.5
@@ -189,6 +186,7 @@ def test_a_new_arm_is_a_few_lines(config, monkeypatch):
         ("self_training", ["teacher", "finetune"], {}),
         ("lp_ft", ["finetune"], {"finetune.head": "warm"}),
         ("l2_sp", ["finetune"], {"finetune.l2_sp": 0.01}),
+        ("lora", ["bissl", "finetune"], {"bilevel.lora": {"r": 64, "alpha": 64, "targets": ["q", "v"]}}),
         ("random", ["finetune"], {"train.init": None}),
         ("target_pretraining", ["pretrain", "finetune"], {"dataloader.pretext.dataset.split": "train"}),
     ],
@@ -478,14 +476,16 @@ def test_the_table_of_data_sets_marks_the_best_and_the_significant(tmp_path):
 class FakeJobs:
     """Replaces `run_jobs`: no training, a value for each run, or a failure if it is in `broken`."""
 
-    def __init__(self, monkeypatch, broken=(), value=None):
-        self.broken, self.value, self.names = broken, value, []
+    def __init__(self, monkeypatch, broken=(), value=None, seconds=None):
+        self.broken, self.value, self.names, self.seconds = broken, value, [], seconds or {}
+        self.configs = {}
         monkeypatch.setattr(module, "run_jobs", self)
         monkeypatch.setattr(Comparison, "check", lambda self: None)
 
     def __call__(self, jobs, folder, parallel, on_done, engine):
         self.engine = engine
         self.names += [job.name for job in jobs]
+        self.configs |= {job.name: job.cfg for job in jobs}
         outcomes = [self.outcome(job.name, folder, number) for number, job in enumerate(jobs)]
         for outcome in outcomes:
             on_done(outcome)
@@ -496,7 +496,12 @@ class FakeJobs:
             return JobOutcome(name, folder, "failed", message="the loss is NaN")
         value = 0.1 + 0.01 * number**2 if self.value is None else self.value
         (folder / "runs" / name).mkdir(parents=True, exist_ok=True)
-        (folder / "runs" / name / "metadata.json").write_text(json.dumps({"wall_time_s": 2.0}))
+        # with 4 steps of fine-tuning at 0.5 s, as with as many of the teacher of self-training
+        trained = [stage for stage in self.configs[name].train.stages if stage != "pretrain"]
+        metadata = {"wall_time_s": self.seconds.get(name, 2.0), "stages": dict.fromkeys(trained, 4)}
+        (folder / "runs" / name / "metadata.json").write_text(json.dumps(metadata))
+        record = {"stage": "finetune", "step": 4, "speed/seconds_per_step": 0.5}
+        (folder / "runs" / name / "metrics.jsonl").write_text(json.dumps(record) + "\n")
         return JobOutcome(name, folder, "finished", {"bissl": {"AP50": value}})
 
 
@@ -563,9 +568,43 @@ def test_every_arm_has_the_same_search_and_its_seeds_use_the_best_parameters(con
     comparison = Comparison(cfg, "test", tmp_path / "c")
     assert comparison.collect().best_overrides["pretrained"] == ["optimizer.finetune.lr=0.1"]
     # the stage before must not see the labels that the trials are evaluated on; the runs of the seeds may
-    (stage,) = comparison.search_jobs()
+    (stage,) = comparison.plan.search_jobs()
     assert stage.cfg.dataloader.train.dataset.split == "unlabeled"
-    assert comparison.seed_jobs({})["bissl", 0, 0].cfg.dataloader.train.dataset.split == "train"
+    assert comparison.plan.seed_jobs({})["bissl", 0, 0].cfg.dataloader.train.dataset.split == "train"
+
+
+PILOTS = {"pretrained-pilot": 10.0, "bissl-pilot": 40.2, "self_training-pilot": 20.0, "l2_sp-pilot": 50.0}
+
+
+def test_with_equal_seconds_cheaper_arms_fine_tune_for_the_time_of_the_dearest(config, tmp_path, monkeypatch):
+    jobs, arms = FakeJobs(monkeypatch, seconds=PILOTS), [*PAIR, "self_training"]
+    cfg = config(["finetune.steps=4"], seeds=2, arms=arms, budget="seconds")
+    report = compare(cfg, "test", tmp_path / "c")
+    # 30.2 s more at 0.5 s a step; 20.2 s more at 0.5 s a step of teacher and student each
+    expected = {"pretrained": 4 + 60, "bissl": 4, "self_training": 4 + 20}
+    assert report["finetune_steps"] == expected
+    for arm, steps in expected.items():
+        assert jobs.configs[f"{arm}-seed1"].finetune.steps == steps and jobs.configs[f"{arm}-pilot"].finetune.steps == 4
+    assert jobs.configs["pretrained-pilot"].train.seed == 0 and jobs.configs["pretrained-seed1"].finetune.epochs is None
+    assert "equal time" in " ".join(report["notes"]) and "pretrained-pilot" not in report["arms"]
+
+    again = FakeJobs(monkeypatch, seconds=dict.fromkeys(PILOTS, 99.0))  # times are measured once
+    cfg.compare.seeds = 3
+    assert compare(cfg, "test", tmp_path / "c")["finetune_steps"] == expected
+    assert not [name for name in again.names if "pilot" in name]
+    assert again.configs["pretrained-seed2"].finetune.steps == 64
+    assert Comparison(cfg, "test", tmp_path / "c").collect().steps == expected
+    cfg.compare.arms = [*arms, "l2_sp"]
+    with pytest.raises(ConfigError, match="arm l2_sp takes 99 s, more than the 40 s"):
+        compare(cfg, "test", tmp_path / "c")
+    assert again.names[-1] == "l2_sp-pilot"
+
+
+def test_a_pilot_includes_the_stage_that_several_fine_tunings_share(config, tmp_path, monkeypatch):
+    jobs = FakeJobs(monkeypatch, seconds={"pretrained-pilot": 4.0, "bissl": 20.0, "bissl-pilot": 4.0})
+    compare(config(["finetune.steps=4"], seeds=2, arms=PAIR, budget="seconds", vary="finetune"), "test", tmp_path / "c")
+    assert list(jobs.configs["bissl-pilot"].train.stages) == ["finetune"]
+    assert jobs.configs["pretrained-seed0"].finetune.steps == 4 + 40
 
 
 @pytest.mark.slow
