@@ -44,13 +44,10 @@ class Plan:
             return self._stage_jobs(self.base, self.pretrained(self.base.train.seed), "")
         if self.settings.finetune_seeds == 1:
             return []
+        cells = [(find_arm(arm), arm, seed) for arm, seed in self._cells() if find_arm(arm).leaves_backbone]
         return [
-            Job(
-                self._stage_run(arm, seed),
-                arm_config(self.base, arm, seed, self.pretrained(seed), [find_arm(arm).stage]),
-            )
-            for arm, seed in self._cells()
-            if find_arm(arm).leaves_backbone
+            Job(self._stage_run(name, seed), arm_config(self.base, name, seed, self.pretrained(seed), [arm.stage]))
+            for arm, name, seed in cells
         ]
 
     def pilot_jobs(self) -> dict[str, Job]:
