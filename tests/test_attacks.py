@@ -182,7 +182,7 @@ class Attack:
         self.allowed, self.refused, self.same, self.names = allowed, 0, 0, ()
 
     def read(self, use, check=lambda result: True):
-        with watched(self.allowed), time_limit(30):
+        with watched(self.allowed), time_limit(120):
             try:
                 result = use()
             except BisslZooError as error:
