@@ -10,25 +10,24 @@ from bissl_zoo.errors import BisslZooError, DatasetError
 
 
 class TopKEvaluator:
-    """Accuracies as fractions in [0, 1]: `top1`, `top5`, ... and `mean_per_class`, the mean of the top-1 per class.
+    """Accuracies in [0, 1]: `top1`, `top5` with 5 or more classes, `mean_per_class` (mean of the top-1 per class).
 
     Equal scores are ranked in the order of the classes, so constant logits do not count as correct. Classes without
     samples are left out of the mean. Each sample must be processed once, on one rank; duplicates are not detected.
 
     Args:
         classes: names of the K classes.
-        topk: values of k to report; those above K are ignored.
     """
 
-    def __init__(self, classes: Sequence[str], topk: Sequence[int] = (1, 5)):
+    def __init__(self, classes: Sequence[str]):
         self.classes = list(classes)
-        self.topk = tuple(k for k in topk if k <= len(self.classes))
+        self.topk = (1, 5) if len(self.classes) >= 5 else (1,)
         self.reset()
 
     def reset(self) -> None:
         """Discard all processed samples."""
         # [c, p]: number of samples of class c whose class has place p in the scores; the last column is "later"
-        self._places = torch.zeros(len(self.classes), max((1, *self.topk)) + 1, dtype=torch.int64)
+        self._places = torch.zeros(len(self.classes), self.topk[-1] + 1, dtype=torch.int64)
         # K * label + prediction per sample; the K x K confusion matrix is only built on request
         self._pairs = [torch.zeros(0, dtype=torch.int64)]
 

@@ -27,7 +27,6 @@ def knn_probabilities(
     num_classes: int,
     k: int = 20,
     temperature: float = 0.07,
-    chunk: int = CHUNK,
 ) -> Tensor:
     """Classify by weighted k-nearest neighbors (Wu et al., arXiv 1805.01978, section 3.4, with k = 200).
 
@@ -42,7 +41,6 @@ def knn_probabilities(
         num_classes: number of classes.
         k: number of neighbors.
         temperature: temperature of the weights.
-        chunk: maximum number of similarities in memory; the memory needed is a small multiple of it.
     Returns:
         Shares of the votes, float32 `(M, num_classes)`; rows sum to 1.
     Raises:
@@ -54,7 +52,7 @@ def knn_probabilities(
     _check(test_features)
     bank = functional.normalize(train_features.float(), dim=1)
     k, votes = min(k, len(bank)), []
-    for part in test_features.split(max(1, chunk // len(bank))):
+    for part in test_features.split(max(1, CHUNK // len(bank))):
         similarity = functional.normalize(part.float(), dim=1) @ bank.T
         best = similarity.topk(k, dim=1).values
         first, last = best[:, :1], best[:, -1:]
@@ -77,7 +75,6 @@ def knn_accuracy(
     test_labels: Tensor,
     k: int = 20,
     temperature: float = 0.07,
-    chunk: int = CHUNK,
 ) -> dict[str, float]:
     """Return `top1`, `top5` (with 5 or more classes) and `mean_per_class` of :func:`knn_probabilities`, as fractions.
 
@@ -86,7 +83,7 @@ def knn_accuracy(
     """
     num_classes = _num_classes(train_labels, test_labels)
     _check(test_features, test_labels)
-    votes = knn_probabilities(train_features, train_labels, test_features, num_classes, k, temperature, chunk)
+    votes = knn_probabilities(train_features, train_labels, test_features, num_classes, k, temperature)
     evaluator = TopKEvaluator([str(label) for label in range(num_classes)])
     evaluator.process(votes, test_labels)
     return evaluator.evaluate()

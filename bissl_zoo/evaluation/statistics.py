@@ -9,6 +9,8 @@ from scipy import stats
 
 from bissl_zoo.errors import BisslZooError
 
+#: of intervals; level and power of the test for which seeds are counted, and the largest number of them
+CONFIDENCE, LEVEL, POWER, MOST = 0.95, 0.05, 0.8, 10_000
 #: a spread below this share of the largest value is rounding error
 _ROUNDING = 1e-12
 
@@ -51,26 +53,24 @@ class Difference(Summary):
         return None if self.high is None else self.high - self.mean
 
 
-def summarize(values: Sequence[float], confidence: float = 0.95) -> Summary:
-    """Return mean, standard deviation and t interval of the mean.
+def summarize(values: Sequence[float]) -> Summary:
+    """Return mean, standard deviation and 95 % t interval of the mean.
 
     Raises:
-        BisslZooError: there are no values, a value is not finite, or the confidence is outside (0, 1).
+        BisslZooError: there are no values, or a value is not finite.
     """
     array = _checked(values)
-    if not 0.0 < confidence < 1.0:
-        raise BisslZooError(f"The confidence is {confidence}; use a value between 0 and 1, such as 0.95.")
     count, mean = len(array), float(array.mean())
     if count == 1:
         return Summary(1, mean, None, None, None)
     if not _has_spread(array, np.abs(array).max()):
         return Summary(count, mean, 0.0, None, None)
     std = float(array.std(ddof=1))
-    low, high = stats.t.interval(confidence, count - 1, loc=mean, scale=std / math.sqrt(count))
+    low, high = stats.t.interval(CONFIDENCE, count - 1, loc=mean, scale=std / math.sqrt(count))
     return Summary(count, mean, std, float(low), float(high))
 
 
-def compare_paired(values: Sequence[float], reference: Sequence[float], confidence: float = 0.95) -> Difference:
+def compare_paired(values: Sequence[float], reference: Sequence[float]) -> Difference:
     """Return statistics of `values - reference`, paired by seed.
 
     Raises:
@@ -83,7 +83,7 @@ def compare_paired(values: Sequence[float], reference: Sequence[float], confiden
     if not _has_spread(differences, size):
         # the remaining spread is rounding error, which a test would find significant
         differences = np.full_like(differences, differences.mean())
-    summary = summarize(differences, confidence)
+    summary = summarize(differences)
     paired_p = None
     if summary.std:
         statistic = abs(summary.mean) / (summary.std / math.sqrt(summary.count))
@@ -120,32 +120,31 @@ def equivalence_p(difference: Summary, margin: float) -> float | None:
     return float(stats.t.sf((margin - abs(difference.mean)) / error, difference.count - 1))
 
 
-def seeds_needed(std: float, effect: float, level: float = 0.05, power: float = 0.8, most: int = 10_000) -> int | None:
-    """Return the number of pairs with which a two-sided paired t test finds a mean difference.
+def seeds_needed(std: float, effect: float) -> int | None:
+    """Return the number of pairs with which a two-sided paired t test finds a mean difference with probability `POWER`.
 
     Args:
         std: standard deviation of the paired differences.
         effect: the difference to be found, of either sign.
-        power: probability of finding it.
     Returns:
-        The smallest sufficient number, at least 2; None if it exceeds `most`.
+        The smallest sufficient number, at least 2; None if it exceeds `MOST`.
     """
 
     def found(count: int) -> float:
-        critical = stats.t.isf(level / 2, count - 1)
+        critical = stats.t.isf(LEVEL / 2, count - 1)
         return float(stats.nct.sf(critical, count - 1, abs(effect) / std * math.sqrt(count)))
 
     if std == 0:
         return 2
     low, high = 2, 2
-    while found(high) < power:
+    while found(high) < POWER:
         low, high = high, 2 * high
-        if high > 2 * most:
+        if high > 2 * MOST:
             return None
     while low < high:
         middle = (low + high) // 2
-        low, high = (low, middle) if found(middle) >= power else (middle + 1, high)
-    return low if low <= most else None
+        low, high = (low, middle) if found(middle) >= POWER else (middle + 1, high)
+    return low if low <= MOST else None
 
 
 def _welch(values: np.ndarray, reference: np.ndarray) -> float | None:

@@ -24,7 +24,7 @@ def test_a_file_with_other_contents_is_refused(tmp_path, content):
 def test_details_are_those_of_the_evaluator():
     generator = torch.Generator().manual_seed(0)
     scores, targets = torch.randn(40, 3, generator=generator), torch.randint(3, (40,), generator=generator)
-    evaluator = TopKEvaluator(["a", "b", "c"], topk=(1,))
+    evaluator = TopKEvaluator(["a", "b", "c"])
     evaluator.process(scores, targets)
     details = details_of(evaluator)
     assert details.confusion == evaluator.confusion().tolist() and sum(map(sum, details.confusion)) == 40
