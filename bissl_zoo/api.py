@@ -10,7 +10,7 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from bissl_zoo.cli.new import config_text
+from bissl_zoo.cli.new import backbone_of, config_text
 from bissl_zoo.config import LazyConfig, config_root, load_config, with_defaults
 from bissl_zoo.engine.checks import check_config
 from bissl_zoo.engine.runner import run
@@ -19,11 +19,8 @@ from bissl_zoo.model import Model, load_model
 from bissl_zoo.registry import BACKBONES, DOWNSTREAM_TASKS, PRETEXT_METHODS, Registry
 from bissl_zoo.report import report_after
 from bissl_zoo.runs.directory import CONFIG_FILE
-from bissl_zoo.weights.load import read_weights
 
 SOURCE = "bissl_zoo.train"
-#: side of pretext views in pixels, as `bissl new` sets it
-VIEW_SIZE = 96
 #: registry, folder of configs/common and build function of the parts that `train` selects by name
 _PARTS: dict[str, tuple[Registry, str, str]] = {
     "pretext": (PRETEXT_METHODS, "pretext", "build_pretext"),
@@ -93,33 +90,22 @@ def build_config(
 ) -> DictConfig:
     """Return the config of :func:`train`; data sets are opened to find classes and sizes."""
     weights = model if ":" in model or os.path.exists(model) else None
-    if weights is None:
-        architecture, model_args = model, {}
-    else:
-        architecture, model_args = _architecture_of(model, architecture)
+    architecture = model if weights is None else backbone_of(model, architecture)[0]
     BACKBONES.get(architecture)  # raises an error with the nearest name
     name = re.sub(r"\W+", "_", Path(output_dir).name).strip("_") or "mine"
     text = config_text(name, Path(labels), data and Path(data), weights, architecture)
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / f"{name}.py").write_text(text, encoding="utf-8")
         cfg = with_defaults(LazyConfig.load(Path(folder) / f"{name}.py"))
-    cfg.backbone.update(model_args)
     cfg.train.output_dir, cfg.train.publish.name = str(output_dir), None
+    size = cfg.pretext.augmentation.size
     for section, chosen in (("pretext", pretext), ("task", task)):
         if chosen not in (None, cfg[section].name):
             cfg[section] = _part(section, chosen)
     if "augmentation" in cfg.pretext:
-        cfg.pretext.augmentation.size = VIEW_SIZE
+        cfg.pretext.augmentation.size = size
     changes = [f"{key.replace('__', '.')}={json.dumps(value)}" for key, value in overrides.items()]
     return LazyConfig.apply_overrides(cfg, changes, SOURCE)
-
-
-def _architecture_of(weights: str, stated: str | None) -> tuple[str, dict[str, Any]]:
-    """Return the architecture of a source of weights, and its arguments beyond timm's defaults."""
-    if weights.startswith("timm:"):
-        return weights.removeprefix("timm:").partition(".")[0], {}
-    stored = read_weights(weights, stated)
-    return stored.architecture, dict(stored.model_args)
 
 
 def _part(section: str, name: str) -> DictConfig:

@@ -55,7 +55,8 @@ def test_weights_pretext_and_overrides_are_in_the_config(labels, tmp_path):
     )
     assert cfg.train.init == str(weights) and list(cfg.train.stages) == ["bissl", "finetune"]
     assert (cfg.backbone.name, cfg.backbone.img_size, cfg.pretext.name) == ("test_vit", 64, "byol")
-    assert cfg.pretext.augmentation.size == 96 and cfg.dataloader.pretext.dataset.root == str(labels / "test")
+    assert cfg.pretext.augmentation.size == cfg.task.image_size == 64  # that of the weights
+    assert cfg.dataloader.pretext.dataset.root == str(labels / "test")
     assert cfg.finetune.steps == 7 and cfg.optimizer.finetune.lr == 1e-5 and cfg.task.mean == [0.5] * 3
 
 

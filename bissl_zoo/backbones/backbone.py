@@ -12,7 +12,7 @@ import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from bissl_zoo.errors import BisslZooError, RegistryError, did_you_mean
+from bissl_zoo.errors import BisslZooError, ConfigError, RegistryError, did_you_mean
 from bissl_zoo.registry import BACKBONES
 
 #: the output of a trunk beside its maps, if it contains the whole backbone: embeddings (B, num_features)
@@ -80,13 +80,24 @@ class Backbone(nn.Module):
             raise SplitError(f"Backbone '{self.name}' has no stage '{stage}'.{hint} Stages: {', '.join(self.stages)}.")
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
-        """Map normalized images `(B, 3, H, W)` to `{stage: (B, C, H/stride, W/stride)}`, without class tokens."""
+        """Map normalized images `(B, 3, H, W)` to `{stage: (B, C, H/stride, W/stride)}`, without class tokens.
+
+        Raises:
+            ConfigError: timm's model does not take images of this size.
+        """
         indices = sorted(self.stages.index(stage) for stage in self.out_features)
-        if self.num_features is None:
-            maps = self.model.forward_intermediates(images, indices=indices, stop_early=True, intermediates_only=True)
-            pooled = {}
-        else:
-            last, maps = self.model.forward_intermediates(images, indices=indices)
+        less = {"stop_early": True, "intermediates_only": True} if self.num_features is None else {}
+        try:
+            maps = self.model.forward_intermediates(images, indices=indices, **less)
+        except AssertionError as error:
+            size = " x ".join(map(str, images.shape[2:]))
+            raise ConfigError(
+                f"Backbone '{self.name}' does not take images of {size}: {error} Change the size of the images, or "
+                "build it for this size (backbone.img_size), or for several sizes (backbone.dynamic_img_size=True)."
+            ) from error
+        pooled = {}
+        if self.num_features is not None:
+            last, maps = maps
             pooled = {POOLED: self.model.forward_head(last)}
         return {**{self.stages[index]: features for index, features in zip(indices, maps, strict=True)}, **pooled}
 
@@ -118,7 +129,7 @@ class Backbone(nn.Module):
         try:
             tail = Tail(self.model, self.feature_info[stage].module, self._probe())
             problem = self._difference(stage, trunk, tail)
-        except (RuntimeError, TypeError, ValueError, AttributeError, AssertionError) as error:
+        except (RuntimeError, TypeError, ValueError, AttributeError, AssertionError, ConfigError) as error:
             problem = f"the layers after it need more than the feature map ({error})"
         if problem:
             raise SplitError(

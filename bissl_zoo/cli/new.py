@@ -18,6 +18,8 @@ from bissl_zoo.errors import ConfigError, DatasetError
 
 #: words in the names of splits
 TRAIN, TEST = ("trainval", "train"), ("test", "val", "valid", "validation")
+#: side of pretext views and of classified images; a multiple of 14 for patches of 14 pixels
+VIEW_SIZE = 96
 #: shorter side of images for detection, and the quantiles of the boxes that become anchors
 MIN_SIZE, ANCHOR_QUANTILES = 196, (0.1, 0.35, 0.65, 0.9)
 SHARE_ALL = "bilevel.shared_stage = None  # the levels share the whole backbone"
@@ -56,6 +58,8 @@ def config_text(
     Raises:
         DatasetError: the layout is unknown, labels are missing, or there are no images to test on.
     """
+    import timm
+
     from bissl_zoo.data.prepare.check import splits_of
     from bissl_zoo.registry import build_dataset
 
@@ -74,9 +78,12 @@ def config_text(
         source = {"name": "image_folder", "root": str(unlabelled.absolute()), "labelled": False}
     elif "part" not in source:  # which is drawn by class
         source = {key: value for key, value in source.items() if key != "classes"} | {"labelled": False}
-    if backbone is None and weights and weights.startswith("timm:"):
-        backbone = weights.removeprefix("timm:").partition(".")[0]
     boxes = hasattr(train, "boxes")
+    backbone, arguments = backbone_of(weights, backbone) if weights else (backbone, {})
+    patch = int((re.findall(r"patch(\d+)", backbone or "") or [1])[0])
+    size = arguments.get("img_size") or VIEW_SIZE + -VIEW_SIZE % patch
+    if backbone and getattr(timm.get_pretrained_cfg(backbone), "fixed_input_size", False) and not boxes:
+        arguments = {**arguments, "img_size": size}  # positions are resampled
     pretext_batch, train_batch = min(len(build_dataset(**source)), 64), min(len(train), 16)
     title = f"{len(classes)} classes of {'objects' if boxes else 'images'}, {len(train)} training images"
     lines = [
@@ -88,12 +95,12 @@ def config_text(
         f"from bissl_zoo.registry import {'build_backbone, ' if backbone else ''}build_dataset",
         "",
         "# read without its labels",
-        f"dataloader.pretext.dataset = {dataset_call(source)}",
-        *(f"dataloader.{role}.dataset = {dataset_call(arguments)}" for role, arguments in roles.items()),
+        f"dataloader.pretext.dataset = {call('build_dataset', source)}",
+        *(f"dataloader.{role}.dataset = {call('build_dataset', arguments)}" for role, arguments in roles.items()),
         f"dataloader.pretext.batch_size, dataloader.train.batch_size = {pretext_batch}, {train_batch}",
-        "pretext.augmentation.update(size=96, crop_scale=[0.2, 1.0], flip_probability=0.5)",
-        *(detection_lines(train) if boxes else ["task.image_size = 96", SHARE_ALL]),
-        *([f'backbone = L(build_backbone)(name="{backbone}")  # any of timm'] if backbone else []),
+        f"pretext.augmentation.update(size={size}, crop_scale=[0.2, 1.0], flip_probability=0.5)",
+        *(detection_lines(train) if boxes else [f"task.image_size = {size}", SHARE_ALL]),
+        *([f"backbone = {call('build_backbone', {'name': backbone, **arguments})}  # any of timm"] if backbone else []),
         *(
             [f"train.init = {json.dumps(weights)}  # weights of the backbone", 'train.stages = ["bissl", "finetune"]']
             if weights
@@ -146,7 +153,21 @@ def roles_of(splits: Mapping[str, dict[str, Any]], data: Path) -> dict[str, dict
     return {role: {**labelled[train], "part": part} for role, part in (("train", "train"), ("test", "val"))}
 
 
-def dataset_call(arguments: Mapping[str, Any]) -> str:
-    """Return the lazy call of a data set as code."""
+def backbone_of(weights: str, name: str | None) -> tuple[str, dict[str, Any]]:
+    """Return the architecture of weights, and its arguments beyond timm's defaults.
+
+    Args:
+        name: the architecture, for a file that does not state it.
+    """
+    if weights.startswith("timm:"):
+        return name or weights.removeprefix("timm:").partition(".")[0], {}
+    from bissl_zoo.weights.load import read_weights
+
+    stored = read_weights(weights, name)
+    return stored.architecture, dict(stored.model_args)
+
+
+def call(function: str, arguments: Mapping[str, Any]) -> str:
+    """Return a lazy call of a function as code."""
     code = {key: json.dumps(value) if isinstance(value, (str, list)) else value for key, value in arguments.items()}
-    return f"L(build_dataset)({', '.join(f'{key}={value}' for key, value in code.items())})"
+    return f"L({function})({', '.join(f'{key}={value}' for key, value in code.items())})"

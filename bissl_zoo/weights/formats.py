@@ -356,5 +356,6 @@ def infer_architecture(tensors: Mapping[str, Tensor], source: str | Path = "thes
         if name and widths == [(64, 3, 7, 7), (64, 64, 3, 3)]:
             return name
     raise ZooError(
-        f"The architecture of {source} cannot be inferred from its tensors. Name it: architecture='resnet50'."
+        f"The architecture of {source} cannot be inferred from its tensors. Name it: architecture='resnet50' "
+        "(bissl new --backbone, bissl convert in --architecture)."
     )

@@ -3,7 +3,7 @@ import timm
 import torch
 
 from bissl_zoo.backbones import FeatureInfo, Pool, SplitError, merge_split_states, share, tail_input
-from bissl_zoo.errors import RegistryError
+from bissl_zoo.errors import ConfigError, RegistryError
 from bissl_zoo.registry import build_backbone
 
 EVERY_STAGE = [
@@ -263,3 +263,8 @@ def test_any_family_splits_exactly_or_says_that_it_does_not(name):
     x = images(whole, batch=2)
     with torch.no_grad():
         assert torch.equal(tail.eval()(trunk.eval()(x)[stage]), whole.model(x))
+
+
+def test_an_image_size_that_the_network_does_not_take_is_named_with_the_way_out():
+    with pytest.raises(ConfigError, match="test_vit.*images of 98 x 96.*backbone.img_size"):
+        build_backbone(name="test_vit", img_size=96, dynamic_img_size=False)(torch.zeros(1, 3, 98, 96))

@@ -3,6 +3,7 @@
 import shutil
 
 import pytest
+import torch
 from command_line import load_tool
 from page_data import scenes_as_coco, scenes_as_voc
 from PIL import Image
@@ -10,7 +11,7 @@ from PIL import Image
 from bissl_zoo.cli.new import config_text, roles_of
 from bissl_zoo.config import LazyConfig
 from bissl_zoo.engine.build import build_datasets
-from bissl_zoo.errors import DatasetError
+from bissl_zoo.errors import DatasetError, ZooError
 
 ROLES = {"pretext", "train", "test"}
 
@@ -45,6 +46,16 @@ def test_splits_of_class_folders_get_the_classes_of_both_and_smaller_batches(wri
     assert len(data["pretext"]) == 3 and data["pretext"].classes is None
     assert (cfg.backbone.name, cfg.train.init) == ("resnet50", "timm:resnet50.a1_in1k")
     assert list(cfg.train.stages) == ["bissl", "finetune"]
+
+
+def test_a_transformer_is_built_for_the_size_of_the_images_and_a_file_names_its_architecture(written, tmp_path):
+    for name in ("train/cat", "train/dog", "val/cat"):
+        images(tmp_path / "pets" / name, 1)
+    cfg, _ = written(tmp_path / "pets", weights="timm:vit_small_patch14_dinov2.lvd142m")
+    assert cfg.backbone.img_size == cfg.task.image_size == cfg.pretext.augmentation.size == 98  # 7 patches of 14
+    torch.save({"blocks.0.norm1.weight": torch.ones(4)}, tmp_path / "vit.pth")
+    with pytest.raises(ZooError, match="cannot be inferred.*--backbone"):
+        config_text("mine", tmp_path / "pets", weights=str(tmp_path / "vit.pth"))
 
 
 def test_class_folders_alone_are_divided_and_test_images_are_not_pretrained_on(written, tmp_path):
