@@ -33,6 +33,7 @@ from bissl_zoo.report.page import (
     footer,
     render,
     save_page,
+    shown,
 )  # fmt: skip
 from bissl_zoo.report.visualize import RunImages
 from bissl_zoo.runs.directory import LOG_FILE, METRICS_FILE, load_run_config, read_metadata
@@ -230,7 +231,7 @@ class RunReport:
     def evaluations(self) -> list[Block]:
         """Return the evaluations during fine-tuning."""
         names = self.history.names("val/", "test/")[:MAX_EVALUATIONS]
-        blocks = [block for name in names for block in self._finetunings(name, name)]
+        blocks = [block for name in names for block in self._finetunings(name, shown(name))]
         return blocks or [Note("No evaluations during training (finetune.eval_period is null or was not reached).")]
 
     def _curves(self, names: Sequence[str], stage: str, upper: bool = False) -> dict[str, Series]:
