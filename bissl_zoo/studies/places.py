@@ -1,4 +1,4 @@
-"""Where jobs run: each in its own process on this machine, or as a task of a Ray cluster."""
+"""The places of jobs: each in its own process on this machine, or as a task of a Ray cluster."""
 
 import contextlib
 import os
