@@ -39,7 +39,12 @@ def datasets(tmp_path_factory):
     root = tmp_path_factory.mktemp("originals")
     write_imagenet(root)
     write_stl10(root)
-    for folder in ("VOCdevkit/VOC2007", "VOCdevkit/VOC2012", "bccd_voc/VOCdevkit/VOC2007"):
+    for folder in (
+        "VOCdevkit/VOC2007",
+        "VOCdevkit/VOC2012",
+        "bccd_voc/VOCdevkit/VOC2007",
+        "aquarium_voc/VOCdevkit/VOC2007",
+    ):
         write_voc2007_classification(root, folder)
     for split in ("train", "val", "test"):
         for label, clothing in enumerate(("hat", "shirt")):
