@@ -275,6 +275,7 @@ def test_images_and_weights_that_have_changed_under_the_same_name_are_refused(co
     cfg = config(given, search, seeds=1, arms=PAIR, search_trials=2)
     save_file(instantiate(cfg.backbone).state_dict(), init)
     cfg.task = {"_target_": "bissl_zoo.registry.build_task", "name": "classification", "image_size": 32}
+    cfg.compare.metric = cfg.search.metric = "top1"
     for role, split in {"pretext": "train", "train": "train", "test": "test"}.items():
         cfg.dataloader[role].dataset = {
             "_target_": "bissl_zoo.registry.build_dataset",
