@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import timm
+import yaml
 from omegaconf import DictConfig
 
 from bissl_zoo.backbones import merge_split_states
@@ -144,6 +145,20 @@ def check_publishing(cfg: DictConfig, source: str) -> None:
         )
 
 
+def without_local_folders(config: str) -> str:
+    """Return the YAML of a config with absolute paths reduced to their last part: no folders of the user."""
+
+    def reduced(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: reduced(each) for key, each in value.items()}
+        if isinstance(value, list):
+            return [reduced(each) for each in value]
+        return Path(value).name if isinstance(value, str) and Path(value).is_absolute() else value
+
+    plain = yaml.safe_load(config)
+    return config if (shown := reduced(plain)) == plain else yaml.safe_dump(shown, sort_keys=False, allow_unicode=True)
+
+
 def publish_run(
     folder: Path,
     name: str | None = None,
@@ -207,7 +222,7 @@ def publish_run(
         model_args=arguments_of(cfg.backbone, "name", "out_features"),
         pretrained_cfg=pretext_pixels(cfg),
         metadata=metadata,
-        train_config_text=(folder / CONFIG_FILE).read_text(),
+        train_config_text=without_local_folders((folder / CONFIG_FILE).read_text()),
         pretext_head_state=weights.pretext if pretext_head else None,
         task_head_state=weights.task if tuned is None else None,
         task_model=tuned and {ENTRY_JSON: tuned.metadata, ENTRY_WEIGHTS: tuned.state_dict()},

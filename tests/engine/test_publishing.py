@@ -5,10 +5,11 @@ import shutil
 from pathlib import Path
 
 import pytest
+import yaml
 
 from bissl_zoo.config import LazyConfig
 from bissl_zoo.engine.checks import check_config
-from bissl_zoo.engine.publishing import publish_run, published
+from bissl_zoo.engine.publishing import publish_run, published, without_local_folders
 from bissl_zoo.engine.runner import run
 from bissl_zoo.errors import BisslZooError, CheckpointError, ConfigError
 from bissl_zoo.runs.directory import read_metadata, read_results
@@ -137,3 +138,12 @@ def test_metadata_that_no_entry_can_have_publishes_nothing(run_copy, tmp_path, c
     with pytest.raises(BisslZooError):
         publish_run(run_copy, name="mine", zoo=Zoo(tmp_path / "zoo"))
     assert not (tmp_path / "zoo").exists()
+
+
+def test_a_published_config_does_not_show_the_users_folders():
+    config = "train: {output_dir: /home/anna/mine, init: timm:resnet50.a1_in1k, seed: 0}\nsplits: [/data/x, test]\n"
+    shown = yaml.safe_load(without_local_folders(config))
+    assert shown["train"] == {"output_dir": "mine", "init": "timm:resnet50.a1_in1k", "seed": 0}
+    assert shown["splits"] == ["x", "test"]
+    relative = config.replace("/home/anna/", "").replace("/data/", "")
+    assert without_local_folders(relative) == relative
