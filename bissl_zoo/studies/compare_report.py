@@ -318,9 +318,11 @@ def arm_to_publish(folder: Path, arm: str) -> tuple[Path, dict[str, Any]]:
     if not seeds:
         raise ConfigError(f"No seed of '{arm}' has finished in {folder}, or none of fine-tuning alone.")
     of_arm = {f"{report['metric']} ({name})": [arms[name]["values"][s] for s in seeds] for name in ("pretrained", arm)}
+    leaked = [f"{note.partition(': ')[0]}." for note in report["leakage"]]  # without the files of the user
+    shown = report | {"failures": {}, "notes": leaked + report["notes"][len(leaked) :]}
     notes = (
         f"The weights are those of seed {seeds[0]}; the metrics are those of all seeds, `pretrained` being fine-tuning "
-        f"alone from the same weights.\n\n{summary(report, 'github')}"
+        f"alone from the same weights.\n\n{summary(shown, 'github')}"
     )
     return folder / "runs" / run_name(arm, int(seeds[0])), {
         "metrics": of_arm,
