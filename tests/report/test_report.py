@@ -104,8 +104,8 @@ def test_a_hostile_run_gives_a_page_of_plain_text(run_copy, tmp_path):
     edit_lines(run / "metrics.jsonl", lambda line: {**line, key: 0.5, **odd})
     results = json.loads((run / "results.json").read_text())
     (run / "results.json").write_text(json.dumps({HOSTILE: {HOSTILE.replace("/", ""): 0.5}, **results}))
-    figures = {f"{HOSTILE}{n}": {"AP50": 0.1 * n, HOSTILE: 0.5} for n in range(4)}
-    write_details(run, {HOSTILE: Details(figures, [HOSTILE, "]]>", "-->"], [[1, 2, 3]] * 3)})
+    per_class = {f"{HOSTILE}{n}": {"AP50": 0.1 * n, HOSTILE: 0.5} for n in range(4)}
+    write_details(run, {HOSTILE: Details(per_class, [HOSTILE, "]]>", "-->"], [[1, 2, 3]] * 3)})
     (run / "environment.txt").write_text(f"command: {HOSTILE}\npython: </table>{HOSTILE}\n")
     entry = {"name": HOSTILE, "location": "javascript:alert(1)", "sha256": "0" * 64}
     (run / "zoo_entry.json").write_text(json.dumps(entry))
