@@ -13,6 +13,7 @@ from tabulate import tabulate
 from bissl_zoo.errors import ConfigError, did_you_mean
 from bissl_zoo.evaluation.statistics import compare_paired, equivalence_p, holm, seeds_needed, summarize
 from bissl_zoo.files import write_atomically
+from bissl_zoo.runs.directory import read_json
 from bissl_zoo.studies.arms import ARMS, Settings, find_arm, run_name
 
 #: arms that the others are compared with, the most important first; the table has columns for two of them
@@ -307,9 +308,10 @@ def arm_to_publish(folder: Path, arm: str) -> tuple[Path, dict[str, Any]]:
     The metadata have the metric of the arm and of fine-tuning alone for every seed that both have, and the report.
 
     Raises:
+        CheckpointError: the report of the comparison cannot be read.
         ConfigError: the comparison has no such arm, or no seed of it has finished.
     """
-    report = json.loads((folder / COMPARISON_FILE).read_text())
+    report = read_json(folder / COMPARISON_FILE)
     arms = report["arms"]
     if arm not in arms:
         raise ConfigError(f"{folder} has no arm '{arm}'.{did_you_mean(arm, arms)} Its arms: {', '.join(arms)}.")

@@ -246,10 +246,10 @@ def _storable(what: str, state: Mapping[str, Tensor], dtype: torch.dtype | None 
             raise ZooError(f"The {what} state has a {type(value).__name__} as '{key}'; only tensors can be published.")
         kind = dtype if dtype is not None and value.is_floating_point() else value.dtype
         stored[key] = value.detach().to("cpu", kind, copy=True, memory_format=torch.contiguous_format)
-        if torch.isfinite(value).all() and not torch.isfinite(stored[key]).all():
-            raise ZooError(f"The {what} tensor '{key}' has values beyond float16. Publish without --half.")
-        if not torch.isfinite(stored[key]).all():
+        if not torch.isfinite(value).all():
             raise ZooError(f"The {what} tensor '{key}' contains NaN or Inf: the run diverged and is not published.")
+        if not torch.isfinite(stored[key]).all():
+            raise ZooError(f"The {what} tensor '{key}' has values beyond float16. Publish without --half.")
     return stored
 
 

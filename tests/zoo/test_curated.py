@@ -9,7 +9,6 @@ from PIL import Image
 
 import bissl_zoo
 from bissl_zoo.files import sha256_of
-from bissl_zoo.zoo.card import format_metric
 
 ROOT = Path(__file__).resolve().parents[2]
 ZOO = ROOT / "model_zoo"
@@ -27,7 +26,7 @@ def test_an_entry_has_its_files_and_stands_in_the_readme(name):
         assert sha256_of(ZOO / name / file) == record["sha256"], file
     row = next(line for line in (ROOT / "README.md").read_text().splitlines() if f"model_zoo/{name}" in line)
     for metric in ENTRIES[name]["metrics"].values():
-        assert f"{metric['mean']:.3f}" in row, f"{format_metric(metric)} is not in the README's row"
+        assert f"{metric['mean']:.3f}" in row
 
 
 @pytest.mark.slow
