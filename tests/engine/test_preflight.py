@@ -1,7 +1,6 @@
 """Errors that would end a run later, or spoil it, are reported before the run directory exists."""
 
 import random
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -107,8 +106,8 @@ def test_nan_in_the_initial_weights_is_refused(tiny_config, at_scenes):
         preflight(open_context(cfg, "test"), Weights(backbone={"conv1.weight": torch.tensor([1.0, float("nan")])}), [])
 
 
-def test_the_preflight_changes_neither_the_random_state_nor_the_weights(tiny_config, at_scenes):
-    cfg = tiny_config(train__stages="[pretrain,bissl,finetune]")
+def test_the_preflight_changes_neither_the_random_state_nor_the_weights(tiny_config, at_scenes, tmp_path):
+    cfg = tiny_config(train__stages="[pretrain,bissl,finetune]", train__output_dir=str(tmp_path / "run"))
     context = open_context(cfg, "test")
     stages = plan_stages(context, Weights())
     weights = stages[0].build(context, Weights()).result()
@@ -120,7 +119,7 @@ def test_the_preflight_changes_neither_the_random_state_nor_the_weights(tiny_con
     assert state["python"] == after["python"] and torch.equal(state["torch"], after["torch"])
     assert torch.equal(state["numpy"][1], after["numpy"][1]) and state["numpy"][2] == after["numpy"][2]
     assert all(torch.equal(before[name], value) for name, value in weights.backbone.items())
-    assert context.cfg == cfg and not Path(cfg.train.output_dir, "config.yaml").exists()
+    assert context.cfg == cfg and not (tmp_path / "run").exists()
 
 
 def test_a_dry_run_without_data_describes_the_rest_and_lists_every_missing_set(
